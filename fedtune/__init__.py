@@ -1,0 +1,42 @@
+"""fedtune: federated fine-tuning of quantized BERT, with a differential-privacy guarantee that holds.
+
+Several sites hold private text, none may hand it over, and together they want one good classifier.
+Each node trains a small Adapter on its own Shard; only the Adapter's change ever leaves the node,
+and only after noise that was calibrated before any data was read.
+
+The guarantee, which every record and every statement repeats with the numbers filled in:
+
+* **Unit of privacy**: what is protected as one whole. `privacy.unit=record`: one text with its
+  label. `person`: everything that shares one value of the data's unit column. `client`: all that
+  one node holds.
+* **Adjacency**: add or remove one unit. Two data sets are neighbours if one is the other with one
+  unit more.
+* **Who is trusted with what**: `privacy.trust=local`: nobody but the node itself; what it sends is
+  already private. `distributed`: the server sees only a sum over the nodes, which holds enough
+  noise for up to the configured number of dropouts and colluding nodes. `central`: the server sees
+  raw updates and must be trusted. `none`: no guarantee; epsilon is infinite and reported as null.
+* **Mechanism**: Poisson sampling of units at a fixed rate, clipping of each unit's whole gradient
+  to `max_grad_norm`, Gaussian noise of standard deviation `noise_multiplier * max_grad_norm`. One
+  frozen `PrivacyPlan` makes the sampler, the clipping, the noise, the aggregation weights and the
+  event that is accounted, so that none of them can disagree with another.
+* **Delta** is always given beside epsilon.
+* **Epsilon** is an upper bound (PLD, rounded to the safe side), composed over everything that this
+  data has ever been used for, as the node's PrivacyLedger knows it: earlier runs, retries, crashes
+  and resumed runs count. Shards are disjoint, so a federation's epsilon is the largest over its
+  nodes, never an average.
+
+Not covered: what was not done through this node's ledger; a person whose records lie on several
+nodes (their epsilons add up); the choice of settings by looking at results of private runs, except
+as each of those runs is itself in the ledger; and what the owner declares public: data set name,
+label set, declared sizes, maximum length, and the test split.
+
+Heavy libraries are imported when they are needed, never by `import fedtune`.
+"""
+
+from __future__ import annotations
+
+from fedtune.errors import FedtuneError
+
+__all__ = ["FedtuneError", "__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,107 @@
+"""The exceptions that fedtune raises on purpose, as a tree.
+
+    FedtuneError                 everything below; the command line prints it as one paragraph
+    |-- ConfigError              a setting is unknown, misspelt, or has a value that is not allowed
+    |-- DataError                a data set, file, column, label or text is missing or unusable
+    |   `-- PartitionError       the corpus cannot be cut into the shards that were asked for
+    |-- ModelError               an encoder or adapter is missing, unsupported or does not fit
+    |-- PrivacyError             a privacy setting has no meaning or promises what cannot be kept
+    |   |-- CalibrationError     no noise multiplier meets the target
+    |   |-- PreflightError       model, optimizer, sampler and accountant disagree; nothing was trained
+    |   |-- BudgetExhausted      a release would go over a node's own budget; nothing was released
+    |   `-- LedgerError          the ledger is missing, unreadable, full or was tampered with
+    |-- FederationError          a run cannot go on (for instance: no node sent a usable update)
+    |   |-- UpdateRejected       one node's update was unusable; it costs that update, not the round
+    |   `-- AggregationAborted   secure aggregation could not finish; the round is charged and discarded
+    |-- CheckpointError          a run folder or checkpoint cannot be resumed
+    |-- RecordError              a record.json is missing, unfinished or of another schema
+    `-- ResourceError            no disk space, no memory, no permission, no network, no such device
+
+Every message is one paragraph: what happened, to whom, the numbers, and the way out. Nothing here
+carries private data: messages may be shown to the server.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AggregationAborted",
+    "BudgetExhausted",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FederationError",
+    "FedtuneError",
+    "LedgerError",
+    "ModelError",
+    "PartitionError",
+    "PreflightError",
+    "PrivacyError",
+    "RecordError",
+    "ResourceError",
+    "UpdateRejected",
+]
+
+
+class FedtuneError(Exception):
+    """Base of all errors that fedtune raises on purpose; its text is fit to be shown to a person."""
+
+
+class ConfigError(FedtuneError):
+    """A setting is unknown, misspelt, or has a value that is not allowed."""
+
+
+class DataError(FedtuneError):
+    """A data set, file, column, label or text is missing or unusable."""
+
+
+class PartitionError(DataError):
+    """The corpus cannot be cut into the shards that were asked for."""
+
+
+class ModelError(FedtuneError):
+    """An encoder or adapter is missing, unsupported or does not fit the data."""
+
+
+class PrivacyError(FedtuneError):
+    """A privacy setting has no meaning, or promises what cannot be kept."""
+
+
+class CalibrationError(PrivacyError):
+    """No noise multiplier meets the target epsilon."""
+
+
+class PreflightError(PrivacyError):
+    """Model, optimizer, sampler and accountant disagree; nothing was trained."""
+
+
+class BudgetExhausted(PrivacyError):
+    """A release would go over a node's own budget, or over the plan it agreed to; nothing was released."""
+
+
+class LedgerError(PrivacyError):
+    """A privacy ledger is missing, unreadable, full, or was tampered with."""
+
+
+class FederationError(FedtuneError):
+    """A federation cannot go on."""
+
+
+class UpdateRejected(FederationError):
+    """One node's update was unusable; it costs that update and not the round."""
+
+
+class AggregationAborted(FederationError):
+    """Secure aggregation could not finish; the round is charged and its result discarded."""
+
+
+class CheckpointError(FedtuneError):
+    """A run folder or checkpoint cannot be resumed."""
+
+
+class RecordError(FedtuneError):
+    """A record.json is missing, unfinished or of another schema."""
+
+
+class ResourceError(FedtuneError):
+    """The machine lacks something: disk space, memory, permission, network, or a device."""
