@@ -1,0 +1,176 @@
+"""What a run tells while it goes on, and what it hands over at the end.
+
+The server loop calls an `Observer`; a live display, a log or a test is one. Everything in these
+objects is public: it was sent over the wire under the plan, or measured by the server itself. An
+observer must not change the run: one that raises is told of once and not called again.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["Dropped", "FederationResult", "NodeInfo", "NullObserver", "Observer", "RoundSummary", "SafeObserver"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One update that a round went without: which node, in which round (0: before the first), and why."""
+
+    node: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What a node says of itself before the first round; all of it declared public by its owner."""
+
+    name: str
+    node_id: int
+    declared_size: int
+
+
+@dataclass
+class RoundSummary:
+    """One round, as the server saw it.
+
+    `seconds` is wall time of the round, evaluation included; `train_seconds` is what the nodes report
+    (coarse, see `fedtune.federation.messages`), summed. `epsilon` is the largest over the nodes for this
+    run's releases so far, None where there is none; `dropped` names each update that was lost.
+    """
+
+    round: int
+    num_rounds: int
+    seconds: float
+    accuracy: float | None = None
+    loss: float | None = None
+    epsilon: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    updates: int = 0
+    train_seconds: float = 0.0
+    void: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `json` takes; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RoundSummary:
+        """Raises TypeError if a key is missing or unknown."""
+        summary = cls(**values)
+        summary.dropped = [(str(node), str(reason)) for node, reason in summary.dropped]
+        return summary
+
+
+@dataclass
+class FederationResult:
+    """A federation that has ended, with everything that a record is made from.
+
+    Attributes:
+        run: the run's id, the same over resumes.
+        nodes: who took part, by name, with declared sizes.
+        plan: the plan as the server proposed it; a node uses `plan.for_shard(its declared size)`.
+        adapter: float32 [P], the last state.
+        history: one summary a round, resumed rounds included.
+        dropped: every update that was lost, over all rounds.
+        releases: by node, how often it released (or may have released) something in this run.
+        epsilon: the largest over the nodes, of this run alone; None where there is none.
+        evaluation: `fedtune.training.evaluation.Evaluation` of the last state; None if never evaluated.
+        seconds: wall time, summed over resumes.
+        train_seconds: what nodes spent training, summed; exact in the local engine, coarse elsewhere.
+        attempt: how often the run was started (1: never resumed).
+        ended_early: why the run has fewer rounds than it was asked for; None if it has them all.
+        notices: what a person should know (a broken checkpoint that was passed over, an idle node).
+    """
+
+    run: str
+    nodes: list[NodeInfo]
+    plan: PrivacyPlan
+    adapter: np.ndarray
+    history: list[RoundSummary]
+    dropped: list[Dropped]
+    releases: dict[str, int]
+    epsilon: float | None
+    evaluation: Any
+    seconds: float
+    train_seconds: float
+    bytes_up: int
+    bytes_down: int
+    attempt: int
+    ended_early: str | None = None
+    notices: list[str] = field(default_factory=list)
+
+
+class Observer(Protocol):
+    """Who is told how a run goes; every method may do nothing."""
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """Before the first round: run, run_dir, nodes (names), num_rounds, first_round, trust, epsilon, delta."""
+
+    def on_round(self, summary: RoundSummary) -> None:
+        """After each round."""
+
+    def on_client(self, node: str, status: str) -> None:
+        """`asked`, `answered`, `refused: ...` or `dropped: ...`."""
+
+    def on_finish(self, result: FederationResult) -> None:
+        """After the last round."""
+
+
+class NullObserver:
+    """Looks away."""
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def on_round(self, summary: RoundSummary) -> None:
+        """Nothing."""
+
+    def on_client(self, node: str, status: str) -> None:
+        """Nothing."""
+
+    def on_finish(self, result: FederationResult) -> None:
+        """Nothing."""
+
+
+class SafeObserver:
+    """Passes everything on, and stops doing so once the observer raises: a display must not end a run."""
+
+    def __init__(self, observer: Observer | None) -> None:
+        self._observer: Observer | None = observer
+
+    def _tell(self, method: str, *args: Any) -> None:
+        if self._observer is None:
+            return
+        try:
+            getattr(self._observer, method)(*args)
+        except Exception as error:
+            _log.warning("The display failed (%s: %s) and is switched off; the run goes on.", type(error).__name__, error)
+            self._observer = None
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """See `Observer`."""
+        self._tell("on_start", info)
+
+    def on_round(self, summary: RoundSummary) -> None:
+        """See `Observer`."""
+        self._tell("on_round", summary)
+
+    def on_client(self, node: str, status: str) -> None:
+        """See `Observer`."""
+        self._tell("on_client", node, status)
+
+    def on_finish(self, result: FederationResult) -> None:
+        """See `Observer`."""
+        self._tell("on_finish", result)
