@@ -1,0 +1,1 @@
+"""What a run costs: measured (`meter`) and priced (`prices`). Nothing here changes what a run does."""
