@@ -1,0 +1,170 @@
+"""From `conf/` and overrides to a checked Config, through Hydra; and saved configurations back again.
+
+Hydra composes plain dictionaries, whose base is the schema's own defaults; `convert.from_dict` then
+checks every key, type and value, for Hydra's YAML exactly as for JSON from a server. The schema is not given
+to OmegaConf itself, because its type errors name neither the setting in the user's words nor what is allowed.
+
+Errors of Hydra, OmegaConf and YAML come out as `ConfigError`, one paragraph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from fedtune.config.convert import config_from_json, from_dict, settings, to_dict, to_json, unknown_setting
+from fedtune.config.groups import GROUPS, conf_dir
+from fedtune.config.overrides import check_overrides
+from fedtune.config.schema import Config
+from fedtune.errors import CheckpointError, ConfigError
+
+__all__ = [
+    "config_from_json",
+    "from_dict",
+    "from_hydra",
+    "hydra_errors",
+    "load",
+    "read_config",
+    "register_schema",
+    "save_config",
+    "to_dict",
+    "to_json",
+]
+
+CONFIG_FILE = "config.yaml"
+
+
+def load(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> Config:
+    """The configuration that `fedtune run OVERRIDES` would use (without its run folder, `output`).
+
+    Args: `overrides` in Hydra's syntax (`privacy.epsilon=2`, `adapter=ffa_lora`); `extra_dirs`, folders
+    with groups of the user's own, searched after `conf/`.
+    Raises `ConfigError`; with `resume=FOLDER`, `CheckpointError` if that folder holds no configuration.
+    """
+    checked = check_overrides(overrides, extra_dirs=extra_dirs)
+    if checked.resume is not None:
+        return _resumed(checked.resume)
+    register_schema()
+    arguments = list(checked.arguments)
+    if extra_dirs:
+        arguments.append(search_path(extra_dirs))
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            composed = compose("config", overrides=arguments)
+    finally:
+        GlobalHydra.instance().hydra = previous
+    return from_hydra(composed, checked.keys)
+
+
+def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
+    """A checked Config from what Hydra composed; `named` are the settings given on the command line.
+
+    A noise multiplier given there replaces the target epsilon of the files, and the other way round; and
+    `privacy.trust=none` needs neither. Both given on the command line contradict each other.
+    """
+    given = set(named)
+    with hydra_errors():
+        try:
+            values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            name = str(error.full_key or "")
+            raise ConfigError(f"{name} must be given: add {name}=VALUE.") from error
+    for group in ("experiment", "sweep"):
+        values.pop(group, None)
+    privacy = values.get("privacy")
+    if isinstance(privacy, dict):
+        if privacy.get("trust") == "none":
+            if "privacy.epsilon" not in given:
+                privacy["epsilon"] = None
+            if "privacy.noise_multiplier" not in given:
+                privacy["noise_multiplier"] = None
+        elif "privacy.noise_multiplier" in given and "privacy.epsilon" not in given:
+            if privacy.get("noise_multiplier") is not None:
+                privacy["epsilon"] = None
+        elif "privacy.epsilon" in given and "privacy.noise_multiplier" not in given:
+            if privacy.get("epsilon") is not None:
+                privacy["noise_multiplier"] = None
+    return from_dict(values, "the configuration")
+
+
+def save_config(config: Config, folder: Path) -> Path:
+    """Writes `folder/config.yaml`, complete, so that the run can be resumed; replaces it atomically."""
+    path = folder / CONFIG_FILE
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = "# The resolved configuration of this run; 'fedtune run resume=...' reads it.\n"
+    text += yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that `save_config` wrote. Raises `CheckpointError` if it is missing or broken."""
+    path = folder / CONFIG_FILE
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is no run folder that can be resumed: {CONFIG_FILE} is missing in it. Give the folder "
+            "that 'fedtune run' printed."
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}. The run cannot be resumed.") from error
+    try:
+        return from_dict(values, str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"{path} is no configuration of this version of fedtune: {error}") from error
+
+
+def register_schema() -> None:
+    """Gives Hydra the schema's defaults as the node on which `conf/config.yaml` builds."""
+    values = to_dict(Config())
+    ConfigStore.instance().store(name="schema", node={**values, "experiment": None, "sweep": None})
+
+
+def search_path(extra_dirs: Sequence[Path]) -> str:
+    """The override by which Hydra also looks for groups in the user's own folders."""
+    places = []
+    for folder in extra_dirs:
+        if not folder.is_dir():
+            raise ConfigError(f"There is no folder {folder} (given by --config-dir).")
+        places.append("'file://" + str(folder.absolute()).replace("'", "\\'") + "'")
+    return f"hydra.searchpath=[{','.join(places)}]"
+
+
+@contextmanager
+def hydra_errors() -> Iterator[None]:
+    """Turns errors of Hydra, OmegaConf and YAML into `ConfigError`, one paragraph."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        key = getattr(error, "key", None) or getattr(error.__cause__, "key", None)
+        message = _one_line(error)
+        if key is not None and "not in" in message and str(key) not in settings():
+            raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
+        raise ConfigError(f"The configuration cannot be composed: {message}.") from error
+
+
+def _resumed(folder: str) -> Config:
+    path = Path(folder).expanduser().absolute()
+    config = read_config(path)
+    config.resume = str(path)
+    config.output = str(path)
+    return config
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".")

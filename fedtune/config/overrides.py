@@ -1,0 +1,161 @@
+"""Overrides from the command line, checked before Hydra sees them.
+
+Hydra lets `+key=value` add a key that nothing reads, and says of a misspelt key only that it is 'not in
+struct'. Here every override must name a setting of the schema, a group of `conf/`, or something of Hydra's
+own; each value of a sweep is checked too, so that job 7 of 8 does not die of a typing error in the night.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from fedtune.config.convert import convert_value, settings, unknown_setting
+from fedtune.config.groups import GROUPS, group_options
+from fedtune.config.values import nearest
+from fedtune.errors import ConfigError
+
+__all__ = ["CheckedOverrides", "check_overrides"]
+
+
+@dataclass(frozen=True)
+class CheckedOverrides:
+    """Overrides as Hydra may take them, and what of them the loader must know."""
+
+    arguments: tuple[str, ...]
+    keys: frozenset[str]  # settings and groups that were named, without Hydra's own
+    resume: str | None  # the folder of resume=FOLDER
+    has_run_dir: bool
+
+
+def check_overrides(
+    overrides: Sequence[str], *, multirun: bool = False, extra_dirs: Sequence[Path] = ()
+) -> CheckedOverrides:
+    """Raises `ConfigError`, one paragraph, for the first override that cannot be meant."""
+    parser = OverridesParser.create()
+    arguments: list[str] = []
+    keys: set[str] = set()
+    resume: str | None = None
+    has_run_dir = False
+    for text in overrides:
+        override = _parse(parser, text)
+        key = override.key_or_group
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            has_run_dir = has_run_dir or key == "hydra.run.dir"
+            arguments.append(override.input_line or text)
+            continue
+        _refuse_odd_forms(override, text)
+        if key in keys:
+            raise ConfigError(f"{key} is given twice ({text!r} is the second). Keep one of them.")
+        keys.add(key)
+        sweeping = bool(override.is_sweep_override())
+        if sweeping and not multirun:
+            raise ConfigError(
+                f"{text} gives several values. To run once for each of them use 'fedtune run -m {text}'; "
+                f"for one value that has commas in it, quote it: '{key}=\"...\"'."
+            )
+        for value in _values(override):
+            _check_one(key, value, extra_dirs)
+        # '+experiment=smoke' is how Hydra's own examples write it: the group is in the defaults here.
+        arguments.append((override.input_line or text).lstrip("+"))
+        if key == "resume" and not sweeping and override.value() is not None:
+            resume = str(_plain(override))
+    if resume is not None:
+        others = sorted(keys - {"resume"})
+        if others or multirun:
+            named = ", ".join(others) if others else "-m"
+            raise ConfigError(
+                f"resume={resume} goes on with the configuration saved there, so {named} cannot be given "
+                "with it. Leave it out to resume, or start a new run."
+            )
+    return CheckedOverrides(tuple(arguments), frozenset(keys), resume, has_run_dir)
+
+
+def _parse(parser: OverridesParser, text: str) -> Override:
+    key, equals, raw = text.partition("=")
+    if not equals and not text.startswith("~"):
+        guess = nearest(text, [*settings(), *GROUPS])
+        hint = f" Did you mean '{guess}=...'?" if guess else ""
+        raise ConfigError(f"{text!r} is no setting: settings are written name=value.{hint}")
+    setting = settings().get(key.lstrip("+"))
+    try:
+        override: Override = parser.parse_override(text)
+    except HydraException as error:
+        if setting is None or setting.kind is not str:
+            first = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{text!r} cannot be read ({first}). Quote a value with special characters: "
+                f"'{key}=\"...\"'."
+            ) from error
+        return parser.parse_override(f"{key}={_quoted(raw)}")
+    is_text = setting is not None and setting.kind is str
+    if is_text and not override.is_sweep_override() and type(override.value()) in (int, float):
+        # A commit such as 1e5 or a column called 007 is a text, whatever it looks like.
+        return parser.parse_override(f"{key}={_quoted(raw)}")
+    return override
+
+
+def _refuse_odd_forms(override: Override, text: str) -> None:
+    key = override.key_or_group
+    if override.is_delete():
+        raise ConfigError(
+            f"{text!r} would remove a setting, but a configuration is always complete. "
+            f"Give it another value, for instance '{key.lstrip('~')}=null'."
+        )
+    if override.package is not None:
+        raise ConfigError(f"{text!r} names a package with '@', which fedtune does not use. Leave it out.")
+    if key in GROUPS or key in settings():
+        return
+    branch = [name for name in settings() if name.startswith(key + ".")]
+    if branch:
+        raise ConfigError(f"{key} is no single setting. Settings below it: {', '.join(branch)}.")
+    raise unknown_setting(key, [*settings(), *GROUPS])
+
+
+def _check_one(key: str, value: Any, extra_dirs: Sequence[Path]) -> None:
+    if key in GROUPS:
+        options = group_options(key, extra_dirs)
+        if value is None and key in ("experiment", "sweep"):
+            return
+        for name in value if isinstance(value, list) else [value]:
+            if str(name) not in options:
+                guess = nearest(str(name), options)
+                hint = f" Did you mean {key}={guess}?" if guess else ""
+                raise ConfigError(f"There is no {key}={name}.{hint} There are: {', '.join(options)}.")
+        return
+    if isinstance(value, str) and "${" in value:
+        return  # an interpolation: checked when it is resolved
+    convert_value(settings()[key], value)
+
+
+def _values(override: Override) -> list[Any]:
+    """The one value, or each value of a sweep, as Python values."""
+    if not override.is_sweep_override():
+        return [_plain(override)]
+    if not override.is_discrete_sweep():
+        return []  # an interval, for sweepers that draw from it: every job checks what it drew
+    if override.is_choice_sweep() or override.is_range_sweep():
+        parser = OverridesParser.create()
+        prefix = override.key_or_group
+        return [_plain(parser.parse_override(f"{prefix}={item}")) for item in override.sweep_string_iterator()]
+    return []  # glob(...): Hydra lists the options itself
+
+
+def _plain(override: Override) -> Any:
+    value = override.value()
+    if isinstance(value, (list, dict)):
+        return OmegaConf.to_container(OmegaConf.create(value), resolve=False)
+    return value
+
+
+def _quoted(raw: str) -> str:
+    if len(raw) >= 2 and raw[0] == raw[-1] and raw[0] in "'\"":
+        return raw
+    return "'" + raw.replace("\\", "\\\\").replace("'", "\\'") + "'"
