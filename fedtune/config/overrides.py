@@ -32,7 +32,7 @@ class CheckedOverrides:
     arguments: tuple[str, ...]
     keys: frozenset[str]  # settings and groups that were named, without Hydra's own
     resume: str | None  # the folder of resume=FOLDER
-    has_run_dir: bool
+    sweeps: bool  # a sweep was asked for, by -m or by sweep=NAME
 
 
 def check_overrides(
@@ -42,13 +42,14 @@ def check_overrides(
     parser = OverridesParser.create()
     arguments: list[str] = []
     keys: set[str] = set()
+    hydras: list[str] = []
     resume: str | None = None
-    has_run_dir = False
+    multirun = multirun or any(_asks_for_sweep(text) for text in overrides)
     for text in overrides:
         override = _parse(parser, text)
         key = override.key_or_group
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-            has_run_dir = has_run_dir or key == "hydra.run.dir"
+            hydras.append(key)
             arguments.append(override.input_line or text)
             continue
         _refuse_odd_forms(override, text)
@@ -68,14 +69,14 @@ def check_overrides(
         if key == "resume" and not sweeping and override.value() is not None:
             resume = str(_plain(override))
     if resume is not None:
-        others = sorted(keys - {"resume"})
+        others = sorted(keys - {"resume"}) + hydras
         if others or multirun:
             named = ", ".join(others) if others else "-m"
             raise ConfigError(
                 f"resume={resume} goes on with the configuration saved there, so {named} cannot be given "
                 "with it. Leave it out to resume, or start a new run."
             )
-    return CheckedOverrides(tuple(arguments), frozenset(keys), resume, has_run_dir)
+    return CheckedOverrides(tuple(arguments), frozenset(keys), resume, multirun)
 
 
 def _parse(parser: OverridesParser, text: str) -> Override:
@@ -102,8 +103,15 @@ def _parse(parser: OverridesParser, text: str) -> Override:
     return override
 
 
+def _asks_for_sweep(text: str) -> bool:
+    key, _, value = text.lstrip("+").partition("=")
+    return (key == "sweep" and value not in ("", "null")) or (key == "hydra.mode" and value == "MULTIRUN")
+
+
 def _refuse_odd_forms(override: Override, text: str) -> None:
     key = override.key_or_group
+    if key == "output":
+        raise ConfigError(f"{text!r}: the run folder is chosen by hydra.run.dir=FOLDER (sweeps: hydra.sweep.dir).")
     if override.is_delete():
         raise ConfigError(
             f"{text!r} would remove a setting, but a configuration is always complete. "

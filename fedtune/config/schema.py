@@ -40,9 +40,9 @@ class DataConfig:
     label: str = "label"  # column that holds the label
     unit: str | None = None  # column that names the person a record belongs to
     site: str | None = None  # column that names the site a record comes from
-    train_split: str = "train"
+    train_split: str = "train"  # hub, files: name of the split to train on
     test_split: str | None = None  # None: hold out `test_fraction` of the persons (or records)
-    test_fraction: float = 0.15
+    test_fraction: float = 0.15  # share of the persons (or records) held out for testing
     max_length: int = 64  # tokens; longer texts are cut. Public: never derived from the texts
     labels: list[str] | None = None  # public label set, in order; None: as the source declares it
     public: bool = False  # declared public by its owner: the ledger records, and does not refuse
@@ -61,9 +61,9 @@ class ModelConfig:
     """The frozen encoder."""
 
     name: str = "embedded:minilm"  # hub name, folder, or 'embedded:minilm'
-    revision: str | None = None
+    revision: str | None = None  # hub: branch, tag or commit
     quantization: str = "int8"  # none | int8 | nf4
-    pooling: str = "mean"  # mean | cls
+    pooling: str = "mean"  # mean | cls: how token states become one vector for the head
 
 
 @dataclass
@@ -72,8 +72,8 @@ class AdapterConfig:
 
     name: str = "lora"  # lora | ffa_lora | bitfit | head
     layers: int | None = None  # top k encoder layers; None: all
-    rank: int = 8
-    alpha: float = 16.0  # LoRA scale is alpha / rank
+    rank: int = 8  # lora, ffa_lora: inner width of the two matrices
+    alpha: float = 16.0  # lora, ffa_lora: the scale is alpha / rank
     target_modules: list[str] | None = None  # None: query and value of the architecture
 
 
@@ -85,12 +85,12 @@ class PrivacyConfig:
     unit: str = "record"  # record | person | client
     epsilon: float | None = 8.0  # target over all rounds; None: use noise_multiplier
     delta: float | None = None  # None: 1 / (2 n), n the smallest declared shard size (in units)
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # L2 norm that a unit's gradient (central: a node's update) is clipped to
     noise_multiplier: float | None = None  # std over max_grad_norm; None: calibrated to epsilon
     records_per_unit: int = 8  # unit=person: at most this many records of a person a step
     reproducible_noise: bool = False  # simulation only: noise from `seed`; every report shows it
     adaptive_clipping: bool = False  # trust=central: clip at a private quantile (Andrew et al. 2021)
-    clip_quantile: float = 0.5
+    clip_quantile: float = 0.5  # adaptive_clipping: share of the updates that stay unclipped
     max_dropouts: int = 0  # trust=distributed: dropouts in a round that the noise still covers
     max_colluders: int = 0  # trust=distributed: nodes that may collude with the server
 
@@ -100,14 +100,14 @@ class TrainConfig:
     """Training on a node."""
 
     sample_rate: float = 0.05  # probability that a unit is in a step's batch
-    local_steps: int = 5
-    learning_rate: float = 0.002
+    local_steps: int = 5  # steps of a node in one round
+    learning_rate: float = 0.002  # of the node's optimizer
     optimizer: str = "adam"  # sgd | adam | adamw
     momentum: float = 0.0  # sgd
     weight_decay: float = 0.0  # adamw, sgd
     proximal_mu: float = 0.0  # FedProx; 0: off
-    micro_batch_tokens: int = 2048
-    precision: str = "auto"  # auto | fp32 | bf16
+    micro_batch_tokens: int = 2048  # tokens computed at once; memory grows with it
+    precision: str = "auto"  # auto | fp32 | bf16; auto: bf16 where the processor computes it fast
 
 
 @dataclass
@@ -115,10 +115,10 @@ class FederationConfig:
     """Who takes part and how updates become the next adapter."""
 
     nodes: int | None = None  # None: as many as there are natural sites (4 where there are none)
-    num_rounds: int = 12
+    num_rounds: int = 12  # exchanges with the nodes
     cohort_size: int | None = None  # nodes asked in a round; None: all
     strategy: str = "fedavg"  # fedavg | fedavgm | fedadam
-    server_learning_rate: float = 1.0
+    server_learning_rate: float = 1.0  # times the average update
     server_momentum: float = 0.9  # fedavgm; beta_1 of fedadam
     min_updates: int = 1  # usable updates that a round needs
     max_update_norm: float = 100.0  # an update with a larger L2 norm is rejected
@@ -139,16 +139,16 @@ class EngineConfig:
 class PricingConfig:
     """A price book; cost is usage times price."""
 
-    name: str = "cloud_cpu"
-    currency: str = "USD"
+    name: str = "cloud_cpu"  # what the record calls these prices
+    currency: str = "USD"  # of every price below
     date: str = ""  # when the prices were read (ISO 8601)
-    source: str = ""
-    device: str = "cpu"
+    source: str = ""  # who says so
+    device: str = "cpu"  # what the hour is an hour of
     device_hour: float = 0.0  # money an hour of one node's training device
     gigabyte_up: float = 0.0  # money per 10^9 bytes from a node to the server
-    gigabyte_down: float = 0.0
-    kilowatt_hour: float = 0.0
-    carbon_kg_per_kwh: float = 0.0
+    gigabyte_down: float = 0.0  # money per 10^9 bytes from the server to a node
+    kilowatt_hour: float = 0.0  # money a kilowatt-hour; 0 where the hour includes it
+    carbon_kg_per_kwh: float = 0.0  # kg of CO2 equivalent a kilowatt-hour
     record: float = 0.0  # money a data record, where data is bought
 
 

@@ -39,12 +39,10 @@ class Range:
 
     def describe(self) -> str:
         if math.isinf(self.high):
-            return f"a finite number, {self.low:g} or more" if self.low_included else (
-                f"a finite number above {self.low:g}"
-            )
+            return f"{self.low:g} or more" if self.low_included else f"above {self.low:g}"
         left = "[" if self.low_included else "("
         right = "]" if self.high_included else ")"
-        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+        return f"in {left}{self.low:.10g}, {self.high:.10g}{right}"
 
     def contains(self, value: float) -> bool:
         if not math.isfinite(value):
@@ -148,4 +146,4 @@ def check_value(name: str, value: object) -> None:
         hint = f" Did you mean {name}={guess}?" if guess else ""
         raise ConfigError(f"{name}={value} is not allowed: it must be {rule.describe()}.{hint}")
     if not isinstance(value, (int, float)) or not rule.contains(value):
-        raise ConfigError(f"{name}={value} is not allowed: it must be {rule.describe()}.")
+        raise ConfigError(f"{name}={value} is not allowed: it must be a finite number {rule.describe()}.")

@@ -1,0 +1,293 @@
+"""The command line, `fedtune COMMAND`: reads arguments, calls the package, and says errors in one paragraph.
+
+Nothing is decided here: each command is one call into `fedtune.experiments` or `fedtune.privacy`, and all of
+them are imported when their command is called, so that `fedtune --help` costs no more than Python itself.
+
+Exit status: 0 it did what was asked; 1 it could not; 2 the command or its configuration is wrong; 70 a bug
+of fedtune's; 130 interrupted by Ctrl-C; 141 the reader of a pipe went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fedtune import __version__
+from fedtune.errors import ConfigError, FedtuneError
+
+if TYPE_CHECKING:
+    from fedtune.config.launch import Job
+
+__all__ = ["main"]
+
+OK, FAILED, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 70, 130, 141
+
+DESCRIPTION = """\
+Federated, differentially private fine-tuning of quantized BERT: several sites train one text
+classifier together, each keeps its text, and each person in it has a formal guarantee.
+"""
+
+EXAMPLES = """\
+examples:
+  fedtune run                                  four sites, one classifier, epsilon 8 each
+  fedtune run privacy.epsilon=2 adapter=ffa_lora
+  fedtune run privacy=none                     the same without privacy, to see what it costs
+  fedtune run -m privacy.epsilon=1,2,4,8       one run for each value
+  fedtune run resume=RUN_DIR                   go on after a crash or Ctrl-C
+  fedtune predict RUN_DIR "what a film"        use what was trained
+  fedtune statement RUN_DIR                    what was promised to whom, for a privacy officer
+
+'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.
+"""
+
+RUN_HELP = """\
+Simulates a federation on this machine: reads the data, cuts it into one shard a node, trains in
+rounds, shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md.
+
+examples:
+  fedtune run
+  fedtune run privacy.epsilon=2 adapter=ffa_lora model.quantization=nf4
+  fedtune run partition=dirichlet federation.nodes=10
+  fedtune run data=files data.path=FOLDER data.text=text data.label=category
+  fedtune run hydra.run.dir=FOLDER             choose the run folder
+  fedtune run -m privacy.epsilon=1,2,4,8       a sweep; hydra.sweep.dir=FOLDER chooses its folder
+  fedtune run resume=RUN_DIR                   go on with an interrupted run
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one paragraph instead of the usage and a message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. See '{self.prog} --help'.")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of the console script; leaves with one of the exit statuses above."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    try:
+        status = _dispatch(given, debug)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at exit; what is left goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or 'Interrupted.'}", file=sys.stderr)
+        status = INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        print(_paragraph(error), file=sys.stderr)
+        status = _status(error)
+    raise SystemExit(status)
+
+
+def _dispatch(given: list[str], debug: bool) -> int:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(given)
+    if arguments.command is None:
+        parser.print_help()
+        return USAGE if rest or given else OK
+    if rest and arguments.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    _quiet_libraries(debug)
+    result: int = arguments.call(arguments, rest, debug)
+    return result
+
+
+def _parser() -> _Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="fedtune", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"fedtune {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    run = commands.add_parser("run", help="simulate a federation: train, account, record", add_help=False)
+    run.add_argument("-m", "--multirun", action="store_true")
+    run.add_argument("--config-dir", type=Path, action="append", default=[])
+    run.add_argument("--show-config", action="store_true")
+    run.add_argument("-h", "--help", action="store_true", dest="show_help")
+    run.set_defaults(call=_run)
+
+    statement = commands.add_parser(
+        "statement",
+        help="the privacy statement of a run",
+        description="Prints what a finished run promises to whom, in Markdown, from its record.json alone.",
+        epilog="example:\n  fedtune statement outputs/2026-11-21/18-00-00 > statement.md",
+        formatter_class=raw,
+    )
+    statement.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run folder, or a record.json")
+    statement.add_argument("--json", action="store_true", help="as JSON, for a program")
+    statement.set_defaults(call=_statement)
+
+    predict = commands.add_parser(
+        "predict",
+        help="labels with probabilities, from a finished run",
+        description="Classifies texts with the model that a run trained.",
+        epilog='examples:\n  fedtune predict RUN_DIR "what a film" "never again"\n'
+        "  fedtune predict RUN_DIR - < texts.txt         one text a line",
+        formatter_class=raw,
+    )
+    predict.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run folder")
+    predict.add_argument("texts", metavar="TEXT", nargs="+", help="a text; '-' reads lines from standard input")
+    predict.add_argument("--json", action="store_true", help="as JSON, for a program")
+    predict.set_defaults(call=_predict)
+    return parser
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> int:
+    if arguments.show_help:
+        print(_run_help())
+        return OK
+    for word in overrides:
+        if word.startswith("-"):
+            raise ConfigError(f"'fedtune run' has no option {word}. See 'fedtune run --help'.")
+    from fedtune.config.launch import launch
+
+    if arguments.show_config:
+        return _show_config(overrides, arguments.config_dir)
+
+    def task(job: Job) -> float | None:
+        from fedtune.experiments import record, run
+
+        if job.number is not None:
+            print(f"\nrun {job.number} of the sweep: {job.overrides or 'defaults'}", flush=True)
+        finished = record.read(run.run(job.config))
+        # Sweepers that search (Optuna and others) want a number back; the default one ignores it.
+        accuracy: float | None = finished["metrics"]["accuracy"]
+        return accuracy
+
+    def on_failure(job: Job | None, error: Exception) -> str:
+        if debug and not isinstance(error, FedtuneError):
+            raise error
+        text = _paragraph(error)
+        print(f"run {job.number} ({job.overrides}): {text}" if job else text, file=sys.stderr, flush=True)
+        return text
+
+    failures = launch(
+        overrides, task, on_failure=on_failure, multirun=arguments.multirun, extra_dirs=arguments.config_dir
+    )
+    if failures:
+        numbers = ", ".join(str(failure.number) for failure in failures)
+        raise FedtuneError(f"{len(failures)} of the sweep's runs failed (number {numbers}); the others finished.")
+    return OK
+
+
+def _show_config(overrides: list[str], extra_dirs: list[Path]) -> int:
+    import yaml
+
+    from fedtune.config.loader import load, to_dict
+
+    print(yaml.safe_dump(to_dict(load(overrides, extra_dirs)), sort_keys=False, allow_unicode=True), end="")
+    return OK
+
+
+def _statement(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from fedtune.experiments import record
+    from fedtune.privacy import statement
+
+    finished = record.read(arguments.run_dir)
+    if arguments.json:
+        _print_json(statement.statement_json(finished))
+    else:
+        print(statement.statement_markdown(finished).rstrip())
+    return OK
+
+
+def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from fedtune.experiments.predict import predict
+
+    texts: list[str] = []
+    for text in arguments.texts:
+        texts += [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
+    predictions = predict(arguments.run_dir, texts)
+    if arguments.json:
+        _print_json(predictions)
+        return OK
+    for item in predictions:
+        ranked = sorted(item["probabilities"].items(), key=lambda pair: -pair[1])
+        shown = "  ".join(f"{label} {probability:.3f}" for label, probability in ranked[:5])
+        print(f"{item['label']}\t{shown}\t{item['text']}")
+    return OK
+
+
+# --- what all commands share ---------------------------------------------------------------------
+
+
+def _run_help() -> str:
+    from fedtune.config.help import groups_text, settings_text
+
+    return f"""\
+usage: fedtune run [-m] [--config-dir FOLDER] [--show-config] [--debug] [NAME=VALUE ...]
+
+{RUN_HELP}
+options:
+  -m, --multirun        run once for each combination of values given with commas
+  --config-dir FOLDER   a folder with options of your own (FOLDER/data/mine.yaml is data=mine)
+  --show-config         print the complete configuration and stop
+  --debug               show the traceback of an error
+
+groups: NAME=OPTION chooses a page of conf/NAME/; * is the default
+{groups_text()}
+
+settings: name=default, what it is, and what it may be
+{settings_text()}
+
+Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
+State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _paragraph(error: BaseException) -> str:
+    name, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, FedtuneError):
+        return f"{name}: {text}"
+    if isinstance(error, (OSError, MemoryError)):
+        return f"{name}: {text or 'out of memory'} (--debug shows where)."
+    return (
+        f"{name}: {text} This is not an error that fedtune foresaw, so it is a bug: run the same command "
+        "with --debug for the traceback."
+    )
+
+
+def _status(error: BaseException) -> int:
+    if isinstance(error, ConfigError):
+        return USAGE
+    return FAILED if isinstance(error, (FedtuneError, OSError, MemoryError)) else BUG
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Keeps libraries from calling home, and from talking over the display."""
+    for name, value in (
+        ("FLWR_TELEMETRY_ENABLED", "0"),
+        ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+        ("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1"),
+        ("RAY_USAGE_STATS_ENABLED", "0"),
+        ("HF_HUB_DISABLE_TELEMETRY", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    if not debug:
+        import warnings
+
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    main()
