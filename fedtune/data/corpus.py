@@ -1,0 +1,232 @@
+"""What data is inside fedtune: a Corpus (text), a TokenizedCorpus (token ids), a Shard (one node's part).
+
+All three are frozen and know nothing of files, tokenizers or nodes' budgets. Rows keep their order, so
+that an index means the same record everywhere; fingerprints do not depend on the order, so that
+shuffling a file does not make it new data in a privacy ledger's eyes.
+
+Shapes: n records, t tokens in all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of"]
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+StrArray = npt.NDArray[np.str_]
+ByteArray = npt.NDArray[np.uint8]
+
+
+def fingerprint_of(digests: ByteArray) -> str:
+    """The fingerprint of the records with these digests (uint8 [n, 32]), in any order: 64 hex digits.
+
+    Repeated records count: a corpus with a record twice is another corpus than with it once.
+    """
+    total = hashlib.sha256(b"fedtune corpus 1")
+    for digest in sorted(row.tobytes() for row in digests):
+        total.update(digest)
+    return total.hexdigest()
+
+
+def _digest(parts: Iterable[str | None]) -> bytes:
+    """SHA-256 of one record. Each part carries its length, so that no two records can run together."""
+    record = hashlib.sha256()
+    for part in parts:
+        if part is None:
+            record.update(b"-")
+        else:
+            data = part.encode("utf-8", "surrogatepass")
+            record.update(b"%d:" % len(data))
+            record.update(data)
+    return record.digest()
+
+
+def _take(array: npt.NDArray[Any] | None, indices: Int64Array) -> Any:
+    return None if array is None else array[indices]
+
+
+def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
+    if units is None:
+        return np.arange(num_records, dtype=np.int64), num_records
+    names, codes = np.unique(units, return_inverse=True)
+    return codes.astype(np.int64), len(names)
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """One split of a data set, as text.
+
+    Fields: `name`, what the ledger calls this data; `texts` and, for sentence pairs, `pairs`, n each;
+    `labels` int64 [n], indices into the public `label_names`; `units` str [n], the person that each
+    record belongs to, and `sites` str [n], where the data names them; `notes`, what was decided while
+    loading and must not go unsaid (dropped records, a label set taken from the data).
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None
+    labels: Int64Array
+    label_names: tuple[str, ...]
+    units: StrArray | None = None
+    sites: StrArray | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("pairs", "labels", "units", "sites"):
+            column = getattr(self, field)
+            if column is not None and len(column) != len(self.texts):
+                raise ValueError(f"{field} has {len(column)} entries for {len(self.texts)} texts")
+
+    @property
+    def num_records(self) -> int:
+        return len(self.texts)
+
+    def subset(self, indices: npt.ArrayLike) -> Corpus:
+        """The records at `indices` (integers), in that order."""
+        rows = np.asarray(indices, dtype=np.int64)
+        return Corpus(
+            name=self.name,
+            texts=tuple(self.texts[i] for i in rows),
+            pairs=None if self.pairs is None else tuple(self.pairs[i] for i in rows),
+            labels=self.labels[rows],
+            label_names=self.label_names,
+            units=_take(self.units, rows),
+            sites=_take(self.sites, rows),
+            notes=self.notes,
+        )
+
+    @cached_property
+    def digests(self) -> ByteArray:
+        """SHA-256 of each record (text, pair, label name, unit, site): uint8 [n, 32], in record order.
+
+        A hash of a short text can be guessed back, so digests are as private as the texts.
+        """
+        joined = bytearray()
+        for i, text in enumerate(self.texts):
+            joined += _digest(
+                (
+                    text,
+                    None if self.pairs is None else self.pairs[i],
+                    self.label_names[self.labels[i]],
+                    None if self.units is None else str(self.units[i]),
+                    None if self.sites is None else str(self.sites[i]),
+                )
+            )
+        return np.frombuffer(bytes(joined), dtype=np.uint8).reshape(-1, 32)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted records: the content, not the order, nor the name of the data set."""
+        return fingerprint_of(self.digests)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """One split of a data set, as token ids: ragged, so nothing is padded before a batch is known.
+
+    Fields: `input_ids` int32 [t], special tokens included, each record cut to the public `max_length`
+    (may be memory-mapped and read-only); `offsets` int64 [n + 1], record i is
+    `input_ids[offsets[i]:offsets[i + 1]]`; `pad_id`, the tokenizer's padding token; `digests` uint8
+    [n, 32], private; the others as in `Corpus`. Segment ids are not kept: a pair's second text is
+    known to the encoder by the separator alone.
+    """
+
+    name: str
+    input_ids: Int32Array
+    offsets: Int64Array
+    labels: Int64Array
+    label_names: tuple[str, ...]
+    units: StrArray | None
+    sites: StrArray | None
+    digests: ByteArray
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.offsets) != len(self.labels) + 1 or self.offsets[-1] != len(self.input_ids):
+            raise ValueError(
+                f"offsets [{len(self.offsets)}] do not fit {len(self.labels)} records "
+                f"of {len(self.input_ids)} tokens"
+            )
+
+    @property
+    def num_records(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def lengths(self) -> Int64Array:
+        """Tokens of each record: int64 [n]."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As `Corpus.fingerprint`: of the text and its labels, whatever the tokenizer."""
+        return fingerprint_of(self.digests)
+
+    @cached_property
+    def _unit_codes(self) -> tuple[Int64Array, int]:
+        return _codes(self.units, self.num_records)
+
+    @property
+    def unit_index(self) -> Int64Array:
+        """The person of each record as a number in [0, num_units): int64 [n]. Without `units`, each
+        record is its own person. Numbers follow the sorted names of the persons."""
+        return self._unit_codes[0]
+
+    @property
+    def num_units(self) -> int:
+        """Persons in this data; private, unlike a Shard's declared size."""
+        return self._unit_codes[1]
+
+    def tokens(self, index: int) -> Int32Array:
+        """Token ids of one record: int32 [its length], a view."""
+        return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def subset(self, indices: npt.ArrayLike) -> TokenizedCorpus:
+        """The records at `indices` (integers), in that order; the tokens are copied."""
+        rows = np.asarray(indices, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        # Position of every kept token in the source: its record's start plus its place in the record.
+        source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenizedCorpus(
+            name=self.name,
+            input_ids=np.asarray(self.input_ids[source], dtype=np.int32),
+            offsets=offsets,
+            labels=self.labels[rows],
+            label_names=self.label_names,
+            units=_take(self.units, rows),
+            sites=_take(self.sites, rows),
+            digests=self.digests[rows],
+            pad_id=self.pad_id,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One node's private part of a corpus.
+
+    Fields: `node`, its name; `data`, private; `declared_size`, PUBLIC, in units of the plan (persons
+    for `unit=person`, else records): its owner declares it, because the expected batch size and delta
+    are computed from it and a size counted from the data would be a release (see `partition`);
+    `dataset` and `fingerprint`, by which the node's ledger knows this data; `record_index` int64 [n],
+    the row of each record in the train corpus it was cut from.
+
+    Guarantee: shards made together are disjoint in records, so a federation's epsilon is the
+    maximum over its nodes; for `unit=person` they are disjoint in persons too.
+    """
+
+    node: str
+    data: TokenizedCorpus
+    declared_size: int
+    fingerprint: str
+    dataset: str
+    record_index: Int64Array

@@ -1,0 +1,202 @@
+"""How a corpus becomes shards: `natural` (by site), `iid`, or `dirichlet` (uneven labels).
+
+The partitioners are Flower's (`flwr_datasets`); what they are given is a table of *persons*, not of
+records, because a person must not be on two nodes: then adding or removing that person would change
+two releases and no node's epsilon would hold for them. So persons are dealt out and their records
+follow. For `dirichlet` a person counts under the label that most of their records have (the lower
+label if equal). A corpus without a unit column has one person a record.
+
+Declared sizes. The expected batch size and delta are computed from a shard's size, and a size counted
+from private data is a release. So a size is *declared* by the shard's owner, publicly and beforehand,
+and need not be exact: the sampling rate, not the size, is what the accountant uses. A simulation has no
+owners to ask; it declares the true count rounded to two significant digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fedtune.config.schema import PartitionConfig
+from fedtune.data.corpus import Int64Array, Shard, TokenizedCorpus
+from fedtune.errors import PartitionError
+
+__all__ = ["DEFAULT_NODES", "make_shards", "round_size"]
+
+DEFAULT_NODES = 4  # where the data has no sites and federation.nodes is not set
+DIRICHLET_DRAWS = 20  # times Flower's own 10
+
+
+def make_shards(
+    train: TokenizedCorpus,
+    partition: PartitionConfig,
+    nodes: int | None,
+    seed: int,
+    unit: str = "record",
+) -> list[Shard]:
+    """Cuts `train` into one Shard a node.
+
+    Args: `nodes`, None for as many as there are sites (4 without sites); `seed` drives the deal and no
+    noise; `unit`, of privacy, in which sizes are declared: persons for 'person', else records.
+    Guarantee: every record is in exactly one shard; records of a person are in one shard (for `natural`,
+    where the data says who is where, this is checked if `unit` is 'person').
+    Raises `PartitionError` if there are fewer persons than nodes, if `natural` does not fit `nodes`, if a
+    person is at two sites, or if no draw leaves every node with data.
+    """
+    name = partition.name
+    if nodes is not None and nodes < 1:
+        raise PartitionError(f"federation.nodes is {nodes}; at least one node must hold data.")
+    if unit == "person" and train.units is None:
+        raise PartitionError(
+            f"privacy.unit=person needs to know whose record is whose, and {train.name!r} has no unit column."
+            " Name it in data.unit, or use privacy.unit=record."
+        )
+    if name == "natural" and train.sites is None:
+        warnings.warn(
+            f"{train.name!r} has no site column, so partition=natural deals the records out at random over "
+            f"{nodes or DEFAULT_NODES} nodes (as partition=iid). Name a column in data.site for real sites.",
+            stacklevel=2,
+        )
+        name = "iid"
+    if name == "natural":
+        parts = _natural(train, nodes, unit)
+    elif name in ("iid", "dirichlet"):
+        parts = _deal(train, name, partition.alpha, nodes, seed)
+    else:
+        raise PartitionError(f"There is no partition {name!r}; choose natural, iid or dirichlet.")
+    return [_shard(train, node, np.sort(rows), unit) for node, rows in parts]
+
+
+def round_size(count: int) -> int:
+    """`count` rounded to two significant digits (half up), at least 1."""
+    scale: int = 10 ** max(0, len(str(count)) - 2)
+    return max(1, (count + scale // 2) // scale * scale)
+
+
+def _shard(train: TokenizedCorpus, node: str, rows: Int64Array, unit: str) -> Shard:
+    data = train.subset(rows)
+    return Shard(
+        node=node,
+        data=data,
+        declared_size=round_size(data.num_units if unit == "person" else data.num_records),
+        fingerprint=data.fingerprint,
+        dataset=train.name,
+        record_index=rows,
+    )
+
+
+def _natural(train: TokenizedCorpus, nodes: int | None, unit: str) -> list[tuple[str, Int64Array]]:
+    assert train.sites is not None
+    num_sites = len(np.unique(train.sites))
+    if nodes is not None and nodes != num_sites:
+        raise PartitionError(
+            f"partition=natural gives {train.name!r} one node for each of its {num_sites} sites, and "
+            f"federation.nodes is {nodes}. Set federation.nodes=null, or use partition=iid or dirichlet."
+        )
+    if unit == "person":
+        pairs = np.unique(
+            np.stack([train.unit_index, np.unique(train.sites, return_inverse=True)[1]]), axis=1
+        )
+        split = pairs.shape[1] - train.num_units
+        if split:
+            raise PartitionError(
+                f"{split} of the {train.num_units} persons in {train.name!r} have records at more than one"
+                " site, so no node alone could keep a promise to them. Use partition=iid or dirichlet, which"
+                " keep a person together, or privacy.unit=record."
+            )
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    partitioner = NaturalIdPartitioner(partition_by="site")
+    with _quiet():
+        partitioner.dataset = _table(row=np.arange(train.num_records), site=train.sites)
+        return [
+            (str(partitioner.partition_id_to_natural_id[i]), _column(partitioner.load_partition(i), "row"))
+            for i in range(partitioner.num_partitions)
+        ]
+
+
+def _deal(
+    train: TokenizedCorpus, name: str, alpha: float, nodes: int | None, seed: int
+) -> list[tuple[str, Int64Array]]:
+    if nodes is None:
+        nodes = DEFAULT_NODES if train.sites is None else len(np.unique(train.sites))
+    persons = train.num_units
+    if nodes > persons:
+        what = "records" if train.units is None else "persons"
+        raise PartitionError(
+            f"federation.nodes is {nodes}, and the training part of {train.name!r} has only {persons} {what};"
+            f" every node needs at least one. Set federation.nodes to {persons} or less."
+        )
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    # Flower's iid partitioner cuts the table in its order, so the order must be random.
+    order = generator.permutation(persons)
+    if name == "iid":
+        from flwr_datasets.partitioner import IidPartitioner
+
+        partitioner: Any = IidPartitioner(num_partitions=nodes)
+        with _quiet():
+            partitioner.dataset = _table(person=order)
+            dealt = [_column(partitioner.load_partition(i), "person") for i in range(nodes)]
+    else:
+        dealt = _dirichlet(train, order, alpha, nodes, generator)
+    node_of_person = np.empty(persons, dtype=np.int64)
+    for node, members in enumerate(dealt):
+        node_of_person[members] = node
+    node_of_record = node_of_person[train.unit_index]
+    width = len(str(nodes - 1))
+    return [(f"node-{i:0{width}d}", np.flatnonzero(node_of_record == i)) for i in range(nodes)]
+
+
+def _dirichlet(
+    train: TokenizedCorpus, order: Int64Array, alpha: float, nodes: int, generator: np.random.Generator
+) -> list[Int64Array]:
+    from flwr_datasets.partitioner import DirichletPartitioner
+
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise PartitionError(f"partition.alpha is {alpha}; a Dirichlet concentration is a number above 0.")
+    counts = np.zeros((train.num_units, len(train.label_names)), dtype=np.int64)
+    np.add.at(counts, (train.unit_index, train.labels), 1)
+    label = counts.argmax(axis=1)
+    with _quiet():
+        table = _table(person=order, label=label[order])
+        # A small alpha often leaves some node with nothing; draw again, as Flower does ten times.
+        for _ in range(DIRICHLET_DRAWS):
+            partitioner = DirichletPartitioner(
+                num_partitions=nodes,
+                partition_by="label",
+                alpha=float(alpha),
+                min_partition_size=1,
+                seed=int(generator.integers(2**31)),
+            )
+            partitioner.dataset = table
+            try:
+                return [_column(partitioner.load_partition(i), "person") for i in range(nodes)]
+            except ValueError:
+                continue
+    raise PartitionError(
+        f"partition=dirichlet with partition.alpha={alpha} left one of {nodes} nodes without data in each of "
+        f"{DIRICHLET_DRAWS * 10} draws. Raise partition.alpha or lower federation.nodes."
+    )
+
+
+def _table(**columns: Any) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
+
+
+def _column(table: Any, name: str) -> Int64Array:
+    return np.array(table[name], dtype=np.int64)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Flower's partitioners draw a progress bar and warn at each new draw; neither helps anyone here."""
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,110 @@
+"""prepare: from a Config to tokenised, partitioned data, made once a process.
+
+All nodes of a simulation and every round ask for the same thing; the answer is kept, so 100 nodes share
+one copy of the text and each shard is cut once. What is kept is keyed by all that the answer depends
+on, the sizes and times of files included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.schema import Config
+from fedtune.data.corpus import Shard, TokenizedCorpus
+from fedtune.data.partition import make_shards
+from fedtune.data.sources import load_corpus
+from fedtune.data.tokenize import tokenize
+
+__all__ = ["PreparedData", "clear_cache", "prepare"]
+
+CACHE_SIZE = 4
+
+_cache: OrderedDict[str, PreparedData] = OrderedDict()
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedData:
+    """Everything a simulation needs to know about its data.
+
+    Fields: `train` and `test`, tokenised; `shards`, one a node, cut from `train`; `label_names`, public;
+    `public`, whether the data is declared public; `notes`, what was decided while loading and belongs
+    into the record.
+    """
+
+    train: TokenizedCorpus
+    test: TokenizedCorpus
+    shards: list[Shard]
+    label_names: tuple[str, ...]
+    public: bool
+    notes: tuple[str, ...]
+
+
+def prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
+    """Loads, splits, tokenises and partitions the data of `config`; warns of every note, once.
+
+    The same object is returned for equal settings: treat its arrays as read-only.
+    Raises as `load_corpus`, `tokenize` and `make_shards` do.
+    """
+    key = _key(config, tokenizer_id)
+    # One lock for all: two threads that need the same data should not both make it.
+    with _lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+        prepared = _prepare(config, tokenizer, tokenizer_id)
+        _cache[key] = prepared
+        while len(_cache) > CACHE_SIZE:
+            _cache.popitem(last=False)
+    for note in prepared.notes:
+        warnings.warn(note, stacklevel=2)
+    return prepared
+
+
+def clear_cache() -> None:
+    """Forgets all prepared data of this process."""
+    with _lock:
+        _cache.clear()
+
+
+def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
+    train, test = load_corpus(config.data, config.seed)
+    tokens = tokenize(train, tokenizer, tokenizer_id, config.data.max_length)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        shards = make_shards(
+            tokens, config.partition, config.federation.nodes, config.seed, config.privacy.unit
+        )
+    return PreparedData(
+        train=tokens,
+        test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length),
+        shards=shards,
+        label_names=train.label_names,
+        public=config.data.public or config.data.source == "opinions",
+        notes=tuple(
+            dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
+        ),
+    )
+
+
+def _key(config: Config, tokenizer_id: str) -> str:
+    parts: list[Any] = [
+        dataclasses.asdict(config.data),
+        dataclasses.asdict(config.partition),
+        config.federation.nodes,
+        config.seed,
+        config.privacy.unit,
+        tokenizer_id,
+    ]
+    if config.data.source == "files" and config.data.path:
+        root = Path(config.data.path).expanduser()
+        files = sorted(root.iterdir()) if root.is_dir() else [root] if root.exists() else []
+        parts.append([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+    return json.dumps(parts, sort_keys=True, default=str)

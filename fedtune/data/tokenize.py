@@ -1,0 +1,148 @@
+"""Corpus -> TokenizedCorpus, once: token ids are kept on disk and memory-mapped afterwards.
+
+One file for each (content in its order, tokenizer, max_length), in `cache_dir()/tokens`: a 1-D int32
+.npy of [format, records, CRC-32 of what follows, lengths..., token ids...]. One file, so that a rename
+puts it into place whole: several processes may tokenise the same corpus at once, and the last one wins
+with equal bytes. A file that does not hold what it should is rebuilt with a warning. A cache that
+cannot be written (read-only, full disk) costs time at the next start and nothing else, so that is a
+warning too, and the run goes on in memory.
+
+What it does not do: learn anything from the texts. The tokenizer is the encoder's own and `max_length`
+is a public setting; neither is ever derived from private data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus
+from fedtune.errors import DataError
+
+__all__ = ["tokenize"]
+
+FORMAT = 1
+HEADER = 3
+CHUNK = 4096  # texts handed to the tokenizer at once; bounds memory, not speed
+
+
+def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int) -> TokenizedCorpus:
+    """Token ids of every record, with special tokens, cut to `max_length` tokens.
+
+    Args: `tokenizer`, a (fast) Hugging Face tokenizer; `tokenizer_id`, a string that changes whenever
+    the tokenizer's output may; `max_length`, in tokens, special tokens included.
+    Raises `DataError` if `max_length` leaves no room for text or is more than the encoder has positions for.
+    """
+    special = int(tokenizer.num_special_tokens_to_add(pair=corpus.pairs is not None))
+    limit = int(getattr(tokenizer, "model_max_length", max_length) or max_length)
+    if not special < max_length <= limit:
+        raise DataError(
+            f"data.max_length is {max_length}; the tokenizer of {tokenizer_id!r} takes from {special + 1} "
+            f"to {limit} tokens, {special} of them special. Set data.max_length in that range."
+        )
+    path = _cache_path(corpus, tokenizer_id, max_length)
+    cached = _read(path, corpus.num_records)
+    if cached is None:
+        cached = _encode(corpus, tokenizer, max_length)
+        if _write(path, *cached):
+            # Mapped like in every later process, so that memory is the same however a run began.
+            cached = _read(path, corpus.num_records) or cached
+    lengths, input_ids = cached
+    offsets = np.zeros(corpus.num_records + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return TokenizedCorpus(
+        name=corpus.name,
+        input_ids=input_ids,
+        offsets=offsets,
+        labels=corpus.labels,
+        label_names=corpus.label_names,
+        units=corpus.units,
+        sites=corpus.sites,
+        digests=corpus.digests,
+        pad_id=int(getattr(tokenizer, "pad_token_id", 0) or 0),
+    )
+
+
+def _encode(corpus: Corpus, tokenizer: Any, max_length: int) -> tuple[Int32Array, Int32Array]:
+    lengths: list[int] = []
+    pieces: list[Int32Array] = []
+    for start in range(0, corpus.num_records, CHUNK):
+        stop = start + CHUNK
+        encoded = tokenizer(
+            list(corpus.texts[start:stop]),
+            None if corpus.pairs is None else list(corpus.pairs[start:stop]),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+        lengths += [len(ids) for ids in encoded]
+        pieces.append(np.fromiter((i for ids in encoded for i in ids), dtype=np.int32))
+    flat = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
+    return np.array(lengths, dtype=np.int32), flat
+
+
+def _cache_path(corpus: Corpus, tokenizer_id: str, max_length: int) -> Path:
+    from fedtune.config.paths import cache_dir
+
+    # Digests in record order: a fingerprint would not do, since equal content may lie in another order.
+    key = hashlib.sha256(corpus.digests.tobytes())
+    key.update(f"|{tokenizer_id}|{max_length}|{corpus.pairs is not None}".encode())
+    return cache_dir() / "tokens" / f"{key.hexdigest()[:40]}.npy"
+
+
+def _read(path: Path, num_records: int) -> tuple[Int32Array, Int32Array] | None:
+    """Lengths [n] and token ids [t], mapped; None (and a warning) if the file is not what it should be."""
+    if not path.exists():
+        return None
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        if stored.dtype != np.int32 or stored.ndim != 1 or len(stored) < HEADER or stored[0] != FORMAT:
+            raise ValueError("not a token file of this version")
+        lengths, input_ids = stored[HEADER : HEADER + num_records], stored[HEADER + num_records :]
+        if stored[1] != num_records or lengths.sum(dtype=np.int64) != len(input_ids):
+            raise ValueError(
+                f"{stored[1]} records and {len(input_ids)} tokens do not fit {num_records} records"
+            )
+        if stored[2] != _checksum(stored[HEADER:]):
+            raise ValueError("checksum differs")
+    except (OSError, ValueError, EOFError) as error:
+        warnings.warn(f"The token cache {path} is unusable ({error}); it is built anew.", stacklevel=3)
+        return None
+    return lengths, input_ids
+
+
+def _checksum(array: Int32Array) -> int:
+    return int(np.uint32(zlib.crc32(np.ascontiguousarray(array).tobytes())).astype(np.int32))
+
+
+def _write(path: Path, lengths: Int32Array, input_ids: Int32Array) -> bool:
+    body = np.concatenate([lengths, input_ids])
+    header = np.array([FORMAT, len(lengths), _checksum(body)], dtype=np.int32)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Readable by its owner only, as mkstemp makes it: token ids are as private as texts.
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            np.save(file, np.concatenate([header, body]), allow_pickle=False)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        warnings.warn(
+            f"The token cache {path} cannot be written ({error}); the run goes on, and the next one "
+            "tokenises again. Free some space, or let FEDTUNE_HOME name a folder that can be written.",
+            stacklevel=3,
+        )
+        return False
+    return True
