@@ -1,0 +1,323 @@
+"""From events to epsilon: privacy loss distributions, with Renyi DP beside them.
+
+An event says what was done (`dp_accounting.DpEvent`: a Poisson-sampled Gaussian, so many times); this
+module says what it costs. Epsilon comes from the privacy loss distribution of the composed event
+(Koskela et al. 2020; Doroshenko et al. 2022), and everything that is approximate is rounded to the safe
+side: losses are discretized pessimistically, truncated mass counts as infinite loss, and what the FFT may
+have rounded away is taken off delta before epsilon is read. So a result is an upper bound for the event,
+never an estimate. The grid starts coarse and is refined until that changes the result by less than
+about 0.05 percent; a typical DP-SGD run (rate 0.05, 60 steps) takes a tenth of a second.
+
+Adjacency is add-or-remove one unit, unless a term says `replace`: such a term comes from a release whose
+unit is coarser than the one that is asked about (see `fedtune.privacy.ledger`).
+
+What it does not do: it knows nothing of how the noise was made, and does not account the rounding of
+floating-point arithmetic in training.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedtune.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+__all__ = [
+    "Conversions",
+    "Term",
+    "compose_terms",
+    "conversions",
+    "delta_of",
+    "epsilon_of",
+    "epsilon_of_terms",
+    "epsilon_on_grid",
+    "epsilon_rdp",
+    "epsilon_rdp_of_terms",
+    "terms_of",
+]
+
+_TOLERANCE = 5e-4  # relative width of the discretization error at which refining stops
+_MAX_POINTS = 150_000  # of one step's privacy loss distribution
+
+
+class Term(NamedTuple):
+    """One Poisson-sampled Gaussian step.
+
+    `sample_rate`: probability that a unit takes part (1.0: always). `noise_multiplier`: standard
+    deviation over L2 sensitivity. `replace`: the unit is replaced by another, not added or removed.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    replace: bool = False
+
+
+Terms = tuple[tuple[Term, int], ...]
+
+
+def terms_of(event: DpEvent) -> dict[Term, int] | None:
+    """The steps of `event` with their counts, or None if it contains one without any privacy.
+
+    Raises `PrivacyError` on an event that is neither Gaussian nor Poisson-sampled Gaussian, nor composed
+    of such: an event that is not understood must not be counted as free.
+    """
+    import dp_accounting as dp
+
+    terms: dict[Term, int] = {}
+    stack: list[tuple[Any, int]] = [(event, 1)]
+    while stack:
+        current, count = stack.pop()
+        rate = 1.0
+        if isinstance(current, dp.NoOpDpEvent) or count == 0:
+            continue
+        if isinstance(current, dp.NonPrivateDpEvent):
+            return None
+        if isinstance(current, dp.SelfComposedDpEvent):
+            stack.append((current.event, count * current.count))
+            continue
+        if isinstance(current, dp.ComposedDpEvent):
+            stack.extend((part, count) for part in current.events)
+            continue
+        if isinstance(current, dp.PoissonSampledDpEvent):
+            rate = float(current.sampling_probability)
+            current = current.event
+        if not isinstance(current, dp.GaussianDpEvent):
+            raise PrivacyError(
+                f"The accountant cannot bound {type(current).__name__}: it knows Gaussian and Poisson-sampled "
+                "Gaussian steps and what is composed of them. Nothing was charged."
+            )
+        sigma = float(current.noise_multiplier)
+        if rate == 0.0:
+            continue
+        if sigma == 0.0:
+            return None
+        if not (0.0 < rate <= 1.0 and 0.0 < sigma < math.inf):
+            raise PrivacyError(
+                f"An event has sample_rate {rate} and noise_multiplier {sigma}; the rate must lie in (0, 1] "
+                "and the noise be finite and above 0."
+            )
+        term = Term(rate, sigma)
+        terms[term] = terms.get(term, 0) + count
+    return terms
+
+
+def compose_terms(*parts: Mapping[Term, int] | None) -> dict[Term, int] | None:
+    """All of `parts` together; None (no privacy) as soon as one of them is None."""
+    total: dict[Term, int] = {}
+    for part in parts:
+        if part is None:
+            return None
+        for term, count in part.items():
+            total[term] = total.get(term, 0) + count
+    return total
+
+
+def epsilon_of(event: DpEvent, delta: float) -> float:
+    """Upper bound on epsilon of `event` at `delta`; `math.inf` if it has no privacy.
+
+    Raises `PrivacyError` if `delta` is not in (0, 1) or the event is not understood.
+    """
+    return epsilon_of_terms(terms_of(event), delta)
+
+
+def epsilon_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
+    """As `epsilon_of`, for steps that are already counted. Cached in memory: it is a pure function."""
+    _check_delta(delta)
+    if terms is None:
+        return math.inf
+    return _epsilon(_key(terms), float(delta))
+
+
+def delta_of(event: DpEvent, epsilon: float) -> float:
+    """Upper bound on delta of `event` at `epsilon` (at least 0); 1.0 if it has no privacy."""
+    if math.isnan(epsilon) or epsilon < 0.0:
+        raise PrivacyError(f"epsilon must be 0 or more, not {epsilon}.")
+    terms = terms_of(event)
+    if terms is None:
+        return 1.0
+    key = _key(terms)
+    if not key:
+        return 0.0
+    scale = max(_scale_guess(key, 1e-5), 1e-3)
+    loss = _composed(key, scale / 5000.0)
+    slack = _fft_slack(key, loss)
+    return float(min(1.0, loss.get_delta_for_epsilon(epsilon) + slack))
+
+
+def epsilon_rdp(event: DpEvent, delta: float) -> float:
+    """Upper bound on epsilon from Renyi DP (Mironov 2017; Mironov et al. 2019): looser, independent code."""
+    return epsilon_rdp_of_terms(terms_of(event), delta)
+
+
+def epsilon_rdp_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
+    """As `epsilon_rdp`, for steps that are already counted."""
+    _check_delta(delta)
+    if terms is None:
+        return math.inf
+    return _epsilon_rdp(_key(terms), float(delta))
+
+
+@dataclass(frozen=True)
+class Conversions:
+    """The same guarantee in two other currencies, each with how it is meant.
+
+    `rho`: zero-concentrated DP (Bun and Steinke 2016). Exact for Gaussian steps without sampling;
+    otherwise an upper bound that does not count sampling (zCDP has none). `mu`: Gaussian DP (Dong, Roth
+    and Su 2022). Exact without sampling; otherwise the central limit theorem's value (Bu et al. 2020),
+    an approximation that can be below the truth and is no guarantee. Both are infinite without noise.
+    """
+
+    rho: float
+    rho_is: str
+    mu: float
+    mu_is: str
+
+
+def conversions(terms: Mapping[Term, int] | None) -> Conversions:
+    """zCDP and Gaussian DP parameters of composed steps."""
+    if terms is None:
+        return Conversions(math.inf, "exact", math.inf, "exact")
+    key = _key(terms)
+    sampled = any(term.sample_rate < 1.0 for term, _ in key)
+    # A replaced unit moves the sum by up to twice the clipping norm.
+    rho = sum(count * (4.0 if t.replace else 1.0) / (2.0 * t.noise_multiplier**2) for t, count in key)
+    return Conversions(
+        rho=rho,
+        rho_is="upper bound, sampling not counted" if sampled else "exact",
+        mu=math.sqrt(_squared_mu(key)),
+        mu_is="central limit approximation, not a bound" if sampled else "exact",
+    )
+
+
+def _check_delta(delta: float) -> None:
+    if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0.0 < delta < 1.0:
+        raise PrivacyError(f"delta must lie strictly between 0 and 1, not {delta}.")
+
+
+def _key(terms: Mapping[Term, int]) -> Terms:
+    return tuple(sorted((Term(*term), int(count)) for term, count in terms.items() if count))
+
+
+def _squared_mu(key: Terms) -> float:
+    """Square of the Gaussian DP parameter in the central limit; exact where nothing is sampled."""
+    total = 0.0
+    for term, count in key:
+        inverse = (4.0 if term.replace else 1.0) / term.noise_multiplier**2
+        if term.sample_rate == 1.0:
+            total += count * inverse
+        else:
+            total += count * term.sample_rate**2 * math.expm1(min(inverse, 500.0))
+    return total
+
+
+def _scale_guess(key: Terms, delta: float) -> float:
+    """A rough epsilon, for choosing the grid only: any value gives a valid, if slower or looser, bound."""
+    mu = math.sqrt(_squared_mu(key))
+    guess = mu * math.sqrt(2.0 * math.log(1.0 / delta)) + mu * mu / 2.0
+    unsampled = sum(c * (4.0 if t.replace else 1.0) / (2.0 * t.noise_multiplier**2) for t, c in key)
+    limit = unsampled + 2.0 * math.sqrt(unsampled * math.log(1.0 / delta))
+    return min(guess, limit)
+
+
+def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) -> float:
+    """Upper bound on epsilon with losses rounded up to multiples of `interval`: looser and faster than
+    `epsilon_of_terms`, and smooth in the noise. For searching; `math.inf` where the grid says nothing."""
+    key = _key(terms)
+    if not key:
+        return 0.0
+    loss = _composed(key, interval)
+    slack = _fft_slack(key, loss)
+    return (
+        float(loss.get_epsilon_for_delta(delta - slack)) if slack < delta / 2.0 else _epsilon_rdp(key, delta)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(key: Terms, delta: float) -> float:
+    if not key:
+        return 0.0
+    interval = min(max(_scale_guess(key, delta) / 300.0, 1e-7), 1.0)
+    best, previous = math.inf, math.inf
+    for _ in range(7):
+        loss = _composed(key, interval)
+        slack = _fft_slack(key, loss)
+        # Where rounding could matter as much as delta itself, this accountant has nothing to say.
+        if slack >= delta / 2.0:
+            break
+        current = float(loss.get_epsilon_for_delta(delta - slack))
+        best = min(best, current)  # every grid gives an upper bound
+        # The error falls with the square of the interval: a quarter of it leaves a fifteenth of the change.
+        if current == 0.0 or previous - current < 15.0 * _TOLERANCE * current:
+            break
+        if 4 * max(_single(term, interval)._pmf_remove.size for term, _ in key) > _MAX_POINTS:
+            break
+        previous, interval = current, interval / 4.0
+    return best if math.isfinite(best) else _epsilon_rdp(key, delta)
+
+
+def _fft_slack(key: Terms, loss: Any) -> float:
+    """What rounding in the FFTs may have moved, as probability: generous, and far below any useful delta."""
+    steps = sum(count for _, count in key)
+    return 2.0**-52 * (steps + 10.0) * math.sqrt(loss._pmf_remove.size)
+
+
+@lru_cache(maxsize=32)
+def _single(term: Term, interval: float) -> Any:
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import privacy_loss_distribution
+
+    relation = NeighboringRelation.REPLACE_ONE if term.replace else NeighboringRelation.ADD_OR_REMOVE_ONE
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        standard_deviation=term.noise_multiplier,
+        sampling_prob=term.sample_rate,
+        value_discretization_interval=interval,
+        pessimistic_estimate=True,
+        neighboring_relation=relation,
+    )
+
+
+def _composed(key: Terms, interval: float) -> Any:
+    total: Any = None
+    for term, count in key:
+        part = _single(term, interval)
+        if count > 1:
+            part = part.self_compose(count)
+        total = part if total is None else total.compose(part)
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _epsilon_rdp(key: Terms, delta: float) -> float:
+    if not key:
+        return 0.0
+    import dp_accounting as dp
+    from dp_accounting.rdp import RdpAccountant
+
+    accountant = RdpAccountant()
+    logger = logging.getLogger("absl")
+    level = logger.level
+    # It drops fractional orders whose series does not converge, which only loosens the bound, and says so
+    # once for each of them.
+    logger.setLevel(logging.ERROR)
+    try:
+        for term, count in key:
+            # Renyi DP of the sampled Gaussian is known for add-or-remove; a replacement is bounded here
+            # without amplification, by twice the sensitivity.
+            event: Any
+            if term.replace:
+                event = dp.GaussianDpEvent(term.noise_multiplier / 2.0)
+            elif term.sample_rate == 1.0:
+                event = dp.GaussianDpEvent(term.noise_multiplier)
+            else:
+                event = dp.PoissonSampledDpEvent(term.sample_rate, dp.GaussianDpEvent(term.noise_multiplier))
+            accountant.compose(event, count)
+        return float(accountant.get_epsilon(delta))
+    finally:
+        logger.setLevel(level)

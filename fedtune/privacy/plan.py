@@ -1,0 +1,553 @@
+"""One frozen object from which sampler, clipping, noise, averaging, weights and the accounted event come.
+
+Frameworks of this kind lose their guarantee where two settings that must agree can be set apart: a
+sampler here and a sampling rate in the accountant there, a clipping norm here and a sensitivity there.
+A `PrivacyPlan` has each number once, and every part of a release asks the plan: `sample` draws the units,
+`clip_factors` bounds them, `noise` covers them, `average` divides by a public constant, and `event` says
+to the accountant what exactly these four did.
+
+One *release* is what one node publishes in one round. By trust model:
+
+- `local`: `local_steps` steps of DP-SGD (Abadi et al. 2016; Poisson sampling as in Mironov et al. 2019),
+  full noise in each, so that what leaves the node is already private.
+- `distributed`: one step of DP-SGD over the union of all shards. Each node adds
+  `noise_share_multiplier` times the clipping norm; under secure aggregation only the sum is seen, and
+  its noise is sufficient as long as at most `max_dropouts` nodes are missing and at most `max_colluders`
+  give their noise away. Accounted as the continuous Gaussian; `fedtune.privacy.discrete` says how
+  far the discrete one is from it.
+- `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
+  2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
+  network, sees who takes part.
+- `none`: the same code path without noise; epsilon is infinite.
+
+Amplification by sampling is claimed only for units drawn in secret on a node. Adding or removing one unit
+changes a sum of clipped units by at most `max_grad_norm`, and the event is for that adjacency. What the
+plan does not do: bound the records of a person (`records_per_unit` is applied where persons are formed),
+or keep books (`fedtune.privacy.ledger`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.config.schema import Config
+from fedtune.errors import CalibrationError, PrivacyError
+from fedtune.privacy.accounting import Term
+from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+__all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "make_plan"]
+
+TRUSTS = ("local", "distributed", "central", "none")
+UNITS = ("record", "person", "client")
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What is promised, and everything that keeps the promise. See the module's docstring.
+
+    All fields are public settings; what is private comes into the methods as arguments. Construction
+    validates every field and raises `PrivacyError` naming the first that has no meaning.
+    """
+
+    trust: str  # local | distributed | central | none
+    unit: str  # record | person | client
+    sample_rate: float  # probability that a unit is in a step's batch
+    local_steps: int  # noised steps a release; 1 for distributed and central
+    num_rounds: int  # releases that a node agrees to, at most (resumed and retried ones included)
+    noise_multiplier: float  # standard deviation of the accounted noise over max_grad_norm
+    max_grad_norm: float  # L2 norm of one unit's contribution; infinite only without privacy
+    declared_size: int  # units, public: of the node's shard (local), of all shards (distributed), clients
+    delta: float  # 0.0 without privacy
+    records_per_unit: int = 1  # at most this many records of a person a step; 1 for unit=record
+    target_epsilon: float | None = None  # what the noise was calibrated to, if it was
+    reproducible_noise: bool = False  # simulation only: whoever knows `seed` knows the noise
+    seed: int = 0  # drives sampling and noise only if trust is none or reproducible_noise is true
+    weighting: str = "uniform"  # uniform | declared: how updates are averaged (local and none)
+    nodes: int = 1  # distributed: nodes that share the noise; central: clients; else informative
+    max_dropouts: int = 0  # distributed: nodes that may be missing from a sum
+    max_colluders: int = 0  # distributed: nodes that may tell the server their noise
+    cohort_size: int = 1  # central: updates in one aggregation
+    training_sample_rate: float = 1.0  # central: record rate of the (not noised) steps on a client
+    training_steps: int = 1  # central: steps on a client between two aggregations
+    adaptive_clipping: bool = False  # central: the norm follows a private quantile
+    clip_quantile: float = 0.5  # central: which quantile
+    quantile_noise: float = 0.0  # central: standard deviation of the noise on the count of unclipped
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    # --- what the plan says -------------------------------------------------------------------------
+
+    def is_private(self) -> bool:
+        """False exactly where there is no noise (trust `none`)."""
+        return self.trust != "none"
+
+    def expected_batch_size(self) -> float:
+        """Units that a step draws in expectation: a public constant, the divisor of every average."""
+        if self.trust == "central":
+            return float(self.cohort_size)
+        return self.sample_rate * self.declared_size
+
+    def steps(self, releases: int | None = None) -> int:
+        """Accounted steps in `releases` releases (default: `num_rounds`)."""
+        return self.local_steps * (self.num_rounds if releases is None else releases)
+
+    def terms(self, releases: int) -> dict[Term, int] | None:
+        """`event` in the accountant's own form: steps with counts; None without privacy."""
+        if isinstance(releases, bool) or releases < 0:
+            raise PrivacyError(f"releases must be 0 or more, not {releases!r}.")
+        if releases == 0:
+            return {}
+        if not self.is_private():
+            return None
+        # Clients are seen to take part, so for them the accountant is told of no sampling.
+        rate = 1.0 if self.trust == "central" else self.sample_rate
+        return {Term(rate, self.noise_multiplier): self.steps(releases)}
+
+    def event(self, releases: int) -> DpEvent:
+        """What `releases` releases of this plan cost one unit, for the accountant."""
+        import dp_accounting as dp
+
+        terms = self.terms(releases)
+        if terms is None:
+            return dp.NonPrivateDpEvent()
+        parts = []
+        for term, count in terms.items():
+            step: DpEvent = dp.GaussianDpEvent(term.noise_multiplier)
+            if term.sample_rate < 1.0:
+                step = dp.PoissonSampledDpEvent(term.sample_rate, step)
+            parts.append(dp.SelfComposedDpEvent(step, count))
+        return parts[0] if len(parts) == 1 else dp.ComposedDpEvent(parts)
+
+    def epsilon(self, releases: int | None = None) -> float:
+        """Upper bound on epsilon of `releases` releases (default: `num_rounds`) at the plan's delta."""
+        from fedtune.privacy.accounting import epsilon_of_terms
+
+        terms = self.terms(self.num_rounds if releases is None else releases)
+        return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
+
+    # --- what the plan does -------------------------------------------------------------------------
+
+    def entropy(self, node: str, round: int, attempt: int) -> Entropy:
+        """Randomness of one release: the operating system's, except where nothing is promised.
+
+        A resumed or repeated round never repeats noise: system entropy has no state to repeat, and the
+        reproducible kind is keyed by `attempt`.
+        """
+        if self.is_private() and not self.reproducible_noise:
+            return Entropy.system()
+        return Entropy.reproducible(self.seed, node, round, attempt)
+
+    def sample(self, num_units: int, entropy: Entropy) -> IntArray:
+        """Poisson sample: each of `num_units` units with probability `sample_rate`, independently.
+
+        Returns the indices drawn, int64 [m]; m may be 0, and the step is taken all the same.
+        """
+        return np.flatnonzero(entropy.bernoulli(num_units, self.sample_rate)).astype(np.int64)
+
+    def clip_factors(self, norms: npt.ArrayLike) -> FloatArray:
+        """Factors [m] that scale contributions of L2 norm `norms` [m] to at most `max_grad_norm`.
+
+        min(1, C / norm); 1 for a norm of 0; 0 for a norm that is not finite: a contribution that cannot
+        be measured contributes nothing. (The caller must then replace NaN by 0, for 0 times NaN is NaN.)
+        """
+        values = np.asarray(norms, dtype=np.float64)
+        finite = np.isfinite(values)
+        safe = np.where(finite & (values > 0.0), values, 1.0)
+        if math.isinf(self.max_grad_norm):
+            return np.where(finite, 1.0, 0.0)
+        factors = np.minimum(1.0, self.max_grad_norm / safe)
+        return np.where(finite, np.where(values > 0.0, factors, 1.0), 0.0)
+
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on one whole sum (0.0 without privacy)."""
+        return self.update_noise_multiplier() * self.max_grad_norm if self.is_private() else 0.0
+
+    def noise(self, size: int, entropy: Entropy) -> FloatArray:
+        """Noise of one whole sum, float64 [size]; zeros without privacy.
+
+        For `distributed` this is what all nodes together add; one node adds `noise_share_std`.
+        """
+        return entropy.gaussian(size, self.noise_std())
+
+    def average(self, noised_sum: npt.ArrayLike) -> FloatArray:
+        """`noised_sum` over the expected batch size, rounded to a grid far below the noise.
+
+        The size of a Poisson batch depends on who was drawn, so dividing by it would release it.
+        """
+        values = np.asarray(noised_sum, dtype=np.float64)
+        size = self.expected_batch_size()
+        return on_grid(values, self.noise_std()) / size
+
+    def aggregation_weights(
+        self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None = None
+    ) -> FloatArray:
+        """Weights [len(nodes)] with which the server averages the updates of `nodes`.
+
+        Uniform, or by declared public sizes; never by what a node counted. Where the sum carries the
+        noise (central, distributed) each update counts 1 / `cohort_size` whoever came, because noise and
+        sensitivity were fixed before; elsewhere the weights sum to 1.
+        """
+        count = len(nodes)
+        if count == 0:
+            return np.zeros(0, dtype=np.float64)
+        if self.trust == "central":
+            return np.full(count, 1.0 / self.cohort_size)
+        if self.trust == "distributed":
+            return np.ones(count, dtype=np.float64)
+        if self.weighting == "uniform":
+            return np.full(count, 1.0 / count)
+        missing = [name for name in nodes if name not in (declared_sizes or {})]
+        if declared_sizes is None or missing:
+            raise PrivacyError(
+                f"federation.weighting=declared needs the declared size of every node; missing: "
+                f"{', '.join(missing)}. Give them, or use federation.weighting=uniform."
+            )
+        sizes = np.array(
+            [_whole(declared_sizes[n], f"declared size of {n}") for n in nodes], dtype=np.float64
+        )
+        return np.asarray(sizes / sizes.sum(), dtype=np.float64)
+
+    # --- distributed --------------------------------------------------------------------------------
+
+    def noise_share_multiplier(self) -> float:
+        """Standard deviation, over `max_grad_norm`, of the noise that one node adds (distributed).
+
+        Variance sigma^2 / (nodes - max_dropouts - max_colluders): that many honest shares at least are in
+        every sum that is accepted, and they alone meet the plan.
+        """
+        honest = self.nodes - self.max_dropouts - self.max_colluders
+        return self.noise_multiplier / math.sqrt(honest)
+
+    def noise_share_std(self) -> float:
+        """Standard deviation of one node's noise, in units of the sum (distributed)."""
+        return self.noise_share_multiplier() * self.max_grad_norm if self.is_private() else 0.0
+
+    # --- central ------------------------------------------------------------------------------------
+
+    def update_noise_multiplier(self) -> float:
+        """Noise on the updates, over `max_grad_norm`: more than is accounted where a quantile is paid too.
+
+        The count of unclipped updates, shifted to +-1/2, has sensitivity 1/2. Releasing it with noise
+        `quantile_noise` and the updates with (z^-2 - (2 quantile_noise)^-2)^(-1/2) costs exactly one Gaussian
+        of noise multiplier z (Andrew et al. 2021, Theorem 1).
+        """
+        if not self.adaptive_clipping:
+            return self.noise_multiplier
+        return (self.noise_multiplier**-2 - (2.0 * self.quantile_noise) ** -2) ** -0.5
+
+    def adapt_clip(self, norms: npt.ArrayLike, entropy: Entropy, learning_rate: float = 0.2) -> PrivacyPlan:
+        """The plan of the next round, its norm moved towards the private quantile of `norms` [m].
+
+        Draws the count's noise itself, so the norm cannot adapt for free. With `adaptive_clipping` off
+        the plan comes back as it is. The cost is in `event` already.
+        """
+        if not self.adaptive_clipping:
+            return self
+        values = np.asarray(norms, dtype=np.float64)
+        shifted = float(np.sum(np.where(values <= self.max_grad_norm, 0.5, -0.5)))
+        noised = shifted + float(entropy.gaussian(1, self.quantile_noise)[0])
+        fraction = min(max(noised / self.cohort_size + 0.5, 0.0), 1.0)
+        norm = self.max_grad_norm * math.exp(-learning_rate * (fraction - self.clip_quantile))
+        return dataclasses.replace(self, max_grad_norm=norm)
+
+    # --- on a node ----------------------------------------------------------------------------------
+
+    def for_shard(self, declared_size: int) -> PrivacyPlan:
+        """The plan with which a node of `declared_size` units (public) trains.
+
+        For `local` and `none` its own size is the divisor. For `distributed` the union stays: all nodes
+        divide by one constant. Raises `PrivacyError` if delta is no delta for a shard of that size.
+        """
+        if self.trust in ("distributed", "central"):
+            _whole(declared_size, "declared_size")
+            return self
+        return dataclasses.replace(self, declared_size=declared_size)
+
+    def training_plan(self, declared_size: int) -> PrivacyPlan:
+        """What the steps on one node obey: this plan itself, except under a trusted server.
+
+        For `central` the node trains without clipping or noise, and the server does both afterwards;
+        the plan that comes back says so (trust `none`).
+        """
+        if self.trust != "central":
+            return self.for_shard(declared_size)
+        return PrivacyPlan(
+            trust="none",
+            unit="record",
+            sample_rate=self.training_sample_rate,
+            local_steps=self.training_steps,
+            num_rounds=self.num_rounds,
+            noise_multiplier=0.0,
+            max_grad_norm=math.inf,
+            declared_size=declared_size,
+            delta=0.0,
+            seed=self.seed,
+        )
+
+    # --- as text ------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite norm is null."""
+        values = dataclasses.asdict(self)
+        if math.isinf(self.max_grad_norm):
+            values["max_grad_norm"] = None
+        return {"version": _VERSION, **values}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PrivacyPlan:
+        """Reads what `to_json` wrote. Raises `PrivacyError` on another version, missing or unknown keys, and
+        on any value that the plan itself refuses."""
+        if not isinstance(values, Mapping):
+            raise PrivacyError(f"A privacy plan is a JSON object, not {type(values).__name__}.")
+        given = dict(values)
+        version = given.pop("version", None)
+        if version != _VERSION or isinstance(version, bool):
+            raise PrivacyError(f"A privacy plan of version {version!r} cannot be read; this is {_VERSION}.")
+        names = {field.name for field in dataclasses.fields(cls)}
+        wrong = sorted(set(given) ^ names)
+        if wrong:
+            raise PrivacyError(f"A privacy plan has missing or unknown keys: {', '.join(map(str, wrong))}.")
+        if given["max_grad_norm"] is None:
+            given["max_grad_norm"] = math.inf
+        return cls(**given)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise PrivacyError(f"{name} must be a number, not {value!r}.")
+    return float(value)
+
+
+def _whole(value: Any, name: str, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return value
+
+
+def _rate(value: Any, name: str) -> None:
+    if not 0.0 < _number(value, name) <= 1.0:
+        raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.")
+
+
+def _validate(plan: PrivacyPlan) -> None:
+    if plan.trust not in TRUSTS:
+        raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {plan.trust!r}.")
+    if plan.unit not in UNITS:
+        raise PrivacyError(f"privacy.unit must be one of {', '.join(UNITS)}, not {plan.unit!r}.")
+    if plan.weighting not in ("uniform", "declared"):
+        raise PrivacyError(f"federation.weighting must be uniform or declared, not {plan.weighting!r}.")
+    for name in ("reproducible_noise", "adaptive_clipping"):
+        if not isinstance(getattr(plan, name), bool):
+            raise PrivacyError(f"privacy.{name} must be true or false, not {getattr(plan, name)!r}.")
+    _rate(plan.sample_rate, "train.sample_rate")
+    _rate(plan.training_sample_rate, "train.sample_rate")
+    for name in (
+        "local_steps", "num_rounds", "declared_size", "records_per_unit", "nodes", "cohort_size",
+        "training_steps",
+    ):  # fmt: skip
+        _whole(getattr(plan, name), name)
+    for name in ("max_dropouts", "max_colluders"):
+        _whole(getattr(plan, name), f"privacy.{name}", 0)
+    if isinstance(plan.seed, bool) or not isinstance(plan.seed, int):
+        raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.")
+    noise = _number(plan.noise_multiplier, "privacy.noise_multiplier")
+    norm = _number(plan.max_grad_norm, "privacy.max_grad_norm")
+    delta = _number(plan.delta, "privacy.delta")
+    if norm <= 0.0:
+        raise PrivacyError(f"privacy.max_grad_norm must be above 0, not {norm}.")
+    if plan.target_epsilon is not None:
+        target = _number(plan.target_epsilon, "privacy.epsilon")
+        if not 0.0 < target < math.inf:
+            raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
+    if plan.trust == "none":
+        if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
+            raise PrivacyError(
+                "privacy.trust=none has no noise, no delta and no epsilon; a noise multiplier of "
+                f"{noise}, delta {delta} or epsilon {plan.target_epsilon} promises what nothing keeps."
+            )
+        return
+    if not 0.0 < noise < math.inf:
+        raise PrivacyError(
+            f"privacy.noise_multiplier must be finite and above 0, not {noise}. For a run without noise, say "
+            "so: privacy.trust=none."
+        )
+    if math.isinf(norm):
+        raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
+    _check_delta(delta, plan.declared_size, plan.unit)
+    if (plan.trust == "central") != (plan.unit == "client"):
+        raise PrivacyError(
+            f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped and "
+            "noised only by a trusted server (trust=central, unit=client), and it protects clients, not single "
+            "records or persons. For those use trust=local or distributed."
+        )
+    if plan.trust in ("distributed", "central") and plan.local_steps != 1:
+        raise PrivacyError(
+            f"privacy.trust={plan.trust} noises once a round; local_steps is {plan.local_steps}."
+        )
+    if plan.trust in ("distributed", "central") and plan.weighting != "uniform":
+        raise PrivacyError(
+            f"federation.weighting=declared does not fit privacy.trust={plan.trust}: the noise was sized for "
+            "equal weights. Use federation.weighting=uniform."
+        )
+    if plan.trust == "distributed" and plan.max_dropouts + plan.max_colluders >= plan.nodes:
+        raise PrivacyError(
+            f"With {plan.nodes} nodes, privacy.max_dropouts={plan.max_dropouts} and privacy.max_colluders="
+            f"{plan.max_colluders} leave no honest node to add noise; their sum must be below {plan.nodes}."
+        )
+    if plan.trust == "central" and plan.cohort_size > plan.declared_size:
+        raise PrivacyError(
+            f"federation.cohort_size={plan.cohort_size} is more than the {plan.declared_size} clients there are."
+        )
+    _validate_adaptive(plan)
+
+
+def _validate_adaptive(plan: PrivacyPlan) -> None:
+    quantile = _number(plan.clip_quantile, "privacy.clip_quantile")
+    if not 0.0 < quantile < 1.0:
+        raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
+    spread = _number(plan.quantile_noise, "quantile_noise")
+    if not plan.adaptive_clipping:
+        return
+    if plan.trust != "central":
+        raise PrivacyError("privacy.adaptive_clipping works with privacy.trust=central only.")
+    if not plan.noise_multiplier < 2.0 * spread < math.inf:
+        raise PrivacyError(
+            f"Adaptive clipping spends part of the noise multiplier {plan.noise_multiplier:g} on its quantile, and "
+            f"noise of {spread:g} on the count leaves nothing: it must be above {plan.noise_multiplier / 2:g}."
+        )
+
+
+def _check_delta(delta: float, size: int, unit: str) -> None:
+    if not 0.0 < delta < 1.0:
+        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
+    if delta >= 1.0 / size:
+        hint = (
+            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few clients can "
+            "hardly hide one another: for data like these unit=record or person with trust=local or distributed "
+            "is the stronger choice."
+            if unit == "client"
+            else ""
+        )
+        raise PrivacyError(
+            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as declared: "
+            "it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or leave it out."
+            + hint
+        )
+
+
+def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
+    """The plan of a run, its noise calibrated before any data is read.
+
+    Args: `config`, complete; `declared_sizes`, the public size of each node's shard in units of
+    `privacy.unit` (records or persons; for unit=client only their number counts). Default delta is
+    1 / (2n), where n is the size of the largest shard (local), of all shards together (distributed) or
+    the number of clients (central), so that delta is below 1/n for every shard. For `local` the plan
+    holds the largest size; each node takes its own with `for_shard`. Raises `PrivacyError` or
+    `CalibrationError`, naming the setting.
+    """
+    privacy, train, federation = config.privacy, config.train, config.federation
+    if not declared_sizes:
+        raise PrivacyError("A plan needs the declared size of at least one node.")
+    sizes = [
+        _whole(int(s) if isinstance(s, np.integer) else s, "declared size of a node") for s in declared_sizes
+    ]
+    if privacy.trust not in TRUSTS:
+        raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {privacy.trust!r}.")
+    nodes = len(sizes)
+    cohort = nodes if federation.cohort_size is None else federation.cohort_size
+    central, distributed = privacy.trust == "central", privacy.trust == "distributed"
+    declared = {"distributed": sum(sizes), "central": nodes}.get(privacy.trust, max(sizes))
+    common: dict[str, Any] = {
+        "trust": privacy.trust,
+        "unit": privacy.unit,
+        "sample_rate": 1.0 if central else train.sample_rate,
+        "local_steps": 1 if central or distributed else train.local_steps,
+        "num_rounds": federation.num_rounds,
+        "declared_size": declared,
+        "records_per_unit": privacy.records_per_unit if privacy.unit == "person" else 1,
+        "reproducible_noise": privacy.reproducible_noise,
+        "seed": config.seed,
+        "weighting": federation.weighting,
+        "nodes": nodes,
+        "max_dropouts": privacy.max_dropouts if distributed else 0,
+        "max_colluders": privacy.max_colluders if distributed else 0,
+        "cohort_size": cohort,
+        "training_sample_rate": train.sample_rate,
+        "training_steps": train.local_steps,
+        "adaptive_clipping": privacy.adaptive_clipping,
+        "clip_quantile": privacy.clip_quantile,
+        "quantile_noise": 0.0,
+    }
+    if privacy.unit == "person":
+        _whole(privacy.records_per_unit, "privacy.records_per_unit")
+    if privacy.trust == "none":
+        if privacy.noise_multiplier not in (None, 0.0):
+            raise PrivacyError(
+                f"privacy.trust=none adds no noise, but privacy.noise_multiplier is {privacy.noise_multiplier}. "
+                "Choose trust=local, distributed or central, or leave the noise multiplier out."
+            )
+        unmeasured = {"adaptive_clipping": False, "reproducible_noise": False}
+        return PrivacyPlan(
+            **{**common, **unmeasured},
+            noise_multiplier=0.0,
+            max_grad_norm=math.inf,
+            delta=0.0,
+            target_epsilon=None,
+        )
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        both = privacy.epsilon is not None
+        raise PrivacyError(
+            f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one determines "
+            "the other. Set one and give the other as null: privacy.epsilon=null to choose the noise, "
+            "privacy.noise_multiplier=null to choose the guarantee."
+        )
+    delta = 1.0 / (2.0 * declared) if privacy.delta is None else privacy.delta
+    # A plan with noise 1 first: it refuses every setting without meaning before any time is spent.
+    checked = (
+        _number(privacy.noise_multiplier, "privacy.noise_multiplier")
+        if privacy.noise_multiplier is not None
+        else 1.0
+    )
+    if privacy.adaptive_clipping:
+        common["quantile_noise"] = math.inf if math.isinf(checked) else max(cohort / 20.0, checked)
+    draft = PrivacyPlan(
+        **common,
+        noise_multiplier=checked,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=delta,
+        target_epsilon=privacy.epsilon,
+    )
+    if privacy.epsilon is None:
+        return draft
+    ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
+    try:
+        noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=term.sample_rate, steps=steps)
+    except CalibrationError as error:
+        if not central:
+            raise
+        raise CalibrationError(
+            f"{error} The unit here is a client, and each of {nodes} takes part in every round in sight of all."
+        ) from error
+    if privacy.adaptive_clipping:
+        # A twentieth of the cohort (Andrew et al. 2021), but enough that something is left for the updates.
+        common["quantile_noise"] = max(cohort / 20.0, noise)
+    return PrivacyPlan(
+        **common,
+        noise_multiplier=noise,
+        max_grad_norm=privacy.max_grad_norm,
+        delta=delta,
+        target_epsilon=privacy.epsilon,
+    )
