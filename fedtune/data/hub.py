@@ -32,6 +32,11 @@ def read_split(config: DataConfig, split: str) -> Table:
         name: list(dataset[name]) if name in used else [] for name in dataset.column_names
     }
     names = getattr(dataset.features.get(config.label), "names", None)
+    if names:
+        # By name, not by position: data.labels may give the label set in another order.
+        columns[config.label] = [
+            names[i] if i is not None and 0 <= i < len(names) else i for i in columns[config.label]
+        ]
     return Table(where=where, columns=columns, class_names=tuple(names) if names else None)
 
 

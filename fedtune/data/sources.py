@@ -11,6 +11,8 @@ and then a note says so. The test part is taken to be public too: metrics on it 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from fedtune.config.schema import DataConfig
@@ -29,7 +31,7 @@ def load_corpus(config: DataConfig, seed: int) -> tuple[Corpus, Corpus]:
     if config.source == "opinions":
         from fedtune.data.opinions import load_opinions
 
-        return hold_out(load_opinions(), config.test_fraction, seed)
+        return hold_out(replace(load_opinions(), name=config.name), config.test_fraction, seed)
     if config.source == "hub":
         from fedtune.data.hub import read_split
 
@@ -130,6 +132,4 @@ def _refuse_shared_persons(train: Corpus, test: Corpus, config: DataConfig) -> N
 
 
 def _with_notes(corpus: Corpus, notes: list[str]) -> Corpus:
-    from dataclasses import replace
-
     return replace(corpus, notes=(*corpus.notes, *notes))
