@@ -1,0 +1,47 @@
+"""What every test gets: a state folder of its own, a cache shared by the session, no network of the hub.
+
+The environment is set when this file is imported, before any test module imports a library that reads it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    FLWR_TELEMETRY_ENABLED="0",
+    FLWR_DISABLE_UPDATE_CHECK="1",
+    FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+
+# Fixtures of a module or the session run before any function's, so there is a home from the start.
+_HOME = Path(tempfile.mkdtemp(prefix="fedtune-tests-"))
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+# Whoever has fetched the default data already need not fetch it again for each session.
+_FETCHED = os.environ.get("FEDTUNE_TEST_CACHE")
+os.environ["FEDTUNE_HOME"] = str(_HOME)
+(_HOME / "state").mkdir(mode=0o700)
+if _FETCHED:
+    (_HOME / "cache").symlink_to(Path(_FETCHED).absolute(), target_is_directory=True)
+else:
+    (_HOME / "cache").mkdir(mode=0o700)
+
+
+@pytest.fixture(autouse=True)
+def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "state").mkdir(mode=0o700)
+    (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
+    monkeypatch.setenv("FEDTUNE_HOME", str(home))
+    yield home
