@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["Dropped", "FederationResult", "NodeInfo", "NullObserver", "Observer", "RoundSummary", "SafeObserver"]
+__all__ = [
+    "Dropped",
+    "FederationResult",
+    "NodeInfo",
+    "NullObserver",
+    "Observer",
+    "RoundSummary",
+    "SafeObserver",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +97,7 @@ class FederationResult:
         evaluation: `fedtune.training.evaluation.Evaluation` of the last state; None if never evaluated.
         seconds: wall time, summed over resumes.
         train_seconds: what nodes spent training, summed; exact in the local engine, coarse elsewhere.
+        flops: floating point operations of the nodes' training; None where the engine cannot see them.
         attempt: how often the run was started (1: never resumed).
         ended_early: why the run has fewer rounds than it was asked for; None if it has them all.
         notices: what a person should know (a broken checkpoint that was passed over, an idle node).
@@ -108,6 +117,7 @@ class FederationResult:
     bytes_up: int
     bytes_down: int
     attempt: int
+    flops: int | None = None
     ended_early: str | None = None
     notices: list[str] = field(default_factory=list)
 
@@ -156,7 +166,11 @@ class SafeObserver:
         try:
             getattr(self._observer, method)(*args)
         except Exception as error:
-            _log.warning("The display failed (%s: %s) and is switched off; the run goes on.", type(error).__name__, error)
+            _log.warning(
+                "The display failed (%s: %s) and is switched off; the run goes on.",
+                type(error).__name__,
+                error,
+            )
             self._observer = None
 
     def on_start(self, info: dict[str, Any]) -> None:

@@ -174,4 +174,6 @@ def make_strategy(config: FederationConfig) -> Strategy:
         return FedAvgM(rate, momentum)
     if config.strategy == "fedadam":
         return FedAdam(rate, beta_1=momentum)
-    raise ConfigError(f"federation.strategy={config.strategy!r} is not known; it can be {', '.join(STRATEGIES)}.")
+    raise ConfigError(
+        f"federation.strategy={config.strategy!r} is not known; it can be {', '.join(STRATEGIES)}."
+    )

@@ -1,0 +1,36 @@
+"""What runs a federation: `local` in this process, `ray` over worker processes. The apps are the same.
+
+An engine gives every node a Context (`partition-id`, `num-partitions`, and the configuration as JSON)
+and the server loop a Flower Grid; everything else is `fedtune.federation`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.federation.events import FederationResult, Observer
+
+__all__ = ["ENGINES", "run"]
+
+ENGINES = ("local", "ray")
+
+
+def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
+    """Runs the federation that `config` describes, with the engine that it names.
+
+    Raises: what `fedtune.federation.server.run_rounds` raises, and ConfigError for an unknown engine.
+    """
+    if config.engine.name == "local":
+        from fedtune.engines import local
+
+        return local.run(config, run_dir, observer)
+    if config.engine.name == "ray":
+        from fedtune.engines import ray
+
+        return ray.run(config, run_dir, observer)
+    raise ConfigError(f"engine={config.engine.name!r} is not known; it can be {' or '.join(ENGINES)}.")

@@ -1,0 +1,297 @@
+"""A small Flower Grid in one process: the same ServerApp loop and ClientApp, without a server between them.
+
+One Context a node, one worker thread, one message at a time: torch already uses every core for one
+client, and one model serves all. Messages go through Flower's own serialization in both directions,
+so that their bytes are the real ones and no node can reach into another's message or the server's.
+A message is run when its answer is pulled, so at most one copy of the adapter is on its way at once.
+
+A client that hangs is given up after `timeout` seconds: its thread is told to end at its next Python
+instruction, its late answer goes nowhere, and the next client gets a new thread and, through
+`on_abandoned`, a new model. Threads are daemons: none of them keeps the process alive.
+
+What it does not do: run clients side by side, or in processes of their own; engine `ray` does.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from fedtune.errors import FedtuneError
+from fedtune.federation._flower import (
+    SERVER_NODE_ID,
+    Run,
+    deserialize,
+    empty_run,
+    serialize,
+    serialized_size,
+    set_message_id,
+    task_identity,
+)
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.federation.events import FederationResult, Observer
+
+__all__ = ["LocalGrid", "run"]
+
+_log = logging.getLogger("fedtune.node")
+_FIRST_NODE_ID = SERVER_NODE_ID + 1
+_CLIENT_RAISED = 2
+
+
+class _Abandoned(BaseException):
+    """Raised inside a client's thread that was given up; not an Exception, so nothing below catches it."""
+
+
+class _Worker:
+    """A thread that does one call after another. One for all calls: every new thread that enters torch
+    would get a pool of OpenMP threads of its own."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event] | None]
+        self._calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="fedtune-client", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        try:
+            while (call := self._calls.get()) is not None:
+                function, result, done = call
+                try:
+                    result.append(function())
+                except Exception as error:
+                    result.append(error)
+                finally:
+                    done.set()
+        except _Abandoned:
+            return
+
+    def run(self, function: Callable[[], Any], timeout: float) -> Any:
+        """What `function` returns; raises what it raises, or TimeoutError, after which the worker is lost."""
+        result: list[Any] = []
+        done = threading.Event()
+        self._calls.put((function, result, done))
+        if not done.wait(timeout) or not result:
+            raise TimeoutError
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
+
+    def abandon(self, wait: float = 0.0) -> None:
+        """Asks the thread to end, inside of whatever it does, and waits for it at most `wait` seconds."""
+        self._calls.put(None)
+        if self._thread.is_alive() and self._thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(self._thread.ident), ctypes.py_object(_Abandoned)
+            )
+            self._thread.join(wait)
+
+
+class LocalGrid(Grid):
+    """Runs a ClientApp for `num_nodes` nodes in this process.
+
+    Args:
+        client_app: what a node does.
+        num_nodes: nodes; node i has `partition-id` i.
+        run_config: what every Context's `run_config` holds.
+        timeout: seconds that one client may take for one message.
+        node_config: more keys for every Context's `node_config`.
+        on_abandoned: called after a client was given up, before the next one starts.
+
+    Attributes:
+        client_seconds: time spent inside clients, in seconds.
+        overhead_seconds: time spent on messages around them.
+        bytes_up, bytes_down: serialized bytes of all messages.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_nodes: int,
+        run_config: Mapping[str, Any],
+        *,
+        timeout: float,
+        node_config: Mapping[str, Any] | None = None,
+        on_abandoned: Callable[[], None] | None = None,
+    ) -> None:
+        self._app = client_app
+        self._timeout = timeout
+        self._on_abandoned = on_abandoned
+        self._run = empty_run(int.from_bytes(os.urandom(7), "big"))
+        self._run_config = dict(run_config)
+        self._nodes = {
+            _FIRST_NODE_ID + i: {"partition-id": i, "num-partitions": num_nodes, **(node_config or {})}
+            for i in range(num_nodes)
+        }
+        self._states = {node_id: RecordDict() for node_id in self._nodes}
+        self._pending: dict[str, Message] = {}
+        self._worker: _Worker | None = None
+        self.client_seconds = self.overhead_seconds = 0.0
+        self.bytes_up = self.bytes_down = 0
+
+    @property
+    def run_id(self) -> int:
+        """Flower's number of this run; of no meaning outside of the process."""
+        return int(self._run.run_id)
+
+    # Flower's interface
+
+    def set_run(self, run: Run) -> None:
+        """Sets Flower's description of the run."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._run  # type: ignore[no-any-return]
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Deprecated by Flower in favour of `Message(...)`; does the same."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes, in the order of their partitions."""
+        return list(self._nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Takes messages; they run when their answers are pulled. Raises ValueError for an unknown node."""
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id not in self._nodes:
+                raise ValueError(f"There is no node {message.metadata.dst_node_id} in this grid.")
+            set_message_id(message, str(uuid4()))
+            self._pending[message.metadata.message_id] = message
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Runs the first of these messages that has not run, and gives its answer; [] if all have."""
+        wanted = set(message_ids)
+        for message_id in list(self._pending):
+            if message_id in wanted:
+                return [self._deliver(self._pending.pop(message_id))]
+        return []
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """All answers; those of clients that raise or hang carry an error."""
+        ids = list(self.push_messages(messages))
+        end = None if timeout is None else time.monotonic() + timeout
+        answers: list[Message] = []
+        while len(answers) < len(ids) and (end is None or time.monotonic() < end):
+            answers.extend(self.pull_messages(ids))
+        return answers
+
+    # Ours
+
+    def close(self, wait: float = 5.0) -> None:
+        """Ends the worker thread; waits for a client in the middle of something at most `wait` seconds."""
+        if self._worker is not None:
+            self._worker.abandon(wait)
+            self._worker = None
+        self._pending.clear()
+
+    def _deliver(self, message: Message) -> Message:
+        started = time.perf_counter()
+        data = serialize(message)
+        self.bytes_down += len(data)
+        node_id = message.metadata.dst_node_id
+        context = Context(
+            run_id=self.run_id,
+            node_id=node_id,
+            node_config=dict(self._nodes[node_id]),
+            state=copy.deepcopy(self._states[node_id]),
+            run_config=dict(self._run_config),
+        )
+        received = deserialize(data)
+        inside = [0.0]
+
+        def call() -> bytes:
+            begin = time.perf_counter()
+            try:
+                return serialize(self._app(received, context))
+            finally:
+                inside[0] = time.perf_counter() - begin
+
+        if self._worker is None:
+            self._worker = _Worker()
+        try:
+            answer = deserialize(self._worker.run(call, self._timeout))
+            # A client that was given up may still be writing to its own copy; that copy is not kept.
+            self._states[node_id] = context.state
+        except TimeoutError:
+            self._worker.abandon()
+            self._worker = None
+            if self._on_abandoned is not None:
+                self._on_abandoned()
+            inside[0] = self._timeout
+            answer = self._failed(
+                message, f"did not answer in {self._timeout:g} s (federation.round_timeout)"
+            )
+        except FedtuneError as error:
+            answer = self._failed(message, f"{type(error).__name__}: {error}")
+        except Exception as error:
+            # The type alone: another library's message may quote private text.
+            _log.warning("A client raised %s.", type(error).__name__)
+            _log.debug("traceback", exc_info=True)
+            answer = self._failed(message, f"raised {type(error).__name__}")
+        set_message_id(answer, str(uuid4()))
+        self.bytes_up += serialized_size(answer)
+        self.client_seconds += inside[0]
+        self.overhead_seconds += time.perf_counter() - started - inside[0]
+        return answer
+
+    @staticmethod
+    def _failed(message: Message, reason: str) -> Message:
+        return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
+
+
+def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
+    """Runs a federation in this process. See `fedtune.federation.server.run_rounds` for what it raises."""
+    from fedtune.config.convert import to_json
+    from fedtune.federation.client_app import app
+    from fedtune.federation.resident import forget, tally, workplace
+    from fedtune.federation.server import run_rounds
+
+    before = (tally.seconds, tally.flops)
+    grid = LocalGrid(
+        app,
+        len(workplace(config).prepared.shards),
+        {"fedtune": to_json(config)},
+        timeout=config.federation.round_timeout,
+        on_abandoned=forget,
+    )
+    try:
+        with task_identity(grid.run_id):
+            return run_rounds(
+                grid,
+                config,
+                run_dir,
+                observer,
+                usage=lambda: (tally.seconds - before[0], tally.flops - before[1]),
+            )
+    finally:
+        grid.close()

@@ -1,0 +1,78 @@
+"""The only place that touches Flower's internals (checked with flwr 1.41; pyproject holds the range narrow).
+
+Serialization is needed to count the bytes of a message and to isolate nodes from one another;
+`TaskIdentity` because a Message cannot be made outside of a Flower process without one. If an update
+of Flower moves them, this file is what changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Flower and Ray report home by default; a privacy tool does not, unless its user asks for it.
+for _name, _value in (
+    ("FLWR_TELEMETRY_ENABLED", "0"),
+    ("FLWR_DISABLE_UPDATE_CHECK", "1"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+):
+    os.environ.setdefault(_name, _value)
+
+from flwr.app import Message  # noqa: E402
+from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
+from flwr.proto.message_pb2 import Message as ProtoMessage  # noqa: E402
+from flwr.supercore.run import Run  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+__all__ = ["Run", "deserialize", "quiet", "serialize", "serialized_size", "set_message_id", "task_identity"]
+
+SERVER_NODE_ID = 1
+
+
+def serialize(message: Message) -> bytes:
+    """The message as the bytes that travel."""
+    data: bytes = message_to_proto(message).SerializeToString()
+    return data
+
+
+def deserialize(data: bytes) -> Message:
+    """Inverse of `serialize`; shares nothing with the original."""
+    proto = ProtoMessage()
+    proto.ParseFromString(data)
+    return message_from_proto(proto)
+
+
+def serialized_size(message: Message) -> int:
+    """How many bytes `serialize` would make."""
+    return int(message_to_proto(message).ByteSize())
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Sets the id that a SuperLink would have set."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+@contextmanager
+def task_identity(run_id: int) -> Iterator[None]:
+    """Makes this process able to create messages as the server of a run; restores what was there."""
+    names = ("_task_id", "_run_id", "_node_id")
+    before = {name: getattr(TaskIdentity, name) for name in names}
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, SERVER_NODE_ID
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(TaskIdentity, name, value)
+
+
+def quiet(level: int = logging.ERROR) -> None:
+    """Silences what Flower prints on its own; the run's own display and errors say what matters."""
+    logging.getLogger("flwr").setLevel(level)
+
+
+def empty_run(run_id: int) -> Any:
+    """A `Run` with an id and nothing else."""
+    return Run.create_empty(run_id=run_id)

@@ -1,0 +1,154 @@
+"""The one data set and the one model that a process keeps, whoever in it needs them.
+
+In the local engine a hundred nodes and the server live in one process; each node's Shard is an index
+into one tokenized corpus, and one Encoder serves all, because only the adapter differs and that is
+loaded before each use. So memory does not grow with the number of nodes. `using_model` holds a lock:
+whoever has the model has it alone.
+
+A node that hangs may hold the model for ever. `forget` leaves it with the hanging thread: the next
+user gets a new lock and a freshly loaded model, and what the lost thread still does reaches nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.config.schema import Config
+
+if TYPE_CHECKING:
+    from fedtune.data.prepare import PreparedData
+    from fedtune.models.classifier import AdaptedModel
+
+__all__ = ["Tally", "Workplace", "config_of", "forget", "tally", "using_model", "workplace"]
+
+
+class Tally:
+    """What this process measured of its own training; never sent, since it depends on the drawn examples."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.seconds = 0.0
+        self.flops = 0
+
+    def add(self, seconds: float, flops: int) -> None:
+        """Adds one local training."""
+        with self._lock:
+            self.seconds += seconds
+            self.flops += flops
+
+
+tally = Tally()
+
+
+class _State:
+    lock = threading.RLock()
+    key: str | None = None
+    model: Any = None
+
+
+@functools.lru_cache(maxsize=8)
+def config_of(text: str) -> Config:
+    """The Config in a run config's `fedtune` value; empty text means the defaults of conf/.
+
+    Raises: ConfigError.
+    """
+    if not text.strip():
+        from fedtune.config.loader import load
+
+        return load()
+    from fedtune.config.convert import config_from_json
+
+    return config_from_json(text)
+
+
+class Workplace:
+    """What a configuration works on: the prepared data, and the model when it is needed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def prepared(self) -> PreparedData:
+        """Tokenized data and its shards. Raises: DataError, ModelError, ResourceError."""
+        from fedtune.data.prepare import prepare
+        from fedtune.models.encoder import load_tokenizer
+
+        tokenizer, tokenizer_id = load_tokenizer(self.config.model)
+        return prepare(self.config, tokenizer, tokenizer_id)
+
+    def _key(self) -> str:
+        config = self.config
+        names = list(self.prepared.label_names)
+        return json.dumps([asdict(config.model), asdict(config.adapter), config.seed, config.device, names])
+
+    @contextmanager
+    def using_model(self) -> Iterator[AdaptedModel]:
+        """The model, for this thread alone. Its adapter is whatever the last user left: set it first."""
+        lock = _State.lock
+        with lock:
+            key = self._key()
+            if _State.key != key or _State.model is None:
+                from fedtune.models.classifier import load_model
+
+                config, names = self.config, tuple(self.prepared.label_names)
+                _State.model = load_model(
+                    config.model, config.adapter, len(names), config.seed, config.device, names
+                )
+                _State.key = key
+            yield _State.model
+
+    # What the server needs of its own; all of it from the public test split.
+
+    def initial(self) -> np.ndarray:
+        """The adapter that a run starts from, float32 [P]: the same for the same configuration."""
+        with self.using_model() as model:
+            return np.array(model.initial, dtype=np.float32)
+
+    def evaluate(self, adapter: np.ndarray) -> Any:
+        """`Evaluation` of `adapter` on the public test split."""
+        from fedtune.training.evaluation import evaluate
+
+        with self.using_model() as model:
+            model.set_vector(adapter)
+            return evaluate(model, self.prepared.test, self.config.train)
+
+    def save(self, adapter: np.ndarray, folder: Path) -> None:
+        """Writes `adapter` in PEFT's own format."""
+        with self.using_model() as model:
+            model.set_vector(adapter)
+            model.save(folder)
+
+
+_workplaces: dict[str, Workplace] = {}
+
+
+def workplace(config: Config) -> Workplace:
+    """The Workplace of a configuration; the last one is kept, so every node of a process shares it."""
+    relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
+    key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
+    if key not in _workplaces:
+        _workplaces.clear()
+        _workplaces[key] = Workplace(config)
+    return _workplaces[key]
+
+
+def using_model(config: Config) -> Any:
+    """`workplace(config).using_model()`."""
+    return workplace(config).using_model()
+
+
+def forget() -> None:
+    """Leaves lock and model to whoever holds them, and starts afresh; after a node has hung."""
+    from fedtune.models import classifier
+
+    _State.lock, _State.key, _State.model = threading.RLock(), None, None
+    classifier.forget_models()

@@ -1,0 +1,194 @@
+"""One exchange with a cohort: ask every node, check what comes back, and sum it up.
+
+`RoundProtocol` is the seam between the server loop and what a round is: `PlainRound` for updates that
+nodes may show (trust `local` and `none`); secure aggregation and server-side noise are protocols of
+their own. A protocol never raises because of one node: a node that raises, hangs, or sends something
+unusable is *dropped*, by name and with the reason, and the others go on.
+
+Updates are added up as they arrive, in float64, and forgotten: memory does not grow with the cohort.
+Weights are the plan's, from public numbers only; over the nodes that answered they are scaled to sum
+to 1. Dividing by how many *usable* updates there were is sound here because each is already private
+by itself; a protocol whose noise is added to the sum must divide by a public constant instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.errors import UpdateRejected
+from fedtune.federation._flower import serialized_size
+from fedtune.federation.events import NodeInfo, NullObserver, Observer
+from fedtune.federation.messages import RoundReply, RoundRequest, check_update
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = [
+    "PlainRound",
+    "RoundAsk",
+    "RoundOutcome",
+    "RoundProtocol",
+    "exchange",
+    "make_messages",
+    "reason_of",
+]
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class RoundAsk:
+    """What the server loop wants from a round. `timeout`: seconds without any answer until it is over."""
+
+    run: str
+    round: int
+    attempt: int
+    plan: PrivacyPlan
+    adapter: np.ndarray = field(repr=False)  # float32 [P]
+    nodes: Sequence[NodeInfo]
+    timeout: float
+    max_update_norm: float
+    min_updates: int = 1
+    stop: threading.Event | None = None
+
+
+@dataclass
+class RoundOutcome:
+    """What a round gave.
+
+    Attributes:
+        aggregate: float64 [P], what the server optimizer adds; None if too few updates were usable.
+        used: names of the nodes whose updates are in the aggregate.
+        replies: every readable answer, without its update.
+        dropped: (node, reason) of every update that is not in the aggregate.
+    """
+
+    aggregate: np.ndarray | None = None
+    used: list[str] = field(default_factory=list)
+    replies: list[RoundReply] = field(default_factory=list)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class RoundProtocol(Protocol):
+    """How a round is done."""
+
+    def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
+        """Asks `ask.nodes`, waits, and aggregates. Drops nodes rather than raising because of them.
+
+        Raises AggregationAborted if the whole round must be discarded (it stays charged), and
+        KeyboardInterrupt if `ask.stop` is set.
+        """
+
+
+def make_messages(content: RecordDict, kind: str, nodes: Sequence[NodeInfo], round: int) -> list[Message]:
+    """One message a node, each with records of its own: what one node does to its copy, no other sees.
+
+    The arrays' bytes are shared, which is safe because they are immutable.
+    """
+    messages = []
+    for node in nodes:
+        own = RecordDict()
+        for name, record in content.items():
+            if isinstance(record, ArrayRecord):
+                own[name] = ArrayRecord({key: replace(array) for key, array in record.items()})
+            elif isinstance(record, ConfigRecord):
+                own[name] = ConfigRecord(dict(record))
+        messages.append(Message(own, node.node_id, kind, group_id=str(round)))
+    return messages
+
+
+def exchange(
+    grid: Grid, messages: Sequence[Message], timeout: float, stop: threading.Event | None = None
+) -> Iterator[Message]:
+    """Sends all messages and yields the answers as they come.
+
+    Ends when all have answered, or when nothing has come for `timeout` seconds. The clock starts again
+    with each answer: where few workers serve many nodes, those at the end of the queue are not late.
+    """
+    pending = set(grid.push_messages(messages))
+    deadline = time.monotonic() + timeout
+    while pending:
+        answers = list(grid.pull_messages(pending))
+        for answer in answers:
+            pending.discard(answer.metadata.reply_to_message_id)
+            yield answer
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        if answers:
+            deadline = time.monotonic() + timeout
+        elif time.monotonic() > deadline:
+            return
+        else:
+            time.sleep(_POLL_SECONDS)
+
+
+def reason_of(answer: Message) -> str:
+    """Why a message carries an error instead of content, in one line."""
+    reason = answer.error.reason or f"error code {answer.error.code}"
+    return " ".join(str(reason).split())[:500]
+
+
+class PlainRound:
+    """Updates as they are: for trust `local`, where each is private by itself, and for trust `none`."""
+
+    def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer | None = None) -> RoundOutcome:
+        """See `RoundProtocol`."""
+        observer = observer or NullObserver()
+        outcome = RoundOutcome()
+        names = {node.node_id: node.name for node in ask.nodes}
+        sizes = {node.name: node.declared_size for node in ask.nodes}
+        weights = dict(zip(sizes, ask.plan.aggregation_weights(list(sizes), sizes), strict=True))
+        total = np.zeros(ask.adapter.size, dtype=np.float64)  # [P]
+        weight = 0.0
+
+        def drop(node: str, reason: str, status: str = "dropped") -> None:
+            outcome.dropped.append((node, reason))
+            observer.on_client(node, f"{status}: {reason}")
+
+        request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
+        messages = make_messages(request.to_records(), "train", ask.nodes, ask.round)
+        outcome.bytes_down = sum(serialized_size(message) for message in messages)
+        for name in names.values():
+            observer.on_client(name, "asked")
+
+        waiting = dict(names)
+        for answer in exchange(grid, messages, ask.timeout, ask.stop):
+            node = waiting.pop(answer.metadata.src_node_id, None)
+            if node is None:
+                continue  # not asked, or answered twice: the first answer counts
+            outcome.bytes_up += serialized_size(answer)
+            if answer.has_error():
+                drop(node, reason_of(answer))
+                continue
+            try:
+                reply = RoundReply.from_records(
+                    answer.content, node=node, run=ask.run, round=ask.round, attempt=ask.attempt
+                )
+                update, reply = reply.update, replace(reply, update=None)
+                outcome.replies.append(reply)
+                if update is None:
+                    drop(node, reply.refused or reply.error or "", "refused" if reply.refused else "dropped")
+                    continue
+                check_update(
+                    update, node=node, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm
+                )
+            except UpdateRejected as error:
+                drop(node, str(error))
+                continue
+            total += weights[node] * update.astype(np.float64)
+            weight += weights[node]
+            outcome.used.append(node)
+            observer.on_client(node, "answered")
+        for node in waiting.values():
+            drop(node, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
+        if len(outcome.used) >= max(1, ask.min_updates) and weight > 0:
+            outcome.aggregate = total / weight
+        return outcome
