@@ -40,6 +40,7 @@ class DataConfig:
     label: str = "label"  # column that holds the label
     unit: str | None = None  # column that names the person a record belongs to
     site: str | None = None  # column that names the site a record comes from
+    only_site: str | None = None  # train on this site's records alone; the test split stays whole
     train_split: str = "train"  # hub, files: name of the split to train on
     test_split: str | None = None  # None: hold out `test_fraction` of the persons (or records)
     test_fraction: float = 0.15  # share of the persons (or records) held out for testing

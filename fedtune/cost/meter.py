@@ -23,12 +23,13 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Cost", "EnergyReading", "Meter", "machine_peak_bytes"]
 
-_STATUS = "/proc/self/status"
-_CLEAR_REFS = "/proc/self/clear_refs"
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Meter:
 def machine_peak_bytes() -> int | None:
     """Highest resident memory of this process in bytes, since the last reset; None where none can tell."""
     try:
-        with open(_STATUS, encoding="ascii") as lines:
+        with _STATUS.open(encoding="ascii") as lines:
             for line in lines:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
@@ -188,8 +189,7 @@ def machine_peak_bytes() -> int | None:
 def _reset_peak() -> bool:
     """Sets Linux's high-water mark to the present size, so that a sweep's runs do not share one peak."""
     try:
-        with open(_CLEAR_REFS, "w", encoding="ascii") as file:
-            file.write("5")
+        _CLEAR_REFS.write_text("5", encoding="ascii")
     except OSError:
         return False
     return True
@@ -234,7 +234,7 @@ class _EnergyThread:
         try:
             import codecarbon
 
-            # Its import sets the level to INFO, and the tracker writes to the terminal before it reads log_level.
+            # Its import sets the level to INFO, and the tracker writes before it reads log_level.
             logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
             tracker = codecarbon.OfflineEmissionsTracker(
                 country_iso_code="USA",  # it insists on one for carbon; only its energy is used here
@@ -254,7 +254,9 @@ class _EnergyThread:
         if self._failure is None and self._thread.ident is not None:
             self._thread.join(wait_seconds)
             if self._thread.is_alive():
-                return EnergyReading(None, f"no energy estimate: codecarbon did not start in {wait_seconds:.0f} s")
+                return EnergyReading(
+                    None, f"no energy estimate: codecarbon did not start in {wait_seconds:.0f} s"
+                )
         if self._failure is not None:
             return EnergyReading(None, self._failure, start_seconds=self._start_seconds)
         if self._tracker is None:

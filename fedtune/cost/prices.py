@@ -82,7 +82,7 @@ def price(pricing: PricingConfig, cost: Cost, *, records: int | None = 0) -> Mon
 
 
 def carbon_kg(pricing: PricingConfig, cost: Cost) -> float | None:
-    """Kilograms of CO2 equivalent of the estimated energy; None if energy or the grid's intensity is unknown."""
+    """Kilograms of CO2 equivalent of the estimated energy; None if energy or intensity is unknown."""
     _check(pricing)
     if cost.energy_kwh is None or pricing.carbon_kg_per_kwh == 0.0:
         return None
@@ -113,11 +113,11 @@ def _check(pricing: PricingConfig) -> None:
         value = getattr(pricing, name)
         if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(
-                f"The price book '{pricing.name}' has no price for {name} (it says {value!r}). Give a number, "
-                f"pricing.{name}=0 if it is not charged."
+                f"The price book '{pricing.name}' has no price for {name} (it says {value!r}). Give a "
+                f"number, pricing.{name}=0 if it is not charged."
             )
         if not math.isfinite(value) or value < 0:
             raise ConfigError(
-                f"The price book '{pricing.name}' says {name} costs {value}. A price is a finite number, 0 or "
-                "more."
+                f"The price book '{pricing.name}' says {name} costs {value}. A price is a finite number, "
+                "0 or more."
             )

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fedtune.config.schema import Config
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.partition import make_shards
 from fedtune.data.sources import load_corpus
 from fedtune.data.tokenize import tokenize
+from fedtune.errors import DataError
 
 __all__ = ["PreparedData", "clear_cache", "prepare"]
 
@@ -77,6 +80,8 @@ def clear_cache() -> None:
 def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     train, test = load_corpus(config.data, config.seed)
     tokens = tokenize(train, tokenizer, tokenizer_id, config.data.max_length)
+    if config.data.only_site is not None:
+        tokens = _one_site(tokens, config.data.only_site)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         shards = make_shards(
@@ -92,6 +97,22 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
             dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
         ),
     )
+
+
+def _one_site(train: TokenizedCorpus, site: str) -> TokenizedCorpus:
+    """What the site has by itself: the comparison that shows what a federation is for."""
+    if train.sites is None:
+        raise DataError(
+            f"data.only_site={site} needs to know which record is whose, and {train.name!r} has no site "
+            "column. Name it in data.site."
+        )
+    rows = np.flatnonzero(train.sites == site)
+    if not len(rows):
+        raise DataError(
+            f"{train.name!r} has no site {site!r} (data.only_site); it has "
+            f"{', '.join(str(name) for name in np.unique(train.sites))}."
+        )
+    return train.subset(rows)
 
 
 def _key(config: Config, tokenizer_id: str) -> str:

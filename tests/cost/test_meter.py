@@ -134,7 +134,9 @@ def test_energy_is_passed_on_and_called_an_estimate(monkeypatch: pytest.MonkeyPa
     assert meter.energy.covered_seconds == 7.0
 
 
-@pytest.mark.parametrize("settings", [{"start_fails": True}, {"stop_fails": True}, {"energy_consumed": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"start_fails": True}, {"stop_fails": True}, {"energy_consumed": float("nan")}]
+)
 def test_an_estimator_that_fails_costs_the_number_and_not_the_run(
     monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
 ) -> None:

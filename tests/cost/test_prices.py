@@ -25,7 +25,7 @@ USAGE = Cost(train_seconds=1800.0, bytes_up=500_000_000, bytes_down=2_000_000_00
 
 
 def test_every_part_by_hand() -> None:
-    # half an hour at 0.36; half a GB at 0.02 and two at 0.09; a tenth of a kWh at 0.30; 1,000 records at 0.001
+    # Half an hour at 0.36; half a GB at 0.02 and two at 0.09; 0.1 kWh at 0.30; 1,000 records at 0.001.
     money = price(BOOK, USAGE, records=1000)
     assert money.compute == pytest.approx(0.18)
     assert money.network == pytest.approx(0.01 + 0.18)

@@ -1,0 +1,108 @@
+"""What a run ran on: library versions, commit of the code, hardware. Read once, at the start of a run.
+
+Versions are read from the installed metadata, so that nothing is imported for them. The commit is that of
+the folder that fedtune's code lies in (not of the folder that the user stands in), null for a wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+__all__ = ["commit", "hardware", "versions"]
+
+_LIBRARIES = (
+    "bitsandbytes",
+    "codecarbon",
+    "datasets",
+    "dp-accounting",
+    "flwr",
+    "flwr-datasets",
+    "hydra-core",
+    "numpy",
+    "opacus",
+    "peft",
+    "ray",
+    "torch",
+    "torchao",
+    "transformers",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, fedtune and the libraries that are installed, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("fedtune", *_LIBRARIES):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """(commit, dirty) of the checkout that fedtune is imported from; (None, None) outside of one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None, None
+    head = _git(folder, "rev-parse", "HEAD")
+    if head is None:
+        return None, None
+    changes = _git(folder, "status", "--porcelain")
+    return head.strip(), None if changes is None else bool(changes.strip())
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        # --no-optional-locks: reading the state must not disturb a git command that runs beside it.
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """Processor, cores, memory, system, and the accelerator if `device` is one."""
+    found: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "device": device,
+        "accelerator": None,
+    }
+    if device.startswith("cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+def _processor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None

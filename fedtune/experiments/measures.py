@@ -1,0 +1,141 @@
+"""From what ran to what a record says of it: privacy of each node, quality, and the mechanism's name.
+
+Epsilon is accounted here from the releases that the nodes' ledgers hold, by the event that each node's own
+plan makes. Where a node has no ledger row of this run (it was never asked), it has released nothing and its
+epsilon is 0.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.experiments.record import Metrics, NodePrivacy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedtune.config.schema import Config
+    from fedtune.data.corpus import Shard, TokenizedCorpus
+    from fedtune.data.prepare import PreparedData
+    from fedtune.federation.events import FederationResult
+    from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.training.evaluation import Evaluation
+
+__all__ = ["accountant", "bought_records", "data_facts", "mechanism", "metrics", "node_privacy"]
+
+_MECHANISMS = {
+    "local": (
+        "DP-SGD on each node: Poisson sampling, clipping of each {unit}'s gradient, Gaussian noise in every "
+        "step"
+    ),
+    "distributed": (
+        "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
+        "Gaussian noise shared between the nodes, secure aggregation"
+    ),
+    "central": "DP-FedAvg: the server clips each client's update and adds Gaussian noise to their sum",
+    "none": "none",
+}
+
+
+def mechanism(plan: PrivacyPlan) -> str:
+    """The mechanism of `plan` in words."""
+    return _MECHANISMS[plan.trust].format(unit=plan.unit)
+
+
+def accountant(plan: PrivacyPlan) -> str | None:
+    """What epsilon was computed with; None where there is none."""
+    if plan.trust == "none":
+        return None
+    return f"PLD (dp-accounting {metadata.version('dp-accounting')})"
+
+
+def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[NodePrivacy]:
+    """Each node's releases in this run and in all, with the epsilon that they come to.
+
+    The engine counts the releases that it asked for, the ledger those that it reserved; the larger count is
+    taken, since a release that only one of them saw may still have happened.
+    """
+    from fedtune.privacy.accounting import epsilon_of, epsilon_rdp
+
+    found = []
+    for shard in shards:
+        plan = result.plan.for_shard(shard.declared_size)
+        in_ledger, total_epsilon, total_releases = _ledger(shard, result.run, plan.delta)
+        releases = max(in_ledger, result.releases.get(shard.node, 0))
+        event = plan.event(releases)
+        private = plan.trust != "none"
+        found.append(
+            NodePrivacy(
+                node=shard.node,
+                epsilon=epsilon_of(event, plan.delta) if private else None,
+                epsilon_rdp=epsilon_rdp(event, plan.delta) if private else None,
+                delta=plan.delta if private else None,
+                releases=releases,
+                dataset=shard.dataset,
+                fingerprint=shard.fingerprint,
+                total_epsilon=total_epsilon,
+                total_releases=total_releases,
+            )
+        )
+    return found
+
+
+def _ledger(shard: Shard, run: str, delta: float) -> tuple[int, float | None, int | None]:
+    """(releases of this run, epsilon over everything, releases in all) as the node's ledger knows them."""
+    from fedtune.config.paths import state_dir
+    from fedtune.privacy.ledger import PrivacyLedger
+
+    path = state_dir() / "ledgers" / f"{shard.node}.sqlite"
+    if not path.exists():
+        return 0, None, None
+    ledger = PrivacyLedger.open(path)
+    mine = ledger.releases(run=run, node=shard.node)
+    everything = ledger.releases(dataset=shard.dataset, fingerprint=shard.fingerprint)
+    total = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint, delta=delta or None)
+    return len(mine), total, len(everything)
+
+
+def metrics(evaluation: Evaluation, test: TokenizedCorpus) -> Metrics:
+    """Quality on the test split, with what guessing its commonest label would give."""
+    counts = Counter(np.asarray(test.labels).tolist())
+    total = sum(counts.values())
+    sizes = {} if test.sites is None else Counter(np.asarray(test.sites).tolist())
+    per_site = {
+        site: {"accuracy": accuracy, "num_records": sizes.get(site)}
+        for site, accuracy in evaluation.per_site.items()
+    }
+    return Metrics(
+        accuracy=evaluation.accuracy,
+        precision_macro=evaluation.precision_macro,
+        recall_macro=evaluation.recall_macro,
+        f1_macro=evaluation.f1_macro,
+        loss=evaluation.loss,
+        per_site=per_site,
+        num_records=total,
+        majority_rate=max(counts.values()) / total if total else None,
+    )
+
+
+def data_facts(config: Config, data: PreparedData) -> dict[str, Any]:
+    """What was trained and tested on, in public numbers: declared sizes, never the real ones of a shard."""
+    return {
+        "name": config.data.name,
+        "source": config.data.source,
+        "public": data.public,
+        "labels": list(data.label_names),
+        "declared_sizes": {shard.node: shard.declared_size for shard in data.shards},
+        "test_records": data.test.num_records,
+        "only_site": config.data.only_site,
+        "notes": list(data.notes),
+    }
+
+
+def bought_records(result: FederationResult) -> int | None:
+    """Declared records in all; None where only persons or clients are declared."""
+    if result.plan.unit != "record":
+        return None
+    return sum(node.declared_size for node in result.nodes)

@@ -1,0 +1,246 @@
+"""One run, from a configuration to a record: what `fedtune run` does.
+
+    1. save the configuration (a run that is killed can then be resumed)
+    2. tokenizer and data: fetched, tokenised, cut into shards (a simulation holds all shards; a node its own)
+    3. the federation: the plan is calibrated from public sizes before any shard is trained on, then rounds
+    4. evaluation of the last adapter on the public test split
+    5. adapter in PEFT's format, statement, and last of all record.json: a folder with a record is finished
+
+Everything that trains, accounts or sends is elsewhere; this module only puts the parts in order, and reads
+what came of it (the engine's result, the nodes' ledgers, the meter) into the record.
+
+Ctrl-C raises `Interrupted`, a KeyboardInterrupt whose text says how to go on; a full disk is a
+`ResourceError`. Does not do: sweeps (`fedtune.cli` starts a run per job), real nodes (`engines.deployment`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.errors import FedtuneError, ResourceError
+from fedtune.experiments import environment, record
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedtune.config.schema import Config
+    from fedtune.cost.meter import Meter
+    from fedtune.data.prepare import PreparedData
+    from fedtune.experiments.display import Display
+    from fedtune.federation.events import FederationResult
+    from fedtune.models.classifier import AdaptedModel
+    from fedtune.training.evaluation import Evaluation
+
+__all__ = ["Interrupted", "run"]
+
+ADAPTER, STATEMENT = "adapter", "statement.md"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The person pressed Ctrl-C; the text says what was kept and how to go on. Exit status 130."""
+
+
+def run(config: Config, *, console: Console | None = None) -> Path:
+    """Runs `config` to its end and returns the path of its record.json.
+
+    Files go below `config.output` (made if missing; `outputs/<date>/<time>` if it is None). With
+    `config.resume` the run in that folder goes on from its checkpoint.
+
+    Args:
+        console: where progress and summary are shown; None: the standard output.
+
+    Raises:
+        FedtuneError: any of its kinds, one paragraph each.
+        Interrupted: Ctrl-C; the checkpoint is kept.
+    """
+    from rich.console import Console
+
+    from fedtune.cost.meter import Meter
+    from fedtune.experiments.display import Display
+    from fedtune.experiments.summary import summary
+
+    console = console or Console(highlight=False)
+    run_dir = _folder(config)
+    view = Display(_title(config), unit=config.privacy.unit, console=console)
+    with _failures(run_dir, view), Meter(children=config.engine.name == "ray") as meter:
+        written = _work(config, run_dir, view, meter)
+        path = run_dir / record.RECORD_NAME
+        record.write(written, path)
+    summary(written, _shown(run_dir), console)
+    return path
+
+
+# --- the steps -----------------------------------------------------------------------------------
+
+
+def _folder(config: Config) -> Path:
+    """Makes the run folder, and writes its absolute path into `config.output` for the engine."""
+    chosen = config.resume or config.output
+    if chosen is None:
+        chosen = str(Path("outputs") / datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
+    folder = Path(chosen).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceError(
+            f"The run folder {folder} cannot be made: {error.strerror or error}. Choose another with "
+            "hydra.run.dir=FOLDER."
+        ) from error
+    config.output = str(folder)
+    return folder
+
+
+def _title(config: Config) -> str:
+    where = (
+        config.data.name
+        if config.data.only_site is None
+        else f"{config.data.name} ({config.data.only_site} alone)"
+    )
+    encoder = config.model.name.removeprefix("embedded:").rstrip("/").rsplit("/", 1)[-1]
+    quantization = "" if config.model.quantization == "none" else f" {config.model.quantization}"
+    model = f"{encoder}{quantization} with {config.adapter.name}"
+    return f"fedtune: {where}, {config.partition.name} partition; {model}"
+
+
+def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[str, Any]:
+    """Steps 1 to 5 but for the record's file; returns the record."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    # The commit is read now: the code that runs is the one that was imported, not what is there at the end.
+    commit = environment.commit()
+    if config.resume is None and not (run_dir / "checkpoint").exists():
+        from fedtune.config.loader import save_config
+
+        save_config(config, run_dir)
+    view.working("loading tokenizer and data")
+    from fedtune import engines
+    from fedtune.federation.resident import workplace
+
+    place = workplace(config)
+    data = place.prepared
+    view.working("loading the encoder")
+    with place.using_model():
+        pass
+    view.working("calibrating the noise")
+    result = engines.run(config, run_dir, view)
+    view.working("saving adapter, statement and record")
+    evaluation = result.evaluation if result.evaluation is not None else place.evaluate(result.adapter)
+    place.save(result.adapter, run_dir / ADAPTER)
+    meter.stop()
+    with place.using_model() as model:
+        written = _record(config, data, model, result, evaluation, meter, started, commit)
+    _write_statement(written, run_dir / STATEMENT)
+    return written
+
+
+def _record(
+    config: Config,
+    data: PreparedData,
+    model: AdaptedModel,
+    result: FederationResult,
+    evaluation: Evaluation,
+    meter: Meter,
+    started: str,
+    commit: tuple[str | None, bool | None],
+) -> dict[str, Any]:
+    from fedtune.cost.prices import carbon_kg, price
+    from fedtune.experiments import measures
+
+    cost = meter.cost(
+        train_seconds=result.train_seconds,
+        flops=result.flops,
+        bytes_up=result.bytes_up,
+        bytes_down=result.bytes_down,
+    )
+    return record.build(
+        config=config,
+        facts=record.RunFacts(
+            id=result.run,
+            started=started,
+            # A resumed run took what its earlier sessions took, too.
+            seconds=max(result.seconds, meter.seconds),
+            engine=config.engine.name,
+            seed=config.seed,
+            versions=environment.versions(),
+            commit=commit[0],
+            dirty=commit[1],
+            hardware=environment.hardware(str(model.device)),
+            attempt=result.attempt,
+        ),
+        result=result,
+        nodes=measures.node_privacy(data.shards, result),
+        metrics=measures.metrics(evaluation, data.test),
+        data=measures.data_facts(config, data),
+        cost=cost,
+        energy=meter.energy,
+        money=price(config.pricing, cost, records=measures.bought_records(result)),
+        carbon_kg=carbon_kg(config.pricing, cost),
+        memory_note=meter.peak_memory_note,
+        encoder_bytes=model.encoder_bytes,
+        adapter_bytes=model.adapter_bytes,
+        num_parameters=model.num_parameters,
+        artifacts={"adapter": ADAPTER, "statement": STATEMENT},
+        mechanism=measures.mechanism(result.plan),
+        accountant=measures.accountant(result.plan),
+    )
+
+
+def _write_statement(written: dict[str, Any], path: Path) -> None:
+    from fedtune.privacy.statement import statement_markdown
+
+    path.write_text(statement_markdown(written), encoding="utf-8")
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _failures(run_dir: Path, view: Display) -> Iterator[None]:
+    """Leaves the terminal clean whatever happens, and turns Ctrl-C and a full disk into words."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        view.close()
+        raise Interrupted(_interrupted(run_dir)) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = error.filename or run_dir
+        raise ResourceError(
+            f"The run in {run_dir} stopped: {error.strerror} ({where}). What was checkpointed is kept; "
+            f"make room or give permission, then go on with: {_resume_command(run_dir)}"
+        ) from error
+    except MemoryError as error:
+        raise ResourceError(
+            f"The run in {run_dir} ran out of memory. Lower train.micro_batch_tokens, take a smaller "
+            f"model or model.quantization=int8, then go on with: {_resume_command(run_dir)}"
+        ) from error
+    except FedtuneError:
+        raise
+    finally:
+        view.close()
+
+
+def _interrupted(run_dir: Path) -> str:
+    if any((run_dir / "checkpoint").glob("*")):
+        return (
+            f"Interrupted. Finished rounds are saved; go on with: {_resume_command(run_dir)} (the round "
+            "that was interrupted counts as released by the nodes that had begun it)"
+        )
+    return f"Interrupted before the first round began; {_shown(run_dir)} holds nothing to resume from."
+
+
+def _resume_command(run_dir: Path) -> str:
+    return f"fedtune run resume={shlex.quote(str(_shown(run_dir)))}"
+
+
+def _shown(run_dir: Path) -> Path:
+    """The folder as a person would type it: relative where it lies below the working folder."""
+    with contextlib.suppress(ValueError):
+        return run_dir.relative_to(Path.cwd())
+    return run_dir
