@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,9 @@ from fedtune.config.schema import DataConfig
 from fedtune.data.columns import Table
 from fedtune.errors import DataError, ResourceError
 
-__all__ = ["read_split"]
+__all__ = ["PLACEHOLDER", "read_split"]
+
+PLACEHOLDER = "OWNER/NAME"  # what conf/data/hub.yaml has in place of a data set
 
 
 def read_split(config: DataConfig, split: str) -> Table:
@@ -25,11 +29,15 @@ def read_split(config: DataConfig, split: str) -> Table:
     Raises `DataError` if the hub has no such data set, configuration or split, `ResourceError` without
     network.
     """
+    if config.name == PLACEHOLDER:
+        raise DataError(
+            "data=hub needs data.name, the data set's name on the Hugging Face hub, such as stanfordnlp/sst2."
+        )
     dataset = _load(config, split)
     where = f"split {split!r} of {_title(config)}"
     used = {config.text, config.label, config.text_pair, config.unit, config.site}
     columns: dict[str, Any] = {
-        name: list(dataset[name]) if name in used else [] for name in dataset.column_names
+        name: dataset[name][:] if name in used else [] for name in dataset.column_names
     }
     names = getattr(dataset.features.get(config.label), "names", None)
     if names:
@@ -73,6 +81,11 @@ def _load(config: DataConfig, split: str) -> Any:
             f"The data set {title} is a Python script, which fedtune does not run. Use a Parquet copy of it:"
             " many have one on the hub, under another owner or at data.revision=refs/convert/parquet."
         ) from error
+    except FileNotFoundError as error:
+        raise DataError(
+            f"The data set {title} has no data files: {str(error).rstrip('.')}. Check data.name and"
+            " data.revision."
+        ) from error
     except OSError as error:
         raise ResourceError(
             f"The data set {title} cannot be kept in the local cache: {error}. Free some space, or let"
@@ -84,8 +97,6 @@ def _bad_choice(config: DataConfig, split: str, error: ValueError) -> DataError:
     """`datasets` says a wrong split or configuration as a ValueError that lists the right ones."""
     message = " ".join(str(error).split())
     if "split" in message.lower() and split in message:
-        import re
-
         known = [name for name in re.findall(r"'([^']+)'", message) if name != split]
         nearest = difflib.get_close_matches(split, known, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
@@ -101,11 +112,15 @@ def _bad_choice(config: DataConfig, split: str, error: ValueError) -> DataError:
 
 @contextlib.contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars over fedtune's own display, and the user's setting back afterwards."""
+    """No progress bars or retry messages over fedtune's own display; the user's settings back afterwards."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()

@@ -38,7 +38,7 @@ class PreparedData:
     """Everything a simulation needs to know about its data.
 
     Fields: `train` and `test`, tokenised; `shards`, one a node, cut from `train`; `label_names`, public;
-    `public`, whether the data is declared public; `notes`, what was decided while loading and belongs
+    `public`, whether the owner declared the data public; `notes`, what was decided while loading and belongs
     into the record.
     """
 
@@ -92,7 +92,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length),
         shards=shards,
         label_names=train.label_names,
-        public=config.data.public or config.data.source == "opinions",
+        public=config.data.public,
         notes=tuple(
             dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
         ),

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.data.corpus import Corpus, fingerprint_of
+from tests.data.conftest import make_corpus, make_tokens
+
+
+def test_fingerprint_is_of_the_content_not_the_order_or_the_name() -> None:
+    corpus = make_corpus(people=10, sites=2)
+    shuffled = corpus.subset(np.random.default_rng(1).permutation(corpus.num_records))
+    assert shuffled.texts != corpus.texts
+    assert shuffled.fingerprint() == corpus.fingerprint()
+    assert replace(corpus, name="renamed").fingerprint() == corpus.fingerprint()
+
+
+@pytest.mark.parametrize("field", ["texts", "labels", "units", "sites"])
+def test_fingerprint_sees_every_field_of_one_record(field: str) -> None:
+    corpus = make_corpus(people=10, sites=2)
+    changed = list(getattr(corpus, field))
+    changed[3] = 1 - changed[3] if field == "labels" else str(changed[3]) + "!"
+    values = tuple(changed) if field == "texts" else np.array(changed)
+    assert replace(corpus, **{field: values}).fingerprint() != corpus.fingerprint()
+
+
+def test_fingerprint_counts_repeated_records() -> None:
+    corpus = make_corpus()
+    assert corpus.subset([0, 0, 1]).fingerprint() != corpus.subset([0, 1]).fingerprint()
+
+
+def test_fingerprint_follows_label_names_not_label_numbers() -> None:
+    corpus = make_corpus()
+    renumbered = replace(corpus, labels=1 - corpus.labels, label_names=corpus.label_names[::-1])
+    assert renumbered.fingerprint() == corpus.fingerprint()
+
+
+@given(st.text(), st.text(), st.text(), st.text())
+def test_two_different_pairs_of_texts_never_have_one_digest(a: str, b: str, c: str, d: str) -> None:
+    def digest(text: str, pair: str) -> bytes:
+        return Corpus("x", (text,), (pair,), np.array([0]), ("l",)).digests.tobytes()
+
+    assert (digest(a, b) == digest(c, d)) == ((a, b) == (c, d))
+
+
+def test_fields_of_unequal_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="labels has 1 entries for 2 texts"):
+        Corpus("x", ("a", "b"), None, np.array([0]), ("l",))
+
+
+def test_tokenized_subset_takes_tokens_labels_units_and_order() -> None:
+    tokens = make_tokens(num_records=30, people=6, sites=2)
+    rows = [7, 3, 3, 29, 0]
+    part = tokens.subset(rows)
+    assert part.num_records == 5
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(part.tokens(i), tokens.tokens(row))
+    np.testing.assert_array_equal(part.labels, tokens.labels[rows])
+    assert part.units is not None and tokens.units is not None
+    np.testing.assert_array_equal(part.units, tokens.units[rows])
+    assert part.fingerprint == fingerprint_of(tokens.digests[rows])
+
+
+def test_empty_subset_is_a_corpus() -> None:
+    part = make_tokens(people=5).subset([])
+    assert (part.num_records, part.num_units, len(part.input_ids)) == (0, 0, 0)
+
+
+def test_unit_index_groups_the_records_of_a_person() -> None:
+    tokens = make_tokens(num_records=30, people=6)
+    assert tokens.units is not None
+    assert tokens.num_units == len(set(tokens.units))
+    for code in range(tokens.num_units):
+        assert len(set(tokens.units[tokens.unit_index == code])) == 1
+
+
+def test_without_units_each_record_is_a_person() -> None:
+    tokens = make_tokens(num_records=30)
+    np.testing.assert_array_equal(tokens.unit_index, np.arange(30))
+    assert tokens.num_units == 30
+
+
+def test_tokens_that_do_not_fit_their_offsets_are_refused() -> None:
+    with pytest.raises(ValueError, match="offsets"):
+        replace(make_tokens(), input_ids=np.zeros(3, dtype=np.int32))
