@@ -301,8 +301,16 @@ def failure_reply(
     """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
     node = release.shard.node if release else _name(context)
     reason = public_reason(error, node)
-    _log.info("Node %r gives no update in round %d: %s", node, request.round, reason)
-    _log.debug("traceback", exc_info=error)
+    # The node's own log, which its owner reads, has what must not travel.
+    expected = isinstance(error, FedtuneError)
+    _log.log(
+        logging.INFO if expected else logging.ERROR,
+        "Node %r gives no update in round %d: %s",
+        node,
+        request.round,
+        reason,
+        exc_info=None if expected else error,
+    )
     decided = isinstance(error, PrivacyError)
     return RoundReply(
         node=node,

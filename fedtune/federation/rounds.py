@@ -1,14 +1,11 @@
 """One exchange with a cohort: ask every node, check what comes back, and sum it up.
 
 `RoundProtocol` is the seam between the server loop and what a round is: `PlainRound` for updates that
-nodes may show (trust `local` and `none`); secure aggregation and server-side noise are protocols of
-their own. A protocol never raises because of one node: a node that raises, hangs, or sends something
+nodes may show (trust `local` and `none`), `CentralRound` for a server that clips and noises (trust
+`central`), and secure aggregation in `fedtune.federation.distributed`. A protocol never raises because of one node: a node that raises, hangs, or sends something
 unusable is *dropped*, by name and with the reason, and the others go on.
 
 Updates are added up as they arrive, in float64, and forgotten: memory does not grow with the cohort.
-Weights are the plan's, from public numbers only; over the nodes that answered they are scaled to sum
-to 1. Dividing by how many *usable* updates there were is sound here because each is already private
-by itself; a protocol whose noise is added to the sum must divide by a public constant instead.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import UpdateRejected
 from fedtune.federation._flower import serialized_size
-from fedtune.federation.events import NodeInfo, NullObserver, Observer
+from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -67,6 +64,7 @@ class RoundOutcome:
         used: names of the nodes whose updates are in the aggregate.
         replies: every readable answer, without its update.
         dropped: (node, reason) of every update that is not in the aggregate.
+        next_plan: the plan of the rounds to come, where this one changed it (an adaptive norm).
     """
 
     aggregate: np.ndarray | None = None
@@ -75,6 +73,7 @@ class RoundOutcome:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
+    next_plan: PrivacyPlan | None = None
 
 
 class RoundProtocol(Protocol):
@@ -136,59 +135,97 @@ def reason_of(answer: Message) -> str:
     return " ".join(str(reason).split())[:500]
 
 
-class PlainRound:
-    """Updates as they are: for trust `local`, where each is private by itself, and for trust `none`."""
+def collect(
+    grid: Grid, ask: RoundAsk, observer: Observer, outcome: RoundOutcome
+) -> Iterator[tuple[NodeInfo, np.ndarray]]:
+    """Asks every node for its update and yields the usable ones, float32 [P], as they come.
 
-    def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer | None = None) -> RoundOutcome:
+    All else goes to `outcome`: replies, bytes, and who was dropped and why.
+    """
+
+    def drop(node: str, reason: str, status: str = "dropped") -> None:
+        outcome.dropped.append((node, reason))
+        observer.on_client(node, f"{status}: {reason}")
+
+    request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
+    messages = make_messages(request.to_records(), "train", ask.nodes, ask.round)
+    outcome.bytes_down = sum(serialized_size(message) for message in messages)
+    for node in ask.nodes:
+        observer.on_client(node.name, "asked")
+    waiting = {node.node_id: node for node in ask.nodes}
+    for answer in exchange(grid, messages, ask.timeout, ask.stop):
+        sender = waiting.pop(answer.metadata.src_node_id, None)
+        if sender is None:
+            continue  # not asked, or answered twice: the first answer counts
+        node, name = sender, sender.name
+        outcome.bytes_up += serialized_size(answer)
+        if answer.has_error():
+            drop(name, reason_of(answer))
+            continue
+        try:
+            reply = RoundReply.from_records(
+                answer.content, node=name, run=ask.run, round=ask.round, attempt=ask.attempt
+            )
+            update, reply = reply.update, replace(reply, update=None)
+            outcome.replies.append(reply)
+            if update is None:
+                drop(name, reply.refused or reply.error or "", "refused" if reply.refused else "dropped")
+                continue
+            check_update(
+                update, node=name, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm
+            )
+        except UpdateRejected as error:
+            drop(name, str(error))
+            continue
+        yield node, update
+        outcome.used.append(name)
+        observer.on_client(name, "answered")
+    for node in waiting.values():
+        drop(node.name, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
+
+
+class PlainRound:
+    """Updates as they are: for trust `local`, where each is private by itself, and for trust `none`.
+
+    Weights are the plan's, from public numbers only (PITFALLS 4), scaled to sum to 1 over the nodes whose
+    updates were usable. Sound here because each update is private by itself, whatever is done with it.
+    """
+
+    def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
         """See `RoundProtocol`."""
-        observer = observer or NullObserver()
         outcome = RoundOutcome()
-        names = {node.node_id: node.name for node in ask.nodes}
         sizes = {node.name: node.declared_size for node in ask.nodes}
         weights = dict(zip(sizes, ask.plan.aggregation_weights(list(sizes), sizes), strict=True))
         total = np.zeros(ask.adapter.size, dtype=np.float64)  # [P]
         weight = 0.0
-
-        def drop(node: str, reason: str, status: str = "dropped") -> None:
-            outcome.dropped.append((node, reason))
-            observer.on_client(node, f"{status}: {reason}")
-
-        request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
-        messages = make_messages(request.to_records(), "train", ask.nodes, ask.round)
-        outcome.bytes_down = sum(serialized_size(message) for message in messages)
-        for name in names.values():
-            observer.on_client(name, "asked")
-
-        waiting = dict(names)
-        for answer in exchange(grid, messages, ask.timeout, ask.stop):
-            node = waiting.pop(answer.metadata.src_node_id, None)
-            if node is None:
-                continue  # not asked, or answered twice: the first answer counts
-            outcome.bytes_up += serialized_size(answer)
-            if answer.has_error():
-                drop(node, reason_of(answer))
-                continue
-            try:
-                reply = RoundReply.from_records(
-                    answer.content, node=node, run=ask.run, round=ask.round, attempt=ask.attempt
-                )
-                update, reply = reply.update, replace(reply, update=None)
-                outcome.replies.append(reply)
-                if update is None:
-                    drop(node, reply.refused or reply.error or "", "refused" if reply.refused else "dropped")
-                    continue
-                check_update(
-                    update, node=node, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm
-                )
-            except UpdateRejected as error:
-                drop(node, str(error))
-                continue
-            total += weights[node] * update.astype(np.float64)
-            weight += weights[node]
-            outcome.used.append(node)
-            observer.on_client(node, "answered")
-        for node in waiting.values():
-            drop(node, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
-        if len(outcome.used) >= max(1, ask.min_updates) and weight > 0:
+        for node, update in collect(grid, ask, observer, outcome):
+            total += weights[node.name] * update.astype(np.float64)
+            weight += weights[node.name]
+        if len(outcome.used) >= max(1, ask.min_updates):
             outcome.aggregate = total / weight
+        return outcome
+
+
+class CentralRound:
+    """Client-level DP by a trusted server: whole updates are clipped, summed and noised here.
+
+    McMahan et al. 2018, with the norm following a private quantile (Andrew et al. 2021) where the plan
+    says so. One node more or less changes the sum by at most `max_grad_norm`; the noise is the plan's,
+    and the divisor its public cohort size, however many answered. A node that was dropped counts as zero.
+    """
+
+    def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
+        """See `RoundProtocol`."""
+        outcome = RoundOutcome()
+        total = np.zeros(ask.adapter.size, dtype=np.float64)  # [P]
+        norms: list[float] = []
+        for _, update in collect(grid, ask, observer, outcome):
+            values = update.astype(np.float64)
+            norm = float(np.linalg.norm(values))
+            total += ask.plan.clip_factors([norm])[0] * values
+            norms.append(norm)
+        if len(outcome.used) >= max(1, ask.min_updates):
+            entropy = ask.plan.entropy("server", ask.round, ask.attempt)
+            outcome.aggregate = ask.plan.average(total + ask.plan.noise(total.size, entropy))
+            outcome.next_plan = ask.plan.adapt_clip(norms, entropy)
         return outcome

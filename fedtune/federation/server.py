@@ -49,6 +49,7 @@ from fedtune.federation.events import (
 )
 from fedtune.federation.messages import NodeHello
 from fedtune.federation.rounds import (
+    CentralRound,
     PlainRound,
     RoundAsk,
     RoundOutcome,
@@ -191,12 +192,14 @@ def draw_cohort(nodes: Sequence[NodeInfo], size: int | None, seed: int, round: i
 
 
 def protocol_for(plan: PrivacyPlan, config: Config) -> RoundProtocol:
-    """How a round is done under a trust model. Raises FederationError if there is no such protocol."""
+    """How a round is done under a plan's trust model."""
     if plan.trust in ("local", "none"):
         return PlainRound()
-    raise FederationError(
-        f"privacy.trust={plan.trust} has no round protocol here. Use privacy.trust=local or none."
-    )
+    if plan.trust == "central":
+        return CentralRound()
+    from fedtune.federation.distributed import DistributedRound
+
+    return DistributedRound(config)
 
 
 def greet(
@@ -366,6 +369,7 @@ def _run(
         else:
             void = 0
             state.adapter = state.strategy.step(state.adapter, outcome.aggregate)
+        state.plan = outcome.next_plan or state.plan
         last = state.round == config.federation.num_rounds or state.ended_early is not None
         if last or state.round % max(1, config.federation.evaluate_every) == 0:
             evaluation = server_side.evaluate(state.adapter)

@@ -1,0 +1,103 @@
+"""A federation small enough for a test: a random 2-layer BERT of width 32, and 120 made-up texts.
+
+Used by tests, by the processes that they kill, and by the engines' tests.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    FederationConfig,
+    ModelConfig,
+    PartitionConfig,
+    PricingConfig,
+    PrivacyConfig,
+    TrainConfig,
+)
+
+GOOD = ["good", "great", "fine", "nice", "happy"]
+BAD = ["bad", "awful", "poor", "sad", "angry"]
+OTHER = ["the", "film", "was", "a", "day", "and", "food", "so", "very", "it"]
+
+
+def make_model(folder: Path) -> Path:
+    """A random BERT with a word-level vocabulary, saved as a hub model would be."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *OTHER]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, n: int = 160) -> Path:
+    """train.csv with text, label and site; the label is decided by one word."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = random.Random(3)
+    with open(folder / "train.csv", "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label", "site"])
+        for i in range(n):
+            label = i % 2
+            words = chance.choices(OTHER, k=chance.randint(2, 6)) + [chance.choice(GOOD if label else BAD)]
+            chance.shuffle(words)
+            writer.writerow([" ".join(words), "positive" if label else "negative", f"site-{i % 4}"])
+    return folder
+
+
+def make_config(model: Path, data: Path, **changes: Any) -> Config:
+    """A complete configuration; `changes` are `section__field=value` or top-level fields."""
+    config = Config(
+        device="cpu",
+        data=DataConfig(
+            source="files", name="made-up", path=str(data), site="site", labels=["negative", "positive"],
+            test_fraction=0.25, max_length=16,
+        ),
+        partition=PartitionConfig(name="natural"),
+        model=ModelConfig(name=str(model), quantization="none"),
+        adapter=AdapterConfig(name="lora", rank=2, alpha=4.0),
+        privacy=PrivacyConfig(trust="none", epsilon=None),
+        train=TrainConfig(sample_rate=0.3, local_steps=2, learning_rate=0.01, precision="fp32"),
+        federation=FederationConfig(num_rounds=3, round_timeout=60.0),
+        engine=EngineConfig(name="local"),
+        pricing=PricingConfig(date="2026-01-01", source="made up"),
+    )  # fmt: skip
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        setattr(getattr(config, section) if field else config, field or section, value)
+    return config
+
+
+def private(config: Config, epsilon: float = 8.0) -> Config:
+    """The same with local differential privacy."""
+    config.privacy = PrivacyConfig(trust="local", epsilon=epsilon)
+    return config
+
+
+def one_thread() -> None:
+    """Tests share two cores with other things."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
