@@ -90,8 +90,8 @@ def terms_of(event: DpEvent) -> dict[Term, int] | None:
             current = current.event
         if not isinstance(current, dp.GaussianDpEvent):
             raise PrivacyError(
-                f"The accountant cannot bound {type(current).__name__}: it knows Gaussian and Poisson-sampled "
-                "Gaussian steps and what is composed of them. Nothing was charged."
+                f"The accountant cannot bound {type(current).__name__}: it knows Gaussian and "
+                "Poisson-sampled Gaussian steps and what is composed of them. Nothing was charged."
             )
         sigma = float(current.noise_multiplier)
         if rate == 0.0:

@@ -4,26 +4,18 @@ Noise is found on the accountant's own upper bound, so the epsilon that is repor
 the target; it lands within 2 percent below it (in practice within 0.3). The search runs on a coarse grid,
 whose result is an upper bound too, and the last word is `accounting.epsilon_of_terms` itself.
 
-A result is a pure function of its arguments and is kept on disk, one small file each, written atomically
-and carrying its own checksum: a second process pays nothing, and a file that is damaged, or that was
-made by another version of the accountant, is ignored and made again.
+A result is a pure function of its arguments and is kept on disk (`fedtune.privacy.cache`), so that the
+second call, in this process or another, costs nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import tempfile
-from functools import lru_cache
-from importlib import metadata
-from pathlib import Path
 
-from fedtune.config.paths import cache_dir
-from fedtune.errors import CalibrationError, PrivacyError, ResourceError
+from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy import accounting
 from fedtune.privacy.accounting import Term
+from fedtune.privacy.cache import kept
 
 __all__ = ["MAX_NOISE_MULTIPLIER", "MIN_NOISE_MULTIPLIER", "noise_multiplier_for"]
 
@@ -31,7 +23,6 @@ MIN_NOISE_MULTIPLIER = 0.05  # below it epsilon is in the hundreds and says noth
 MAX_NOISE_MULTIPLIER = 1000.0  # above it nothing is learnt, whatever epsilon says
 
 _LOW, _HIGH = 0.98, 1.0  # of the target: where the result must land
-_ALGORITHM = 1  # raise it when results change
 
 
 def noise_multiplier_for(
@@ -49,12 +40,7 @@ def noise_multiplier_for(
     arguments = (float(target_epsilon), float(delta), float(sample_rate), int(steps))
     if not use_cache:
         return _search(*arguments)
-    return _cached(*arguments, _home())
-
-
-def _home() -> str:
-    # Part of the memory key, so that a test or a user who moves FEDTUNE_HOME gets files there too.
-    return os.environ.get("FEDTUNE_HOME", "")
+    return kept("calibration", list(arguments), lambda: _search(*arguments))
 
 
 def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> None:
@@ -72,57 +58,6 @@ def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
         raise PrivacyError(f"train.sample_rate is a probability in (0, 1], not {sample_rate}.")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PrivacyError(f"steps must be a whole number of 1 or more, not {steps!r}.")
-
-
-@lru_cache(maxsize=1024)
-def _cached(target_epsilon: float, delta: float, sample_rate: float, steps: int, home: str) -> float:
-    key = json.dumps(
-        [_ALGORITHM, metadata.version("dp-accounting"), target_epsilon, delta, sample_rate, steps]
-    )
-    path: Path | None
-    try:
-        path = cache_dir() / "calibration" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-    except ResourceError:
-        path = None  # nothing to keep it in; calibration itself needs no disk
-    found = _read(path, key) if path else None
-    if found is not None:
-        return found
-    result = _search(target_epsilon, delta, sample_rate, steps)
-    if path:
-        _write(path, key, result)
-    return result
-
-
-def _checksum(key: str, value: float) -> str:
-    return hashlib.sha256(f"{key} {value!r}".encode()).hexdigest()
-
-
-def _read(path: Path, key: str) -> float | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        value = content["noise_multiplier"]
-        # The checksum binds the value to its arguments: a wrong noise multiplier here would break the
-        # guarantee without a sound.
-        if type(value) is float and content["key"] == key and content["checksum"] == _checksum(key, value):
-            return value
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def _write(path: Path, key: str, value: float) -> None:
-    content = json.dumps({"key": key, "noise_multiplier": value, "checksum": _checksum(key, value)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
-    except OSError:
-        pass  # a cache that cannot be written only costs time
 
 
 def _search(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

@@ -389,9 +389,9 @@ def _validate(plan: PrivacyPlan) -> None:
     _check_delta(delta, plan.declared_size, plan.unit)
     if (plan.trust == "central") != (plan.unit == "client"):
         raise PrivacyError(
-            f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped and "
-            "noised only by a trusted server (trust=central, unit=client), and it protects clients, not single "
-            "records or persons. For those use trust=local or distributed."
+            f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped "
+            "and noised only by a trusted server (trust=central, unit=client), and it protects clients, not "
+            "single records or persons. For those use trust=local or distributed."
         )
     if plan.trust in ("distributed", "central") and plan.local_steps != 1:
         raise PrivacyError(
@@ -409,7 +409,8 @@ def _validate(plan: PrivacyPlan) -> None:
         )
     if plan.trust == "central" and plan.cohort_size > plan.declared_size:
         raise PrivacyError(
-            f"federation.cohort_size={plan.cohort_size} is more than the {plan.declared_size} clients there are."
+            f"federation.cohort_size={plan.cohort_size} is more than the {plan.declared_size} clients there "
+            "are."
         )
     _validate_adaptive(plan)
 
@@ -425,8 +426,9 @@ def _validate_adaptive(plan: PrivacyPlan) -> None:
         raise PrivacyError("privacy.adaptive_clipping works with privacy.trust=central only.")
     if not plan.noise_multiplier < 2.0 * spread < math.inf:
         raise PrivacyError(
-            f"Adaptive clipping spends part of the noise multiplier {plan.noise_multiplier:g} on its quantile, and "
-            f"noise of {spread:g} on the count leaves nothing: it must be above {plan.noise_multiplier / 2:g}."
+            f"Adaptive clipping spends part of the noise multiplier {plan.noise_multiplier:g} on its "
+            f"quantile, and noise of {spread:g} on the count leaves nothing: it must be above "
+            f"{plan.noise_multiplier / 2:g}."
         )
 
 
@@ -435,16 +437,16 @@ def _check_delta(delta: float, size: int, unit: str) -> None:
         raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
     if delta >= 1.0 / size:
         hint = (
-            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few clients can "
-            "hardly hide one another: for data like these unit=record or person with trust=local or distributed "
-            "is the stronger choice."
+            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few "
+            "clients can hardly hide one another: for data like these unit=record or person with trust=local "
+            "or distributed is the stronger choice."
             if unit == "client"
             else ""
         )
         raise PrivacyError(
-            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as declared: "
-            "it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or leave it out."
-            + hint
+            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as "
+            "declared: it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or "
+            "leave it out." + hint
         )
 
 
@@ -496,8 +498,9 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     if privacy.trust == "none":
         if privacy.noise_multiplier not in (None, 0.0):
             raise PrivacyError(
-                f"privacy.trust=none adds no noise, but privacy.noise_multiplier is {privacy.noise_multiplier}. "
-                "Choose trust=local, distributed or central, or leave the noise multiplier out."
+                f"privacy.trust=none adds no noise, but privacy.noise_multiplier is "
+                f"{privacy.noise_multiplier}. Choose trust=local, distributed or central, or leave the noise "
+                "multiplier out."
             )
         unmeasured = {"adaptive_clipping": False, "reproducible_noise": False}
         return PrivacyPlan(
@@ -510,9 +513,9 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         both = privacy.epsilon is not None
         raise PrivacyError(
-            f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one determines "
-            "the other. Set one and give the other as null: privacy.epsilon=null to choose the noise, "
-            "privacy.noise_multiplier=null to choose the guarantee."
+            f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one "
+            "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
+            "noise, privacy.noise_multiplier=null to choose the guarantee."
         )
     delta = 1.0 / (2.0 * declared) if privacy.delta is None else privacy.delta
     # A plan with noise 1 first: it refuses every setting without meaning before any time is spent.
@@ -539,7 +542,8 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
         if not central:
             raise
         raise CalibrationError(
-            f"{error} The unit here is a client, and each of {nodes} takes part in every round in sight of all."
+            f"{error} The unit here is a client, and each of {nodes} takes part in every round in sight of "
+            "all."
         ) from error
     if privacy.adaptive_clipping:
         # A twentieth of the cohort (Andrew et al. 2021), but enough that something is left for the updates.

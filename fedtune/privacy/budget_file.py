@@ -1,0 +1,139 @@
+"""What a node's owner allows: a small JSON file beside the ledger, the node's own and never the server's.
+
+    {"version": 1, "default": {"epsilon": 3.0, "delta": 1e-05}, "datasets": {"visits-2024": {...}}}
+
+`default` holds for every data set without an entry of its own. A budget may name a `unit` too: then a
+release that protects a finer unit is refused, whatever its epsilon (a guarantee for one record says little
+to a person who has a thousand). A file that cannot be read, has unknown keys, or may be written by
+every user of the machine is refused: a budget that anybody can raise is none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LedgerError, PrivacyError
+
+__all__ = ["Budgets", "PrivacyBudget", "read_budgets", "write_budgets"]
+
+_VERSION = 1
+_UNITS = ("record", "person", "client")
+
+
+@dataclass(frozen=True)
+class PrivacyBudget:
+    """At most `epsilon` at `delta`, over everything the data is ever used for."""
+
+    epsilon: float
+    delta: float
+    unit: str | None = None  # the finest unit that a release may protect; None: any
+
+    def __post_init__(self) -> None:
+        for name, value in (("epsilon", self.epsilon), ("delta", self.delta)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise PrivacyError(f"A budget's {name} must be a finite number, not {value!r}.")
+        if self.epsilon <= 0.0:
+            raise PrivacyError(f"A budget's epsilon must be above 0, not {self.epsilon}.")
+        if not 0.0 < self.delta < 1.0:
+            raise PrivacyError(f"A budget's delta must lie strictly between 0 and 1, not {self.delta}.")
+        if self.unit is not None and self.unit not in _UNITS:
+            raise PrivacyError(f"A budget's unit must be one of {', '.join(_UNITS)}, not {self.unit!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        values: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta}
+        return values if self.unit is None else {**values, "unit": self.unit}
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Everything in one file."""
+
+    default: PrivacyBudget | None
+    datasets: dict[str, PrivacyBudget]
+
+    def of(self, names: set[str]) -> list[PrivacyBudget]:
+        """The budgets that data known under `names` must keep, all of them: each name's own, else the
+        default. Data that was given a second name keeps the budget of its first."""
+        found = {self.datasets.get(name, self.default) for name in names}
+        return sorted((b for b in found if b is not None), key=lambda b: (b.epsilon, b.delta))
+
+
+def read_budgets(path: Path) -> Budgets | None:
+    """The budgets in `path`, or None if there is no such file. Raises `LedgerError` if it cannot be trusted."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(path, str(error)) from error
+    if os.name == "posix" and mode & stat.S_IWOTH:
+        raise LedgerError(
+            f"The budget file {path} can be written by every user of this machine, so anybody could raise "
+            f"it. No release is made. Run: chmod o-w {path}"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        if not isinstance(content, dict) or set(content) - {"version", "default", "datasets"}:
+            raise ValueError("it must be an object with the keys version, default and datasets")
+        if content.get("version") != _VERSION or isinstance(content["version"], bool):
+            raise ValueError(f"its version is {content.get('version')!r}, not {_VERSION}")
+        datasets = content.get("datasets", {})
+        if not isinstance(datasets, dict):
+            raise ValueError("`datasets` must be an object")
+        default = content.get("default")
+        return Budgets(
+            None if default is None else _budget(default),
+            {name: _budget(value) for name, value in datasets.items()},
+        )
+    except (OSError, ValueError, TypeError, KeyError, PrivacyError) as error:
+        raise _unusable(path, str(error)) from error
+
+
+def write_budgets(path: Path, budgets: Budgets) -> None:
+    """Replaces the file in one step, readable and writable by its owner only."""
+    content = {
+        "version": _VERSION,
+        "default": None if budgets.default is None else budgets.default.to_json(),
+        "datasets": {name: budget.to_json() for name, budget in sorted(budgets.datasets.items())},
+    }
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".budget")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise LedgerError(
+            f"The budget file {path} cannot be written: {error}. The old budget stands."
+        ) from error
+
+
+def _budget(value: Any) -> PrivacyBudget:
+    if not isinstance(value, dict) or set(value) - {"epsilon", "delta", "unit"}:
+        raise ValueError(f"a budget is an object with epsilon, delta and perhaps unit, not {value!r}")
+    return PrivacyBudget(value["epsilon"], value["delta"], value.get("unit"))
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _unusable(path: Path, why: str) -> LedgerError:
+    return LedgerError(
+        f"The budget file {path} cannot be used ({why}). No release is made. Write it anew with "
+        "`fedtune budget set`."
+    )

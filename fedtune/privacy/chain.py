@@ -1,0 +1,280 @@
+"""A durable, append-only, hash-chained log in one SQLite file.
+
+Every row carries the hash of its own content and of the row before, so that a row which is edited, moved
+or removed in the middle breaks the chain at that place, and `verify` names it. Rows cut off the end are
+noticed by SQLite's own counter, unless whoever cuts them edits that too: a chain without an anchor
+elsewhere cannot show that it was once longer.
+
+Durability: a write-ahead log with `synchronous=FULL`: one fsync a row, so a row that `writing` has let go
+survives a power cut, and a process killed at any instruction leaves either the whole row or none.
+(While a process has the file open, and after it was killed, SQLite keeps `-wal` and `-shm` files beside it;
+they belong to it, and a copy of the ledger must take them along.) Writers take SQLite's lock first
+(`BEGIN IMMEDIATE`) and wait for one another. A connection is never carried over a fork, and threads of one
+process take turns.
+
+Reading is incremental: a reader that knows the log up to some row verifies and reads only what came after.
+The clock is written down for people and never used: rows are ordered by their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LedgerError
+
+__all__ = ["GENESIS", "Chain", "Row"]
+
+GENESIS = "0" * 64  # what the first row names as its predecessor
+_BUSY_SECONDS = 60.0
+_APPLICATION_ID = 0x66746C67  # 'ftlg': tells a ledger from any other SQLite file
+
+_SCHEMA = (
+    "CREATE TABLE log (seq INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, kind TEXT NOT NULL, "
+    "run TEXT, body TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL)",
+    "CREATE INDEX log_by_run ON log (run) WHERE run IS NOT NULL",
+    "CREATE INDEX log_by_kind ON log (kind, seq)",
+    "CREATE TRIGGER log_is_not_edited BEFORE UPDATE ON log BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TRIGGER log_is_not_cut BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+)
+_inherited: list[sqlite3.Connection] = []  # kept from the collector, which would close them
+_COLUMNS = "seq, time, kind, run, body, previous, hash"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `body` is what was appended, as JSON values."""
+
+    seq: int
+    time: str
+    kind: str
+    run: str | None
+    body: dict[str, Any]
+    previous: str
+    hash: str
+
+
+class Chain:
+    """The log in one file. All methods raise `LedgerError` where the file cannot be used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._turn = threading.RLock()
+        self._open: tuple[sqlite3.Connection, int, tuple[int, int]] | None = None
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that holds the writer's lock; durable when the block ends, gone if it raises."""
+        with self._turn, self._errors():
+            connection = self._connected(create=True)
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection | None]:
+        """A consistent view; None where there is no file yet."""
+        with self._turn, self._errors():
+            if not self.path.exists():
+                yield None
+                return
+            connection = self._connected(create=False)
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """Lets go of the file; the next use opens it again."""
+        with self._turn:
+            if self._open is not None and self._open[1] == os.getpid():
+                self._open[0].close()
+            self._open = None
+
+    def append(
+        self,
+        connection: sqlite3.Connection,
+        kind: str,
+        body: dict[str, Any],
+        *,
+        run: str | None,
+        previous: str,
+    ) -> Row:
+        """Adds a row after the row with hash `previous`, within the caller's transaction."""
+        (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone() or (0,)
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        digest = _digest(last + 1, time, kind, run, text, previous)
+        connection.execute(
+            f"INSERT INTO log ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (last + 1, time, kind, run, text, previous, digest),
+        )
+        return Row(last + 1, time, kind, run, json.loads(text), previous, digest)
+
+    def rows(self, connection: sqlite3.Connection, after: int, previous: str) -> Iterator[Row]:
+        """Rows after number `after`, each verified to follow the one before; `previous` is the hash of
+        row `after`. Raises `LedgerError` naming the first row that does not fit."""
+        query = f"SELECT {_COLUMNS} FROM log WHERE seq > ? ORDER BY seq"
+        last = after
+        for raw in connection.execute(query, (after,)):
+            row = self.checked(raw)
+            if row.seq != last + 1:
+                raise self.broken(f"row {last + 1} is missing")
+            if row.previous != previous:
+                raise self.broken(f"row {row.seq} does not follow row {last}: one of them was replaced")
+            yield row
+            last, previous = row.seq, row.hash
+        (counter,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone() or (
+            0,
+        )
+        if counter != last:
+            raise self.broken(f"row {last + 1} is missing (rows up to {counter} were written)")
+
+    def run_rows(self, connection: sqlite3.Connection, run: str) -> Iterator[Row]:
+        """The rows of one run, each verified by itself."""
+        for raw in connection.execute(f"SELECT {_COLUMNS} FROM log WHERE run = ? ORDER BY seq", (run,)):
+            yield self.checked(raw)
+
+    def last_of_kind(self, connection: sqlite3.Connection, kind: str) -> Row | None:
+        """The latest row of `kind`, verified by itself."""
+        query = f"SELECT {_COLUMNS} FROM log WHERE kind = ? ORDER BY seq DESC LIMIT 1"
+        raw = connection.execute(query, (kind,)).fetchone()
+        return None if raw is None else self.checked(raw)
+
+    def hash_of(self, connection: sqlite3.Connection, seq: int) -> str | None:
+        """Hash of row `seq`; None if there is no such row."""
+        if seq == 0:
+            return GENESIS
+        found = connection.execute("SELECT hash FROM log WHERE seq = ?", (seq,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def checked(self, raw: tuple[Any, ...]) -> Row:
+        """`raw` as a Row, or `LedgerError` naming it if its content does not give its hash."""
+        seq, time, kind, run, text, previous, digest = raw
+        if digest != _digest(seq, time, kind, run, text, previous):
+            raise self.broken(f"row {seq} was changed after it was written")
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            raise self.broken(f"row {seq} cannot be read") from error
+        return Row(seq, time, kind, run, body, previous, digest)
+
+    def broken(self, what: str) -> LedgerError:
+        """The error of a log that was tampered with or damaged."""
+        return LedgerError(
+            f"The privacy ledger {self.path} cannot be trusted: {what}. No release is made. Restore the file "
+            "from a backup, or ask whoever edited it; `fedtune budget verify` lists every such row."
+        )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise LedgerError(
+                f"The privacy ledger {self.path} cannot be used ({error}). No release is made, because it "
+                "could not be written down first. Check that the file and its folder may be written, that "
+                "the disk has space, and that no other process holds the file for minutes."
+            ) from error
+
+    def _connected(self, *, create: bool) -> sqlite3.Connection:
+        if create:
+            self._make_file()
+        found = self.path.stat()
+        if os.name == "posix" and found.st_mode & stat.S_IWOTH:
+            raise LedgerError(
+                f"The privacy ledger {self.path} can be written by every user of this machine, so what it "
+                f"says proves nothing. No release is made. Run: chmod o-w {self.path}"
+            )
+        identity = (found.st_dev, found.st_ino)
+        if self._open is not None:
+            connection, process, was = self._open
+            if process == os.getpid() and was == identity:
+                return connection
+            if process == os.getpid():
+                connection.close()
+            else:
+                _inherited.append(connection)  # another process's: not ours to close
+            self._open = None
+        address = self.path.absolute().as_uri()
+        # A copy that may not be written (an auditor's) is read as it stands, without SQLite's side files.
+        address += "?mode=rw" if os.access(self.path, os.W_OK) or create else "?mode=ro&immutable=1"
+        connection = sqlite3.connect(
+            address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._ensure_schema(connection)
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA trusted_schema=OFF")
+        except BaseException:
+            connection.close()
+            raise
+        self._open = (connection, os.getpid(), identity)
+        return connection
+
+    def _make_file(self) -> None:
+        if self.path.exists():
+            return
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            return
+        # The name itself must survive a power cut.
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def _ensure_schema(self, connection: sqlite3.Connection) -> None:
+        """Makes the tables where there are none: the file is new, or its maker was killed before them."""
+        if self._is_ledger(connection):
+            return
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            # Another process may have been first; the lock is ours now, so look again.
+            if not self._is_ledger(connection):
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _is_ledger(self, connection: sqlite3.Connection) -> bool:
+        (found,) = connection.execute("PRAGMA application_id").fetchone()
+        if found == _APPLICATION_ID:
+            return True
+        (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if found != 0 or objects:
+            raise LedgerError(
+                f"{self.path} is an SQLite file, but no privacy ledger. Nothing was written to it."
+            )
+        return False
+
+
+def _digest(seq: int, time: str, kind: str, run: str | None, body: str, previous: str) -> str:
+    fields = json.dumps([seq, time, kind, run, body, previous], separators=(",", ":"))
+    return hashlib.sha256(fields.encode()).hexdigest()

@@ -1,0 +1,372 @@
+"""What one node has released from its data so far, and whether it may release more.
+
+The protocol is reserve, train, commit. `reserve` writes the release down, durably, before data is
+touched, or refuses; `commit` notes that it came to an end. A reservation that was never committed counts as
+spent, because nobody knows how far it got. So the ledger may show more than was released, never less.
+
+It stores releases with the parameters of their event, never an epsilon: epsilon does not add up. What the
+data has cost is composed anew from all releases (`fedtune.privacy.accounting`).
+
+Data is known by name and by fingerprint. Releases whose name *or* fingerprint agree are composed, and so
+are those that are linked through a third: the same records under a new name, or the old name after one
+record was changed, find the budget where it was. Records that are copied into data with a new name and
+a new fingerprint cannot be recognised; that stays with the owner.
+
+Units. A release that protects persons or clients also says something about a single record: one record
+changed replaces its person by another, so for a finer unit such a release counts as a replacement, at
+twice the sensitivity. A release that protects records says nothing about persons. The epsilon of data
+that was used with several units is that of the finest.
+
+One ledger is one node's: it is bound to the node that first reserves. Several processes may share it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
+from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
+from fedtune.privacy.cache import kept
+from fedtune.privacy.chain import GENESIS, Chain
+from fedtune.privacy.ledger_state import LedgerState, Release, release_of, state_of
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
+
+_SNAPSHOT_EVERY = 256  # rows between two summaries: what a new process reads at most, twice over
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One release that may now be made, once. Hand it back to `PrivacyLedger.commit`."""
+
+    seq: int  # row of the ledger
+    hash: str
+    node: str
+    run: str
+    round: int
+
+
+def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
+    """`accounting.epsilon_of_terms`, kept on disk: a new process need not load the accountant."""
+    if terms is None:
+        return math.inf
+    arguments = [[list(term), count] for term, count in sorted(terms.items())]
+    return kept("epsilon", [arguments, delta], lambda: epsilon_of_terms(terms, delta))
+
+
+class PrivacyLedger:
+    """The ledger in one file. Objects are cheap; several, in several processes, may use one file.
+
+    Guarantees: (1) when `reserve` has returned, the release is on the disk; (2) no release is reserved that
+    would raise the composed epsilon over the owner's budget, nor more releases of one run than its plan
+    says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
+    """
+
+    def __init__(self, path: Path, *, require_budget: bool = False) -> None:
+        self.path = path
+        self.budget_path = path.with_suffix(".budget.json")
+        self._require_budget = require_budget
+        self._chain = Chain(path)
+        self._state = LedgerState()
+        self._certified: dict[PrivacyBudget, dict[Term, int]] = {}  # totals that fit a budget
+
+    @classmethod
+    def open(cls, path: Path, *, require_budget: bool = False) -> PrivacyLedger:
+        """The ledger at `path`; the file is made by the first reservation.
+
+        With `require_budget` (a real node) nothing is released before the owner has set a budget; without
+        (a simulation) data that has none is recorded and not refused. Raises `LedgerError` if there is a
+        file that is no ledger, cannot be trusted or cannot be read.
+        """
+        ledger = cls(Path(path), require_budget=require_budget)
+        ledger._current()
+        return ledger
+
+    # --- releasing ----------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str,
+        node: str,
+        run: str,
+        round: int,
+        plan: PrivacyPlan,
+        public: bool = False,
+    ) -> Reservation:
+        """Writes down that one release of `plan` is about to be made, durably, before it returns.
+
+        Args: `dataset` and `fingerprint` say from what; `public`: its owner declared it public, so nothing
+        is refused (ignored where the same data was released as private before). Raises
+        `BudgetExhausted` if the release would exceed the budget or the run's own plan, `LedgerError` if it
+        could not be written; in both cases nothing may be released.
+        """
+        for name, value in (("dataset", dataset), ("fingerprint", fingerprint), ("node", node), ("run", run)):
+            if not isinstance(value, str) or not value:
+                raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
+        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
+            raise PrivacyError(f"round must be a whole number of 0 or more, not {round!r}.")
+        with self._chain.writing() as connection:
+            state = self._caught_up(connection)
+            if state.node is not None and state.node != node:
+                raise LedgerError(
+                    f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
+                    "it for a release. Two nodes with one ledger would spend one another's budget: give each "
+                    "its own file."
+                )
+            budgets = self._budgets(state)
+            names = state.names_of(dataset, fingerprint)
+            public = public and not state.is_private(names) and not (set(budgets.datasets) & names)
+            left = self._releases_left(connection, plan, node, run, round)
+            if not public:
+                self._check_budget(state, budgets.of(names), dataset, fingerprint, node, round, plan, left)
+            body = {
+                "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
+                "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
+                "num_rounds": plan.num_rounds, "reproducible_noise": plan.reproducible_noise,
+                "steps": _steps(plan),
+            }  # fmt: skip
+            row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
+            after = state.with_row(row)
+            if row.seq % _SNAPSHOT_EVERY == 0:
+                snapshot = self._chain.append(
+                    connection, "summary", after.to_json(), run=None, previous=row.hash
+                )
+                after = after.with_row(snapshot)
+        self._state = after
+        return Reservation(row.seq, row.hash, node, run, round)
+
+    def commit(self, reservation: Reservation) -> None:
+        """Notes that the release came to its end. Raises `LedgerError` if it was never reserved here.
+
+        A second commit of the same reservation changes nothing. Without any, the release counts all the same.
+        """
+        with self._chain.writing() as connection:
+            state = self._caught_up(connection)
+            if self._chain.hash_of(connection, reservation.seq) != reservation.hash:
+                raise LedgerError(
+                    f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
+                    f"'{reservation.run}', round {reservation.round}: was it made in another file?"
+                )
+            for row in self._chain.run_rows(connection, reservation.run):
+                if row.kind == "committed" and row.body["reservation"] == reservation.seq:
+                    return
+            body = {"reservation": reservation.seq}
+            row = self._chain.append(connection, "committed", body, run=reservation.run, previous=state.hash)
+        self._state = state.with_row(row)
+
+    # --- asking -------------------------------------------------------------------------------------
+
+    @property
+    def node(self) -> str | None:
+        """The node that this ledger belongs to; None before the first reservation."""
+        return self._current().node
+
+    def releases(
+        self,
+        *,
+        dataset: str | None = None,
+        fingerprint: str | None = None,
+        run: str | None = None,
+        node: str | None = None,
+    ) -> list[Release]:
+        """All releases that agree with what is given, oldest first, unfinished ones included."""
+        with self._chain.reading() as connection:
+            if connection is None:
+                return []
+            rows = list(
+                self._chain.rows(connection, 0, GENESIS)
+                if run is None
+                else self._chain.run_rows(connection, run)
+            )
+        done = {row.body["reservation"] for row in rows if row.kind == "committed"}
+        wanted = {"dataset": dataset, "fingerprint": fingerprint, "node": node}
+        return [
+            release_of(row, committed=row.seq in done)
+            for row in rows
+            if row.kind == "reserved" and all(v is None or row.body[k] == v for k, v in wanted.items())
+        ]
+
+    def epsilon(
+        self, *, dataset: str, fingerprint: str, delta: float | None = None, run: str | None = None
+    ) -> float:
+        """Epsilon of everything this data was ever used for, or of one run's releases alone.
+
+        `delta` None: the budget's, else the smallest that any of the releases was planned with. 0.0 before
+        the first release, infinite if one had no noise. Unfinished reservations count.
+        """
+        state = self._current()
+        if run is not None:
+            part = LedgerState()
+            with self._chain.reading() as connection:
+                rows = [] if connection is None else list(self._chain.run_rows(connection, run))
+            for row in rows:
+                if row.kind == "reserved":
+                    part = part.counting(row)
+            state = part
+        names = state.names_of(dataset, fingerprint)
+        terms = state.terms(dataset, fingerprint)
+        if terms is None:
+            return math.inf
+        if not terms:
+            return 0.0
+        if delta is None:
+            budgets = read_budgets(self.budget_path) if run is None else None
+            found = budgets.of(names) if budgets else []
+            delta = found[0].delta if found else state.smallest_delta(dataset, fingerprint)
+        return kept_epsilon(terms, delta)
+
+    # --- budgets ------------------------------------------------------------------------------------
+
+    def set_budget(self, budget: PrivacyBudget, *, dataset: str | None = None) -> None:
+        """Sets the owner's budget for `dataset`, or for every data set without its own (None)."""
+        with self._chain.writing() as connection:
+            state = self._caught_up(connection)
+            old = read_budgets(self.budget_path) or Budgets(None, {})
+            if dataset is None:
+                new = Budgets(budget, old.datasets)
+            else:
+                new = Budgets(old.default, {**old.datasets, dataset: budget})
+            body = {"dataset": dataset, **budget.to_json()}
+            row = self._chain.append(connection, "budget", body, run=None, previous=state.hash)
+        self._state = state.with_row(row)
+        # The row first: a crash here leaves a ledger that knows of a budget and refuses without its file.
+        write_budgets(self.budget_path, new)
+
+    def budget(self, *, dataset: str, fingerprint: str | None = None) -> PrivacyBudget | None:
+        """The strictest budget that this data must keep, or None."""
+        state = self._current()
+        names = state.names_of(dataset, fingerprint) if fingerprint else {dataset}
+        found = self._budgets(state).of(names)
+        return found[0] if found else None
+
+    def budgets(self) -> Budgets:
+        """All budgets in the node's budget file (none where there is no file)."""
+        return self._budgets(self._current())
+
+    def state(self) -> LedgerState:
+        """The releases so far, added up."""
+        return self._current()
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _budgets(self, state: LedgerState) -> Budgets:
+        found = read_budgets(self.budget_path)
+        if found is None and state.has_budget:
+            raise LedgerError(
+                f"The budget file {self.budget_path} is missing, but a budget was set before. No release is "
+                "made without it. Restore the file, or set a budget anew: fedtune budget set --epsilon E "
+                "--delta D."
+            )
+        if found is None and self._require_budget:
+            raise LedgerError(
+                f"There is no budget file {self.budget_path}, and this node releases nothing before its "
+                "owner has said what may be spent. Run: fedtune budget set --epsilon E --delta D."
+            )
+        return found or Budgets(None, {})
+
+    def _releases_left(self, connection: Any, plan: PrivacyPlan, node: str, run: str, round: int) -> int:
+        made, agreed = 0, plan.num_rounds
+        for row in self._chain.run_rows(connection, run):
+            if row.kind == "reserved" and row.body["node"] == node:
+                made += 1
+                agreed = min(agreed, row.body["num_rounds"])
+        if made >= agreed:
+            raise BudgetExhausted(
+                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed} releases, and "
+                f"{made} were made (rounds that were repeated or interrupted count, because they may have "
+                "been seen). Start a new run; its noise will be calibrated for its own number of rounds."
+            )
+        return int(agreed - made)
+
+    def _check_budget(
+        self, state: LedgerState, budgets: list[PrivacyBudget], dataset: str, fingerprint: str, node: str,
+        round: int, plan: PrivacyPlan, left: int,
+    ) -> None:  # fmt: skip
+        for budget in budgets:
+            if budget.unit is not None and _finer(plan.unit, budget.unit):
+                raise BudgetExhausted(
+                    f"node '{node}' refuses round {round}: the plan protects one {plan.unit}, and the "
+                    f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
+                    f"privacy.unit={budget.unit}."
+                )
+            if self._within(state, dataset, fingerprint, plan, budget, left):
+                continue
+            before = kept_epsilon(state.terms(dataset, fingerprint), budget.delta)
+            after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1), budget.delta)
+            raise BudgetExhausted(
+                f"node '{node}' refuses round {round}: it would raise epsilon from {before:.4g} to "
+                f"{after:.4g}, over its budget of {budget.epsilon:g} at delta {budget.delta:g} for "
+                f"'{dataset}'. Lower federation.num_rounds or train.local_steps, or raise "
+                "privacy.noise_multiplier."
+            )
+
+    def _within(
+        self, state: LedgerState, dataset: str, fingerprint: str, plan: PrivacyPlan, budget: PrivacyBudget,
+        left: int,
+    ) -> bool:  # fmt: skip
+        """Whether one more release stays within `budget`.
+
+        Epsilon grows with every count, so a larger total that was found to fit certifies all below it. The
+        whole rest of the run is tried first: then the rest of the run asks no more.
+        """
+        wanted = state.adding(dataset, fingerprint, plan, 1)
+        if wanted is None:
+            return False
+        known = self._certified.get(budget)
+        if known is not None and _covers(known, wanted):
+            return True
+        while left >= 1:
+            total = state.adding(dataset, fingerprint, plan, left)
+            if total is not None and kept_epsilon(total, budget.delta) <= budget.epsilon:
+                self._certified[budget] = total
+                return True
+            left //= 2
+        return False
+
+    def _current(self) -> LedgerState:
+        with self._chain.reading() as connection:
+            if connection is not None:
+                self._state = self._caught_up(connection)
+            elif self._state.seq:
+                raise self._chain.broken("the file is gone")
+        return self._state
+
+    def _caught_up(self, connection: Any) -> LedgerState:
+        """The state with every row that was written since; starts from the last summary if it knows none."""
+        state = self._state
+        if state.seq == 0:
+            latest = self._chain.last_of_kind(connection, "summary")
+            if latest is not None:
+                state = state_of(latest)
+        elif self._chain.hash_of(connection, state.seq) != state.hash:
+            raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
+        for row in self._chain.rows(connection, state.seq, state.hash):
+            state = state.with_row(row)
+        return state
+
+
+def _steps(plan: PrivacyPlan) -> list[dict[str, Any]] | None:
+    terms = plan.terms(1)
+    if terms is None:
+        return None
+    return [
+        {"sample_rate": term.sample_rate, "noise_multiplier": term.noise_multiplier, "count": count}
+        for term, count in sorted(terms.items())
+    ]
+
+
+def _finer(unit: str, than: str) -> bool:
+    order = ("record", "person", "client")
+    return order.index(unit) < order.index(than)
+
+
+def _covers(large: Mapping[Term, int], small: Mapping[Term, int]) -> bool:
+    return all(large.get(term, 0) >= count for term, count in small.items())
