@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtune.config.schema import PartitionConfig
+from fedtune.data.corpus import Shard, TokenizedCorpus
+from fedtune.data.partition import make_shards, round_size
+from fedtune.errors import PartitionError
+from tests.data.conftest import make_tokens
+
+NATURAL, IID = PartitionConfig("natural"), PartitionConfig("iid")
+
+
+def dirichlet(alpha: float) -> PartitionConfig:
+    return PartitionConfig("dirichlet", alpha)
+
+
+def assert_a_partition(train: TokenizedCorpus, shards: list[Shard]) -> None:
+    """Every record is in exactly one shard, unchanged, and no person is in two."""
+    rows = np.concatenate([shard.record_index for shard in shards])
+    assert sorted(rows.tolist()) == list(range(train.num_records))
+    owner: dict[str, str] = {}
+    for shard in shards:
+        assert shard.data.num_records > 0
+        assert shard.fingerprint == shard.data.fingerprint
+        assert shard.dataset == train.name
+        for i, row in enumerate(shard.record_index):
+            np.testing.assert_array_equal(shard.data.tokens(i), train.tokens(int(row)))
+        for person in set(train.unit_index[shard.record_index].tolist()):
+            assert owner.setdefault(person, shard.node) == shard.node
+
+
+def test_natural_is_one_node_a_site_with_its_name() -> None:
+    train = make_tokens(num_records=60, people=20, sites=3)
+    shards = make_shards(train, NATURAL, None, 0, "person")
+    assert [shard.node for shard in shards] == ["site-0", "site-1", "site-2"]
+    for shard in shards:
+        assert shard.data.sites is not None
+        assert set(shard.data.sites) == {shard.node}
+    assert_a_partition(train, shards)
+
+
+@pytest.mark.parametrize("partition", [IID, dirichlet(0.5)])
+@pytest.mark.parametrize("people", [None, 30])
+@pytest.mark.parametrize("nodes", [1, 2, 7])
+def test_dealt_shards_are_a_partition_and_keep_persons_together(
+    partition: PartitionConfig, people: int | None, nodes: int
+) -> None:
+    train = make_tokens(num_records=200, people=people, labels=3)
+    shards = make_shards(train, partition, nodes, 0)
+    assert len(shards) == nodes
+    assert_a_partition(train, shards)
+
+
+def test_iid_deals_persons_evenly_and_at_random() -> None:
+    train = make_tokens(num_records=400)
+    sizes = [shard.data.num_records for shard in make_shards(train, IID, 8, 0)]
+    assert sizes == [50] * 8
+    first = make_shards(train, IID, 8, 0)[0].record_index
+    assert first.tolist() != list(range(50))
+
+
+def test_dirichlet_is_the_more_uneven_the_smaller_alpha() -> None:
+    train = make_tokens(num_records=2000, labels=2)
+
+    def spread(alpha: float) -> float:
+        shards = [s for seed in range(5) for s in make_shards(train, dirichlet(alpha), 5, seed)]
+        return float(np.std([shard.data.labels.mean() for shard in shards]))
+
+    assert spread(1000.0) < 0.1 < spread(0.3)
+
+
+@pytest.mark.parametrize("partition", [IID, dirichlet(0.5)])
+def test_equal_seeds_deal_equally_and_others_do_not(partition: PartitionConfig) -> None:
+    train = make_tokens(num_records=200, people=80)
+
+    def deal(seed: int) -> list[list[int]]:
+        return [shard.record_index.tolist() for shard in make_shards(train, partition, 4, seed)]
+
+    assert deal(1) == deal(1)
+    assert deal(1) != deal(2)
+
+
+def test_a_small_alpha_is_drawn_again_until_no_node_is_empty() -> None:
+    train = make_tokens(num_records=2000, labels=2)
+    for seed in range(5):
+        shards = make_shards(train, dirichlet(0.1), 10, seed)
+        assert min(shard.data.num_records for shard in shards) >= 1
+
+
+def test_a_hopeless_alpha_is_said() -> None:
+    with pytest.raises(PartitionError, match=r"partition.alpha=0.001 left one of 20 nodes without data"):
+        make_shards(make_tokens(num_records=60), dirichlet(0.001), 20, 0)
+
+
+def test_more_nodes_than_records_or_persons() -> None:
+    with pytest.raises(PartitionError, match=r"federation\.nodes is 41, .* only 40 records"):
+        make_shards(make_tokens(), IID, 41, 0)
+    with pytest.raises(PartitionError, match=r"only [0-9]+ persons"):
+        make_shards(make_tokens(people=5), dirichlet(0.5), 6, 0)
+
+
+def test_as_many_nodes_as_records() -> None:
+    train = make_tokens()
+    assert_a_partition(train, make_shards(train, IID, 40, 0))
+
+
+def test_node_names_sort_as_numbers_do() -> None:
+    names = [shard.node for shard in make_shards(make_tokens(), IID, 12, 0)]
+    assert names == sorted(names)
+    assert names[0] == "node-00"
+
+
+def test_natural_with_another_number_of_nodes() -> None:
+    train = make_tokens(people=20, sites=3)
+    with pytest.raises(PartitionError, match=r"3 sites, and federation\.nodes is 10"):
+        make_shards(train, NATURAL, 10, 0)
+    assert len(make_shards(train, NATURAL, 3, 0)) == 3
+
+
+def test_natural_without_sites_deals_out_and_says_so() -> None:
+    train = make_tokens()
+    with pytest.warns(UserWarning, match="no site column"):
+        shards = make_shards(train, NATURAL, None, 0)
+    assert [shard.node for shard in shards] == ["node-0", "node-1", "node-2", "node-3"]
+    assert_a_partition(train, shards)
+
+
+def test_without_nodes_there_are_as_many_as_sites() -> None:
+    assert len(make_shards(make_tokens(people=20, sites=3), IID, None, 0)) == 3
+    assert len(make_shards(make_tokens(), IID, None, 0)) == 4
+
+
+def test_a_person_at_two_sites_cannot_be_promised_anything_by_one_node() -> None:
+    train = make_tokens(num_records=60, people=20, sites=3)
+    assert train.sites is not None
+    sites = train.sites.copy()
+    row = int(np.flatnonzero(np.bincount(train.unit_index)[train.unit_index] > 1)[0])
+    sites[row] = "site-elsewhere"
+    moved = replace(train, sites=sites)
+    with pytest.raises(PartitionError, match=r"1 of the .* persons .* more than one site"):
+        make_shards(moved, NATURAL, None, 0, "person")
+    assert len(make_shards(moved, NATURAL, None, 0, "record")) == 4
+
+
+def test_person_without_a_unit_column() -> None:
+    with pytest.raises(PartitionError, match=r"data\.unit"):
+        make_shards(make_tokens(), IID, 2, 0, "person")
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+def test_alpha_must_be_a_concentration(alpha: float) -> None:
+    with pytest.raises(PartitionError, match=r"partition\.alpha"):
+        make_shards(make_tokens(), dirichlet(alpha), 2, 0)
+
+
+def test_no_nodes_and_no_such_partition() -> None:
+    with pytest.raises(PartitionError, match="at least one node"):
+        make_shards(make_tokens(), IID, 0, 0)
+    with pytest.raises(PartitionError, match="no partition 'shards'"):
+        make_shards(make_tokens(), PartitionConfig("shards"), 2, 0)
+
+
+def test_declared_size_is_in_the_unit_of_the_plan() -> None:
+    train = make_tokens(num_records=500, people=37)
+    (by_record,) = make_shards(train, IID, 1, 0, "record")
+    (by_person,) = make_shards(train, IID, 1, 0, "person")
+    assert by_record.declared_size == 500
+    assert by_person.declared_size == 37
+
+
+@pytest.mark.parametrize(
+    ("count", "declared"), [(1, 1), (9, 9), (99, 99), (104, 100), (105, 110), (9014, 9000), (20133, 20000)]
+)
+def test_declared_sizes_have_two_significant_digits(count: int, declared: int) -> None:
+    assert round_size(count) == declared
+
+
+@given(st.integers(1, 10**9))
+def test_rounding_moves_a_size_by_at_most_a_twentieth(count: int) -> None:
+    declared = round_size(count)
+    assert declared >= 1
+    assert abs(declared - count) <= max(0, count / 20)
+    assert len(str(declared).rstrip("0")) <= 2
+
+
+def test_flowers_progress_bar_stays_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(make_tokens(people=20, sites=3), NATURAL, None, 0)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
