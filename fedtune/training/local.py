@@ -1,0 +1,157 @@
+"""Trains the adapter on one node's shard for one round.
+
+    for each step:   draw units (Poisson) -> sum of clipped gradients -> noise -> divide by a public
+                     constant -> optimizer step
+
+Everything that decides privacy comes from the PrivacyPlan: who is drawn, how much is clipped, how
+much noise, what is divided by. The optimizer sees the noised average and nothing else, so what it does
+with it (momentum, Adam, weight decay, FedProx' pull to the round's start) is post-processing.
+
+Where the plan's unit is the client, or its trust is distributed, the noise is added elsewhere;
+`train_locally` then leaves it out, and `fedtune.federation` must add it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtune.config.schema import TrainConfig
+from fedtune.data.corpus import Shard
+from fedtune.errors import ConfigError, UpdateRejected
+from fedtune.models.classifier import AdaptedModel
+from fedtune.models.hidden_states import Features, Progress
+from fedtune.privacy.noise import Entropy
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.training.dp_step import clipped_sum, per_example_gradients
+from fedtune.training.preflight import preflight
+
+__all__ = ["LocalResult", "ShardView", "make_optimizer", "train_locally"]
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What training on a node gives.
+
+    `update` float32 [P] may leave the node as the plan allows. `seconds` and `flops` are what the steps
+    took; they depend on how many units were drawn, so they are the node's own and must not travel raw.
+    """
+
+    update: NDArray[np.float32]
+    steps: int
+    seconds: float
+    flops: int
+
+
+class ShardView:
+    """A shard with its features, and its records grouped by unit."""
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        shard: Shard,
+        unit: str,
+        train: TrainConfig,
+        progress: Progress | None = None,
+    ) -> None:
+        self.features = Features.of(model, shard.data, train.micro_batch_tokens, progress)
+        self.by_person = unit == "person"
+        data = shard.data
+        self.num_units = data.num_units if self.by_person else data.num_records
+        if self.by_person:
+            order = np.argsort(data.unit_index, kind="stable")
+            self._members = np.split(order, np.flatnonzero(np.diff(data.unit_index[order])) + 1)
+
+    def records_of(
+        self, drawn: NDArray[np.int64], limit: int, entropy: Entropy
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
+        """Rows of the shard that belong to the drawn units, and the unit of each (None for records).
+
+        Of a person with more than `limit` records, `limit` are drawn anew each time. Which ones does not
+        matter to privacy: the person's summed gradient is clipped whatever they are.
+        """
+        if not self.by_person:
+            return drawn, None
+        rows: list[NDArray[np.int64]] = []
+        for person in drawn:
+            members = self._members[person]
+            rows.append(
+                members if len(members) <= limit else members[entropy.permutation(len(members))[:limit]]
+            )
+        if not rows:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return np.concatenate(rows), np.repeat(drawn, [len(r) for r in rows])
+
+
+def make_optimizer(theta: torch.nn.Parameter, train: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over the whole packed adapter.
+
+    Raises: ConfigError for an unknown name.
+    """
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(
+            [theta], lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+    if train.optimizer == "adam":
+        return torch.optim.Adam([theta], lr=train.learning_rate)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW([theta], lr=train.learning_rate, weight_decay=train.weight_decay)
+    raise ConfigError(f"train.optimizer={train.optimizer!r} is not known; it can be sgd, adam or adamw.")
+
+
+def train_locally(
+    model: AdaptedModel,
+    shard: Shard,
+    plan: PrivacyPlan,
+    start: NDArray[np.float32],
+    train: TrainConfig,
+    *,
+    round: int,
+    attempt: int = 0,
+    progress: Progress | None = None,
+) -> LocalResult:
+    """Runs `plan.local_steps` steps from the adapter `start` [P] and returns the change.
+
+    Guarantee: for `trust=local` the update is a function of `plan.local_steps` Gaussian releases with
+    Poisson sampling, which is what `plan.event(1)` accounts for. The caller must have reserved that in
+    the node's ledger before.
+
+    Raises: PreflightError before anything is trained; UpdateRejected if training diverged.
+    """
+    model.set_vector(start)
+    view = ShardView(model, shard, plan.unit, train, progress)
+    entropy = plan.entropy(shard.node, round, attempt)
+    theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
+    optimizer = make_optimizer(theta, train)
+    anchor = model.theta.clone()
+    began, flops = time.perf_counter(), model.flops.total
+    with per_example_gradients(model):
+        preflight(model, view.features, plan, theta, train)
+        for _ in range(plan.local_steps):
+            drawn = plan.sample(view.num_units, entropy)
+            records, units = view.records_of(drawn, plan.records_per_unit, entropy)
+            total = clipped_sum(
+                model,
+                view.features,
+                records,
+                units,
+                plan,
+                micro_batch_tokens=train.micro_batch_tokens,
+                precision=train.precision,
+            )
+            gradient = plan.average(total + plan.noise(model.num_parameters, entropy))
+            theta.grad = torch.from_numpy(gradient.astype(np.float32)).to(model.device)
+            if train.proximal_mu:
+                theta.grad += train.proximal_mu * (theta.detach() - anchor)
+            optimizer.step()
+    update = model.get_vector() - start
+    if not np.isfinite(update).all():
+        raise UpdateRejected(
+            f"Training at node {shard.node!r} diverged in round {round}: the adapter is no longer finite. "
+            f"Lower train.learning_rate, which is {train.learning_rate:g}."
+        )
+    return LocalResult(update, plan.local_steps, time.perf_counter() - began, model.flops.total - flops)

@@ -1,0 +1,174 @@
+"""What is checked before any step is taken: model, optimizer, sampler and accountant agree.
+
+Each check answers a bug that has shipped somewhere: parameters that were trained but neither clipped
+nor noised (opacus issues 632, 732), layers that mix examples (346, 841), per-example gradients that
+became wrong with a library upgrade (820). A failure raises, and nothing has been trained or released.
+
+The gradient check runs on a few records of the node's own data, inside a release that the ledger has
+already been charged for; nothing of it leaves the function but yes or no. It is made once for a
+process, model and plan: the code and the shapes do not change between rounds.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtune.config.schema import TrainConfig
+from fedtune.errors import PreflightError
+from fedtune.models.classifier import AdaptedModel
+from fedtune.models.hidden_states import Features
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["check_gradients", "check_layers", "check_parameters", "preflight"]
+
+_MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+_TOLERANCE = 2e-3  # relative, float32 sums in another order; a wrong gradient is off by far more
+
+
+def check_layers(model: AdaptedModel) -> None:
+    """Refuses layers whose output for one example depends on the others, and dropout.
+
+    Raises: PreflightError naming the layer.
+    """
+    for name, module in model.base.named_modules():
+        if isinstance(module, _MIXING):
+            raise PreflightError(
+                f"Layer {name!r} ({type(module).__name__}) mixes the examples of a batch, so clipping one "
+                "example's "
+                "gradient does not bound its influence. Use an encoder with LayerNorm, as every BERT has."
+            )
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise PreflightError(
+                f"Dropout {name!r} is {module.p:g}; it must be 0 for per-example gradients to be exact."
+            )
+
+
+def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
+    """Trainable parameters == optimizer's parameters == parameters that are clipped and noised.
+
+    All three must be the same memory: the packed adapter.
+
+    Raises: PreflightError naming the parameters that differ.
+    """
+    trained = {n: p for n, p in model.base.named_parameters() if p.requires_grad}
+    packed = {id(p) for p in model.parameters.values()}
+    stray = [n for n, p in trained.items() if id(p) not in packed]
+    if stray or len(trained) != len(model.parameters):
+        raise PreflightError(
+            f"{len(trained)} parameters are trainable and {len(model.parameters)} are clipped and noised; "
+            "not in both: "
+            f"{', '.join(stray[:5]) or 'frozen ones'}. Do not change requires_grad after the model is loaded."
+        )
+    begin, offset = model.theta.data_ptr(), 0
+    for name, parameter in model.parameters.items():
+        if parameter.data_ptr() != begin + 4 * offset or parameter.dtype != torch.float32:
+            raise PreflightError(
+                f"Parameter {name!r} is no longer a part of the packed adapter (was the model moved or cast "
+                "after it "
+                "was loaded?): it would be trained without noise. Choose the device by device=..."
+            )
+        offset += parameter.numel()
+    if optimized.data_ptr() != begin or optimized.numel() != offset:
+        raise PreflightError(
+            f"The optimizer holds {optimized.numel()} numbers and the adapter has {offset}: they are not "
+            "the same memory."
+        )
+
+
+def check_gradients(model: AdaptedModel, features: Features) -> None:
+    """Vectorized per-example gradients equal those of one example at a time, on a real micro-batch.
+
+    They are compared at a random adapter: LoRA starts with B = 0, where every gradient of A is zero and
+    a wrong one would look right. The adapter is put back. Must run within `per_example_gradients(model)`.
+
+    Raises: PreflightError with the parameter and the difference.
+    """
+    kept = model.theta.clone()
+    model.theta += 0.05 * torch.randn(model.num_parameters, generator=torch.Generator().manual_seed(0)).to(
+        model.device
+    )
+    try:
+        _compare(model, features)
+    finally:
+        model.theta.copy_(kept)
+        for parameter in model.parameters.values():
+            parameter.grad_sample = parameter.grad = None
+
+
+def _compare(model: AdaptedModel, features: Features) -> None:
+    corpus = features.corpus
+    records = np.arange(min(3, corpus.num_records))
+    length = int(-(-corpus.lengths[records].max() // 8) * 8)
+    labels = torch.from_numpy(corpus.labels[records]).to(model.device)
+
+    def losses(rows: NDArray[np.int64]) -> Tensor:
+        logits = model.base(**features.inputs(rows, len(rows), length, model.device))
+        return nn.functional.cross_entropy(logits.float(), labels[rows], reduction="none")
+
+    losses(records).sum().backward()
+    together = {n: p.grad_sample for n, p in model.parameters.items()}
+    for parameter in model.parameters.values():
+        parameter.grad_sample = parameter.grad = None
+    for row in records:
+        alone = torch.autograd.grad(
+            losses(np.array([row])).sum(), list(model.parameters.values()), allow_unused=True
+        )
+        for parameter in model.parameters.values():
+            parameter.grad_sample = None
+        # One scale for the whole example: a parameter whose gradient is zero has none of its own.
+        scale = max(float(g.abs().max()) for g in alone if g is not None)
+        for (name, _), expected in zip(model.parameters.items(), alone, strict=True):
+            got = together[name]
+            if not isinstance(got, Tensor) or got.shape[0] != len(records):
+                raise PreflightError(
+                    f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would "
+                    "be trained "
+                    "without clipping. Use another adapter, or a layer type that Opacus supports."
+                )
+            want = torch.zeros_like(got[row]) if expected is None else expected
+            difference = float((got[row] - want).abs().max())
+            if not difference <= _TOLERANCE * scale + 1e-8:
+                raise PreflightError(
+                    f"The per-example gradient of {name!r} is wrong: vectorized and one at a time differ by "
+                    f"{difference:.2g} where gradients are up to {scale:.2g}. Epsilon would not be true "
+                    "with these "
+                    f"versions of torch ({torch.__version__}), opacus and peft; use the pinned ones."
+                )
+
+
+def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:
+    """Sampler, clip, noise and accounted steps come from one plan that promises something, or nothing.
+
+    Raises: PreflightError.
+    """
+    if plan.is_private() and not (math.isfinite(plan.max_grad_norm) and plan.noise_multiplier > 0):
+        raise PreflightError(
+            f"The plan promises privacy with a clip of {plan.max_grad_norm} and a noise multiplier of "
+            f"{plan.noise_multiplier}; both must be positive and finite."
+        )
+    if plan.local_steps != train.local_steps or plan.sample_rate != train.sample_rate:
+        raise PreflightError(
+            f"The plan accounts for {plan.local_steps} steps at a sampling rate of {plan.sample_rate:g}, "
+            "and training "
+            f"is set to {train.local_steps} steps at {train.sample_rate:g}."
+        )
+
+
+def preflight(
+    model: AdaptedModel, features: Features, plan: PrivacyPlan, theta: Tensor, train: TrainConfig
+) -> None:
+    """Runs every check; see the module. Must run within `per_example_gradients(model)`.
+
+    Raises: PreflightError.
+    """
+    check_plan(plan, train)
+    check_parameters(model, theta)
+    if not model.gradients_checked:
+        check_layers(model)
+        check_gradients(model, features)
+        model.gradients_checked = True
