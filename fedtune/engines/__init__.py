@@ -26,11 +26,11 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     Raises: what `fedtune.federation.server.run_rounds` raises, and ConfigError for an unknown engine.
     """
     if config.engine.name == "local":
-        from fedtune.engines import local
+        from fedtune.engines.local import run as run_local
 
-        return local.run(config, run_dir, observer)
+        return run_local(config, run_dir, observer)
     if config.engine.name == "ray":
-        from fedtune.engines import ray
+        from fedtune.engines.ray import run as run_ray
 
-        return ray.run(config, run_dir, observer)
+        return run_ray(config, run_dir, observer)
     raise ConfigError(f"engine={config.engine.name!r} is not known; it can be {' or '.join(ENGINES)}.")

@@ -158,7 +158,7 @@ class LocalGrid(Grid):
     @property
     def run(self) -> Run:
         """Flower's description of the run."""
-        return self._run  # type: ignore[no-any-return]
+        return self._run
 
     def create_message(
         self,

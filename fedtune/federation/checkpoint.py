@@ -90,7 +90,7 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
         allow_pickle=False,
         adapter=checkpoint.adapter,
         json=np.frombuffer(json.dumps(meta, allow_nan=False).encode(), dtype=np.uint8),
-        **arrays,  # type: ignore[arg-type]
+        **arrays,
     )
     payload = buffer.getvalue()
     header = {"format": FORMAT, "length": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}

@@ -68,7 +68,7 @@ def _config(content: RecordDict, name: str, keys: Mapping[str, type], what: str)
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
         raise FederationError(f"{what} has no record {name!r} (it has {sorted(content)}).")
-    values = dict(record)
+    values: dict[str, Any] = dict(record)
     version = values.get("version")
     if version != VERSION:
         raise FederationError(

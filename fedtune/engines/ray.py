@@ -1,0 +1,129 @@
+"""Flower's own simulation on Ray: the same apps, in worker processes, over a machine or a cluster.
+
+`flwr.simulation.run_simulation` is deprecated in favour of the command `flwr run`, which starts a
+SuperLink; it stays the only way to run a simulation from Python, so its warning is silenced and the
+call kept in this file. `flwr run .` works as well (`fedtune.federation.server_app`).
+
+Differences from engine `local`: workers load the model each (about 300 MB a worker, and 10 to 15 s to
+start), so it pays from about a hundred nodes or several machines on. The seconds of training are what
+the nodes report, coarsely, and FLOPs are unknown. A node that hangs keeps its worker until the end.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.errors import FederationError, FedtuneError, ResourceError
+from fedtune.federation._flower import quiet
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.federation.events import FederationResult, Observer
+
+__all__ = ["ConfiguredClientApp", "run"]
+
+# What worker processes need to be told, beyond what they inherit: where ledgers are, and not to phone home.
+_PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
+
+
+class ConfiguredClientApp(ClientApp):
+    """fedtune's ClientApp with a run config: a simulation started from Python has no other way to give one."""
+
+    def __init__(self, run_config: dict[str, Any], environment: dict[str, str]) -> None:
+        super().__init__()
+        self._run_config = run_config
+        self._environment = environment
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Hands message and Context to `fedtune.federation.client_app.app`, which a worker imports itself."""
+        os.environ.update(self._environment)
+        from fedtune.federation.client_app import app
+
+        # A Context of our own around the same state: Flower refuses one whose run_config has changed.
+        return app(
+            message,
+            Context(
+                run_id=context.run_id,
+                node_id=context.node_id,
+                node_config=context.node_config,
+                state=context.state,
+                run_config=dict(self._run_config),
+            ),
+        )
+
+
+def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
+    """Runs a federation on Ray.
+
+    Raises: ResourceError if Ray is missing or cannot start; else what
+    `fedtune.federation.server.run_rounds` raises.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ResourceError(
+            "engine=ray needs the package ray, which is not installed. Install it with `pip install 'fedtune[ray]'`, "
+            "or use engine=local, which runs the same federation in this process."
+        )
+    from flwr.simulation import run_simulation
+
+    from fedtune.config.convert import to_json
+    from fedtune.federation.resident import workplace
+    from fedtune.federation.server import run_rounds
+
+    outcome: list[FederationResult | BaseException] = []
+    stop, ended = threading.Event(), threading.Event()
+
+    def main(grid: Grid, context: Context) -> None:
+        # Flower prints what a ServerApp raises and ends with an error of its own; ours is kept for the caller.
+        try:
+            outcome.append(run_rounds(grid, config, run_dir, observer, stop=stop))
+        except BaseException as error:
+            outcome.append(error)
+        finally:
+            ended.set()
+
+    server_app = ServerApp()
+    server_app.main()(main)
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    client_app = ConfiguredClientApp({"fedtune": to_json(config)}, environment)
+    cores = os.cpu_count() or 1
+    backend: dict[str, Any] = {
+        "client_resources": {"num_cpus": min(config.engine.cpus_per_node, float(cores)), "num_gpus": 0.0},
+        "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
+    }
+    quiet()
+    failure: Exception | None = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run_simulation(
+                server_app, client_app, len(workplace(config).prepared.shards), backend_config=backend
+            )
+    except KeyboardInterrupt:
+        stop.set()
+        ended.wait(30.0)
+    except Exception as error:
+        stop.set()
+        failure = error
+    result = outcome[0] if outcome else failure
+    if result is None:
+        raise KeyboardInterrupt(
+            f"Interrupted. Go on with `fedtune run resume={run_dir}`, if it holds a checkpoint."
+        )
+    if isinstance(result, FedtuneError | KeyboardInterrupt):
+        raise result
+    if isinstance(result, BaseException):
+        raise FederationError(
+            f"Ray or Flower's simulation failed: {type(result).__name__}: {' '.join(str(result).split())[:300]}. "
+            "Try engine=local, or fewer processor cores a node by engine.cpus_per_node."
+        ) from result
+    return result

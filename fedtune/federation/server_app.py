@@ -1,0 +1,115 @@
+"""Flower's ServerApp, for `flwr run .` and for a SuperLink: the same loop that the engines run.
+
+The run config has one key, `fedtune`: the resolved configuration as JSON (empty: the defaults of conf/),
+for Flower's run config is flat and refuses keys that were not declared. `output` names the run folder;
+without it that is `runs/<time>-<run id>` below fedtune's state folder, for the working directory of a
+ServerApp is Flower's own and is removed with the app.
+
+The run folder gets `checkpoint/`, `adapter/` (PEFT's format), `config.yaml` and `history.json`. The
+record and the statement are made by `fedtune.experiments`, a layer below this one that must not be
+imported here: whoever wants to finish a run registers a function under the entry point group
+`fedtune.finish` (see pyproject.toml), which is called as `finish(config, run_dir, result)`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.config.schema import Config
+from fedtune.federation.events import FederationResult, RoundSummary
+
+__all__ = ["FINISH_GROUP", "app", "finish"]
+
+_log = logging.getLogger(__name__)
+FINISH_GROUP = "fedtune.finish"
+
+app = ServerApp()
+
+
+class _Log:
+    """An Observer that writes lines: there is no terminal where a ServerApp runs."""
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """The run, its nodes and its folder."""
+        print(
+            f"fedtune: run {info['run']} with {len(info['nodes'])} nodes in {info['run_dir']}",
+            flush=True,
+        )
+
+    def on_round(self, summary: RoundSummary) -> None:
+        """One line a round."""
+        accuracy = "-" if summary.accuracy is None else f"{summary.accuracy:.3f}"
+        epsilon = "none" if summary.epsilon is None else f"{summary.epsilon:.3f}"
+        print(
+            f"fedtune: round {summary.round}/{summary.num_rounds}: {summary.updates} updates, accuracy {accuracy}, "
+            f"epsilon {epsilon}, {summary.seconds:.1f} s",
+            flush=True,
+        )
+
+    def on_client(self, node: str, status: str) -> None:
+        """Only what went wrong."""
+        if status not in ("asked", "answered"):
+            print(f"fedtune: {node} {status}", flush=True)
+
+    def on_finish(self, result: FederationResult) -> None:
+        """Why it ended early, if it did."""
+        if result.ended_early:
+            print(f"fedtune: {result.ended_early}", flush=True)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the federation that the run config describes, and finishes its folder."""
+    from fedtune.config.loader import save_config
+    from fedtune.federation.resident import config_of
+    from fedtune.federation.server import run_rounds
+
+    config = config_of(str(context.run_config.get("fedtune", "")))
+    run_dir = _run_dir(config, context)
+    config.output = str(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.resume is None:
+        save_config(config, run_dir)
+    result = run_rounds(grid, config, run_dir, _Log())
+    finish(config, run_dir, result)
+    print(f"fedtune: the run is in {run_dir}", flush=True)
+
+
+def _run_dir(config: Config, context: Context) -> Path:
+    chosen = config.resume or str(context.run_config.get("output", "")) or config.output
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    from fedtune.config.paths import state_dir
+
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    return state_dir() / "runs" / f"{now}-{context.run_id}"
+
+
+def finish(config: Config, run_dir: Path, result: FederationResult) -> None:
+    """Writes adapter and history, and calls whoever registered to finish a run.
+
+    Raises: what the registered functions raise; adapter and history are then written already.
+    """
+    from fedtune.federation.resident import workplace
+
+    workplace(config).save(result.adapter, run_dir / "adapter")
+    history = {
+        "run": result.run,
+        "epsilon": result.epsilon,
+        "delta": result.plan.delta if result.plan.is_private() else None,
+        "releases": result.releases,
+        "ended_early": result.ended_early,
+        "notices": result.notices,
+        "rounds": [summary.to_json() for summary in result.history],
+    }
+    (run_dir / "history.json").write_text(json.dumps(history, indent=2) + "\n")
+    for registered in entry_points(group=FINISH_GROUP):
+        registered.load()(config, run_dir, result)
