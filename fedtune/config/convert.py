@@ -74,7 +74,7 @@ def to_json(config: Config) -> str:
 def config_from_json(text: str) -> Config:
     """Reads what `to_json` wrote. Raises `ConfigError` for anything else."""
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except ValueError as error:
         raise ConfigError(f"The configuration is not valid JSON: {error}.") from error
     return from_dict(values)
@@ -174,7 +174,7 @@ def convert_value(setting: Setting, value: Any) -> Any:
             return None
         raise ConfigError(f"{setting.name}=null is not allowed: it must be {_article(setting.kind)}.")
     converted = _convert(setting, value)
-    if setting.kind is str and not converted.strip():
+    if setting.kind is str and not converted.strip() and setting.default != "":
         raise ConfigError(f"{setting.name} is empty: it must be a text that is not empty.")
     check_value(setting.name, converted)
     return converted
@@ -222,3 +222,10 @@ def _unwrap(hint: Any) -> tuple[type, bool]:
 
 def _no_constant(word: str) -> Any:
     raise ValueError(f"{word} is not a number that a setting may have")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a setting is given twice")
+    return values

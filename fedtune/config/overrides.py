@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -64,6 +64,8 @@ def check_overrides(
             )
         for value in _values(override):
             _check_one(key, value, extra_dirs)
+        if not sweeping and key in GROUPS and override.value() is None:
+            continue  # experiment=null, sweep=null: what the defaults say, in a form that Hydra refuses
         # '+experiment=smoke' is how Hydra's own examples write it: the group is in the defaults here.
         arguments.append((override.input_line or text).lstrip("+"))
         if key == "resume" and not sweeping and override.value() is not None:
@@ -90,10 +92,8 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         override: Override = parser.parse_override(text)
     except HydraException as error:
         if setting is None or setting.kind is not str:
-            first = str(error).splitlines()[0]
             raise ConfigError(
-                f"{text!r} cannot be read ({first}). Quote a value with special characters: "
-                f"'{key}=\"...\"'."
+                f"{text!r} cannot be read. Quote a value that has special characters: '{key}=\"...\"'."
             ) from error
         return parser.parse_override(f"{key}={_quoted(raw)}")
     is_text = setting is not None and setting.kind is str
@@ -149,11 +149,11 @@ def _values(override: Override) -> list[Any]:
         return [_plain(override)]
     if not override.is_discrete_sweep():
         return []  # an interval, for sweepers that draw from it: every job checks what it drew
-    if override.is_choice_sweep() or override.is_range_sweep():
-        parser = OverridesParser.create()
-        prefix = override.key_or_group
-        return [_plain(parser.parse_override(f"{prefix}={item}")) for item in override.sweep_string_iterator()]
-    return []  # glob(...): Hydra lists the options itself
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return []  # Hydra lists the options itself
+    parser = OverridesParser.create()
+    key = override.key_or_group
+    return [_plain(parser.parse_override(f"{key}={item}")) for item in override.sweep_string_iterator()]
 
 
 def _plain(override: Override) -> Any:

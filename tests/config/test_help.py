@@ -1,0 +1,37 @@
+"""`fedtune run --help` lists every group, option and setting, with the defaults of a real run."""
+
+from __future__ import annotations
+
+from fedtune.config.convert import settings
+from fedtune.config.groups import GROUPS, group_options
+from fedtune.config.help import default_options, groups_text, meanings, settings_text
+from fedtune.config.loader import load
+
+
+def test_groups_and_options() -> None:
+    text = groups_text()
+    for group in GROUPS:
+        assert f"  {group}" in text
+        for option in group_options(group):
+            assert option in text
+    assert "*minilm" in text and "*opinions" in text and "*local" in text
+
+
+def test_marked_defaults_are_the_defaults() -> None:
+    chosen = [f"{group}={name}" for group, name in default_options().items() if name is not None]
+    assert set(default_options()) == set(GROUPS)
+    assert load(chosen) == load()
+
+
+def test_settings_with_defaults() -> None:
+    text = settings_text(width=1000)
+    lines = {line.strip().split("=")[0]: line for line in text.splitlines()}
+    assert set(lines) == set(settings())
+    config = load()
+    assert f"privacy.epsilon={config.privacy.epsilon}" in lines["privacy.epsilon"]
+    assert "in (0, 1]" in lines["train.sample_rate"]
+    assert "local | distributed | central | none" in lines["privacy.trust"]
+
+
+def test_every_setting_is_explained() -> None:
+    assert [name for name, meaning in meanings().items() if not meaning] == []

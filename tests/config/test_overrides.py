@@ -1,0 +1,156 @@
+"""What a person may mistype on the command line, and what is said about it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedtune.config.loader import load
+from fedtune.config.overrides import check_overrides
+from fedtune.errors import ConfigError
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(overrides)
+    text = str(caught.value)
+    assert "\n" not in text, "an error is one paragraph"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("privacy.epsilom=2", "privacy.epsilon"),
+        ("epsilon=2", "privacy.epsilon"),
+        ("+privacy.epsilom=2", "privacy.epsilon"),
+        ("++privacy.epsilom=2", "privacy.epsilon"),
+        ("num_rounds=2", "federation.num_rounds"),
+        ("dta=opinions", "data"),
+        ("federation.num_round=3", "federation.num_rounds"),
+        ("Seed=3", "seed"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(override: str, hint: str) -> None:
+    assert f"Did you mean {hint}" in refusal(override)
+
+
+def test_added_keys_do_not_pass_silently() -> None:
+    """Hydra's `+key=value` would add a key that nothing reads."""
+    assert "xyzzy" in refusal("+xyzzy=1")
+    assert "privacy.xyzzy" in refusal("++privacy.xyzzy=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("model=bert_tniy", "model=bert_tiny"),
+        ("adapter=ffalora", "adapter=ffa_lora"),
+        ("data=opinion", "data=opinions"),
+        ("privacy=lokal", "privacy=local"),
+        ("experiment=smok", "experiment=smoke"),
+        ("engine=rey", "engine=ray"),
+    ],
+)
+def test_unknown_option_names_the_nearest_and_all(override: str, hint: str) -> None:
+    text = refusal(override)
+    assert f"Did you mean {hint}?" in text
+    assert "There are: " in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "privacy.epsilon=0",
+        "privacy.epsilon=-1",
+        "privacy.epsilon=nan",
+        "privacy.epsilon=inf",
+        "privacy.epsilon=two",
+        "privacy.epsilon=true",
+        "privacy.delta=0",
+        "privacy.delta=1",
+        "privacy.noise_multiplier=-0.5",
+        "privacy.noise_multiplier=nan",
+        "privacy.max_grad_norm=0",
+        "privacy.max_grad_norm=null",
+        "privacy.records_per_unit=0",
+        "privacy.trust=everyone",
+        "privacy.unit=patient",
+        "train.sample_rate=0",
+        "train.sample_rate=1.5",
+        "train.local_steps=0",
+        "train.local_steps=2.5",
+        "train.optimizer=lion",
+        "train.learning_rate=0",
+        "train.learning_rate=[1]",
+        "federation.nodes=0",
+        "federation.num_rounds=-3",
+        "federation.num_rounds=ten",
+        "federation.cohort_size=0",
+        "model.quantization=int4",
+        "partition.alpha=0",
+        "data.test_fraction=1",
+        "data.max_length=0",
+        "data.text=null",
+        "data.text=''",
+        "data.labels=positive",
+        "data.public=maybe",
+        "seed=-1",
+        "seed=true",
+        "device=tpu",
+    ],
+)
+def test_wrong_value_says_what_is_allowed(override: str) -> None:
+    text = refusal(override)
+    name = override.partition("=")[0]
+    assert name in text
+    assert "must be" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed", "~seed", "data@x=opinions", "data={a:1}", "privacy=null", "federation.nodes=[", "privacy=[local,none]x"],
+)
+def test_odd_forms_are_refused(override: str) -> None:
+    refusal(override)
+
+
+def test_the_same_setting_twice() -> None:
+    assert "twice" in refusal("seed=1", "seed=2")
+
+
+def test_run_folder_has_one_name() -> None:
+    assert "hydra.run.dir" in refusal("output=here")
+
+
+def test_values_with_commas_need_multirun_or_quotes() -> None:
+    assert "-m" in refusal("seed=1,2")
+    assert load(["data.name='a,b'"]).data.name == "a,b"
+    check_overrides(["seed=1,2"], multirun=True)
+
+
+def test_each_value_of_a_sweep_is_checked() -> None:
+    for sweep in ("privacy.epsilon=1,0", "model=minilm,nimilm", "seed=choice(1,2,x)", "seed=range(-1,3)"):
+        with pytest.raises(ConfigError, match=r"not allowed|There is no"):
+            check_overrides([sweep], multirun=True)
+    good = check_overrides(
+        ["privacy.epsilon=1,2", "model=minilm,bert_tiny", "seed=range(0,3)", "adapter=glob(*)"], multirun=True
+    )
+    assert good.keys == {"privacy.epsilon", "model", "seed", "adapter"}
+
+
+@pytest.mark.parametrize("value", ["1e5", "007", "123", "1.10"])
+def test_a_text_that_looks_like_a_number_stays_as_typed(value: str) -> None:
+    assert load([f"data.revision={value}"]).data.revision == value
+
+
+@pytest.mark.parametrize("path", ["/a/b c", "/a/(b)", "C:\\data\\x", "it's", "/a/b=c", "./x,y"])
+def test_paths_arrive_as_typed(path: str) -> None:
+    if "," in path:
+        assert "quote" in refusal(f"data.path={path}")
+    else:
+        assert load([f"data.path={path}"]).data.path == path
+
+
+def test_experiment_with_and_without_plus() -> None:
+    assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
+    assert load(["experiment=null"]) == load()
