@@ -67,7 +67,7 @@ class Budgets:
 
 
 def read_budgets(path: Path) -> Budgets | None:
-    """The budgets in `path`, or None if there is no such file. Raises `LedgerError` if it cannot be trusted."""
+    """The budgets in `path`; None if there is no such file. Raises `LedgerError` if it cannot be trusted."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -118,7 +118,7 @@ class Chain:
         previous: str,
     ) -> Row:
         """Adds a row after the row with hash `previous`, within the caller's transaction."""
-        (last,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone() or (0,)
+        last = self._counter(connection)
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
         digest = _digest(last + 1, time, kind, run, text, previous)
@@ -147,6 +147,40 @@ class Chain:
         if counter != last:
             raise self.broken(f"row {last + 1} is missing (rows up to {counter} were written)")
 
+    def audit(self, connection: sqlite3.Connection) -> tuple[list[Row], list[str]]:
+        """All rows that can be read, and everything that is wrong with the chain, not just the first."""
+        rows: list[Row] = []
+        problems: list[str] = []
+        last, previous = 0, GENESIS
+        for raw in connection.execute(f"SELECT {_COLUMNS} FROM log ORDER BY seq"):
+            seq, time, kind, run, text, follows, digest = raw
+            if seq != last + 1:
+                problems.append(
+                    f"row {last + 1} is missing"
+                    if seq == last + 2
+                    else f"rows {last + 1} to {seq - 1} are missing"
+                )
+            elif follows != previous:
+                problems.append(f"row {seq} does not follow row {last}: one of them was replaced")
+            if digest != _digest(seq, time, kind, run, text, follows):
+                problems.append(f"row {seq} was changed after it was written")
+            try:
+                rows.append(Row(seq, time, kind, run, json.loads(text), follows, digest))
+            except ValueError:
+                problems.append(f"row {seq} cannot be read")
+            last, previous = seq, digest
+        counter = self._counter(connection)
+        if counter > last:
+            problems.append(f"row {counter} is missing: rows were cut off the end")
+        elif counter < last:
+            problems.append(f"row {last} was added without the ledger's counter")
+        triggers = {
+            name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
+        }
+        if not triggers >= {"log_is_not_edited", "log_is_not_cut"}:
+            problems.append("the locks against editing were taken off the table")
+        return rows, problems
+
     def run_rows(self, connection: sqlite3.Connection, run: str) -> Iterator[Row]:
         """The rows of one run, each verified by itself."""
         for raw in connection.execute(f"SELECT {_COLUMNS} FROM log WHERE run = ? ORDER BY seq", (run,)):
@@ -157,6 +191,10 @@ class Chain:
         query = f"SELECT {_COLUMNS} FROM log WHERE kind = ? ORDER BY seq DESC LIMIT 1"
         raw = connection.execute(query, (kind,)).fetchone()
         return None if raw is None else self.checked(raw)
+
+    def _counter(self, connection: sqlite3.Connection) -> int:
+        found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
+        return int(found[0]) if found else 0
 
     def hash_of(self, connection: sqlite3.Connection, seq: int) -> str | None:
         """Hash of row `seq`; None if there is no such row."""

@@ -23,6 +23,7 @@ One ledger is one node's: it is bound to the node that first reserves. Several p
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
 
+_KEPT_OPEN = 128  # ledgers that one process holds open: a simulation has one for each node
+_opened: dict[tuple[str, bool, int], PrivacyLedger] = {}
 _SNAPSHOT_EVERY = 256  # rows between two summaries: what a new process reads at most, twice over
 
 
@@ -84,9 +87,20 @@ class PrivacyLedger:
         (a simulation) data that has none is recorded and not refused. Raises `LedgerError` if there is a
         file that is no ledger, cannot be trusted or cannot be read.
         """
-        ledger = cls(Path(path), require_budget=require_budget)
+        # One object a file and process: it holds the connection, and knows the rows that it has read.
+        key = (str(Path(path).absolute()), require_budget, os.getpid())
+        ledger = _opened.get(key)
+        if ledger is None:
+            ledger = cls(Path(path), require_budget=require_budget)
+            while len(_opened) >= _KEPT_OPEN:
+                _opened.pop(next(iter(_opened))).close()
+            _opened[key] = ledger
         ledger._current()
         return ledger
+
+    def close(self) -> None:
+        """Lets go of the file; the next use opens it again."""
+        self._chain.close()
 
     # --- releasing ----------------------------------------------------------------------------------
 
@@ -254,6 +268,29 @@ class PrivacyLedger:
     def state(self) -> LedgerState:
         """The releases so far, added up."""
         return self._current()
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Reads the whole file: how many rows it has, and what is wrong with them (nothing: it is whole)."""
+        with self._chain.reading() as connection:
+            if connection is None:
+                return 0, []
+            rows, problems = self._chain.audit(connection)
+        state = LedgerState()
+        open_reservations: set[int] = set()
+        for row in rows:
+            if row.kind == "summary" and row.body != state.to_json():
+                problems.append(f"row {row.seq} sums the rows before it up wrongly")
+            if row.kind == "reserved":
+                open_reservations.add(row.seq)
+            if row.kind == "committed" and row.body.get("reservation") not in open_reservations:
+                problems.append(
+                    f"row {row.seq} finishes release {row.body.get('reservation')}, which nothing began"
+                )
+            try:
+                state = state.with_row(row)
+            except (KeyError, TypeError, ValueError):
+                problems.append(f"row {row.seq} is not what a ledger writes")
+        return len(rows), problems
 
     # --- inside -------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import Term
 from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.checks import TRUSTS, UNITS, number, validate, whole
 from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "make_plan"]
 
-TRUSTS = ("local", "distributed", "central", "none")
-UNITS = ("record", "person", "client")
 _VERSION = 1
 
 
@@ -86,7 +85,7 @@ class PrivacyPlan:
     quantile_noise: float = 0.0  # central: standard deviation of the noise on the count of unclipped
 
     def __post_init__(self) -> None:
-        _validate(self)
+        validate(self)
 
     # --- what the plan says -------------------------------------------------------------------------
 
@@ -137,6 +136,31 @@ class PrivacyPlan:
 
         terms = self.terms(self.num_rounds if releases is None else releases)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
+
+    def adjacency(self) -> str:
+        """Which data sets count as neighbours, in words.
+
+        Clients are known by name and only their number is asked in a round, so that taking one away would
+        put another into its place; what is protected is what a client holds (Kairouz et al. 2021, "zero-out").
+        """
+        if self.trust == "central":
+            return "replace all that one client holds by nothing (the list of clients is public)"
+        return f"add or remove one {self.unit}"
+
+    def cautions(self) -> list[str]:
+        """What a person should know before relying on this plan; empty where there is nothing to add."""
+        found = []
+        if self.reproducible_noise:
+            found.append("Noise comes from `seed`: whoever knows it can subtract it. For simulations only.")
+        if self.trust == "central" and self.declared_size < 100:
+            found.append(
+                f"With {self.declared_size} clients no client hides among many: delta {self.delta:.3g} is "
+                "close to 1 / clients, and useful accuracy needs a large epsilon. unit=record or person with "
+                "trust=local or distributed promises more here."
+            )
+        if self.target_epsilon is not None and self.target_epsilon > 10.0:
+            found.append(f"An epsilon of {self.target_epsilon:g} is, taken by itself, hardly a protection.")
+        return found
 
     # --- what the plan does -------------------------------------------------------------------------
 
@@ -215,9 +239,7 @@ class PrivacyPlan:
                 f"federation.weighting=declared needs the declared size of every node; missing: "
                 f"{', '.join(missing)}. Give them, or use federation.weighting=uniform."
             )
-        sizes = np.array(
-            [_whole(declared_sizes[n], f"declared size of {n}") for n in nodes], dtype=np.float64
-        )
+        sizes = np.array([whole(declared_sizes[n], f"declared size of {n}") for n in nodes], dtype=np.float64)
         return np.asarray(sizes / sizes.sum(), dtype=np.float64)
 
     # --- distributed --------------------------------------------------------------------------------
@@ -272,9 +294,9 @@ class PrivacyPlan:
         divide by one constant. Raises `PrivacyError` if delta is no delta for a shard of that size.
         """
         if self.trust in ("distributed", "central"):
-            _whole(declared_size, "declared_size")
+            whole(declared_size, "declared_size")
             return self
-        return dataclasses.replace(self, declared_size=declared_size)
+        return dataclasses.replace(self, declared_size=whole(declared_size, "declared_size"))
 
     def training_plan(self, declared_size: int) -> PrivacyPlan:
         """What the steps on one node obey: this plan itself, except under a trusted server.
@@ -292,7 +314,7 @@ class PrivacyPlan:
             num_rounds=self.num_rounds,
             noise_multiplier=0.0,
             max_grad_norm=math.inf,
-            declared_size=declared_size,
+            declared_size=whole(declared_size, "declared_size"),
             delta=0.0,
             seed=self.seed,
         )
@@ -325,131 +347,6 @@ class PrivacyPlan:
         return cls(**given)
 
 
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise PrivacyError(f"{name} must be a number, not {value!r}.")
-    return float(value)
-
-
-def _whole(value: Any, name: str, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.")
-    return value
-
-
-def _rate(value: Any, name: str) -> None:
-    if not 0.0 < _number(value, name) <= 1.0:
-        raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.")
-
-
-def _validate(plan: PrivacyPlan) -> None:
-    if plan.trust not in TRUSTS:
-        raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {plan.trust!r}.")
-    if plan.unit not in UNITS:
-        raise PrivacyError(f"privacy.unit must be one of {', '.join(UNITS)}, not {plan.unit!r}.")
-    if plan.weighting not in ("uniform", "declared"):
-        raise PrivacyError(f"federation.weighting must be uniform or declared, not {plan.weighting!r}.")
-    for name in ("reproducible_noise", "adaptive_clipping"):
-        if not isinstance(getattr(plan, name), bool):
-            raise PrivacyError(f"privacy.{name} must be true or false, not {getattr(plan, name)!r}.")
-    _rate(plan.sample_rate, "train.sample_rate")
-    _rate(plan.training_sample_rate, "train.sample_rate")
-    for name in (
-        "local_steps", "num_rounds", "declared_size", "records_per_unit", "nodes", "cohort_size",
-        "training_steps",
-    ):  # fmt: skip
-        _whole(getattr(plan, name), name)
-    for name in ("max_dropouts", "max_colluders"):
-        _whole(getattr(plan, name), f"privacy.{name}", 0)
-    if isinstance(plan.seed, bool) or not isinstance(plan.seed, int):
-        raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.")
-    noise = _number(plan.noise_multiplier, "privacy.noise_multiplier")
-    norm = _number(plan.max_grad_norm, "privacy.max_grad_norm")
-    delta = _number(plan.delta, "privacy.delta")
-    if norm <= 0.0:
-        raise PrivacyError(f"privacy.max_grad_norm must be above 0, not {norm}.")
-    if plan.target_epsilon is not None:
-        target = _number(plan.target_epsilon, "privacy.epsilon")
-        if not 0.0 < target < math.inf:
-            raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
-    if plan.trust == "none":
-        if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
-            raise PrivacyError(
-                "privacy.trust=none has no noise, no delta and no epsilon; a noise multiplier of "
-                f"{noise}, delta {delta} or epsilon {plan.target_epsilon} promises what nothing keeps."
-            )
-        return
-    if not 0.0 < noise < math.inf:
-        raise PrivacyError(
-            f"privacy.noise_multiplier must be finite and above 0, not {noise}. For a run without noise, say "
-            "so: privacy.trust=none."
-        )
-    if math.isinf(norm):
-        raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
-    _check_delta(delta, plan.declared_size, plan.unit)
-    if (plan.trust == "central") != (plan.unit == "client"):
-        raise PrivacyError(
-            f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped "
-            "and noised only by a trusted server (trust=central, unit=client), and it protects clients, not "
-            "single records or persons. For those use trust=local or distributed."
-        )
-    if plan.trust in ("distributed", "central") and plan.local_steps != 1:
-        raise PrivacyError(
-            f"privacy.trust={plan.trust} noises once a round; local_steps is {plan.local_steps}."
-        )
-    if plan.trust in ("distributed", "central") and plan.weighting != "uniform":
-        raise PrivacyError(
-            f"federation.weighting=declared does not fit privacy.trust={plan.trust}: the noise was sized for "
-            "equal weights. Use federation.weighting=uniform."
-        )
-    if plan.trust == "distributed" and plan.max_dropouts + plan.max_colluders >= plan.nodes:
-        raise PrivacyError(
-            f"With {plan.nodes} nodes, privacy.max_dropouts={plan.max_dropouts} and privacy.max_colluders="
-            f"{plan.max_colluders} leave no honest node to add noise; their sum must be below {plan.nodes}."
-        )
-    if plan.trust == "central" and plan.cohort_size > plan.declared_size:
-        raise PrivacyError(
-            f"federation.cohort_size={plan.cohort_size} is more than the {plan.declared_size} clients there "
-            "are."
-        )
-    _validate_adaptive(plan)
-
-
-def _validate_adaptive(plan: PrivacyPlan) -> None:
-    quantile = _number(plan.clip_quantile, "privacy.clip_quantile")
-    if not 0.0 < quantile < 1.0:
-        raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
-    spread = _number(plan.quantile_noise, "quantile_noise")
-    if not plan.adaptive_clipping:
-        return
-    if plan.trust != "central":
-        raise PrivacyError("privacy.adaptive_clipping works with privacy.trust=central only.")
-    if not plan.noise_multiplier < 2.0 * spread < math.inf:
-        raise PrivacyError(
-            f"Adaptive clipping spends part of the noise multiplier {plan.noise_multiplier:g} on its "
-            f"quantile, and noise of {spread:g} on the count leaves nothing: it must be above "
-            f"{plan.noise_multiplier / 2:g}."
-        )
-
-
-def _check_delta(delta: float, size: int, unit: str) -> None:
-    if not 0.0 < delta < 1.0:
-        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
-    if delta >= 1.0 / size:
-        hint = (
-            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few "
-            "clients can hardly hide one another: for data like these unit=record or person with trust=local "
-            "or distributed is the stronger choice."
-            if unit == "client"
-            else ""
-        )
-        raise PrivacyError(
-            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as "
-            "declared: it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or "
-            "leave it out." + hint
-        )
-
-
 def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     """The plan of a run, its noise calibrated before any data is read.
 
@@ -463,9 +360,7 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     privacy, train, federation = config.privacy, config.train, config.federation
     if not declared_sizes:
         raise PrivacyError("A plan needs the declared size of at least one node.")
-    sizes = [
-        _whole(int(s) if isinstance(s, np.integer) else s, "declared size of a node") for s in declared_sizes
-    ]
+    sizes = [whole(size, "declared size of a node") for size in declared_sizes]
     if privacy.trust not in TRUSTS:
         raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {privacy.trust!r}.")
     nodes = len(sizes)
@@ -491,10 +386,9 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
         "training_steps": train.local_steps,
         "adaptive_clipping": privacy.adaptive_clipping,
         "clip_quantile": privacy.clip_quantile,
-        "quantile_noise": 0.0,
     }
     if privacy.unit == "person":
-        _whole(privacy.records_per_unit, "privacy.records_per_unit")
+        whole(privacy.records_per_unit, "privacy.records_per_unit")
     if privacy.trust == "none":
         if privacy.noise_multiplier not in (None, 0.0):
             raise PrivacyError(
@@ -518,21 +412,10 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             "noise, privacy.noise_multiplier=null to choose the guarantee."
         )
     delta = 1.0 / (2.0 * declared) if privacy.delta is None else privacy.delta
-    # A plan with noise 1 first: it refuses every setting without meaning before any time is spent.
-    checked = (
-        _number(privacy.noise_multiplier, "privacy.noise_multiplier")
-        if privacy.noise_multiplier is not None
-        else 1.0
-    )
-    if privacy.adaptive_clipping:
-        common["quantile_noise"] = math.inf if math.isinf(checked) else max(cohort / 20.0, checked)
-    draft = PrivacyPlan(
-        **common,
-        noise_multiplier=checked,
-        max_grad_norm=privacy.max_grad_norm,
-        delta=delta,
-        target_epsilon=privacy.epsilon,
-    )
+    common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
+    # A plan with any noise first: it refuses every setting without meaning before time is spent.
+    given = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
+    draft = _with_noise(common, given)
     if privacy.epsilon is None:
         return draft
     ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
@@ -545,13 +428,13 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             f"{error} The unit here is a client, and each of {nodes} takes part in every round in sight of "
             "all."
         ) from error
-    if privacy.adaptive_clipping:
+    return _with_noise(common, noise)
+
+
+def _with_noise(common: Mapping[str, Any], noise_multiplier: float) -> PrivacyPlan:
+    spread = 0.0
+    if common["adaptive_clipping"]:
         # A twentieth of the cohort (Andrew et al. 2021), but enough that something is left for the updates.
-        common["quantile_noise"] = max(cohort / 20.0, noise)
-    return PrivacyPlan(
-        **common,
-        noise_multiplier=noise,
-        max_grad_norm=privacy.max_grad_norm,
-        delta=delta,
-        target_epsilon=privacy.epsilon,
-    )
+        noise = number(noise_multiplier, "privacy.noise_multiplier")
+        spread = max(whole(common["cohort_size"], "federation.cohort_size") / 20.0, noise)
+    return PrivacyPlan(**{**common, "quantile_noise": spread}, noise_multiplier=noise_multiplier)

@@ -1,0 +1,263 @@
+"""`fedtune budget`: what each data set has spent, what its owner allows, and whether the books are whole.
+
+Each function returns a `Report`: text for a terminal, JSON values for a program, and an exit status. Where
+files lie is an argument, printing is the command line's; nothing here changes a ledger but `set_budget`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LedgerError
+from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.privacy.ledger import PrivacyLedger
+
+__all__ = ["Report", "find_ledgers", "history", "main", "set_budget", "show", "verify"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a command found: for people, for programs, for the shell."""
+
+    text: str
+    json: Any
+    status: int = 0
+
+
+def find_ledgers(folder: Path, node: str | None = None) -> list[Path]:
+    """The ledgers in `folder`, by node name. Raises `LedgerError` if `node` is given and has none."""
+    found = sorted(folder.glob("*.sqlite")) if folder.is_dir() else []
+    if node is None:
+        return found
+    mine = [path for path in found if path.stem == node]
+    if not mine:
+        known = ", ".join(path.stem for path in found) or "none"
+        raise LedgerError(f"There is no ledger of node '{node}' in {folder}. Known nodes: {known}.")
+    return mine
+
+
+def show(paths: list[Path], dataset: str | None = None) -> Report:
+    """What each data set has spent, and of how much.
+
+    JSON: a list of {dataset, fingerprint, epsilon, delta, budget_epsilon, releases, unfinished, node, unit,
+    public}. `epsilon` is composed over all releases of the same data under any of its names; null where one
+    had no noise. `budget_epsilon` is null where the owner has set none.
+    """
+    entries = [entry for path in paths for entry in _entries(PrivacyLedger.open(path))]
+    if dataset is not None:
+        entries = [entry for entry in entries if entry["dataset"] == dataset]
+    if not entries:
+        what = f" of '{dataset}'" if dataset else ""
+        return Report(f"No ledger knows of a release{what} yet, and no budget is set.", [])
+    header = ("node", "data set", "fingerprint", "unit", "epsilon", "budget", "delta", "releases")
+    lines = [
+        (
+            entry["node"] or "-",
+            entry["dataset"],
+            (entry["fingerprint"] or "-")[:12],
+            entry["unit"] or "-",
+            "public" if entry["public"] else _number(entry["epsilon"]),
+            "none" if entry["budget_epsilon"] is None else _number(entry["budget_epsilon"]),
+            "-" if entry["delta"] is None else f"{entry['delta']:.2e}",
+            str(entry["releases"]) + (f" ({entry['unfinished']} unfinished)" if entry["unfinished"] else ""),
+        )
+        for entry in entries
+    ]
+    note = (
+        "Epsilon is an upper bound, composed over all releases of the data under any of its names. "
+        "Unfinished releases count as spent."
+    )
+    return Report(_table([header, *lines]) + "\n\n" + note, entries)
+
+
+def set_budget(
+    path: Path, *, epsilon: float, delta: float, dataset: str | None = None, unit: str | None = None
+) -> Report:
+    """Sets the owner's budget in the file beside the ledger at `path`."""
+    budget = PrivacyBudget(epsilon, delta, unit)
+    ledger = PrivacyLedger(path)
+    ledger.set_budget(budget, dataset=dataset)
+    ledger.close()
+    whose = f"'{dataset}'" if dataset else "every data set without a budget of its own"
+    asked = f", protecting every {unit}" if unit else ""
+    text = (
+        f"Node '{path.stem}': {whose} may spend epsilon {epsilon:g} at delta {delta:g}{asked}, in all, ever."
+    )
+    return Report(text, {"node": path.stem, "dataset": dataset, **budget.to_json()})
+
+
+def history(paths: list[Path], dataset: str | None = None) -> Report:
+    """Every release, oldest first, with what it was. JSON: a list of objects."""
+    entries = []
+    for path in paths:
+        for release in PrivacyLedger.open(path).releases(dataset=dataset):
+            steps = release.steps
+            entries.append(
+                {
+                    "node": release.node,
+                    "row": release.seq,
+                    "time": release.time,
+                    "run": release.run,
+                    "round": release.round,
+                    "dataset": release.dataset,
+                    "fingerprint": release.fingerprint,
+                    "public": release.public,
+                    "trust": release.trust,
+                    "unit": release.unit,
+                    "delta": release.delta or None,
+                    "steps": sum(count for _, count in steps) if steps else None,
+                    "sample_rate": steps[0][0].sample_rate if steps else None,
+                    "noise_multiplier": steps[0][0].noise_multiplier if steps else 0.0,
+                    "reproducible_noise": release.reproducible_noise,
+                    "finished": release.committed,
+                }
+            )
+    if not entries:
+        return Report("No ledger knows of a release yet.", [])
+    header = ("time", "node", "run", "round", "data set", "unit", "steps", "rate", "noise", "finished")
+    lines = [
+        (
+            str(entry["time"])[:19],
+            str(entry["node"]),
+            str(entry["run"])[:20],
+            str(entry["round"]),
+            str(entry["dataset"]),
+            str(entry["unit"]),
+            "-" if entry["steps"] is None else str(entry["steps"]),
+            "-" if entry["sample_rate"] is None else f"{entry['sample_rate']:g}",
+            f"{entry['noise_multiplier']:.4g}" if entry["noise_multiplier"] else "none",
+            "yes" if entry["finished"] else "no",
+        )
+        for entry in entries
+    ]
+    return Report(_table([header, *lines]), entries)
+
+
+def verify(paths: list[Path]) -> Report:
+    """Reads every row of every ledger. Status 1 if one was edited, moved or removed; the text names it."""
+    results: list[dict[str, Any]] = []
+    for path in paths:
+        rows, problems = PrivacyLedger(path).verify()
+        results.append({"node": path.stem, "path": str(path), "rows": rows, "problems": problems})
+    if not results:
+        return Report("There is no ledger yet.", [])
+    lines = []
+    for result in results:
+        if result["problems"]:
+            lines.append(f"{result['node']}: NOT whole ({result['path']})")
+            lines += [f"  {problem}" for problem in result["problems"]]
+        else:
+            lines.append(f"{result['node']}: whole, {result['rows']} rows")
+    return Report("\n".join(lines), results, 1 if any(result["problems"] for result in results) else 0)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Runs `arguments.action` (show, set, history or verify) and prints; returns the exit status.
+
+    Reads `node`, `dataset`, `json`, and for set `epsilon`, `delta` and `unit`; those that are missing count
+    as not given. `set` without `node` sets the budget of every node that has a ledger.
+    """
+    from fedtune.config.paths import state_dir
+
+    def given(name: str) -> Any:
+        return getattr(arguments, name, None)
+
+    folder = state_dir() / "ledgers"
+    node, dataset = given("node"), given("dataset")
+    if arguments.action == "set":
+        report = _set(folder, node, dataset, given("epsilon"), given("delta"), given("unit"))
+    else:
+        paths = find_ledgers(folder, node)
+        if arguments.action == "show":
+            report = show(paths, dataset)
+        elif arguments.action == "history":
+            report = history(paths, dataset)
+        else:
+            report = verify(paths)
+    print(json.dumps(report.json, indent=2, allow_nan=False) if given("json") else report.text)
+    return report.status
+
+
+def _set(
+    folder: Path, node: str | None, dataset: str | None, epsilon: Any, delta: Any, unit: str | None
+) -> Report:
+    PrivacyBudget(epsilon, delta, unit)  # refuse before the first file is touched
+    if node is not None:
+        if node in ("", ".", "..") or "/" in node or "\\" in node:
+            raise LedgerError(f"'{node}' is no name of a node.")
+        paths = [folder / f"{node}.sqlite"]
+    else:
+        paths = find_ledgers(folder)
+        if not paths:
+            raise LedgerError(
+                f"There is no ledger in {folder} yet. Name the node whose budget it is: fedtune budget set "
+                "--node NODE --epsilon E --delta D."
+            )
+    reports = [set_budget(p, epsilon=epsilon, delta=delta, dataset=dataset, unit=unit) for p in paths]
+    return Report("\n".join(report.text for report in reports), [report.json for report in reports])
+
+
+def _entries(ledger: PrivacyLedger) -> list[dict[str, Any]]:
+    state = ledger.state()
+    budgets = ledger.budgets()
+    unfinished: dict[tuple[str, str], int] = {}
+    public: dict[tuple[str, str], bool] = {}
+    for release in ledger.releases():
+        pair = (release.dataset, release.fingerprint)
+        unfinished[pair] = unfinished.get(pair, 0) + (not release.committed)
+        public[pair] = public.get(pair, True) and release.public
+    entries = []
+    for (dataset, fingerprint), count in sorted(state.releases.items()):
+        found = budgets.of(state.names_of(dataset, fingerprint))
+        budget = found[0] if found else None
+        delta = budget.delta if budget else state.smallest_delta(dataset, fingerprint)
+        epsilon = ledger.epsilon(dataset=dataset, fingerprint=fingerprint, delta=delta)
+        pair = (dataset, fingerprint)
+        entries.append(
+            {
+                "dataset": dataset,
+                "fingerprint": fingerprint,
+                "epsilon": epsilon if math.isfinite(epsilon) else None,
+                "delta": delta,
+                "budget_epsilon": budget.epsilon if budget else None,
+                "releases": count,
+                "unfinished": unfinished.get(pair, 0),
+                "node": state.node,
+                "unit": state.unit_of(dataset, fingerprint),
+                "public": public.get(pair, False),
+            }
+        )
+    known = {dataset for dataset, _ in state.releases}
+    for name, budget in sorted(budgets.datasets.items()):
+        if name not in known:
+            entries.append(
+                {
+                    "dataset": name,
+                    "fingerprint": None,
+                    "epsilon": 0.0,
+                    "delta": budget.delta,
+                    "budget_epsilon": budget.epsilon,
+                    "releases": 0,
+                    "unfinished": 0,
+                    "node": state.node or ledger.path.stem,
+                    "unit": budget.unit,
+                    "public": False,
+                }
+            )
+    return entries
+
+
+def _number(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.3f}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,153 @@
+"""Which privacy settings have a meaning: every check that a plan must pass, each naming its field.
+
+Apart from `plan` so that the plan can be read in one sitting. NaN, infinities where a number is meant, and
+`True` where a count is meant are refused too: Python would let them pass for numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import TYPE_CHECKING, Any
+
+from fedtune.errors import PrivacyError
+
+if TYPE_CHECKING:
+    from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["TRUSTS", "UNITS", "number", "validate", "whole"]
+
+TRUSTS = ("local", "distributed", "central", "none")
+UNITS = ("record", "person", "client")  # from the finest to the coarsest
+
+
+def number(value: Any, name: str) -> float:
+    """`value` as a float; `PrivacyError` naming it if it is no number (infinity is one)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise PrivacyError(f"{name} must be a number, not {value!r}.")
+    return float(value)
+
+
+def whole(value: Any, name: str, least: int = 1) -> int:
+    """`value` as an int of at least `least`; `PrivacyError` naming it if it is none. numpy's integers are."""
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < least:
+        raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    return found
+
+
+def _rate(value: Any, name: str) -> None:
+    if not 0.0 < number(value, name) <= 1.0:
+        raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.")
+
+
+def validate(plan: PrivacyPlan) -> None:
+    """Raises `PrivacyError` naming the first field of `plan` that has no meaning, or breaks a promise."""
+    if plan.trust not in TRUSTS:
+        raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {plan.trust!r}.")
+    if plan.unit not in UNITS:
+        raise PrivacyError(f"privacy.unit must be one of {', '.join(UNITS)}, not {plan.unit!r}.")
+    if plan.weighting not in ("uniform", "declared"):
+        raise PrivacyError(f"federation.weighting must be uniform or declared, not {plan.weighting!r}.")
+    for name in ("reproducible_noise", "adaptive_clipping"):
+        if not isinstance(getattr(plan, name), bool):
+            raise PrivacyError(f"privacy.{name} must be true or false, not {getattr(plan, name)!r}.")
+    _rate(plan.sample_rate, "train.sample_rate")
+    _rate(plan.training_sample_rate, "train.sample_rate")
+    for name in (
+        "local_steps", "num_rounds", "declared_size", "records_per_unit", "nodes", "cohort_size",
+        "training_steps",
+    ):  # fmt: skip
+        whole(getattr(plan, name), name)
+    for name in ("max_dropouts", "max_colluders"):
+        whole(getattr(plan, name), f"privacy.{name}", 0)
+    if isinstance(plan.seed, bool) or not isinstance(plan.seed, int):
+        raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.")
+    noise = number(plan.noise_multiplier, "privacy.noise_multiplier")
+    norm = number(plan.max_grad_norm, "privacy.max_grad_norm")
+    delta = number(plan.delta, "privacy.delta")
+    if norm <= 0.0:
+        raise PrivacyError(f"privacy.max_grad_norm must be above 0, not {norm}.")
+    if plan.target_epsilon is not None:
+        target = number(plan.target_epsilon, "privacy.epsilon")
+        if not 0.0 < target < math.inf:
+            raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
+    if plan.trust == "none":
+        if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
+            raise PrivacyError(
+                "privacy.trust=none has no noise, no delta and no epsilon; a noise multiplier of "
+                f"{noise}, delta {delta} or epsilon {plan.target_epsilon} promises what nothing keeps."
+            )
+        return
+    if not 0.0 < noise < math.inf:
+        raise PrivacyError(
+            f"privacy.noise_multiplier must be finite and above 0, not {noise}. For a run without noise, say "
+            "so: privacy.trust=none."
+        )
+    if math.isinf(norm):
+        raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
+    _check_delta(delta, plan.declared_size, plan.unit)
+    if (plan.trust == "central") != (plan.unit == "client"):
+        raise PrivacyError(
+            f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped "
+            "and noised only by a trusted server (trust=central, unit=client), and it protects clients, not "
+            "single records or persons. For those use trust=local or distributed."
+        )
+    if plan.trust in ("distributed", "central") and plan.local_steps != 1:
+        raise PrivacyError(
+            f"privacy.trust={plan.trust} noises once a round; local_steps is {plan.local_steps}."
+        )
+    if plan.trust in ("distributed", "central") and plan.weighting != "uniform":
+        raise PrivacyError(
+            f"federation.weighting=declared does not fit privacy.trust={plan.trust}: the noise was sized for "
+            "equal weights. Use federation.weighting=uniform."
+        )
+    if plan.trust == "distributed" and plan.max_dropouts + plan.max_colluders >= plan.nodes:
+        raise PrivacyError(
+            f"With {plan.nodes} nodes, privacy.max_dropouts={plan.max_dropouts} and privacy.max_colluders="
+            f"{plan.max_colluders} leave no honest node to add noise; their sum must be below {plan.nodes}."
+        )
+    if plan.trust == "central" and plan.cohort_size > plan.declared_size:
+        raise PrivacyError(
+            f"federation.cohort_size={plan.cohort_size} is more than the {plan.declared_size} clients there "
+            "are."
+        )
+    _validate_adaptive(plan)
+
+
+def _validate_adaptive(plan: PrivacyPlan) -> None:
+    quantile = number(plan.clip_quantile, "privacy.clip_quantile")
+    if not 0.0 < quantile < 1.0:
+        raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
+    spread = number(plan.quantile_noise, "quantile_noise")
+    if not plan.adaptive_clipping:
+        return
+    if plan.trust != "central":
+        raise PrivacyError("privacy.adaptive_clipping works with privacy.trust=central only.")
+    if not plan.noise_multiplier < 2.0 * spread < math.inf:
+        raise PrivacyError(
+            f"Adaptive clipping spends part of the noise multiplier {plan.noise_multiplier:g} on its "
+            f"quantile, and noise of {spread:g} on the count leaves nothing: it must be above "
+            f"{plan.noise_multiplier / 2:g}."
+        )
+
+
+def _check_delta(delta: float, size: int, unit: str) -> None:
+    if not 0.0 < delta < 1.0:
+        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
+    if delta >= 1.0 / size:
+        hint = (
+            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few "
+            "clients can hardly hide one another: for data like these unit=record or person with trust=local "
+            "or distributed is the stronger choice."
+            if unit == "client"
+            else ""
+        )
+        raise PrivacyError(
+            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as "
+            "declared: it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or "
+            "leave it out." + hint
+        )
