@@ -80,7 +80,8 @@ def _config(content: RecordDict, name: str, keys: Mapping[str, type], what: str)
         raise FederationError(f"{what} lacks {missing} and has unknown keys {unknown}.")
     for key, kind in keys.items():
         value: Any = values[key]
-        if type(value) is not kind:  # a bool is no int here
+        right = type(value) is kind  # a bool is no int here
+        if not right:
             raise FederationError(
                 f"{what}: {key} is a {type(value).__name__}, and should be a {kind.__name__}."
             )
