@@ -141,7 +141,8 @@ class PrivacyPlan:
         """Which data sets count as neighbours, in words.
 
         Clients are known by name and only their number is asked in a round, so that taking one away would
-        put another into its place; what is protected is what a client holds (Kairouz et al. 2021, "zero-out").
+        put another into its place; what is protected is what a client holds (Kairouz et al. 2021 call it
+        zero-out).
         """
         if self.trust == "central":
             return "replace all that one client holds by nothing (the list of clients is public)"

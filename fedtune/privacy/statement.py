@@ -1,0 +1,288 @@
+"""The privacy statement of a run: what was promised, to whom, and what was not.
+
+Made from the run's record alone, so that anybody who holds `record.json` can make it again. It answers
+what Ponomareva et al. 2023 ("How to DP-fy ML", section 5.3) ask of every DP result (setting, unit, adjacency,
+data accesses covered, what is released, accounting and its assumptions, formal statement, transparency) and
+names the layers around epsilon that NIST SP 800-226 asks about (mechanism, trust model, side channels,
+security, exposure while collecting). The first paragraph is for a reader who knows no mathematics.
+
+Keys of the record that are used when they are there (DESIGN section 9 has those that always are):
+`privacy.ledger` (a list of {node, dataset, fingerprint, releases, epsilon, delta}: everything that each
+node's ledger knows of the same data), `privacy.local_steps`, `privacy.target_epsilon`, `privacy.records_per_unit`,
+`privacy.data_public`, `privacy.evaluation_data`, `privacy.audit` ({epsilon_lower, confidence, method} or
+null), `privacy.cautions` (a list of texts, from the plan), `privacy.nodes`, `privacy.max_dropouts` and
+`privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`,
+`federation.dropped`. What a record lacks is stated as unknown, never made up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.errors import RecordError
+from fedtune.privacy.accounting import Term, conversions
+from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees, strength
+
+__all__ = ["statement_json", "statement_markdown"]
+
+
+def statement_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """All facts of the statement as JSON values. Raises `RecordError` if the record lacks one it needs."""
+    try:
+        return _facts(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"No statement can be made: the record lacks or garbles {error}. Run `fedtune statement` on a "
+            "complete record.json, as a finished run writes it."
+        ) from error
+
+
+def statement_markdown(record: Mapping[str, Any]) -> str:
+    """The statement as Markdown, first a paragraph in plain words."""
+    facts = statement_json(record)
+    parts = [
+        "# Privacy statement",
+        f"Run `{facts['run']['id']}`, started {facts['run']['started']}.",
+        facts["summary"],
+        *[f"**Caution.** {caution}" for caution in facts["cautions"]],
+        "## The guarantee",
+        _bullets(_guarantee(facts)),
+        "## Who sees what",
+        _bullets(facts["trust"]["sees"]),
+        "## How it was done",
+        _bullets(_mechanism(facts)),
+        "## What is covered",
+        _bullets(facts["covered"]),
+        "## What is not covered",
+        _bullets(facts["not_covered"]),
+        "## Per node",
+        _per_node(facts),
+        "## Other uses of the same data",
+        _other_uses(facts),
+        "## Audit",
+        _audit(facts["audit"]),
+        "## How to check this",
+        _bullets(_transparency(facts)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    run, privacy = record["run"], record["privacy"]
+    trust, unit = privacy["trust"], privacy["unit"]
+    if unit not in UNITS or trust not in ("local", "distributed", "central", "none"):
+        raise RecordError(
+            f"No statement can be made for unit {unit!r} and trust {trust!r}: they are unknown here."
+        )
+    private = trust != "none"
+    epsilon = privacy["epsilon"] if private else None
+    delta = privacy["delta"] if private else None
+    terms = _terms(privacy) if private and epsilon is not None else None
+    other = conversions(terms) if terms is not None else None
+    return {
+        "schema": 1,
+        "run": {"id": run["id"], "started": run["started"], "engine": run["engine"]},
+        "summary": outline(record, epsilon, delta),
+        "cautions": _cautions(record, epsilon),
+        "private": epsilon is not None,
+        "unit": {"name": unit, "meaning": UNITS[unit], "records_at_most": privacy.get("records_per_unit")},
+        "adjacency": privacy["adjacency"],
+        "trust": {"model": trust, "sees": sees(trust, privacy)},
+        "mechanism": {
+            "description": privacy["mechanism"],
+            "sampling": _sampling(privacy),
+            "sample_rate": privacy["sample_rate"],
+            "noise_multiplier": privacy["noise_multiplier"],
+            "max_grad_norm": privacy["max_grad_norm"],
+            "steps": privacy["steps"],
+            "randomness": "reproducible from the run's seed" if privacy["reproducible_noise"] else
+            "the operating system's cryptographic generator" if private else "not used for privacy",
+        },
+        "accounting": {
+            "accountant": privacy["accountant"],
+            "kind": "upper bound, rounded to the safe side" if private else None,
+            "epsilon": epsilon,
+            "delta": delta,
+            "epsilon_rdp": privacy["epsilon_rdp"] if private else None,
+            "target_epsilon": privacy.get("target_epsilon"),
+            "zcdp_rho": _finite(other.rho) if other else None,
+            "zcdp_is": other.rho_is if other else None,
+            "gdp_mu": _finite(other.mu) if other else None,
+            "gdp_is": other.mu_is if other else None,
+            "strength": strength(epsilon),
+        },
+        "per_node": [dict(entry) for entry in privacy["per_node"]],
+        "other_uses": [dict(entry) for entry in privacy.get("ledger") or []],
+        "covered": covered(record, epsilon),
+        "not_covered": not_covered(record, epsilon),
+        "audit": privacy["audit"],
+        "reproducible_noise": bool(privacy["reproducible_noise"]),
+        "transparency": {
+            "versions": dict(run["versions"]),
+            "commit": run["commit"],
+            "dirty": run["dirty"],
+        },
+    }  # fmt: skip
+
+
+def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
+    """The steps as the accountant had them, from the record's own numbers."""
+    noise, steps = privacy["noise_multiplier"], privacy["steps"]
+    if not noise:
+        return None
+    rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
+    return {Term(rate, float(noise)): int(steps)}
+
+
+def _sampling(privacy: Mapping[str, Any]) -> str:
+    if privacy["trust"] == "central":
+        return "the server chooses clients and sees who takes part; no amplification by sampling is claimed"
+    if privacy["sample_rate"] == 1.0:
+        return f"every {privacy['unit']} takes part in every step"
+    return (
+        f"Poisson: in every step each {privacy['unit']} is drawn by itself with probability "
+        f"{privacy['sample_rate']:g}, in secret on its node; sums are divided by the expected, never the "
+        "drawn, size"
+    )
+
+
+def _cautions(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+    privacy = record["privacy"]
+    found = [str(text) for text in privacy.get("cautions") or []]
+    if privacy["reproducible_noise"]:
+        found.insert(
+            0,
+            "This run drew its noise from its seed (`privacy.reproducible_noise=true`). Whoever knows the "
+            "seed can take the noise off again, so the numbers below are those of the same run with secret "
+            "noise, and this one protects nobody.",
+        )
+    if privacy["trust"] != "none" and epsilon is None:
+        found.append(
+            "The record gives no epsilon although privacy was asked for: treat the run as not private."
+        )
+    if epsilon is not None and epsilon > 10.0:
+        found.append(f"Epsilon {epsilon:.3g} is above 10: by itself hardly a protection (see below).")
+    if privacy.get("data_public"):
+        found.append("The owner declared this data public: ledgers recorded the releases and refused none.")
+    if record["run"]["dirty"]:
+        found.append("The code had changes that are in no commit: what ran cannot be looked up.")
+    return list(dict.fromkeys(found))
+
+
+def _guarantee(facts: Mapping[str, Any]) -> list[str]:
+    accounting, unit = facts["accounting"], facts["unit"]
+    lines = [f"Unit of privacy: {unit['name']}: {unit['meaning']}."]
+    if unit["name"] == "person" and unit["records_at_most"]:
+        lines.append(f"At most {unit['records_at_most']} records of a person enter one step.")
+    lines.append(f"Adjacency: {facts['adjacency']}.")
+    if accounting["epsilon"] is None:
+        return [*lines, "Epsilon: none. There is no guarantee; formally, epsilon is infinite."]
+    lines += [
+        f"**Epsilon {accounting['epsilon']:.4g} at delta {accounting['delta']:.3g}**, "
+        f"{accounting['kind']} ({accounting['accountant']}); the largest over all nodes, since their data is "
+        "disjoint.",
+        f"By Renyi DP, a looser method and independent code: epsilon {_shown(accounting['epsilon_rdp'])}.",
+        f"As zero-concentrated DP: rho {_shown(accounting['zcdp_rho'])} ({accounting['zcdp_is']}). As "
+        f"Gaussian DP: mu {_shown(accounting['gdp_mu'])} ({accounting['gdp_is']}).",
+        accounting["strength"],
+    ]
+    return lines
+
+
+def _mechanism(facts: Mapping[str, Any]) -> list[str]:
+    mechanism = facts["mechanism"]
+    lines = [f"Mechanism: {mechanism['description']}."]
+    if facts["accounting"]["epsilon"] is None:
+        return [*lines, "No noise was added."]
+    return [
+        *lines,
+        f"Sampling as run: {mechanism['sampling']}.",
+        f"Noise multiplier (standard deviation over clipping norm): {_shown(mechanism['noise_multiplier'])}; "
+        f"clipping norm (L2): {_shown(mechanism['max_grad_norm'])}; accounted steps: {mechanism['steps']}.",
+        f"Source of the noise: {mechanism['randomness']}.",
+    ]
+
+
+def _per_node(facts: Mapping[str, Any]) -> str:
+    rows = [("node", "epsilon", "delta", "releases")]
+    rows += [
+        (str(e["node"]), _shown(e["epsilon"]), _shown(e["delta"]), str(e["releases"]))
+        for e in facts["per_node"]
+    ]
+    return _table(rows)
+
+
+def _other_uses(facts: Mapping[str, Any]) -> str:
+    uses = facts["other_uses"]
+    if not uses:
+        return (
+            "The record does not say what else this data was used for. The guarantee above is this run's "
+            "alone; ask each node for `fedtune budget show`."
+        )
+    rows = [("node", "data set", "fingerprint", "releases in all", "epsilon in all", "delta")]
+    rows += [
+        (
+            str(use["node"]), str(use["dataset"]), str(use["fingerprint"])[:12], _shown(use["releases"]),
+            "infinite" if use["epsilon"] is None and use["releases"] else _shown(use["epsilon"]),
+            _shown(use["delta"]),
+        )
+        for use in uses
+    ]  # fmt: skip
+    note = (
+        "Composed over everything that each node's ledger knows this data was ever used for, this run "
+        "included, under any of its names: earlier runs, interrupted and repeated rounds. These, and not the "
+        "run's own, are the numbers that a person in the data should be told."
+    )
+    return _table(rows) + "\n\n" + note
+
+
+def _audit(audit: Any) -> str:
+    if not audit:
+        return "Not audited. `fedtune audit` measures a lower bound on epsilon to set beside the claim."
+    if not isinstance(audit, Mapping):
+        return str(audit)
+    lower = audit.get("epsilon_lower")
+    confidence = audit.get("confidence")
+    return (
+        f"An attack by {audit.get('method', 'an unnamed method')} shows that epsilon is at least "
+        f"{_shown(lower)}"
+        + (f" with {100 * confidence:g} percent confidence" if isinstance(confidence, int | float) else "")
+        + ". A lower bound above the claim would prove the claim wrong; one below it proves nothing."
+    )
+
+
+def _transparency(facts: Mapping[str, Any]) -> list[str]:
+    transparency = facts["transparency"]
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(transparency["versions"].items()))
+    return [
+        f"Code: fedtune, open source, commit {transparency['commit'] or 'unknown'}"
+        + (" with uncommitted changes" if transparency["dirty"] else "")
+        + ".",
+        f"Versions: {versions}.",
+        "The sampler, the noise and the accounted event come from one object (`fedtune.privacy.plan`); its "
+        "tests hold it to closed forms and to independent accountants.",
+        "`record.json` holds every number above; `fedtune statement` makes this page from it again; "
+        "`fedtune budget verify` checks the ledgers.",
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])

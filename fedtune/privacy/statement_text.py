@@ -1,0 +1,177 @@
+"""The sentences of a privacy statement: what each setting means for a person in the data.
+
+Apart from `statement` so that a privacy officer can review the words without reading the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["UNITS", "covered", "not_covered", "outline", "sees", "strength"]
+
+UNITS = {
+    "record": "one text with its label",
+    "person": "all records that share one value of the data's unit column (a person, an author, a review)",
+    "client": "everything that one node holds",
+}
+
+
+def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | None) -> str:
+    """The first paragraph: no symbol that is not explained on the spot."""
+    privacy, federation = record["privacy"], record["federation"]
+    nodes = federation["nodes"]
+    name = (record.get("data") or {}).get("name")
+    what = f"private texts (`{name}`)" if name else "private texts"
+    trained = f"A text classifier was trained on {what} that {nodes} node{'s' if nodes != 1 else ''} hold"
+    trained += "s" if nodes == 1 else ""
+    if epsilon is None or delta is None:
+        return (
+            f"{trained}, **without any privacy guarantee**. No noise was added: from what left the nodes, "
+            "and from the model itself, texts of the people in the data may be recovered. Treat the model as "
+            "you treat the data."
+        )
+    whom = {
+        "record": "any single text",
+        "person": "everything that any one person contributed",
+        "client": "everything that any one node holds",
+    }[privacy["unit"]]
+    factor = math.exp(epsilon) if epsilon < 50 else math.inf
+    times = f"{factor:.3g}" if factor < 1e6 else "more than a million"
+    guess = 1.0 / (1.0 + math.exp(-epsilon))
+    seen = {
+        "local": "everything that ever left a node",
+        "distributed": "everything that the server received (sums over the nodes)",
+        "central": "the finished model and every model on the way (but not what the server itself received)",
+    }[privacy["trust"]]
+    return (
+        f"{trained}. It was trained so that it hardly depends on {whom}: with it or without it, every "
+        f"outcome is at most {times} times as likely (that is what *epsilon* {epsilon:.3g} says), except for "
+        f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
+        f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
+        f"{_percent(guess)} sure. " + strength(epsilon)
+    )
+
+
+def strength(epsilon: float | None) -> str:
+    """How strong an epsilon is, by the tiers of Ponomareva et al. 2023, section 5.2."""
+    if epsilon is None:
+        return "There is no protection."
+    if epsilon <= 1.0:
+        return "This is a strong protection (epsilon of at most 1)."
+    if epsilon <= 10.0:
+        return (
+            "This is a moderate protection (epsilon between 1 and 10): the usual range for trained models, "
+            "weak as a worst case, and in practice much harder to break than the worst case says."
+        )
+    return "This is a weak protection at best (epsilon above 10): the guarantee by itself excludes little."
+
+
+def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
+    """Who sees what, and who must therefore be believed."""
+    node = "Each node sees its own data and the shared adapter of every round."
+    users = "Whoever gets the model sees the finished adapter."
+    if trust == "local":
+        return [
+            "The server sees each node's updates. They are already private when they leave, so neither the "
+            "server nor whoever listens must be trusted.",
+            node,
+            users,
+        ]
+    if trust == "distributed":
+        dropouts, colluders = privacy.get("max_dropouts"), privacy.get("max_colluders")
+        limit = (
+            f"It holds as long as at most {dropouts} nodes drop out of a round and at most {colluders} of "
+            "the nodes give their noise to the server; a round with more dropouts is discarded."
+            if dropouts is not None and colluders is not None
+            else "The record does not say how many dropouts and colluding nodes the noise covers."
+        )
+        return [
+            "The server sees only the sum over the nodes, through secure aggregation, and follows the "
+            "protocol; the sum holds all the noise that the guarantee needs. No single node's part is "
+            "private by itself.",
+            limit,
+            node,
+            users,
+        ]
+    if trust == "central":
+        return [
+            "The server sees every node's raw update and must be trusted: the guarantee is towards everybody "
+            "else.",
+            node,
+            users,
+        ]
+    return ["The server sees every node's raw updates.", node, users, "Nobody is protected from any of them."]
+
+
+def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+    """Which accesses to private data are inside epsilon."""
+    if epsilon is None:
+        return ["Nothing: there is no guarantee."]
+    unit = record["privacy"]["unit"]
+    lines = [
+        "Training: every step of every round, including rounds that failed, were repeated after a crash, or "
+        "whose result was thrown away.",
+        "What is published: all adapters of all rounds, not only the last, so checkpoints and averages are "
+        "free.",
+        f"Whatever anybody computes from them later, together with anything they know from elsewhere. Each "
+        f"{unit} of the training data is covered.",
+        "The step count, clipping norm, sampling rate and noise were fixed before any data was read.",
+    ]
+    if record["privacy"].get("adaptive_clipping"):
+        lines.append(
+            "The clipping norm follows a noised quantile of the update norms, which is paid for in epsilon."
+        )
+    return lines
+
+
+def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+    """What a reader might think is inside epsilon and is not."""
+    privacy = record["privacy"]
+    evaluation = privacy.get("evaluation_data") or "the record does not say whose data the metrics come from"
+    lines = [
+        "What the owners declare public: the name of the data set, the label set, the declared sizes, the "
+        "maximum length, who takes part.",
+        f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised.",
+        "The pretrained encoder: what it has learnt from its own training data.",
+        "Choice of settings. If this run was picked among several because its result was good, the choice "
+        "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
+        "other uses below count all runs that the ledgers know.",
+        "Side channels: the time a node takes, memory, power, logs on the node itself.",
+        "Security and exposure: who may read the data where it lies, how it was collected, the transport "
+        "(TLS) and the nodes' own machines.",
+        "Facts about whole groups: that most people write so and so may be learnt, and is meant to be.",
+    ]
+    if epsilon is None:
+        return lines
+    if privacy["unit"] == "record":
+        lines.insert(
+            0,
+            "A person with several records: this guarantee is for one record. With k records of one person "
+            "epsilon is up to k times as large (and delta grows faster).",
+        )
+    if privacy["unit"] in ("record", "person"):
+        lines.insert(1, "The same person's data on several nodes: their epsilons add up.")
+    lines.append(
+        "Floating-point arithmetic: "
+        + (
+            "noise is exact (discrete Gaussian), training itself is in floats."
+            if privacy["trust"] == "distributed"
+            else "noise is a float; the known attack on its low bits is countered, which is no proof."
+        )
+    )
+    return lines
+
+
+def _odds(delta: float) -> str:
+    return f"1 in {1.0 / delta:,.0f}" if delta > 0 else "0"
+
+
+def _percent(share: float) -> str:
+    percent = 100.0 * share
+    if percent >= 99.995:
+        return "more than 99.99 percent"
+    digits = 1 if percent < 99 else 2
+    # Upwards: a bound that is rounded down is none.
+    return f"{math.ceil(percent * 10**digits) / 10**digits:.{digits}f} percent"
