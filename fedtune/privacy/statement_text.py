@@ -23,9 +23,10 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
     privacy, federation = record["privacy"], record["federation"]
     nodes = federation["nodes"]
     name = (record.get("data") or {}).get("name")
-    what = f"private texts (`{name}`)" if name else "private texts"
-    trained = f"A text classifier was trained on {what} that {nodes} node{'s' if nodes != 1 else ''} hold"
-    trained += "s" if nodes == 1 else ""
+    kind = "texts that their owner declared public" if privacy.get("data_public") else "private texts"
+    what = f"{kind} (`{name}`)" if name else kind
+    holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
+    trained = f"A text classifier was trained on {what} that {holders}"
     if epsilon is None or delta is None:
         return (
             f"{trained}, **without any privacy guarantee**. No noise was added: from what left the nodes, "
@@ -37,8 +38,7 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         "person": "everything that any one person contributed",
         "client": "everything that any one node holds",
     }[privacy["unit"]]
-    factor = math.exp(epsilon) if epsilon < 50 else math.inf
-    times = f"{factor:.3g}" if factor < 1e6 else "more than a million"
+    times = _times(epsilon)
     guess = 1.0 / (1.0 + math.exp(-epsilon))
     seen = {
         "local": "everything that ever left a node",
@@ -162,6 +162,15 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         )
     )
     return lines
+
+
+def _times(epsilon: float) -> str:
+    """exp(epsilon), rounded up to three digits: a bound that is rounded down is none."""
+    if epsilon > 13.8:
+        return "more than a million"
+    factor = math.exp(epsilon)
+    unit = 10.0 ** (math.floor(math.log10(factor)) - 2)
+    return f"{math.ceil(factor / unit) * unit:,.{2 if unit < 0.1 else 1 if unit < 1 else 0}f}"
 
 
 def _odds(delta: float) -> str:
