@@ -40,6 +40,7 @@ examples:
   fedtune run resume=RUN_DIR                   go on after a crash or Ctrl-C
   fedtune predict RUN_DIR "what a film"        use what was trained
   fedtune statement RUN_DIR                    what was promised to whom, for a privacy officer
+  fedtune budget show                          what each data set has spent so far
 
 'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.
 """
@@ -92,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _dispatch(given: list[str], debug: bool) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(given)
-    if arguments.command is None:
-        parser.print_help()
-        return USAGE if rest or given else OK
     if rest and arguments.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if arguments.command is None:
+        parser.print_help()
+        return OK
     _quiet_libraries(debug)
     result: int = arguments.call(arguments, rest, debug)
     return result
@@ -136,9 +137,40 @@ def _parser() -> _Parser:
         formatter_class=raw,
     )
     predict.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run folder")
-    predict.add_argument("texts", metavar="TEXT", nargs="+", help="a text; '-' reads lines from standard input")
+    predict.add_argument("texts", metavar="TEXT", nargs="+", help="a text; '-' reads lines")
     predict.add_argument("--json", action="store_true", help="as JSON, for a program")
     predict.set_defaults(call=_predict)
+
+    budget = commands.add_parser(
+        "budget",
+        help="what each data set has spent, and what its owner allows",
+        description="Reads the nodes' privacy ledgers, which remember every release that was ever made.",
+        epilog="examples:\n  fedtune budget show                             epsilon so far, of what budget\n"
+        "  fedtune budget set --epsilon 3 --delta 1e-5     for every node that has a ledger\n"
+        "  fedtune budget set --node clinic-3 --dataset visits --epsilon 3 --delta 1e-5\n"
+        "  fedtune budget history --dataset opinions       every release, with its parameters\n"
+        "  fedtune budget verify                           was a ledger edited?",
+        formatter_class=raw,
+    )
+    budget.set_defaults(call=_budget)
+    actions = budget.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    for name, text in (
+        ("show", "what each data set has spent, and of how much"),
+        ("set", "allow a node's data so much epsilon, in all, ever"),
+        ("history", "every release, oldest first"),
+        ("verify", "read every row; exit status 1 if one was edited, moved or removed"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        action.add_argument("--node", help="this node's ledger only; left out: all of them")
+        if name != "verify":
+            action.add_argument("--dataset", help="this data set only")
+        if name == "set":
+            action.add_argument("--epsilon", type=float, required=True)
+            action.add_argument("--delta", type=float, required=True)
+            action.add_argument(
+                "--unit", choices=("record", "person", "client"), help="the finest unit that may be protected"
+            )
+        action.add_argument("--json", action="store_true", help="as JSON, for a program")
     return parser
 
 
@@ -179,7 +211,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> in
     )
     if failures:
         numbers = ", ".join(str(failure.number) for failure in failures)
-        raise FedtuneError(f"{len(failures)} of the sweep's runs failed (number {numbers}); the others finished.")
+        raise FedtuneError(
+            f"{len(failures)} of the sweep's runs failed (number {numbers}); the others finished."
+        )
     return OK
 
 
@@ -205,7 +239,7 @@ def _statement(arguments: argparse.Namespace, rest: list[str], debug: bool) -> i
 
 
 def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.experiments.predict import predict
+    from fedtune.experiments.predict import predict, show
 
     texts: list[str] = []
     for text in arguments.texts:
@@ -213,12 +247,15 @@ def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int
     predictions = predict(arguments.run_dir, texts)
     if arguments.json:
         _print_json(predictions)
-        return OK
-    for item in predictions:
-        ranked = sorted(item["probabilities"].items(), key=lambda pair: -pair[1])
-        shown = "  ".join(f"{label} {probability:.3f}" for label, probability in ranked[:5])
-        print(f"{item['label']}\t{shown}\t{item['text']}")
+    else:
+        show(predictions)
     return OK
+
+
+def _budget(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from fedtune.privacy import budget
+
+    return budget.main(arguments)
 
 
 # --- what all commands share ---------------------------------------------------------------------

@@ -9,10 +9,11 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fedtune
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -23,6 +24,10 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
 )
+
+# Subprocesses of tests find the package that is tested, installed or not, from any folder.
+_PACKAGE = str(Path(fedtune.__file__).resolve().parent.parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE, os.environ.get("PYTHONPATH")]))
 
 # Fixtures of a module or the session run before any function's, so there is a home from the start.
 _HOME = Path(tempfile.mkdtemp(prefix="fedtune-tests-"))
@@ -38,10 +43,10 @@ else:
 
 
 @pytest.fixture(autouse=True)
-def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
     home = tmp_path_factory.mktemp("home")
     (home / "state").mkdir(mode=0o700)
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
     monkeypatch.setenv("FEDTUNE_HOME", str(home))
-    yield home
+    return home

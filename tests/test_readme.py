@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -27,8 +28,7 @@ def test_help_in_readme_is_the_real_help() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=ROOT,
-        env={"PATH": "", "COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"},
+        env={**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0"},
     ).stdout
     assert block.group(1) == real
 

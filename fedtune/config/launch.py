@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 
 from fedtune.config.groups import conf_dir
 from fedtune.config.loader import from_hydra, hydra_errors, load, register_schema, search_path
-from fedtune.config.overrides import check_overrides
+from fedtune.config.overrides import check_overrides, named_settings
 from fedtune.config.schema import Config
 
 __all__ = ["Job", "JobFailure", "launch"]
@@ -120,7 +120,7 @@ def _sweep(
 
 def _job(composed: DictConfig, number: int | None) -> Job:
     state = HydraConfig.get()
-    named = check_overrides(list(state.overrides.task)).keys
+    named = named_settings(list(state.overrides.task))
     config = from_hydra(composed, named)
     config.output = str(state.runtime.output_dir)
     return Job(config, number, "" if number is None else str(state.job.override_dirname))

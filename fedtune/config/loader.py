@@ -91,12 +91,11 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
                 privacy["epsilon"] = None
             if "privacy.noise_multiplier" not in given:
                 privacy["noise_multiplier"] = None
-        elif "privacy.noise_multiplier" in given and "privacy.epsilon" not in given:
-            if privacy.get("noise_multiplier") is not None:
-                privacy["epsilon"] = None
-        elif "privacy.epsilon" in given and "privacy.noise_multiplier" not in given:
-            if privacy.get("epsilon") is not None:
-                privacy["noise_multiplier"] = None
+        else:
+            for one, other in (("noise_multiplier", "epsilon"), ("epsilon", "noise_multiplier")):
+                only = f"privacy.{one}" in given and f"privacy.{other}" not in given
+                if only and privacy.get(one) is not None:
+                    privacy[other] = None
     return from_dict(values, "the configuration")
 
 
@@ -122,7 +121,9 @@ def read_config(folder: Path) -> Config:
             "that 'fedtune run' printed."
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_one_line(error)}. The run cannot be resumed.") from error
+        raise CheckpointError(
+            f"{path} cannot be read, so the run cannot be resumed: {_one_line(error)}."
+        ) from error
     try:
         return from_dict(values, str(path))
     except ConfigError as error:

@@ -22,7 +22,7 @@ from fedtune.config.groups import GROUPS, group_options
 from fedtune.config.values import nearest
 from fedtune.errors import ConfigError
 
-__all__ = ["CheckedOverrides", "check_overrides"]
+__all__ = ["CheckedOverrides", "check_overrides", "named_settings"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ def check_overrides(
     return CheckedOverrides(tuple(arguments), frozenset(keys), resume, multirun)
 
 
+def named_settings(overrides: Sequence[str]) -> frozenset[str]:
+    """Settings and groups that overrides name, which were checked before (those of one job of a sweep)."""
+    parser = OverridesParser.create()
+    return frozenset(parser.parse_override(text).key_or_group for text in overrides)
+
+
 def _parse(parser: OverridesParser, text: str) -> Override:
     key, equals, raw = text.partition("=")
     if not equals and not text.startswith("~"):
@@ -111,7 +117,9 @@ def _asks_for_sweep(text: str) -> bool:
 def _refuse_odd_forms(override: Override, text: str) -> None:
     key = override.key_or_group
     if key == "output":
-        raise ConfigError(f"{text!r}: the run folder is chosen by hydra.run.dir=FOLDER (sweeps: hydra.sweep.dir).")
+        raise ConfigError(
+            f"{text!r}: the run folder is chosen by hydra.run.dir=FOLDER (sweeps: hydra.sweep.dir)."
+        )
     if override.is_delete():
         raise ConfigError(
             f"{text!r} would remove a setting, but a configuration is always complete. "

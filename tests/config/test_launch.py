@@ -80,16 +80,26 @@ def test_sweep(tmp_path: Path) -> None:
     recorder = Recorder()
     failures = start(recorder, "privacy.epsilon=1,2", "seed=0,1", "hydra.sweep.dir=sweep", multirun=True)
     assert failures == []
-    assert [(job.config.privacy.epsilon, job.config.seed) for job in recorder.jobs] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [(job.config.privacy.epsilon, job.config.seed) for job in recorder.jobs] == [
+        (1, 0),
+        (1, 1),
+        (2, 0),
+        (2, 1),
+    ]
     assert [job.number for job in recorder.jobs] == [0, 1, 2, 3]
     assert recorder.jobs[3].overrides == "privacy.epsilon=2,seed=1"
-    assert [job.config.output for job in recorder.jobs] == [str(tmp_path / "sweep" / str(n)) for n in range(4)]
+    assert [job.config.output for job in recorder.jobs] == [
+        str(tmp_path / "sweep" / str(n)) for n in range(4)
+    ]
 
 
 def test_sweep_of_noise_and_epsilon_in_turn() -> None:
     recorder = Recorder()
     start(recorder, "privacy.noise_multiplier=1,2", multirun=True)
-    assert [(j.config.privacy.epsilon, j.config.privacy.noise_multiplier) for j in recorder.jobs] == [(None, 1), (None, 2)]
+    assert [(j.config.privacy.epsilon, j.config.privacy.noise_multiplier) for j in recorder.jobs] == [
+        (None, 1),
+        (None, 2),
+    ]
 
 
 def test_sweep_page() -> None:

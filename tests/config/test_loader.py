@@ -37,7 +37,9 @@ def test_privacy_needs_one_of_them() -> None:
         load(["privacy.noise_multiplier=0"])
 
 
-@pytest.mark.parametrize("overrides", [["privacy.trust=none"], ["privacy=none"], ["privacy=none", "privacy.epsilon=null"]])
+@pytest.mark.parametrize(
+    "overrides", [["privacy.trust=none"], ["privacy=none"], ["privacy=none", "privacy.epsilon=null"]]
+)
 def test_no_trust_model_no_epsilon(overrides: list[str]) -> None:
     privacy = load(overrides).privacy
     assert privacy.trust == "none"

@@ -108,7 +108,15 @@ def test_wrong_value_says_what_is_allowed(override: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["seed", "~seed", "data@x=opinions", "data={a:1}", "privacy=null", "federation.nodes=[", "privacy=[local,none]x"],
+    [
+        "seed",
+        "~seed",
+        "data@x=opinions",
+        "data={a:1}",
+        "privacy=null",
+        "federation.nodes=[",
+        "privacy=[local,none]x",
+    ],
 )
 def test_odd_forms_are_refused(override: str) -> None:
     refusal(override)
