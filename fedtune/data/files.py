@@ -22,7 +22,7 @@ from fedtune.config.schema import DataConfig
 from fedtune.data.columns import Columns, Table
 from fedtune.errors import DataError, ResourceError
 
-__all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table"]
+__all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table", "state_of"]
 
 LABEL_FILES = ("categories.json", "labels.txt")
 
@@ -78,6 +78,13 @@ def find_split(config: DataConfig, setting: str) -> Path:
         f"{', '.join(path.name for path in splits.values()) or 'no data file'}. fedtune reads "
         f"{split}{f' or {split}'.join(READERS)}; set data.{setting} to a split that is there."
     )
+
+
+def state_of(root: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change in ns) of every file that a Corpus from `root` may depend on."""
+    files = sorted(root.iterdir()) if root.is_dir() else [root, *(root.parent / name for name in LABEL_FILES)]
+    known = [file for file in files if file.name in LABEL_FILES or file.suffix.lower() in READERS]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in known if file.is_file()]
 
 
 def beside(path: Path) -> tuple[str, ...] | None:

@@ -15,6 +15,8 @@ owners to ask; it declares the true count rounded to two significant digits.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.metadata
 import io
 import warnings
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.schema import PartitionConfig
+from fedtune.data.cache import load_array, store_array, warn_unusable
 from fedtune.data.corpus import Int64Array, Shard, TokenizedCorpus
 from fedtune.errors import PartitionError
 
@@ -64,12 +67,13 @@ def make_shards(
         )
         name = "iid"
     if name == "natural":
-        parts = _natural(train, nodes, unit)
+        names = _check_natural(train, nodes, unit)
     elif name in ("iid", "dirichlet"):
-        parts = _deal(train, name, partition.alpha, nodes, seed)
+        names = _check_dealt(train, name, partition.alpha, nodes)
     else:
         raise PartitionError(f"There is no partition {name!r}; choose natural, iid or dirichlet.")
-    return [_shard(train, node, np.sort(rows), unit) for node, rows in parts]
+    node_of_record = _assignment(train, name, partition.alpha, len(names), seed)
+    return [_shard(train, node, np.flatnonzero(node_of_record == i), unit) for i, node in enumerate(names)]
 
 
 def round_size(count: int) -> int:
@@ -90,66 +94,90 @@ def _shard(train: TokenizedCorpus, node: str, rows: Int64Array, unit: str) -> Sh
     )
 
 
-def _natural(train: TokenizedCorpus, nodes: int | None, unit: str) -> list[tuple[str, Int64Array]]:
+def _check_natural(train: TokenizedCorpus, nodes: int | None, unit: str) -> list[str]:
+    """Names of the nodes: the sites, sorted."""
     assert train.sites is not None
-    num_sites = len(np.unique(train.sites))
-    if nodes is not None and nodes != num_sites:
+    sites, codes = np.unique(train.sites, return_inverse=True)
+    if nodes is not None and nodes != len(sites):
         raise PartitionError(
-            f"partition=natural gives {train.name!r} one node for each of its {num_sites} sites, and "
+            f"partition=natural gives {train.name!r} one node for each of its {len(sites)} sites, and "
             f"federation.nodes is {nodes}. Set federation.nodes=null, or use partition=iid or dirichlet."
         )
     if unit == "person":
-        pairs = np.unique(
-            np.stack([train.unit_index, np.unique(train.sites, return_inverse=True)[1]]), axis=1
-        )
-        split = pairs.shape[1] - train.num_units
+        at_site = np.unique(np.stack([train.unit_index, codes]), axis=1)
+        split = int((np.bincount(at_site[0]) > 1).sum())
         if split:
             raise PartitionError(
-                f"{split} of the {train.num_units} persons in {train.name!r} have records at more than one"
-                " site, so no node alone could keep a promise to them. Use partition=iid or dirichlet, which"
-                " keep a person together, or privacy.unit=record."
+                f"{split} of the {train.num_units} persons in {train.name!r} have records at more than one "
+                "site, so no node alone could keep a promise to them. Use partition=iid or dirichlet, which "
+                "keep a person together, or privacy.unit=record."
             )
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    partitioner = NaturalIdPartitioner(partition_by="site")
-    with _quiet():
-        partitioner.dataset = _table(row=np.arange(train.num_records), site=train.sites)
-        return [
-            (str(partitioner.partition_id_to_natural_id[i]), _column(partitioner.load_partition(i), "row"))
-            for i in range(partitioner.num_partitions)
-        ]
+    return [str(site) for site in sites]
 
 
-def _deal(
-    train: TokenizedCorpus, name: str, alpha: float, nodes: int | None, seed: int
-) -> list[tuple[str, Int64Array]]:
+def _check_dealt(train: TokenizedCorpus, name: str, alpha: float, nodes: int | None) -> list[str]:
+    """Names of the nodes: node-0 and on, as wide as the last."""
     if nodes is None:
         nodes = DEFAULT_NODES if train.sites is None else len(np.unique(train.sites))
-    persons = train.num_units
-    if nodes > persons:
+    if nodes > train.num_units:
         what = "records" if train.units is None else "persons"
         raise PartitionError(
-            f"federation.nodes is {nodes}, and the training part of {train.name!r} has only {persons} {what};"
-            f" every node needs at least one. Set federation.nodes to {persons} or less."
+            f"federation.nodes is {nodes}, and the training part of {train.name!r} has only {train.num_units}"
+            f" {what}; every node needs at least one. Set federation.nodes to {train.num_units} or less."
         )
+    if name == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
+        raise PartitionError(f"partition.alpha is {alpha}; a Dirichlet concentration is a number above 0.")
+    width = len(str(nodes - 1))
+    return [f"node-{i:0{width}d}" for i in range(nodes)]
+
+
+def _assignment(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed: int) -> Int64Array:
+    """The node of each record, [n], from the cache or from Flower's partitioner.
+
+    Cached on disk because importing `flwr_datasets` (with seaborn, matplotlib and scipy) takes seconds
+    and 200 MB, which every worker process would pay.
+    """
+    from fedtune.config.paths import cache_dir
+
+    version = importlib.metadata.version("flwr-datasets")
+    key = hashlib.sha256(train.digests.tobytes())
+    key.update(f"|{name}|{alpha if name == 'dirichlet' else ''}|{nodes}|{seed}|{version}".encode())
+    path = cache_dir() / "partitions" / f"{key.hexdigest()[:40]}.npy"
+    cached = load_array(path)
+    if cached is not None:
+        if len(cached) == train.num_records and np.array_equal(np.unique(cached), np.arange(nodes)):
+            return cached.astype(np.int64)
+        warn_unusable(path, f"it does not deal {train.num_records} records to {nodes} nodes")
+    node_of_record = np.full(train.num_records, -1, dtype=np.int64)
+    for node, rows in enumerate(_partition(train, name, alpha, nodes, seed)):
+        node_of_record[rows] = node
+    store_array(path, node_of_record.astype(np.int32))
+    return node_of_record
+
+
+def _partition(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed: int) -> list[Int64Array]:
+    """Rows of each node, as Flower's partitioners deal them."""
+    if name == "natural":
+        from flwr_datasets.partitioner import NaturalIdPartitioner
+
+        natural = NaturalIdPartitioner(partition_by="site")
+        assert train.sites is not None
+        with _quiet():
+            natural.dataset = _table(row=np.arange(train.num_records), site=train.sites)
+            return [_column(natural.load_partition(i), "row") for i in range(nodes)]
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
     # Flower's iid partitioner cuts the table in its order, so the order must be random.
-    order = generator.permutation(persons)
-    if name == "iid":
+    order = generator.permutation(train.num_units)
+    if name == "dirichlet":
+        dealt = _dirichlet(train, order, alpha, nodes, generator)
+    else:
         from flwr_datasets.partitioner import IidPartitioner
 
-        partitioner: Any = IidPartitioner(num_partitions=nodes)
+        iid = IidPartitioner(num_partitions=nodes)
         with _quiet():
-            partitioner.dataset = _table(person=order)
-            dealt = [_column(partitioner.load_partition(i), "person") for i in range(nodes)]
-    else:
-        dealt = _dirichlet(train, order, alpha, nodes, generator)
-    node_of_person = np.empty(persons, dtype=np.int64)
-    for node, members in enumerate(dealt):
-        node_of_person[members] = node
-    node_of_record = node_of_person[train.unit_index]
-    width = len(str(nodes - 1))
-    return [(f"node-{i:0{width}d}", np.flatnonzero(node_of_record == i)) for i in range(nodes)]
+            iid.dataset = _table(person=order)
+            dealt = [_column(iid.load_partition(i), "person") for i in range(nodes)]
+    return [np.flatnonzero(np.isin(train.unit_index, persons)) for persons in dealt]
 
 
 def _dirichlet(
@@ -157,8 +185,6 @@ def _dirichlet(
 ) -> list[Int64Array]:
     from flwr_datasets.partitioner import DirichletPartitioner
 
-    if not (np.isfinite(alpha) and alpha > 0):
-        raise PartitionError(f"partition.alpha is {alpha}; a Dirichlet concentration is a number above 0.")
     counts = np.zeros((train.num_units, len(train.label_names)), dtype=np.int64)
     np.add.at(counts, (train.unit_index, train.labels), 1)
     label = counts.argmax(axis=1)

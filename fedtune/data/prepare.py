@@ -20,6 +20,7 @@ import numpy as np
 
 from fedtune.config.schema import Config
 from fedtune.data.corpus import Shard, TokenizedCorpus
+from fedtune.data.files import state_of
 from fedtune.data.partition import make_shards
 from fedtune.data.sources import load_corpus
 from fedtune.data.tokenize import tokenize
@@ -125,7 +126,5 @@ def _key(config: Config, tokenizer_id: str) -> str:
         tokenizer_id,
     ]
     if config.data.source == "files" and config.data.path:
-        root = Path(config.data.path).expanduser()
-        files = sorted(root.iterdir()) if root.is_dir() else [root] if root.exists() else []
-        parts.append([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        parts.append(state_of(Path(config.data.path).expanduser()))
     return json.dumps(parts, sort_keys=True, default=str)

@@ -1,11 +1,7 @@
 """Corpus -> TokenizedCorpus, once: token ids are kept on disk and memory-mapped afterwards.
 
-One file for each (content in its order, tokenizer, max_length), in `cache_dir()/tokens`: a 1-D int32
-.npy of [format, records, CRC-32 of what follows, lengths..., token ids...]. One file, so that a rename
-puts it into place whole: several processes may tokenise the same corpus at once, and the last one wins
-with equal bytes. A file that does not hold what it should is rebuilt with a warning. A cache that
-cannot be written (read-only, full disk) costs time at the next start and nothing else, so that is a
-warning too, and the run goes on in memory.
+One file for each (content in its order, tokenizer, max_length) in `cache_dir()/tokens`: the records' lengths,
+then their token ids. `fedtune.data.cache` says what happens when such a file is damaged or cannot be written.
 
 What it does not do: learn anything from the texts. The tokenizer is the encoder's own and `max_length`
 is a public setting; neither is ever derived from private data.
@@ -14,22 +10,17 @@ is a public setting; neither is ever derived from private data.
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
-import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedtune.data.cache import load_array, store_array, warn_unusable
 from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus
 from fedtune.errors import DataError
 
 __all__ = ["tokenize"]
 
-FORMAT = 1
-HEADER = 3
 CHUNK = 4096  # texts handed to the tokenizer at once; bounds memory, not speed
 
 
@@ -51,7 +42,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
     cached = _read(path, corpus.num_records)
     if cached is None:
         cached = _encode(corpus, tokenizer, max_length)
-        if _write(path, *cached):
+        if store_array(path, np.concatenate(cached)):
             # Mapped like in every later process, so that memory is the same however a run began.
             cached = _read(path, corpus.num_records) or cached
     lengths, input_ids = cached
@@ -100,49 +91,12 @@ def _cache_path(corpus: Corpus, tokenizer_id: str, max_length: int) -> Path:
 
 
 def _read(path: Path, num_records: int) -> tuple[Int32Array, Int32Array] | None:
-    """Lengths [n] and token ids [t], mapped; None (and a warning) if the file is not what it should be."""
-    if not path.exists():
+    """Lengths [n] and token ids [t], mapped; None if they are not there or not these records'."""
+    stored = load_array(path)
+    if stored is None:
         return None
-    try:
-        stored = np.load(path, mmap_mode="r", allow_pickle=False)
-        if stored.dtype != np.int32 or stored.ndim != 1 or len(stored) < HEADER or stored[0] != FORMAT:
-            raise ValueError("not a token file of this version")
-        lengths, input_ids = stored[HEADER : HEADER + num_records], stored[HEADER + num_records :]
-        if stored[1] != num_records or lengths.sum(dtype=np.int64) != len(input_ids):
-            raise ValueError(
-                f"{stored[1]} records and {len(input_ids)} tokens do not fit {num_records} records"
-            )
-        if stored[2] != _checksum(stored[HEADER:]):
-            raise ValueError("checksum differs")
-    except (OSError, ValueError, EOFError) as error:
-        warnings.warn(f"The token cache {path} is unusable ({error}); it is built anew.", stacklevel=3)
+    lengths, input_ids = stored[:num_records], stored[num_records:]
+    if len(lengths) != num_records or lengths.sum(dtype=np.int64) != len(input_ids):
+        warn_unusable(path, f"it does not hold {num_records} records")
         return None
     return lengths, input_ids
-
-
-def _checksum(array: Int32Array) -> int:
-    return int(np.uint32(zlib.crc32(np.ascontiguousarray(array).tobytes())).astype(np.int32))
-
-
-def _write(path: Path, lengths: Int32Array, input_ids: Int32Array) -> bool:
-    body = np.concatenate([lengths, input_ids])
-    header = np.array([FORMAT, len(lengths), _checksum(body)], dtype=np.int32)
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Readable by its owner only, as mkstemp makes it: token ids are as private as texts.
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".tokens-")
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            np.save(file, np.concatenate([header, body]), allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        warnings.warn(
-            f"The token cache {path} cannot be written ({error}); the run goes on, and the next one "
-            "tokenises again. Free some space, or let FEDTUNE_HOME name a folder that can be written.",
-            stacklevel=3,
-        )
-        return False
-    return True

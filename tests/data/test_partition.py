@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.schema import PartitionConfig
+from fedtune.data.cache import store_array
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.partition import make_shards, round_size
 from fedtune.errors import PartitionError
@@ -187,6 +190,29 @@ def test_rounding_moves_a_size_by_at_most_a_twentieth(count: int) -> None:
     assert declared >= 1
     assert abs(declared - count) <= max(0, count / 20)
     assert len(str(declared).rstrip("0")) <= 2
+
+
+@pytest.mark.parametrize("partition", [NATURAL, IID, dirichlet(0.5)])
+def test_second_time_needs_no_partitioner(
+    home: Path, partition: PartitionConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = make_tokens(num_records=100, people=30, sites=3)
+    first = make_shards(train, partition, 3, 0)
+    monkeypatch.setitem(sys.modules, "flwr_datasets.partitioner", None)
+    second = make_shards(train, partition, 3, 0)
+    assert [s.record_index.tolist() for s in first] == [s.record_index.tolist() for s in second]
+    with pytest.raises(ImportError):
+        make_shards(make_tokens(num_records=100, people=30, sites=3, seed=9), partition, 3, 0)
+
+
+def test_a_cached_deal_for_other_nodes_is_not_used(home: Path) -> None:
+    train = make_tokens(num_records=100)
+    good = [shard.record_index.tolist() for shard in make_shards(train, IID, 4, 0)]
+    (file,) = (home / "cache" / "partitions").iterdir()
+    store_array(file, np.zeros(100, dtype=np.int32))
+    with pytest.warns(UserWarning, match="built anew"):
+        again = make_shards(train, IID, 4, 0)
+    assert [shard.record_index.tolist() for shard in again] == good
 
 
 def test_flowers_progress_bar_stays_off_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import tokenize as module
+from fedtune.data import cache
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 from tests.data.conftest import WordTokenizer, make_corpus
@@ -107,7 +107,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on(
         file.write(b"begun")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.np, "save", save)
+    monkeypatch.setattr(cache.np, "save", save)
     with pytest.warns(UserWarning, match="cannot be written .*No space left"):
         tokens = tokenize(make_corpus(), tokenizer, "words", 64)
     assert tokens.num_records == 40
