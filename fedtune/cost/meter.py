@@ -250,7 +250,7 @@ class _EnergyThread:
             self._failure = f"no energy estimate: codecarbon failed ({type(error).__name__}: {error})"
         self._start_seconds = time.perf_counter() - begun
 
-    def finish(self, wait_seconds: float = 15.0) -> EnergyReading:
+    def finish(self, wait_seconds: float = 5.0) -> EnergyReading:
         if self._failure is None and self._thread.ident is not None:
             self._thread.join(wait_seconds)
             if self._thread.is_alive():

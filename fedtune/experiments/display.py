@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Display"]
 
 _SHOWN_NODES = 8  # more nodes than this are counted, not listed
-_WORDS = {"asked": "training", "": "waiting"}
+_WORDS = {"": "waiting"}
 _HEADER = f"{'round':>7} {'accuracy':>9} {'loss':>7} {'epsilon':>8} {'up':>9} {'down':>9} {'time':>13}"
 
 
@@ -98,7 +99,7 @@ class Display:
         if summary.void:
             notes.append("the round gave no update; the adapter stays as it was")
         for note in notes:
-            self.console.print(Text(f"        {note}", style="yellow"))
+            self.console.print(Padding(Text(note, style="yellow"), (0, 0, 0, 8)))
 
     def on_finish(self, result: Any) -> None:
         """The last round is done."""
@@ -129,12 +130,12 @@ class Display:
         total = self._num_rounds
         answered = sum(status not in ("", "asked") for status in self._status.values())
         completed = min(self._done + answered / max(len(self._status), 1), total)
+        self._spinner.update(text=Text(f"round {min(self._done + 1, total)} of {total}", style="bold"))
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
             self._spinner,
-            Text(f"round {min(self._done + 1, total)} of {total}", style="bold"),
-            ProgressBar(total=max(total, 1), completed=completed, width=28),
-            Text(self._clock()),
+            ProgressBar(total=max(total, 1), completed=completed, width=24),
+            Text(self._clock(), no_wrap=True),
         )
         return Group(Text(), bar, Text(f"  {self._privacy()}"), *self._nodes())
 
@@ -210,7 +211,7 @@ def _round_line(summary: RoundSummary) -> Text:
 
 
 def _style(word: str) -> str:
-    if word == "training":
+    if word == "asked":
         return "cyan"
     if word == "waiting":
         return "dim"

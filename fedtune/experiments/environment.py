@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedtune import __version__
+
 __all__ = ["commit", "hardware", "versions"]
 
 _LIBRARIES = (
@@ -35,8 +37,8 @@ _LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, fedtune and the libraries that are installed, by name."""
-    found = {"python": platform.python_version()}
-    for name in ("fedtune", *_LIBRARIES):
+    found = {"python": platform.python_version(), "fedtune": __version__}
+    for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

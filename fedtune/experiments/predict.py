@@ -67,19 +67,16 @@ def _probabilities(adapter: Path, texts: Sequence[str], max_length: int, device:
     import json
 
     import numpy as np
-    import peft
     import torch
 
     from fedtune.config.schema import ModelConfig
-    from fedtune.models.classifier import load_base
+    from fedtune.models.classifier import load_saved
     from fedtune.models.encoder import load_tokenizer
 
-    base = load_base(adapter, device)
-    model = peft.PeftModel.from_pretrained(base, str(adapter))
-    model.train(False)
+    model = load_saved(adapter, device)
     saved = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
     tokenizer, _ = load_tokenizer(ModelConfig(**saved["model"]))
-    where = next(base.parameters()).device
+    where = next(model.parameters()).device
     rows = []
     with torch.no_grad():
         for start in range(0, len(texts), _BATCH):

@@ -212,6 +212,7 @@ def build(
             "records_per_unit": plan.records_per_unit,
             "reproducible_noise": plan.reproducible_noise,
             "data_public": data["public"],
+            "cautions": [*data["notes"], *result.notices],
             "evaluation_data": "public test split; not covered by the guarantee",
             "audit": None,
         },

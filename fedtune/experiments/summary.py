@@ -6,6 +6,7 @@ without delta, unit and adjacency; an estimate is called one, and what is unknow
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["duration", "human_bytes", "money_line", "privacy_line", "summary"]
+__all__ = ["duration", "human_bytes", "ledger_line", "money_line", "privacy_line", "summary"]
 
 
 def duration(seconds: float) -> str:
@@ -54,6 +55,9 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
         facts.add_row(
             "", Text("the noise is reproducible from the seed: a simulation, no guarantee", style="yellow")
         )
+    uses = ledger_line(privacy)
+    if uses:
+        facts.add_row("ledger", uses)
     facts.add_row("time", _time_line(record))
     facts.add_row("traffic", f"{human_bytes(cost['bytes_up'])} up, {human_bytes(cost['bytes_down'])} down")
     facts.add_row("memory", _memory_line(cost))
@@ -62,6 +66,9 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     dropped = record["federation"]["dropped"]
     if dropped:
         facts.add_row("dropped", Text(_dropped_line(dropped), style="yellow"))
+    ended = record["federation"].get("ended_early")
+    for note in [*([ended] if ended else []), *privacy.get("cautions", [])]:
+        facts.add_row("note", Text(note, style="yellow"))
     console.print(facts)
     console.print()
     paths = Table.grid(padding=(0, 2))
@@ -111,6 +118,21 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
     )
 
 
+def ledger_line(privacy: Mapping[str, Any]) -> str:
+    """What the data's other uses add up to, this run included; empty if there were none."""
+    mine = {one["node"]: one["releases"] for one in privacy["per_node"]}
+    others = [one for one in privacy.get("ledger", []) if (one["releases"] or 0) > mine.get(one["node"], 0)]
+    if not others:
+        return ""
+    worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
+    if worst["epsilon"] is None:
+        return f"the data of {worst['node']} was used without noise before: over all of its uses epsilon is infinite"
+    return (
+        f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
+        f"{worst['delta']:.2e} ({worst['releases']} releases of {worst['node']})"
+    )
+
+
 def _time_line(record: Mapping[str, Any]) -> str:
     rounds = record["federation"]["rounds"]
     return (
@@ -142,7 +164,7 @@ def money_line(cost: Mapping[str, Any]) -> str:
         if money.get(name) != 0
     ]
     total = _amount(money["total"])
-    return f"{total} {money['currency']} ({', '.join(parts) or 'nothing is charged'}; {book})"
+    return f"{total} {money['currency']} ({', '.join(parts) or 'nothing is charged for'}; {book})"
 
 
 def _amount(value: float | None) -> str:
