@@ -118,8 +118,8 @@ def _read(path: Path) -> Checkpoint:
     """Raises ValueError (or what it is made of) if the file is anything but a whole checkpoint."""
     header_line, _, payload = path.read_bytes().partition(b"\n")
     header = json.loads(header_line)
-    if header.get("format") != FORMAT:
-        raise ValueError(f"format {header.get('format')!r}, and this fedtune reads {FORMAT}")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"it is not of format {FORMAT}, which this fedtune reads")
     if len(payload) != header["length"]:
         raise ValueError(f"{len(payload)} bytes instead of {header['length']}")
     if hashlib.sha256(payload).hexdigest() != header["sha256"]:
