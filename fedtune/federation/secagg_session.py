@@ -131,6 +131,7 @@ class Sealed:
 
 
 def roster_digest(session: Session, roster: Mapping[str, PublicKeys]) -> bytes:
+    """SHA-256 of every node's name and public keys, in this session: what all nodes must agree on."""
     fields: list[str | int | bytes] = []
     for name in sorted(roster):
         fields += [name, roster[name].sealing, roster[name].masking]
@@ -147,6 +148,7 @@ def pair_mask(
 
 
 def self_mask(session: Session, seed: bytes) -> Vector:
+    """The mask that a node adds for itself alone, stretched from its 32-byte `seed`; uint [session.size]."""
     key = hashlib.sha256(crypto.label("self mask", *session.place(seed))).digest()
     return crypto.mask_stream(key, session.size)
 

@@ -31,7 +31,7 @@ from fedtune.models.encoder import EncoderStack, load_encoder, model_location, s
 from fedtune.models.flops import FlopCount
 from fedtune.models.quantization import stored_bytes
 
-__all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model"]
+__all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
 
 _BASE = "fedtune.json"  # beside the adapter: what the base model was
 
@@ -227,3 +227,15 @@ def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
     model_location(model.name)
     encoder = load_encoder(model, select_device(device))
     return EncoderClassifier(encoder, len(labels), model.pooling)
+
+
+def load_saved(folder: str | Path, device: str = "auto") -> nn.Module:
+    """The model of a finished run, ready to predict: its base and, through peft, the adapter in `folder`.
+
+    Raises: ModelError as `load_base` does.
+    """
+    import peft
+
+    model: nn.Module = peft.PeftModel.from_pretrained(load_base(folder, device), str(folder))
+    model.train(False)
+    return model

