@@ -34,6 +34,7 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import FederationError, FedtuneError, LedgerError, PrivacyError
+from fedtune.federation.distributed_node import register as register_distributed
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "app",
     "check_plan",
     "failure_reply",
+    "hold_back",
     "ledger_of",
     "node_config",
     "own_shard",
@@ -59,6 +61,7 @@ _log = logging.getLogger("fedtune.node")
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
+register_distributed(app)
 
 
 def node_config(context: Context) -> Config:
@@ -221,10 +224,15 @@ def train(message: Message, context: Context) -> Message:
         _log.debug("request refused", exc_info=True)
         return Message(Error(_CLIENT_RAISED, public_reason(error, "?")), reply_to=message)
     reply = _answer(request, context)
+    hold_back(context, arrived)
+    return Message(reply.to_records(), reply_to=message)
+
+
+def hold_back(context: Context, arrived: float) -> None:
+    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
     hold = context.node_config.get("answer-after")
     if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):
         time.sleep(max(0.0, hold - (time.monotonic() - arrived)))
-    return Message(reply.to_records(), reply_to=message)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.checkpoint import Checkpoint
+from fedtune.federation.descent import server_optimizer
 from fedtune.federation.events import (
     Dropped,
     FederationResult,
@@ -58,7 +59,7 @@ from fedtune.federation.rounds import (
     make_messages,
     reason_of,
 )
-from fedtune.federation.strategies import Strategy, make_strategy
+from fedtune.federation.strategies import Strategy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 
 __all__ = ["ServerSide", "Usage", "draw_cohort", "protocol_for", "run_rounds"]
@@ -131,7 +132,7 @@ class _Run:
         meta = saved.meta
         try:
             _same_config(meta["config"], config)
-            strategy = make_strategy(config.federation)
+            strategy = server_optimizer(config)
             strategy.load_state_dict(saved.optimizer)
             return cls(
                 run=saved.run,
@@ -313,7 +314,7 @@ def _run(
     if config.resume is None:
         plan = make_plan(config, [node.declared_size for node in nodes])
         state = _Run(
-            secrets.token_hex(8), plan, server_side.initial(), make_strategy(config.federation), attempt
+            secrets.token_hex(8), plan, server_side.initial(), server_optimizer(config), attempt
         )
         state.save(run_dir, config)
     else:
