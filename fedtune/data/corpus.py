@@ -1,8 +1,13 @@
 """What data is inside fedtune: a Corpus (text), a TokenizedCorpus (token ids), a Shard (one node's part).
 
 All three are frozen and know nothing of files, tokenizers or nodes' budgets. Rows keep their order, so
-that an index means the same record everywhere; fingerprints do not depend on the order, so that
-shuffling a file does not make it new data in a privacy ledger's eyes.
+that an index means the same record everywhere.
+
+Fingerprints are how a privacy ledger knows data again, so they are of what a person would know again: the
+texts. Order, labels, and which columns name persons and sites do not count, or shuffling a file or naming
+another column would make it new data with a fresh budget. For the same reason every part of a corpus
+remembers its `source`, the fingerprint of the whole before it was split and dealt out: with another seed or
+partition a node gets other records, but of the same people.
 
 Shapes: n records, t tokens in all.
 """
@@ -68,7 +73,8 @@ class Corpus:
     Fields: `name`, what the ledger calls this data; `texts` and, for sentence pairs, `pairs`, n each;
     `labels` int64 [n], indices into the public `label_names`; `units` str [n], the person that each
     record belongs to, and `sites` str [n], where the data names them; `notes`, what was decided while
-    loading and must not go unsaid (dropped records, a label set taken from the data).
+    loading and must not go unsaid (dropped records, a label set taken from the data); `source`, the
+    fingerprint of the corpus that this is a part of ('': it is whole).
     """
 
     name: str
@@ -79,6 +85,7 @@ class Corpus:
     units: StrArray | None = None
     sites: StrArray | None = None
     notes: tuple[str, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         for field in ("pairs", "labels", "units", "sites"):
@@ -102,29 +109,21 @@ class Corpus:
             units=_take(self.units, rows),
             sites=_take(self.sites, rows),
             notes=self.notes,
+            source=self.source or self.fingerprint(),
         )
 
     @cached_property
     def digests(self) -> ByteArray:
-        """SHA-256 of each record (text, pair, label name, unit, site): uint8 [n, 32], in record order.
+        """SHA-256 of each record's text and pair: uint8 [n, 32], in record order.
 
         A hash of a short text can be guessed back, so digests are as private as the texts.
         """
-        joined = bytearray()
-        for i, text in enumerate(self.texts):
-            joined += _digest(
-                (
-                    text,
-                    None if self.pairs is None else self.pairs[i],
-                    self.label_names[self.labels[i]],
-                    None if self.units is None else str(self.units[i]),
-                    None if self.sites is None else str(self.sites[i]),
-                )
-            )
-        return np.frombuffer(bytes(joined), dtype=np.uint8).reshape(-1, 32)
+        pairs = self.pairs or (None,) * len(self.texts)
+        joined = b"".join(_digest(record) for record in zip(self.texts, pairs, strict=True))
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the sorted records: the content, not the order, nor the name of the data set."""
+        """SHA-256 over the sorted texts; order, labels, persons, sites and name do not count."""
         return fingerprint_of(self.digests)
 
 
@@ -135,8 +134,9 @@ class TokenizedCorpus:
     Fields: `input_ids` int32 [t], special tokens included, each record cut to the public `max_length`
     (may be memory-mapped and read-only); `offsets` int64 [n + 1], record i is
     `input_ids[offsets[i]:offsets[i + 1]]`; `pad_id`, the tokenizer's padding token; `digests` uint8
-    [n, 32], private; the others as in `Corpus`. Segment ids are not kept: a pair's second text is
-    known to the encoder by the separator alone.
+    [n, 32], as in `Corpus`, private; `source`, the fingerprint of the whole corpus; the others as in
+    `Corpus`. Segment ids are not kept: a pair's second text is known to the encoder by the separator
+    alone.
     """
 
     name: str
@@ -147,6 +147,7 @@ class TokenizedCorpus:
     units: StrArray | None
     sites: StrArray | None
     digests: ByteArray
+    source: str
     pad_id: int = 0
 
     def __post_init__(self) -> None:
@@ -167,7 +168,7 @@ class TokenizedCorpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """As `Corpus.fingerprint`: of the text and its labels, whatever the tokenizer."""
+        """As `Corpus.fingerprint`, of these records: whatever the tokenizer."""
         return fingerprint_of(self.digests)
 
     @cached_property
@@ -206,6 +207,7 @@ class TokenizedCorpus:
             units=_take(self.units, rows),
             sites=_take(self.sites, rows),
             digests=self.digests[rows],
+            source=self.source,
             pad_id=self.pad_id,
         )
 
@@ -217,7 +219,8 @@ class Shard:
     Fields: `node`, its name; `data`, private; `declared_size`, PUBLIC, in units of the plan (persons
     for `unit=person`, else records): its owner declares it, because the expected batch size and delta
     are computed from it and a size counted from the data would be a release (see `partition`);
-    `dataset` and `fingerprint`, by which the node's ledger knows this data; `record_index` int64 [n],
+    `dataset` and `fingerprint`, by which the node's ledger knows this data: name and fingerprint of the whole
+    source, so that another seed or partition is not new data; `record_index` int64 [n],
     the row of each record in the train corpus it was cut from.
 
     Guarantee: shards made together are disjoint in records, so a federation's epsilon is the

@@ -88,7 +88,7 @@ def _shard(train: TokenizedCorpus, node: str, rows: Int64Array, unit: str) -> Sh
         node=node,
         data=data,
         declared_size=round_size(data.num_units if unit == "person" else data.num_records),
-        fingerprint=data.fingerprint,
+        fingerprint=train.source,
         dataset=train.name,
         record_index=rows,
     )
@@ -140,7 +140,9 @@ def _assignment(train: TokenizedCorpus, name: str, alpha: float, nodes: int, see
     from fedtune.config.paths import cache_dir
 
     version = importlib.metadata.version("flwr-datasets")
-    key = hashlib.sha256(train.digests.tobytes())
+    key = hashlib.sha256(train.digests.tobytes() + train.labels.tobytes() + train.unit_index.tobytes())
+    if name == "natural":
+        key.update("\n".join(map(str, train.sites if train.sites is not None else ())).encode())
     key.update(f"|{name}|{alpha if name == 'dirichlet' else ''}|{nodes}|{seed}|{version}".encode())
     path = cache_dir() / "partitions" / f"{key.hexdigest()[:40]}.npy"
     cached = load_array(path)

@@ -57,6 +57,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
         units=corpus.units,
         sites=corpus.sites,
         digests=corpus.digests,
+        source=corpus.source or corpus.fingerprint(),
         pad_id=int(getattr(tokenizer, "pad_token_id", 0) or 0),
     )
 

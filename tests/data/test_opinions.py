@@ -155,4 +155,4 @@ def test_the_real_corpus_is_the_one_that_the_docstring_describes(real_sdist: Pat
     assert all(corpus.texts)
     assert corpus.labels.mean() == pytest.approx(0.526, abs=0.001)
     # Pinned, because ledgers know the data by it.
-    assert corpus.fingerprint() == "9a817b1822f2289ce95bda9600ce527f53e1425045cf89e0e942d3118742cb23"
+    assert corpus.fingerprint() == "510bfd095c9bf0a55f51b077659aa15978e2d81e4992f694f408327e9cd2463a"

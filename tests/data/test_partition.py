@@ -30,7 +30,7 @@ def assert_a_partition(train: TokenizedCorpus, shards: list[Shard]) -> None:
     owner: dict[str, str] = {}
     for shard in shards:
         assert shard.data.num_records > 0
-        assert shard.fingerprint == shard.data.fingerprint
+        assert shard.fingerprint == train.source
         assert shard.dataset == train.name
         for i, row in enumerate(shard.record_index):
             np.testing.assert_array_equal(shard.data.tokens(i), train.tokens(int(row)))
@@ -203,6 +203,16 @@ def test_second_time_needs_no_partitioner(
     assert [s.record_index.tolist() for s in first] == [s.record_index.tolist() for s in second]
     with pytest.raises(ImportError):
         make_shards(make_tokens(num_records=100, people=30, sites=3, seed=9), partition, 3, 0)
+
+
+@pytest.mark.parametrize("field", ["labels", "sites", "units"])
+def test_a_cached_deal_for_other_columns_is_not_used(home: Path, field: str) -> None:
+    train = make_tokens(num_records=300, people=60, sites=3)
+    partition = NATURAL if field == "sites" else dirichlet(0.5)
+    before = make_shards(train, partition, 3, 0)
+    column = getattr(train, field)
+    after = make_shards(replace(train, **{field: column[::-1].copy()}), partition, 3, 0)
+    assert [s.record_index.tolist() for s in before] != [s.record_index.tolist() for s in after]
 
 
 def test_a_cached_deal_for_other_nodes_is_not_used(home: Path) -> None:

@@ -53,6 +53,22 @@ def _shards(corpus: Corpus, partition: PartitionConfig, nodes: int) -> list[Shar
     return make_shards(tokenize(corpus, WordTokenizer(), "words", 64), partition, nodes, 0)
 
 
+# 2: the accountant starts afresh. A ledger knows data by its fingerprint, so what must not change it is here.
+
+
+@pytest.mark.parametrize(
+    "partition", [PartitionConfig("iid"), PartitionConfig("dirichlet"), PartitionConfig("natural")]
+)
+def test_2_another_seed_or_partition_is_not_new_data(partition: PartitionConfig) -> None:
+    corpus = make_corpus(num_records=200, people=60, sites=3)
+    known = set()
+    for seed in range(3):
+        train, _ = hold_out(corpus, 0.15, seed)
+        tokens = tokenize(train, WordTokenizer(), "words", 64)
+        known |= {shard.fingerprint for shard in make_shards(tokens, partition, None, seed)}
+    assert known == {corpus.fingerprint()}
+
+
 # 19: preprocessing from private data: scaler, vocabulary, label set, maximum length, number of steps.
 
 
