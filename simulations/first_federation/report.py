@@ -51,12 +51,12 @@ class Values:
         return Values(shared, tuple(mine[seed] - its[seed] for seed in shared))
 
     def verdict(self) -> str:
-        """`better`, `worse` or `no different`, for a difference."""
+        """`better`, `worse` or `no clear difference`, for a difference."""
         if self.spread is None:
             return "better" if self.mean > 0 else "worse"
         error = self.spread / math.sqrt(len(self.values))
         if abs(self.mean) <= 2 * error:
-            return "no different"
+            return "no clear difference"
         return "better" if self.mean > 0 else "worse"
 
 
@@ -112,8 +112,8 @@ def learnt(table: Table) -> str:
             if alone is not None and joined is not None:
                 gains[site] = joined.minus(alone)
         parts = [
-            f"**{words[0].upper()}{words[1:]}**, the federation is right on {together.points()} percent of all "
-            "test texts"
+            f"**{words[0].upper()}{words[1:]}**, the federation is right on {together.points()} percent "
+            "of all test texts"
         ]
         everywhere = {
             site: table[key] for site in SITES if (key := (f"alone_{site}", privacy, "all")) in table
@@ -126,8 +126,9 @@ def learnt(table: Table) -> str:
             parts.append(f"and one model on the pooled data, which nobody may make, on {pooled.points()}")
         text = ", ".join(parts) + "."
         if gains:
-            text += " On its own texts, joining makes a site's model " + "; ".join(
-                f"{gain.verdict()} for {site} ({100 * gain.mean:+.1f} points)" for site, gain in gains.items()
+            text += " Against a site's own model on the site's own texts, joining means "
+            text += ", ".join(
+                f"{100 * gain.mean:+.1f} points for {site} ({gain.verdict()})" for site, gain in gains.items()
             )
             text += "."
         said.append(text)
@@ -152,7 +153,7 @@ def learnt(table: Table) -> str:
     return "\n\n".join(f"{number}. {text}" for number, text in enumerate(said, start=1))
 
 
-def figure(table: Table, path: Path, majority: dict[str, float]) -> None:
+def figure(table: Table, path: Path, majority: float | None) -> None:
     """One panel a privacy setting: accuracy at each site, alone, federated and pooled, every seed shown."""
     import matplotlib
 
@@ -160,23 +161,18 @@ def figure(table: Table, path: Path, majority: dict[str, float]) -> None:
     import matplotlib.pyplot as plt
 
     places = (*SITES, "all")
-    figure, axes = plt.subplots(1, len(PRIVACY), figsize=(10.5, 4.4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(PRIVACY), figsize=(10.5, 4.6), sharey=True, layout="constrained")
     for axis, (privacy, words) in zip(axes, PRIVACY.items(), strict=True):
         for offset, kind in zip((-0.22, 0.0, 0.22), COLORS, strict=True):
             for column, place in enumerate(places):
                 values = _shown(table, kind, privacy, place)
-                if not values:
-                    continue
-                at = column + offset
-                axis.scatter([at] * len(values), values, s=14, color=COLORS[kind], alpha=0.45, linewidths=0)
-                axis.scatter(
-                    at, statistics.fmean(values), s=70, color=COLORS[kind], marker="_", linewidths=2.5
-                )
-        for column, place in enumerate(places):
-            if place in majority:
-                axis.hlines(
-                    100 * majority[place], column - 0.38, column + 0.38, color="#999999", lw=1, ls=":"
-                )
+                at, color = column + offset, COLORS[kind]
+                axis.scatter([at] * len(values), values, s=16, color=color, alpha=0.45, linewidths=0)
+                # Over all texts "alone" is four models, and their mean is nobody's.
+                if values and not (kind == "alone" and place == "all"):
+                    axis.scatter(at, statistics.fmean(values), s=80, color=color, marker="_", linewidths=2.5)
+        if majority is not None:
+            axis.axhline(100 * majority, color="#999999", lw=1, ls=":")
         axis.axvline(len(SITES) - 0.5, color="#dddddd", lw=1)
         axis.set_xticks(range(len(places)), [*SITES, "all texts"])
         axis.set_title(words[0].upper() + words[1:], fontsize=11)
@@ -185,7 +181,7 @@ def figure(table: Table, path: Path, majority: dict[str, float]) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     axes[0].set_ylabel("accuracy on the site's test texts, percent")
-    axes[0].legend(handles=_legend(), fontsize=8.5, loc="best", frameon=False)
+    figure.legend(handles=_legend(), fontsize=9, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -193,42 +189,36 @@ def figure(table: Table, path: Path, majority: dict[str, float]) -> None:
 def _legend() -> list[Any]:
     from matplotlib.lines import Line2D
 
-    words = {
-        "alone": "trained on that site alone",
-        "federation": "federation of the four",
-        "pooled": "pooled data",
-    }
+    words = {"alone": "one site alone", "federation": "federation of the four", "pooled": "pooled data"}
     lines = [
         Line2D([], [], color=COLORS[kind], marker="_", ls="", ms=9, mew=2.5, label=label)
         for kind, label in words.items()
     ]
-    return [*lines, Line2D([], [], color="#999999", ls=":", lw=1, label="always the commonest label")]
+    guess = Line2D([], [], color="#999999", ls=":", lw=1, label="always the commonest label (all texts)")
+    return [*lines, guess]
 
 
 def _shown(table: Table, kind: str, privacy: str, place: str) -> list[float]:
-    """Percent, one for each seed. Alone: a site's own model on its own texts, which has no value for all."""
-    if kind != "alone":
-        values = table.get((kind, privacy, place))
-        return [] if values is None else [100 * value for value in values.values]
-    if place != "all":
-        values = table.get((f"alone_{place}", privacy, place))
-        return [] if values is None else [100 * value for value in values.values]
-    return []
+    """Percent, one for each seed. Alone, over all texts: the mean over seeds of each of the four models."""
+    if kind == "alone" and place == "all":
+        each = (table.get((f"alone_{site}", privacy, "all")) for site in SITES)
+        return [100 * values.mean for values in each if values is not None]
+    values = table.get((f"alone_{place}" if kind == "alone" else kind, privacy, place))
+    return [] if values is None else [100 * value for value in values.values]
 
 
-def majority_rates(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How often the commonest label of all test texts is right, over all sites, as the records say."""
-    rates = [
-        one["metrics"]["majority_rate"] for one in records if one["metrics"].get("majority_rate") is not None
-    ]
-    return {"all": statistics.fmean(rates)} if rates else {}
+def majority_rate(records: Sequence[dict[str, Any]]) -> float | None:
+    """How often the commonest label of all test texts is right: the mean of what the records say."""
+    rates = [one["metrics"].get("majority_rate") for one in records]
+    known = [rate for rate in rates if rate is not None]
+    return statistics.fmean(known) if known else None
 
 
 README = """\
 # First federation: what is joining good for?
 
-**Question.** Four sites hold private opinions of different kinds: newspaper editorials, movie reviews, product
-reviews, tweets. Each can train a sentiment classifier alone; together they can train one by federated
+**Question.** Four sites hold private opinions of different kinds: newspaper editorials, movie reviews,
+product reviews, tweets. Each can train a sentiment classifier alone; together they can train one by federated
 learning, in which no text moves; and if all texts could be put into one place, which is what nobody may do,
 there would be a pooled model. How much better is the federation than being alone, how far is it from the
 pool, and what does differential privacy change?
@@ -254,12 +244,15 @@ Bold: a site's own model on the site's own texts.
 
 ![accuracy by site](figure.png)
 
+A dot is a seed, a bar the mean; over all texts, the brown dots are the four sites' own models.
+
 ## What was learnt
 
 {learnt}
 
-"Better" and "worse" mean a paired difference of more than two standard errors over the seeds; with three seeds
-that is weak evidence, and the records are there to look at. Settings were not tuned for each arrangement.
+"Better" and "worse" mean a paired difference of more than two standard errors over the seeds; with three
+seeds that is weak evidence, and the records are there to look at.
+Settings were not tuned for each arrangement.
 """
 
 
@@ -269,7 +262,7 @@ def write(records_folder: Path, target: Path) -> str:
     if not records:
         return f"no records in {records_folder} yet"
     target.mkdir(parents=True, exist_ok=True)
-    figure(table, target / "figure.png", majority_rates(records))
+    figure(table, target / "figure.png", majority_rate(records))
     seeds = sorted({one["run"]["seed"] for one in records})
     first, hardware = records[0], records[0]["run"]["hardware"]
     text = README.format(

@@ -3,7 +3,7 @@
 
     python simulations/first_federation/study.py                 all runs, then the report
     python simulations/first_federation/study.py --report        the report alone, from the records there are
-    python simulations/first_federation/study.py --seeds 0 --only federation pooled
+    python simulations/first_federation/study.py --seeds 0 --only federation,pooled
     python simulations/first_federation/study.py --part 1/2      every second run (start 2/2 beside it)
     python simulations/first_federation/study.py --records /tmp/try federation.num_rounds=2   a try-out
 
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
+    sys.path.insert(0, str(HERE.parents[1]))
 SITES = ("editorials", "movies", "products", "tweets")
 ALONE = tuple(f"alone_{site}" for site in SITES)
 ARRANGEMENTS = (*ALONE, "federation", "pooled")
@@ -107,13 +109,25 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
     return [] if one == other else [name.removeprefix(".")]
 
 
+def _known(words: str, allowed: tuple[str, ...]) -> list[str]:
+    chosen = words.split(",")
+    for word in chosen:
+        if word not in allowed:
+            raise SystemExit(f"there is no {word!r}; choose from {', '.join(allowed)}")
+    return chosen
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--only", nargs="+", choices=ARRANGEMENTS, default=list(ARRANGEMENTS), metavar="NAME")
-    parser.add_argument("--privacy", nargs="+", choices=PRIVACY, default=list(PRIVACY))
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), metavar="N,N", help="default: 0,1,2")
+    parser.add_argument(
+        "--only", default=",".join(ARRANGEMENTS), metavar="NAME,NAME", help="arrangements to run"
+    )
+    parser.add_argument(
+        "--privacy", default=",".join(PRIVACY), metavar="NAME,NAME", help=" or ".join(PRIVACY)
+    )
     parser.add_argument("--part", default="1/1", metavar="I/N", help="run only each N-th cell, from the I-th")
     parser.add_argument(
         "--max-runs", type=int, default=None, help="stop after so many runs; the next call goes on"
@@ -134,7 +148,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     if not options.report:
         index, count = (int(part) for part in options.part.split("/"))
-        wanted = cells(options.seeds, options.only, options.privacy)[index - 1 :: count]
+        wanted = cells(
+            [int(seed) for seed in options.seeds.split(",")],
+            _known(options.only, ARRANGEMENTS),
+            _known(options.privacy, PRIVACY),
+        )[index - 1 :: count]
         work = options.work or Path("outputs") / "first_federation"
         ran = 0
         for number, cell in enumerate(wanted, start=1):
