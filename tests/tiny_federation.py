@@ -47,7 +47,8 @@ def make_model(folder: Path) -> Path:
         max_position_embeddings=32,
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    # transformers 5 ignores `vocab_file` without a word, and then every word is [UNK].
+    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     return folder
 
 
