@@ -1,0 +1,30 @@
+"""A tiny federation on disk, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config.schema import Config
+from tests import tiny_federation
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model folder, data folder)."""
+    tiny_federation.one_thread()
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_federation.make_model(folder / "model"), tiny_federation.make_data(folder / "data")
+
+
+@pytest.fixture
+def tiny(tiny_parts: tuple[Path, Path]) -> Callable[..., Config]:
+    """Makes a configuration of the tiny federation; see `tiny_federation.make_config`."""
+
+    def make(**changes: Any) -> Config:
+        return tiny_federation.make_config(*tiny_parts, **changes)
+
+    return make

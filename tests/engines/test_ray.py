@@ -1,0 +1,56 @@
+"""Flower's simulation on Ray gives what the local engine gives."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.tiny_federation import private
+
+from fedtune import engines
+from fedtune.config.schema import Config
+from fedtune.errors import FederationError, ResourceError
+from fedtune.federation.client_app import ledger_of
+
+
+def test_without_ray_the_error_says_how_to_install_it(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a))
+    with pytest.raises(ResourceError, match=r"pip install 'fedtune\[ray\]'.*engine=local"):
+        engines.run(tiny(engine__name="ray"), tmp_path)
+
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_same_seed_and_no_noise_give_the_same_adapter_in_both_engines(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    changes = {"federation__num_rounds": 2, "federation__cohort_size": 2}
+    local = engines.run(tiny(**changes), tmp_path / "local")
+    ray = engines.run(tiny(**changes, engine__name="ray"), tmp_path / "ray")
+    np.testing.assert_allclose(ray.adapter, local.adapter, rtol=1e-5, atol=1e-7)
+    assert ray.releases == local.releases
+    assert [s.updates for s in ray.history] == [s.updates for s in local.history]
+
+
+@needs_ray
+@pytest.mark.slow
+def test_accounting_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    local = engines.run(private(tiny(federation__num_rounds=2)), tmp_path / "local")
+    config = private(tiny(federation__num_rounds=2, engine__name="ray"))
+    ray = engines.run(config, tmp_path / "ray")
+    assert ray.epsilon == local.epsilon
+    assert ray.releases == local.releases == {f"site-{i}": 2 for i in range(4)}
+    for i in range(4):
+        assert len(ledger_of(f"site-{i}").releases(run=ray.run)) == 2
+    # An error of the server loop comes out of the simulation as itself.
+    with pytest.raises(FederationError, match="already holds a run"):
+        engines.run(config, tmp_path / "ray")
