@@ -27,7 +27,8 @@ __all__ = ["MicroBatch", "micro_batches", "pad", "padding_waste"]
 
 LENGTH_STEP = 8
 LEAST_ROWS = 8
-# What one micro-batch costs besides its tokens (kernel starts, Python), in tokens.
+# What one micro-batch costs besides its tokens (kernel starts, reading the weights, Python), in tokens: about
+# 20 ms, at 0.14 (bf16) to 0.37 (fp32) ms a token. The cut is nearly the same for anything from 50 to 150.
 OVERHEAD_TOKENS = 96
 
 

@@ -12,6 +12,7 @@ What it does not do: recursive folders, compressed files, other encodings than U
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -132,7 +133,7 @@ Read = tuple[list[str], dict[str, Any]]
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, for instance with "
@@ -147,9 +148,8 @@ def _empty(path: Path) -> DataError:
 def _delimited(delimiter: str) -> Callable[[Path, Columns], Read]:
     def read(path: Path, columns: Columns) -> Read:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        # newline-preserving, because a quoted text may hold line ends of its own
-        lines = _text(path).splitlines(keepends=True)
-        rows = csv.reader(lines, delimiter=delimiter, strict=True)
+        # Line ends are kept, because a quoted text may hold its own; str.splitlines would also cut at U+2028.
+        rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
         try:
             header = next(rows, None)
             if not header:

@@ -55,6 +55,7 @@ def _title(config: DataConfig) -> str:
 def _load(config: DataConfig, split: str) -> Any:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     title = _title(config)
     try:
@@ -66,7 +67,7 @@ def _load(config: DataConfig, split: str) -> Any:
             f" read{f' at revision {config.revision!r}' if config.revision else ''}. Check data.name"
             " (owner/name), or log in with 'hf auth login' if it is private or gated."
         ) from error
-    except ConnectionError as error:  # also what `datasets` raises in offline mode
+    except (ConnectionError, LocalEntryNotFoundError) as error:  # offline mode raises them too
         raise ResourceError(
             f"The data set {title} is not in the local cache, and the Hugging Face hub cannot be reached."
             " Fetch it once where there is network and copy the cache (HF_HOME), or save it as Parquet files"

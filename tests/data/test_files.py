@@ -133,7 +133,17 @@ def test_number_labels_of_parquet_and_jsonl_are_positions_in_a_declared_set(tmp_
 
 
 def test_texts_are_kept_as_they_are(tmp_path: Path) -> None:
-    odd = ["NA", "null", "007", "1e5", 'say "hi", twice', "two\nlines", "Ünïcødé ☃", "nan"]
+    odd = [
+        "NA",
+        "null",
+        "007",
+        "1e5",
+        'say "hi", twice',
+        "two\nlines",
+        "Ünïcødé ☃",
+        "nan",
+        "a\u2028b\x85c\x0cd",
+    ]
     import csv
 
     with (tmp_path / "train.csv").open("w", newline="") as file:

@@ -142,6 +142,14 @@ def test_no_disk_space(monkeypatch: pytest.MonkeyPatch) -> None:
         load("a/b")
 
 
+def test_a_file_that_is_not_in_the_local_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    monkeypatch.setattr(datasets, "load_dataset", raising(LocalEntryNotFoundError("not cached")))
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        load("a/b")
+
+
 def test_an_unknown_failure_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", raising(RuntimeError("something else")))
     with pytest.raises(RuntimeError, match="something else"):
