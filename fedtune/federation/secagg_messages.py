@@ -123,8 +123,8 @@ def take(
         raise FederationError(f"{what} should have {sorted(keys)} and has {sorted(values)}.")
     for key, kind in keys.items():
         item: type = str if key == "names" else bytes
-        value: Any = values[key]
-        if type(value) is not kind or (kind is list and any(type(one) is not item for one in value)):
+        right = type(values[key]) is kind
+        if not right or (kind is list and any(type(one) is not item for one in values[key])):
             raise FederationError(f"{what}: {key} is of another type than it should be.")
     lengths = {len(values[key]) for key, kind in keys.items() if kind is list}
     if len(lengths) > 1 or ("names" in keys and len(set(values["names"])) != len(values["names"])):

@@ -132,10 +132,10 @@ def server_view(n=4, size=60_000) -> tuple[Exchange, dict[str, np.ndarray]]:
 def test_the_server_sees_uniform_numbers_but_for_the_whole_sum():
     exchange, seen = server_view()
     for masked in exchange.masked.values():
-        assert uniform(masked) > 1e-5
+        assert uniform(masked) > 1e-9
     for size in (1, 2, 3):  # every part of the nodes, with what unmasking reveals taken off
         for part in itertools.combinations(seen, size):
-            assert uniform(np.sum([seen[p] for p in part], axis=0, dtype=np.uint32)) > 1e-5
+            assert uniform(np.sum([seen[p] for p in part], axis=0, dtype=np.uint32)) > 1e-9
     whole = np.sum(list(seen.values()), axis=0, dtype=np.uint32)
     np.testing.assert_array_equal(whole, exchange.plain(exchange.session.nodes))
     assert uniform(whole) < 1e-12
@@ -163,7 +163,7 @@ def late_vector(size=60_000) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_vector_that_comes_too_late_stays_hidden():
     hidden, seen = late_vector()
-    assert uniform(seen) > 1e-5
+    assert uniform(seen) > 1e-9
     assert uniform(hidden) < 1e-12
 
 
@@ -211,7 +211,7 @@ def test_fewer_shares_than_the_threshold_say_nothing():
     # Two of three shares fit every secret equally well: byte values over many dealings are uniform.
     dealings = (crypto.split_secret(secret, 3, [1, 2, 3])[:2] for _ in range(400))
     pooled = b"".join(share[1:] for two in dealings for share in two)
-    assert stats.chisquare(np.bincount(np.frombuffer(pooled, np.uint8), minlength=256)).pvalue > 1e-5
+    assert stats.chisquare(np.bincount(np.frombuffer(pooled, np.uint8), minlength=256)).pvalue > 1e-9
 
 
 # --- rules that hold against a server that lies -------------------------------------------------------
