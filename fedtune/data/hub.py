@@ -55,7 +55,6 @@ def _title(config: DataConfig) -> str:
 def _load(config: DataConfig, split: str) -> Any:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     title = _title(config)
     try:
@@ -67,12 +66,8 @@ def _load(config: DataConfig, split: str) -> Any:
             f" read{f' at revision {config.revision!r}' if config.revision else ''}. Check data.name"
             " (owner/name), or log in with 'hf auth login' if it is private or gated."
         ) from error
-    except (ConnectionError, LocalEntryNotFoundError) as error:  # offline mode raises them too
-        raise ResourceError(
-            f"The data set {title} is not in the local cache, and the Hugging Face hub cannot be reached."
-            " Fetch it once where there is network and copy the cache (HF_HOME), or save it as Parquet files"
-            " and use data=files with data.path, or use data=opinions."
-        ) from error
+    except ConnectionError as error:  # also what `datasets` raises in offline mode
+        raise _no_network(title) from error
     except ValueError as error:
         raise _bad_choice(config, split, error) from error
     except RuntimeError as error:
@@ -83,6 +78,8 @@ def _load(config: DataConfig, split: str) -> Any:
             " many have one on the hub, under another owner or at data.revision=refs/convert/parquet."
         ) from error
     except FileNotFoundError as error:
+        if type(error).__name__ == "LocalEntryNotFoundError":  # of huggingface_hub: not cached, not reached
+            raise _no_network(title) from error
         raise DataError(
             f"The data set {title} has no data files: {str(error).rstrip('.')}. Check data.name and"
             " data.revision."
@@ -92,6 +89,14 @@ def _load(config: DataConfig, split: str) -> Any:
             f"The data set {title} cannot be kept in the local cache: {error}. Free some space, or let"
             " HF_HOME name a folder that can be written."
         ) from error
+
+
+def _no_network(title: str) -> ResourceError:
+    return ResourceError(
+        f"The data set {title} is not in the local cache, and the Hugging Face hub cannot be reached. Fetch"
+        " it once where there is network and copy the cache (HF_HOME), or save it as Parquet files and use"
+        " data=files with data.path, or use data=opinions."
+    )
 
 
 def _bad_choice(config: DataConfig, split: str, error: ValueError) -> DataError:
