@@ -54,7 +54,7 @@ def _title(config: DataConfig) -> str:
 
 def _load(config: DataConfig, split: str) -> Any:
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     title = _title(config)
     try:
@@ -70,6 +70,12 @@ def _load(config: DataConfig, split: str) -> Any:
         raise _no_network(title) from error
     except ValueError as error:
         raise _bad_choice(config, split, error) from error
+    except DatasetGenerationError as error:
+        raise DataError(
+            f"The files of the data set {title} cannot be read as one table"
+            f" ({type(error.__cause__).__name__}). Check data.revision, or save it as Parquet files and use"
+            " data=files with data.path."
+        ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise

@@ -103,6 +103,12 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
+def test_files_that_are_no_table(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"sentence": "a", "polarity": 0}\nnot json at all\n')
+    with pytest.raises(DataError, match="cannot be read as one table"):
+        load(str(tmp_path))
+
+
 def test_a_loading_script_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "scripted"
     folder.mkdir()
