@@ -17,7 +17,7 @@ from fedtune.config.schema import PricingConfig
 from fedtune.cost.meter import Cost
 from fedtune.errors import ConfigError
 
-__all__ = ["Money", "carbon_kg", "price"]
+__all__ = ["Money", "carbon_kg", "check", "price"]
 
 _SECONDS_PER_HOUR = 3600.0
 _BYTES_PER_GIGABYTE = 1e9  # network providers charge decimal gigabytes
@@ -70,7 +70,7 @@ def price(pricing: PricingConfig, cost: Cost, *, records: int | None = 0) -> Mon
     Raises:
         ConfigError: a price is missing, negative or not finite, or the book names no currency.
     """
-    _check(pricing)
+    check(pricing)
     compute = _part(pricing.device_hour, cost.train_seconds / _SECONDS_PER_HOUR)
     network = _sum(
         _part(pricing.gigabyte_up, cost.bytes_up / _BYTES_PER_GIGABYTE),
@@ -83,7 +83,7 @@ def price(pricing: PricingConfig, cost: Cost, *, records: int | None = 0) -> Mon
 
 def carbon_kg(pricing: PricingConfig, cost: Cost) -> float | None:
     """Kilograms of CO2 equivalent of the estimated energy; None if energy or intensity is unknown."""
-    _check(pricing)
+    check(pricing)
     if cost.energy_kwh is None or pricing.carbon_kg_per_kwh == 0.0:
         return None
     return cost.energy_kwh * pricing.carbon_kg_per_kwh
@@ -104,7 +104,8 @@ def _sum(*parts: float | None) -> float | None:
     return total
 
 
-def _check(pricing: PricingConfig) -> None:
+def check(pricing: PricingConfig) -> None:
+    """Raises ConfigError, naming the price, if `pricing` cannot be reckoned with; before a run, not after."""
     if not pricing.currency:
         raise ConfigError(
             f"The price book '{pricing.name}' names no currency. Set pricing.currency (for instance USD)."

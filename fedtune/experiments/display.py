@@ -92,7 +92,7 @@ class Display:
         self._seconds.append(summary.seconds)
         self._status = dict.fromkeys(self._status, "")
         if self._live is None:
-            self.console.print(self._plain_line(summary), soft_wrap=True)
+            self.console.print(Text(self._plain_line(summary)), soft_wrap=True)
             return
         self.console.print(_round_line(summary))
         notes = [f"{node}: {reason}" for node, reason in summary.dropped]

@@ -96,6 +96,7 @@ def show(predictions: Sequence[Mapping[str, Any]], console: Console | None = Non
     """Prints predictions as a table: label, probability, text; with many labels, the next best too."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = console or Console(highlight=False)
     several = len(predictions[0]["probabilities"]) > 2
@@ -106,9 +107,10 @@ def show(predictions: Sequence[Mapping[str, Any]], console: Console | None = Non
         table.add_column("then", overflow="fold")
     table.add_column("text", overflow="fold")
     for one in predictions:
-        row = [one["label"], f"{one['probability']:.3f}"]
+        # Text, not str: what a text holds in brackets is no markup.
+        row = [Text(one["label"]), Text(f"{one['probability']:.3f}")]
         if several:
             ranked = sorted(one["probabilities"].items(), key=lambda item: -item[1])[1:3]
-            row.append(", ".join(f"{label} {probability:.3f}" for label, probability in ranked))
-        table.add_row(*row, one["text"])
+            row.append(Text(", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
+        table.add_row(*row, Text(one["text"]))
     console.print(table)

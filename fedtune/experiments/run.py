@@ -61,10 +61,12 @@ def run(config: Config, *, console: Console | None = None) -> Path:
     """
     from rich.console import Console
 
+    from fedtune.cost import prices
     from fedtune.cost.meter import Meter
     from fedtune.experiments.display import Display
     from fedtune.experiments.summary import summary
 
+    prices.check(config.pricing)
     console = console or Console(highlight=False)
     run_dir = _folder(config)
     view = Display(_title(config), unit=config.privacy.unit, console=console)
@@ -129,12 +131,36 @@ def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[st
     view.working("calibrating the noise")
     result = engines.run(config, run_dir, view)
     view.working("saving adapter, statement and record")
+    return finish(config, run_dir, result, meter, started=started, commit=commit)
+
+
+def finish(
+    config: Config,
+    run_dir: Path,
+    result: FederationResult,
+    meter: Meter,
+    *,
+    started: str | None = None,
+    commit: tuple[str | None, bool | None] | None = None,
+) -> dict[str, Any]:
+    """Writes adapter, statement and, last of all, record of a federation that has ended; returns the record.
+
+    Flower's ServerApp calls this by name (the run config's `finish`), so that `flwr run` leaves what
+    `fedtune run` does.
+    """
+    from fedtune.federation.resident import workplace
+
+    place = workplace(config)
     evaluation = result.evaluation if result.evaluation is not None else place.evaluate(result.adapter)
     place.save(result.adapter, run_dir / ADAPTER)
     meter.stop()
+    started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with place.using_model() as model:
-        written = _record(config, data, model, result, evaluation, meter, started, commit)
+        written = _record(
+            config, place.prepared, model, result, evaluation, meter, started, commit or environment.commit()
+        )
     _write_statement(written, run_dir / STATEMENT)
+    record.write(written, run_dir / record.RECORD_NAME)
     return written
 
 

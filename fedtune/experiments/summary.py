@@ -21,7 +21,7 @@ __all__ = ["duration", "human_bytes", "ledger_line", "money_line", "privacy_line
 
 def duration(seconds: float) -> str:
     """Seconds as a person says them: `4.1 s`, `2 min 05 s`, `1 h 03 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -33,72 +33,66 @@ def human_bytes(count: float | None) -> str:
     """Bytes in decimal units, as networks count them: `312 kB`, `4.2 MB`."""
     if count is None:
         return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if round(size) < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" or round(size, 1) >= 100 else f"{size:.1f} {unit}"
 
 
 def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table at the end of a run, from its record alone."""
+    """Prints the table at the end of a run, from its record alone. `run_dir`: as the person would type it."""
     console = console or Console(highlight=False)
-    privacy, metrics, cost = record["privacy"], record["metrics"], record["cost"]
-    console.print()
-    console.print(_sites(metrics))
-    console.print()
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    facts.add_row("privacy", privacy_line(privacy))
+    privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
+    facts = [
+        ("privacy", privacy_line(privacy)),
+        ("ledger", ledger_line(privacy)),
+        ("time", _time_line(record)),
+        ("traffic", f"{human_bytes(cost['bytes_up'])} up, {human_bytes(cost['bytes_down'])} down"),
+        ("memory", _memory_line(cost)),
+        ("energy", _energy_line(cost)),
+        ("cost", money_line(cost)),
+    ]
+    notes = [("dropped", _dropped_line(federation["dropped"])), ("note", federation.get("ended_early") or "")]
     if privacy["reproducible_noise"]:
-        facts.add_row(
-            "", Text("the noise is reproducible from the seed: a simulation, no guarantee", style="yellow")
-        )
-    uses = ledger_line(privacy)
-    if uses:
-        facts.add_row("ledger", uses)
-    facts.add_row("time", _time_line(record))
-    facts.add_row("traffic", f"{human_bytes(cost['bytes_up'])} up, {human_bytes(cost['bytes_down'])} down")
-    facts.add_row("memory", _memory_line(cost))
-    facts.add_row("energy", _energy_line(cost))
-    facts.add_row("cost", money_line(cost))
-    dropped = record["federation"]["dropped"]
-    if dropped:
-        facts.add_row("dropped", Text(_dropped_line(dropped), style="yellow"))
-    ended = record["federation"].get("ended_early")
-    for note in [*([ended] if ended else []), *privacy.get("cautions", [])]:
-        facts.add_row("note", Text(note, style="yellow"))
-    console.print(facts)
-    console.print()
-    paths = Table.grid(padding=(0, 2))
-    paths.add_column(style="bold", no_wrap=True)
-    paths.add_column(overflow="fold")
-    paths.add_row("record", str(run_dir / "record.json"))
-    for name, path in record["artifacts"].items():
-        paths.add_row(name, str(run_dir / path))
-    console.print(paths)
+        notes.append(("note", "the noise is reproducible from the seed: a simulation, no guarantee"))
+    notes += [("note", text) for text in privacy.get("cautions", [])]
+    paths = [("record", str(run_dir / "record.json"))]
+    paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
+    folder = shlex.quote(str(run_dir))
+    commands = (f'predict {folder} "your text"', f"statement {folder}", "budget show")
+
+    for part in (_sites(record["metrics"]), _facts(facts, notes), _facts(paths, [])):
+        console.print()
+        console.print(part)
     console.print()
     console.print(Text("next:", style="bold"))
-    folder = shlex.quote(str(run_dir))
-    for command in (
-        f'fedtune predict {folder} "your text"',
-        f"fedtune statement {folder}",
-        "fedtune budget show",
-    ):
-        console.print(f"  {command}", soft_wrap=True)
+    for command in commands:
+        console.print(Text(f"  fedtune {command}"), soft_wrap=True)
+
+
+def _facts(facts: Sequence[tuple[str, str]], notes: Sequence[tuple[str, str]]) -> Table:
+    """Two columns; empty facts are left out. Text, not str: what a name holds in brackets is no markup."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for rows, style in ((facts, ""), (notes, "yellow")):
+        for name, text in rows:
+            if text:
+                table.add_row(name, Text(text, style=style))
+    return table
 
 
 def _sites(metrics: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    table.add_column("test site")
+    table.add_column("test site", overflow="fold")
     table.add_column("records", justify="right")
     table.add_column("accuracy", justify="right")
     for site, row in metrics["per_site"].items():
-        accuracy = row.get("accuracy") if isinstance(row, Mapping) else row
-        count = row.get("num_records") if isinstance(row, Mapping) else None
-        table.add_row(site, "-" if count is None else f"{count:,}", _share(accuracy))
-    table.add_row("all", f"{metrics.get('num_records', 0):,}", _share(metrics["accuracy"]), style="bold")
+        count = row["num_records"]
+        table.add_row(Text(site), "-" if count is None else f"{count:,}", _share(row["accuracy"]))
+    table.add_row("all", f"{metrics['num_records']:,}", _share(metrics["accuracy"]), style="bold")
     if metrics.get("majority_rate") is not None:
         table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
     return table
@@ -110,11 +104,14 @@ def _share(value: float | None) -> str:
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
     """Epsilon with delta, unit, adjacency and trust, or that there is none."""
-    if privacy["epsilon"] is None:
+    if privacy["trust"] == "none":
         return "none: updates travelled without noise (trust none), epsilon is infinite"
+    epsilon = "unknown" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
+    nodes = len(privacy["per_node"])
+    whose = f"; the largest of {nodes} nodes" if nodes > 1 and privacy["trust"] == "local" else ""
     return (
-        f"epsilon {privacy['epsilon']:.3f} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
-        f"trust {privacy['trust']}; the largest of {len(privacy['per_node'])} nodes ({privacy['accountant']})"
+        f"epsilon {epsilon} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
+        f"trust {privacy['trust']}{whose} ({privacy['accountant']})"
     )
 
 
@@ -126,7 +123,7 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
         return ""
     worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
     if worst["epsilon"] is None:
-        return f"the data of {worst['node']} was used without noise before: over all of its uses epsilon is infinite"
+        return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"
     return (
         f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
         f"{worst['delta']:.2e} ({worst['releases']} releases of {worst['node']})"
