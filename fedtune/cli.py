@@ -297,7 +297,7 @@ def _paragraph(error: BaseException) -> str:
     if isinstance(error, (OSError, MemoryError)):
         return f"{name}: {text or 'out of memory'} (--debug shows where)."
     return (
-        f"{name}: {text} This is not an error that fedtune foresaw, so it is a bug: run the same command "
+        f"{name}: {text.rstrip('.')}. This is not an error that fedtune foresaw, so it is a bug: run the same command "
         "with --debug for the traceback."
     )
 
@@ -320,8 +320,13 @@ def _quiet_libraries(debug: bool) -> None:
     ):
         os.environ.setdefault(name, value)
     if not debug:
+        import logging
         import warnings
 
+        # At every import torchao says which of its CUDA kernels this machine cannot load, and torch that
+        # torchao registers enums in an old way. Neither matters to anybody here.
+        for logger in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(logger).setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.simplefilter("ignore")
 
