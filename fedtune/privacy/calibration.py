@@ -62,7 +62,7 @@ def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
 
 def _search(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     # Each composition adds rounding, so the grid is finer where there are many.
-    interval = min(max(target_epsilon / (100.0 + 5.0 * math.sqrt(steps)), 1e-7), 1.0)
+    interval = min(max(target_epsilon / (100.0 + 5.0 * math.sqrt(steps)), 2e-6), 1.0)
 
     def coarse(log_sigma: float) -> float:
         """log(epsilon / target), on one grid for all noise multipliers, so that it is smooth."""
@@ -108,6 +108,8 @@ def _search(target_epsilon: float, delta: float, sample_rate: float, steps: int)
         guess = above[0] + (goal - above[1]) / slope
         width = below[0] - above[0]
         guess = min(max(guess, above[0] + 0.02 * width), below[0] - 0.02 * width)
+        if below[1] < -3.0:
+            guess = above[0] + 0.5 * width  # epsilon falls steeply to 0 there: a line says nothing
         value = coarse(guess)
         if value > 0.0:
             above = (guess, value)

@@ -360,13 +360,24 @@ class PrivacyLedger:
         known = self._certified.get(budget)
         if known is not None and _covers(known, wanted):
             return True
-        while left >= 1:
-            total = state.adding(dataset, fingerprint, plan, left)
-            if total is not None and kept_epsilon(total, budget.delta) <= budget.epsilon:
-                self._certified[budget] = total
-                return True
-            left //= 2
-        return False
+
+        def fits(releases: int) -> bool:
+            total = state.adding(dataset, fingerprint, plan, releases)
+            if total is None or kept_epsilon(total, budget.delta) > budget.epsilon:
+                return False
+            self._certified[budget] = total
+            return True
+
+        if fits(left):
+            return True
+        if not fits(1):
+            return False
+        # How far the budget reaches, once, rather than an epsilon for every further release.
+        low, high = 1, left
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return True
 
     def _current(self) -> LedgerState:
         with self._chain.reading() as connection:

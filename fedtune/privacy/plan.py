@@ -193,7 +193,8 @@ class PrivacyPlan:
         safe = np.where(finite & (values > 0.0), values, 1.0)
         if math.isinf(self.max_grad_norm):
             return np.where(finite, 1.0, 0.0)
-        factors = np.minimum(1.0, self.max_grad_norm / safe)
+        with np.errstate(over="ignore"):  # a tiny norm: the quotient is infinite and 1 is the minimum
+            factors = np.minimum(1.0, self.max_grad_norm / safe)
         return np.where(finite, np.where(values > 0.0, factors, 1.0), 0.0)
 
     def noise_std(self) -> float:

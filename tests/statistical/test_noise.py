@@ -1,7 +1,7 @@
 """The noise is what the plan says: the right distribution is accepted and wrong ones are rejected.
 
-Every acceptance has a false-alarm probability below 1e-6, so that these tests do not cry wolf on fresh entropy
-in every run; every mutant is so far away that it is caught with the same certainty.
+Every acceptance has a false-alarm probability below 1e-6, so that these tests do not cry wolf on fresh
+entropy in every run; every mutant is so far away that it is caught with the same certainty.
 """
 
 from __future__ import annotations
