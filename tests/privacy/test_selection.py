@@ -1,4 +1,4 @@
-"""Publishing the best of a random number of trials: exact divergences, dp_accounting, and wrong bounds that fail."""
+"""The best of a random number of trials: exact divergences, dp_accounting, and wrong bounds that fail."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_draws_follow_the_distribution() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(8))
 def test_bound_holds_for_exact_mechanisms(shape: float, seed: int) -> None:
-    """The theorem against the definition: neighbouring finite distributions, exact best-of-K, exact divergence."""
+    """The theorem against the definition: neighbouring finite distributions, exact best-of-K."""
     random = np.random.default_rng(seed)
     p = random.dirichlet(np.ones(5))
     q = p * np.exp(random.uniform(-0.5, 0.5, 5))
@@ -82,7 +82,7 @@ def test_bound_holds_for_exact_mechanisms(shape: float, seed: int) -> None:
 
 
 def test_one_runs_curve_is_no_bound_for_the_best_of_many() -> None:
-    """The bug that this module is there for (the best of N with one run's epsilon) is seen by the test above."""
+    """The bug that this module is there for, the best of N with the epsilon of one, would be seen above."""
     p, q = np.array([0.99, 0.01]), np.array([0.98, 0.02])
     trials = TrialCount(20.0, 1.0)
     alone = max(renyi(p, q, 2.0), renyi(q, p, 2.0))
@@ -124,7 +124,9 @@ def test_curve_of_plain_gaussian_is_order_over_twice_the_variance() -> None:
     assert np.allclose(renyi_curve({Term(0.1, 3.0, replace=True): 7})[1], 4 * curve)
 
 
-@pytest.mark.parametrize(("mean", "shape"), [(0.5, 1.0), (math.nan, 1.0), (math.inf, 1.0), (2.0, -1.0), (2.0, math.nan)])
+@pytest.mark.parametrize(
+    ("mean", "shape"), [(0.5, 1.0), (math.nan, 1.0), (math.inf, 1.0), (2.0, -1.0), (2.0, math.nan)]
+)
 def test_distributions_without_meaning_are_refused(mean: float, shape: float) -> None:
     with pytest.raises(PrivacyError, match="number of trials"):
         TrialCount(mean, shape)
