@@ -196,14 +196,15 @@ def public_reason(error: Exception, node: str) -> str:
 def hello(message: Message, context: Context) -> Message:
     """Answers who this node is: name, declared size and software, all public."""
     from fedtune import __version__
+    from fedtune.federation.resident import workplace
 
     try:
-        shard = own_shard(node_config(context), context)
-        places = context.node_config.get("num-partitions", 0)
+        config = node_config(context)
+        shard = own_shard(config, context)
         answer = NodeHello(
             node=shard.node if shard else "",
             declared_size=shard.declared_size if shard else 0,
-            num_nodes=places if type(places) is int else 0,
+            shards=len(workplace(config).prepared.shards),
             software=f"fedtune {__version__}",
             idle=shard is None,
         )

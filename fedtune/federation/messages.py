@@ -46,7 +46,7 @@ __all__ = [
 VERSION = 1
 COST_KEYS = ("seconds",)
 HELLO_KEYS: Mapping[str, type] = {
-    "version": int, "node": str, "declared_size": int, "num_nodes": int, "software": str, "idle": bool,
+    "version": int, "node": str, "declared_size": int, "shards": int, "software": str, "idle": bool,
 }  # fmt: skip
 REQUEST_KEYS: Mapping[str, type] = {"version": int, "run": str, "round": int, "attempt": int, "plan": str}
 REPLY_KEYS: Mapping[str, type] = {
@@ -126,11 +126,15 @@ def _arrays(name: str, vector: np.ndarray) -> ArrayRecord:
 
 @dataclass(frozen=True)
 class NodeHello:
-    """Who a node is. `declared_size` is public by its owner's declaration; `idle`: it has no shard here."""
+    """Who a node is; all of it public.
+
+    `declared_size` by its owner's declaration; `shards`: how many the federation has, by its configuration;
+    `idle`: this node has none of them.
+    """
 
     node: str
     declared_size: int
-    num_nodes: int
+    shards: int
     software: str
     idle: bool = False
 
@@ -143,7 +147,7 @@ class NodeHello:
                         "version": VERSION,
                         "node": self.node,
                         "declared_size": self.declared_size,
-                        "num_nodes": self.num_nodes,
+                        "shards": self.shards,
                         "software": self.software,
                         "idle": self.idle,
                     }

@@ -212,7 +212,9 @@ def greet(
     """
     ids = list(grid.get_node_ids())
     unknown = [NodeInfo(name=f"node id {node_id}", node_id=node_id, declared_size=0) for node_id in ids]
-    nodes, failed, idle = [], [], 0
+    nodes: list[NodeInfo] = []
+    failed: list[Dropped] = []
+    idle = shards = 0
     waiting = set(ids)
     for answer in exchange(
         grid, make_messages(RecordDict(), "query.hello", unknown, 0), config.federation.round_timeout, stop
@@ -226,6 +228,7 @@ def greet(
         except FederationError as error:
             failed.append(Dropped(f"node id {node_id}", 0, str(error)))
             continue
+        shards = max(shards, hello.shards)
         if hello.idle:
             idle += 1
         else:
@@ -242,11 +245,17 @@ def greet(
             f"Two nodes say that they are {', '.join(twice)}. Shards are disjoint, so each node needs a partition-id of "
             "its own; the guarantee does not hold for one person's data on two nodes."
         )
-    notices = (
-        [f"{idle} of {len(ids)} connected nodes have no shard in this federation and stay idle."]
-        if idle
-        else []
-    )
+    notices = []
+    if idle:
+        notices.append(
+            f"{idle} of {len(ids)} connected nodes have no shard in this federation and stay idle."
+        )
+    if len(nodes) < shards:
+        notices.append(
+            f"The federation has {shards} shards, and only {len(nodes)} of them have a node that takes part; "
+            "the data of the others is not trained on. With `flwr run`, start as many nodes as there are "
+            f"shards: --federation-config 'num-supernodes={shards}'."
+        )
     return nodes, failed, notices
 
 
@@ -313,9 +322,7 @@ def _run(
     nodes, failed, notices = greet(grid, config, stop)
     if config.resume is None:
         plan = make_plan(config, [node.declared_size for node in nodes])
-        state = _Run(
-            secrets.token_hex(8), plan, server_side.initial(), server_optimizer(config), attempt
-        )
+        state = _Run(secrets.token_hex(8), plan, server_side.initial(), server_optimizer(config), attempt)
         state.save(run_dir, config)
     else:
         state = _Run.restore(run_dir, config, attempt)

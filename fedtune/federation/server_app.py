@@ -6,30 +6,30 @@ without it that is `runs/<time>-<run id>` below fedtune's state folder, for the 
 ServerApp is Flower's own and is removed with the app.
 
 The run folder gets `checkpoint/`, `adapter/` (PEFT's format), `config.yaml` and `history.json`. The
-record and the statement are made by `fedtune.experiments`, a layer below this one that must not be
-imported here: whoever wants to finish a run registers a function under the entry point group
-`fedtune.finish` (see pyproject.toml), which is called as `finish(config, run_dir, result)`.
+record and the statement are made by `fedtune.experiments`, a layer below this one, which this one does
+not know: the run config's key `finish` names a function as `module:function` (pyproject.toml does), and
+that is called as `finish(config, run_dir, result, meter)`. Empty, the run ends with the files above.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
-import logging
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config.schema import Config
+from fedtune.errors import ConfigError
 from fedtune.federation.events import FederationResult, RoundSummary
 
-__all__ = ["FINISH_GROUP", "app", "finish"]
+if TYPE_CHECKING:
+    from fedtune.cost.meter import Meter
 
-_log = logging.getLogger(__name__)
-FINISH_GROUP = "fedtune.finish"
+__all__ = ["app", "finish"]
 
 app = ServerApp()
 
@@ -63,12 +63,15 @@ class _Log:
         """Why it ended early, if it did."""
         if result.ended_early:
             print(f"fedtune: {result.ended_early}", flush=True)
+        for notice in result.notices:
+            print(f"fedtune: {notice}", flush=True)
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the federation that the run config describes, and finishes its folder."""
     from fedtune.config.loader import save_config
+    from fedtune.cost.meter import Meter
     from fedtune.federation.resident import config_of
     from fedtune.federation.server import run_rounds
 
@@ -78,8 +81,9 @@ def main(grid: Grid, context: Context) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if config.resume is None:
         save_config(config, run_dir)
-    result = run_rounds(grid, config, run_dir, _Log())
-    finish(config, run_dir, result)
+    with Meter(children=True) as meter:
+        result = run_rounds(grid, config, run_dir, _Log())
+        finish(config, run_dir, result, meter, str(context.run_config.get("finish", "")))
     print(f"fedtune: the run is in {run_dir}", flush=True)
 
 
@@ -93,10 +97,11 @@ def _run_dir(config: Config, context: Context) -> Path:
     return state_dir() / "runs" / f"{now}-{context.run_id}"
 
 
-def finish(config: Config, run_dir: Path, result: FederationResult) -> None:
-    """Writes adapter and history, and calls whoever registered to finish a run.
+def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter, named: str) -> None:
+    """Writes adapter and history, and calls the function that `named` names (`module:function`), if any.
 
-    Raises: what the registered functions raise; adapter and history are then written already.
+    Raises: ConfigError if there is no such function, and what it raises; adapter and history are then
+    written already.
     """
     from fedtune.federation.resident import workplace
 
@@ -111,5 +116,14 @@ def finish(config: Config, run_dir: Path, result: FederationResult) -> None:
         "rounds": [summary.to_json() for summary in result.history],
     }
     (run_dir / "history.json").write_text(json.dumps(history, indent=2) + "\n")
-    for registered in entry_points(group=FINISH_GROUP):
-        registered.load()(config, run_dir, result)
+    if not named:
+        return
+    module, _, function = named.partition(":")
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"The run config names finish={named!r}, and there is no such function ({error}). Leave the key "
+            f"out, or write module:function. Adapter and history of the run are in {run_dir}."
+        ) from error
+    call(config, run_dir, result, meter)

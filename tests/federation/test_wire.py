@@ -23,7 +23,7 @@ from fedtune.federation.server import run_rounds
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.
 ALLOWED = {
-    "hello": {"version", "node", "declared_size", "num_nodes", "software", "idle"},
+    "hello": {"version", "node", "declared_size", "shards", "software", "idle"},
     "reply": {
         "version", "node", "run", "round", "attempt", "releases", "steps", "seconds", "refused", "refusal",
         "error",
