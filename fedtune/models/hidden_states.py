@@ -43,7 +43,7 @@ __all__ = ["FeatureStore", "Features", "Progress"]
 
 _log = logging.getLogger(__name__)
 _ENTRY = np.dtype([("digest", "<u8", 2), ("start", "<i8"), ("length", "<i8")])
-_FLUSH_ROWS = 1 << 16
+_FLUSH_TOKENS = 1 << 16  # at most a minute's work is lost when a process is killed
 
 Progress = Callable[[int, int], None]  # (texts done, texts to do)
 
@@ -146,8 +146,9 @@ class FeatureStore:
         entries = self._read_entries()
         if not len(entries):
             return
-        self._mapped = np.memmap(self.folder / "values.f16", dtype=np.float16, mode="r").reshape(
-            -1, self.width
+        rows = int((entries["start"] + entries["length"]).max())
+        self._mapped = np.memmap(
+            self.folder / "values.f16", dtype=np.float16, mode="r", shape=(rows, self.width)
         )
         for entry in entries[self._entries_read :]:
             self._where[entry["digest"].tobytes()] = (int(entry["start"]), int(entry["length"]))
@@ -193,6 +194,11 @@ class Features:
         features = cls(corpus, [store.rows(digest) for digest in digests], pooled, width, model.first_layer)
         _RESIDENT[corpus] = (key, features)
         return features
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that each record takes in a micro-batch, int64 [n]: one for a pooled text."""
+        return np.ones(self.corpus.num_records, dtype=np.int64) if self.pooled else self.corpus.lengths
 
     def inputs(
         self, records: NDArray[np.int64], rows: int, length: int, device: torch.device
@@ -252,9 +258,9 @@ def _compute(
         for row, record in enumerate(records):
             kept = output[row, :1] if pooled else output[row, : corpus.lengths[record]]
             items[digests[record]] = kept.copy()
-            waiting += len(kept)
+        waiting += batch.rows * batch.length
         done += len(records)
-        if waiting > _FLUSH_ROWS:
+        if waiting > _FLUSH_TOKENS:
             store.add(list(items.items()))
             waiting, items = 0, {}
         if progress is not None:

@@ -2,7 +2,7 @@
 
 Opacus' hooks give each example's gradient; everything that touches sensitivity is here, in one page:
 
-    1. the drawn units' records are cut into micro-batches (a unit is never cut in two)
+    1. the drawn units' records are cut into micro-batches of like length
     2. each example's gradient, by Opacus, of the summed loss (so no example's gradient depends on b)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
        `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1)
@@ -34,7 +34,9 @@ from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.precision import autocast
 
-__all__ = ["clipped_sum", "per_example_gradients", "unit_sums"]
+__all__ = ["clipped_sum", "per_example_gradients"]
+
+_BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, and changes nothing else
 
 
 @contextmanager
@@ -68,15 +70,6 @@ def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
     return collected
 
 
-def unit_sums(gradients: list[Tensor], groups: NDArray[np.int64] | None) -> list[Tensor]:
-    """Adds up the rows of each unit: [b, n] -> [u, n]; `groups` [b] names each row's unit, None: its own."""
-    if groups is None:
-        return gradients
-    index = torch.from_numpy(groups).to(gradients[0].device)
-    units = int(groups.max()) + 1 if len(groups) else 0
-    return [g.new_zeros(units, g.shape[1]).index_add_(0, index, g) for g in gradients]
-
-
 def _clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
     """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor."""
     squares = sum(torch.linalg.vector_norm(g, dim=1).double().square() for g in gradients)
@@ -89,6 +82,27 @@ def _clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
         keep = torch.from_numpy(~broken).to(gradients[0].device)[:, None]
         gradients = [torch.where(keep, g, 0.0) for g in gradients]
     return [factors @ g for g in gradients]
+
+
+def _example_gradients(
+    model: AdaptedModel,
+    features: Features,
+    records: NDArray[np.int64],
+    micro_batch_tokens: int,
+    precision: str,
+) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
+    """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter."""
+    labels_of = features.corpus.labels
+    for batch in micro_batches(features.lengths[records], micro_batch_tokens):
+        rows = records[batch.records]
+        arguments = features.inputs(rows, batch.rows, batch.length, model.device)
+        target = torch.from_numpy(labels_of[rows]).to(model.device)
+        with model.flops.counting(("train", batch.rows, batch.length)):
+            with autocast(model.device, precision):
+                logits = model.base(**arguments)
+            # Dummy rows do not enter the loss, so their gradients are exactly zero.
+            nn.functional.cross_entropy(logits[: len(rows)].float(), target, reduction="sum").backward()
+        yield batch.records, [g[: len(rows)] for g in _collect(model, batch.rows)]
 
 
 def clipped_sum(
@@ -111,21 +125,21 @@ def clipped_sum(
         units: [m] the unit of each record, or None where each record is its own unit.
     """
     total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
-    corpus = features.corpus
-    for batch in micro_batches(corpus.lengths[records], micro_batch_tokens, units):
-        rows = records[batch.records]
-        arguments = features.inputs(rows, batch.rows, batch.length, model.device)
-        labels = np.zeros(batch.rows, dtype=np.int64)
-        labels[: len(rows)] = corpus.labels[rows]
-        with model.flops.counting(("train", batch.rows, batch.length)):
-            with autocast(model.device, precision):
-                logits = model.base(**arguments)
-            losses = nn.functional.cross_entropy(
-                logits.float(), torch.from_numpy(labels).to(model.device), reduction="none"
-            )
-            # Dummy rows do not enter the loss, so their gradients are exactly zero.
-            losses[: len(rows)].sum().backward()
-        gradients = [g[: len(rows)] for g in _collect(model, batch.rows)]
-        groups = None if units is None else np.unique(units[batch.records], return_inverse=True)[1]
-        total += torch.cat(_clip_and_sum(unit_sums(gradients, groups), plan)).double()
+    options = (micro_batch_tokens, precision)
+    if units is None:
+        for _, gradients in _example_gradients(model, features, records, *options):
+            total += torch.cat(_clip_and_sum(gradients, plan)).double()
+        return total.cpu().numpy()
+    # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
+    # its gradients are added up in the block's row for it, and clipped when all of them are there.
+    names = np.unique(units)
+    for start in range(0, len(names), _BLOCK):
+        block = names[start : start + _BLOCK]
+        chosen = np.flatnonzero((units >= block[0]) & (units <= block[-1]))
+        row_of = np.searchsorted(block, units[chosen])
+        sums = torch.zeros(len(block), model.num_parameters, device=model.device)
+        for positions, gradients in _example_gradients(model, features, records[chosen], *options):
+            index = torch.from_numpy(row_of[positions]).to(model.device)
+            sums.index_add_(0, index, torch.cat(gradients, dim=1))
+        total += _clip_and_sum([sums], plan)[0].double()
     return total.cpu().numpy()

@@ -43,7 +43,7 @@ def predict_probabilities(
     """Class probabilities, float32 [n, c], of the model as it stands."""
     features = Features.of(model, data, train.micro_batch_tokens, progress)
     result = np.zeros((data.num_records, model.base.num_labels), dtype=np.float32)
-    for batch in micro_batches(data.lengths, train.micro_batch_tokens):
+    for batch in micro_batches(features.lengths, train.micro_batch_tokens):
         arguments = features.inputs(batch.records, batch.rows, batch.length, model.device)
         with (
             model.flops.counting(("predict", batch.rows, batch.length)),

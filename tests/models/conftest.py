@@ -1,0 +1,64 @@
+"""A tiny BERT, a tiny DistilBERT and a tiny RoBERTa, and tokenised made-up texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.tiny_federation import make_model, one_thread
+
+from fedtune.data.corpus import TokenizedCorpus
+
+one_thread()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Path]:
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+
+    torch.manual_seed(5)
+    found = {"bert": tiny_bert}
+    distil = DistilBertConfig(
+        vocab_size=25,
+        dim=32,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+    )
+    roberta = RobertaConfig(
+        vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=34, type_vocab_size=1, pad_token_id=1,
+    )  # fmt: skip
+    for name, model in (("distilbert", DistilBertModel(distil)), ("roberta", RobertaModel(roberta))):
+        found[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(found[name])
+    return found
+
+
+def random_corpus(n: int = 12, seed: int = 0, persons: int | None = None) -> TokenizedCorpus:
+    """`n` records of 3 to 12 tokens with two classes; ids avoid the special ones except first and last."""
+    chance = np.random.default_rng(seed)
+    lengths = chance.integers(3, 13, size=n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ids = chance.integers(5, 25, size=offsets[-1]).astype(np.int32)
+    ids[offsets[:-1]], ids[offsets[1:] - 1] = 2, 3
+    return TokenizedCorpus(
+        name="random",
+        source="random",
+        input_ids=ids,
+        offsets=offsets,
+        labels=chance.integers(0, 2, size=n).astype(np.int64),
+        label_names=("no", "yes"),
+        units=None if persons is None else np.array([f"p{i % persons}" for i in range(n)]),
+        sites=None,
+        digests=chance.integers(0, 256, size=(n, 32)).astype(np.uint8),
+    )

@@ -1,0 +1,176 @@
+"""Encoder, adapters, the packed vector, and what a saved adapter gives when PEFT loads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModel
+
+from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.errors import ModelError, ResourceError
+from fedtune.models.adapters import ADAPTERS
+from fedtune.models.classifier import load_base, load_model
+from fedtune.models.encoder import EncoderStack, load_encoder, load_tokenizer, select_device
+
+MINILM = "embedded:minilm"
+
+
+def load(folder: Path | str, quantization: str = "none", seed: int = 0, **adapter: object):  # type: ignore[no-untyped-def]
+    adapter.setdefault("rank", 2)
+    return load_model(
+        ModelConfig(name=str(folder), quantization=quantization),
+        AdapterConfig(**adapter),
+        2,
+        seed,
+        "cpu",
+        ("no", "yes"),
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_stack_equals_the_library_model(families: dict[str, Path], family: str) -> None:
+    stack = load_encoder(ModelConfig(name=str(families[family]), quantization="none"), torch.device("cpu"))
+    reference = AutoModel.from_pretrained(families[family]).eval()
+    ids = torch.randint(5, 25, (3, 9))
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[1, 6:] = mask[2, 4:] = False
+    ids[~mask] = reference.config.pad_token_id
+    want = reference(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    got = stack.run(stack.embed(ids, mask), mask, 0, len(stack.layer))
+    assert torch.allclose(got[mask], want[mask], atol=1e-5)
+
+
+def test_segments_of_a_pair(families: dict[str, Path]) -> None:
+    reference = AutoModel.from_pretrained(families["bert"]).eval()
+    reference.config.sep_token_id = 3
+    stack = EncoderStack(reference)
+    ids = torch.tensor([[2, 7, 3, 8, 9, 3, 0]])
+    mask = ids != 0
+    want = reference.embeddings(ids, token_type_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 0]]))
+    assert torch.equal(stack.embed(ids, mask), want)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_saved_adapter_gives_the_same_predictions(
+    families: dict[str, Path], family: str, adapter: str, tmp_path: Path
+) -> None:
+    model = load(families[family], quantization="int8", name=adapter)
+    model.set_vector(model.initial + np.random.default_rng(0).normal(0, 0.3, model.num_parameters))
+    ids = torch.randint(5, 25, (4, 7))
+    want = model.base(input_ids=ids)
+    model.save(tmp_path)
+    untrained = load_base(tmp_path, "cpu")
+    before = untrained(input_ids=ids)
+    loaded = peft.PeftModel.from_pretrained(untrained, str(tmp_path))
+    assert torch.allclose(loaded(input_ids=ids), want, atol=1e-6)
+    assert not torch.allclose(before, want, atol=1e-2)
+
+
+def test_what_is_trained() -> None:
+    expected = {
+        "lora": {"lora_A", "lora_B", "classifier"},
+        "ffa_lora": {"lora_B", "classifier"},
+        "bitfit": {"bias", "classifier"},
+        "head": {"classifier"},
+    }
+    for adapter, parts in expected.items():
+        model = load(MINILM, name=adapter, layers=2 if adapter != "head" else None)
+        names = list(model.parameters)
+        found = {p for p in ("lora_A", "lora_B", "classifier") if any(p in n for n in names)}
+        if any(n.endswith(".bias") and "classifier" not in n for n in names):
+            found.add("bias")
+        assert found == parts, adapter
+        layers = {int(n.split(".layer.")[1].split(".")[0]) for n in names if ".layer." in n}
+        assert layers == (set() if adapter == "head" else {4, 5}), adapter
+        assert model.first_layer == (6 if adapter == "head" else 4)
+    # rank 8, query and value of two layers, A [8, 384] and B [384, 8], and the head
+    assert load(MINILM, name="lora", layers=2, rank=8).num_parameters == 2 * 2 * 2 * 8 * 384 + 2 * 384 + 2
+
+
+def test_vector_is_the_parameters(tiny_bert: Path) -> None:
+    model = load(tiny_bert)
+    vector = np.arange(model.num_parameters, dtype=np.float32)
+    model.set_vector(vector)
+    assert np.array_equal(model.get_vector(), vector)
+    flat = np.concatenate([p.detach().numpy().ravel() for p in model.parameters.values()])
+    assert np.array_equal(flat, vector)
+    assert sum(int(np.prod(shape)) for _, shape in model.layout()) == model.num_parameters
+    with pytest.raises(ModelError, match="does not fit"):
+        model.set_vector(vector[:-1])
+
+
+def test_start_depends_on_the_seed_alone(tiny_bert: Path) -> None:
+    first = load(tiny_bert, seed=3).get_vector()
+    torch.manual_seed(99)
+    load(tiny_bert, seed=4), load(tiny_bert, seed=5)  # push it out of the cache
+    assert np.array_equal(load(tiny_bert, seed=3).get_vector(), first)
+    assert not np.array_equal(load(tiny_bert, seed=4).get_vector(), first)
+
+
+def test_a_kept_model_is_handed_out_at_its_start(tiny_bert: Path) -> None:
+    model = load(tiny_bert)
+    model.set_vector(model.initial + 1)
+    assert load(tiny_bert) is model
+    assert np.array_equal(model.get_vector(), model.initial)
+
+
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.30), ("nf4", 0.20)])
+def test_embedded_model_is_as_small_as_claimed(quantization: str, most: float) -> None:
+    full = load(MINILM, name="head").encoder_bytes
+    assert full == pytest.approx(4 * 22.57e6, rel=0.01)
+    assert load(MINILM, quantization, name="head").encoder_bytes <= most * full
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "words"),
+    [
+        ({"name": "embedded:nothing"}, {}, "embedded:minilm"),
+        ({"name": "./no/such/folder"}, {}, "no such folder"),
+        ({"pooling": "max"}, {}, "mean or cls"),
+        ({"quantization": "int3"}, {}, "none, int8, nf4"),
+        ({}, {"name": "prefix"}, "lora, ffa_lora, bitfit, head"),
+        ({}, {"layers": 3}, "has 2 layers"),
+        ({}, {"layers": 0}, "has 2 layers"),
+        ({}, {"target_modules": ["q_proj"]}, "q_proj.*query"),
+    ],
+)
+def test_bad_settings_are_explained(
+    tiny_bert: Path, model: dict[str, str], adapter: dict[str, object], words: str
+) -> None:
+    options = {"name": str(tiny_bert), "quantization": "none"} | model
+    with pytest.raises(ModelError, match=words):
+        load_model(ModelConfig(**options), AdapterConfig(**adapter), 2, 0, "cpu")
+
+
+def test_hub_name_without_network_says_what_to_do() -> None:
+    with pytest.raises(ResourceError, match=r"model.name=FOLDER"):
+        load_tokenizer(ModelConfig(name="google-bert/bert-base-uncased"))
+
+
+def test_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises((ModelError, ResourceError), match="could not be loaded|not in the local cache"):
+        load_encoder(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
+    with pytest.raises(ModelError, match="holds no adapter"):
+        load_base(tmp_path)
+
+
+def test_devices() -> None:
+    assert select_device("cpu").type == "cpu"
+    with pytest.raises(ResourceError, match="auto, cpu, cuda or mps"):
+        select_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ResourceError, match="device=auto"):
+            select_device("cuda")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    GPT2Model(GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="gpt2.*bert"):
+        load_encoder(ModelConfig(name=str(tmp_path)), torch.device("cpu"))
