@@ -1,0 +1,226 @@
+"""The statement: complete, true to the record, and plain about what is not promised."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from typing import Any
+
+import pytest
+
+from fedtune.errors import RecordError
+from fedtune.privacy.statement import statement_json, statement_markdown
+
+
+def record(trust: str = "local", unit: str = "record", **privacy: Any) -> dict[str, Any]:
+    private = trust != "none"
+    return {
+        "schema": 1,
+        "run": {
+            "id": "r-1", "started": "2026-11-21T19:00:00+00:00", "seconds": 3.0, "engine": "local", "seed": 0,
+            "versions": {"fedtune": "0.1.0", "torch": "2.13.0"}, "commit": "abc1234", "dirty": False,
+            "hardware": {},
+        },
+        "config": {},
+        "data": {"name": "visits"},
+        "federation": {"nodes": 4, "rounds": 12, "cohort_size": 4, "dropped": []},
+        "privacy": {
+            "unit": unit,
+            "adjacency": f"add or remove one {unit}",
+            "trust": trust,
+            "mechanism": "DP-SGD on each node" if private else "none",
+            "noise_multiplier": 1.0 if private else 0.0,
+            "max_grad_norm": 0.7 if private else None,
+            "sample_rate": 0.05,
+            "steps": 60,
+            "accountant": "PLD (dp-accounting 0.6.0)" if private else None,
+            "epsilon": 2.857 if private else None,
+            "delta": 1e-5 if private else None,
+            "epsilon_rdp": 3.368 if private else None,
+            "per_node": [{"node": "north", "epsilon": 2.857, "delta": 1e-5, "releases": 12}][:private],
+            "ledger": [
+                {"node": "north", "dataset": "visits", "fingerprint": "f" * 64, "releases": 36,
+                 "epsilon": 4.9, "delta": 1e-5},
+            ],
+            "reproducible_noise": False,
+            "audit": None,
+            **privacy,
+        },
+        "metrics": {},
+        "cost": {},
+        "artifacts": {},
+    }  # fmt: skip
+
+
+def first_paragraph(text: str) -> str:
+    return next(part for part in text.split("\n\n")[2:] if not part.startswith("#"))
+
+
+def test_it_answers_everything_that_is_asked_of_a_dp_result() -> None:
+    """Ponomareva et al. 2023, section 5.3, item by item; a number that is missing would be found here."""
+    text = statement_markdown(record())
+    for asked in (
+        "Epsilon 2.857 at delta 1e-05",  # formal statement
+        "Unit of privacy: record",
+        "add or remove one record",  # adjacency
+        "already private when they leave",  # setting: who is trusted
+        "Mechanism: DP-SGD on each node",
+        "Poisson",  # sampling as run
+        "probability 0.05",
+        "Noise multiplier (standard deviation over clipping norm): 1;",
+        "clipping norm (L2): 0.7",
+        "accounted steps: 60",
+        "PLD (dp-accounting 0.6.0)",  # type of accounting
+        "upper bound",
+        "epsilon 3.368",  # RDP beside it
+        "zero-concentrated DP: rho 30",
+        "Gaussian DP: mu",
+        "all adapters of all rounds",  # what is released
+        "Evaluation",  # data accesses not covered
+        "pretrained encoder",
+        "Choice of settings",  # hyperparameter tuning
+        "Side channels",  # NIST SP 800-226
+        "Security and exposure",
+        "fedtune 0.1.0, torch 2.13.0",
+        "abc1234",
+        "| north | visits | ffffffffffff | 36 | 4.9 |",  # other uses of the same data
+        "Not audited",
+    ):
+        assert asked in text, asked
+
+
+def test_the_first_paragraph_is_for_people() -> None:
+    text = first_paragraph(statement_markdown(record()))
+    for symbol in ("sigma", "PLD", "SGD", "RDP", "Poisson", "zCDP", "multiplier"):
+        assert symbol not in text
+    assert "any single text" in text and "(`visits`)" in text
+    assert "17.5 times as likely" in text  # exp(2.857) is 17.41: rounded up
+    assert "1 in 100,000" in text
+    assert "94.6 percent" in text  # 1 / (1 + exp(-2.857)) is 0.9457
+    assert "moderate protection" in text
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"), [("record", "any single text"), ("person", "any one person contributed")]
+)
+def test_the_unit_is_named_in_words(unit: str, words: str) -> None:
+    text = statement_markdown(record(unit=unit, records_per_unit=8))
+    assert words in first_paragraph(text)
+    assert ("At most 8 records of a person" in text) == (unit == "person")
+    assert ("A person with several records" in text) == (unit == "record")
+
+
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        ("local", "neither the server"),
+        ("distributed", "secure aggregation"),
+        ("central", "must be trusted"),
+        ("none", "Nobody is protected"),
+    ],
+)
+def test_who_sees_what(trust: str, words: str) -> None:
+    unit = "client" if trust == "central" else "record"
+    assert words in " ".join(statement_json(record(trust, unit))["trust"]["sees"])
+
+
+def test_no_noise_is_called_no_guarantee() -> None:
+    text = statement_markdown(record("none"))
+    assert "without any privacy guarantee" in first_paragraph(text)
+    assert "formally, epsilon is infinite" in text
+    facts = statement_json(record("none"))
+    assert facts["private"] is False
+    assert facts["accounting"]["epsilon"] is facts["accounting"]["delta"] is None
+    assert facts["covered"] == ["Nothing: there is no guarantee."]
+    assert "protection (" not in text
+
+
+def test_a_leftover_epsilon_of_a_run_without_noise_is_not_believed() -> None:
+    facts = statement_json(record("none", epsilon=1.0, delta=1e-5))
+    assert facts["accounting"]["epsilon"] is None and not facts["private"]
+
+
+def test_a_missing_epsilon_of_a_private_run_is_not_passed_over() -> None:
+    facts = statement_json(record(epsilon=None))
+    assert not facts["private"]
+    assert any("treat the run as not private" in caution for caution in facts["cautions"])
+    assert "without any privacy guarantee" in statement_markdown(record(epsilon=None))
+
+
+def test_reproducible_noise_is_the_first_caution() -> None:
+    text = statement_markdown(record(reproducible_noise=True))
+    assert text.index("this one protects nobody") < text.index("## The guarantee")
+    assert statement_json(record(reproducible_noise=True))["reproducible_noise"] is True
+    assert "reproducible" in statement_json(record(reproducible_noise=True))["mechanism"]["randomness"]
+    assert "**Caution.**" not in statement_markdown(record())
+
+
+def test_a_large_epsilon_is_called_weak_and_a_small_one_strong() -> None:
+    assert "strong protection" in statement_markdown(record(epsilon=0.9))
+    weak = statement_markdown(record(epsilon=14.0))
+    assert "weak protection" in weak and "above 10" in weak and "more than a million" in weak
+    assert "more than 99.99 percent" in weak
+
+
+def test_central_claims_no_amplification() -> None:
+    facts = statement_json(record("central", "client"))
+    assert "no amplification" in facts["mechanism"]["sampling"]
+    assert facts["accounting"]["zcdp_is"] == "exact"
+    assert facts["accounting"]["gdp_mu"] == pytest.approx(math.sqrt(60))
+
+
+def test_distributed_says_how_many_may_fail() -> None:
+    text = statement_markdown(record("distributed", max_dropouts=2, max_colluders=1))
+    assert "at most 2 nodes drop out" in text and "at most 1 of the nodes" in text
+    assert "does not say how many" in statement_markdown(record("distributed"))
+
+
+def test_an_audit_is_reported_as_a_lower_bound() -> None:
+    audit = {"epsilon_lower": 0.61, "confidence": 0.95, "method": "one-run canaries"}
+    text = statement_markdown(record(audit=audit))
+    assert "at least 0.61 with 95 percent confidence" in text and "one-run canaries" in text
+
+
+def test_uses_without_noise_are_infinite_and_unknown_uses_are_unknown() -> None:
+    ledger = [
+        {"node": "n", "dataset": "d", "fingerprint": "f", "releases": 3, "epsilon": None, "delta": None}
+    ]
+    assert "| infinite |" in statement_markdown(record(ledger=ledger))
+    assert "does not say what else" in statement_markdown(record(ledger=None))
+
+
+def test_names_cannot_break_the_table() -> None:
+    per_node = [{"node": "a|b", "epsilon": 1.0, "delta": 1e-5, "releases": 1}]
+    assert "| a\\|b |" in statement_markdown(record(per_node=per_node))
+
+
+def test_json_is_json_and_comes_from_the_record_alone() -> None:
+    made = record()
+    before = copy.deepcopy(made)
+    text = json.dumps(statement_json(made), allow_nan=False)
+    assert made == before
+    assert json.loads(text)["accounting"]["epsilon"] == 2.857
+    assert statement_markdown(json.loads(json.dumps(made))) == statement_markdown(made)
+
+
+def test_optional_keys_may_be_missing() -> None:
+    made = record()
+    del made["data"], made["privacy"]["ledger"]
+    assert "private texts that 4 nodes hold" in statement_markdown(made)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda r: r.pop("privacy"),
+    lambda r: r["privacy"].pop("unit"),
+    lambda r: r["privacy"].pop("delta"),
+    lambda r: r["run"].pop("versions"),
+    lambda r: r.update(privacy=None),
+    lambda r: r["privacy"].update(unit="user"),
+    lambda r: r["privacy"].update(trust="blind"),
+])  # fmt: skip
+def test_a_record_that_lacks_something_is_refused_not_guessed(spoil: Any) -> None:
+    made = record()
+    spoil(made)
+    with pytest.raises(RecordError, match="No statement"):
+        statement_markdown(made)
