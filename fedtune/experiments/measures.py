@@ -57,26 +57,31 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     """Each node's releases in this run and in all, with the epsilon that they come to.
 
     The engine counts the releases that it asked for, the ledger those that it reserved; the larger count is
-    taken, since a release that only one of them saw may still have happened.
+    taken, since a release that only one of them saw may still have happened. Nodes that are gone
+    after a resume are kept: what they released is released. Where the ledger is on another machine, what it
+    knows of other uses is null.
     """
     from fedtune.privacy.accounting import epsilon_of, epsilon_rdp
 
+    held = {shard.node: shard for shard in shards}
+    sizes = {node.name: node.declared_size for node in result.nodes}
     found = []
-    for shard in shards:
-        plan = result.plan.for_shard(shard.declared_size)
-        in_ledger, total_epsilon, total_releases = _ledger(shard, result.run, plan.delta)
-        releases = max(in_ledger, result.releases.get(shard.node, 0))
+    for name in sorted({*held, *sizes}):
+        shard = held.get(name)
+        plan = result.plan.for_shard(sizes[name] if shard is None else shard.declared_size)
+        in_ledger, total_epsilon, total_releases = _ledger(name, shard, result.run, plan.delta)
+        releases = max(in_ledger, result.releases.get(name, 0))
         event = plan.event(releases)
-        private = plan.trust != "none"
+        private = plan.is_private()
         found.append(
             NodePrivacy(
-                node=shard.node,
+                node=name,
                 epsilon=epsilon_of(event, plan.delta) if private else None,
                 epsilon_rdp=epsilon_rdp(event, plan.delta) if private else None,
                 delta=plan.delta if private else None,
                 releases=releases,
-                dataset=shard.dataset,
-                fingerprint=shard.fingerprint,
+                dataset=None if shard is None else shard.dataset,
+                fingerprint=None if shard is None else shard.fingerprint,
                 total_epsilon=total_epsilon,
                 total_releases=total_releases,
             )
@@ -84,19 +89,23 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     return found
 
 
-def _ledger(shard: Shard, run: str, delta: float) -> tuple[int, float | None, int | None]:
+def _ledger(node: str, shard: Shard | None, run: str, delta: float) -> tuple[int, float | None, int | None]:
     """(releases of this run, epsilon over everything, releases in all) as the node's ledger knows them."""
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger import PrivacyLedger
 
-    path = state_dir() / "ledgers" / f"{shard.node}.sqlite"
+    path = state_dir() / "ledgers" / f"{node}.sqlite"
     if not path.exists():
         return 0, None, None
     ledger = PrivacyLedger.open(path)
-    mine = ledger.releases(run=run, node=shard.node)
-    everything = ledger.releases(dataset=shard.dataset, fingerprint=shard.fingerprint)
-    total = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint, delta=delta or None)
-    return len(mine), total, len(everything)
+    try:
+        mine = len(ledger.releases(run=run, node=node))
+        if shard is None:
+            return mine, None, None
+        data = {"dataset": shard.dataset, "fingerprint": shard.fingerprint}
+        return mine, ledger.epsilon(**data, delta=delta or None), len(ledger.releases(**data))
+    finally:
+        ledger.close()
 
 
 def metrics(evaluation: Evaluation, test: TokenizedCorpus) -> Metrics:

@@ -116,8 +116,8 @@ class NodePrivacy:
     epsilon_rdp: float | None
     delta: float | None
     releases: int
-    dataset: str
-    fingerprint: str
+    dataset: str | None
+    fingerprint: str | None
     total_epsilon: float | None = None
     total_releases: int | None = None
 
@@ -176,7 +176,7 @@ def build(
         },
         "privacy": {
             "unit": plan.unit,
-            "adjacency": f"add or remove one {plan.unit}",
+            "adjacency": plan.adjacency(),
             "trust": plan.trust,
             "mechanism": mechanism,
             "noise_multiplier": plan.noise_multiplier,
@@ -212,7 +212,10 @@ def build(
             "records_per_unit": plan.records_per_unit,
             "reproducible_noise": plan.reproducible_noise,
             "data_public": data["public"],
-            "cautions": [*data["notes"], *result.notices],
+            "cautions": [*plan.cautions(), *data["notes"], *result.notices],
+            "max_dropouts": plan.max_dropouts,
+            "max_colluders": plan.max_colluders,
+            "adaptive_clipping": plan.adaptive_clipping,
             "evaluation_data": "public test split; not covered by the guarantee",
             "audit": None,
         },

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import FedtuneError, ResourceError
+from fedtune.errors import ResourceError
 from fedtune.experiments import environment, record
 
 if TYPE_CHECKING:
@@ -72,10 +72,8 @@ def run(config: Config, *, console: Console | None = None) -> Path:
     view = Display(_title(config), unit=config.privacy.unit, console=console)
     with _failures(run_dir, view), Meter(children=config.engine.name == "ray") as meter:
         written = _work(config, run_dir, view, meter)
-        path = run_dir / record.RECORD_NAME
-        record.write(written, path)
     summary(written, _shown(run_dir), console)
-    return path
+    return run_dir / record.RECORD_NAME
 
 
 # --- the steps -----------------------------------------------------------------------------------
@@ -111,7 +109,7 @@ def _title(config: Config) -> str:
 
 
 def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[str, Any]:
-    """Steps 1 to 5 but for the record's file; returns the record."""
+    """Steps 1 to 5; returns the record."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # The commit is read now: the code that runs is the one that was imported, not what is there at the end.
     commit = environment.commit()
@@ -124,7 +122,7 @@ def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[st
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
-    data = place.prepared
+    _ = place.prepared  # here rather than in the engine, so that the display can say what takes the time
     view.working("loading the encoder")
     with place.using_model():
         pass
@@ -246,14 +244,14 @@ def _failures(run_dir: Path, view: Display) -> Iterator[None]:
             f"The run in {run_dir} ran out of memory. Lower train.micro_batch_tokens, take a smaller "
             f"model or model.quantization=int8, then go on with: {_resume_command(run_dir)}"
         ) from error
-    except FedtuneError:
-        raise
     finally:
         view.close()
 
 
 def _interrupted(run_dir: Path) -> str:
-    if any((run_dir / "checkpoint").glob("*")):
+    from fedtune.federation.checkpoint import has_checkpoint
+
+    if has_checkpoint(run_dir):
         return (
             f"Interrupted. Finished rounds are saved; go on with: {_resume_command(run_dir)} (the round "
             "that was interrupted counts as released by the nodes that had begun it)"

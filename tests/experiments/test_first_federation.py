@@ -1,4 +1,4 @@
-"""The study script: which runs it makes, that it goes on where it stopped, and words that are its records'."""
+"""The study script: which runs it makes, how it goes on where it stopped, and that its words are true."""
 
 from __future__ import annotations
 
