@@ -18,6 +18,7 @@ Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,8 @@ def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
             # The weight of a quantized layer is frozen; preflight checks that only the bias is trained.
             return {layer.bias: torch.einsum("n...k->nk", backprops)}
 
+    # True of every lowest adapted layer, whose input is data, and harmless: Opacus needs outputs' gradients.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
     try:
         yield

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny_federation import make_model, one_thread
 
 from fedtune.data.corpus import TokenizedCorpus
+from tests.tiny_federation import make_model, one_thread
 
 one_thread()
 

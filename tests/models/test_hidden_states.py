@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.models.conftest import random_corpus
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.models import hidden_states
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.hidden_states import Features, FeatureStore
+from tests.models.conftest import random_corpus
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models.conftest import random_corpus, tiny_bert  # noqa: F401
 
 from fedtune.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from fedtune.data.corpus import Shard
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.privacy.plan import PrivacyPlan
+from tests.models.conftest import random_corpus, tiny_bert  # noqa: F401
 
 
 def load(folder: Path, spread: float = 0.2, **options: Any) -> AdaptedModel:

@@ -1,4 +1,4 @@
-"""The clipped sum against a slow, obviously right reference, against Opacus' own optimizer, and at its edges."""
+"""The clipped sum against a slow reference, against Opacus' own optimizer, and at its edges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.training.conftest import load, make_plan, make_shard
 from torch import nn
 
 from fedtune.data.corpus import Shard
@@ -16,6 +15,7 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.hidden_states import Features
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum, per_example_gradients
+from tests.training.conftest import load, make_plan, make_shard
 
 ADAPTERS = [
     {"name": "lora"},

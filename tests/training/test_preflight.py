@@ -1,0 +1,106 @@
+"""Each check passes on the right model and fails on the bug that it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedtune.errors import PreflightError
+from fedtune.models import classifier
+from fedtune.models.classifier import AdaptedModel
+from fedtune.models.hidden_states import Features
+from fedtune.training.dp_step import per_example_gradients
+from fedtune.training.preflight import check_gradients, check_layers, check_parameters
+from tests.training.conftest import load, make_shard
+
+
+@pytest.fixture
+def model(tiny_bert: Path) -> Iterator[AdaptedModel]:
+    """One that a test may spoil: it is not handed out again."""
+    classifier._load.cache_clear()
+    yield load(tiny_bert)
+    classifier._load.cache_clear()
+
+
+def test_a_right_model_passes(model: AdaptedModel) -> None:
+    before = model.get_vector()
+    check_layers(model)
+    check_parameters(model, nn.Parameter(model.theta))
+    with per_example_gradients(model):
+        check_gradients(model, Features.of(model, make_shard().data, 64))
+    assert np.array_equal(model.get_vector(), before)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(32), nn.InstanceNorm1d(32, affine=True)])
+def test_layers_that_mix_examples(model: AdaptedModel, layer: nn.Module) -> None:
+    model.base.encoder.layer[1].intruder = layer
+    with pytest.raises(PreflightError, match=r"encoder.layer.1.intruder.*mixes"):
+        check_layers(model)
+
+
+def test_dropout(model: AdaptedModel) -> None:
+    next(m for m in model.base.modules() if isinstance(m, nn.Dropout)).p = 0.1
+    with pytest.raises(PreflightError, match="Dropout"):
+        check_layers(model)
+
+
+def test_a_parameter_that_is_trained_but_not_noised(model: AdaptedModel) -> None:
+    model.base.encoder.layer[0].output.LayerNorm.weight.requires_grad_(True)
+    with pytest.raises(PreflightError, match=r"encoder.layer.0.output.LayerNorm.weight"):
+        check_parameters(model, nn.Parameter(model.theta))
+
+
+def test_a_frozen_parameter_in_the_norm(model: AdaptedModel) -> None:
+    next(iter(model.parameters.values())).requires_grad_(False)
+    with pytest.raises(PreflightError, match="frozen ones"):
+        check_parameters(model, nn.Parameter(model.theta))
+
+
+def test_an_optimizer_over_something_else(model: AdaptedModel) -> None:
+    with pytest.raises(PreflightError, match="not the same memory"):
+        check_parameters(model, nn.Parameter(model.theta.clone()))
+    with pytest.raises(PreflightError, match="not the same memory"):
+        check_parameters(model, nn.Parameter(model.theta[:-1]))
+
+
+def test_a_model_cast_after_it_was_loaded(model: AdaptedModel) -> None:
+    name, parameter = next(iter(model.parameters.items()))
+    parameter.data = parameter.data.clone()
+    with pytest.raises(PreflightError, match="trained without noise"):
+        check_parameters(model, nn.Parameter(model.theta))
+    assert name
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.05, 0.0])
+def test_a_wrong_gradient_sampler(
+    model: AdaptedModel, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opacus issue 820: an upgrade makes per-example gradients wrong, and nobody notices."""
+    from opacus.grad_sample import GradSampleHooks
+
+    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+
+    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+        return {p: factor * g for p, g in right(layer, activations, backprops).items()}
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
+        check_gradients(model, Features.of(model, make_shard().data, 64))
+
+
+def test_gradients_mixed_up_between_examples(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opacus.grad_sample import GradSampleHooks
+
+    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+
+    def shifted(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+        return {p: g.roll(1, 0) for p, g in right(layer, activations, backprops).items()}
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, shifted)
+    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
+        check_gradients(model, Features.of(model, make_shard().data, 64))
