@@ -24,9 +24,11 @@ from fedtune.errors import UpdateRejected
 from fedtune.federation._flower import serialized_size
 from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
+from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = [
+    "ClippedUpdates",
     "PlainRound",
     "RoundAsk",
     "RoundOutcome",
@@ -206,6 +208,32 @@ class PlainRound:
         return outcome
 
 
+class ClippedUpdates:
+    """The trusted server's sum of clipped updates, forgotten one by one as they come, released once.
+
+    Guarantee: one update more or less changes the sum by at most `plan.max_grad_norm`, and `release` adds
+    the plan's noise to it and divides by a public constant.
+    """
+
+    def __init__(self, plan: PrivacyPlan, size: int) -> None:
+        self._plan = plan
+        self._total = np.zeros(size, dtype=np.float64)  # [P]
+        self._norms: list[float] = []
+
+    def add(self, update: np.ndarray) -> None:
+        """Adds one finite update [P], clipped."""
+        values = update.astype(np.float64)
+        norm = float(np.linalg.norm(values))
+        self._total += self._plan.clip_factors([norm])[0] * values
+        self._norms.append(norm)
+
+    def release(self, entropy: Entropy) -> tuple[np.ndarray, PrivacyPlan]:
+        """The noised average, float64 [P], and the plan of the next round (its norm may have moved)."""
+        plan = self._plan
+        noised = self._total + plan.noise(self._total.size, entropy)
+        return plan.average(noised), plan.adapt_clip(self._norms, entropy)
+
+
 class CentralRound:
     """Client-level DP by a trusted server: whole updates are clipped, summed and noised here.
 
@@ -217,15 +245,10 @@ class CentralRound:
     def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
         """See `RoundProtocol`."""
         outcome = RoundOutcome()
-        total = np.zeros(ask.adapter.size, dtype=np.float64)  # [P]
-        norms: list[float] = []
+        total = ClippedUpdates(ask.plan, ask.adapter.size)
         for _, update in collect(grid, ask, observer, outcome):
-            values = update.astype(np.float64)
-            norm = float(np.linalg.norm(values))
-            total += ask.plan.clip_factors([norm])[0] * values
-            norms.append(norm)
+            total.add(update)
         if len(outcome.used) >= max(1, ask.min_updates):
             entropy = ask.plan.entropy("server", ask.round, ask.attempt)
-            outcome.aggregate = ask.plan.average(total + ask.plan.noise(total.size, entropy))
-            outcome.next_plan = ask.plan.adapt_clip(norms, entropy)
+            outcome.aggregate, outcome.next_plan = total.release(entropy)
         return outcome
