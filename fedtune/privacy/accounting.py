@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from fedtune.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ __all__ = [
     "compose_terms",
     "conversions",
     "delta_of",
+    "deltas_of_terms",
     "epsilon_of",
     "epsilon_of_terms",
     "epsilon_on_grid",
@@ -42,6 +46,8 @@ __all__ = [
     "epsilon_rdp_of_terms",
     "terms_of",
 ]
+
+FloatArray = npt.NDArray[np.float64]
 
 _TOLERANCE = 5e-4  # relative width of the discretization error at which refining stops
 _MAX_POINTS = 150_000  # of one step's privacy loss distribution
@@ -142,13 +148,18 @@ def delta_of(event: DpEvent, epsilon: float) -> float:
     terms = terms_of(event)
     if terms is None:
         return 1.0
+    return float(deltas_of_terms(terms, np.array([epsilon]))[0])
+
+
+def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray) -> FloatArray:
+    """Upper bounds on delta of the composed steps at each of `epsilons` [k] (0 or more): the whole curve."""
     key = _key(terms)
     if not key:
-        return 0.0
+        return np.zeros(len(epsilons))
     scale = max(_scale_guess(key, 1e-5), 1e-3)
     loss = _composed(key, scale / 5000.0)
     slack = _fft_slack(key, loss)
-    return float(min(1.0, loss.get_delta_for_epsilon(epsilon) + slack))
+    return np.minimum(1.0, np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64) + slack)
 
 
 def epsilon_rdp(event: DpEvent, delta: float) -> float:
