@@ -18,6 +18,8 @@ from fedtune.errors import RecordError, ResourceError
 from fedtune.experiments import record as records
 from fedtune.experiments.record import Metrics, NodePrivacy, RunFacts
 from fedtune.federation.events import Dropped, RoundSummary
+from fedtune.privacy.plan import PrivacyPlan
+from tests.privacy.plans import local_plan, public_plan
 
 # The contract, typed in from the design and not taken from the module.
 CONTRACT = {
@@ -37,13 +39,8 @@ CONTRACT = {
 }
 
 
-def plan(**changes: Any) -> Any:
-    values = {
-        "trust": "local", "unit": "record", "sample_rate": 0.05, "local_steps": 5, "noise_multiplier": 0.9,
-        "max_grad_norm": 1.0, "delta": 1e-5, "target_epsilon": 8.0, "reproducible_noise": False,
-        "records_per_unit": 1,
-    }  # fmt: skip
-    return SimpleNamespace(**(values | changes))
+def plan(**changes: Any) -> PrivacyPlan:
+    return local_plan(**({"noise_multiplier": 0.9, "target_epsilon": 8.0} | changes))
 
 
 def node(name: str, epsilon: float | None = 7.5, releases: int = 2, **changes: Any) -> NodePrivacy:
@@ -112,9 +109,7 @@ def test_steps_are_those_of_the_node_that_released_most() -> None:
 
 
 def test_without_privacy_there_is_no_epsilon_even_if_someone_hands_one_in() -> None:
-    privacy = build(plan=plan(trust="none", noise_multiplier=0.0, max_grad_norm=math.inf, delta=0.0))[
-        "privacy"
-    ]
+    privacy = build(plan=public_plan())["privacy"]
     assert privacy["epsilon"] is None and privacy["delta"] is None and privacy["epsilon_rdp"] is None
     assert all(one["epsilon"] is None and one["delta"] is None for one in privacy["per_node"])
     assert privacy["max_grad_norm"] is None
