@@ -1,0 +1,35 @@
+"""python -m scripts.benchmarks [NAME ...]"""
+
+from __future__ import annotations
+
+import sys
+
+from scripts.benchmarks import aggregation, system, training
+from scripts.benchmarks.table import write_table
+
+BENCHMARKS = {
+    "throughput": training.throughput,
+    "step": training.step,
+    "engine": system.engine,
+    "memory": system.memory,
+    "startup": system.startup,
+    "aggregation": aggregation,
+    "ledger": ledger,
+    "aggregation": aggregation.aggregation,
+}
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(
+            f"There is no benchmark {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}.", file=sys.stderr
+        )
+        return 2
+    for name in names or BENCHMARKS:
+        BENCHMARKS[name]()
+    write_table()
+    return 0
+
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""What the benchmarks share: the data and model of the default job, timing in pairs, and the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedtune.config.schema import AdapterConfig, Config, ModelConfig
+from fedtune.data.corpus import Shard, TokenizedCorpus
+from fedtune.data.prepare import PreparedData, prepare
+from fedtune.models.classifier import AdaptedModel, load_model
+from fedtune.models.encoder import load_tokenizer
+from fedtune.privacy.plan import PrivacyPlan
+
+OUTPUT = Path(__file__).resolve().parents[2] / "simulations" / "speed"
+NOISE_MULTIPLIER, CLIP = 0.8, 1.0
+
+
+def pooled(
+    quantization: str = "none", layers: int | None = None
+) -> tuple[PreparedData, AdaptedModel, Shard, Config]:
+    """All of `opinions` as one shard, and the default encoder with LoRA r=8 on query and value."""
+    config = Config(model=ModelConfig(quantization=quantization), adapter=AdapterConfig(layers=layers))
+    config.partition.name, config.federation.nodes = "iid", 1
+    tokenizer, identity = load_tokenizer(config.model)
+    data = prepare(config, tokenizer, identity)
+    model = load_model(config.model, config.adapter, len(data.label_names), 0, "cpu", data.label_names)
+    return data, model, data.shards[0], config
+
+
+def take(shard: Shard, size: int) -> Shard:
+    """The first `size` records of a shard (its order is random), declared as they are."""
+    data: TokenizedCorpus = shard.data.subset(range(size))
+    return replace(shard, data=data, declared_size=size, record_index=shard.record_index[:size])
+
+
+def plan_for(size: int, rate: float, steps: int, trust: str = "local") -> PrivacyPlan:
+    """A plan with a fixed noise multiplier: the benchmarks compare work, and calibrate nothing."""
+    private = trust != "none"
+    return PrivacyPlan(
+        trust=trust,
+        unit="record",
+        sample_rate=rate,
+        local_steps=steps,
+        num_rounds=1,
+        noise_multiplier=NOISE_MULTIPLIER if private else 0.0,
+        max_grad_norm=CLIP if private else float("inf"),
+        declared_size=size,
+        delta=1 / (2 * size) if private else 0.0,
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(first: Callable[[], object], second: Callable[[], object], repeats: int) -> dict[str, Any]:
+    """Times the two in turn after one uncounted call of each; the ratio is of pairs, first over second."""
+    first(), second()
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "seconds_first": [round(a, 4) for a, _ in pairs],
+        "seconds_second": [round(b, 4) for _, b in pairs],
+        "ratio_min": round(ratios[0], 3),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_max": round(ratios[-1], 3),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+        )
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Keeps one benchmark's record, and prints it."""
+    record = {"benchmark": name, "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **result}
+    record["machine"] = machine()
+    (OUTPUT / "records").mkdir(parents=True, exist_ok=True)
+    (OUTPUT / "records" / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2), flush=True)

@@ -1,0 +1,42 @@
+"""simulations/speed/README.md, made from the records beside it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from scripts.benchmarks.common import OUTPUT
+
+_HEAD = """# Speed
+
+Made by `scripts/bench` from the files in `records/`, which hold every single measurement. Each figure is a
+ratio of two things measured in turn in one run, because machines differ and are noisy.
+
+| question | measured | target | processor |
+|---|---|---|---|
+"""
+
+
+def _figure(record: dict[str, Any]) -> str:
+    if "adapters" in record:
+        return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
+    if "commands" in record:
+        return "; ".join(f"`{name}`: {value['median']} s" for name, value in record["commands"].items())
+    if "ratio_peak" in record:
+        return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
+    figure = f"{record['ratio_median']}x"
+    if "last_ms_median" in record:
+        figure = f"{record['last_ms_median']} ms; {figure}"
+    if "ratio_min" in record:
+        figure += f" ({record['ratio_min']} to {record['ratio_max']})"
+    return figure
+
+
+def write_table() -> None:
+    """Writes the table of all records that are there."""
+    rows = []
+    for path in sorted((OUTPUT / "records").glob("*.json")):
+        record = json.loads(path.read_text())
+        where = f"{record['machine']['processor']}, {record['machine']['cores']} cores"
+        rows.append(f"| {record['question']} | {_figure(record)} | {record['target']} | {where} |")
+    (OUTPUT / "README.md").write_text(_HEAD + "\n".join(rows) + "\n")
