@@ -10,6 +10,7 @@ Does not do: the table at the end (`fedtune.experiments.summary`), or a page (`f
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,11 @@ class Display:
         self.console = console or Console(highlight=False)
         self._title, self._unit = title, unit
         self._live: Live | None = None
+        # Our own ticker and lock: rich's refresh thread may draw between the moment in which a print decides
+        # how many lines to erase and the moment in which it does, and leaves half of the old part behind.
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._ticker: threading.Thread | None = None
         self._spinner = Spinner("dots" if self.console.encoding.startswith("utf") else "line", style="cyan")
         self._doing: str | None = None
         self._status: dict[str, str] = {}
@@ -59,27 +65,30 @@ class Display:
 
     def working(self, what: str) -> None:
         """Shows what goes on outside of the rounds (loading, evaluating)."""
-        self._doing = what
-        self._open()
+        with self._lock:
+            self._doing = what
+            self._open()
 
     # --- Observer -------------------------------------------------------------------------------
 
     def on_start(self, info: Mapping[str, Any]) -> None:
         """The federation begins; `info` as `fedtune.federation.events.Observer` says."""
-        self._open()
-        self._doing = None
-        self._begun = time.monotonic()
-        self._num_rounds = int(info["num_rounds"])
-        self._done = int(info.get("first_round", 1)) - 1
-        self._status = dict.fromkeys(info["nodes"], "")
-        self._trust, self._delta, self._target = info["trust"], info.get("delta") or 0.0, info.get("epsilon")
-        sizes = f"{_count(len(self._status), 'node')}, {_count(self._num_rounds, 'round')}"
-        self.console.print(f"{sizes}; {self._promise()}")
-        if self._done:
-            self.console.print(f"resumed after round {self._done} of {self._num_rounds}")
-        if self._live is not None:
-            self.console.print()
-            self.console.print(Text(_HEADER, style="dim"))
+        with self._lock:
+            self._open()
+            self._doing = None
+            self._begun = time.monotonic()
+            self._num_rounds = int(info["num_rounds"])
+            self._done = int(info.get("first_round", 1)) - 1
+            self._status = dict.fromkeys(info["nodes"], "")
+            self._trust, self._target = info["trust"], info.get("epsilon")
+            self._delta = info.get("delta") or 0.0
+            sizes = f"{_count(len(self._status), 'node')}, {_count(self._num_rounds, 'round')}"
+            lines = [Text(f"{sizes}; {self._promise()}")]
+            if self._done:
+                lines.append(Text(f"resumed after round {self._done} of {self._num_rounds}"))
+            if self._live is not None:
+                lines += [Text(), Text(_HEADER, style="dim")]
+            self.console.print(Group(*lines))
 
     def on_client(self, node: str, status: str) -> None:
         """`asked`, `answered`, `refused: ...` or `dropped: ...`."""
@@ -87,19 +96,19 @@ class Display:
 
     def on_round(self, summary: RoundSummary) -> None:
         """A round is done."""
-        self._done = summary.round
-        self._epsilon = summary.epsilon if summary.epsilon is not None else self._epsilon
-        self._seconds.append(summary.seconds)
-        self._status = dict.fromkeys(self._status, "")
-        if self._live is None:
-            self.console.print(Text(self._plain_line(summary)), soft_wrap=True)
-            return
-        self.console.print(_round_line(summary))
-        notes = [f"{node}: {reason}" for node, reason in summary.dropped]
-        if summary.void:
-            notes.append("the round gave no update; the adapter stays as it was")
-        for note in notes:
-            self.console.print(Padding(Text(note, style="yellow"), (0, 0, 0, 8)))
+        with self._lock:
+            self._done = summary.round
+            self._epsilon = summary.epsilon if summary.epsilon is not None else self._epsilon
+            self._seconds.append(summary.seconds)
+            self._status = dict.fromkeys(self._status, "")
+            if self._live is None:
+                self.console.print(Text(self._plain_line(summary)), soft_wrap=True)
+                return
+            notes = [f"{node}: {reason}" for node, reason in summary.dropped]
+            if summary.void:
+                notes.append("the round gave no update; the adapter stays as it was")
+            lines = [Padding(Text(note, style="yellow"), (0, 0, 0, 8)) for note in notes]
+            self.console.print(Group(_round_line(summary), *lines))
 
     def on_finish(self, result: Any) -> None:
         """The last round is done."""
@@ -107,9 +116,14 @@ class Display:
 
     def close(self) -> None:
         """Takes the live part away; a second call does nothing."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        self._closed.set()
+        if self._ticker is not None:
+            self._ticker.join(1.0)
+            self._ticker = None
+        with self._lock:
+            if self._live is not None:
+                self._live.stop()
+                self._live = None
 
     # --- pieces ---------------------------------------------------------------------------------
 
@@ -119,9 +133,18 @@ class Display:
             self._title = ""
         if self._live is None and self.console.is_terminal:
             self._live = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=5, transient=True
+                get_renderable=self._render, console=self.console, auto_refresh=False, transient=True
             )
             self._live.start()
+            self._closed.clear()
+            self._ticker = threading.Thread(target=self._tick, name="fedtune-display", daemon=True)
+            self._ticker.start()
+
+    def _tick(self) -> None:
+        while not self._closed.wait(0.2):
+            with self._lock:
+                if self._live is not None:
+                    self._live.refresh()
 
     def _render(self) -> RenderableType:
         if self._doing is not None:
