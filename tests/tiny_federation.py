@@ -56,12 +56,12 @@ def make_data(folder: Path, n: int = 160) -> Path:
     """train.csv with text, label and site; the label is decided by one word."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(3)
-    with open(folder / "train.csv", "w", newline="") as handle:
+    with (folder / "train.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["text", "label", "site"])
         for i in range(n):
             label = i % 2
-            words = chance.choices(OTHER, k=chance.randint(2, 6)) + [chance.choice(GOOD if label else BAD)]
+            words = [*chance.choices(OTHER, k=chance.randint(2, 6)), chance.choice(GOOD if label else BAD)]
             chance.shuffle(words)
             writer.writerow([" ".join(words), "positive" if label else "negative", f"site-{i % 4}"])
     return folder

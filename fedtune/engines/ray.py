@@ -37,7 +37,7 @@ _PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
 
 
 class ConfiguredClientApp(ClientApp):
-    """fedtune's ClientApp with a run config: a simulation started from Python has no other way to give one."""
+    """fedtune's ClientApp with a run config; a simulation started from Python cannot give one otherwise."""
 
     def __init__(self, run_config: dict[str, Any], environment: dict[str, str]) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     """
     if importlib.util.find_spec("ray") is None:
         raise ResourceError(
-            "engine=ray needs the package ray, which is not installed. Install it with `pip install 'fedtune[ray]'`, "
-            "or use engine=local, which runs the same federation in this process."
+            "engine=ray needs the package ray, which is not installed. Install it with `pip install "
+            "'fedtune[ray]'`, or use engine=local, which runs the same federation in this process."
         )
     from flwr.simulation import run_simulation
 
@@ -83,7 +83,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     stop, ended = threading.Event(), threading.Event()
 
     def main(grid: Grid, context: Context) -> None:
-        # Flower prints what a ServerApp raises and ends with an error of its own; ours is kept for the caller.
+        # Flower ends with an error of its own for whatever a ServerApp raises; ours is kept for the caller.
         try:
             outcome.append(run_rounds(grid, config, run_dir, observer, stop=stop))
         except BaseException as error:
@@ -123,7 +123,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         raise result
     if isinstance(result, BaseException):
         raise FederationError(
-            f"Ray or Flower's simulation failed: {type(result).__name__}: {' '.join(str(result).split())[:300]}. "
-            "Try engine=local, or fewer processor cores a node by engine.cpus_per_node."
+            f"Ray or Flower's simulation failed: {type(result).__name__}: "
+            f"{' '.join(str(result).split())[:300]}. Try engine=local, or fewer processor cores a node by "
+            "engine.cpus_per_node."
         ) from result
     return result

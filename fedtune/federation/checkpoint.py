@@ -75,8 +75,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _no_room(path: Path, error: OSError, size: int) -> ResourceError:
     return ResourceError(
-        f"The checkpoint {path} of {size} bytes cannot be written: {error.strerror or error}. Free some space or make "
-        "the folder writable, and go on with `fedtune run resume=RUN_DIR`; the checkpoint before this one is intact."
+        f"The checkpoint {path} of {size} bytes cannot be written: {error.strerror or error}. Free some "
+        "space or make the folder writable, and go on with `fedtune run resume=RUN_DIR`; the checkpoint "
+        "before this one is intact."
     )
 
 
@@ -99,12 +100,12 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as handle:
+        with temporary.open("wb") as handle:
             handle.write(json.dumps(header).encode() + b"\n")
             handle.write(payload)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_folder(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -144,17 +145,17 @@ def load_latest(run_dir: Path) -> tuple[Checkpoint, list[str]]:
             return _read(path), notices
         except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
             notices.append(
-                f"The checkpoint {path.name} is broken ({error}); going on from the one before it. What its round "
-                "released stays charged."
+                f"The checkpoint {path.name} is broken ({error}); going on from the one before it. What its "
+                "round released stays charged."
             )
     if not files:
         raise CheckpointError(
-            f"{run_dir} holds no checkpoint, so there is nothing to resume. Give the folder of a run that was "
-            "started, or leave `resume` out to start a new one."
+            f"{run_dir} holds no checkpoint, so there is nothing to resume. Give the folder of a run that "
+            "was started, or leave `resume` out to start a new one."
         )
     raise CheckpointError(
-        f"No checkpoint in {_folder(run_dir)} is usable: {' '.join(notices)} Start a new run; what this one released "
-        "stays in the nodes' ledgers (`fedtune budget history`)."
+        f"No checkpoint in {_folder(run_dir)} is usable: {' '.join(notices)} Start a new run; what this one "
+        "released stays in the nodes' ledgers (`fedtune budget history`)."
     )
 
 
@@ -186,10 +187,11 @@ def lock_folder(run_dir: Path) -> Iterator[None]:
     path = run_dir / ".lock"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+")  # noqa: SIM115  (closed below, and it must stay open as long as the lock)
+        handle = path.open("a+")
     except OSError as error:
         raise ResourceError(
-            f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by hydra.run.dir."
+            f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by "
+            "hydra.run.dir."
         ) from error
     with handle:
         try:

@@ -126,16 +126,16 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
         proposed, permitted = getattr(plan, item.name), getattr(mine, item.name)
         if item.name not in free and proposed != permitted:
             raise PrivacyError(
-                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration permits "
-                f"{item.name}={permitted!r}. Start server and nodes with the same configuration."
+                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
+                f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
             )
     if plan.is_private() and config.privacy.epsilon is not None:
         epsilon = plan.epsilon()
         if not epsilon <= config.privacy.epsilon * (1 + 1e-6):
             raise PrivacyError(
                 f"The server proposes noise_multiplier={plan.noise_multiplier:.4g}, which gives epsilon "
-                f"{epsilon:.4g} over {plan.num_rounds} rounds at delta {plan.delta:g}; this node's configuration "
-                f"permits {config.privacy.epsilon:g}. Use the calibrated noise multiplier."
+                f"{epsilon:.4g} over {plan.num_rounds} rounds at delta {plan.delta:g}; this node's "
+                f"configuration permits {config.privacy.epsilon:g}. Use the calibrated noise multiplier."
             )
 
 
@@ -157,14 +157,15 @@ class NodeMemory:
         """Raises FederationError for a message answered before, LedgerError for a ledger that forgot."""
         if (request.attempt, request.round) <= self.last:
             raise FederationError(
-                f"Node {node!r} has answered attempt {self.last[0]}, round {self.last[1]} of run {self.run} and is "
-                f"asked for attempt {request.attempt}, round {request.round}. An answer is released once for one "
-                "charge; resume the run, which starts a new attempt."
+                f"Node {node!r} has answered attempt {self.last[0]}, round {self.last[1]} of run {self.run} "
+                f"and is asked for attempt {request.attempt}, round {request.round}. An answer is released "
+                "once for one charge; resume the run, which starts a new attempt."
             )
         if in_ledger < self.releases:
             raise LedgerError(
-                f"The ledger of node {node!r} shows {in_ledger} releases of run {self.run}, and the node remembers "
-                f"{self.releases}: the ledger has lost some. Restore it from a backup; nothing was released."
+                f"The ledger of node {node!r} shows {in_ledger} releases of run {self.run}, and the node "
+                f"remembers {self.releases}: the ledger has lost some. Restore it from a backup; nothing was "
+                "released."
             )
 
     def note(self, request: RoundRequest, releases: int) -> None:

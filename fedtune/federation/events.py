@@ -126,7 +126,8 @@ class Observer(Protocol):
     """Who is told how a run goes; every method may do nothing."""
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Before the first round: run, run_dir, nodes (names), num_rounds, first_round, trust, epsilon, delta."""
+        """Before the first round: run, run_dir, nodes (names), num_rounds, first_round, trust, epsilon,
+        delta, attempt."""
 
     def on_round(self, summary: RoundSummary) -> None:
         """After each round."""

@@ -166,7 +166,8 @@ class NodeHello:
             not values["node"] or len(values["node"]) > 200 or values["declared_size"] < 1
         ):
             raise FederationError(
-                f"{what}: the name {values['node'][:50]!r} or the declared size {values['declared_size']} is unusable."
+                f"{what}: the name {values['node'][:50]!r} or the declared size {values['declared_size']} is "
+                "unusable."
             )
         return cls(**values)
 
@@ -278,9 +279,18 @@ class RoundReply:
         if sum(part is not None for part in (update, refused, error_text)) != 1:
             raise UpdateRejected(f"{what} should be one of an update, a refusal and an error.")
         return cls(
-            node=node, run=run, round=round, attempt=attempt, releases=values["releases"], steps=values["steps"],
-            cost={"seconds": values["seconds"]}, update=update, refused=refused, refusal=refusal, error=error_text,
-        )  # fmt: skip
+            node=node,
+            run=run,
+            round=round,
+            attempt=attempt,
+            releases=values["releases"],
+            steps=values["steps"],
+            cost={"seconds": values["seconds"]},
+            update=update,
+            refused=refused,
+            refusal=refusal,
+            error=error_text,
+        )
 
 
 def check_update(update: np.ndarray, *, node: str, round: int, size: int, max_norm: float) -> float:

@@ -2,8 +2,9 @@
 
 `RoundProtocol` is the seam between the server loop and what a round is: `PlainRound` for updates that
 nodes may show (trust `local` and `none`), `CentralRound` for a server that clips and noises (trust
-`central`), and secure aggregation in `fedtune.federation.distributed`. A protocol never raises because of one node: a node that raises, hangs, or sends something
-unusable is *dropped*, by name and with the reason, and the others go on.
+`central`), and secure aggregation in `fedtune.federation.distributed`. A protocol never raises because
+of one node: a node that raises, hangs, or sends something unusable is *dropped*, by name and with the
+reason, and the others go on.
 
 Updates are added up as they arrive, in float64, and forgotten: memory does not grow with the cohort.
 """

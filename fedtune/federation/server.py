@@ -153,8 +153,8 @@ class _Run:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"The checkpoint in {run_dir} was written by another version of fedtune ({type(error).__name__}: {error}). "
-                "Resume with that version, or start a new run."
+                f"The checkpoint in {run_dir} was written by another version of fedtune "
+                f"({type(error).__name__}: {error}). Resume with that version, or start a new run."
             ) from error
 
 
@@ -175,8 +175,8 @@ def _same_config(saved: dict[str, Any], config: Config) -> None:
     changed = [d for d in changed if not d.startswith("federation.round_timeout ")]
     if changed:
         raise CheckpointError(
-            f"The run to resume was started with other settings: {', '.join(changed[:6])}. Its noise was calibrated to "
-            "the old ones. Leave them out of the command, or start a new run."
+            f"The run to resume was started with other settings: {', '.join(changed[:6])}. Its noise was "
+            "calibrated to the old ones. Leave them out of the command, or start a new run."
         )
 
 
@@ -242,8 +242,8 @@ def greet(
     names = [node.name for node in nodes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FederationError(
-            f"Two nodes say that they are {', '.join(twice)}. Shards are disjoint, so each node needs a partition-id of "
-            "its own; the guarantee does not hold for one person's data on two nodes."
+            f"Two nodes say that they are {', '.join(twice)}. Shards are disjoint, so each node needs a "
+            "partition-id of its own; the guarantee does not hold for one person's data on two nodes."
         )
     notices = []
     if idle:
@@ -291,8 +291,8 @@ def run_rounds(
             return _run(grid, config, run_dir, told, server_side, protocol, usage, stop)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The round that was "
-                "interrupted counts as released by the nodes that had begun it."
+                f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
+                "round that was interrupted counts as released by the nodes that had begun it."
             ) from None
 
 
@@ -313,8 +313,8 @@ def _run(
     started = time.monotonic()
     if config.resume is None and checkpoints.has_checkpoint(run_dir):
         raise CheckpointError(
-            f"{run_dir} already holds a run. Go on with it by `fedtune run resume={run_dir}`, or choose another folder "
-            "by hydra.run.dir."
+            f"{run_dir} already holds a run. Go on with it by `fedtune run resume={run_dir}`, or choose "
+            "another folder by hydra.run.dir."
         )
     if config.resume is not None and not checkpoints.has_checkpoint(run_dir):
         checkpoints.load_latest(run_dir)  # raises, with the way out
@@ -369,8 +369,8 @@ def _run(
         _account(state, outcome, cohort)
         if len(state.exhausted) == len(nodes):
             state.ended_early = (
-                f"After {state.round - 1} of {config.federation.num_rounds} rounds every node had used up the releases "
-                f"that it agreed to: {outcome.dropped[0][1]}"
+                f"After {state.round - 1} of {config.federation.num_rounds} rounds every node had used up "
+                f"the releases that it agreed to: {outcome.dropped[0][1]}"
             )
         if outcome.aggregate is None:
             void += 1
@@ -408,9 +408,10 @@ def _run(
         if void >= MAX_VOID_ROUNDS and state.ended_early is None:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in outcome.dropped[:4])
             raise FederationError(
-                f"{void} rounds in a row had fewer than federation.min_updates={config.federation.min_updates} usable "
-                f"updates, the last of them round {state.round}, for these reasons: {reasons}. The adapter is as after "
-                f"the last good round; correct the cause and go on with `fedtune run resume={run_dir}`."
+                f"{void} rounds in a row had fewer than "
+                f"federation.min_updates={config.federation.min_updates} usable updates, the last of them "
+                f"round {state.round}, for these reasons: {reasons}. The adapter is as after the last good "
+                f"round; correct the cause and go on with `fedtune run resume={run_dir}`."
             )
     if evaluation is None:
         evaluation = server_side.evaluate(state.adapter)

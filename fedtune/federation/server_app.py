@@ -49,8 +49,8 @@ class _Log:
         accuracy = "-" if summary.accuracy is None else f"{summary.accuracy:.3f}"
         epsilon = "none" if summary.epsilon is None else f"{summary.epsilon:.3f}"
         print(
-            f"fedtune: round {summary.round}/{summary.num_rounds}: {summary.updates} updates, accuracy {accuracy}, "
-            f"epsilon {epsilon}, {summary.seconds:.1f} s",
+            f"fedtune: round {summary.round}/{summary.num_rounds}: {summary.updates} updates, accuracy "
+            f"{accuracy}, epsilon {epsilon}, {summary.seconds:.1f} s",
             flush=True,
         )
 

@@ -70,8 +70,8 @@ def _next(adapter: np.ndarray, change: np.ndarray) -> np.ndarray:
 def _load(state: dict[str, np.ndarray], names: tuple[str, ...], strategy: str) -> list[np.ndarray]:
     if set(state) != set(names):
         raise CheckpointError(
-            f"The checkpoint holds the server optimizer state {sorted(state)}, and {strategy} needs {sorted(names)}. "
-            "Resume with the configuration that the run was started with."
+            f"The checkpoint holds the server optimizer state {sorted(state)}, and {strategy} needs "
+            f"{sorted(names)}. Resume with the configuration that the run was started with."
         )
     return [np.array(state[name], dtype=np.float64) for name in names]
 

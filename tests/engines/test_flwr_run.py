@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.tiny_federation import private
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
+from tests.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -38,11 +38,11 @@ def superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    with open(home / "superlink.out", "w") as out:
+    with (home / "superlink.out").open("w") as out:
         process = subprocess.Popen(
             [
-                SCRIPTS / "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host",
-                "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}",
+                SCRIPTS / "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
+                "--host", "127.0.0.1", "--port", str(port), "--control-api-address", f"127.0.0.1:{control}",
             ],
             env=environment,
             stdout=out,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from tests.fake_federation import fake_app, fake_config, run_fake
 
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation._flower import serialized_size, task_identity
+from tests.fake_federation import fake_app, fake_config, run_fake
 
 
 def echo_app(do: Callable[[Message, Context], None]) -> ClientApp:
@@ -33,7 +33,9 @@ def echo_app(do: Callable[[Message, Context], None]) -> ClientApp:
 
 
 def content(size: int = 1000) -> RecordDict:
-    return RecordDict({"a": ArrayRecord({"a": Array(np.ones(size, np.float32))}), "c": ConfigRecord({"x": 1})})
+    return RecordDict(
+        {"a": ArrayRecord({"a": Array(np.ones(size, np.float32))}), "c": ConfigRecord({"x": 1})}
+    )
 
 
 def send(grid: LocalGrid, number: int | None = None) -> list[Message]:

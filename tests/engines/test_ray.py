@@ -8,19 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny_federation import private
 
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.errors import FederationError, ResourceError
 from fedtune.federation.client_app import ledger_of
+from tests.tiny_federation import private
 
 
 def test_without_ray_the_error_says_how_to_install_it(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find(name, *a)
+    )
     with pytest.raises(ResourceError, match=r"pip install 'fedtune\[ray\]'.*engine=local"):
         engines.run(tiny(engine__name="ray"), tmp_path)
 

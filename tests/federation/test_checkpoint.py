@@ -13,7 +13,14 @@ import pytest
 
 from fedtune.errors import CheckpointError, ResourceError
 from fedtune.federation import checkpoint as checkpoints
-from fedtune.federation.checkpoint import Checkpoint, has_checkpoint, load_latest, lock_folder, next_attempt, save
+from fedtune.federation.checkpoint import (
+    Checkpoint,
+    has_checkpoint,
+    load_latest,
+    lock_folder,
+    next_attempt,
+    save,
+)
 
 
 def at(round: int) -> Checkpoint:

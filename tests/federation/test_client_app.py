@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from tests.tiny_federation import private
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
@@ -21,6 +20,7 @@ from fedtune.federation.client_app import app, check_plan, ledger_of
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.resident import workplace
 from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.tiny_federation import private
 
 Make = Callable[..., Config]
 
@@ -46,7 +46,9 @@ class Node:
         with task_identity(1):
             return app(Message(content, self.context.node_id, kind), self.context)
 
-    def ask(self, round: int = 1, attempt: int = 1, run: str = "r", plan: PrivacyPlan | None = None) -> RoundReply:
+    def ask(
+        self, round: int = 1, attempt: int = 1, run: str = "r", plan: PrivacyPlan | None = None
+    ) -> RoundReply:
         request = RoundRequest(run, round, attempt, plan or self.plan, self.start)
         answer = self.send(request.to_records())
         return RoundReply.from_records(answer.content, node=self.name, run=run, round=round, attempt=attempt)
@@ -66,7 +68,9 @@ def test_a_node_answers_with_an_update_and_has_charged_it(tiny: Make) -> None:
     assert node.ask(round=2).releases == 2
 
 
-def test_the_release_is_charged_before_the_data_is_touched(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_release_is_charged_before_the_data_is_touched(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     node = Node(private(tiny()))
     seen = []
 

@@ -20,7 +20,15 @@ def request() -> RoundRequest:
 
 
 def reply(**changes: object) -> RoundReply:
-    values = {"node": "a", "run": "run", "round": 2, "attempt": 1, "releases": 2, "steps": 5, "cost": {"seconds": 1.25}}
+    values = {
+        "node": "a",
+        "run": "run",
+        "round": 2,
+        "attempt": 1,
+        "releases": 2,
+        "steps": 5,
+        "cost": {"seconds": 1.25},
+    }
     return RoundReply(**{**values, "update": VECTOR, **changes})  # type: ignore[arg-type]
 
 

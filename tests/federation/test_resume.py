@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny_federation import private
 
 from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.federation.checkpoint import load_latest
 from fedtune.federation.client_app import ledger_of
+from tests.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]
 # Tells what it does on standard output, so that the test can kill it at a chosen moment.
@@ -65,7 +65,9 @@ def wait_for(child: subprocess.Popen[str], line: str) -> None:
     pytest.fail(f"the child ended before {line!r}: {child.stderr.read()[-2000:]}")
 
 
-def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(tiny: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
     config = private(tiny(federation__num_rounds=4))
     run_dir = tmp_path / "run"
     child = start(config, run_dir)
@@ -112,7 +114,9 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny: Callable[..., Config], 
     assert 1 <= saved.round < 30
 
 
-def test_without_privacy_a_resumed_run_trains_from_where_it_was(tiny: Callable[..., Config], tmp_path: Path) -> None:
+def test_without_privacy_a_resumed_run_trains_from_where_it_was(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
     class Stops:
         def on_start(self, info):  # type: ignore[no-untyped-def]
             pass

@@ -8,6 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fedtune.config.schema import PrivacyConfig
+from fedtune.engines.local import LocalGrid
+from fedtune.federation._flower import task_identity
+from fedtune.federation.events import NodeInfo, NullObserver
+from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.fake_federation import (
     SIZE,
     Watcher,
@@ -18,13 +25,6 @@ from tests.fake_federation import (
     misbehaving,
     run_fake,
 )
-
-from fedtune.config.schema import PrivacyConfig
-from fedtune.engines.local import LocalGrid
-from fedtune.federation._flower import task_identity
-from fedtune.federation.events import NodeInfo, NullObserver
-from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
-from fedtune.privacy.plan import PrivacyPlan, make_plan
 
 BAD = {
     "raise": "raised RuntimeError",
@@ -131,8 +131,8 @@ def test_bytes_are_those_of_the_messages() -> None:
 def _central(noise: float, **privacy: object) -> PrivacyPlan:
     config = fake_config()
     config.privacy = PrivacyConfig(
-        trust="central", unit="client", epsilon=None, noise_multiplier=noise, delta=0.1, reproducible_noise=True,
-        max_grad_norm=0.5, **privacy,
+        trust="central", unit="client", epsilon=None, noise_multiplier=noise, delta=0.1,
+        reproducible_noise=True, max_grad_norm=0.5, **privacy,
     )  # fmt: skip
     return make_plan(config, [100, 200, 300, 400])
 
@@ -140,7 +140,10 @@ def _central(noise: float, **privacy: object) -> PrivacyPlan:
 def test_a_central_server_clips_every_update_and_divides_by_a_public_constant() -> None:
     plan = _central(1e-9)
     outcome = _round(CentralRound(), plan, misbehaving(3, "raise"))
-    clipped = [u * min(1, 0.5 / np.linalg.norm(u)) for u in (honest_update(i, 1).astype(np.float64) for i in range(3))]
+    clipped = [
+        u * min(1, 0.5 / np.linalg.norm(u))
+        for u in (honest_update(i, 1).astype(np.float64) for i in range(3))
+    ]
     # Three answered, the cohort is four: the divisor is four.
     np.testing.assert_allclose(outcome.aggregate, sum(clipped) / 4, rtol=1e-4, atol=1e-7)
 

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from fedtune.errors import AggregationAborted, CheckpointError, FederationError
+from fedtune.federation.checkpoint import load_latest
+from fedtune.federation.events import NodeInfo
+from fedtune.federation.rounds import PlainRound
+from fedtune.federation.server import draw_cohort
 from tests.fake_federation import (
     SIZE,
     FakeServerSide,
@@ -17,12 +23,6 @@ from tests.fake_federation import (
     misbehaving,
     run_fake,
 )
-
-from fedtune.errors import AggregationAborted, CheckpointError, FederationError
-from fedtune.federation.checkpoint import load_latest
-from fedtune.federation.events import NodeInfo
-from fedtune.federation.rounds import PlainRound
-from fedtune.federation.server import draw_cohort
 
 
 def mean(round: int, nodes: int = 3) -> np.ndarray:
@@ -176,7 +176,9 @@ class _Killed(BaseException):
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])
 @pytest.mark.parametrize("killed_in", [1, 2, 4])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, strategy: str, killed_in: int) -> None:
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
+    tmp_path: Path, strategy: str, killed_in: int
+) -> None:
     config = fake_config(num_rounds=5, strategy=strategy, server_learning_rate=0.1, cohort_size=2)
     whole = run_fake(tmp_path / "whole", config=config)
 
@@ -202,7 +204,11 @@ def test_a_resumed_run_keeps_what_was_dropped_and_released(tmp_path: Path) -> No
     def fails_in_three(node, request, reply):  # type: ignore[no-untyped-def]
         if request.round == 3 and request.attempt == 1:
             raise _Killed
-        return reply if node != 1 or request.round != 1 else dataclasses.replace(reply, update=None, error="late")
+        return (
+            reply
+            if node != 1 or request.round != 1
+            else dataclasses.replace(reply, update=None, error="late")
+        )
 
     stopping = _StopAt(3)
     with pytest.raises(KeyboardInterrupt, match=r"resume="):
@@ -289,7 +295,9 @@ def test_a_broken_newest_checkpoint_is_told_of_in_the_result(tmp_path: Path) -> 
     assert any("is broken" in notice for notice in result.notices)
 
 
-def test_an_observer_that_raises_is_switched_off_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_observer_that_raises_is_switched_off_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     class Broken(Watcher):
         def on_round(self, summary):  # type: ignore[no-untyped-def]
             raise RuntimeError("no terminal")

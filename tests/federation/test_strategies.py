@@ -87,7 +87,12 @@ def test_the_state_of_another_strategy_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("strategy", "fedprox"), ("server_learning_rate", 0.0), ("server_learning_rate", float("nan")), ("server_momentum", 1.0)],
+    [
+        ("strategy", "fedprox"),
+        ("server_learning_rate", 0.0),
+        ("server_learning_rate", float("nan")),
+        ("server_momentum", 1.0),
+    ],
 )
 def test_settings_without_meaning_are_refused(field: str, value: object) -> None:
     config = FederationConfig(strategy="fedavgm")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from tests.tiny_federation import private
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
@@ -20,6 +19,7 @@ from fedtune.federation import _flower
 from fedtune.federation.client_app import app
 from fedtune.federation.resident import workplace
 from fedtune.federation.server import run_rounds
+from tests.tiny_federation import private
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.
 ALLOWED = {
@@ -106,7 +106,9 @@ def test_a_failure_does_not_carry_text_of_the_data(
     texts = workplace(tiny()).prepared.train
 
     def quotes(*args: object, **options: object) -> None:
-        raise ValueError(f"cannot tokenize record 17: 'the film was awful', label 0 of {texts.labels.tolist()}")
+        raise ValueError(
+            f"cannot tokenize record 17: 'the film was awful', label 0 of {texts.labels.tolist()}"
+        )
 
     monkeypatch.setattr("fedtune.training.local.train_locally", quotes)
     config = tiny(federation__num_rounds=1)

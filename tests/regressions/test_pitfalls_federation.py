@@ -9,17 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from tests import tiny_federation
-from tests.fake_federation import (
-    SIZE,
-    FakeServerSide,
-    Watcher,
-    fake_app,
-    fake_config,
-    honest_update,
-    misbehaving,
-    run_fake,
-)
 
 from fedtune import engines
 from fedtune.config.convert import to_json
@@ -33,6 +22,17 @@ from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, Roun
 from fedtune.federation.resident import workplace
 from fedtune.federation.rounds import PlainRound, RoundAsk
 from fedtune.privacy.plan import make_plan
+from tests import tiny_federation
+from tests.fake_federation import (
+    SIZE,
+    FakeServerSide,
+    Watcher,
+    fake_app,
+    fake_config,
+    honest_update,
+    misbehaving,
+    run_fake,
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,9 @@ def test_pitfall_16_an_empty_poisson_batch_is_a_step_and_is_charged(private: Cal
     assert reply.releases == 1
 
 
-def test_pitfall_21_a_round_that_is_retried_is_charged_twice_or_not_answered(private: Callable[..., Config]) -> None:
+def test_pitfall_21_a_round_that_is_retried_is_charged_twice_or_not_answered(
+    private: Callable[..., Config],
+) -> None:
     config = private(federation__num_rounds=4)
     state = RecordDict()
     first = ask(config, round=1, state=state)
@@ -174,7 +176,9 @@ def test_pitfall_21_a_training_that_failed_stays_charged(
     assert len(ledger_of("site-0").releases(run="run")) == 1
 
 
-def test_pitfall_22_a_resumed_run_does_not_repeat_noise(private: Callable[..., Config], tmp_path: Path) -> None:
+def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
+    private: Callable[..., Config], tmp_path: Path
+) -> None:
     # By the system's entropy: the same question, asked in two attempts, has different answers.
     config = noise_alone(private(federation__num_rounds=6))
     updates = [ask(config, round=1, attempt=attempt).update for attempt in (1, 2)]
@@ -203,7 +207,9 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(private: Callable[..., C
         assert attempts == list(range(1, start + 2))
 
 
-def test_pitfall_26_no_sizes_losses_epsilons_or_exact_times_leave_a_node(private: Callable[..., Config]) -> None:
+def test_pitfall_26_no_sizes_losses_epsilons_or_exact_times_leave_a_node(
+    private: Callable[..., Config],
+) -> None:
     for word in ("example", "loss", "accuracy", "epsilon", "histogram", "labels", "batch", "drawn"):
         assert not any(word in key for key in {*REPLY_KEYS, *HELLO_KEYS})
     config = private(federation__num_rounds=6)
