@@ -1,0 +1,187 @@
+"""A Run: what a comparison needs of one record, and no more.
+
+Ten thousand records with all their keys take more memory than a report should, so that each is cut down as
+soon as it is read. What epsilon was made of is kept in the accountant's own form, by node, so that runs can
+be composed later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.schema import PricingConfig
+from fedtune.cost.meter import Cost
+from fedtune.errors import RecordError
+from fedtune.privacy.accounting import Term
+
+__all__ = ["Round", "Run", "run_of"]
+
+# What does not make two runs different experiments: the seed, where files lie, and prices.
+_NOT_COMPARED = ("seed", "resume", "output", "pricing")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One point of a learning curve."""
+
+    round: int
+    accuracy: float | None
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a comparison needs of one record.
+
+    Attributes:
+        config: resolved configuration without seed, folders and prices.
+        task: what accuracy was measured on; numbers of two tasks cannot be compared.
+        epsilon: infinite without privacy, or where the record does not know.
+        terms: by node, what its releases cost the accountant; None for a node without privacy.
+        nodes_fixed: a record lies on the same node in every run (the natural partition).
+        fingerprints: of the data that was used.
+    """
+
+    path: Path
+    id: str
+    seed: int
+    started: str
+    config: Mapping[str, Any]
+    task: str
+    public: bool
+    unit: str
+    adjacency: str
+    trust: str
+    epsilon: float
+    delta: float | None
+    reproducible_noise: bool
+    accuracy: float | None
+    majority_rate: float | None
+    per_site: Mapping[str, float]
+    rounds: tuple[Round, ...]
+    cost: Cost
+    records: int | None
+    pricing: PricingConfig
+    terms: Mapping[str, Mapping[Term, int] | None]
+    nodes_fixed: bool
+    fingerprints: frozenset[str]
+    key: str = field(repr=False, default="")  # equal for runs that differ in seed only
+
+
+def run_of(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]]) -> Run:
+    """The Run of a validated record; equal configurations are kept once, in `shared`.
+
+    Raises:
+        RecordError: a value makes no sense.
+    """
+    try:
+        return _cut(values, path, shared)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        kind = type(error).__name__
+        raise RecordError(f"{path} holds a value that makes no sense ({kind}: {error}).") from error
+
+
+def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]]) -> Run:
+    privacy, metrics, data = values["privacy"], values["metrics"], values.get("data") or {}
+    config = {name: value for name, value in values["config"].items() if name not in _NOT_COMPARED}
+    key = json.dumps(config, sort_keys=True)
+    config = shared.setdefault(key, config)  # thousands of runs share a few configurations
+    trust, private = str(privacy["trust"]), privacy["trust"] != "none"
+    epsilon = privacy["epsilon"] if private else None
+    settings = config["data"]
+    return Run(
+        path=path,
+        id=str(values["run"]["id"]),
+        seed=int(values["run"]["seed"]),
+        started=str(values["run"]["started"]),
+        config=config,
+        task=_task(settings, data),
+        public=bool(privacy.get("data_public", settings.get("public", False))),
+        unit=str(privacy["unit"]),
+        adjacency=str(privacy["adjacency"]),
+        trust=trust,
+        epsilon=math.inf if epsilon is None else float(epsilon),
+        delta=None if privacy["delta"] is None else float(privacy["delta"]),
+        reproducible_noise=bool(privacy["reproducible_noise"]),
+        accuracy=None if metrics["accuracy"] is None else float(metrics["accuracy"]),
+        majority_rate=metrics.get("majority_rate"),
+        per_site=_per_site(metrics["per_site"]),
+        rounds=tuple(
+            Round(int(one["round"]), one.get("accuracy"), one.get("epsilon")) for one in metrics["by_round"]
+        ),
+        cost=_cost(values["cost"], values["run"]),
+        records=_records(privacy["unit"], data),
+        pricing=_pricing(values["cost"]["pricing"]),
+        terms=_terms(privacy),
+        nodes_fixed=config["partition"]["name"] == "natural",
+        fingerprints=frozenset(str(one["fingerprint"]) for one in privacy.get("ledger") or []),
+        key=key,
+    )
+
+
+def _task(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    name = str(settings["name"])
+    if settings.get("subset"):
+        name += f" ({settings['subset']})"
+    labels = data.get("labels")
+    return f"{name}, {len(labels)} labels" if labels else name
+
+
+def _per_site(values: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for site, row in values.items():
+        accuracy = row.get("accuracy") if isinstance(row, Mapping) else row
+        if accuracy is not None:
+            found[str(site)] = float(accuracy)
+    return found
+
+
+def _cost(values: Mapping[str, Any], run: Mapping[str, Any]) -> Cost:
+    def number(name: str) -> Any:
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"cost.{name} is {value!r}")
+        return value
+
+    return Cost(
+        seconds=float(run["seconds"]),
+        train_seconds=float(number("train_seconds") or 0.0),
+        flops=number("flops"),
+        peak_memory_bytes=number("peak_memory_bytes"),
+        bytes_up=number("bytes_up") or 0,
+        bytes_down=number("bytes_down") or 0,
+        energy_kwh=number("energy_kwh"),
+    )
+
+
+def _records(unit: str, data: Mapping[str, Any]) -> int | None:
+    """Declared records in all, which data is bought by; unknown where persons or clients are declared."""
+    sizes = data.get("declared_sizes")
+    return sum(int(size) for size in sizes.values()) if unit == "record" and sizes else None
+
+
+def _pricing(values: Mapping[str, Any] | None) -> PricingConfig:
+    if values is None:
+        return PricingConfig(name="none", currency="")
+    known = PricingConfig.__dataclass_fields__
+    return PricingConfig(**{name: value for name, value in values.items() if name in known})
+
+
+def _terms(privacy: Mapping[str, Any]) -> dict[str, Mapping[Term, int] | None]:
+    """By node: the steps that its releases were, in the accountant's own form."""
+    if privacy["trust"] == "none" or privacy["epsilon"] is None or not privacy["noise_multiplier"]:
+        return {str(one["node"]): None if one["releases"] else {} for one in privacy["per_node"]}
+    # As the plan accounts it: clients are seen to take part, so for them no sampling is counted.
+    rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
+    most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
+    steps = int(privacy["local_steps"]) if "local_steps" in privacy else int(privacy["steps"]) // max(most, 1)
+    term = Term(rate, float(privacy["noise_multiplier"]))
+    return {
+        str(one["node"]): {term: steps * int(one["releases"])} if one["releases"] else {}
+        for one in privacy["per_node"]
+    }

@@ -1,0 +1,152 @@
+"""What choosing the best of many runs costs in privacy: three epsilons, and which of them is true.
+
+1. The chosen run alone. What its record says; not the whole truth once it was chosen by looking at others
+   that used the same private data.
+2. All runs composed. Always an upper bound for everything that these records used, and for publishing all of
+   their results. It does not know of runs outside of the report; the nodes' ledgers do.
+3. The best of a random number of trials, where a sweep was made that way (`sweep.private_selection=true`)
+   and nothing but its best run is published: `fedtune.privacy.selection`.
+
+Composition is by node: under the natural partition a record lies on the same node in every run, so each node
+composes its own; otherwise a record may have been on the busiest node of every run, and is charged so. Runs
+that protect different units promise different things and are never added up. Tuning on data that its owner
+declared public is free, and is labelled so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import PrivacyError
+from fedtune.experiments.runs import Run
+from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.selection import TrialCount, epsilon_best_of
+
+__all__ = ["Tuning", "composed_terms", "tuning_of"]
+
+_MOST_TERMS = 24  # distinct steps that are composed exactly; more are rounded to the safe side first
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The three epsilons of having chosen `chosen` among `runs` runs, at `delta`, for one `unit`.
+
+    Attributes:
+        alone: of the chosen run.
+        composed: of all private runs together.
+        best_of: bound for publishing only the best of the trials; None if the sweep was not made for it.
+        trials: the distribution of the number of trials, for `best_of`.
+        without_privacy: runs on the same data that had no noise; with them nothing is promised.
+        public: the data was declared public, so that all of this is what it would have cost.
+    """
+
+    chosen: Run
+    delta: float
+    unit: str
+    adjacency: str
+    runs: int
+    alone: float
+    composed: float
+    without_privacy: int
+    public: bool
+    best_of: float | None = None
+    trials: TrialCount | None = None
+
+
+def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]) -> Tuning | None:
+    """The three epsilons for `chosen` among the `runs` on the same data; None if it is not private."""
+    if math.isinf(chosen.epsilon) or chosen.delta is None:
+        return None
+    rivals = [run for run in runs if run.task == chosen.task and _same_data(run, chosen)]
+    private = [run for run in rivals if math.isfinite(run.epsilon) and run.unit == chosen.unit]
+    composed = max(
+        (epsilon_of_terms(_coarse(terms), chosen.delta) for terms in composed_terms(private).values()),
+        default=0.0,
+    )
+    best_of, trials = _selection(private, chosen, sweeps)
+    return Tuning(
+        chosen=chosen,
+        delta=chosen.delta,
+        unit=chosen.unit,
+        adjacency=chosen.adjacency,
+        runs=len(private),
+        alone=chosen.epsilon,
+        # One run's record was accounted more finely than a coarse composition can be.
+        composed=max(composed, max(run.epsilon for run in private)) if len(private) > 1 else chosen.epsilon,
+        without_privacy=sum(run.trust == "none" or math.isinf(run.epsilon) for run in rivals),
+        public=all(run.public for run in rivals),
+        best_of=best_of,
+        trials=trials,
+    )
+
+
+def composed_terms(runs: Sequence[Run]) -> dict[str, dict[Term, int] | None]:
+    """By node, the steps that all of `runs` together cost a record of that node; None: no privacy."""
+    fixed = [run for run in runs if run.nodes_fixed]
+    loose = [run for run in runs if not run.nodes_fixed]
+    anywhere = compose_terms(*(_busiest(run) for run in loose))
+    nodes = dict.fromkeys(node for run in fixed for node in run.terms) or {"any node": None}
+    return {node: compose_terms(anywhere, *(run.terms.get(node, {}) for run in fixed)) for node in nodes}
+
+
+def _busiest(run: Run) -> Mapping[Term, int] | None:
+    if any(terms is None for terms in run.terms.values()):
+        return None
+    return max(
+        (terms for terms in run.terms.values() if terms is not None),
+        key=lambda terms: sum(terms.values()),
+        default={},
+    )
+
+
+def _same_data(run: Run, other: Run) -> bool:
+    return not run.fingerprints or not other.fingerprints or bool(run.fingerprints & other.fingerprints)
+
+
+def _coarse(terms: Mapping[Term, int] | None) -> Mapping[Term, int] | None:
+    """Fewer kinds of steps, by rounding noise down and rates up: never less epsilon, and far faster."""
+    digits = 4
+    while terms is not None and len(terms) > _MOST_TERMS and digits > 0:
+        rounded: dict[Term, int] = {}
+        for term, count in terms.items():
+            noise = _round(term.noise_multiplier, digits, math.floor)
+            rate = min(1.0, _round(term.sample_rate, digits, math.ceil))
+            kept = Term(rate, noise, term.replace)
+            rounded[kept] = rounded.get(kept, 0) + count
+        terms, digits = rounded, digits - 1
+    return terms
+
+
+def _round(value: float, digits: int, how: Any) -> float:
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
+    return float(how(value * scale) / scale)
+
+
+def _selection(
+    private: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]
+) -> tuple[float | None, TrialCount | None]:
+    """Bound and distribution, if `chosen` is the best run of a sweep that drew its number of trials."""
+    for folder, sweep in sweeps.items():
+        drawn = sweep.get("private_selection")
+        if not isinstance(drawn, Mapping) or not _below(chosen.path, folder):
+            continue
+        mine = [run for run in private if _below(run.path, folder)]
+        best = max((run.accuracy for run in mine if run.accuracy is not None), default=None)
+        if best is None or chosen.accuracy != best or chosen.delta is None:
+            continue
+        try:
+            shape = drawn["shape"]
+            trials = TrialCount(float(drawn["mean"]), math.inf if shape is None else float(shape))
+        except (KeyError, TypeError, ValueError, PrivacyError):
+            continue
+        kinds = {frozenset((_busiest(run) or {}).items()) for run in mine}
+        return epsilon_best_of([dict(kind) for kind in kinds], trials, chosen.delta), trials
+    return None, None
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents

@@ -1,0 +1,130 @@
+"""Tuning is charged: one run's epsilon, all runs composed, and the best of a random number of trials."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.experiments.collect import Collection, collect
+from fedtune.experiments.tuning import _coarse, composed_terms, tuning_of
+from fedtune.privacy.accounting import Term, epsilon_of_terms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from synthetic import DELTA, NOISE, ROUNDS, SAMPLE_RATE, STEPS, epsilon_for, make_record, write
+
+
+def runs_in(root: Path, records: list[dict[str, Any]]) -> Collection:
+    for i, made in enumerate(records):
+        write(root / str(i), made)
+    return collect([root])
+
+
+def test_one_run_costs_what_it_says(tmp_path: Path) -> None:
+    found = runs_in(tmp_path, [make_record()])
+    tuning = tuning_of(found.runs, found.runs[0], {})
+    assert tuning is not None and tuning.runs == 1
+    assert tuning.composed == tuning.alone == epsilon_for(NOISE[8.0])
+
+
+def test_all_runs_compose_as_the_accountant_composes_them(tmp_path: Path) -> None:
+    found = runs_in(tmp_path, [make_record(seed=s, epsilon=e) for s in range(3) for e in (1.0, 8.0)])
+    chosen = max(found.runs, key=lambda run: run.accuracy or 0)
+    tuning = tuning_of(found.runs, chosen, {})
+    steps = 3 * STEPS * ROUNDS
+    by_hand = {Term(SAMPLE_RATE, NOISE[1.0]): steps, Term(SAMPLE_RATE, NOISE[8.0]): steps}
+    assert tuning is not None and tuning.runs == 6
+    assert math.isclose(tuning.composed, epsilon_of_terms(by_hand, DELTA), rel_tol=1e-9)
+    assert tuning.alone < tuning.composed
+
+
+def test_a_record_is_charged_on_its_own_node_under_the_natural_partition(tmp_path: Path) -> None:
+    one, other = make_record(seed=0), make_record(seed=1)
+    one["privacy"]["per_node"] = one["privacy"]["per_node"][:2]
+    other["privacy"]["per_node"] = other["privacy"]["per_node"][2:]
+    found = runs_in(tmp_path, [one, other])
+    tuning = tuning_of(found.runs, found.runs[0], {})
+    assert tuning is not None and tuning.composed == tuning.alone, "disjoint nodes: no record was used twice"
+    assert set(composed_terms(found.runs)) == {"editorials", "movies", "products", "tweets"}
+
+
+def test_a_record_may_have_been_anywhere_under_another_partition(tmp_path: Path) -> None:
+    records = []
+    for seed in range(2):
+        made = make_record(seed=seed, partition__name="iid")
+        made["privacy"]["per_node"] = made["privacy"]["per_node"][2 * seed : 2 * seed + 2]
+        records.append(made)
+    found = runs_in(tmp_path, records)
+    tuning = tuning_of(found.runs, found.runs[0], {})
+    assert tuning is not None
+    twice = epsilon_of_terms({Term(SAMPLE_RATE, NOISE[8.0]): 2 * STEPS * ROUNDS}, DELTA)
+    assert math.isclose(tuning.composed, twice, rel_tol=1e-9)
+
+
+def test_other_data_and_other_units_are_not_added(tmp_path: Path) -> None:
+    found = runs_in(
+        tmp_path, [make_record(), make_record(dataset="tickets"), make_record(seed=1, unit="person")]
+    )
+    chosen = next(run for run in found.runs if run.unit == "record" and run.task.startswith("opinions"))
+    tuning = tuning_of(found.runs, chosen, {})
+    assert tuning is not None and tuning.runs == 1 and tuning.composed == tuning.alone
+
+
+def test_runs_without_privacy_are_counted_and_have_no_epsilon(tmp_path: Path) -> None:
+    found = runs_in(tmp_path, [make_record(), make_record(epsilon=None)])
+    private = next(run for run in found.runs if math.isfinite(run.epsilon))
+    tuning = tuning_of(found.runs, private, {})
+    assert tuning is not None and tuning.without_privacy == 1 and tuning.runs == 1
+    assert tuning_of(found.runs, next(run for run in found.runs if run is not private), {}) is None
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_public_data_is_labelled(tmp_path: Path, public: bool) -> None:
+    found = runs_in(tmp_path, [make_record(public=public)])
+    tuning = tuning_of(found.runs, found.runs[0], {})
+    assert tuning is not None and tuning.public is public
+
+
+def test_the_best_of_a_drawn_number_of_trials(tmp_path: Path) -> None:
+    sweep = {"private_selection": {"mean": 10.0, "shape": 1.0, "trials": 4}}
+    records = [make_record(train__learning_rate=rate) for rate in (0.001, 0.002, 0.004, 0.008)]
+    for made in records:
+        made["run"]["id"] += "x"
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(sweep))
+    found = runs_in(tmp_path / "sweep", records)
+    best = max(found.runs, key=lambda run: run.accuracy or 0)
+    tuning = tuning_of(found.runs, best, found.sweeps)
+    assert tuning is not None and tuning.best_of is not None and tuning.trials is not None
+    assert tuning.alone < tuning.best_of and tuning.trials.mean == 10.0
+    worst = min(found.runs, key=lambda run: run.accuracy or 0)
+    other = tuning_of(found.runs, worst, found.sweeps)
+    assert other is not None and other.best_of is None, "the bound is for the best of the sweep alone"
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"mean": "x"}, {"mean": 0.1, "shape": 1.0}, {"mean": 3.0, "shape": -7}]
+)
+def test_a_sweep_file_without_sense_gives_no_bound(tmp_path: Path, broken: dict[str, Any]) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps({"private_selection": broken}))
+    found = runs_in(tmp_path, [make_record()])
+    tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
+    assert tuning is not None and tuning.best_of is None
+
+
+def test_rounding_many_kinds_of_steps_never_lowers_epsilon() -> None:
+    terms = {Term(0.01 + 1e-6 * i, 1.0 + 1e-4 * i): 3 for i in range(40)}
+    coarse = _coarse(terms)
+    assert coarse is not None and 1 < len(coarse) <= 24
+    assert sum(coarse.values()) == sum(terms.values())
+    exact = sorted(term for term, count in terms.items() for _ in range(count))
+    rounded = sorted(term for term, count in coarse.items() for _ in range(count))
+    for before, after in zip(exact, rounded, strict=True):
+        assert 0.99 * before.noise_multiplier < after.noise_multiplier <= before.noise_multiplier
+        assert before.sample_rate <= after.sample_rate < 1.01 * before.sample_rate
+    few = dict(list(terms.items())[:3])
+    assert _coarse(few) == few and _coarse(None) is None
