@@ -15,26 +15,30 @@ A node may drop out before or in each exchange. Before `share` it was never ther
 masks are recovered from its masking key; after that its vector is in the sum, and only `threshold` nodes
 must answer the last exchange. Keys and seeds are new in every attempt of every round and used once.
 
-Threat model. The server and up to `max_colluders` nodes pool what they see and want to know of other nodes'
-vectors more than the sum over the survivors. They follow the protocol in two things: the server passes
-advertised keys on as they are (there is no public-key infrastructure here, so a server that replaced keys
-could pose as any peer), and nodes send what they should. What they do not get, even from a server that
-lies about everything else:
+Threat model. Honest but curious: the server and up to `max_colluders` nodes follow the protocol, keep all
+that they see, pool it, and want to know more of the other nodes' vectors than the sum over the survivors.
+They learn nothing more (Bonawitz et al. 2017, section 6), as long as X25519, HKDF, ChaCha20 and
+Poly1305 hold.
 
-- A sum over few nodes. A node answers `unmask` only for at least `quorum` survivors, itself among them.
-- Both shares. threshold > (nodes + max_colluders) / 2, so that no two sets of answers, given to different
-  lies about who survived, reach the threshold both for b_u and for the masking key of one honest u.
+Rules that nodes keep whatever the server says. They limit what lies can win, and are no proof against a
+server that cheats, which needs a public-key infrastructure and a fifth exchange (there too):
+
+- Few nodes. A node answers `unmask` only if at least `quorum` nodes survive, itself among them, so that
+  nobody is shown a sum with less noise than the plan's.
+- Both shares. threshold > (nodes + max_colluders) / 2, so that different lies about who survived, told to
+  different nodes, cannot collect enough shares both of one node's seed and of its masking key.
 - Two views of the keys. Shares are sealed with a digest of all advertised keys as associated data, so nodes
   that were shown different keys cannot open one another's shares, and stop.
-- A second answer. Every exchange is answered once; its secrets are dropped with the answer. All keys
-  are bound to run, round and attempt.
+- A second answer. Every exchange is answered once; its secrets are dropped with the answer. All keys are
+  bound to run, round and attempt.
 
 Detected and named: keys, shares or vectors that are malformed, shares that do not open or do not match
 their hash, dealers whose shares do not give the secret they committed to. All of these end the round with
 AggregationAborted: whoever sends them is broken or hostile, and its vector may be in the sum.
 
-Not covered: a server that replaces keys (above); a node that sends a wrong but well-formed vector
-(poisoning); denial of service; who takes part and when, which the server sees; timing and memory.
+Not covered: a server that puts its own keys in place of a node's, or tells nodes different stories about who
+has shared or survived in ways that the rules above do not catch; a node that sends a wrong but well-formed
+vector (poisoning); denial of service; who takes part and when, which the server sees; timing and memory.
 
 Pure objects and dataclasses; `fedtune.federation.distributed` carries them over Flower.
 """
