@@ -151,13 +151,18 @@ def delta_of(event: DpEvent, epsilon: float) -> float:
     return float(deltas_of_terms(terms, np.array([epsilon]))[0])
 
 
-def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray) -> FloatArray:
-    """Upper bounds on delta of the composed steps at each of `epsilons` [k] (0 or more): the whole curve."""
+def deltas_of_terms(
+    terms: Mapping[Term, int], epsilons: FloatArray, *, resolution: int = 5000
+) -> FloatArray:
+    """Upper bounds on delta of the composed steps at each of `epsilons` [k] (0 or more): the whole curve.
+
+    `resolution`: points of the grid over about one epsilon of the whole; fewer are faster and looser.
+    """
     key = _key(terms)
     if not key:
         return np.zeros(len(epsilons))
     scale = max(_scale_guess(key, 1e-5), 1e-3)
-    loss = _composed(key, scale / 5000.0)
+    loss = _composed(key, scale / resolution)
     slack = _fft_slack(key, loss)
     return np.minimum(1.0, np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64) + slack)
 
