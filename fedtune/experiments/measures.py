@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune.cost.meter import EnergyReading
 from fedtune.experiments.record import Metrics, NodePrivacy
 
 if TYPE_CHECKING:
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.training.evaluation import Evaluation
 
-__all__ = ["accountant", "bought_records", "data_facts", "mechanism", "metrics", "node_privacy"]
+__all__ = [
+    "accountant",
+    "bought_records",
+    "data_facts",
+    "energy_of_run",
+    "mechanism",
+    "metrics",
+    "node_privacy",
+]
 
 _MECHANISMS = {
     "local": (
@@ -141,6 +150,14 @@ def data_facts(config: Config, data: PreparedData) -> dict[str, Any]:
         "only_site": config.data.only_site,
         "notes": list(data.notes),
     }
+
+
+def energy_of_run(reading: EnergyReading, attempt: int) -> EnergyReading:
+    """The reading, if it covers the run: of a resumed one only the last session was measured."""
+    if attempt <= 1 or reading.kwh is None:
+        return reading
+    note = f"no energy estimate for a resumed run: {1000 * reading.kwh:.3g} Wh since its last start"
+    return EnergyReading(None, note, reading.covered_seconds, reading.start_seconds)
 
 
 def bought_records(result: FederationResult) -> int | None:

@@ -16,6 +16,7 @@ Ctrl-C raises `Interrupted`, a KeyboardInterrupt whose text says how to go on; a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import shlex
@@ -175,12 +176,14 @@ def _record(
     from fedtune.cost.prices import carbon_kg, price
     from fedtune.experiments import measures
 
+    energy = measures.energy_of_run(meter.energy, result.attempt)
     cost = meter.cost(
         train_seconds=result.train_seconds,
         flops=result.flops,
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down,
     )
+    cost = dataclasses.replace(cost, energy_kwh=energy.kwh)
     return record.build(
         config=config,
         facts=record.RunFacts(
@@ -201,7 +204,7 @@ def _record(
         metrics=measures.metrics(evaluation, data.test),
         data=measures.data_facts(config, data),
         cost=cost,
-        energy=meter.energy,
+        energy=energy,
         money=price(config.pricing, cost, records=measures.bought_records(result)),
         carbon_kg=carbon_kg(config.pricing, cost),
         memory_note=meter.peak_memory_note,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.config.paths import state_dir
+from fedtune.cost.meter import EnergyReading
 from fedtune.experiments import measures
 from fedtune.federation.events import NodeInfo
 from fedtune.privacy.ledger import PrivacyLedger
@@ -102,3 +103,10 @@ def test_without_privacy_there_is_no_accountant() -> None:
     (a,) = measures.node_privacy([shard("a")], result(none, ("a",), a=3))
     assert a.epsilon is None and a.epsilon_rdp is None and a.releases == 3
     assert "PLD" in str(measures.accountant(PLAN)) and "record" in measures.mechanism(PLAN)
+
+
+def test_the_energy_of_a_resumed_run_is_unknown_and_not_that_of_its_last_session() -> None:
+    whole = EnergyReading(0.002, "estimate", 60.0, 2.0)
+    assert measures.energy_of_run(whole, attempt=1) is whole
+    part = measures.energy_of_run(whole, attempt=2)
+    assert part.kwh is None and "2 Wh since its last start" in part.note
