@@ -27,7 +27,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.config.schema import Config
-from fedtune.errors import AggregationAborted, FederationError, UpdateRejected
+from fedtune.errors import AggregationAborted, ConfigError, FederationError, UpdateRejected
 from fedtune.federation import secagg_messages as wire
 from fedtune.federation._flower import serialized_size
 from fedtune.federation.events import Observer
@@ -36,6 +36,7 @@ from fedtune.federation.rounds import RoundAsk, RoundOutcome, exchange, make_mes
 from fedtune.federation.secagg_messages import Place
 from fedtune.federation.secure_aggregation import MaskedSum, Session
 from fedtune.privacy.discrete import DiscreteMechanism
+from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["DistributedRound"]
 
@@ -48,14 +49,16 @@ class DistributedRound:
     shards.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, plan: PrivacyPlan) -> None:
+        """Raises ConfigError or PrivacyError for what cannot be kept, before any node is asked."""
         cohort = config.federation.cohort_size
-        nodes = config.federation.nodes
-        if cohort is not None and cohort != nodes:
-            raise FederationError(
+        if cohort is not None and cohort < plan.nodes:
+            raise ConfigError(
                 f"federation.cohort_size={cohort} does not fit privacy.trust=distributed: every round is one "
-                "step over the union of all shards, so every node is asked. Leave federation.cohort_size out."
+                f"step over the union of all {plan.nodes} shards, so every node is asked. Leave "
+                "federation.cohort_size out."
             )
+        wire.session_for(Place("", 0, 0, "advertise"), plan, [str(i) for i in range(plan.nodes)], 1)
 
     def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
         """See `RoundProtocol`. A round that was discarded has no aggregate and every node among `dropped`."""

@@ -38,6 +38,7 @@ __all__ = [
     "read_sealed",
     "read_shares",
     "session_for",
+    "share_answer",
     "share_ask",
     "split_mask_ask",
     "take",

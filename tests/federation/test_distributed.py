@@ -21,11 +21,12 @@ from fedtune.engines.local import LocalGrid, run
 from fedtune.errors import CheckpointError, ConfigError, FederationError, PrivacyError, UpdateRejected
 from fedtune.federation import distributed_node, secagg_messages
 from fedtune.federation._flower import serialized_size, task_identity
-from fedtune.federation.client_app import Release, app, ledger_of
+from fedtune.federation.client_app import app
 from fedtune.federation.descent import Descent, server_optimizer
 from fedtune.federation.distributed import DistributedRound
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.messages import RoundReply, RoundRequest
+from fedtune.federation.node import Release, ledger_of
 from fedtune.federation.resident import workplace
 from fedtune.federation.rounds import RoundAsk, RoundOutcome
 from fedtune.federation.secagg_messages import PHASES, Place
@@ -90,7 +91,7 @@ class Bench:
         settings |= {"timeout": 0.3, "max_update_norm": 10.0}
         ask = RoundAsk(round=round, attempt=attempt, **{**settings, **changes})
         with task_identity(self.grid.run_id):
-            return DistributedRound(self.config).run_round(self.grid, ask, NullObserver())
+            return DistributedRound(self.config, self.plan).run_round(self.grid, ask, NullObserver())
 
     def send(self, kind: str, content: RecordDict, position: int = 0) -> Message:
         with task_identity(self.grid.run_id):
@@ -610,7 +611,8 @@ def test_settings_without_meaning_are_refused(tiny: Make) -> None:
     for changes in ({"federation__strategy": "fedadam"}, {"federation__server_learning_rate": 0.5}):
         with pytest.raises(ConfigError, match="trust=distributed"):
             server_optimizer(distributed(tiny(**changes)))
-    with pytest.raises(FederationError, match="cohort_size=2"):
-        DistributedRound(distributed(tiny(federation__cohort_size=2)))
+    config = distributed(tiny(federation__cohort_size=2))
+    with pytest.raises(ConfigError, match="cohort_size=2"):
+        DistributedRound(config, make_plan(config, [30, 30, 30, 30]))
     assert server_optimizer(tiny()).name == "fedavg"
     assert server_optimizer(distributed(tiny())).name == "descent_adam"
