@@ -8,189 +8,40 @@ It reads its message and its Context and nothing else. The server proposes; the 
 4. `reserve` the release, durably, BEFORE training touches the data; or refuse, with the numbers;
 5. train, `commit`, and send the update with public numbers.
 
-All of this happens for every message, from the beginning: there is no state of round 1 that a restart,
-or a node that joins late, could go on without (PITFALLS 3).
-
-`Context.state` remembers, as a second witness, the last (attempt, round) answered and how many releases
-that makes. The ledger may know more (a crash, a node that hung); if it knows less, it has lost or been
-robbed of something and the node refuses. A message for an (attempt, round) that was answered before is
-refused too: one charge, one release (PITFALLS 21).
-
-What is sent about a failure is the text of fedtune's own errors, which carry no private data, and of any
-other exception only its type: a library's message may quote a text. The node's own log has the rest.
+Steps 2 to 4 are `fedtune.federation.node.reserve_release`. All of this happens for every message, from the
+beginning: there is no state of round 1 that a restart, or a node that joins late, could go on without
+(PITFALLS 3). Distributed rounds have messages of their own, in `fedtune.federation.distributed_node`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 
-from fedtune.errors import FederationError, FedtuneError, LedgerError, PrivacyError
 from fedtune.federation.distributed_node import register as register_distributed
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
+from fedtune.federation.node import (
+    Release,
+    failure_reply,
+    hold_back,
+    node_config,
+    own_shard,
+    public_reason,
+    reserve_release,
+)
 
-if TYPE_CHECKING:
-    from fedtune.config.schema import Config
-    from fedtune.data.corpus import Shard
-    from fedtune.privacy.ledger import PrivacyLedger, Reservation
-    from fedtune.privacy.plan import PrivacyPlan
-
-__all__ = [
-    "NodeMemory",
-    "Release",
-    "app",
-    "check_plan",
-    "failure_reply",
-    "hold_back",
-    "ledger_of",
-    "node_config",
-    "own_shard",
-    "public_reason",
-    "reserve_release",
-]
+__all__ = ["app"]
 
 _log = logging.getLogger("fedtune.node")
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
 register_distributed(app)
-
-
-def node_config(context: Context) -> Config:
-    """The configuration that the run was started with. Raises: ConfigError."""
-    from fedtune.federation.resident import config_of
-
-    return config_of(str(context.run_config.get("fedtune", "")))
-
-
-def own_shard(config: Config, context: Context) -> Shard | None:
-    """This node's shard; None if the federation has fewer shards than nodes and this one is spare.
-
-    Raises: DataError, ModelError, ResourceError; FederationError if Flower gave the node no place.
-    """
-    from fedtune.federation.resident import workplace
-
-    position = context.node_config.get("partition-id")
-    if type(position) is not int or position < 0:
-        raise FederationError(
-            f"Flower gave this node the partition-id {position!r}. Start it with --node-config "
-            "'partition-id=N num-partitions=M', N from 0 to M-1."
-        )
-    shards = workplace(config).prepared.shards
-    return shards[position] if position < len(shards) else None
-
-
-def ledger_of(node: str) -> PrivacyLedger:
-    """The node's own ledger, a file that outlives process and run. Raises: LedgerError, ResourceError."""
-    from fedtune.config.paths import state_dir
-    from fedtune.privacy.ledger import PrivacyLedger
-
-    return PrivacyLedger.open(state_dir() / "ledgers" / f"{node}.sqlite")
-
-
-def check_plan(plan: PrivacyPlan, config: Config) -> None:
-    """The node's own check of what the server proposes. Raises PrivacyError, with both values.
-
-    The plan must be the one that the node's own configuration makes, in every field: another unit, trust
-    model, rate, clipping norm or number of steps is refused. The noise may be any, as long as it meets
-    the configured epsilon over all the rounds that the plan is for.
-    """
-    from fedtune.privacy.plan import make_plan
-
-    privacy, nodes = config.privacy, plan.nodes
-    # Sizes that give the plan's own union; what they are one by one the node need not know.
-    others = [1] * (nodes - 1) if plan.trust == "distributed" else [plan.declared_size] * (nodes - 1)
-    sizes = [
-        max(1, plan.declared_size - len(others)) if plan.trust == "distributed" else plan.declared_size,
-        *others,
-    ]
-    if privacy.trust != "none" and plan.is_private():
-        given = privacy.noise_multiplier
-        noise = plan.noise_multiplier if given is None else given
-        delta = plan.delta if privacy.delta is None else privacy.delta
-        privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise, delta=delta)
-    mine = make_plan(dataclasses.replace(config, privacy=privacy), sizes)
-    # An adaptive norm moves from round to round, at a price that the plan's event includes.
-    free = {"target_epsilon", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
-    if plan.trust == "central":
-        free |= {"declared_size"}
-    for item in dataclasses.fields(plan):
-        proposed, permitted = getattr(plan, item.name), getattr(mine, item.name)
-        if item.name not in free and proposed != permitted:
-            raise PrivacyError(
-                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
-                f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
-            )
-    if plan.is_private() and config.privacy.epsilon is not None:
-        epsilon = plan.epsilon()
-        if not epsilon <= config.privacy.epsilon * (1 + 1e-6):
-            raise PrivacyError(
-                f"The server proposes noise_multiplier={plan.noise_multiplier:.4g}, which gives epsilon "
-                f"{epsilon:.4g} over {plan.num_rounds} rounds at delta {plan.delta:g}; this node's "
-                f"configuration permits {config.privacy.epsilon:g}. Use the calibrated noise multiplier."
-            )
-
-
-class NodeMemory:
-    """The second witness: what `Context.state` remembers of this run's releases. Never leaves the node."""
-
-    NAME = "fedtune.releases"
-
-    def __init__(self, state: RecordDict, run: str) -> None:
-        self._state = state
-        record = state.get(self.NAME)
-        values = dict(record) if isinstance(record, ConfigRecord) else {}
-        same = values.get("run") == run
-        self.run = run
-        self.releases = int(values.get("releases", 0)) if same else 0  # type: ignore[arg-type]
-        self.last = (int(values["attempt"]), int(values["round"])) if same else (-1, -1)  # type: ignore[arg-type]
-
-    def check(self, request: RoundRequest, node: str, in_ledger: int) -> None:
-        """Raises FederationError for a message answered before, LedgerError for a ledger that forgot."""
-        if (request.attempt, request.round) <= self.last:
-            raise FederationError(
-                f"Node {node!r} has answered attempt {self.last[0]}, round {self.last[1]} of run {self.run} "
-                f"and is asked for attempt {request.attempt}, round {request.round}. An answer is released "
-                "once for one charge; resume the run, which starts a new attempt."
-            )
-        if in_ledger < self.releases:
-            raise LedgerError(
-                f"The ledger of node {node!r} shows {in_ledger} releases of run {self.run}, and the node "
-                f"remembers {self.releases}: the ledger has lost some. Restore it from a backup; nothing was "
-                "released."
-            )
-
-    def note(self, request: RoundRequest, releases: int) -> None:
-        """Remembers a release that is now reserved, with the parameters that it is accounted by."""
-        self.releases, self.last = releases, (request.attempt, request.round)
-        plan = request.plan
-        self._state[self.NAME] = ConfigRecord(
-            {
-                "run": self.run,
-                "attempt": request.attempt,
-                "round": request.round,
-                "releases": releases,
-                "noise_multiplier": float(plan.noise_multiplier),
-                "sample_rate": float(plan.sample_rate),
-                "local_steps": int(plan.local_steps),
-                "max_grad_norm": float(plan.max_grad_norm),
-            }
-        )
-
-
-def public_reason(error: Exception, node: str) -> str:
-    """What may be told of a failure: our own text, or another's type alone."""
-    if isinstance(error, FedtuneError):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return f"Node {node!r} failed with {type(error).__name__}; its own log says more."
 
 
 @app.query("hello")
@@ -230,59 +81,6 @@ def train(message: Message, context: Context) -> Message:
     return Message(reply.to_records(), reply_to=message)
 
 
-def hold_back(context: Context, arrived: float) -> None:
-    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
-    hold = context.node_config.get("answer-after")
-    if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):
-        time.sleep(max(0.0, hold - (time.monotonic() - arrived)))
-
-
-@dataclass(frozen=True)
-class Release:
-    """A release that the node's ledger has charged, and what it is made from.
-
-    `plan` is what is accounted; `training` is what the steps on this node obey.
-    """
-
-    config: Config
-    shard: Shard
-    plan: PrivacyPlan
-    training: PrivacyPlan
-    ledger: PrivacyLedger
-    reservation: Reservation
-    count: int  # this run's releases in the ledger, this one included
-
-
-def reserve_release(request: RoundRequest, context: Context) -> Release:
-    """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
-
-    For every protocol: whoever lets anything about a shard leave the node calls this first. Raises
-    PrivacyError (of some kind) if the node refuses; nothing is charged then.
-    """
-    config = node_config(context)
-    shard = own_shard(config, context)
-    if shard is None:
-        raise FederationError("This node holds no shard of this federation.")
-    check_plan(request.plan, config)
-    plan = request.plan.for_shard(shard.declared_size)
-    ledger = ledger_of(shard.node)
-    memory = NodeMemory(context.state, request.run)
-    memory.check(request, shard.node, len(ledger.releases(run=request.run, node=shard.node)))
-    reservation = ledger.reserve(
-        dataset=shard.dataset,
-        fingerprint=shard.fingerprint,
-        node=shard.node,
-        run=request.run,
-        round=request.round,
-        plan=plan,
-        public=config.data.public,
-    )
-    count = len(ledger.releases(run=request.run, node=shard.node))
-    memory.note(request, count)
-    training = request.plan.training_plan(shard.declared_size)
-    return Release(config, shard, plan, training, ledger, reservation, count)
-
-
 def _answer(request: RoundRequest, context: Context) -> RoundReply:
     """The reply to a request; never raises."""
     release: Release | None = None
@@ -303,52 +101,6 @@ def _answer(request: RoundRequest, context: Context) -> RoundReply:
         cost={"seconds": coarse_seconds(seconds)},
         update=update,
     )
-
-
-def failure_reply(
-    request: RoundRequest, context: Context, release: Release | None, error: Exception
-) -> RoundReply:
-    """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
-    node = release.shard.node if release else _name(context)
-    reason = public_reason(error, node)
-    # The node's own log, which its owner reads, has what must not travel.
-    expected = isinstance(error, FedtuneError)
-    _log.log(
-        logging.INFO if expected else logging.ERROR,
-        "Node %r gives no update in round %d: %s",
-        node,
-        request.round,
-        reason,
-        exc_info=None if expected else error,
-    )
-    decided = isinstance(error, PrivacyError)
-    return RoundReply(
-        node=node,
-        run=request.run,
-        round=request.round,
-        attempt=request.attempt,
-        releases=release.count if release else _charged(node, request.run),
-        refused=reason if decided else None,
-        refusal=type(error).__name__ if decided else None,
-        error=None if decided else reason,
-    )
-
-
-def _name(context: Context) -> str:
-    """This node's name, as far as it is known."""
-    try:
-        shard = own_shard(node_config(context), context)
-    except Exception:
-        shard = None
-    return shard.node if shard else f"partition {context.node_config.get('partition-id')}"
-
-
-def _charged(node: str, run: str) -> int:
-    """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
-    try:
-        return len(ledger_of(node).releases(run=run, node=node))
-    except Exception:
-        return 0
 
 
 def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:

@@ -29,6 +29,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.error import Error
 
 from fedtune.errors import FederationError, FedtuneError
+from fedtune.federation import node as node_side
 from fedtune.federation import secagg_messages as wire
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.secagg_messages import Place
@@ -39,7 +40,7 @@ from fedtune.privacy.plan import PrivacyPlan
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from fedtune.federation.client_app import Release
+    from fedtune.federation.node import Release
 
 __all__ = ["Memory", "clipped_gradient_sum", "register"]
 
@@ -130,15 +131,13 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
 
 
 def _advertise(message: Message, context: Context) -> RecordDict:
-    from fedtune.federation import client_app
-
     place, values = wire.take(message.content, wire.ASKS["advertise"], "advertise", _WHAT)
-    config = client_app.node_config(context)
-    shard = client_app.own_shard(config, context)
+    config = node_side.node_config(context)
+    shard = node_side.own_shard(config, context)
     if shard is None:
         raise FederationError("This node holds no shard of this federation.")
     plan = PrivacyPlan.from_json(json.loads(values["plan"]))
-    client_app.check_plan(plan, config)
+    node_side.check_plan(plan, config)
     DiscreteMechanism.for_plan(plan, values["size"])  # refuses what does not fit before any key is made
     masker = Masker(wire.session_for(place, plan, values["names"], values["size"]), shard.node)
     Memory(context.state).begin(place, shard.node, masker)
@@ -170,8 +169,6 @@ def _unmask(message: Message, context: Context) -> RecordDict:
 
 
 def _mask(message: Message, context: Context) -> RecordDict:
-    from fedtune.federation import client_app
-
     plain, more = wire.split_mask_ask(message.content)
     place, values = wire.take(more, wire.ASKS["mask"], "mask", _WHAT)
     request = RoundRequest.from_records(plain)
@@ -186,14 +183,14 @@ def _mask(message: Message, context: Context) -> RecordDict:
         received = wire.read_received(values)
         try:
             masker.check_received(received)
-            release = client_app.reserve_release(request, context)
+            release = node_side.reserve_release(request, context)
             noised, seconds = clipped_gradient_sum(release, request)
             masked = masker.mask(noised, received)
         finally:
             memory.keep(masker)
         release.ledger.commit(release.reservation)
     except Exception as error:
-        return client_app.failure_reply(request, context, release, error).to_records()
+        return node_side.failure_reply(request, context, release, error).to_records()
     reply = RoundReply(
         node=release.shard.node,
         run=request.run,
@@ -210,8 +207,6 @@ def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Messag
     """Answers with what `work` gives, or with an error that may be shown; what state it left is kept."""
 
     def answer(message: Message, context: Context) -> Message:
-        from fedtune.federation import client_app
-
         arrived = time.monotonic()
         try:
             content: Any = work(message, context)
@@ -219,9 +214,9 @@ def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Messag
             if not isinstance(error, FedtuneError):
                 _log.error("A request of secure aggregation failed.", exc_info=error)
             where = f"partition {context.node_config.get('partition-id')}"
-            content = Error(_CLIENT_RAISED, client_app.public_reason(error, where))
+            content = Error(_CLIENT_RAISED, node_side.public_reason(error, where))
         if work is _mask:
-            client_app.hold_back(context, arrived)
+            node_side.hold_back(context, arrived)
         return Message(content, reply_to=message)
 
     return answer

@@ -14,7 +14,7 @@ and the server sees when an answer arrives. `coarse_seconds` rounds the *reporte
 25 percent steps, so that the message adds nothing to what the arrival shows. This is hygiene and no
 guarantee: the timing of answers is outside of epsilon, as the privacy statement says. For a node that
 minds, `answer-after` in its node configuration holds every answer back until that many seconds after
-the request came in (see `fedtune.federation.client_app`).
+the request came in (see `fedtune.federation.node.hold_back`).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from fedtune.config.schema import Config
 if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
     from fedtune.models.classifier import AdaptedModel
+    from fedtune.models.hidden_states import Progress
 
 __all__ = ["Tally", "Workplace", "config_of", "forget", "tally", "using_model", "workplace"]
 
@@ -105,6 +106,27 @@ class Workplace:
                 )
                 _State.key = key
             yield _State.model
+
+    def warm(self, progress: Progress | None = None) -> None:
+        """Computes the frozen layers' outputs of every text that the cache lacks, before a round waits
+        for them; `progress(done, all)` counts texts. No adapter is involved, and nothing is released.
+
+        Raises: as `prepared` and `using_model` do.
+        """
+        from fedtune.models.hidden_states import Features
+
+        corpora = [*(shard.data for shard in self.prepared.shards), self.prepared.test]
+        total = sum(corpus.num_records for corpus in corpora)
+        behind = 0
+        for corpus in corpora:
+
+            def forward(done: int, _: int, before: int = behind) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            with self.using_model() as model:
+                Features.of(model, corpus, self.config.train.micro_batch_tokens, forward)
+            behind += corpus.num_records
 
     # What the server needs of its own; all of it from the public test split.
 

@@ -12,7 +12,7 @@ import pytest
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.errors import FederationError, ResourceError
-from fedtune.federation.client_app import ledger_of
+from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
 
 

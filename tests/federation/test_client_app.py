@@ -14,10 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.errors import LedgerError, PreflightError, PrivacyError
-from fedtune.federation import client_app
+from fedtune.federation import node as node_module
 from fedtune.federation._flower import task_identity
-from fedtune.federation.client_app import app, check_plan, ledger_of
+from fedtune.federation.client_app import app
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
+from fedtune.federation.node import check_plan, ledger_of
 from fedtune.federation.resident import workplace
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.tiny_federation import private
@@ -238,7 +239,7 @@ def test_a_ledger_error_is_a_refusal(tiny: Make, monkeypatch: pytest.MonkeyPatch
     def broken(node: str) -> None:
         raise LedgerError("the ledger is read-only")
 
-    monkeypatch.setattr(client_app, "ledger_of", broken)
+    monkeypatch.setattr(node_module, "ledger_of", broken)
     reply = Node(tiny()).ask()
     assert (reply.update, reply.refusal, reply.releases) == (None, "LedgerError", 0)
 

@@ -16,7 +16,7 @@ from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.federation.checkpoint import load_latest
-from fedtune.federation.client_app import ledger_of
+from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]

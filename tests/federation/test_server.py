@@ -10,9 +10,9 @@ import pytest
 
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation.checkpoint import load_latest
+from fedtune.federation.cohort import draw_cohort
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.rounds import PlainRound
-from fedtune.federation.server import draw_cohort
 from tests.fake_federation import (
     SIZE,
     FakeServerSide,
@@ -217,6 +217,19 @@ def test_a_resumed_run_keeps_what_was_dropped_and_released(tmp_path: Path) -> No
     assert [(d.node, d.round) for d in result.dropped] == [("node-1", 1)]
     assert [s.updates for s in result.history] == [2, 3, 3, 3]
     assert result.bytes_up == sum(s.bytes_up for s in result.history) > 0
+
+
+def test_a_round_whose_evaluation_failed_is_not_lost(tmp_path: Path) -> None:
+    class OutOfMemory(FakeServerSide):
+        def evaluate(self, adapter):  # type: ignore[no-untyped-def]
+            raise MemoryError
+
+    config = fake_config()
+    with pytest.raises(MemoryError):
+        run_fake(tmp_path, config=config, server_side=OutOfMemory())
+    saved, _ = load_latest(tmp_path)
+    assert saved.round == 1  # it was paid for
+    np.testing.assert_allclose(saved.adapter, mean(1), rtol=1e-6)
 
 
 class _StopAt(PlainRound):

@@ -14,18 +14,18 @@ from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
-from fedtune.federation import server
 from fedtune.federation._flower import task_identity
-from fedtune.federation.client_app import app, ledger_of
+from fedtune.federation.client_app import app
+from fedtune.federation.cohort import greet
 from fedtune.federation.events import NullObserver
 from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, RoundRequest
+from fedtune.federation.node import ledger_of
 from fedtune.federation.resident import workplace
 from fedtune.federation.rounds import PlainRound, RoundAsk
 from fedtune.privacy.plan import make_plan
 from tests import tiny_federation
 from tests.fake_federation import (
     SIZE,
-    FakeServerSide,
     Watcher,
     fake_app,
     fake_config,
@@ -195,14 +195,15 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
         attempts.append(request.attempt)
         return reply
 
-    class Dies(FakeServerSide):
-        def evaluate(self, adapter):  # type: ignore[no-untyped-def]
+    class Dies(PlainRound):
+        def run_round(self, grid, ask, observer):  # type: ignore[no-untyped-def]
+            super().run_round(grid, ask, observer)
             raise RuntimeError
 
     fake = fake_config(num_rounds=1)
     for start in range(4):
         with pytest.raises(RuntimeError):
-            run_fake(tmp_path, note, nodes=1, config=fake, server_side=Dies())
+            run_fake(tmp_path, note, nodes=1, config=fake, protocol=Dies())
         fake = dataclasses.replace(fake, resume=str(tmp_path))
         assert attempts == list(range(1, start + 2))
 
@@ -242,7 +243,7 @@ def test_pitfall_30_arrays_of_other_dimensions_do_not_slip_through(array: np.nda
 
     grid = LocalGrid(fake_app(sends), 2, {}, timeout=5.0)
     with task_identity(grid.run_id):
-        nodes, _, _ = server.greet(grid, fake_config(), None)
+        nodes, _, _ = greet(grid, 5.0, None)
         plan = make_plan(fake_config(), [100, 200])
         question = RoundAsk("run", 1, 1, plan, np.zeros(SIZE, np.float32), nodes, 5.0, 100.0)
         outcome = PlainRound().run_round(grid, question, NullObserver())

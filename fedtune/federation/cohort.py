@@ -1,0 +1,85 @@
+"""Who takes part: which nodes are there, and which of them a round asks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.errors import FederationError
+from fedtune.federation.events import Dropped, NodeInfo
+from fedtune.federation.messages import NodeHello
+from fedtune.federation.rounds import exchange, make_messages, reason_of
+
+__all__ = ["draw_cohort", "greet"]
+
+_COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
+
+
+def draw_cohort(nodes: Sequence[NodeInfo], size: int | None, seed: int, round: int) -> list[NodeInfo]:
+    """The nodes asked in a round: `size` of them without replacement (all if None), in the order of names.
+
+    Depends on names, seed and round only: the same in every engine, and in a resumed run.
+    """
+    ordered = sorted(nodes, key=lambda node: node.name)
+    if size is None or size >= len(ordered):
+        return ordered
+    generator = np.random.default_rng([_COHORT_STREAM, seed, round])
+    return [ordered[i] for i in sorted(generator.choice(len(ordered), size=size, replace=False))]
+
+
+def greet(
+    grid: Grid, timeout: float, stop: threading.Event | None
+) -> tuple[list[NodeInfo], list[Dropped], list[str]]:
+    """Asks every connected node who it is: (nodes by name, nodes that failed, notices).
+
+    Raises FederationError if no node can take part, or two have one name.
+    """
+    ids = list(grid.get_node_ids())
+    unknown = [NodeInfo(name=f"node id {node_id}", node_id=node_id, declared_size=0) for node_id in ids]
+    nodes: list[NodeInfo] = []
+    failed: list[Dropped] = []
+    idle = shards = 0
+    waiting = set(ids)
+    for answer in exchange(grid, make_messages(RecordDict(), "query.hello", unknown, 0), timeout, stop):
+        node_id = answer.metadata.src_node_id
+        waiting.discard(node_id)
+        try:
+            if answer.has_error():
+                raise FederationError(reason_of(answer))
+            hello = NodeHello.from_records(answer.content)
+        except FederationError as error:
+            failed.append(Dropped(f"node id {node_id}", 0, str(error)))
+            continue
+        shards = max(shards, hello.shards)
+        if hello.idle:
+            idle += 1
+        else:
+            nodes.append(NodeInfo(hello.node, node_id, hello.declared_size))
+    late = f"did not answer in {timeout:g} s (federation.round_timeout)"
+    failed += [Dropped(f"node id {node_id}", 0, late) for node_id in sorted(waiting)]
+    if not nodes:
+        reasons = " ".join(dict.fromkeys(one.reason for one in failed)) or "No node is connected."
+        raise FederationError(f"None of {len(ids)} nodes can take part in this run. {reasons}")
+    nodes.sort(key=lambda node: node.name)
+    names = [node.name for node in nodes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FederationError(
+            f"Two nodes say that they are {', '.join(twice)}. Shards are disjoint, so each node needs a "
+            "partition-id of its own; the guarantee does not hold for one person's data on two nodes."
+        )
+    notices = []
+    if idle:
+        notices.append(
+            f"{idle} of {len(ids)} connected nodes have no shard in this federation and stay idle."
+        )
+    if len(nodes) < shards:
+        notices.append(
+            f"The federation has {shards} shards, and only {len(nodes)} of them have a node that takes part; "
+            "the data of the others is not trained on. With `flwr run`, start as many nodes as there are "
+            f"shards: --federation-config 'num-supernodes={shards}'."
+        )
+    return nodes, failed, notices

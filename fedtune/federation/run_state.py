@@ -1,0 +1,172 @@
+"""Everything that changes from round to round, and nothing else; saved whole, restored whole.
+
+What a resumed run may not change is checked here: its noise was calibrated to the settings that it was
+started with, so it goes on with those or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtune.config.schema import Config
+from fedtune.errors import CheckpointError
+from fedtune.federation import checkpoint as checkpoints
+from fedtune.federation.checkpoint import Checkpoint
+from fedtune.federation.descent import server_optimizer
+from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
+from fedtune.federation.rounds import RoundOutcome
+from fedtune.federation.strategies import Strategy
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["RunState"]
+
+# Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
+_MAY_CHANGE = ("resume", "output", "device", "engine", "pricing")
+
+
+@dataclass
+class RunState:
+    """A run between two rounds."""
+
+    run: str
+    plan: PrivacyPlan
+    adapter: np.ndarray
+    strategy: Strategy
+    attempt: int
+    round: int = 0
+    history: list[RoundSummary] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    releases: dict[str, int] = field(default_factory=dict)
+    exhausted: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    flops: int | None = 0
+    notices: list[str] = field(default_factory=list)
+    ended_early: str | None = None
+
+    def save(self, run_dir: Path, config: Config) -> None:
+        """Checkpoints the state after `round`."""
+        meta = {
+            "config": asdict(config),
+            "plan": self.plan.to_json(),
+            "strategy": self.strategy.name,
+            "attempt": self.attempt,
+            "history": [summary.to_json() for summary in self.history],
+            "dropped": [asdict(one) for one in self.dropped],
+            "releases": self.releases,
+            "exhausted": self.exhausted,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "flops": self.flops,
+            "notices": self.notices,
+            "ended_early": self.ended_early,
+        }
+        checkpoints.save(
+            run_dir, Checkpoint(self.run, self.round, self.adapter, self.strategy.state_dict(), meta)
+        )
+
+    @classmethod
+    def restore(cls, run_dir: Path, config: Config, attempt: int) -> RunState:
+        """The state to go on from. Raises CheckpointError if it is another run's or unreadable."""
+        saved, notices = checkpoints.load_latest(run_dir)
+        meta = saved.meta
+        try:
+            _same_config(meta["config"], config)
+            strategy = server_optimizer(config)
+            strategy.load_state_dict(saved.optimizer)
+            return cls(
+                run=saved.run,
+                plan=PrivacyPlan.from_json(meta["plan"]),
+                adapter=saved.adapter.astype(np.float32),
+                strategy=strategy,
+                attempt=attempt,
+                round=saved.round,
+                history=[RoundSummary.from_json(one) for one in meta["history"]],
+                dropped=[Dropped(**one) for one in meta["dropped"]],
+                releases=dict(meta["releases"]),
+                exhausted=list(meta["exhausted"]),
+                seconds=meta["seconds"],
+                train_seconds=meta["train_seconds"],
+                flops=meta["flops"],
+                notices=[*meta["notices"], *notices],
+                ended_early=meta["ended_early"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"The checkpoint in {run_dir} was written by another version of fedtune "
+                f"({type(error).__name__}: {error}). Resume with that version, or start a new run."
+            ) from error
+
+    def account(self, outcome: RoundOutcome, cohort: Sequence[NodeInfo]) -> None:
+        """Charges each node of the cohort: by what it says; where it says nothing, as if it had released."""
+        answered = {reply.node: reply for reply in outcome.replies}
+        for node in cohort:
+            reply = answered.get(node.name)
+            known = self.releases.get(node.name, 0)
+            if reply is None:
+                self.releases[node.name] = known + 1
+                continue
+            # A count that goes down would be a lie or a lost ledger; the larger one is the safe one.
+            self.releases[node.name] = max(known, reply.releases)
+            if reply.refusal == "BudgetExhausted" and node.name not in self.exhausted:
+                self.exhausted.append(node.name)
+        self.dropped += [Dropped(node, self.round, reason) for node, reason in outcome.dropped]
+
+    def epsilon(self) -> float | None:
+        """Epsilon of this run so far: that of the node with most releases, never an average (PITFALLS 29)."""
+        most = max(self.releases.values(), default=0)
+        if not self.plan.is_private():
+            return None
+        if most == 0:
+            return 0.0
+        return float(self.plan.epsilon(most))
+
+    def result(self, nodes: Sequence[NodeInfo], evaluation: Any) -> FederationResult:
+        """What is handed over at the end."""
+        return FederationResult(
+            run=self.run,
+            nodes=list(nodes),
+            plan=self.plan,
+            adapter=self.adapter.copy(),
+            history=self.history,
+            dropped=self.dropped,
+            releases={node.name: self.releases.get(node.name, 0) for node in nodes},
+            epsilon=self.epsilon(),
+            evaluation=evaluation,
+            seconds=self.seconds,
+            train_seconds=self.train_seconds,
+            flops=self.flops,
+            bytes_up=sum(one.bytes_up for one in self.history),
+            bytes_down=sum(one.bytes_down for one in self.history),
+            attempt=self.attempt,
+            ended_early=self.ended_early,
+            notices=self.notices,
+        )
+
+
+def _same_config(saved: dict[str, Any], config: Config) -> None:
+    """Raises CheckpointError, naming the settings, if a resumed run would not be the same run."""
+    now = json.loads(json.dumps(asdict(config)))
+
+    def differences(a: Any, b: Any, prefix: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return [
+                d
+                for key in sorted({*a, *b})
+                for d in differences(a.get(key), b.get(key), f"{prefix}.{key}".strip("."))
+            ]
+        return [] if a == b else [f"{prefix} ({a!r}, now {b!r})"]
+
+    changed = [d for d in differences(saved, now, "") if d.split(".")[0].split(" ")[0] not in _MAY_CHANGE]
+    changed = [d for d in changed if not d.startswith("federation.round_timeout ")]
+    if changed:
+        raise CheckpointError(
+            f"The run to resume was started with other settings: {', '.join(changed[:6])}. Its noise was "
+            "calibrated to the old ones. Leave them out of the command, or start a new run."
+        )
