@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.cost.meter import EnergyReading
-from fedtune.experiments.record import Metrics, NodePrivacy
+from fedtune.experiments.assemble import Metrics, NodePrivacy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ResourceError
-from fedtune.experiments import environment, record
+from fedtune.experiments import assemble, environment, record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,9 +184,9 @@ def _record(
         bytes_down=result.bytes_down,
     )
     cost = dataclasses.replace(cost, energy_kwh=energy.kwh)
-    return record.build(
+    return assemble.assemble(
         config=config,
-        facts=record.RunFacts(
+        facts=assemble.RunFacts(
             id=result.run,
             started=started,
             # A resumed run took what its earlier sessions took, too.

@@ -16,7 +16,7 @@ from fedtune.config.schema import Config
 from fedtune.cost.meter import Cost, EnergyReading
 from fedtune.errors import RecordError, ResourceError
 from fedtune.experiments import record as records
-from fedtune.experiments.record import Metrics, NodePrivacy, RunFacts
+from fedtune.experiments.assemble import Metrics, NodePrivacy, RunFacts, assemble
 from fedtune.federation.events import Dropped, RoundSummary
 from fedtune.privacy.plan import PrivacyPlan
 from tests.privacy.plans import local_plan, public_plan
@@ -83,7 +83,7 @@ def build(**changes: Any) -> dict[str, Any]:
         "mechanism": "DP-SGD",
         "accountant": "PLD",
     }
-    return records.build(**(parts | changes))
+    return assemble(**(parts | changes))
 
 
 def test_it_has_every_key_of_the_contract() -> None:
