@@ -35,7 +35,7 @@ from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.precision import autocast
 
-__all__ = ["clipped_sum", "per_example_gradients"]
+__all__ = ["clip_and_sum", "clipped_sum", "per_example_gradients"]
 
 _BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, and changes nothing else
 
@@ -73,8 +73,11 @@ def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
     return collected
 
 
-def _clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
-    """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor."""
+def clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
+    """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor over all parameters.
+
+    The one place where a unit's gradient is clipped, be it a record's, a person's or an audit's canary.
+    """
     squares = sum(torch.linalg.vector_norm(g, dim=1).double().square() for g in gradients)
     assert isinstance(squares, Tensor)
     norms = squares.sqrt().cpu().numpy()
@@ -131,7 +134,7 @@ def clipped_sum(
     options = (micro_batch_tokens, precision)
     if units is None:
         for _, gradients in _example_gradients(model, features, records, *options):
-            total += torch.cat(_clip_and_sum(gradients, plan)).double()
+            total += torch.cat(clip_and_sum(gradients, plan)).double()
         return total.cpu().numpy()
     # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
     # its gradients are added up in the block's row for it, and clipped when all of them are there.
@@ -144,5 +147,5 @@ def clipped_sum(
         for positions, gradients in _example_gradients(model, features, records[chosen], *options):
             index = torch.from_numpy(row_of[positions]).to(model.device)
             sums.index_add_(0, index, torch.cat(gradients, dim=1))
-        total += _clip_and_sum([sums], plan)[0].double()
+        total += clip_and_sum([sums], plan)[0].double()
     return total.cpu().numpy()

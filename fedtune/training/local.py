@@ -14,6 +14,7 @@ Where the plan's unit is the client, or its trust is distributed, the noise is a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ class ShardView:
         train: TrainConfig,
         progress: Progress | None = None,
     ) -> None:
+        self.model, self.train = model, train
         self.features = Features.of(model, shard.data, train.micro_batch_tokens, progress)
         self.by_person = unit == "person"
         data = shard.data
@@ -86,6 +88,21 @@ class ShardView:
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
         return np.concatenate(rows), np.repeat(drawn, [len(r) for r in rows])
 
+    def clipped_sum(
+        self, drawn: NDArray[np.int64], plan: PrivacyPlan, entropy: Entropy
+    ) -> NDArray[np.float64]:
+        """Sum over the drawn units (numbers below `num_units`) of their clipped gradients, float64 [P]."""
+        records, units = self.records_of(drawn, plan.records_per_unit, entropy)
+        return clipped_sum(
+            self.model,
+            self.features,
+            records,
+            units,
+            plan,
+            micro_batch_tokens=self.train.micro_batch_tokens,
+            precision=self.train.precision,
+        )
+
 
 def make_optimizer(theta: torch.nn.Parameter, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer over the whole packed adapter.
@@ -113,8 +130,13 @@ def train_locally(
     round: int,
     attempt: int = 0,
     progress: Progress | None = None,
+    view: ShardView | None = None,
+    observe: Callable[[NDArray[np.float64]], None] | None = None,
 ) -> LocalResult:
     """Runs `plan.local_steps` steps from the adapter `start` [P] and returns the change.
+
+    For an audit: `view` holds the shard's units and canaries beside them, and `observe` is shown what each
+    step releases, float64 [P] (the noised average, which the accountant takes as published anyway).
 
     Guarantee: for `trust=local` the update is a function of `plan.local_steps` Gaussian releases with
     Poisson sampling, which is what `plan.event(1)` accounts for. The caller must have reserved that in
@@ -123,7 +145,7 @@ def train_locally(
     Raises: PreflightError before anything is trained; UpdateRejected if training diverged.
     """
     model.set_vector(start)
-    view = ShardView(model, shard, plan.unit, train, progress)
+    view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
     entropy = plan.entropy(shard.node, round, attempt)
     theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
     optimizer = make_optimizer(theta, train)
@@ -133,17 +155,10 @@ def train_locally(
         preflight(model, view.features, plan, theta, train)
         for _ in range(plan.local_steps):
             drawn = plan.sample(view.num_units, entropy)
-            records, units = view.records_of(drawn, plan.records_per_unit, entropy)
-            total = clipped_sum(
-                model,
-                view.features,
-                records,
-                units,
-                plan,
-                micro_batch_tokens=train.micro_batch_tokens,
-                precision=train.precision,
-            )
+            total = view.clipped_sum(drawn, plan, entropy)
             gradient = plan.average(total + plan.noise(model.num_parameters, entropy))
+            if observe is not None:
+                observe(gradient)
             theta.grad = torch.from_numpy(gradient.astype(np.float32)).to(model.device)
             if train.proximal_mu:
                 theta.grad += train.proximal_mu * (theta.detach() - anchor)
