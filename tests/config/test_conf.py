@@ -29,17 +29,13 @@ def test_every_group_has_pages() -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), PAGES, ids=IDS)
-def test_page_composes(group: str, name: str) -> None:
-    config = load([f"{group}={name}"])
-    assert isinstance(config, Config)
-
-
-@pytest.mark.parametrize(("group", "name"), PAGES, ids=IDS)
-def test_first_comment_is_a_command_that_composes(group: str, name: str) -> None:
+def test_page_composes_alone_and_by_the_command_of_its_first_comment(group: str, name: str) -> None:
     command = shlex.split(first_comment(page(group, name))[0])
     assert command[:2] == ["fedtune", "run"], command
     assert f"{group}={name}" in command[2:]
-    load(command[2:])
+    assert isinstance(load(command[2:]), Config)
+    if command[2:] != [f"{group}={name}"]:
+        load([f"{group}={name}"])
 
 
 @pytest.mark.parametrize(("group", "name"), COMPLETE, ids=["=".join(pair) for pair in COMPLETE])
