@@ -151,14 +151,18 @@ class AdaptedModel:
             self.theta.copy_(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)))
 
     @functools.cached_property
-    def encoder_digest(self) -> str:
-        """Changes whenever any frozen weight does; key of what is cached about the encoder."""
-        digest = hashlib.sha256(f"{self.base.pooling}".encode())
+    def frozen_digest(self) -> str:
+        """Changes whenever the output of the layers below `first_layer` would; key of what is kept of it.
+
+        Adapters of any kind that leave the same layers frozen share it.
+        """
+        digest = hashlib.sha256(self.base.pooling.encode())
         for name, parameter in self.base.encoder.named_parameters():
-            if not parameter.requires_grad:
-                digest.update(name.replace("base_layer.", "").encode())
-                if ".lora_" not in name:
-                    digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            place = name.split(".")
+            if place[0] == "layer" and int(place[1]) >= self.first_layer:
+                continue
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:

@@ -181,7 +181,7 @@ class Features:
         width, pooled = model.base.encoder.width, model.first_layer == model.num_layers
         if model.first_layer == 0:
             return cls(corpus, None, False, width, 0)
-        key = hashlib.sha256(f"{model.encoder_digest}|{model.first_layer}|{pooled}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{model.frozen_digest}|{model.first_layer}|{pooled}".encode()).hexdigest()[:32]
         resident = _RESIDENT.get(corpus)
         if resident is not None and resident[0] == key:
             return resident[1]

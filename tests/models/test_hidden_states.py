@@ -136,7 +136,17 @@ def test_another_encoder_has_another_store(tiny_bert: Path) -> None:
     quantized = load_model(
         ModelConfig(name=str(tiny_bert), quantization="int8"), AdapterConfig(layers=1), 2, 0, "cpu"
     )
-    assert quantized.encoder_digest != first.encoder_digest
+    assert quantized.frozen_digest != first.frozen_digest
     seen: list[int] = []
     Features.of(quantized, corpus, 64, lambda done, _: seen.append(done))
     assert seen
+
+
+@pytest.mark.usefixtures("clean_cache")
+def test_adapters_that_freeze_the_same_layers_share_a_store(tiny_bert: Path) -> None:
+    corpus = random_corpus()
+    Features.of(load(tiny_bert, layers=1), corpus, 64)
+    seen: list[int] = []
+    for name in ("ffa_lora", "bitfit"):
+        Features.of(load(tiny_bert, name=name, layers=1), corpus, 64, lambda done, _: seen.append(done))
+    assert not seen
