@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import PrivacyError
+from fedtune.privacy import losses
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -151,9 +152,7 @@ def delta_of(event: DpEvent, epsilon: float) -> float:
     return float(deltas_of_terms(terms, np.array([epsilon]))[0])
 
 
-def deltas_of_terms(
-    terms: Mapping[Term, int], epsilons: FloatArray, *, resolution: int = 5000
-) -> FloatArray:
+def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resolution: int = 5000) -> FloatArray:
     """Upper bounds on delta of the composed steps at each of `epsilons` [k] (0 or more): the whole curve.
 
     `resolution`: points of the grid over about one epsilon of the whole; fewer are faster and looser.
@@ -162,8 +161,8 @@ def deltas_of_terms(
     if not key:
         return np.zeros(len(epsilons))
     scale = max(_scale_guess(key, 1e-5), 1e-3)
-    loss = _composed(key, scale / resolution)
-    slack = _fft_slack(key, loss)
+    loss = losses.composed(key, scale / resolution)
+    slack = losses.rounding(key, loss)
     return np.minimum(1.0, np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64) + slack)
 
 
@@ -248,8 +247,8 @@ def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) ->
     key = _key(terms)
     if not key:
         return 0.0
-    loss = _composed(key, interval)
-    slack = _fft_slack(key, loss)
+    loss = losses.composed(key, interval)
+    slack = losses.rounding(key, loss)
     return (
         float(loss.get_epsilon_for_delta(delta - slack)) if slack < delta / 2.0 else _epsilon_rdp(key, delta)
     )
@@ -261,52 +260,23 @@ def _epsilon(key: Terms, delta: float) -> float:
         return 0.0
     interval = min(max(_scale_guess(key, delta) / 300.0, 1e-7), 1.0)
     best, previous = math.inf, math.inf
+    # With many different steps every grid costs seconds, and half a percent is not worth them.
+    tolerance = _TOLERANCE if len(key) <= 8 else 10.0 * _TOLERANCE
     for _ in range(7):
-        loss = _composed(key, interval)
-        slack = _fft_slack(key, loss)
+        loss = losses.composed(key, interval)
+        slack = losses.rounding(key, loss)
         # Where rounding could matter as much as delta itself, this accountant has nothing to say.
         if slack >= delta / 2.0:
             break
         current = float(loss.get_epsilon_for_delta(delta - slack))
         best = min(best, current)  # every grid gives an upper bound
         # The error falls with the square of the interval: a quarter of it leaves a fifteenth of the change.
-        if current == 0.0 or previous - current < 15.0 * _TOLERANCE * current:
+        if current == 0.0 or previous - current < 15.0 * tolerance * current:
             break
-        if 4 * max(_single(term, interval)._pmf_remove.size for term, _ in key) > _MAX_POINTS:
+        if 4 * losses.points_of_one(key, interval) > _MAX_POINTS:
             break
         previous, interval = current, interval / 4.0
     return best if math.isfinite(best) else _epsilon_rdp(key, delta)
-
-
-def _fft_slack(key: Terms, loss: Any) -> float:
-    """What rounding in the FFTs may have moved, as probability: generous, and far below any useful delta."""
-    steps = sum(count for _, count in key)
-    return 2.0**-52 * (steps + 10.0) * math.sqrt(loss._pmf_remove.size)
-
-
-@lru_cache(maxsize=32)
-def _single(term: Term, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    relation = NeighboringRelation.REPLACE_ONE if term.replace else NeighboringRelation.ADD_OR_REMOVE_ONE
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=term.noise_multiplier,
-        sampling_prob=term.sample_rate,
-        value_discretization_interval=interval,
-        pessimistic_estimate=True,
-        neighboring_relation=relation,
-    )
-
-
-def _composed(key: Terms, interval: float) -> Any:
-    total: Any = None
-    for term, count in key:
-        part = _single(term, interval)
-        if count > 1:
-            part = part.self_compose(count)
-        total = part if total is None else total.compose(part)
-    return total
 
 
 @lru_cache(maxsize=4096)

@@ -22,7 +22,7 @@ from fedtune.errors import ResourceError
 
 __all__ = ["kept"]
 
-_FORMAT = 2  # raise it when any kept function changes its results
+_FORMAT = 3  # raise it when any kept function changes its results
 _memory: dict[str, float] = {}
 
 

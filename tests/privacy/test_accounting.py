@@ -118,9 +118,9 @@ def test_a_coarser_grid_is_never_below_a_finer_one(interval: float) -> None:
 def test_a_typical_run_is_accounted_well_within_a_second() -> None:
     best = math.inf
     for i in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         epsilon_of(sampled(0.05, 1.1 + i / 1000, 60), 1e-5)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.8
 
 
@@ -227,5 +227,5 @@ def test_zcdp_bound_holds_for_the_sampled_mechanism() -> None:
 def test_results_are_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = {Term(0.05, 1.234): 60}
     first = epsilon_of_terms(terms, 1e-5)
-    monkeypatch.setattr(accounting, "_composed", None)  # a second computation would fail
+    monkeypatch.setattr(accounting, "losses", None)  # a second computation would fail
     assert epsilon_of_terms(dict(reversed(terms.items())), 1e-5) == first

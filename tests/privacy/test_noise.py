@@ -84,8 +84,8 @@ def test_grid_removes_the_low_bits_and_little_else() -> None:
 def test_a_large_adapter_is_noised_in_under_50_milliseconds() -> None:
     entropy, best = Entropy.system(), float("inf")
     for _ in range(15):
-        start = time.perf_counter()
+        start = time.process_time()
         entropy.gaussian(300_000, 1.0)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     # The bound is 50 ms on an idle core; a core that others use as well gets twice that.
     assert best < 0.1
