@@ -40,6 +40,7 @@ examples:
   fedtune run resume=RUN_DIR                   go on after a crash or Ctrl-C
   fedtune predict RUN_DIR "what a film"        use what was trained
   fedtune statement RUN_DIR                    what was promised to whom, for a privacy officer
+  fedtune audit RUN_DIR                        what an attacker learns, beside what was promised
   fedtune budget show                          what each data set has spent so far
 
 'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.
@@ -171,6 +172,27 @@ def _parser() -> _Parser:
                 "--unit", choices=("record", "person", "client"), help="the finest unit that may be protected"
             )
         action.add_argument("--json", action="store_true", help="as JSON, for a program")
+
+    audit = commands.add_parser(
+        "audit",
+        help="attack a run's mechanism: a lower bound on epsilon beside the claimed one",
+        description="Runs the mechanism of a finished run again with canaries, on synthetic gradients, and "
+        "tells what an attacker learns of them. Touches no private data and no budget. Exit status 1 if "
+        "the claim does not stand.",
+        epilog="examples:\n  fedtune audit RUN_DIR\n"
+        "  fedtune audit RUN_DIR --seeds 5               five repetitions together show more\n"
+        "  fedtune audit RUN_DIR --model                 train the real model, on the public test split",
+        formatter_class=raw,
+    )
+    audit.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run folder, or a record.json")
+    audit.add_argument("--canaries", metavar="N", type=int, help="canaries in each repetition")
+    audit.add_argument("--seeds", metavar="K", type=int, default=1, help="repetitions (default 1)")
+    audit.add_argument(
+        "--confidence", metavar="C", type=float, default=0.95, help="of all bounds together (default 0.95)"
+    )
+    audit.add_argument("--model", action="store_true", help="train the real model: minutes, not seconds")
+    audit.add_argument("--json", action="store_true", help="as JSON, for a program")
+    audit.set_defaults(call=_audit)
     return parser
 
 
@@ -256,6 +278,25 @@ def _budget(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.privacy import budget
 
     return budget.main(arguments)
+
+
+def _audit(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from rich.console import Console
+
+    from fedtune.experiments import audit
+
+    found = audit.audit(
+        arguments.run_dir,
+        canaries=arguments.canaries,
+        seeds=arguments.seeds,
+        confidence=arguments.confidence,
+        model=arguments.model,
+        console=None if arguments.json else Console(highlight=False),
+    )
+    if arguments.json:
+        _print_json(found)
+    audit.check(found)
+    return OK
 
 
 # --- what all commands share ---------------------------------------------------------------------

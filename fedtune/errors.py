@@ -9,7 +9,8 @@
     |   |-- CalibrationError     no noise multiplier meets the target
     |   |-- PreflightError       model, optimizer, sampler and accountant disagree; nothing was trained
     |   |-- BudgetExhausted      a release would go over a node's own budget; nothing was released
-    |   `-- LedgerError          the ledger is missing, unreadable, full or was tampered with
+    |   |-- LedgerError          the ledger is missing, unreadable, full or was tampered with
+    |   `-- AuditError           an audit shows more leakage than is promised: the promise is not kept
     |-- FederationError          a run cannot go on (for instance: no node sent a usable update)
     |   |-- UpdateRejected       one node's update was unusable; it costs that update, not the round
     |   `-- AggregationAborted   secure aggregation could not finish; the round is charged and discarded
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "AggregationAborted",
+    "AuditError",
     "BudgetExhausted",
     "CalibrationError",
     "CheckpointError",
@@ -81,6 +83,10 @@ class BudgetExhausted(PrivacyError):
 
 class LedgerError(PrivacyError):
     """A privacy ledger is missing, unreadable, full, or was tampered with."""
+
+
+class AuditError(PrivacyError):
+    """An audit shows more leakage than is promised: code, plan or claim is wrong."""
 
 
 class FederationError(FedtuneError):

@@ -18,7 +18,7 @@ from fedtune import cli
 from fedtune.config import Config
 from fedtune.errors import BudgetExhausted, RecordError
 
-COMMANDS = ("run", "statement", "predict", "budget")
+COMMANDS = ("run", "statement", "predict", "budget", "audit")
 RECORD = {"metrics": {"accuracy": 0.75}}
 
 

@@ -1,0 +1,189 @@
+"""Gradient canaries: units whose only purpose is to be noticed, and what an adversary makes of the releases.
+
+A canary is one unit whose gradient has a single nonzero coordinate, its own, and a norm ten times the
+clipping norm, so that the clipping has something to do. Whether it exists is decided by a fair coin; if it
+does, it is drawn, clipped and summed like any unit, in every step of the run. This is the strongest adversary
+of DP-SGD: it sees every noised gradient, knows where to look, and no other unit is in its way (Nasr et al.
+2021; the Dirac canaries of Steinke, Nasr and Jagielski 2023).
+
+`Scores` watches the released vectors and gives each canary scores, each the log likelihood ratio of
+"it is in" against "it is out", by several ideas of how batches are made:
+
+- `poisson`: it is in each batch with probability q, anew each time;
+- `fixed`: it is in every batch, or in none: what a batch does that is always the same;
+- `periodic`: batches repeat with period 1/q and it is in one of them, nobody knows which: what a cyclic or
+  fixed order of the data does. Against a Poisson sampler the last two are merely weaker attacks.
+
+The noise is measured, not believed: half of the coordinates, the controls, hold no canary and therefore
+show noise alone. They are taken in small blocks, so that parameters without noise are noticed, and at each
+step, so that a step without noise is. Scores are functions of the output alone; what they prove is for
+`fedtune.audit.verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["CANARY_NORM", "GradientCanaries", "Scores"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+CANARY_NORM = 10.0  # of a canary's gradient, over the clipping norm
+_WINDOW = 64  # controls that one local measurement of the noise is made of
+_MAX_PERIODS = 200  # longer cycles are not tried: each costs a number for each canary
+_TINY = 1e-9  # of the clipping norm: what counts as no noise
+
+
+@dataclass(frozen=True, eq=False)
+class GradientCanaries:
+    """Where the canaries are, and which of them exist.
+
+    Fields: `size` P, numbers in a release; `coordinates` int64 [m], each canary's own; `included` bool [m],
+    the coins; `controls` int64 [c], coordinates without a canary; `windows` int64 [m] and `control_windows`
+    int64 [c], which block each lies in, numbered from 0.
+    """
+
+    size: int
+    coordinates: IntArray
+    included: BoolArray
+    controls: IntArray
+    windows: IntArray
+    control_windows: IntArray
+
+    @classmethod
+    def spread(
+        cls, canaries: int, size: int, rng: np.random.Generator, blocks: Sequence[int] = ()
+    ) -> GradientCanaries:
+        """`canaries` of them over `size` coordinates, as evenly over the blocks as their sizes allow.
+
+        Args: `blocks`, sizes that add up to `size` (parameters of a model, in order; neighbours are joined
+        until a block holds 128 numbers); empty: every 128 coordinates are one. In each, canaries and
+        controls are a random sample. `rng` decides places and coins, none of which the mechanism may know.
+        Raises `ValueError` if there is no room: two coordinates are needed for each canary.
+        """
+        if not 1 <= canaries <= size // 2:
+            raise ValueError(f"{size} coordinates have room for {size // 2} canaries, not {canaries}")
+        edges = _edges(size, blocks)
+        quota = _quota(canaries, np.diff(edges) // 2)
+        places, controls, windows, control_windows = [], [], [], []
+        for block, count in enumerate(quota):
+            width = int(edges[block + 1] - edges[block])
+            free = max(count, min(width - count, _WINDOW))
+            chosen = edges[block] + rng.permutation(width)[: count + free]
+            places.append(chosen[:count])
+            controls.append(chosen[count:])
+            windows.append(np.full(count, block))
+            control_windows.append(np.full(len(chosen) - count, block))
+        return cls(
+            size=size,
+            coordinates=np.concatenate(places).astype(np.int64),
+            included=rng.random(canaries) < 0.5,
+            controls=np.concatenate(controls).astype(np.int64),
+            windows=np.concatenate(windows).astype(np.int64),
+            control_windows=np.concatenate(control_windows).astype(np.int64),
+        )
+
+    @property
+    def count(self) -> int:
+        """m."""
+        return len(self.coordinates)
+
+    @property
+    def members(self) -> IntArray:
+        """Canaries that exist, int64 [k]: the units that a sampler draws from."""
+        return np.flatnonzero(self.included).astype(np.int64)
+
+    def norm(self, plan: PrivacyPlan) -> float:
+        """L2 norm of a canary's gradient before clipping."""
+        return CANARY_NORM * plan.max_grad_norm if math.isfinite(plan.max_grad_norm) else 1.0
+
+    def unit(self, plan: PrivacyPlan) -> float:
+        """What a right mechanism lets through of one: the clipping norm (without privacy: all of it)."""
+        return plan.max_grad_norm if math.isfinite(plan.max_grad_norm) else 1.0
+
+
+class Scores:
+    """Watches releases, and scores how much more likely each canary is in than out."""
+
+    def __init__(self, canaries: GradientCanaries, rate: float, steps: int) -> None:
+        """`rate`: probability that a canary that is in is drawn at a step; `steps`: that there will be."""
+        self._canaries, self._rate = canaries, rate
+        period = round(1.0 / rate)
+        self._period = period if 2 <= period <= min(_MAX_PERIODS, steps) else 0
+        self._poisson = np.zeros(canaries.count)
+        self._fixed = np.zeros(canaries.count)
+        self._phases = np.zeros((self._period, canaries.count))
+        self._step = 0
+
+    def observe(self, released: FloatArray, plan: PrivacyPlan) -> None:
+        """Takes one released average, float64 [P], made by `plan`."""
+        canaries = self._canaries
+        sums = np.asarray(released, dtype=np.float64) * (plan.expected_batch_size() / canaries.unit(plan))
+        noise = _noise(sums[canaries.controls], canaries.control_windows)  # [blocks]
+        variance = np.square(np.maximum(noise, _TINY))[canaries.windows]
+        ratio = (sums[canaries.coordinates] - 0.5) / variance  # log N(x; 1, s^2) - log N(x; 0, s^2)
+        self._fixed += ratio
+        if self._rate >= 1.0:
+            self._poisson += ratio
+        else:
+            self._poisson += np.logaddexp(math.log1p(-self._rate), math.log(self._rate) + ratio)
+        if self._period:
+            self._phases[self._step % self._period] += ratio
+        self._step += 1
+
+    def result(self) -> dict[str, FloatArray]:
+        """The scores by attack, each float64 [m]: larger means more likely in."""
+        found = {"poisson": self._poisson.copy()}
+        if self._rate < 1.0:
+            found["fixed"] = self._fixed.copy()
+        if self._period:
+            found["periodic"] = np.logaddexp.reduce(self._phases, axis=0)
+        return found
+
+
+def _edges(size: int, blocks: Sequence[int]) -> IntArray:
+    """Boundaries of the blocks, int64 [blocks + 1], from 0 to `size`."""
+    if blocks and sum(blocks) != size:
+        raise ValueError(f"blocks add up to {sum(blocks)}, not {size}")
+    edges = [0]
+    for end in np.cumsum(blocks) if blocks else range(2 * _WINDOW, size + 1, 2 * _WINDOW):
+        if end - edges[-1] >= 2 * _WINDOW:
+            edges.append(int(end))
+    if len(edges) == 1:
+        edges.append(size)
+    edges[-1] = size  # a small rest joins its neighbour
+    return np.asarray(edges, dtype=np.int64)
+
+
+def _quota(total: int, room: IntArray) -> list[int]:
+    """`total` shared out as evenly as `room` [b] allows."""
+    quota = np.zeros(len(room), dtype=np.int64)
+    while (left := total - int(quota.sum())) > 0:
+        open_ = np.flatnonzero(quota < room)
+        share = max(1, left // len(open_))
+        for block in open_[: left if share == 1 else None]:
+            quota[block] += min(share, room[block] - quota[block], total - int(quota.sum()))
+    return [int(count) for count in quota]
+
+
+def _noise(controls: FloatArray, windows: IntArray) -> FloatArray:
+    """Standard deviation of the noise in each block, [blocks], in units of the clipping norm.
+
+    The median over all blocks, except where a block is so far from it that chance does not explain it:
+    a local measurement is worse than a common one unless there is something local to measure.
+    """
+    counts = np.bincount(windows)
+    local = np.sqrt(np.bincount(windows, weights=np.square(controls)) / counts)
+    common = float(np.median(local))
+    # A standard deviation from n numbers is off by a part of 1 / sqrt(2 n); five of these are not chance.
+    off = np.abs(local - common) > 5.0 * common / np.sqrt(2.0 * counts)
+    return np.where(off, local, common)

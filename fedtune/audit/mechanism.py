@@ -1,0 +1,126 @@
+"""Runs a plan's own sampler, clipping, noise and averaging on canaries alone: no model, no private data.
+
+What makes a run private is a handful of methods of its `PrivacyPlan` (and, by trust model, the integers of
+`DiscreteMechanism` or the trusted server's `ClippedUpdates`). They are run here as they are, for as many
+steps as the run took, on synthetic gradients: every unit is a canary. Since the accountant's bound is for
+the worst case, and this is close to it, the audit can come close to the claim, and takes seconds.
+
+What it cannot see is how the gradients come about: a parameter that is trained without being clipped, a layer
+that mixes examples. For that the real model must be trained (`fedtune.audit.model`), at more cost.
+
+By trust model:
+
+- `local`, `none`: `local_steps` steps a release, every one of which the adversary sees.
+- `distributed`: one step a release, over the union, through rounding and integers. The sum holds the noise of
+  as few nodes as the plan allows to count on, the worst case that is promised.
+- `central`: every canary is a client and takes part in every round, as the plan assumes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedtune.audit.canaries import GradientCanaries, Scores
+from fedtune.federation.rounds import ClippedUpdates
+from fedtune.privacy.discrete import DiscreteMechanism
+from fedtune.privacy.noise import Entropy
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["canary_sum", "one_shot_cosines", "rate_of", "released_sum", "watch"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+def rate_of(plan: PrivacyPlan) -> float:
+    """Probability that a unit takes part in a step (clients: always)."""
+    return 1.0 if plan.trust == "central" else plan.sample_rate
+
+
+def watch(
+    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, *, attempt: int = 0
+) -> dict[str, FloatArray]:
+    """Makes `releases` releases of `plan` with `canaries` in them; the scores by attack, each float64 [m].
+
+    `attempt` keeps one repetition's randomness from another's where it is reproducible.
+    """
+    scores = Scores(canaries, rate_of(plan), plan.steps(releases))
+    for round in range(1, releases + 1):
+        entropy = plan.entropy("audit", round, attempt)
+        if plan.trust == "central":
+            released, following = _central(plan, canaries, entropy)
+            scores.observe(released, plan)
+            plan = following
+            continue
+        for _ in range(plan.local_steps):
+            drawn = canaries.members[plan.sample(len(canaries.members), entropy)]
+            total = canary_sum(plan, canaries, drawn)
+            scores.observe(plan.average(released_sum(plan, total, entropy)), plan)
+    return scores.result()
+
+
+def canary_sum(plan: PrivacyPlan, canaries: GradientCanaries, drawn: IntArray) -> FloatArray:
+    """Sum of the clipped gradients of the canaries `drawn` [k] (their numbers), float64 [P]."""
+    norms = np.full(len(drawn), canaries.norm(plan))
+    total = np.zeros(canaries.size)
+    # Coordinates are distinct, so that nothing is added twice.
+    total[canaries.coordinates[drawn]] = plan.clip_factors(norms) * norms
+    return total
+
+
+def released_sum(plan: PrivacyPlan, total: FloatArray, entropy: Entropy) -> FloatArray:
+    """The noised sum that an adversary sees of a clipped one, float64 [P]; not for trust central.
+
+    For `distributed`: one node holds `total`, and as many others as can be counted on add noise alone.
+    """
+    if plan.trust != "distributed":
+        return total + plan.noise(total.size, entropy)
+    mechanism = DiscreteMechanism.for_plan(plan, total.size)
+    integers = mechanism.share(total, entropy)  # uint32: sums wrap around, as they do behind the masks
+    for _ in range(mechanism.shares - 1):
+        integers = integers + mechanism.share(np.zeros(total.size), entropy)
+    return mechanism.decode(integers)
+
+
+def _central(
+    plan: PrivacyPlan, canaries: GradientCanaries, entropy: Entropy
+) -> tuple[FloatArray, PrivacyPlan]:
+    server = ClippedUpdates(plan, canaries.size)
+    update = np.zeros(canaries.size)
+    for canary in canaries.members:
+        update[canaries.coordinates[canary]] = canaries.norm(plan)
+        server.add(update)
+        update[canaries.coordinates[canary]] = 0.0
+    return server.release(entropy)
+
+
+def one_shot_cosines(
+    plan: PrivacyPlan,
+    releases: int,
+    clients: int,
+    dimension: int,
+    rng: np.random.Generator,
+    *,
+    attempt: int = 0,
+) -> FloatArray:
+    """Cosines [k] of `clients` canary clients' random unit directions with all that was released, added up.
+
+    Andrew et al. 2024, algorithm 1: each canary sends the same random direction in every round, scaled to
+    `CANARY_NORM` times the clipping norm, and the sum of the aggregates is what the adversary has (the
+    final model under FedAvg). For trust `central`. They are all in: the cosine of a direction that is not
+    is known without trying.
+    """
+    from fedtune.audit.canaries import CANARY_NORM
+
+    directions = rng.standard_normal((clients, dimension))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    final = np.zeros(dimension)
+    for round in range(1, releases + 1):
+        server = ClippedUpdates(plan, dimension)
+        for direction in directions:
+            server.add(CANARY_NORM * plan.max_grad_norm * direction)
+        aggregate, plan = server.release(plan.entropy("audit one-shot", round, attempt))
+        final += aggregate
+    length = float(np.linalg.norm(final))
+    return np.asarray(directions @ final / max(length, 1e-300), dtype=np.float64)
