@@ -24,7 +24,7 @@ from fedtune.cost.prices import Money
 from fedtune.experiments.repricing import Book, money_of
 from fedtune.experiments.runs import Run
 
-__all__ = ["COSTS", "Point", "Stat", "flatten", "non_dominated", "points_of", "varied"]
+__all__ = ["COSTS", "Point", "Stat", "flatten", "non_dominated", "points_of", "telling", "varied"]
 
 COSTS: dict[str, tuple[str, str]] = {  # name: (what it is, unit)
     "money": ("money", ""),
@@ -209,3 +209,9 @@ def varied(points: Sequence[Point]) -> list[str]:
     """Settings that are not the same everywhere, in the order of the configuration."""
     names = dict.fromkeys(name for point in points for name in point.settings)
     return [name for name in names if len({repr(point.settings.get(name)) for point in points}) > 1]
+
+
+def telling(names: Sequence[str], points: Sequence[Point]) -> list[str]:
+    """Of the settings that vary, those worth saying: the trust model only if there are several."""
+    trusts = {point.runs[0].trust for point in points} - {"none"}
+    return [name for name in names if name != "privacy.trust" or len(trusts) > 1]

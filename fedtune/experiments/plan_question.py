@@ -16,7 +16,7 @@ from typing import Any
 
 from fedtune.errors import ConfigError
 from fedtune.experiments.commands import command
-from fedtune.experiments.frontier import Point, points_of, varied
+from fedtune.experiments.frontier import Point, points_of, telling, varied
 from fedtune.experiments.words import money_text, number, percent, setting_words
 
 __all__ = ["Answer", "Give", "Wish", "answer", "answer_json", "answer_text", "plan"]
@@ -154,7 +154,7 @@ def plan(folders: Sequence[Path], prices: Sequence[str], wish: Wish) -> tuple[st
     points = points_of(found.runs, using)
     if wish.money is not None and using.currency is None:
         raise ConfigError(f"--money cannot be answered. {using.notes[0]}")
-    names = varied(points)
+    names = telling(varied(points), points)
     groups = list(dict.fromkeys(point.group for point in points))
     texts, values = [], []
     for group in groups:

@@ -46,19 +46,20 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def setting_words(settings: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The settings in `names`, as `epsilon=2, quantization=nf4`; `group.name` is said as `group`."""
+    """The settings in `names`, as `quantization=nf4, epsilon=2`; `group.name` is said as `group`."""
     short = short_names(names)
     parts = []
     for name in names:
-        if name not in settings:
+        value = settings.get(name)
+        if name not in settings or (name == "privacy.trust" and value == "none"):
             continue
-        value = settings[name]
-        said = short[name].removesuffix(".name")
-        if isinstance(value, float):
-            value = f"{value:g}"
         if value is None:
             if name in ("privacy.epsilon", "privacy.noise_multiplier"):
                 continue  # the one follows from the other, or from trust=none
             value = "null"
-        parts.append(f"{said}={value}")
+        if isinstance(value, float):
+            value = f"{value:g}"
+        parts.append(f"{short[name].removesuffix('.name')}={value}")
+    if names and settings.get("privacy.trust") == "none":
+        parts.append("no privacy")
     return ", ".join(parts)

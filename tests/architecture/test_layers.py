@@ -41,7 +41,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "dp_accounting": ("privacy",),
     "datasets": ("data",),
     "flwr_datasets": ("data",),
-    "pyarrow": ("data",),
+    "pyarrow": ("data", "experiments"),
     "transformers": ("models",),
     "peft": ("models",),
     "bitsandbytes": ("models",),
