@@ -127,6 +127,12 @@ def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[st
     view.working("loading the encoder")
     with place.using_model():
         pass
+
+    def warming(done: int, total: int) -> None:
+        view.working(f"frozen layers, once and kept: {done:,} of {total:,} texts")
+
+    # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
+    place.warm(warming)
     view.working("calibrating the noise")
     result = engines.run(config, run_dir, view)
     view.working("saving adapter, statement and record")
