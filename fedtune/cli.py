@@ -42,6 +42,8 @@ examples:
   fedtune statement RUN_DIR                    what was promised to whom, for a privacy officer
   fedtune audit RUN_DIR                        what an attacker learns, beside what was promised
   fedtune budget show                          what each data set has spent so far
+  fedtune report multirun                      all runs on one page: frontier, costs, advice
+  fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 
 'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.
 """
@@ -94,8 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _dispatch(given: list[str], debug: bool) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(given)
-    if rest and arguments.command != "run":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # argparse reads words after an option of these commands as strangers; options it really does not know.
+    strangers = [word for word in rest if word.startswith("-") or arguments.command not in ("report", "plan")]
+    if strangers and arguments.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
     if arguments.command is None:
         parser.print_help()
         return OK
@@ -141,6 +145,36 @@ def _parser() -> _Parser:
     predict.add_argument("texts", metavar="TEXT", nargs="+", help="a text; '-' reads lines")
     predict.add_argument("--json", action="store_true", help="as JSON, for a program")
     predict.set_defaults(call=_predict)
+
+    report = commands.add_parser(
+        "report",
+        help="all runs below some folders on one page, with the frontier",
+        description="Writes report.html (one file, no network), frontier.png, frontier.csv and "
+        "frontier.parquet from every record.json below the folders. Nothing is run again.",
+        epilog="examples:\n  fedtune report multirun\n"
+        "  fedtune report multirun outputs pricing=edge    what the same runs cost elsewhere\n"
+        "  fedtune report multirun pricing.device_hour=0.2 --output FOLDER",
+        formatter_class=raw,
+    )
+    _add_folders(report)
+    report.add_argument("--output", metavar="FOLDER", type=Path, help="where to (default: the first DIR)")
+    report.set_defaults(call=_report)
+
+    plan = commands.add_parser(
+        "plan",
+        help="the cheapest finished configuration that meets your wishes",
+        description="Answers from finished runs: the cheapest configuration with that accuracy, epsilon and "
+        "money, or which of the three must give and by how much.",
+        epilog="examples:\n  fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01\n"
+        "  fedtune plan multirun --accuracy 0.8 pricing=edge",
+        formatter_class=raw,
+    )
+    _add_folders(plan)
+    plan.add_argument("--accuracy", metavar="A", type=float, help="at least, as a share (0.8)")
+    plan.add_argument("--epsilon", metavar="E", type=float, help="at most")
+    plan.add_argument("--money", metavar="M", type=float, help="at most, for one run, in the book's currency")
+    plan.add_argument("--json", action="store_true", help="as JSON, for a program")
+    plan.set_defaults(call=_plan)
 
     budget = commands.add_parser(
         "budget",
@@ -194,6 +228,15 @@ def _parser() -> _Parser:
     audit.add_argument("--json", action="store_true", help="as JSON, for a program")
     audit.set_defaults(call=_audit)
     return parser
+
+
+def _add_folders(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "words",
+        metavar="DIR",
+        nargs="+",
+        help="folder with runs below it; pricing=NAME prices them by that book of conf/pricing/",
+    )
 
 
 # --- commands ------------------------------------------------------------------------------------
@@ -272,6 +315,40 @@ def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int
     else:
         show(predictions)
     return OK
+
+
+def _report(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from fedtune.experiments.report import report
+
+    folders, prices = _folders_and_prices([*arguments.words, *rest])
+    made = report(folders, prices, arguments.output)
+    print(made.text)
+    print()
+    for path in (made.page, made.picture, made.csv, made.parquet):
+        print(path)
+    return OK
+
+
+def _plan(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+    from fedtune.experiments.plan_question import Wish, plan
+
+    folders, prices = _folders_and_prices([*arguments.words, *rest])
+    wish = Wish(arguments.accuracy, arguments.epsilon, arguments.money)
+    text, values = plan(folders, prices, wish)
+    if arguments.json:
+        _print_json(values)
+    else:
+        print(text)
+    return OK
+
+
+def _folders_and_prices(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Folders and prices, given in any order; a word with '=' is a price unless there is such a folder."""
+    prices = [word for word in words if "=" in word and not Path(word).exists()]
+    folders = [Path(word) for word in words if word not in prices]
+    if not folders:
+        raise ConfigError("No folder with runs was named. See 'fedtune report --help'.")
+    return folders, prices
 
 
 def _budget(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
