@@ -174,11 +174,11 @@ class Chain:
             problems.append(f"row {counter} is missing: rows were cut off the end")
         elif counter < last:
             problems.append(f"row {last} was added without the ledger's counter")
-        triggers = {
-            name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
-        }
-        if not triggers >= {"log_is_not_edited", "log_is_not_cut"}:
+        found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+        if set(_SCHEMA) - found:
             problems.append("the locks against editing were taken off the table")
+        if found - {*_SCHEMA, "CREATE TABLE sqlite_sequence(name,seq)"}:
+            problems.append("there is something in the file that a ledger does not have")
         return rows, problems
 
     def run_rows(self, connection: sqlite3.Connection, run: str) -> Iterator[Row]:
@@ -186,11 +186,10 @@ class Chain:
         for raw in connection.execute(f"SELECT {_COLUMNS} FROM log WHERE run = ? ORDER BY seq", (run,)):
             yield self.checked(raw)
 
-    def last_of_kind(self, connection: sqlite3.Connection, kind: str) -> Row | None:
-        """The latest row of `kind`, verified by itself."""
-        query = f"SELECT {_COLUMNS} FROM log WHERE kind = ? ORDER BY seq DESC LIMIT 1"
-        raw = connection.execute(query, (kind,)).fetchone()
-        return None if raw is None else self.checked(raw)
+    def latest_of_kind(self, connection: sqlite3.Connection, kind: str, count: int) -> list[Row]:
+        """The latest `count` rows of `kind`, oldest first, each verified by itself."""
+        query = f"SELECT {_COLUMNS} FROM log WHERE kind = ? ORDER BY seq DESC LIMIT ?"
+        return [self.checked(raw) for raw in connection.execute(query, (kind, count))][::-1]
 
     def _counter(self, connection: sqlite3.Connection) -> int:
         found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
@@ -252,8 +251,13 @@ class Chain:
                 _inherited.append(connection)  # another process's: not ours to close
             self._open = None
         address = self.path.absolute().as_uri()
-        # A copy that may not be written (an auditor's) is read as it stands, without SQLite's side files.
-        address += "?mode=rw" if os.access(self.path, os.W_OK) or create else "?mode=ro&immutable=1"
+        if create or os.access(self.path, os.W_OK):
+            address += "?mode=rw"
+        elif Path(f"{self.path}-wal").exists():
+            address += "?mode=ro"  # its latest rows are in the side file
+        else:
+            # A copy that may not be written (an auditor's) is read as it stands, without side files.
+            address += "?mode=ro&immutable=1"
         connection = sqlite3.connect(
             address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )

@@ -17,6 +17,12 @@ changed replaces its person by another, so for a finer unit such a release count
 twice the sensitivity. A release that protects records says nothing about persons. The epsilon of data
 that was used with several units is that of the finest.
 
+Adaptivity. Composition by loss distributions is proven for mechanisms whose parameters were fixed before
+their outputs were seen; each run is such a mechanism (its plan is made before data is read). That an owner
+or a server may choose the parameters of the next run after seeing the last one is proven to be harmless for
+Renyi DP (Feldman and Zrnic 2021) and not, as yet, for this tighter composition. `epsilon_rdp` is there for
+whoever wants that.
+
 One ledger is one node's: it is bound to the node that first reserves. Several processes may share it.
 """
 
@@ -30,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
-from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounting import Term, epsilon_of_terms, epsilon_rdp_of_terms
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.cache import kept
 from fedtune.privacy.chain import GENESIS, Chain
@@ -237,6 +243,11 @@ class PrivacyLedger:
             delta = found[0].delta if found else state.smallest_delta(dataset, fingerprint)
         return kept_epsilon(terms, delta)
 
+    def epsilon_rdp(self, *, dataset: str, fingerprint: str, delta: float) -> float:
+        """As `epsilon` over everything, by Renyi DP: larger, and proven for parameters chosen as one goes."""
+        terms = self._current().terms(dataset, fingerprint)
+        return math.inf if terms is None else epsilon_rdp_of_terms(terms, delta)
+
     # --- budgets ------------------------------------------------------------------------------------
 
     def set_budget(self, budget: PrivacyBudget, *, dataset: str | None = None) -> None:
@@ -391,12 +402,15 @@ class PrivacyLedger:
         """The state with every row that was written since; starts from the last summary if it knows none."""
         state = self._state
         if state.seq == 0:
-            latest = self._chain.last_of_kind(connection, "summary")
-            if latest is not None:
-                state = state_of(latest)
+            # From the last summary but one, so that the last is checked against the rows that it sums up.
+            summaries = self._chain.latest_of_kind(connection, "summary", 2)
+            if summaries:
+                state = state_of(summaries[0])
         elif self._chain.hash_of(connection, state.seq) != state.hash:
             raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
         for row in self._chain.rows(connection, state.seq, state.hash):
+            if row.kind == "summary" and row.body != state.to_json():
+                raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
             state = state.with_row(row)
         return state
 

@@ -138,6 +138,9 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "Choice of settings. If this run was picked among several because its result was good, the choice "
         "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
         "other uses below count all runs that the ledgers know.",
+        "Runs whose settings were chosen after looking at earlier private runs: the totals below compose "
+        "them as if they had been planned together, which is proven for Renyi DP and not for the tighter "
+        "method used here.",
         "Side channels: the time a node takes, memory, power, logs on the node itself.",
         "Security and exposure: who may read the data where it lies, how it was collected, the transport "
         "(TLS) and the nodes' own machines.",
