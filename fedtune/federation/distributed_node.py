@@ -98,7 +98,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     import torch
 
     from fedtune.federation.resident import tally, workplace
-    from fedtune.training.dp_step import clipped_sum, per_example_gradients
+    from fedtune.training.dp_step import per_example_gradients
     from fedtune.training.local import ShardView
     from fedtune.training.preflight import preflight
 
@@ -115,16 +115,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
         with per_example_gradients(model):
             preflight(model, view.features, plan, theta, train)
             drawn = plan.sample(view.num_units, entropy)
-            records, units = view.records_of(drawn, plan.records_per_unit, entropy)
-            total = clipped_sum(
-                model,
-                view.features,
-                records,
-                units,
-                plan,
-                micro_batch_tokens=train.micro_batch_tokens,
-                precision=train.precision,
-            )
+            total = view.clipped_sum(drawn, plan, entropy)
         seconds, flops = time.perf_counter() - started, model.flops.total - flops
     tally.add(seconds, flops)
     return mechanism.share(total, entropy), seconds
