@@ -133,7 +133,7 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
 def _time_line(record: Mapping[str, Any]) -> str:
     rounds = record["federation"]["rounds"]
     return (
-        f"{duration(record['run']['seconds'])} for {rounds} rounds; nodes trained "
+        f"{duration(record['run']['seconds'])} for {rounds} round{'' if rounds == 1 else 's'}; nodes trained "
         f"{duration(record['cost']['train_seconds'])} in all"
     )
 
