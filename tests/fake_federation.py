@@ -194,7 +194,13 @@ def run_fake(
     try:
         with task_identity(grid.run_id):
             return run_rounds(
-                grid, config, run_dir, observer, server_side=server_side or FakeServerSide(), **options
+                grid,
+                config,
+                run_dir,
+                observer,
+                server_side=server_side or FakeServerSide(),
+                expected_nodes=nodes,
+                **options,
             )
     finally:
         grid.close(wait=0.0)

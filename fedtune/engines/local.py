@@ -277,9 +277,10 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     from fedtune.federation.server import run_rounds
 
     before = (tally.seconds, tally.flops)
+    num_nodes = len(workplace(config).prepared.shards)
     grid = LocalGrid(
         app,
-        len(workplace(config).prepared.shards),
+        num_nodes,
         {"fedtune": to_json(config)},
         timeout=config.federation.round_timeout,
         on_abandoned=forget,
@@ -291,6 +292,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
                 config,
                 run_dir,
                 observer,
+                expected_nodes=num_nodes,
                 usage=lambda: (tally.seconds - before[0], tally.flops - before[1]),
             )
     finally:

@@ -79,13 +79,14 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     from fedtune.federation.resident import workplace
     from fedtune.federation.server import run_rounds
 
+    num_nodes = len(workplace(config).prepared.shards)
     outcome: list[FederationResult | BaseException] = []
     stop, ended = threading.Event(), threading.Event()
 
     def main(grid: Grid, context: Context) -> None:
         # Flower ends with an error of its own for whatever a ServerApp raises; ours is kept for the caller.
         try:
-            outcome.append(run_rounds(grid, config, run_dir, observer, stop=stop))
+            outcome.append(run_rounds(grid, config, run_dir, observer, stop=stop, expected_nodes=num_nodes))
         except BaseException as error:
             outcome.append(error)
         finally:
@@ -105,9 +106,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            run_simulation(
-                server_app, client_app, len(workplace(config).prepared.shards), backend_config=backend
-            )
+            run_simulation(server_app, client_app, num_nodes, backend_config=backend)
     except KeyboardInterrupt:
         stop.set()
         ended.wait(30.0)

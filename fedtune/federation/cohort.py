@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,8 +15,9 @@ from fedtune.federation.events import Dropped, NodeInfo
 from fedtune.federation.messages import NodeHello
 from fedtune.federation.rounds import exchange, make_messages, reason_of
 
-__all__ = ["draw_cohort", "greet"]
+__all__ = ["connected", "draw_cohort", "greet"]
 
+_SETTLED_SECONDS = 3.0
 _COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
 
 
@@ -31,14 +33,39 @@ def draw_cohort(nodes: Sequence[NodeInfo], size: int | None, seed: int, round: i
     return [ordered[i] for i in sorted(generator.choice(len(ordered), size=size, replace=False))]
 
 
+def connected(grid: Grid, expected: int | None, timeout: float, stop: threading.Event | None) -> list[int]:
+    """The ids of the nodes that are there, once they are.
+
+    Nodes connect one by one, and in a simulation after the server has started. Waits for `expected` nodes
+    if that is known, else until some are there and no more have come for `_SETTLED_SECONDS`; at most
+    `timeout` seconds, then goes on with those that are there. Raises KeyboardInterrupt if `stop` is set.
+    """
+    deadline = changed = time.monotonic()
+    deadline += timeout
+    ids = list(grid.get_node_ids())
+    while time.monotonic() < deadline:
+        if expected is not None and len(ids) >= expected:
+            break
+        if expected is None and ids and time.monotonic() - changed > _SETTLED_SECONDS:
+            break
+        if stop is not None and stop.is_set():
+            raise KeyboardInterrupt
+        time.sleep(0.1)
+        now = list(grid.get_node_ids())
+        if len(now) != len(ids):
+            changed = time.monotonic()
+        ids = now
+    return ids
+
+
 def greet(
-    grid: Grid, timeout: float, stop: threading.Event | None
+    grid: Grid, timeout: float, stop: threading.Event | None = None, expected: int | None = None
 ) -> tuple[list[NodeInfo], list[Dropped], list[str]]:
     """Asks every connected node who it is: (nodes by name, nodes that failed, notices).
 
     Raises FederationError if no node can take part, or two have one name.
     """
-    ids = list(grid.get_node_ids())
+    ids = connected(grid, expected, timeout, stop)
     unknown = [NodeInfo(name=f"node id {node_id}", node_id=node_id, declared_size=0) for node_id in ids]
     nodes: list[NodeInfo] = []
     failed: list[Dropped] = []

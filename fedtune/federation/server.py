@@ -82,6 +82,7 @@ def run_rounds(
     protocol: RoundProtocol | None = None,
     usage: Usage | None = None,
     stop: threading.Event | None = None,
+    expected_nodes: int | None = None,
 ) -> FederationResult:
     """Runs a federation to its end, or on from its checkpoint if `config.resume` is set.
 
@@ -92,6 +93,8 @@ def run_rounds(
         protocol: how a round is done; None: by the plan's trust model.
         usage: what the engine can measure of its clients.
         stop: set by another thread to end the run as Ctrl-C would.
+        expected_nodes: nodes to wait for before the first round; None: `federation.nodes`, and if that is
+            None too, those that are there when no more come.
 
     Raises:
         FederationError: no node can take part, or three rounds in a row had too few usable updates.
@@ -101,7 +104,7 @@ def run_rounds(
     told = SafeObserver(observer)
     with checkpoints.lock_folder(run_dir):
         try:
-            return _run(grid, config, run_dir, told, server_side, protocol, usage, stop)
+            return _run(grid, config, run_dir, told, server_side, protocol, usage, stop, expected_nodes)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
@@ -118,6 +121,7 @@ def _run(
     protocol: RoundProtocol | None,
     usage: Usage | None,
     stop: threading.Event | None,
+    expected_nodes: int | None,
 ) -> FederationResult:
     if server_side is None:
         from fedtune.federation.resident import workplace
@@ -125,7 +129,8 @@ def _run(
         server_side = workplace(config)
     started = time.monotonic()
     federation = config.federation
-    state, nodes = _begin(grid, config, run_dir, server_side, stop)
+    expected = federation.nodes if expected_nodes is None else expected_nodes
+    state, nodes = _begin(grid, config, run_dir, server_side, stop, expected)
     protocol = protocol or protocol_for(state.plan, config)
     observer.on_start(_info(state, config, run_dir, nodes))
     before = (state.seconds, state.train_seconds, state.flops)
@@ -196,7 +201,12 @@ def _run(
 
 
 def _begin(
-    grid: Grid, config: Config, run_dir: Path, server_side: ServerSide, stop: threading.Event | None
+    grid: Grid,
+    config: Config,
+    run_dir: Path,
+    server_side: ServerSide,
+    stop: threading.Event | None,
+    expected: int | None,
 ) -> tuple[RunState, list[NodeInfo]]:
     """Steps 1 to 3: a new state, checkpointed, or the checkpoint's; and who takes part."""
     there = checkpoints.has_checkpoint(run_dir)
@@ -208,7 +218,7 @@ def _begin(
     if config.resume is not None and not there:
         checkpoints.load_latest(run_dir)  # raises, with the way out
     attempt = checkpoints.next_attempt(run_dir)
-    nodes, failed, notices = greet(grid, config.federation.round_timeout, stop)
+    nodes, failed, notices = greet(grid, config.federation.round_timeout, stop, expected)
     if config.resume is None:
         plan = make_plan(config, [node.declared_size for node in nodes])
         state = RunState(secrets.token_hex(8), plan, server_side.initial(), server_optimizer(config), attempt)

@@ -339,7 +339,9 @@ def test_nodes_that_cannot_start_are_left_out_and_named(tmp_path: Path) -> None:
     app._registered_funcs["query.hello"] = hello
     grid = fake_federation.LocalGrid(app, 3, {}, timeout=5.0)
     with fake_federation.task_identity(grid.run_id):
-        result = fake_federation.run_rounds(grid, fake_config(), tmp_path, server_side=FakeServerSide())
+        result = fake_federation.run_rounds(
+            grid, fake_config(), tmp_path, server_side=FakeServerSide(), expected_nodes=3
+        )
     assert [node.name for node in result.nodes] == ["node-0", "node-2"]
     assert (result.dropped[0].round, result.dropped[0].reason) == (0, "DataError: there is no such file")
 
@@ -357,4 +359,58 @@ def test_two_nodes_with_one_name_are_refused(tmp_path: Path) -> None:
         fake_federation.task_identity(grid.run_id),
         pytest.raises(FederationError, match="Two nodes say that they are node-0"),
     ):
-        fake_federation.run_rounds(grid, fake_config(), tmp_path, server_side=FakeServerSide())
+        fake_federation.run_rounds(
+            grid, fake_config(), tmp_path, server_side=FakeServerSide(), expected_nodes=3
+        )
+
+
+def test_the_server_waits_for_nodes_that_connect_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.federation import cohort
+    from tests import fake_federation
+
+    class Late(fake_federation.LocalGrid):
+        looked = 0
+
+        def get_node_ids(self):  # type: ignore[no-untyped-def]
+            self.looked += 1
+            return list(super().get_node_ids())[: max(0, self.looked - 2)]
+
+    monkeypatch.setattr(cohort, "_SETTLED_SECONDS", 0.3)
+    for expected in (3, None):  # told how many, or by waiting until no more come
+        grid = Late(fake_federation.fake_app(), 3, {}, timeout=5.0)
+        with fake_federation.task_identity(grid.run_id):
+            nodes, _, notices = cohort.greet(grid, 5.0, expected=expected)
+        assert [node.name for node in nodes] == ["node-0", "node-1", "node-2"]
+        assert notices == []
+
+
+def test_the_server_goes_on_without_nodes_that_never_connect() -> None:
+    from fedtune.federation import cohort
+    from tests import fake_federation
+
+    grid = fake_federation.LocalGrid(fake_federation.fake_app(), 2, {}, timeout=5.0)
+    with fake_federation.task_identity(grid.run_id):
+        nodes, _, _ = cohort.greet(grid, 0.3, expected=5)
+    assert len(nodes) == 2
+
+
+def test_shards_without_a_node_are_told_of() -> None:
+    from fedtune.federation import cohort
+    from tests import fake_federation
+
+    app = fake_federation.fake_app()
+    inner = app._registered_funcs["query.hello"]
+
+    def hello(message, context):  # type: ignore[no-untyped-def]
+        answer = inner(message, context)
+        answer.content["hello"]["shards"] = 4
+        return answer
+
+    app._registered_funcs["query.hello"] = hello
+    grid = fake_federation.LocalGrid(app, 2, {}, timeout=5.0)
+    with fake_federation.task_identity(grid.run_id):
+        _, _, (notice,) = cohort.greet(grid, 5.0, expected=2)
+    assert "has 4 shards, and only 2 of them" in notice
+    assert "num-supernodes=4" in notice

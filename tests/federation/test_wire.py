@@ -48,7 +48,7 @@ def watch(config: Config, run_dir: Path) -> list[Message]:
     grid = Tap(app, 4, {"fedtune": to_json(config)}, timeout=60.0)
     try:
         with _flower.task_identity(grid.run_id):
-            run_rounds(grid, config, run_dir)
+            run_rounds(grid, config, run_dir, expected_nodes=4)
     finally:
         grid.close()
     return grid.sent

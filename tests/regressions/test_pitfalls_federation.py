@@ -243,7 +243,7 @@ def test_pitfall_30_arrays_of_other_dimensions_do_not_slip_through(array: np.nda
 
     grid = LocalGrid(fake_app(sends), 2, {}, timeout=5.0)
     with task_identity(grid.run_id):
-        nodes, _, _ = greet(grid, 5.0, None)
+        nodes, _, _ = greet(grid, 5.0, expected=2)
         plan = make_plan(fake_config(), [100, 200])
         question = RoundAsk("run", 1, 1, plan, np.zeros(SIZE, np.float32), nodes, 5.0, 100.0)
         outcome = PlainRound().run_round(grid, question, NullObserver())
