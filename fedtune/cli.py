@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedtune import __version__
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.experiments.deployment import add_deployment_commands
 
 if TYPE_CHECKING:
     from fedtune.config.launch import Job
 
 __all__ = ["main"]
+
+_WORDS_ANYWHERE = ("report", "plan", "submit", "node")  # commands whose words may come after options
 
 OK, FAILED, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 70, 130, 141
 
@@ -44,6 +47,7 @@ examples:
   fedtune budget show                          what each data set has spent so far
   fedtune report multirun                      all runs on one page: frontier, costs, advice
   fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
+  fedtune provision federation.yaml -o DIR     a real federation: certificates, an archive for each site
 
 'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.
 """
@@ -97,7 +101,7 @@ def _dispatch(given: list[str], debug: bool) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(given)
     # argparse reads words after an option of these commands as strangers; options it really does not know.
-    strangers = [word for word in rest if word.startswith("-") or arguments.command not in ("report", "plan")]
+    strangers = [word for word in rest if word.startswith("-") or arguments.command not in _WORDS_ANYWHERE]
     if strangers and arguments.command != "run":
         parser.error(f"unrecognized arguments: {' '.join(strangers)}")
     if arguments.command is None:
@@ -227,6 +231,7 @@ def _parser() -> _Parser:
     audit.add_argument("--model", action="store_true", help="train the real model: minutes, not seconds")
     audit.add_argument("--json", action="store_true", help="as JSON, for a program")
     audit.set_defaults(call=_audit)
+    add_deployment_commands(commands, raw)
     return parser
 
 

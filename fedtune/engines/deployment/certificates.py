@@ -1,0 +1,259 @@
+"""Keys and certificates of a federation: one authority, one server certificate, one key pair a site.
+
+The authority signs the server's certificate, and nodes trust no other authority. Nodes are known by their
+public keys: elliptic curve P-384, of which the private half is made at the site and stays there. So there
+is nothing secret in what is sent to a site, and revoking a node is forgetting its key.
+
+Private keys are written with mode 0600, and refused where others may read them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedtune.errors import ConfigError, ResourceError
+
+__all__ = [
+    "check_server_certificate",
+    "fingerprint",
+    "load_private_key",
+    "make_authority",
+    "make_node_key",
+    "make_server_certificate",
+    "public_key_of",
+    "public_line",
+    "read_public_line",
+    "write_secret",
+]
+
+AUTHORITY_DAYS = 3650
+_EARLY = datetime.timedelta(minutes=5)  # a site's clock may be a little behind
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Writes `content` to a new file that only its owner may read; refuses to replace one. Durable."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{path} exists already and is not replaced, for what it opens could then never be opened again. "
+            "Move it away first if you mean it."
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_authority(folder: Path, name: str) -> None:
+    """Writes `ca.key` and `ca.crt` of a new authority into `folder`."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"fedtune {name} authority"[:64])])
+    certificate = (
+        _builder(subject, subject, key.public_key(), AUTHORITY_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs_certificates=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA384())
+    )
+    write_secret(folder / "ca.key", _private_bytes(key))
+    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def make_server_certificate(authority: Path, folder: Path, names: Sequence[str], days: int) -> None:
+    """Writes `server.key` and `server.crt`, for `names` (hosts and addresses), into `folder`.
+
+    Both are replaced where they exist: renewing a certificate is calling this again.
+    """
+    ca_key = load_private_key(authority / "ca.key")
+    ca = x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes())
+    key = ec.generate_private_key(ec.SECP384R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0][:64])])
+    certificate = (
+        _builder(subject, ca.subject, key.public_key(), days)
+        .add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
+        )
+        .sign(ca_key, hashes.SHA384())
+    )
+    new = folder / "server.key.new"
+    new.unlink(missing_ok=True)
+    write_secret(new, _private_bytes(key))
+    new.replace(folder / "server.key")
+    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def check_server_certificate(folder: Path) -> int:
+    """Days for which the server's certificate is still good. Raises ConfigError if it is not."""
+    again = "Make a new one with `fedtune provision FEDERATION.yaml -o DIR --renew`."
+    try:
+        ca = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        mine = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{error.filename} is missing: {folder} is no server folder. Make one with `fedtune provision`."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"A certificate in {folder} cannot be read ({error}). {again}") from error
+    try:
+        mine.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"The certificate {folder / 'server.crt'} was not signed by the authority in "
+            f"{folder / 'ca.crt'}, so "
+            f"no node would trust it. {again}"
+        ) from error
+    now = datetime.datetime.now(datetime.UTC)
+    if now > mine.not_valid_after_utc:
+        raise ConfigError(
+            f"The server's certificate {folder / 'server.crt'} expired on "
+            f"{mine.not_valid_after_utc:%Y-%m-%d}, and "
+            f"no node accepts it. {again}"
+        )
+    if now < mine.not_valid_before_utc:
+        raise ConfigError(
+            f"The server's certificate is valid from {mine.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on, "
+            f"and this "
+            f"machine's clock says {now:%Y-%m-%d %H:%M}. Set the clock."
+        )
+    return int((mine.not_valid_after_utc - now).days)
+
+
+def make_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Makes a site's private key and writes it to `path`, mode 0600. Raises ConfigError if there is one."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    write_secret(path, _private_bytes(key))
+    return key
+
+
+def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The key in `path`. Raises ConfigError if it is missing, no such key, or readable by others."""
+    try:
+        content = path.read_bytes()
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no private key {path}. A site makes its own with `fedtune node init --config "
+            f"node.yaml`."
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"The private key {path} cannot be read: {error.strerror}.") from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"The private key {path} may be read by others (mode {stat.S_IMODE(mode):04o}), so it may "
+            f"be known to "
+            f"them. Run `chmod 600 {path}`, and make a new key if it may have been copied."
+        )
+    try:
+        key = serialization.load_pem_private_key(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path} is no private key in PEM format without a password.") from error
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigError(f"{path} is no elliptic curve key. Make one with `fedtune node init`.")
+    return key
+
+
+def public_key_of(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The public half in PEM, as Flower's SuperLink keeps it."""
+    return _pem(key.public_key())
+
+
+def public_line(key: ec.EllipticCurvePrivateKey, site: str) -> str:
+    """The public half as one line of OpenSSH's format, with the site's name as its comment."""
+    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return f"{line.decode()} {site}"
+
+
+def read_public_line(line: str) -> tuple[bytes, str]:
+    """(public key in PEM, site's name) of what `public_line` made. Raises ConfigError for anything else."""
+    words = line.split()
+    shown = f"{line.strip()[:60]!r}"
+    if len(words) != 3:
+        raise ConfigError(
+            f"{shown} is no enrolment line: it should have three words, 'ecdsa-sha2-nistp384 KEY SITE', as "
+            "`fedtune node init` prints them."
+        )
+    try:
+        key = serialization.load_ssh_public_key(" ".join(words[:2]).encode())
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{shown} holds no public key. Copy the whole line that `fedtune node init` prints."
+        ) from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{shown} is no elliptic curve key. Use the line that `fedtune node init` prints.")
+    return _pem(key), words[2]
+
+
+def fingerprint(public_key: bytes) -> str:
+    """A short name of a public key (PEM) that two people can compare on the telephone."""
+    digest = hashes.Hash(hashes.SHA256())
+    digest.update(public_key)
+    text = digest.finalize().hex()[:24]
+    return " ".join(text[i : i + 4] for i in range(0, len(text), 4))
+
+
+# --- inside ---------------------------------------------------------------------------------------
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    end = now + datetime.timedelta(days=days)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(min(now, end) - _EARLY)
+        .not_valid_after(end)
+    )
+
+
+def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        return x509.DNSName(name)
+
+
+def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
