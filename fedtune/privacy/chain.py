@@ -306,10 +306,11 @@ class Chain:
             raise
 
     def _is_ledger(self, connection: sqlite3.Connection) -> bool:
+        # In this order: tables and identity are committed together, perhaps by another process just now.
+        (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (found,) = connection.execute("PRAGMA application_id").fetchone()
         if found == _APPLICATION_ID:
             return True
-        (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if found != 0 or objects:
             raise LedgerError(
                 f"{self.path} is an SQLite file, but no privacy ledger. Nothing was written to it."

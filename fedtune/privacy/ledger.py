@@ -133,6 +133,12 @@ class PrivacyLedger:
                 raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
         if isinstance(round, bool) or not isinstance(round, int) or round < 0:
             raise PrivacyError(f"round must be a whole number of 0 or more, not {round!r}.")
+        # Accounting may take a second. It is done here first, so that it is known already when it is asked
+        # for again below, where other processes wait for the lock.
+        state = self._current()
+        with self._chain.reading() as view:
+            left = plan.num_rounds if view is None else self._releases_left(view, plan, node, run, round)
+        self._check(state, dataset, fingerprint, node, round, plan, left, public)
         with self._chain.writing() as connection:
             state = self._caught_up(connection)
             if state.node is not None and state.node != node:
@@ -141,12 +147,8 @@ class PrivacyLedger:
                     "it for a release. Two nodes with one ledger would spend one another's budget: give each "
                     "its own file."
                 )
-            budgets = self._budgets(state)
-            names = state.names_of(dataset, fingerprint)
-            public = public and not state.is_private(names) and not (set(budgets.datasets) & names)
             left = self._releases_left(connection, plan, node, run, round)
-            if not public:
-                self._check_budget(state, budgets.of(names), dataset, fingerprint, node, round, plan, left)
+            public = self._check(state, dataset, fingerprint, node, round, plan, left, public)
             body = {
                 "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
                 "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
@@ -261,9 +263,9 @@ class PrivacyLedger:
                 new = Budgets(old.default, {**old.datasets, dataset: budget})
             body = {"dataset": dataset, **budget.to_json()}
             row = self._chain.append(connection, "budget", body, run=None, previous=state.hash)
+            # Under the lock, so that no reservation sees the row without the file.
+            write_budgets(self.budget_path, new)
         self._state = state.with_row(row)
-        # The row first: a crash here leaves a ledger that knows of a budget and refuses without its file.
-        write_budgets(self.budget_path, new)
 
     def budget(self, *, dataset: str, fingerprint: str | None = None) -> PrivacyBudget | None:
         """The strictest budget that this data must keep, or None."""
@@ -334,11 +336,16 @@ class PrivacyLedger:
             )
         return int(agreed - made)
 
-    def _check_budget(
-        self, state: LedgerState, budgets: list[PrivacyBudget], dataset: str, fingerprint: str, node: str,
-        round: int, plan: PrivacyPlan, left: int,
-    ) -> None:  # fmt: skip
-        for budget in budgets:
+    def _check(
+        self, state: LedgerState, dataset: str, fingerprint: str, node: str, round: int, plan: PrivacyPlan,
+        left: int, public: bool,
+    ) -> bool:  # fmt: skip
+        """Refuses what the owner's budgets do not allow; returns whether the release counts as public."""
+        budgets = self._budgets(state)
+        names = state.names_of(dataset, fingerprint)
+        if public and not state.is_private(names) and not (set(budgets.datasets) & names):
+            return True
+        for budget in budgets.of(names):
             if budget.unit is not None and _finer(plan.unit, budget.unit):
                 raise BudgetExhausted(
                     f"node '{node}' refuses round {round}: the plan protects one {plan.unit}, and the "
@@ -355,6 +362,7 @@ class PrivacyLedger:
                 f"'{dataset}'. Lower federation.num_rounds or train.local_steps, or raise "
                 "privacy.noise_multiplier."
             )
+        return False
 
     def _within(
         self, state: LedgerState, dataset: str, fingerprint: str, plan: PrivacyPlan, budget: PrivacyBudget,

@@ -412,6 +412,28 @@ def test_a_race_for_the_last_release_has_one_winner(path: Path) -> None:
     assert len(fresh(path).releases()) == 1
 
 
+def _open_and_reserve(path: Path, i: int) -> None:
+    ledger = PrivacyLedger.open(path)
+    if i == 0:
+        ledger.set_budget(PrivacyBudget(60.0, 1e-5))
+    reserve(ledger, run=f"run-{i}")
+
+
+def test_many_processes_may_make_the_file_and_its_budget_at_once(path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    epsilon_of_terms({Term(0.05, 1.0): 60}, 1e-5)  # the accountant is loaded before the race
+    for attempt in range(3):
+        file = path.with_name(f"race-{attempt}.sqlite")
+        racers = [context.Process(target=_open_and_reserve, args=(file, i)) for i in range(12)]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(60)
+        assert [racer.exitcode for racer in racers] == [0] * 12
+        assert len(fresh(file).releases()) == 12
+        assert fresh(file).verify() == (13, [])
+
+
 def test_a_connection_is_not_carried_over_a_fork(path: Path) -> None:
     ledger = PrivacyLedger.open(path)
     reserve(ledger, run="parent")
@@ -526,6 +548,9 @@ def test_a_process_that_knew_more_than_the_file_refuses(used: Path) -> None:
     used.unlink()
     with pytest.raises(LedgerError, match="gone"):
         ledger.epsilon(dataset="visits", fingerprint="f1")
+    with pytest.raises(LedgerError, match="gone"):
+        reserve(ledger, run="again")
+    assert not used.exists()
 
 
 def test_old_rows_edited_behind_a_summary_do_not_refill_the_budget(path: Path, monkeypatch: Any) -> None:
