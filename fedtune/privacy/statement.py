@@ -9,9 +9,9 @@ security, exposure while collecting). The first paragraph is for a reader who kn
 Keys of the record that are used when they are there (DESIGN section 9 has those that always are):
 `privacy.ledger` (a list of {node, dataset, fingerprint, releases, epsilon, delta}: everything that each
 node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.records_per_unit`,
-`privacy.data_public`, `privacy.evaluation_data`, `privacy.audit` ({epsilon_lower, confidence, method} or
-null), `privacy.cautions` (a list of texts, from the plan), `privacy.max_dropouts` and `privacy.max_colluders`
-(trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`. What a record lacks is
+`privacy.data_public`, `privacy.evaluation_data`, `privacy.audit` ({epsilon_lower, confidence, audited,
+bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan), `privacy.max_dropouts`
+and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`. What a record lacks is
 stated as unknown, never made up.
 """
 
@@ -158,6 +158,13 @@ def _cautions(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
             "seed can take the noise off again, so the numbers below are those of the same run with secret "
             "noise, and this one protects nobody.",
         )
+    audit = privacy["audit"]
+    if isinstance(audit, Mapping) and audit.get("violated"):
+        found.insert(
+            0,
+            "An audit has shown that the guarantee below does not hold (see Audit). Do not publish the "
+            "model.",
+        )
     if privacy["trust"] != "none" and epsilon is None:
         found.append(
             "The record gives no epsilon although privacy was asked for: treat the run as not private."
@@ -243,14 +250,17 @@ def _audit(audit: Any) -> str:
         return "Not audited. `fedtune audit` measures a lower bound on epsilon to set beside the claim."
     if not isinstance(audit, Mapping):
         return str(audit)
-    lower = audit.get("epsilon_lower")
+    best = max(audit.get("bounds") or [audit], key=lambda bound: bound.get("epsilon_lower") or 0.0)
     confidence = audit.get("confidence")
-    return (
-        f"An attack by {audit.get('method', 'an unnamed method')} shows that epsilon is at least "
-        f"{_shown(lower)}"
-        + (f" with {100 * confidence:g} percent confidence" if isinstance(confidence, int | float) else "")
-        + ". A lower bound above the claim would prove the claim wrong; one below it proves nothing."
-    )
+    sure = f" with {100 * confidence:g} percent confidence" if isinstance(confidence, int | float) else ""
+    lines = [
+        f"An attack on this run's {audit.get('audited', 'mechanism')} ({best.get('method', 'unnamed')} "
+        f"bound) shows that epsilon is at least {_shown(audit.get('epsilon_lower'))}{sure}.",
+        "A lower bound above the claim would prove the claim wrong; one below it proves nothing.",
+    ]
+    if audit.get("violated"):
+        lines.append("**It is above the claim: the guarantee on this page does not hold.**")
+    return " ".join(lines)
 
 
 def _transparency(facts: Mapping[str, Any]) -> list[str]:

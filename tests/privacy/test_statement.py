@@ -177,9 +177,18 @@ def test_distributed_says_how_many_may_fail() -> None:
 
 
 def test_an_audit_is_reported_as_a_lower_bound() -> None:
-    audit = {"epsilon_lower": 0.61, "confidence": 0.95, "method": "one-run canaries"}
-    text = statement_markdown(record(audit=audit))
-    assert "at least 0.61 with 95 percent confidence" in text and "one-run canaries" in text
+    bounds = [{"method": "one-run", "epsilon_lower": 0.61}, {"method": "two-sample", "epsilon_lower": 0.2}]
+    audit = {"epsilon_lower": 0.61, "confidence": 0.95, "audited": "mechanism", "bounds": bounds}
+    text = statement_markdown(record(audit={**audit, "violated": False}))
+    assert "at least 0.61 with 95 percent confidence" in text and "one-run bound" in text
+    assert "does not hold" not in text
+
+
+def test_an_audit_that_convicts_is_the_first_thing_said() -> None:
+    audit = {"epsilon_lower": 4.2, "confidence": 0.95, "audited": "mechanism", "violated": True}
+    text = statement_markdown(record(audit=audit, reproducible_noise=True))
+    assert text.index("Do not publish the model") < text.index("this one protects nobody")
+    assert "the guarantee on this page does not hold" in text.split("## Audit")[1]
 
 
 def test_uses_without_noise_are_infinite_and_unknown_uses_are_unknown() -> None:
