@@ -11,8 +11,8 @@ Keys of the record that are used when they are there (DESIGN section 9 has those
 node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.records_per_unit`,
 `privacy.data_public`, `privacy.evaluation_data`, `privacy.audit` ({epsilon_lower, confidence, audited,
 bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan), `privacy.max_dropouts`
-and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`. What a record lacks is
-stated as unknown, never made up.
+and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`.
+What a record lacks is stated as unknown, never made up.
 """
 
 from __future__ import annotations
