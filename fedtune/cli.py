@@ -22,6 +22,7 @@ from fedtune.experiments.deployment import add_deployment_commands
 
 if TYPE_CHECKING:
     from fedtune.config.launch import Job
+    from fedtune.config.schema import Config
 
 __all__ = ["main"]
 
@@ -63,6 +64,7 @@ examples:
   fedtune run data=files data.path=FOLDER data.text=text data.label=category
   fedtune run hydra.run.dir=FOLDER             choose the run folder
   fedtune run -m privacy.epsilon=1,2,4,8       a sweep; hydra.sweep.dir=FOLDER chooses its folder
+  fedtune run sweep.resume=FOLDER              run what is missing of a sweep, here or on another machine
   fedtune run resume=RUN_DIR                   go on with an interrupted run
 """
 
@@ -254,30 +256,50 @@ def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> in
     for word in overrides:
         if word.startswith("-"):
             raise ConfigError(f"'fedtune run' has no option {word}. See 'fedtune run --help'.")
-    from fedtune.config.launch import launch
-
     if arguments.show_config:
         return _show_config(overrides, arguments.config_dir)
+    from fedtune.config.launch import is_sweep, launch
 
-    def task(job: Job) -> float | None:
-        from fedtune.experiments import record, run
+    resumes = any(word.startswith("sweep.resume=") for word in overrides)
+    if arguments.multirun or resumes or is_sweep(overrides):
+        return _sweep(overrides, arguments.config_dir, debug)
+    alone = [word for word in overrides if word.startswith("sweep.")]
+    if alone:
+        raise ConfigError(f"{alone[0]} is an option of a sweep: add -m and a setting with several values.")
 
-        if job.number is not None:
-            print(f"\nrun {job.number} of the sweep: {job.overrides or 'defaults'}", flush=True)
-        finished = record.read(run.run(job.config))
-        # Sweepers that search (Optuna and others) want a number back; the default one ignores it.
-        accuracy: float | None = finished["metrics"]["accuracy"]
-        return accuracy
+    def task(job: Job) -> None:
+        from fedtune.experiments import run
+
+        run.run(job.config)
 
     def on_failure(job: Job | None, error: Exception) -> str:
+        raise error
+
+    launch(overrides, task, on_failure=on_failure, extra_dirs=arguments.config_dir)
+    return OK
+
+
+def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
+    from fedtune.experiments.sweep import run_sweep
+
+    def start(config: Config, title: str) -> Path:
+        from fedtune.experiments import run
+        from fedtune.experiments.display import Display
+
+        return run.run(config, view=Display(title, unit=config.privacy.unit, brief=True))
+
+    def describe(error: Exception) -> str:
         if debug and not isinstance(error, FedtuneError):
             raise error
-        text = _paragraph(error)
-        print(f"run {job.number} ({job.overrides}): {text}" if job else text, file=sys.stderr, flush=True)
-        return text
+        return _paragraph(error)
 
-    failures = launch(
-        overrides, task, on_failure=on_failure, multirun=arguments.multirun, extra_dirs=arguments.config_dir
+    failures = run_sweep(
+        overrides,
+        start,
+        describe=describe,
+        say=lambda line: print(line, flush=True),
+        warn=lambda line: print(line, file=sys.stderr, flush=True),
+        extra_dirs=extra_dirs,
     )
     if failures:
         numbers = ", ".join(str(failure.number) for failure in failures)
@@ -420,8 +442,8 @@ def _paragraph(error: BaseException) -> str:
     if isinstance(error, (OSError, MemoryError)):
         return f"{name}: {text or 'out of memory'} (--debug shows where)."
     return (
-        f"{name}: {text.rstrip('.')}. This is not an error that fedtune foresaw, so it is a bug: run the same command "
-        "with --debug for the traceback."
+        f"{name}: {text.rstrip('.')}. This is not an error that fedtune foresaw, so it is a bug: run the "
+        "same command with --debug for the traceback."
     )
 
 

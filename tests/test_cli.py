@@ -18,8 +18,13 @@ from fedtune import cli
 from fedtune.config import Config
 from fedtune.errors import BudgetExhausted, RecordError
 
-COMMANDS = ("run", "statement", "predict", "budget", "audit")
-RECORD = {"metrics": {"accuracy": 0.75}}
+COMMANDS = ("run", "statement", "predict", "report", "plan", "budget", "audit")
+RECORD = {
+    "run": {"seconds": 2.0},
+    "metrics": {"accuracy": 0.75},
+    "privacy": {"epsilon": 2.0, "delta": 1e-5, "adjacency": "add or remove one record"},
+    "cost": {"money": None},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +55,7 @@ def runs(fake: Callable[..., None]) -> list[Config]:
     """`fedtune run` then notes the configuration and trains nothing."""
     seen: list[Config] = []
 
-    def run(config: Config) -> Path:
+    def run(config: Config, **_: Any) -> Path:
         seen.append(config)
         if config.seed == 666:
             raise BudgetExhausted("node 'a' refuses round 1: it would raise epsilon from 1 to 2.")
@@ -61,7 +66,7 @@ def runs(fake: Callable[..., None]) -> list[Config]:
         return Path(config.output or "") / "record.json"
 
     fake("fedtune.experiments.run", run=run)
-    fake("fedtune.experiments.record", read=lambda path: RECORD)
+    fake("fedtune.experiments.record", read=lambda path: RECORD, RECORD_NAME="record.json")
     return seen
 
 
@@ -202,6 +207,13 @@ def test_a_page_of_the_users_own(runs: list[Config], tmp_path: Path) -> None:
         (("budget",), "ACTION"),
         (("budget", "set", "--epsilon", "two", "--delta", "1e-5"), "two"),
         (("--wat",), "--wat"),
+        (("run", "sweep.resum=x", "-m"), "sweep.resume"),
+        (("run", "sweep.private_selection=true"), "add -m"),
+        (("report",), "DIR"),
+        (("report", "pricing=edge"), "No folder"),
+        (("report", "here", "--wat"), "--wat"),
+        (("plan", "here"), "--accuracy"),
+        (("plan", "here", "--accuracy", "80"), "0.8 for 80 percent"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,3 +343,39 @@ def test_budget_set_and_show(capsys: pytest.CaptureFixture[str]) -> None:
 def test_budget_that_means_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("budget", "set", "--node", "a", "--epsilon", "-3", "--delta", "1e-5") == 1
     assert "epsilon" in one_paragraph(capsys)
+
+
+# --- report, plan --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "b", "pricing=edge", "--output", "c"),
+        ("a", "--output", "c", "b", "pricing=edge"),
+        ("--output", "c", "pricing=edge", "a", "b"),
+    ],
+)
+def test_report(
+    words: tuple[str, ...], fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def report(folders: list[Path], prices: list[str], output: Path | None) -> Any:
+        seen.append((folders, prices, output))
+        return types.SimpleNamespace(text="what to choose", page="1", picture="2", csv="3", parquet="4")
+
+    fake("fedtune.experiments.report", report=report)
+    assert call("report", *words) == 0
+    assert seen == [([Path("a"), Path("b")], ["pricing=edge"], Path("c"))]
+    assert capsys.readouterr().out == "what to choose\n\n1\n2\n3\n4\n"
+
+
+def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("report", str(tmp_path)) == 1
+    assert "no record.json below" in one_paragraph(capsys)
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "lr=2").mkdir()
+    assert cli._folders_and_prices(["lr=2", "pricing=edge"]) == ([Path("lr=2")], ["pricing=edge"])

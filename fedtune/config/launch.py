@@ -1,7 +1,7 @@
 """One run or a sweep, driven by Hydra: composes the configuration of each job and calls a task with it.
 
 Hydra's own `@hydra.main` is not used: it reads `sys.argv`, prints errors of its own and leaves by
-`sys.exit`. The same two calls that it makes, `Hydra.run` and `Hydra.multirun`, are made here, so that
+`sys.exit`. The same that it does, `Hydra.run` and the steps of `Hydra.multirun`, is done here, so that
 `hydra.run.dir`, `hydra.sweep.dir`, launchers and sweepers work as Hydra's manual says; they are internals of
 hydra 1.3, which is why pyproject.toml holds hydra-core below 1.4 and this is the only place that knows.
 """
@@ -13,20 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.types import RunMode
-from omegaconf import DictConfig
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf
 
 from fedtune.config.groups import conf_dir
 from fedtune.config.loader import from_hydra, hydra_errors, load, register_schema, search_path
-from fedtune.config.overrides import check_overrides, named_settings
+from fedtune.config.overrides import asks_for_sweep, check_overrides, named_settings
 from fedtune.config.schema import Config
 
-__all__ = ["Job", "JobFailure", "launch"]
+__all__ = ["Begin", "Job", "JobFailure", "is_sweep", "launch"]
+
+
+Begin = Callable[[Path, list[list[str]]], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class JobFailure:
     message: str
 
 
+def is_sweep(overrides: Sequence[str]) -> bool:
+    """Do `overrides` ask for a sweep by themselves, without -m (sweep=NAME, hydra.mode=MULTIRUN)?"""
+    return any(asks_for_sweep(text) for text in overrides)
+
+
 def launch(
     overrides: Sequence[str],
     task: Callable[[Job], Any],
@@ -53,11 +63,14 @@ def launch(
     on_failure: Callable[[Job | None, Exception], str],
     multirun: bool = False,
     extra_dirs: Sequence[Path] = (),
+    begin: Begin | None = None,
 ) -> list[JobFailure]:
     """Runs `task` once, or once for each job of a sweep; returns the failures of the sweep.
 
     A single run's exception passes to the caller. In a sweep, `on_failure` is told of each and returns its
-    message, and the other jobs go on. Everything that can be checked is checked before a folder is made.
+    message, and the other jobs go on. `begin` is told of the sweep folder and of all jobs (each the list of
+    its overrides) before the first of them, and returns those to run; a sweeper that searches makes its jobs
+    as it goes, and then it is not called. Everything that can be checked is checked before a folder is made.
     Raises `ConfigError`.
     """
     checked = check_overrides(overrides, multirun=multirun, extra_dirs=extra_dirs)
@@ -74,7 +87,7 @@ def launch(
         hydra = Hydra.create_main_hydra2("fedtune", source)
     try:
         if checked.sweeps or multirun or hydra.get_mode("config", arguments) == RunMode.MULTIRUN:
-            return _sweep(hydra, arguments, task, on_failure)
+            return _sweep(hydra, arguments, task, on_failure, begin)
         load(overrides, extra_dirs)  # complains now, before Hydra makes the run folder
         _single(hydra, arguments, task)
         return []
@@ -103,6 +116,7 @@ def _sweep(
     arguments: list[str],
     task: Callable[[Job], Any],
     on_failure: Callable[[Job | None, Exception], str],
+    begin: Begin | None,
 ) -> list[JobFailure]:
     def job(composed: DictConfig) -> Any:
         this: Job | None = None
@@ -114,8 +128,33 @@ def _sweep(
             return JobFailure(number, on_failure(this, error))
 
     with hydra_errors():
-        results = hydra.multirun("config", job, arguments)
+        results = _multirun(hydra, job, arguments, begin)
     return [failure for failure in _returned(results) if isinstance(failure, JobFailure)]
+
+
+def _multirun(
+    hydra: Hydra, job: Callable[[DictConfig], Any], arguments: list[str], begin: Begin | None
+) -> Any:
+    """`Hydra.multirun`, with a look at the jobs of a grid before the first of them starts."""
+    config = hydra.compose_config("config", arguments, RunMode.MULTIRUN)
+    callbacks = Callbacks(config)
+    callbacks.on_multirun_start(config=config, config_name="config")
+    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
+    sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=job)
+    # Hydra's own sweeper of grids has this method; one that searches does not know its jobs beforehand.
+    split = getattr(sweeper, "split_arguments", None)
+    if begin is not None and split is not None:
+        folder = Path(str(config.hydra.sweep.dir))
+
+        def chosen(overrides: Any, batch_size: int | None) -> list[list[list[str]]]:
+            jobs = begin(folder, [one for batch in split(overrides, batch_size) for one in batch])
+            return [jobs] if jobs else []
+
+        sweeper.split_arguments = chosen  # type: ignore[attr-defined]
+    task_overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    results = sweeper.sweep(arguments=task_overrides)
+    callbacks.on_multirun_end(config=config, config_name="config")
+    return results
 
 
 def _job(composed: DictConfig, number: int | None) -> Job:

@@ -22,7 +22,7 @@ from fedtune.config.groups import GROUPS, group_options
 from fedtune.config.values import nearest
 from fedtune.errors import ConfigError
 
-__all__ = ["CheckedOverrides", "check_overrides", "named_settings"]
+__all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def check_overrides(
     keys: set[str] = set()
     hydras: list[str] = []
     resume: str | None = None
-    multirun = multirun or any(_asks_for_sweep(text) for text in overrides)
+    multirun = multirun or any(asks_for_sweep(text) for text in overrides)
     for text in overrides:
         override = _parse(parser, text)
         key = override.key_or_group
@@ -109,7 +109,8 @@ def _parse(parser: OverridesParser, text: str) -> Override:
     return override
 
 
-def _asks_for_sweep(text: str) -> bool:
+def asks_for_sweep(text: str) -> bool:
+    """Does this one override make a sweep of the command?"""
     key, _, value = text.lstrip("+").partition("=")
     return (key == "sweep" and value not in ("", "null")) or (key == "hydra.mode" and value == "MULTIRUN")
 

@@ -42,11 +42,14 @@ class Display:
         title: the first line.
         unit: the unit of privacy, as epsilon is never shown without it.
         console: where to; None: the standard output.
+        brief: only the live part, with the title in it; nothing stays on the screen (for a run of a sweep).
     """
 
-    def __init__(self, title: str, *, unit: str = "record", console: Console | None = None) -> None:
+    def __init__(
+        self, title: str, *, unit: str = "record", console: Console | None = None, brief: bool = False
+    ) -> None:
         self.console = console or Console(highlight=False)
-        self._title, self._unit = title, unit
+        self._title, self._unit, self._brief = title, unit, brief
         self._live: Live | None = None
         # Our own ticker and lock: rich's refresh thread may draw between the moment in which a print decides
         # how many lines to erase and the moment in which it does, and leaves half of the old part behind.
@@ -82,6 +85,8 @@ class Display:
             self._status = dict.fromkeys(info["nodes"], "")
             self._trust, self._target = info["trust"], info.get("epsilon")
             self._delta = info.get("delta") or 0.0
+            if self._brief:
+                return
             sizes = f"{_count(len(self._status), 'node')}, {_count(self._num_rounds, 'round')}"
             lines = [Text(f"{sizes}; {self._promise()}")]
             if self._done:
@@ -101,6 +106,8 @@ class Display:
             self._epsilon = summary.epsilon if summary.epsilon is not None else self._epsilon
             self._seconds.append(summary.seconds)
             self._status = dict.fromkeys(self._status, "")
+            if self._brief:
+                return
             if self._live is None:
                 self.console.print(Text(self._plain_line(summary)), soft_wrap=True)
                 return
@@ -128,7 +135,7 @@ class Display:
     # --- pieces ---------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self._title:
+        if self._title and not self._brief:
             self.console.print(Text(self._title, style="bold"))
             self._title = ""
         if self._live is None and self.console.is_terminal:
@@ -147,6 +154,11 @@ class Display:
                     self._live.refresh()
 
     def _render(self) -> RenderableType:
+        if self._brief:
+            return Group(Text(self._title, style="bold", no_wrap=True, overflow="ellipsis"), self._progress())
+        return self._progress()
+
+    def _progress(self) -> RenderableType:
         if self._doing is not None:
             self._spinner.update(text=f"{self._doing} ...")
             return self._spinner

@@ -47,7 +47,7 @@ class Interrupted(KeyboardInterrupt):
     """The person pressed Ctrl-C; the text says what was kept and how to go on. Exit status 130."""
 
 
-def run(config: Config, *, console: Console | None = None) -> Path:
+def run(config: Config, *, console: Console | None = None, view: Display | None = None) -> Path:
     """Runs `config` to its end and returns the path of its record.json.
 
     Files go below `config.output` (made if missing; `outputs/<date>/<time>` if it is None). With
@@ -55,6 +55,7 @@ def run(config: Config, *, console: Console | None = None) -> Path:
 
     Args:
         console: where progress and summary are shown; None: the standard output.
+        view: shows the progress instead, and then there is no summary (a sweep has its own line a run).
 
     Raises:
         FedtuneError: any of its kinds, one paragraph each.
@@ -70,10 +71,11 @@ def run(config: Config, *, console: Console | None = None) -> Path:
     prices.check(config.pricing)
     console = console or Console(highlight=False)
     run_dir = _folder(config)
-    view = Display(_title(config), unit=config.privacy.unit, console=console)
-    with _failures(run_dir, view), Meter(children=config.engine.name == "ray") as meter:
-        written = _work(config, run_dir, view, meter)
-    summary(written, _shown(run_dir), console)
+    shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
+    with _failures(run_dir, shown), Meter(children=config.engine.name == "ray") as meter:
+        written = _work(config, run_dir, shown, meter)
+    if view is None:
+        summary(written, _shown(run_dir), console)
     return run_dir / record.RECORD_NAME
 
 
