@@ -71,7 +71,7 @@ class ModelConfig:
 class AdapterConfig:
     """The trainable part: all that ever travels."""
 
-    name: str = "lora"  # lora | ffa_lora | bitfit | head
+    name: str = "head"  # lora | ffa_lora | bitfit | head
     layers: int | None = None  # top k encoder layers; None: all
     rank: int = 8  # lora, ffa_lora: inner width of the two matrices
     alpha: float = 16.0  # lora, ffa_lora: the scale is alpha / rank
@@ -100,9 +100,9 @@ class PrivacyConfig:
 class TrainConfig:
     """Training on a node."""
 
-    sample_rate: float = 0.05  # probability that a unit is in a step's batch
-    local_steps: int = 5  # steps of a node in one round
-    learning_rate: float = 0.002  # of the node's optimizer
+    sample_rate: float = 0.1  # probability that a unit is in a step's batch
+    local_steps: int = 4  # steps of a node in one round
+    learning_rate: float = 0.01  # of the node's optimizer
     optimizer: str = "adam"  # sgd | adam | adamw
     momentum: float = 0.0  # sgd
     weight_decay: float = 0.0  # adamw, sgd
