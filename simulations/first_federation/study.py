@@ -98,7 +98,9 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
         config = load([f"resume={folder}"])
     else:
         config.output = str(folder)
-    record.write(record.read(run.run(config)), path)
+    finished = record.read(run.run(config))
+    finished["config"]["output"] = None  # where it ran says nothing to others
+    record.write(finished, path)
     return True
 
 
