@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, Observer
 
-__all__ = ["LocalGrid", "run"]
+__all__ = ["LocalGrid", "Worker", "run"]
 
 _log = logging.getLogger("fedtune.node")
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
@@ -58,9 +58,11 @@ class _Abandoned(BaseException):
     """Raised inside a client's thread that was given up; not an Exception, so nothing below catches it."""
 
 
-class _Worker:
-    """A thread that does one call after another. One for all calls: every new thread that enters torch
-    would get a pool of OpenMP threads of its own."""
+class Worker:
+    """A thread that does one call after another, and can be given up.
+
+    One for all calls: every new thread that enters torch would get a pool of OpenMP threads of its own.
+    """
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], list[Any], threading.Event] | None]
@@ -140,7 +142,7 @@ class LocalGrid(Grid):
         }
         self._states = {node_id: RecordDict() for node_id in self._nodes}
         self._pending: dict[str, Message] = {}
-        self._worker: _Worker | None = None
+        self._worker: Worker | None = None
         self.client_seconds = self.overhead_seconds = 0.0
         self.bytes_up = self.bytes_down = 0
 
@@ -237,7 +239,7 @@ class LocalGrid(Grid):
                 inside[0] = time.perf_counter() - begin
 
         if self._worker is None:
-            self._worker = _Worker()
+            self._worker = Worker()
         try:
             answer = deserialize(self._worker.run(call, self._timeout))
             # A client that was given up may still be writing to its own copy; that copy is not kept.

@@ -6,11 +6,13 @@ call kept in this file. `flwr run .` works as well (`fedtune.federation.server_a
 
 Differences from engine `local`: workers load the model each (about 300 MB a worker, and 10 to 15 s to
 start), so it pays from about a hundred nodes or several machines on. The seconds of training are what
-the nodes report, coarsely, and FLOPs are unknown. A node that hangs keeps its worker until the end.
+the nodes report, coarsely, and FLOPs are unknown. A client that hangs is given up inside its worker, which
+then goes on with a new thread and a new model.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
+from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedtune.engines.local import Worker
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation._flower import quiet
 
@@ -34,32 +38,46 @@ __all__ = ["ConfiguredClientApp", "run"]
 
 # What worker processes need to be told, beyond what they inherit: where ledgers are, and not to phone home.
 _PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
+_CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+_worker: Worker | None = None  # this process's, if it is one of Ray's
 
 
 class ConfiguredClientApp(ClientApp):
     """fedtune's ClientApp with a run config; a simulation started from Python cannot give one otherwise."""
 
-    def __init__(self, run_config: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(self, run_config: dict[str, Any], environment: dict[str, str], timeout: float) -> None:
         super().__init__()
         self._run_config = run_config
         self._environment = environment
+        self._timeout = timeout
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Hands message and Context to `fedtune.federation.client_app.app`, which a worker imports itself."""
         os.environ.update(self._environment)
         from fedtune.federation.client_app import app
+        from fedtune.federation.resident import forget
 
         # A Context of our own around the same state: Flower refuses one whose run_config has changed.
-        return app(
-            message,
-            Context(
-                run_id=context.run_id,
-                node_id=context.node_id,
-                node_config=context.node_config,
-                state=context.state,
-                run_config=dict(self._run_config),
-            ),
+        own = Context(
+            run_id=context.run_id,
+            node_id=context.node_id,
+            node_config=context.node_config,
+            state=copy.deepcopy(context.state),
+            run_config=dict(self._run_config),
         )
+        global _worker
+        _worker = _worker or Worker()
+        try:
+            answer: Message = _worker.run(lambda: app(message, own), self._timeout)
+        except TimeoutError:
+            # Given up here and not by the server alone: Ray would wait for this worker for ever.
+            _worker.abandon()
+            _worker = None
+            forget()
+            reason = f"did not answer in {self._timeout:g} s (federation.round_timeout)"
+            return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
+        context.state = own.state
+        return answer
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
@@ -95,7 +113,9 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     server_app = ServerApp()
     server_app.main()(main)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    client_app = ConfiguredClientApp({"fedtune": to_json(config)}, environment)
+    client_app = ConfiguredClientApp(
+        {"fedtune": to_json(config)}, environment, config.federation.round_timeout
+    )
     cores = os.cpu_count() or 1
     backend: dict[str, Any] = {
         "client_resources": {"num_cpus": min(config.engine.cpus_per_node, float(cores)), "num_gpus": 0.0},

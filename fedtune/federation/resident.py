@@ -50,10 +50,16 @@ class Tally:
 tally = Tally()
 
 
-class _State:
-    lock = threading.RLock()
-    key: str | None = None
-    model: Any = None
+class _Slot:
+    """A model and the lock that goes with it. A hung thread keeps its slot; everyone else gets a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.key: str | None = None
+        self.model: Any = None
+
+
+_slots = [_Slot()]  # one element, replaced by `forget`
 
 
 @functools.lru_cache(maxsize=8)
@@ -84,6 +90,10 @@ class Workplace:
         from fedtune.models.encoder import load_tokenizer
 
         tokenizer, tokenizer_id = load_tokenizer(self.config.model)
+        if self.config.engine.name == "deployment":
+            from fedtune.data.deployed import prepare_deployed
+
+            return prepare_deployed(self.config, tokenizer, tokenizer_id)
         return prepare(self.config, tokenizer, tokenizer_id)
 
     def _key(self) -> str:
@@ -94,18 +104,18 @@ class Workplace:
     @contextmanager
     def using_model(self) -> Iterator[AdaptedModel]:
         """The model, for this thread alone. Its adapter is whatever the last user left: set it first."""
-        lock = _State.lock
-        with lock:
+        slot = _slots[0]
+        with slot.lock:
             key = self._key()
-            if _State.key != key or _State.model is None:
+            if slot.key != key:
                 from fedtune.models.classifier import load_model
 
                 config, names = self.config, tuple(self.prepared.label_names)
-                _State.model = load_model(
+                slot.model = load_model(
                     config.model, config.adapter, len(names), config.seed, config.device, names
                 )
-                _State.key = key
-            yield _State.model
+                slot.key = key
+            yield slot.model
 
     def warm(self, progress: Progress | None = None) -> None:
         """Computes the frozen layers' outputs of every text that the cache lacks, before a round waits
@@ -156,6 +166,11 @@ _workplaces: dict[str, Workplace] = {}
 def workplace(config: Config) -> Workplace:
     """The Workplace of a configuration; the last one is kept, so every node of a process shares it."""
     relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
+    if config.engine.name == "deployment" and config.data.path:
+        from fedtune.data.files import state_of
+
+        # A node lives for months: a file that was replaced must be read again, and then refused.
+        relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
     key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
     if key not in _workplaces:
         _workplaces.clear()
@@ -172,5 +187,5 @@ def forget() -> None:
     """Leaves lock and model to whoever holds them, and starts afresh; after a node has hung."""
     from fedtune.models import classifier
 
-    _State.lock, _State.key, _State.model = threading.RLock(), None, None
+    _slots[0] = _Slot()
     classifier.forget_models()

@@ -174,6 +174,7 @@ def _run(
             state.train_seconds = before[1] + seconds
             state.flops = None if before[2] is None else before[2] + flops
         # Before the evaluation: what the round released is paid for, so its result must not be lost to it.
+        summary.seconds = time.monotonic() - round_started
         state.seconds = before[0] + time.monotonic() - started
         state.save(run_dir, config)
         last = state.round == federation.num_rounds or state.ended_early is not None

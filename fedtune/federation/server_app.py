@@ -13,6 +13,7 @@ that is called as `finish(config, run_dir, result, meter)`. Empty, the run ends 
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib
 import json
@@ -77,7 +78,7 @@ def main(grid: Grid, context: Context) -> None:
 
     config = config_of(str(context.run_config.get("fedtune", "")))
     run_dir = _run_dir(config, context)
-    config.output = str(run_dir)
+    config = dataclasses.replace(config, output=str(run_dir))  # `config_of` hands the same one to everybody
     run_dir.mkdir(parents=True, exist_ok=True)
     if config.resume is None:
         save_config(config, run_dir)

@@ -187,6 +187,31 @@ def test_the_engine_runs_a_federation(tiny: Callable[..., Config], tmp_path: Pat
     assert 0 <= result.evaluation.accuracy <= 1
 
 
+def test_a_node_that_hangs_with_the_model_in_hand_does_not_stop_the_others(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.training import local as training
+
+    train = training.train_locally
+
+    def hangs(model, shard, *args, **options):  # type: ignore[no-untyped-def]
+        while shard.node == "site-1" and options["round"] == 1:
+            time.sleep(0.01)
+        return train(model, shard, *args, **options)
+
+    config = tiny(federation__num_rounds=2)
+    whole = engines.run(config, tmp_path / "whole")
+    monkeypatch.setattr(training, "train_locally", hangs)
+    config = tiny(federation__num_rounds=2, federation__round_timeout=4.0)
+    result = engines.run(config, tmp_path / "run")
+    (dropped,) = result.dropped
+    assert (dropped.node, dropped.round) == ("site-1", 1)
+    assert "did not answer in 4 s" in dropped.reason
+    assert [summary.updates for summary in result.history] == [3, 4]
+    assert result.releases["site-1"] == 2  # what it had reserved when it hung is charged
+    assert not np.allclose(result.adapter, whole.adapter)
+
+
 def test_the_same_seed_gives_the_same_adapter(tiny: Callable[..., Config], tmp_path: Path) -> None:
     first = engines.run(tiny(), tmp_path / "a")
     second = engines.run(tiny(), tmp_path / "b")

@@ -27,15 +27,18 @@ def test_without_ray_the_error_says_how_to_install_it(
         engines.run(tiny(engine__name="ray"), tmp_path)
 
 
+# Ray's workers import torch before they answer, which takes its time on a machine that has other work.
+PATIENT = {"federation__round_timeout": 400.0}
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_same_seed_and_no_noise_give_the_same_adapter_in_both_engines(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
-    changes = {"federation__num_rounds": 2, "federation__cohort_size": 2}
+    changes = {"federation__num_rounds": 2, "federation__cohort_size": 2, **PATIENT}
     local = engines.run(tiny(**changes), tmp_path / "local")
     ray = engines.run(tiny(**changes, engine__name="ray"), tmp_path / "ray")
     np.testing.assert_allclose(ray.adapter, local.adapter, rtol=1e-5, atol=1e-7)
@@ -45,9 +48,10 @@ def test_same_seed_and_no_noise_give_the_same_adapter_in_both_engines(
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_accounting_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    local = engines.run(private(tiny(federation__num_rounds=2)), tmp_path / "local")
-    config = private(tiny(federation__num_rounds=2, engine__name="ray"))
+    local = engines.run(private(tiny(federation__num_rounds=2, **PATIENT)), tmp_path / "local")
+    config = private(tiny(federation__num_rounds=2, engine__name="ray", **PATIENT))
     ray = engines.run(config, tmp_path / "ray")
     assert ray.epsilon == local.epsilon
     assert ray.releases == local.releases == {f"site-{i}": 2 for i in range(4)}

@@ -236,7 +236,7 @@ def test_an_adapter_of_another_model_is_an_error(tiny: Make) -> None:
 
 
 def test_a_ledger_error_is_a_refusal(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(node: str) -> None:
+    def broken(*args: object) -> None:
         raise LedgerError("the ledger is read-only")
 
     monkeypatch.setattr(node_module, "ledger_of", broken)
