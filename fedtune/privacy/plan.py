@@ -195,6 +195,8 @@ class PrivacyPlan:
             return np.where(finite, 1.0, 0.0)
         with np.errstate(over="ignore"):  # a tiny norm: the quotient is infinite and 1 is the minimum
             factors = np.minimum(1.0, self.max_grad_norm / safe)
+        # Below that floats lose digits, and the scaled norm could end up above the bound.
+        factors = np.where(factors < 1e-290, 0.0, factors)
         return np.where(finite, np.where(values > 0.0, factors, 1.0), 0.0)
 
     def noise_std(self) -> float:
