@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import pytest
 
 from fedtune import engines
 from fedtune.config.schema import Config
+from fedtune.engines.ray import ConfiguredClientApp
 from fedtune.errors import FederationError, ResourceError
+from fedtune.federation._flower import task_identity
 from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
 
@@ -25,6 +29,39 @@ def test_without_ray_the_error_says_how_to_install_it(
     )
     with pytest.raises(ResourceError, match=r"pip install 'fedtune\[ray\]'.*engine=local"):
         engines.run(tiny(engine__name="ray"), tmp_path)
+
+
+def test_what_a_worker_does_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.federation import client_app
+
+    seen = []
+
+    def answer(message: Message, context: Context) -> Message:
+        seen.append((dict(context.run_config), context.node_config["partition-id"]))
+        context.state["n"] = ConfigRecord({"hung": bool(message.content["c"]["hang"])})
+        while message.content["c"]["hang"]:
+            time.sleep(0.01)
+        return Message(message.content, reply_to=message)
+
+    inner = ClientApp()
+    inner.train()(answer)
+    monkeypatch.setattr(client_app, "app", inner)
+    app = ConfiguredClientApp({"fedtune": "{}"}, {"FEDTUNE_TEST_PASSED_ON": "yes"}, timeout=0.5)
+    context = Context(1, 7, {"partition-id": 3}, RecordDict(), {})
+
+    def send(hang: bool) -> Message:
+        with task_identity(1):
+            return app(Message(RecordDict({"c": ConfigRecord({"hang": hang})}), 7, "train"), context)
+
+    assert send(hang=False).has_content()
+    assert seen == [({"fedtune": "{}"}, 3)]
+    assert os.environ.pop("FEDTUNE_TEST_PASSED_ON") == "yes"
+    assert context.run_config == {}, "Flower refuses a Context whose run_config has changed"
+    assert context.state["n"]["hung"] is False
+    # One that hangs is given up, what it did to its state is dropped, and the next one is served.
+    assert "did not answer in 0.5 s" in (send(hang=True).error.reason or "")
+    assert context.state["n"]["hung"] is False
+    assert send(hang=False).has_content()
 
 
 # Ray's workers import torch before they answer, which takes its time on a machine that has other work.
