@@ -112,7 +112,7 @@ def _folder_of(folder: Path) -> Path:
 def _small_print(points: Sequence[Point], data: dict[str, Any]) -> str:
     """The promise in one line; and the error bars, if there are any."""
     first = next((point for point in points if point.delta is not None), points[0])
-    seeds = max(point.accuracy.count for point in points if point.accuracy) if points else 0
+    seeds = max((point.accuracy.count for point in points if point.accuracy), default=0)
     promise = (
         f"delta {first.delta:.2g}, {first.runs[0].adjacency}" if first.delta is not None else "no privacy"
     )

@@ -108,6 +108,7 @@ function buildCosts() {
     host.append(element("div", {}, element("h3", {}, cost.label[0].toUpperCase() + cost.label.slice(1)), figure));
     costCharts.push(chartOf(figure, cost));
   }
+  $("costs-legend").replaceChildren(...(costCharts.length ? [legend(ramp(inGroup()).items)] : []));
   if (!costCharts.length) host.append(element("p", { class: "muted" }, "No cost differs between these configurations."));
 }
 
@@ -134,7 +135,7 @@ function chartOf(figure, cost) {
       mark(root, point, place(value(point)), y(100 * point.acc[0]), infinite(point) ? "square" : "circle", best(point) ? 5.5 : many ? 2.6 : 4,
         { fill: color(point), stroke: best(point) ? "#000" : "#fff", "stroke-width": best(point) ? 1.6 : 0.7, opacity: best(point) || !many ? 1 : 0.5 });
     }
-    return figure.closest(".grid").firstElementChild.contains(figure) ? [legend(ramp(inGroup()).items)] : [];
+    return [];
   });
   return render;
 }
