@@ -7,18 +7,20 @@ own; each value of a sweep is checked too, so that job 7 of 8 does not die of a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from fedtune.config.convert import convert_value, settings, unknown_setting
-from fedtune.config.groups import GROUPS, group_options
+from fedtune.config.groups import GROUPS, conf_dir, group_options
 from fedtune.config.values import nearest
 from fedtune.errors import ConfigError
 
@@ -112,7 +114,20 @@ def _parse(parser: OverridesParser, text: str) -> Override:
 def asks_for_sweep(text: str) -> bool:
     """Does this one override make a sweep of the command?"""
     key, _, value = text.lstrip("+").partition("=")
+    if key == "experiment":
+        return value in _sweeping_experiments()
     return (key == "sweep" and value not in ("", "null")) or (key == "hydra.mode" and value == "MULTIRUN")
+
+
+@functools.cache
+def _sweeping_experiments() -> frozenset[str]:
+    """Pages of `conf/experiment/` that are sweeps: they say so in `hydra.mode`."""
+    found = set()
+    for name in group_options("experiment"):
+        page = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text(encoding="utf-8"))
+        if ((page or {}).get("hydra") or {}).get("mode") == "MULTIRUN":
+            found.add(name)
+    return frozenset(found)
 
 
 def _refuse_odd_forms(override: Override, text: str) -> None:

@@ -89,7 +89,8 @@ def run_of(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, An
 def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]]) -> Run:
     privacy, metrics, data = values["privacy"], values["metrics"], values.get("data") or {}
     config = {name: value for name, value in values["config"].items() if name not in _NOT_COMPARED}
-    key = json.dumps(config, sort_keys=True)
+    # A setting that an older record does not have yet is one that is null in a newer one.
+    key = json.dumps(_given(config), sort_keys=True)
     config = shared.setdefault(key, config)  # thousands of runs share a few configurations
     trust, private = str(privacy["trust"]), privacy["trust"] != "none"
     epsilon = privacy["epsilon"] if private else None
@@ -122,6 +123,13 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         fingerprints=frozenset(str(one["fingerprint"]) for one in privacy.get("ledger") or []),
         key=key,
     )
+
+
+def _given(config: Any) -> Any:
+    """`config` without what is null."""
+    if not isinstance(config, Mapping):
+        return config
+    return {name: _given(value) for name, value in config.items() if value is not None}
 
 
 def _task(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:

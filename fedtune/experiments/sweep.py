@@ -33,6 +33,7 @@ from fedtune.experiments.summary import duration
 from fedtune.experiments.sweep_options import (
     SweepOptions,
     draw_trials,
+    meaningful,
     read_sweep,
     split_options,
     write_sweep,
@@ -119,6 +120,7 @@ class Sweep:
                     f"{folder} holds a sweep already. Go on with it by 'fedtune run sweep.resume={folder}', "
                     "or choose another folder with hydra.sweep.dir=FOLDER."
                 )
+            jobs = meaningful(jobs)
             drawn: dict[str, Any] = {}
             combinations = len(jobs)
             if self.options.private_selection:

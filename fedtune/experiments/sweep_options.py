@@ -21,11 +21,20 @@ from fedtune.experiments.collect import SWEEP_NAME
 from fedtune.experiments.export import save
 from fedtune.privacy.selection import TrialCount
 
-__all__ = ["SweepOptions", "draw_trials", "read_sweep", "split_options", "write_sweep"]
+__all__ = ["SweepOptions", "draw_trials", "meaningful", "read_sweep", "split_options", "write_sweep"]
 
 SCHEMA = 1
 _NAMES = ("resume", "private_selection", "trials", "distribution")
 _SHAPES = {"geometric": 1.0, "logarithmic": 0.0, "poisson": math.inf}
+_NOT_PRIVATE = ("privacy.epsilon", "privacy.delta", "privacy.noise_multiplier")
+_HEAD_ALONE = ("adapter.layers", "adapter.rank", "adapter.alpha")
+# What an override leaves without meaning.
+_IDLE = {
+    "privacy=none": _NOT_PRIVATE,
+    "privacy.trust=none": _NOT_PRIVATE,
+    "adapter=head": _HEAD_ALONE,
+    "adapter.name=head": _HEAD_ALONE,
+}
 # What changes the privacy of a trial, or the data that it is on. Trials of a private selection must be alike
 # in all of it, for the bound is that of one mechanism that is repeated. The clipping norm is not among it:
 # noise is accounted in multiples of it.
@@ -115,6 +124,18 @@ def _options(given: dict[str, str]) -> SweepOptions:
         raise ConfigError("sweep.trials and sweep.distribution belong to sweep.private_selection=true.")
     resume = Path(given["resume"]).expanduser() if "resume" in given else None
     return SweepOptions(resume, selection == "true", trials, distribution)
+
+
+def meaningful(jobs: list[list[str]]) -> list[list[str]]:
+    """`jobs` without settings that mean nothing beside another one, and each job once.
+
+    So that `privacy=local,none privacy.epsilon=1,2,4` is three runs with privacy and one without.
+    """
+    found: dict[tuple[str, ...], None] = {}
+    for job in jobs:
+        idle = {name for word in job for name in _IDLE.get(word, ())}
+        found[tuple(word for word in job if word.partition("=")[0] not in idle)] = None
+    return [list(job) for job in found]
 
 
 def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list[str]], dict[str, Any]]:

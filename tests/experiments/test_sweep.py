@@ -15,8 +15,8 @@ from fedtune.config.loader import save_config
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, CheckpointError, ConfigError
 from fedtune.experiments.collect import collect
-from fedtune.experiments.sweep import run_sweep
-from fedtune.experiments.sweep_options import SweepOptions, split_options
+from fedtune.experiments.sweep import Sweep, run_sweep
+from fedtune.experiments.sweep_options import SweepOptions, meaningful, split_options
 from fedtune.privacy.selection import TrialCount
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -221,6 +221,38 @@ def test_folders_that_cannot_be_resumed(content: str | None, message: str) -> No
         Path("x/sweep.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         Runs().sweep("sweep.resume=x")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "count"),
+    [("privacy_frontier", 18), ("quantization_frontier", 24), ("adapters", 20), ("trust", 18)],
+)
+def test_ready_experiments_are_sweeps_of_known_size(
+    experiment: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.config.launch import is_sweep
+
+    words = [f"experiment={experiment}", "hydra.sweep.dir=sweep"]
+    assert is_sweep(words) and not is_sweep(["experiment=smoke"])
+    monkeypatch.setattr(Sweep, "_opening", lambda self: _stop(self.total))
+    with pytest.raises(KeyboardInterrupt, match=str(count)):
+        Runs().sweep(*words)
+    jobs = json.loads(Path("sweep/sweep.json").read_text())["jobs"]
+    assert len({tuple(job) for job in jobs}) == count
+    assert all("privacy=none" not in job or "epsilon" not in str(job) for job in jobs)
+
+
+def _stop(total: int | None) -> str:
+    raise KeyboardInterrupt(str(total))
+
+
+def test_settings_without_meaning_do_not_multiply_runs() -> None:
+    jobs = [[f"privacy={p}", f"privacy.epsilon={e}"] for p in ("local", "none") for e in (1, 2)]
+    assert meaningful(jobs) == [*jobs[:2], ["privacy=none"]]
+    assert meaningful([["adapter=head", "adapter.layers=2"], ["adapter=lora", "adapter.layers=2"]]) == [
+        ["adapter=head"],
+        ["adapter=lora", "adapter.layers=2"],
+    ]
 
 
 # --- private selection ---------------------------------------------------------------------------
