@@ -170,6 +170,15 @@ def test_every_kind_of_plan_is_kept_as_its_event(path: Path, plan: PrivacyPlan) 
     assert terms == plan.terms(4)
 
 
+def test_every_commit_reaches_the_disk(path: Path) -> None:
+    """A test cannot cut the power; it can see that SQLite was told to wait for the disk (2 is FULL)."""
+    ledger = PrivacyLedger.open(path)
+    reserve(ledger)
+    with ledger._chain.writing() as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 # --- budgets -----------------------------------------------------------------------------------------
 
 
@@ -533,6 +542,8 @@ def test_a_row_with_a_forged_hash_breaks_the_next_one(used: Path) -> None:
     forged = _digest(seq, values[0], values[1], values[2], body, values[4])
     edit(used, "UPDATE log SET body = ?, hash = ? WHERE seq = 3", (body, forged))
     assert "row 4 does not follow row 3: one of them was replaced" in fresh(used).verify()[1]
+    with pytest.raises(LedgerError, match="row 4 does not follow row 3"):
+        reserve(fresh(used), run="run-2")
 
 
 def test_a_process_that_knew_more_than_the_file_refuses(used: Path) -> None:
