@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.ray import ConfiguredClientApp
-from fedtune.errors import FederationError, ResourceError
+from fedtune.errors import CheckpointError, ResourceError
 from fedtune.federation._flower import task_identity
 from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
@@ -95,5 +97,5 @@ def test_accounting_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp
     for i in range(4):
         assert len(ledger_of(f"site-{i}").releases(run=ray.run)) == 2
     # An error of the server loop comes out of the simulation as itself.
-    with pytest.raises(FederationError, match="already holds a run"):
+    with pytest.raises(CheckpointError, match="already holds a run"):
         engines.run(config, tmp_path / "ray")
