@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.audit.canaries import GradientCanaries, Scores
+from fedtune.audit.canaries import CANARY_NORM, GradientCanaries, Scores
 from fedtune.federation.rounds import ClippedUpdates
 from fedtune.privacy.discrete import DiscreteMechanism
 from fedtune.privacy.noise import Entropy
@@ -109,11 +109,10 @@ def one_shot_cosines(
     Andrew et al. 2024, algorithm 1: each canary sends the same random direction in every round, scaled to
     `CANARY_NORM` times the clipping norm, and the sum of the aggregates is what the adversary has (the
     final model under FedAvg). For trust `central`. They are all in: the cosine of a direction that is not
-    is known without trying.
+    is known without trying. `clients` should be hundreds, so that the fitted spread is close, and `dimension`
+    many times more, so that they do not hide one another: the estimate is too low where they do.
     """
-    from fedtune.audit.canaries import CANARY_NORM
-
-    directions = rng.standard_normal((clients, dimension))
+    directions = rng.standard_normal((clients, dimension), dtype=np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     final = np.zeros(dimension)
     for round in range(1, releases + 1):

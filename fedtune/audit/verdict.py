@@ -17,17 +17,18 @@ mechanism, if it is above the claim.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from fedtune.audit.bounds import epsilon_lower_one_run, epsilon_lower_two_sample
+from fedtune.audit.bounds import epsilon_lower_one_run, epsilon_lower_two_sample, p_value_one_run
 from fedtune.privacy.accounting import Term, deltas_of_terms, epsilon_of_terms
 
 __all__ = ["Bound", "curve", "limit", "one_run", "two_sample"]
@@ -35,11 +36,10 @@ __all__ = ["Bound", "curve", "limit", "one_run", "two_sample"]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-SHARES = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # of the canaries that are guessed
-SIDES = ("both", "in")  # the most extreme on both sides, or only those that look most like being in
+SHARES = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+PARTS = (1.0, 0.2, 0.04)  # fewer where delta is large: the bound loses with canaries times delta
 _THRESHOLDS = 48  # tried on the first half
-_EASIEST, _HARDEST = 0.2, 4.0  # noise multipliers that `curve` tries, over the plan's
-_STEPS = 14  # of the bisection between them
+_FACTORS = np.geomspace(0.2, 4.0, 57)  # noise multipliers that `curve` tries, over the plan's
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,33 @@ def one_run(
     """
     first = _first_half(len(included))
 
-    def tried(choice: tuple[str, float, str], which: BoolArray) -> tuple[float, int, int]:
-        name, share, side = choice
-        coins = included[which][np.argsort(scores[name][which], kind="stable")]
-        guesses = math.floor(share * len(coins))
-        outs = guesses // 2 if side == "both" else 0
+    def guessed(choice: _Choice, which: BoolArray) -> tuple[int, int, int]:
+        kept = np.flatnonzero(which)[: max(1, math.floor(choice.part * which.sum()))]
+        coins = included[kept][np.argsort(scores[choice.attack][kept], kind="stable")]
+        guesses = math.floor(choice.share * len(coins))
+        outs = guesses // 2 if choice.both_sides else 0
         correct = int(coins[len(coins) - (guesses - outs) :].sum()) + int((~coins[:outs]).sum())
-        bound = epsilon_lower_one_run(
-            max(1, len(coins)), guesses, correct, delta=delta, confidence=confidence
-        )
-        return bound, guesses, correct
+        return len(coins), guesses, correct
 
-    choices = [(name, share, side) for name in scores for share in SHARES for side in SIDES]
-    best = max(choices, key=lambda choice: tried(choice, first)[0])
-    epsilon, guesses, correct = tried(best, ~first)
-    counts = {"canaries": int((~first).sum()), "guesses": guesses, "correct": correct}
-    return Bound("one-run", epsilon, confidence, best[0], counts, _NOTHING)
+    best, highest = None, 0.0
+    for values in itertools.product(scores, PARTS, SHARES, (True, False)):
+        choice = _Choice(*values)
+        counts = guessed(choice, first)
+        # One evaluation says whether it is worth finding out by how much.
+        if best is None or p_value_one_run(*counts, highest, delta) < 1.0 - confidence:
+            best, highest = choice, epsilon_lower_one_run(*counts, delta=delta, confidence=confidence)
+    assert best is not None
+    counts = guessed(best, ~first)
+    epsilon = epsilon_lower_one_run(*counts, delta=delta, confidence=confidence)
+    named = dict(zip(("canaries", "guesses", "correct"), counts, strict=True))
+    return Bound("one-run", epsilon, confidence, best.attack, named, _NOTHING)
+
+
+class _Choice(NamedTuple):
+    attack: str
+    part: float  # of the half that is asked; the other coins are given away
+    share: float  # of those that are asked: the most extreme scores, which are guessed
+    both_sides: bool  # or only those that look most like being in
 
 
 def two_sample(
@@ -118,30 +129,22 @@ def curve(
     """
     half = _Half(scores, included)
     level = (1.0 - confidence) / 2.0
-    coarse = [_scaled(terms, factor) for factor in np.geomspace(_EASIEST, _HARDEST, 8)]
 
     def value(counts: tuple[int, int, int, int]) -> float:
         rates = _rates(counts, level)
-        refuted = sum(_refutes(rates, one) for one in coarse)
-        # Among thresholds that refute equally many the one that is nearest to the next.
-        return refuted + 0.5 * (1.0 + _excess(rates, coarse[max(len(coarse) - 1 - refuted, 0)]))
+        # The coarse part of the grid will do; among equals the one that is nearest to refuting the next.
+        refuted = sum(_refutes(rates, terms, i) for i in range(0, len(_FACTORS), 8))
+        following = max(len(_FACTORS) - 1 - 8 * refuted, 0)
+        return refuted + 0.5 * (1.0 + _excess(rates, terms, following))
 
     attack, counts = half.choose(value)
     rates = _rates(counts, level)
-    low, high = math.log(_EASIEST), math.log(_HARDEST)
-    # More noise promises more and is refuted first: what is sought lies between not refuted and refuted.
-    if not _refutes(rates, _scaled(terms, _HARDEST)):
-        epsilon = 0.0
-    elif _refutes(rates, _scaled(terms, _EASIEST)):
-        epsilon = epsilon_of_terms(_scaled(terms, _EASIEST), delta)
-    else:
-        for _ in range(_STEPS):
-            middle = (low + high) / 2.0
-            if _refutes(rates, _scaled(terms, math.exp(middle))):
-                high = middle
-            else:
-                low = middle
-        epsilon = epsilon_of_terms(_scaled(terms, math.exp(high)), delta)
+    # More noise promises more and is refuted first: the smallest that is, by bisection of the grid.
+    low, high = -1, len(_FACTORS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _refutes(rates, terms, middle) else (middle, high)
+    epsilon = 0.0 if high == len(_FACTORS) else epsilon_of_terms(_scaled(terms, high), delta)
     return Bound("curve", epsilon, confidence, attack, _named(counts), _FAMILY)
 
 
@@ -212,28 +215,29 @@ def _rates(counts: tuple[int, int, int, int], level: float) -> tuple[float, floa
     return found, wrong
 
 
-def _scaled(terms: Mapping[Term, int], factor: float) -> dict[Term, int]:
-    """The same steps with `factor` times the noise."""
+def _scaled(terms: Mapping[Term, int], index: int) -> dict[Term, int]:
+    """The same steps with `_FACTORS[index]` times the noise."""
+    factor = float(_FACTORS[index])
     return {term._replace(noise_multiplier=term.noise_multiplier * factor): n for term, n in terms.items()}
 
 
 _GRID = np.concatenate([np.linspace(0.0, 6.0, 121), np.linspace(6.2, 40.0, 170)])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _deltas(key: tuple[tuple[Term, int], ...]) -> FloatArray:
-    return deltas_of_terms(dict(key), _GRID, resolution=1000)
+    return deltas_of_terms(dict(key), _GRID, resolution=500)
 
 
-def _excess(rates: tuple[float, float], terms: Mapping[Term, int]) -> float:
-    """By how much the two rates break the curve of `terms`, at the epsilon where they do most; <= 0: not."""
+def _excess(rates: tuple[float, float], terms: Mapping[Term, int], index: int) -> float:
+    """By how much the two rates break the curve of `_scaled(terms, index)` where they do most; <= 0: not."""
     found, wrong = rates
-    deltas = _deltas(tuple(sorted(terms.items())))
+    deltas = _deltas(tuple(sorted(_scaled(terms, index).items())))
     factor = np.exp(_GRID)
     one = found - factor * wrong - deltas
     other = (1.0 - wrong) - factor * (1.0 - found) - deltas
     return float(max(one.max(), other.max(), -1.0))
 
 
-def _refutes(rates: tuple[float, float], terms: Mapping[Term, int]) -> bool:
-    return _excess(rates, terms) > 0.0
+def _refutes(rates: tuple[float, float], terms: Mapping[Term, int], index: int) -> bool:
+    return _excess(rates, terms, index) > 0.0

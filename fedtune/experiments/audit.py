@@ -226,14 +226,22 @@ def draw(result: AuditResult) -> bytes:
 
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73")
+_BARS = {
+    "one-run": "one-run\n(any mechanism)",
+    "two-sample": "two-sample\n(independent canaries)",
+    "curve": "curve\n(the plan's family)",
+    "one-run, input canaries": "one-run, mislabelled\nrecords, final model",
+}
 
 
 def _bars(axes: Any, result: AuditResult) -> None:
     bounds = sorted(result.bounds, key=lambda bound: bound.epsilon_lower)
-    names = [bound.method.replace(", ", ",\n") for bound in bounds]
+    names = [_BARS[bound.method] for bound in bounds]
     values = [bound.epsilon_lower for bound in bounds]
     bars = axes.barh(names, values, color="#0072B2", height=0.5)
-    axes.bar_label(bars, [f"at least {value:.2f}" for value in values], padding=4, fontsize=9)
+    labels = [f"at least {value:.2f}" for value in values]
+    for label in axes.bar_label(bars, labels, padding=4, fontsize=9):
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     most = max([*values, result.claimed or 0.0, 0.1])
     if result.claimed is not None:
         axes.axvline(result.claimed, color="black", lw=1.6)

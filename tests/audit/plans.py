@@ -1,0 +1,117 @@
+"""Plans for audits, and plans that break their promise in one way each: every one a bug that has shipped.
+
+A mutant claims what the right plan claims and does something else: what an audit is there to notice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fedtune.privacy.noise import Entropy
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = [
+    "CyclicBatches",
+    "FixedBatch",
+    "HalfNoise",
+    "HeadNotNoised",
+    "NoClipping",
+    "NoiseInTheFirstStepOnly",
+    "central",
+    "distributed",
+    "local",
+    "mutated",
+]
+
+_COMMON: dict[str, Any] = {
+    "unit": "record",
+    "max_grad_norm": 0.5,
+    "declared_size": 10_000,
+    "delta": 1e-5,
+    "reproducible_noise": True,
+}
+
+
+def local(**changes: Any) -> PrivacyPlan:
+    """Two rounds of two steps at rate a half: epsilon 3.4 at delta 1e-5."""
+    values = {
+        "trust": "local",
+        "sample_rate": 0.5,
+        "local_steps": 2,
+        "num_rounds": 2,
+        "noise_multiplier": 1.6,
+    }
+    return PrivacyPlan(**{**_COMMON, **values, **changes})
+
+
+def distributed(**changes: Any) -> PrivacyPlan:
+    """Four rounds over the union of four shards; one node may drop out and one collude."""
+    nodes = {"nodes": 4, "max_dropouts": 1, "max_colluders": 1}
+    return local(**{"trust": "distributed", "local_steps": 1, "num_rounds": 4, **nodes, **changes})
+
+
+def central(**changes: Any) -> PrivacyPlan:
+    """Two rounds of a trusted server over 1,000 clients."""
+    values = {
+        "trust": "central", "unit": "client", "sample_rate": 1.0, "local_steps": 1, "num_rounds": 2,
+        "declared_size": 1000, "nodes": 1000, "cohort_size": 1000, "noise_multiplier": 1.6,
+    }  # fmt: skip
+    return PrivacyPlan(**{**_COMMON, **values, **changes})
+
+
+def mutated(plan: PrivacyPlan, kind: type[PrivacyPlan]) -> PrivacyPlan:
+    """The same settings in a plan that does not keep its promise."""
+    return kind(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)})
+
+
+class HalfNoise(PrivacyPlan):
+    """Noise at half of the accounted scale."""
+
+    def noise(self, size: int, entropy: Entropy) -> Any:
+        return super().noise(size, entropy) / 2.0
+
+
+class NoClipping(PrivacyPlan):
+    """Clipping left out."""
+
+    def clip_factors(self, norms: Any) -> Any:
+        return np.ones(len(np.asarray(norms)))
+
+
+class HeadNotNoised(PrivacyPlan):
+    """The last tenth of the parameters (a head, say) is trained and published without noise."""
+
+    def noise(self, size: int, entropy: Entropy) -> Any:
+        values = super().noise(size, entropy)
+        values[-(size // 10) :] = 0.0
+        return values
+
+
+class NoiseInTheFirstStepOnly(PrivacyPlan):
+    """The engine is made once, and after a restart training goes on without it."""
+
+    def noise(self, size: int, entropy: Entropy) -> Any:
+        values = super().noise(size, entropy)
+        before = getattr(self, "_noised", False)
+        object.__setattr__(self, "_noised", True)
+        return values * (1e-3 if before else 1.0)
+
+
+class FixedBatch(PrivacyPlan):
+    """The same units in every step."""
+
+    def sample(self, num_units: int, entropy: Entropy) -> Any:
+        return np.arange(num_units)[: round(self.sample_rate * num_units)]
+
+
+class CyclicBatches(PrivacyPlan):
+    """Batches in turn, as from a data loader that does not shuffle."""
+
+    def sample(self, num_units: int, entropy: Entropy) -> Any:
+        step = getattr(self, "_step", 0)
+        object.__setattr__(self, "_step", step + 1)
+        period = round(1.0 / self.sample_rate)
+        return np.flatnonzero(np.arange(num_units) % period == step % period)
