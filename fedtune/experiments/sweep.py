@@ -108,6 +108,7 @@ class Sweep:
     seconds: list[float] = field(default_factory=list)  # wall time of each run, as its record says
     amounts: list[tuple[float, str]] = field(default_factory=list)
     best: tuple[float, str] | None = None
+    names: list[str] = field(default_factory=list)  # what sets each run apart from the others
 
     def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
         """Told of all combinations before the first; returns the runs to make."""
@@ -128,6 +129,8 @@ class Sweep:
                 drawn = {"private_selection": drawn | {"combinations": combinations}}
             write_sweep(folder, self.overrides, jobs, **drawn)
         self.total = len(jobs)
+        common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
+        self.names = [",".join(word for word in job if word not in common) for job in jobs]
         self._look_back()
         self.say(self._opening())
         return jobs
@@ -137,7 +140,7 @@ class Sweep:
         folder = Path(job.config.output or "")
         before = self._finished(folder)
         if before is None:
-            title = f"run {self._place(job)} ({job.overrides or 'defaults'})"
+            title = f"run {self._place(job)} ({self._name(job)})"
             path = self.start(self._config(job.config, folder), title)
             made = record.read(path)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
@@ -147,7 +150,7 @@ class Sweep:
         self.done += 1
         accuracy: float | None = made["metrics"]["accuracy"]
         if accuracy is not None and (self.best is None or accuracy > self.best[0]):
-            self.best = (accuracy, job.overrides or "defaults")
+            self.best = (accuracy, self._name(job))
         self.say(self._line(job, made, before is not None))
         return accuracy
 
@@ -158,7 +161,7 @@ class Sweep:
         if job is not None and job.config.output:
             values = {"error": text, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             save(Path(job.config.output) / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
-        which = f"run {self._place(job)} ({job.overrides}) failed: " if job is not None else ""
+        which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text
 
@@ -215,7 +218,8 @@ class Sweep:
     def _estimate(self, left: int) -> str:
         if not self.seconds:
             return "time unknown"
-        text = f"about {duration(left * statistics.fmean(self.seconds))}"
+        # The median: the first run of a process also reads, tokenises and loads.
+        text = f"about {duration(left * statistics.median(self.seconds))}"
         currencies = {currency for _, currency in self.amounts}
         if len(currencies) == 1:
             mean = statistics.fmean(amount for amount, _ in self.amounts)
@@ -225,6 +229,10 @@ class Sweep:
     def _place(self, job: Job) -> str:
         shown = (job.number or 0) + 1
         return f"{shown} of {self.total}" if self.total is not None else str(shown)
+
+    def _name(self, job: Job) -> str:
+        known = self.names[job.number] if job.number is not None and job.number < len(self.names) else ""
+        return known or job.overrides or "defaults"
 
     def _line(self, job: Job, made: dict[str, Any], before: bool) -> str:
         privacy, accuracy, money = made["privacy"], made["metrics"]["accuracy"], made["cost"]["money"]
@@ -238,7 +246,7 @@ class Sweep:
         parts.append(duration(made["run"]["seconds"]))
         if money is not None and money["total"] is not None:
             parts.append(money_text(money["total"], money["currency"]))
-        text = f"run {self._place(job)} ({job.overrides or 'defaults'}): {', '.join(parts)}"
+        text = f"run {self._place(job)} ({self._name(job)}): {', '.join(parts)}"
         if before:
             text += "; finished before"
         if self.best is not None:

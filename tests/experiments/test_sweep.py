@@ -78,6 +78,13 @@ def test_all_combinations_run_and_each_says_one_line() -> None:
     assert "best so far" in lines[2] and "privacy.epsilon=8" in lines[2].split("best so far")[1]
 
 
+def test_a_line_names_what_sets_its_run_apart_and_no_more() -> None:
+    runs = Runs()
+    runs.sweep("seed=1,2", "adapter=head", "train.local_steps=3", "hydra.sweep.dir=sweep")
+    assert [line.split(":")[0] for line in runs.said[1:]] == ["run 1 of 2 (seed=1)", "run 2 of 2 (seed=2)"]
+    assert runs.titles == ["run 1 of 2 (seed=1)", "run 2 of 2 (seed=2)"]
+
+
 def test_the_folder_says_what_the_sweep_was() -> None:
     Runs().sweep(*GRID)
     kept = json.loads(Path("sweep/sweep.json").read_text())
