@@ -100,8 +100,7 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     if privacy.trust != "none" and plan.is_private():
         given = privacy.noise_multiplier
         noise = plan.noise_multiplier if given is None else given
-        delta = plan.delta if privacy.delta is None else privacy.delta
-        privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise, delta=delta)
+        privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
     mine = make_plan(dataclasses.replace(config, privacy=privacy), sizes)
     # An adaptive norm moves from round to round, at a price that the plan's event includes.
     free = {"target_epsilon", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
@@ -206,6 +205,12 @@ def reserve_release(request: RoundRequest, context: Context) -> Release:
         raise FederationError("This node holds no shard of this federation.")
     check_plan(request.plan, config)
     plan = request.plan.for_shard(shard.declared_size)
+    if plan.trust == "distributed" and plan.declared_size < shard.declared_size:
+        # Delta follows from the size of the union, which this node's own part is in.
+        raise PrivacyError(
+            f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
+            f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
+        )
     ledger = ledger_of(shard.node)
     memory = NodeMemory(context.state, request.run)
     memory.check(request, shard.node, len(ledger.releases(run=request.run, node=shard.node)))

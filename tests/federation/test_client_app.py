@@ -196,6 +196,25 @@ def test_a_plan_that_the_configuration_does_not_permit_is_refused(tiny: Make, na
         check_plan(dataclasses.replace(plan, **CHANGES[name]), config)
 
 
+def test_a_delta_that_is_not_the_default_is_refused_where_the_default_was_agreed(tiny: Make) -> None:
+    config = private(tiny())
+    plan = make_plan(config, [30, 30, 30, 30])
+    check_plan(plan, config)
+    with pytest.raises(PrivacyError, match="delta="):
+        check_plan(dataclasses.replace(plan, delta=1.9 * plan.delta), config)
+
+
+def test_a_union_that_is_smaller_than_the_nodes_own_part_is_refused(tiny: Make) -> None:
+    config = private(tiny())
+    config.privacy.trust = "distributed"
+    node = Node(config)
+    small = make_plan(config, [1, 1, 1, 2])  # its delta would be a tenth: no guarantee for anyone
+    reply = node.ask(plan=small)
+    assert reply.refusal == "PrivacyError"
+    assert "a union of 5 units" in (reply.refused or "")
+    assert node.charged() == 0
+
+
 def test_a_plan_without_privacy_is_refused_where_privacy_was_agreed(tiny: Make) -> None:
     plain = make_plan(tiny(), [30, 30])
     with pytest.raises(PrivacyError, match="trust='none'"):
