@@ -61,12 +61,13 @@ def superlink(home: Path, environment: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or shutil.which("flwr", path=str(SCRIPTS)) is None,
     reason="needs ray and the flwr command",
 )
 def test_flwr_run_leaves_a_finished_run(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    config = private(tiny(federation__num_rounds=2))
+    config = private(tiny(federation__num_rounds=2, federation__round_timeout=400.0))
     run_dir = tmp_path / "run"
     (tmp_path / "run.toml").write_text(
         f"fedtune = {json.dumps(to_json(config))}\noutput = {json.dumps(str(run_dir))}\n"
@@ -79,7 +80,7 @@ def test_flwr_run_leaves_a_finished_run(tiny: Callable[..., Config], tmp_path: P
                 SCRIPTS / "flwr", "run", ".", "--run-config", tmp_path / "run.toml", "--stream",
                 "--federation-config", "num-supernodes=4",
             ],
-            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280,
+            cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=800,
         )  # fmt: skip
     # `flwr run --stream` ends with 0 even when the run failed, so only the run folder can tell.
     assert (run_dir / "record.json").is_file(), run.stdout[-3000:] + run.stderr[-1000:]
