@@ -51,7 +51,7 @@ def engine() -> None:
     """Time of a run in the local engine over the time that its clients train."""
     runs = [
         _federation(
-            "adapter.layers=2",
+            "adapter=lora",
             "federation.num_rounds=6",
             "train.local_steps=4",
             "train.sample_rate=0.05",
@@ -73,7 +73,7 @@ def engine() -> None:
 
 def memory() -> None:
     """Peak memory of 4 and of 100 nodes on the same data, and memory after each round."""
-    common = ("partition=iid", "adapter.layers=2", "train.local_steps=1", "train.sample_rate=0.05")
+    common = ("partition=iid", "adapter=lora", "train.local_steps=1", "train.sample_rate=0.05")
     few = _federation(*common, "federation.nodes=4", "federation.num_rounds=12")
     many = _federation(*common, "federation.nodes=100", "federation.num_rounds=12")
     write(
