@@ -29,7 +29,8 @@ def pooled(
     quantization: str = "none", layers: int | None = None
 ) -> tuple[PreparedData, AdaptedModel, Shard, Config]:
     """All of `opinions` as one shard, and the default encoder with LoRA r=8 on query and value."""
-    config = Config(model=ModelConfig(quantization=quantization), adapter=AdapterConfig(name="lora", layers=layers))
+    config = Config(model=ModelConfig(quantization=quantization))
+    config.adapter = AdapterConfig(name="lora", layers=layers)
     config.partition.name, config.federation.nodes = "iid", 1
     tokenizer, identity = load_tokenizer(config.model)
     data = prepare(config, tokenizer, identity)
