@@ -107,6 +107,8 @@ def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:
         line += "; its noise is reproducible from the seed, so it protects nobody"
     if tuning is not None and tuning.runs > 1:
         line += f"; over all {tuning.runs} private runs of this report: epsilon {number(tuning.composed)}"
+    if tuning is not None and tuning.best_of is not None and tuning.best_of < tuning.composed:
+        line += f"; if only the best run of its sweep is published: epsilon {number(tuning.best_of)}"
     return line + "."
 
 

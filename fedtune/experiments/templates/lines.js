@@ -96,8 +96,9 @@ const drawAdoption = chart($("adoption"), 300, (root, width, height) => {
   const wanted = state.wanted;
   if (!wanted) return [];
   const counts = adoptionCounts(wanted), total = inGroup().filter((point) => point.money).length;
-  $("adoption-text").textContent = `${counts.good} of ${total} priced configurations reach that accuracy and epsilon; `
-    + `${counts.price[0]} of them cost no more than the budget today. If all prices fall by 70 percent, ${counts.price[4]} do; `
+  $("adoption-text").textContent = `${counts.good} of ${total} priced configurations reach ${percent(wanted.accuracy)} `
+    + `${wanted.epsilon === Infinity ? "at any epsilon" : `at epsilon ${short(wanted.epsilon)} or less`}; `
+    + `${counts.price[0]} of them cost no more than ${short(wanted.money)} ${D.currency || ""} a run today. If all prices fall by 70 percent, ${counts.price[4]} do; `
     + `if compression cuts the computation by 70 percent at the same accuracy, ${counts.compute[4]} do.`;
   const box = { left: 44, right: width - Math.min(170, width * 0.36), top: 30, bottom: height - 48 };
   const x = linear([0, 0.7], [box.left + 10, box.right - 10]);
@@ -147,13 +148,14 @@ function buildTuning() {
   const card = (name, value, tag, text, main) => host.append(element("div", { class: main ? "card main" : "card" },
     element("div", { class: "name" }, name), element("div", { class: "number" }, value), tag ? element("span", { class: "tag" }, tag) : null, element("p", {}, text)));
   const many = tuning.runs > 1, bound = tuning.best_of !== null;
+  const gains = bound && tuning.composed !== null && tuning.best_of < tuning.composed;
   card("The chosen run alone", `ε ${short(tuning.alone)}`, many ? "not the whole truth" : null,
     many ? `What the record of seed ${tuning.seed} says. True only if it had not been chosen by looking at the others.` : "There was nothing to choose from, so this is the whole truth as far as these records go.", !many);
   card("All private runs, composed", `ε ${short(tuning.composed ?? Infinity)}`, null,
-    `What ${tuning.runs} ${tuning.runs === 1 ? "run has" : "runs have"} spent together. Holds for publishing everything on this page.`, many && !bound);
+    `What ${tuning.runs} ${tuning.runs === 1 ? "run has" : "runs have"} spent together. Holds for publishing everything on this page.`, many && !gains);
   card("The best of a random number of trials", bound ? `ε ${short(tuning.best_of)}` : "–", null,
-    bound ? `Papernot and Steinke 2022, ${tuning.trials}. Holds if the best run is published and nothing else: neither this page nor the number of trials.`
-      : "Not available: it needs a sweep whose number of trials was drawn at random beforehand (sweep.private_selection=true) and the best run of it.", bound);
+    bound ? `Papernot and Steinke 2022, ${tuning.trials}. Holds if the best run is published and nothing else: neither this page nor the number of trials.${gains ? "" : " With so few trials composing all of them is the smaller bound."}`
+      : "Not available: it needs a sweep whose number of trials was drawn at random beforehand (sweep.private_selection=true) and the best run of it.", gains);
   let text = `At delta ${tuning.delta.toExponential(1)}, unit ${tuning.unit}, ${tuning.adjacency}. Runs outside of this report are not counted here; the ledgers of the nodes count them (fedtune budget show).`;
   if (tuning.without_privacy) text += ` ${tuning.without_privacy} runs on the same data had no privacy: if it was private data, nothing is promised for it any more.`;
   if (tuning.public) text = `The owner declared this data public: tuning on it was free, and the numbers say what it would have cost. ${text}`;

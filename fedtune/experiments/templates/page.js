@@ -57,6 +57,8 @@ new ResizeObserver(() => {
   pending = requestAnimationFrame(() => charts.forEach((draw) => draw()));
 }).observe(document.querySelector("main"));
 
+addEventListener("beforeprint", () => { $("notes-box").open = true; });
+
 $("made").textContent = `Made by fedtune ${D.version} on ${D.made} with: ${D.command}`;
 width = document.querySelector("main").clientWidth;
 show();
