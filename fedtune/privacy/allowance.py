@@ -36,10 +36,10 @@ class Allowance:
         self._certified: dict[PrivacyBudget, dict[Term, int]] = {}
 
     def check(
-        self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str, round: int, plan: PrivacyPlan,
-        left: int, public: bool,
+        self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
+        round: int, plan: PrivacyPlan, left: int, public: bool,
     ) -> bool:  # fmt: skip
-        """Raises `BudgetExhausted` if one more release of `plan` would exceed a budget that this data must keep.
+        """Raises `BudgetExhausted` if one more release of `plan` would exceed a budget of this data.
 
         `left`: how many releases the run may still make, this one included: they are accounted for ahead.
         Returns whether the release counts as public: declared so, and never treated as private before.

@@ -30,15 +30,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
-from fedtune.privacy.accounting import Term, epsilon_of_terms, epsilon_rdp_of_terms
+from fedtune.privacy.accounting import epsilon_rdp_of_terms
+from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
-from fedtune.privacy.cache import kept
 from fedtune.privacy.chain import GENESIS, Chain
 from fedtune.privacy.ledger_state import LedgerState, Release, release_of, state_of
 from fedtune.privacy.plan import PrivacyPlan
@@ -61,14 +60,6 @@ class Reservation:
     round: int
 
 
-def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
-    """`accounting.epsilon_of_terms`, kept on disk: a new process need not load the accountant."""
-    if terms is None:
-        return math.inf
-    arguments = [[list(term), count] for term, count in sorted(terms.items())]
-    return kept("epsilon", [arguments, delta], lambda: epsilon_of_terms(terms, delta))
-
-
 class PrivacyLedger:
     """The ledger in one file. Objects are cheap; several, in several processes, may use one file.
 
@@ -83,7 +74,7 @@ class PrivacyLedger:
         self._require_budget = require_budget
         self._chain = Chain(path)
         self._state = LedgerState()
-        self._certified: dict[PrivacyBudget, dict[Term, int]] = {}  # totals that fit a budget
+        self._allowance = Allowance()
 
     @classmethod
     def open(cls, path: Path, *, require_budget: bool = False) -> PrivacyLedger:
@@ -138,7 +129,9 @@ class PrivacyLedger:
         state = self._current()
         with self._chain.reading() as view:
             left = plan.num_rounds if view is None else self._releases_left(view, plan, node, run, round)
-        self._check(state, dataset, fingerprint, node, round, plan, left, public)
+        self._allowance.check(
+            self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public
+        )
         with self._chain.writing() as connection:
             state = self._caught_up(connection)
             if state.node is not None and state.node != node:
@@ -148,7 +141,9 @@ class PrivacyLedger:
                     "its own file."
                 )
             left = self._releases_left(connection, plan, node, run, round)
-            public = self._check(state, dataset, fingerprint, node, round, plan, left, public)
+            public = self._allowance.check(
+                self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public
+            )
             body = {
                 "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
                 "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
@@ -336,68 +331,6 @@ class PrivacyLedger:
             )
         return int(agreed - made)
 
-    def _check(
-        self, state: LedgerState, dataset: str, fingerprint: str, node: str, round: int, plan: PrivacyPlan,
-        left: int, public: bool,
-    ) -> bool:  # fmt: skip
-        """Refuses what the owner's budgets do not allow; returns whether the release counts as public."""
-        budgets = self._budgets(state)
-        names = state.names_of(dataset, fingerprint)
-        if public and not state.is_private(names) and not (set(budgets.datasets) & names):
-            return True
-        for budget in budgets.of(names):
-            if budget.unit is not None and _finer(plan.unit, budget.unit):
-                raise BudgetExhausted(
-                    f"node '{node}' refuses round {round}: the plan protects one {plan.unit}, and the "
-                    f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
-                    f"privacy.unit={budget.unit}."
-                )
-            if self._within(state, dataset, fingerprint, plan, budget, left):
-                continue
-            before = kept_epsilon(state.terms(dataset, fingerprint), budget.delta)
-            after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1), budget.delta)
-            raise BudgetExhausted(
-                f"node '{node}' refuses round {round}: it would raise epsilon from {before:.4g} to "
-                f"{after:.4g}, over its budget of {budget.epsilon:g} at delta {budget.delta:g} for "
-                f"'{dataset}'. Lower federation.num_rounds or train.local_steps, or raise "
-                "privacy.noise_multiplier."
-            )
-        return False
-
-    def _within(
-        self, state: LedgerState, dataset: str, fingerprint: str, plan: PrivacyPlan, budget: PrivacyBudget,
-        left: int,
-    ) -> bool:  # fmt: skip
-        """Whether one more release stays within `budget`.
-
-        Epsilon grows with every count, so a larger total that was found to fit certifies all below it. The
-        whole rest of the run is tried first: then the rest of the run asks no more.
-        """
-        wanted = state.adding(dataset, fingerprint, plan, 1)
-        if wanted is None:
-            return False
-        known = self._certified.get(budget)
-        if known is not None and _covers(known, wanted):
-            return True
-
-        def fits(releases: int) -> bool:
-            total = state.adding(dataset, fingerprint, plan, releases)
-            if total is None or kept_epsilon(total, budget.delta) > budget.epsilon:
-                return False
-            self._certified[budget] = total
-            return True
-
-        if fits(left):
-            return True
-        if not fits(1):
-            return False
-        # How far the budget reaches, once, rather than an epsilon for every further release.
-        low, high = 1, left
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return True
-
     def _current(self) -> LedgerState:
         with self._chain.reading() as connection:
             if connection is not None:
@@ -431,12 +364,3 @@ def _steps(plan: PrivacyPlan) -> list[dict[str, Any]] | None:
         {"sample_rate": term.sample_rate, "noise_multiplier": term.noise_multiplier, "count": count}
         for term, count in sorted(terms.items())
     ]
-
-
-def _finer(unit: str, than: str) -> bool:
-    order = ("record", "person", "client")
-    return order.index(unit) < order.index(than)
-
-
-def _covers(large: Mapping[Term, int], small: Mapping[Term, int]) -> bool:
-    return all(large.get(term, 0) >= count for term, count in small.items())

@@ -21,6 +21,7 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
+from fedtune.privacy import allowance
 from fedtune.privacy import ledger as ledger_module
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
@@ -797,9 +798,9 @@ def test_the_rest_of_a_run_is_accounted_once(path: Path, monkeypatch: pytest.Mon
     ledger.set_budget(PrivacyBudget(8.0, 1e-5))
     plan = make_plan(Config(), [9000])
     asked: list[object] = []
-    real = ledger_module.kept_epsilon
+    real = allowance.kept_epsilon
     monkeypatch.setattr(
-        ledger_module, "kept_epsilon", lambda terms, delta: asked.append(terms) or real(terms, delta)
+        allowance, "kept_epsilon", lambda terms, delta: asked.append(terms) or real(terms, delta)
     )
     ledger.set_budget(PrivacyBudget(12.0, 1e-5))
     for round in range(plan.num_rounds):

@@ -276,6 +276,7 @@ def test_pitfall_27_epsilon_without_delta_unit_or_adjacency() -> None:
 def test_pitfall_28_amplification_although_the_adversary_sees_who_took_part() -> None:
     sampled = central_plan(cohort_size=20, declared_size=200)  # a tenth of the clients a round
     everyone = central_plan(cohort_size=200, declared_size=200)
+    assert central_plan(sample_rate=0.1).terms(12) == sampled.terms(12)  # whatever a field may say
     assert sampled.terms(12) == everyone.terms(12) == {Term(1.0, 1.0): 12}
     amplified = epsilon_of_terms({Term(0.1, 1.0): 12}, sampled.delta)
     assert sampled.epsilon() > 3 * amplified  # what would be claimed wrongly
