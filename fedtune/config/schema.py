@@ -41,6 +41,7 @@ class DataConfig:
     unit: str | None = None  # column that names the person a record belongs to
     site: str | None = None  # column that names the site a record comes from
     only_site: str | None = None  # train on this site's records alone; the test split stays whole
+    declared_size: int | None = None  # a real site's public size, in units of privacy; its node.yaml sets it
     train_split: str = "train"  # hub, files: name of the split to train on
     test_split: str | None = None  # None: hold out `test_fraction` of the persons (or records)
     test_fraction: float = 0.15  # share of the persons (or records) held out for testing
@@ -132,8 +133,9 @@ class FederationConfig:
 class EngineConfig:
     """What runs the federation."""
 
-    name: str = "local"  # local | ray
+    name: str = "local"  # local | ray | deployment (which `fedtune submit` sets)
     cpus_per_node: float = 1.0  # ray: processor cores that one node's worker takes
+    server: str | None = None  # deployment: folder with the server's address and the operator's token
 
 
 @dataclass

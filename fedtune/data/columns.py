@@ -93,11 +93,18 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
 
 
 def build_corpus(
-    name: str, table: Table, columns: Columns, label_names: Sequence[str], notes: Sequence[str] = ()
+    name: str,
+    table: Table,
+    columns: Columns,
+    label_names: Sequence[str],
+    notes: Sequence[str] = (),
+    *,
+    part: bool = False,
 ) -> Corpus:
     """Checks `table` and makes it a Corpus.
 
-    Labels may be names in `label_names`, or numbers 0..k-1 that index it.
+    Labels may be names in `label_names`, or numbers 0..k-1 that index it. `part`: others hold the rest of
+    the data, so all records here may be of one class.
     Raises `DataError` if a column or value is missing, a text is no text, a label is not in the label
     set, or nothing is left.
     """
@@ -122,7 +129,7 @@ def build_corpus(
     notes = list(notes)
     if empty:
         notes.append(f"{len(empty)} of {len(texts)} records of {table.where} have no text and were dropped.")
-    labels = _labels(table, columns.label, tuple(label_names), keep)
+    labels = _labels(table, columns.label, tuple(label_names), keep, part)
     return Corpus(
         name=name,
         texts=tuple(texts[i] for i in keep),
@@ -157,7 +164,7 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
     return texts, empty
 
 
-def _labels(table: Table, column: str, names: tuple[str, ...], keep: list[int]) -> Any:
+def _labels(table: Table, column: str, names: tuple[str, ...], keep: list[int], part: bool) -> Any:
     index = {label: i for i, label in enumerate(names)}
     if len(index) != len(names):
         raise DataError(
@@ -194,7 +201,7 @@ def _labels(table: Table, column: str, names: tuple[str, ...], keep: list[int]) 
             f" is not in the label set of {len(names)} ({_rows(unknown)}). Correct them, or declare all"
             " labels in data.labels."
         )
-    if len(np.unique(labels)) < 2:
+    if not part and len(np.unique(labels)) < 2:
         raise DataError(
             f"{table.where} has one class only in column {column!r}: all {len(keep)} records carry the same"
             " label. A classifier needs two or more; name another column in data.label, or add records of"

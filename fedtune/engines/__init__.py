@@ -1,4 +1,5 @@
-"""What runs a federation: `local` in this process, `ray` over worker processes. The apps are the same.
+"""What runs a federation: `local` in this process, `ray` over worker processes, `deployment` over real
+sites. The apps are the same.
 
 An engine gives every node a Context (`partition-id`, `num-partitions`, and the configuration as JSON)
 and the server loop a Flower Grid; everything else is `fedtune.federation`'s.
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINES", "run"]
 
-ENGINES = ("local", "ray")
+ENGINES = ("local", "ray", "deployment")
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
@@ -33,4 +34,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         from fedtune.engines.ray import run as run_ray
 
         return run_ray(config, run_dir, observer)
+    if config.engine.name == "deployment":
+        from fedtune.engines.deployment.operator import run as run_deployment
+
+        return run_deployment(config, run_dir, observer)
     raise ConfigError(f"engine={config.engine.name!r} is not known; it can be {' or '.join(ENGINES)}.")

@@ -138,14 +138,18 @@ def metrics(evaluation: Evaluation, test: TokenizedCorpus) -> Metrics:
     )
 
 
-def data_facts(config: Config, data: PreparedData) -> dict[str, Any]:
-    """What was trained and tested on, in public numbers: declared sizes, never the real ones of a shard."""
+def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
+    """What was trained and tested on, in public numbers: declared sizes, never the real ones of a shard.
+
+    A real federation's server holds no shards, and knows what the nodes said of themselves.
+    """
+    declared = {node.name: node.declared_size for node in result.nodes} if not data.shards else {}
     return {
         "name": config.data.name,
         "source": config.data.source,
         "public": data.public,
         "labels": list(data.label_names),
-        "declared_sizes": {shard.node: shard.declared_size for shard in data.shards},
+        "declared_sizes": declared or {shard.node: shard.declared_size for shard in data.shards},
         "test_records": data.test.num_records,
         "only_site": config.data.only_site,
         "notes": list(data.notes),

@@ -210,7 +210,7 @@ def _record(
         result=result,
         nodes=measures.node_privacy(data.shards, result),
         metrics=measures.metrics(evaluation, data.test),
-        data=measures.data_facts(config, data),
+        data=measures.data_facts(config, data, result),
         cost=cost,
         energy=energy,
         money=price(config.pricing, cost, records=measures.bought_records(result)),

@@ -27,7 +27,16 @@ from flwr.proto.message_pb2 import Message as ProtoMessage  # noqa: E402
 from flwr.supercore.run import Run  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-__all__ = ["Run", "deserialize", "quiet", "serialize", "serialized_size", "set_message_id", "task_identity"]
+__all__ = [
+    "Run",
+    "act_as",
+    "deserialize",
+    "quiet",
+    "serialize",
+    "serialized_size",
+    "set_message_id",
+    "task_identity",
+]
 
 SERVER_NODE_ID = 1
 
@@ -66,6 +75,11 @@ def task_identity(run_id: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(TaskIdentity, name, value)
+
+
+def act_as(task_id: int, run_id: int, node_id: int) -> None:
+    """Makes this process able to create messages as the app of a task, for good."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = task_id, run_id, node_id
 
 
 def quiet(level: int = logging.ERROR) -> None:

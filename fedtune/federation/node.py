@@ -20,6 +20,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, RecordDict
@@ -30,6 +31,7 @@ from fedtune.federation.messages import RoundReply, RoundRequest
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.data.corpus import Shard
+    from fedtune.federation.policy import SiteSettings
     from fedtune.privacy.ledger import PrivacyLedger, Reservation
     from fedtune.privacy.plan import PrivacyPlan
 
@@ -44,16 +46,27 @@ __all__ = [
     "own_shard",
     "public_reason",
     "reserve_release",
+    "site_settings",
 ]
 
 _log = logging.getLogger("fedtune.node")
 
 
+def site_settings(context: Context) -> SiteSettings | None:
+    """A real site's own file, as its administrator started the node with; None in a simulation."""
+    from fedtune.federation.policy import SiteSettings
+
+    text = context.node_config.get("site")
+    return SiteSettings.from_json(str(text)) if text is not None else None
+
+
 def node_config(context: Context) -> Config:
-    """The configuration that the run was started with. Raises: ConfigError."""
+    """The configuration that the run was started with; a real site's own data in it. Raises: ConfigError."""
     from fedtune.federation.resident import config_of
 
-    return config_of(str(context.run_config.get("fedtune", "")))
+    asked = config_of(str(context.run_config.get("fedtune", "")))
+    site = site_settings(context)
+    return asked if site is None else site.own(asked)
 
 
 def own_shard(config: Config, context: Context) -> Shard | None:
@@ -63,6 +76,8 @@ def own_shard(config: Config, context: Context) -> Shard | None:
     """
     from fedtune.federation.resident import workplace
 
+    if config.engine.name == "deployment":
+        return workplace(config).prepared.shards[0]
     position = context.node_config.get("partition-id")
     if type(position) is not int or position < 0:
         raise FederationError(
@@ -73,11 +88,14 @@ def own_shard(config: Config, context: Context) -> Shard | None:
     return shards[position] if position < len(shards) else None
 
 
-def ledger_of(node: str) -> PrivacyLedger:
+def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:
     """The node's own ledger, a file that outlives process and run. Raises: LedgerError, ResourceError."""
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger import PrivacyLedger
 
+    site = None if context is None else site_settings(context)
+    if site is not None:
+        return PrivacyLedger.open(Path(site.ledger), require_budget=True)
     return PrivacyLedger.open(state_dir() / "ledgers" / f"{node}.sqlite")
 
 
@@ -199,6 +217,8 @@ def reserve_release(request: RoundRequest, context: Context) -> Release:
     For every protocol: whoever lets anything about a shard leave the node calls this first. Raises
     PrivacyError (of some kind) if the node refuses; nothing is charged then.
     """
+    from fedtune.federation.resident import config_of
+
     config = node_config(context)
     shard = own_shard(config, context)
     if shard is None:
@@ -211,7 +231,12 @@ def reserve_release(request: RoundRequest, context: Context) -> Release:
             f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
             f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
         )
-    ledger = ledger_of(shard.node)
+    ledger = ledger_of(shard.node, context)
+    site = site_settings(context)
+    if site is not None:
+        asked = config_of(str(context.run_config.get("fedtune", "")))
+        used = [release.fingerprint for release in ledger.releases(run=request.run, node=shard.node)]
+        site.check(asked, request.plan, used, shard.fingerprint)
     memory = NodeMemory(context.state, request.run)
     memory.check(request, shard.node, len(ledger.releases(run=request.run, node=shard.node)))
     reservation = ledger.reserve(
@@ -251,7 +276,7 @@ def failure_reply(
         run=request.run,
         round=request.round,
         attempt=request.attempt,
-        releases=release.count if release else _charged(node, request.run),
+        releases=release.count if release else _charged(node, request.run, context),
         refused=reason if decided else None,
         refusal=type(error).__name__ if decided else None,
         error=None if decided else reason,
@@ -267,10 +292,10 @@ def _name(context: Context) -> str:
     return shard.node if shard else f"partition {context.node_config.get('partition-id')}"
 
 
-def _charged(node: str, run: str) -> int:
+def _charged(node: str, run: str, context: Context) -> int:
     """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
     try:
-        return len(ledger_of(node).releases(run=run, node=node))
+        return len(ledger_of(node, context).releases(run=run, node=node))
     except Exception:
         return 0
 

@@ -54,11 +54,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "psutil": ("cost",),
     "flwr": ("federation", "engines"),
     "cryptography": ("federation", "engines"),
+    "httpx": ("engines",),  # what flwr speaks HTTP with
+    "uvicorn": ("engines",),  # what flwr's SuperLink is served by
     "ray": ("engines",),
     "scipy": ("audit",),
     "matplotlib": ("experiments",),
     "plotly": ("experiments",),
-    "rich": ("experiments",),
+    "rich": ("experiments", "cli"),
     "fastapi": ("serving",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
     "torch": ("models", "training", "federation", "engines", "audit", "experiments", "serving"),

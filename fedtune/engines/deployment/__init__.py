@@ -1,11 +1,11 @@
 """A real federation: Flower's SuperLink and SuperNodes, with TLS and node keys.
 
-    provision.py     one federation file -> certificates, a folder for the server, an archive for each site
-    certificates.py  the keys and certificates themselves, and what is wrong with them, in words
-    server.py        `fedtune server`: a SuperLink that relays, and runs nobody's code
-    node.py          `fedtune node`: a SuperNode for one site, which runs its own installed fedtune only
-    worker.py        the process that keeps encoder, data and ledger between the messages
-    submit.py        `fedtune submit`: the ServerApp, in the process of whoever submits
+    provision.py, certificates.py   one federation file -> a folder for the server, an archive for each site
+    server.py                       `fedtune server`: a SuperLink that relays, and runs nobody's code
+    site.py, node.py                `fedtune node`: a SuperNode for one site, which runs its own fedtune only
+    worker.py, channel.py           the process that keeps encoder, data and ledger between the messages
+    operator.py                     `fedtune submit`, `fedtune status`: the ServerApp, where its person is
+    thin.py, reach.py               the only app that a node accepts; is the server there, and the right one
 
 The apps are those of every other engine (`fedtune.federation`).
 """

@@ -1,0 +1,330 @@
+"""`fedtune node`: a SuperNode for one site, which runs its own installed fedtune and nothing else.
+
+Flower's SuperNode keeps the connection, the identity and the messages. What it would do with a message, start
+a process that installs and runs the app which the server sent, is replaced: the app is compared with the one
+thin app that this fedtune knows (`thin`), and the message goes to the resident worker. An app that is any
+other is refused, with a line in the audit log, and never unpacked.
+
+Uses Flower's internals (checked with 1.41): `start_client_internal`, which is what `flower-supernode` calls,
+and its NodeState.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedtune.engines.deployment import certificates, channel
+from fedtune.engines.deployment.reach import check_server, wait_for_server
+from fedtune.engines.deployment.site import open_ledger
+from fedtune.engines.deployment.thin import check_app
+from fedtune.errors import FederationError, FedtuneError, ResourceError
+from fedtune.federation.audit_log import AuditLog
+from fedtune.federation.policy import SiteSettings
+
+__all__ = ["Worker", "run_node"]
+
+_log = logging.getLogger("fedtune.node")
+_START_SECONDS = 120.0
+_POLL_SECONDS = 0.1
+_BEAT_SECONDS = 5.0
+_INVALID_APP, _APP_CRASHED = 3, 4  # any of flwr's ErrorCode will do: the reason is what is read
+
+
+class WorkerDied(Exception):
+    """The worker ended in the middle of a message; the text says how."""
+
+
+class Worker:
+    """The resident worker: started when needed, and again when it has died."""
+
+    def __init__(self, site: SiteSettings) -> None:
+        self._site = site
+        self._folder = tempfile.TemporaryDirectory(prefix="fedtune-node-")  # mode 0700
+        self._path = str(Path(self._folder.name) / "worker.sock")
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self._path)
+        self._listener.listen(1)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: socket.socket | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process, if it lives."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else None
+
+    def start(self) -> None:
+        """Starts the worker if it does not live. Raises ResourceError if it cannot."""
+        if self.pid is not None and self._connection is not None:
+            return
+        self.close_worker()
+        command = [sys.executable, "-m", "fedtune.engines.deployment.worker", self._path]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._site.limits.threads)}
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        self._listener.settimeout(1.0)
+        end = time.monotonic() + _START_SECONDS
+        while time.monotonic() < end and self._process.poll() is None:
+            with contextlib.suppress(TimeoutError):
+                connection, _ = self._listener.accept()
+                if channel.peer(connection) != (self._process.pid, os.getuid()):
+                    connection.close()  # somebody else of this machine; not our child
+                    continue
+                connection.settimeout(None)
+                channel.send(connection, {}, [self._site.to_json().encode()])
+                channel.receive(connection)
+                self._connection = connection
+                return
+        raise ResourceError(
+            f"The node's worker did not start (exit status {self._process.poll()}); its own output says why."
+        )
+
+    def ask(
+        self, message: bytes, context: bytes, header: dict[str, Any], beat: Callable[[], object]
+    ) -> list[bytes]:
+        """[reply, context] of the worker; calls `beat` every few seconds meanwhile. Raises WorkerDied."""
+        self.start()
+        connection = self._connection
+        assert connection is not None and self._process is not None
+        try:
+            channel.send(connection, header, [message, context])
+            while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
+                beat()
+            return channel.receive(connection)[1]
+        except (EOFError, OSError) as error:
+            connection.close()
+            self._connection = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            status = self._process.poll()
+            how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
+            raise WorkerDied(f"the worker ended {how}") from error
+
+    def close_worker(self) -> None:
+        """Ends the worker: it leaves when its socket closes."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait(10)
+
+    def close(self) -> None:
+        """Ends the worker and removes the socket."""
+        self.close_worker()
+        self._listener.close()
+        self._folder.cleanup()
+
+
+class Executor(threading.Thread):
+    """Takes each message that Flower's SuperNode has received, has it answered, and hands the answer back."""
+
+    def __init__(self, state: Any, store: Any, site: SiteSettings, worker: Worker) -> None:
+        super().__init__(name="fedtune-executor", daemon=True)
+        self._state, self._store, self._site, self._worker = state, store, site, worker
+        self._log = AuditLog(Path(site.audit_log))
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        """Until `ending` is set."""
+        from flwr.common.constant import Status
+
+        while not self.ending.wait(_POLL_SECONDS):
+            for task in self._state.get_tasks(statuses=[Status.PENDING], order_by="pending_at"):
+                try:
+                    self._handle(task)
+                except Exception:  # one message must not end the node
+                    _log.exception("a message could not be answered")
+
+    def _handle(self, task: Any) -> None:
+        from flwr.common.constant import SubStatus
+        from flwr.common.serde import context_from_proto, context_to_proto
+        from flwr.proto.message_pb2 import Context as ProtoContext
+        from flwr.supernode.start_client_internal import _insert_message
+
+        from fedtune.federation._flower import act_as, deserialize, serialize
+
+        state = self._state
+        if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
+            return
+        message = self._message(task.run_id)
+        run = state.get_run(task.run_id)
+        context = state.get_run_series_context(run.series_id)
+        act_as(task.task_id, run.run_id, context.node_id)
+        identity = {"task": task.task_id, "run": run.run_id, "node": context.node_id}
+        state.record_message_processing_start(message_id=message.metadata.message_id)
+        try:
+            check_app(state.get_fab(run.fab_hash).content)
+            data = self._worker.ask(
+                serialize(message),
+                context_to_proto(context).SerializeToString(),
+                identity,
+                lambda: state.acknowledge_task_heartbeat(task.task_id),
+            )
+            reply = deserialize(data[0])
+            proto = ProtoContext()
+            proto.ParseFromString(data[1])
+            state.set_run_series_context(run.series_id, context_from_proto(proto))
+        except WorkerDied as error:
+            reason = (
+                f"Site '{self._site.site}' lost this round: {error}. If the release was reserved, it "
+                f"stays charged; "
+                "the next message starts another worker."
+            )
+            reply = self._refusal(message, _APP_CRASHED, "worker died", reason)
+        except FedtuneError as error:
+            reply = self._refusal(message, _INVALID_APP, "refused", f"{type(error).__name__}: {error}")
+        state.record_message_processing_end(message_id=message.metadata.message_id)
+        self._store.delete(message.metadata.message_id)
+        _insert_message(reply, state, self._store)
+        state.finish_task(task.task_id, SubStatus.COMPLETED, "")
+
+    def _message(self, run_id: int) -> Any:
+        """The message with its content, once all of it has arrived."""
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+        from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+        end = time.monotonic() + 600.0
+        found: Any = []
+        while not found:
+            found = self._state.get_messages_legacy(run_ids=[run_id], is_reply=False, limit=1)
+            if not found and time.monotonic() > end:
+                raise FederationError(f"No message of run {run_id} arrived.")
+            time.sleep(0.0 if found else _POLL_SECONDS)
+        message_id = found[0].metadata.message_id
+        wanted = [tree.object_id for tree in iterate_object_tree(self._store.get_object_tree(message_id))]
+        contents: dict[str, bytes] = {}
+        while len(contents) < len(set(wanted)):
+            contents = {name: data for name in wanted if (data := self._store.get(name))}
+            if time.monotonic() > end:
+                raise FederationError(f"Message {message_id[:12]} of run {run_id} arrived in part only.")
+            time.sleep(0.0 if len(contents) == len(set(wanted)) else _POLL_SECONDS)
+        message = inflate_object_from_contents(message_id, contents)
+        message.metadata.__dict__["_message_id"] = message_id  # type: ignore[attr-defined]
+        return message
+
+    def _refusal(self, message: Any, code: int, event: str, reason: str) -> Any:
+        from flwr.app import Message
+        from flwr.app.error import Error
+
+        self._log.append(event, message=message.metadata.message_type, reason=reason)
+        _log.warning("%s", reason)
+        return Message(Error(code, reason), reply_to=message)
+
+
+def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
+    """Joins the federation and answers until it is told to end (Ctrl-C, SIGTERM).
+
+    Raises ConfigError or FederationError if it cannot join, LedgerError if the ledger cannot be trusted.
+    """
+    key = certificates.load_private_key(Path(site.key))
+    open_ledger(site)
+    say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
+    wait_for_server(site.server, Path(site.ca), say)
+    worker = Worker(site)
+    try:
+        worker.start()
+        _join(site, key, worker, say)
+    finally:
+        worker.close()
+
+
+def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], None]) -> None:
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode.nodestate import NodeStateFactory
+    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+    from flwr.supernode.start_client_internal import start_client_internal
+
+    joined = threading.Event()
+
+    class State(InMemoryNodeState):
+        def set_node_id(self, node_id: int | None) -> None:
+            super().set_node_id(node_id)
+            say(f"joined {site.server} as {site.site}")
+            joined.set()
+
+    said = _Capture()
+    objects = ObjectStoreFactory()
+    factory = NodeStateFactory(objects)
+    factory.state_instance = State(objects.store())
+    executor = Executor(factory.state_instance, objects.store(), site, worker)
+    executor.start()
+    threading.Thread(target=_watch, args=(site, executor.ending, say), daemon=True).start()
+    try:
+        while True:
+            joined.clear()
+            start_client_internal(
+                state_factory=factory,
+                server_address=site.server,
+                node_config={"site": site.to_json()},
+                root_certificates=Path(site.ca).read_bytes(),
+                insecure=False,
+                authentication_keys=(key, key.public_key()),
+                isolation="process",
+            )
+            # Flower returns when something unforeseen ended its loop; identity and memory of runs are kept.
+            say(f"the connection ended ({said.last()}); joining again")
+            time.sleep(5.0)
+            wait_for_server(site.server, Path(site.ca), say)
+    except SystemExit:
+        if not joined.is_set():
+            raise FederationError(_not_joined(site, key, said.last())) from None
+        say("left the federation")
+    finally:
+        executor.ending.set()
+
+
+def _watch(site: SiteSettings, ending: threading.Event, say: Callable[[str], None]) -> None:
+    """Says once a minute that the server does not answer; Flower tries again by itself, and silently."""
+    while not ending.wait(60.0):
+        try:
+            check_server(site.server, Path(site.ca))
+        except FedtuneError as error:
+            say(f"{error} Trying again.")
+
+
+def _not_joined(site: SiteSettings, key: Any, said: str) -> str:
+    known = certificates.fingerprint(certificates.public_key_of(key))
+    return (
+        f"The server {site.server} did not let site '{site.site}' in. Either its key (fingerprint "
+        f"{known}) is not "
+        "enrolled or was revoked (ask the operator for `fedtune server DIR --enrol`), or another node "
+        "with this key "
+        "is connected, or this machine's clock is off by more than 5 minutes. "
+        f"The server said: {said}."
+    )
+
+
+class _Capture(logging.Handler):
+    """Keeps what Flower would print, to be told in fedtune's words."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._lines: list[str] = []
+        logger = logging.getLogger("flwr")
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.addHandler(self)
+        logger.setLevel(logging.ERROR)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the last few."""
+        self._lines = [*self._lines[-4:], record.getMessage()]
+
+    def last(self) -> str:
+        """The last line, in one."""
+        lines = [" ".join(line.split()) for line in self._lines]
+        text = lines[-1] if lines else "nothing"
+        for word in ("Exit Code:", "For more information"):
+            text = text.replace(word, "").strip()
+        return text[:300].rstrip(".")

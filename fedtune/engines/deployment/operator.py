@@ -1,0 +1,203 @@
+"""What the operator asks of a running server: start a run and be its ServerApp, and what is going on.
+
+A run of fedtune is submitted by the process that will be its ServerApp: it starts the run at the SuperLink,
+takes the run's task itself, and runs the same loop as every other engine, with the display in front of the
+person. So the record, the adapter and the statement are written where the person is, and the server runs
+nobody's code. If this process dies, the run is resumed from its folder (`fedtune submit DIR resume=RUN_DIR`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.engines.deployment.provision import read_yaml
+from fedtune.engines.deployment.reach import check_server
+from fedtune.engines.deployment.server import TOKEN_HEADER, read_token
+from fedtune.engines.deployment.thin import thin_app
+from fedtune.errors import ConfigError, FederationError
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.federation.events import FederationResult, Observer
+
+__all__ = ["Status", "run", "status"]
+
+_TASK_SECONDS = 20.0
+
+
+class _Token:
+    """Adds the operator's token to each request; an interceptor of Flower's HTTP clients."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Any) -> Any:
+        """Flower's interface."""
+        context.request.headers[TOKEN_HEADER] = self._token
+        return call_next(context)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Server:
+    address: str
+    authority: bytes
+    token: str
+
+    @classmethod
+    def of(cls, folder: Path) -> _Server:
+        """The server that a folder made by `fedtune provision` describes, which must answer."""
+        address = str(read_yaml(folder / "server.yaml").get("server"))
+        check_server(address, folder / "ca.crt")
+        return cls(address, (folder / "ca.crt").read_bytes(), read_token(folder))
+
+    def client(self, kind: Any, *interceptors: Any) -> Any:
+        """One of Flower's HTTP clients, with the operator's token."""
+        from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+
+        version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+        return kind.from_server_address(
+            self.address, False, self.authority, [version, _Token(self.token), *interceptors]
+        )
+
+
+def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
+    """Runs a federation over the sites that are connected to the server in `config.engine.server`.
+
+    Raises what `fedtune.federation.server.run_rounds` raises; ConfigError or FederationError if there is no
+    server, no token, or a run that has not ended.
+    """
+    from fedtune.config.convert import to_json
+    from fedtune.federation.server import run_rounds
+
+    if not config.engine.server:
+        raise ConfigError(
+            "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
+        )
+    server = _Server.of(Path(config.engine.server))
+    # What is the operator's own (folders, prices) is nobody else's business.
+    told = dataclasses.replace(
+        config, output=None, resume=None, engine=dataclasses.replace(config.engine, server=None)
+    )
+    with _served(server, to_json(told)) as grid:
+        return run_rounds(grid, config, run_dir, observer)
+
+
+@contextlib.contextmanager
+def _served(server: _Server, config: str) -> Iterator[Any]:
+    """Starts a run at the server and gives the grid of its ServerApp, which this process now is."""
+    import httpx
+    from flwr.common.constant import SubStatus
+    from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+    from flwr.proto.control_pb2 import StartRunRequest
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+    from flwr.supercore.constant import TaskType
+    from flwr.supercore.control import ControlHttpClient
+    from flwr.supercore.fab import Fab
+    from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+    from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+    from flwr.supercore.runtime import RuntimeHttpClient
+    from flwr.superlink.grid import HttpGrid
+
+    from fedtune.federation._flower import act_as, quiet
+
+    quiet()
+    content, digest = thin_app()
+    with contextlib.closing(server.client(ControlHttpClient)) as control:
+        started = control.StartRun(
+            StartRunRequest(
+                fab=fab_to_proto(Fab(digest, content, {})),
+                override_config=user_config_to_proto({"fedtune": config}),
+            )
+        )
+    if not started.HasField("run_id"):
+        raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
+    with contextlib.closing(server.client(RuntimeHttpClient)) as free:
+        request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+        end = time.monotonic() + _TASK_SECONDS
+        while not (taken := free.AcquireTask(request)).token:
+            if time.monotonic() > end:
+                raise FederationError(
+                    f"The server {server.address} started run {started.run_id}, and has no task for it."
+                )
+            time.sleep(0.2)
+    if taken.task.run_id != started.run_id:
+        raise FederationError(
+            "Somebody else submitted a run to this server at the same moment, and the two took one "
+            "another's tasks. "
+            "Submit again."
+        )
+    client = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(taken.token))
+
+    class Grid(HttpGrid):
+        def _connect(self) -> None:
+            self._client = client
+
+    grid = Grid(server.address, False, server.authority, token=taken.token)
+    beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    outcome, details = SubStatus.FAILED, "The submitting process ended."
+    try:
+        beat.start()
+        given = client.PullTaskInput(PullTaskInputRequest())
+        act_as(given.task_id, given.run.run_id, given.context.node_id)
+        grid.set_run(run_from_proto(given.run))
+        yield grid
+        outcome, details = SubStatus.COMPLETED, ""
+    except httpx.HTTPError as error:
+        raise FederationError(
+            f"The connection to the server {server.address} was lost ({type(error).__name__}). Finished "
+            f"rounds are "
+            "saved: start the server if it is down, and go on with `fedtune submit DIR resume=RUN_DIR`."
+        ) from error
+    finally:
+        with contextlib.suppress(Exception):
+            client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=details))
+        if beat.is_running:
+            beat.stop()
+        client.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What a server knows: sites with their state, and runs with theirs, newest first."""
+
+    address: str
+    sites: tuple[dict[str, str], ...]
+    runs: tuple[dict[str, str], ...]
+
+
+def status(folder: Path) -> Status:
+    """Asks the server that `folder` describes. Raises ConfigError, FederationError or ResourceError."""
+    from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest
+    from flwr.supercore.control import ControlHttpClient
+
+    from fedtune.federation._flower import quiet
+
+    quiet()
+    server = _Server.of(folder)
+    with contextlib.closing(server.client(ControlHttpClient)) as control:
+        nodes = control.ListNodes(ListNodesRequest()).nodes_info
+        runs = control.ListRuns(ListRunsRequest()).run_dict
+    sites = [
+        {"site": node.name, "state": node.status, "since": node.last_activated_at or ""}
+        for node in nodes
+        if node.status != "unregistered"
+    ]
+    listed = [
+        {
+            "run": str(one.run_id),
+            "state": one.status.sub_status or one.status.status,
+            "details": one.status.details,
+            "started": one.pending_at,
+        }
+        for one in runs.values()
+    ]
+    return Status(
+        server.address,
+        tuple(sorted(sites, key=lambda one: one["site"])),
+        tuple(sorted(listed, key=lambda one: one["started"], reverse=True)),
+    )

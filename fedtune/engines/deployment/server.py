@@ -1,0 +1,203 @@
+"""`fedtune server`: Flower's SuperLink with TLS, node keys and a database, for one federation.
+
+It relays messages between the process that submits a run (`submit`, which is the ServerApp) and the nodes,
+and runs nobody's code: there is no executor for apps in it. Nodes are let in by their enrolled keys
+(`nodes/SITE.pub`; a file that appears enrols, one that goes revokes, within seconds). Everything that is not
+for nodes needs the operator's token. The database keeps nodes, runs and messages over a crash.
+
+Uses Flower's internals (checked with 1.41): `create_app` and its lifespan, which `flower-superlink` uses.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment.provision import enrolled, parse_address, read_yaml
+from fedtune.errors import ConfigError, ResourceError
+
+__all__ = ["TOKEN_HEADER", "read_token", "run_server"]
+
+_log = logging.getLogger("fedtune.server")
+TOKEN_HEADER = "x-fedtune-operator"
+_SYNC_SECONDS = 2.0
+_WARN_DAYS = 30
+
+
+class Gate:
+    """Lets nodes to their interface, and whoever has the operator's token to the others."""
+
+    # A node registers itself where nobody enrols nodes; here only the operator does.
+    _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
+
+    def __init__(self, app: Any, token: str) -> None:
+        self._app, self._token = app, token.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and not self._open(scope):
+            body = b'{"error": "This needs the operator\'s token."}'
+            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+            return
+        await self._app(scope, receive, send)
+
+    def _open(self, scope: Any) -> bool:
+        path = scope["path"]
+        if path in self._CLOSED:
+            return False
+        if path.startswith("/v1/fleet/"):
+            return True
+        given = dict(scope["headers"]).get(TOKEN_HEADER.encode(), b"")
+        return hmac.compare_digest(given, self._token)
+
+
+def read_token(folder: Path) -> str:
+    """The operator's token of a server folder. Raises ConfigError."""
+    path = folder / "operator.token"
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ConfigError(
+            f"The operator's token {path} cannot be read ({error.strerror}). Name the server folder "
+            f"that `fedtune "
+            "provision` made, as a user who may read it."
+        ) from error
+
+
+def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
+    """Serves until it is told to end (Ctrl-C, SIGTERM).
+
+    Raises ConfigError for a folder, key or certificate that is wrong, ResourceError if the port is taken.
+    """
+    settings = read_yaml(folder / "server.yaml")
+    name, address = str(settings.get("name")), str(settings.get("server"))
+    named, port = parse_address(address)
+    host = host or ("127.0.0.1" if named in ("127.0.0.1", "localhost") else "0.0.0.0")
+    days = certificates.check_server_certificate(folder)
+    certificates.load_private_key(folder / "server.key")
+    if days < _WARN_DAYS:
+        say(f"the server's certificate expires in {days} days; renew it with `fedtune provision ... --renew`")
+    token = read_token(folder)
+    keys = enrolled(folder)
+    _check_port(host, port)
+    app = _application(folder, host, port)
+    state = app.state.linkstate_factory.state()
+    ending = threading.Event()
+    _sync(state, keys, {}, say)
+    threading.Thread(target=_keep_in_step, args=(state, folder, keys, ending, say), daemon=True).start()
+    import uvicorn
+
+    config = uvicorn.Config(
+        Gate(app, token),
+        host=host,
+        port=port,
+        ssl_keyfile=str(folder / "server.key"),
+        ssl_certfile=str(folder / "server.crt"),
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=3,
+    )
+    say(f"federation {name} on {host}:{port} (sites reach it as {address}); {len(keys)} sites enrolled")
+    try:
+        uvicorn.Server(config).run()
+    finally:
+        ending.set()
+    say("the server has ended; its database keeps nodes and runs")
+
+
+def _application(folder: Path, host: str, port: int) -> Any:
+    """Flower's SuperLink as an ASGI application, with the folder's database."""
+    from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
+    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    from fedtune.federation._flower import quiet
+
+    quiet()
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(folder / "ca.crt"),
+        ssl_certfile=str(folder / "server.crt"),
+        ssl_keyfile=str(folder / "server.key"),
+        database=str(folder.absolute() / "superlink.sqlite"),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ResourceError(
+                f"Port {port} on {host} cannot be used ({error.strerror}): is another server of this "
+                f"federation "
+                "running? End it, or change the address in the federation file and provision again."
+            ) from error
+
+
+def _sync(state: Any, wanted: dict[str, bytes], known: dict[str, bytes], say: Callable[[str], None]) -> None:
+    """Registers keys that are new in `wanted`, and unregisters those that are gone from it."""
+    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+
+    registered = {
+        bytes(node.public_key): node.node_id
+        for node in state.get_node_info()
+        if node.status != "unregistered"
+    }
+    for site, key in wanted.items():
+        if key in registered:
+            continue
+        try:
+            state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=site)
+        except ValueError:
+            if known.get(site) != key:
+                say(f"the key of {site} was revoked before and stays so; the site makes a new one")
+            continue
+        say(f"enrolled {site} ({certificates.fingerprint(key)})")
+    for key, node_id in registered.items():
+        if key not in wanted.values():
+            state.delete_node(NOOP_FLWR_AID, node_id)
+            say(f"revoked the key {certificates.fingerprint(key)}")
+
+
+def _keep_in_step(
+    state: Any, folder: Path, known: dict[str, bytes], ending: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Looks every few seconds whether keys were enrolled or revoked."""
+    while not ending.wait(_SYNC_SECONDS):
+        try:
+            now = enrolled(folder)
+            if now != known:
+                _sync(state, now, known, say)
+                known = now
+        except Exception as error:  # a file half written; the next look sees it whole
+            _log.warning("keys could not be read: %s", error)

@@ -1,0 +1,125 @@
+"""A site's own file and what its administrator does with it: read it, make a key, try a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment.provision import parse_address, read_yaml
+from fedtune.errors import ConfigError, DataError, PrivacyError
+from fedtune.federation.policy import SiteSettings
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.privacy.ledger import PrivacyLedger
+
+__all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "read_site"]
+
+
+def read_site(path: Path) -> SiteSettings:
+    """The settings in a node.yaml; paths in it are relative to its folder. Raises ConfigError."""
+    values = copy.deepcopy(read_yaml(path))
+    folder = path.absolute().parent
+    budget = values.pop("budget", None)
+    if not isinstance(budget, Mapping) or not {"epsilon", "delta"} <= set(budget) <= {
+        "epsilon",
+        "delta",
+        "unit",
+    }:
+        raise ConfigError(
+            f"{path}: budget should have epsilon and delta, and may have unit; it is {budget!r}."
+        )
+    values |= {f"budget_{name}": value for name, value in budget.items()}
+    for name in ("ca", "key", "ledger", "audit_log"):
+        if isinstance(values.get(name), str):
+            values[name] = str(folder / values[name])
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("path"), str):
+        data["path"] = str(folder / data["path"])
+        if data.get("source", "files") == "files" and not Path(data["path"]).exists():
+            raise ConfigError(f"{path}: data.path is {data['path']}, and there is no such file or folder.")
+    settings = SiteSettings.from_dict(values, str(path))
+    parse_address(settings.server)
+    return settings
+
+
+def make_key(site: SiteSettings) -> tuple[str, str]:
+    """Makes the site's private key; (enrolment line, fingerprint). Raises ConfigError if there is one."""
+    key = certificates.make_node_key(Path(site.key))
+    return certificates.public_line(key, site.site), certificates.fingerprint(certificates.public_key_of(key))
+
+
+def open_ledger(site: SiteSettings) -> PrivacyLedger:
+    """The site's ledger, with the budget that its file names. Raises LedgerError."""
+    from fedtune.privacy.ledger import PrivacyLedger
+
+    path = Path(site.ledger)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ledger = PrivacyLedger.open(path)
+    if ledger.budgets().default != site.budget:
+        ledger.set_budget(site.budget)
+    return PrivacyLedger.open(path, require_budget=True)
+
+
+class DryRun:
+    """What a proposed run would do here. `refusals` is empty if the site permits it and can pay for it."""
+
+    def __init__(self, lines: Sequence[tuple[str, str]], refusals: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        self.refusals = tuple(refusals)
+
+    def text(self) -> str:
+        """For a person."""
+        width = max(len(name) for name, _ in self.lines)
+        shown = [f"{name:<{width}}  {value}" for name, value in self.lines]
+        verdict = [f"refused: {reason}" for reason in self.refusals] or ["permitted"]
+        return "\n".join([*shown, "", *verdict, "Nothing was trained, released or sent."])
+
+
+def dry_run(site: SiteSettings, asked: Config) -> DryRun:
+    """Checks a proposed run against the site's file, data and ledger; trains and charges nothing.
+
+    Raises DataError, ModelError or ResourceError if the node could not take part at all.
+    """
+    from fedtune.federation.resident import workplace
+    from fedtune.privacy.ledger import kept_epsilon
+    from fedtune.privacy.plan import make_plan
+
+    try:
+        shard = workplace(site.own(asked)).prepared.shards[0]
+    except DataError as error:
+        # The reason that the server is not told; here is its owner.
+        raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
+    plan = make_plan(asked, [site.data.declared_size])
+    ledger = open_ledger(site)
+    refusals: list[str] = []
+    try:
+        site.check(asked, plan)
+    except PrivacyError as error:
+        refusals.append(str(error))
+    mine = plan.for_shard(shard.declared_size)
+    state, delta = ledger.state(), site.budget.delta
+    before = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint)
+    after = kept_epsilon(state.adding(shard.dataset, shard.fingerprint, mine, plan.num_rounds), delta)
+    if after > site.budget.epsilon and not site.data.public:
+        refusals.append(
+            f"all {plan.num_rounds} rounds would raise epsilon from {before:.4g} to {after:.4g}, over "
+            f"the budget of "
+            f"{site.budget.epsilon:g} at delta {delta:g}; the node would stop taking part on the way"
+        )
+    lines: list[tuple[str, Any]] = [
+        ("site", f"{site.site} of {site.federation}"),
+        ("data", f"{shard.dataset}: {shard.data.num_records} records here, {shard.declared_size} declared"),
+        ("fingerprint", shard.fingerprint[:16]),
+        ("mechanism", f"trust={plan.trust}, unit={plan.unit}"),
+        ("model", f"{asked.model.name} with {asked.adapter.name}"),
+        ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),
+        ("steps", f"{plan.num_rounds} rounds of {plan.local_steps}, sample_rate={plan.sample_rate:g}"),
+        ("leaves", "per round one array, the adapter's change; name, declared size, steps, seconds"),
+        ("epsilon now", f"{before:.4g} at delta {delta:g}"),
+        ("epsilon after", f"{after:.4g} of {site.budget.epsilon:g}"),
+    ]
+    return DryRun(lines, refusals)

@@ -1,0 +1,151 @@
+"""The resident worker of a node: one process that keeps encoder, data and ledger between the messages.
+
+Flower would start a process for every message, which then loads torch and the encoder; here the node hands
+each message, with its Context, over a local socket (`channel`) to the process that has them. It calls the
+same ClientApp as every other engine, and writes the node's audit log: what was asked, what leaves, and what
+the data has spent before and after.
+
+    python -m fedtune.engines.deployment.worker SOCKET
+
+What it does not do: talk to the network. If it dies, the node starts another; a release that was reserved
+in the ledger stays charged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import socket
+import sys
+from typing import TYPE_CHECKING, Any
+
+from fedtune.engines.deployment import channel
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+
+    from fedtune.federation.policy import SiteSettings
+
+__all__ = ["answer", "main"]
+
+_log = logging.getLogger("fedtune.node")
+
+
+def main(path: str) -> None:
+    """Connects to the node's socket and answers its messages until it closes."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    header, parts = channel.receive(connection)
+    from fedtune.federation.policy import SiteSettings
+
+    site = SiteSettings.from_json(parts[0].decode())
+    _limit(site)
+    logging.basicConfig(level=logging.INFO, format="fedtune worker: %(message)s", stream=sys.stderr)
+    from fedtune.federation._flower import quiet
+
+    quiet()
+    channel.send(connection, {"ready": os.getpid()})
+    while True:
+        try:
+            header, parts = channel.receive(connection)
+        except EOFError:
+            return
+        channel.send(connection, {}, answer(parts[0], parts[1], header, site))
+
+
+def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSettings) -> list[bytes]:
+    """[reply, context], serialized, to a serialized message."""
+    from flwr.common.serde import context_from_proto, context_to_proto
+    from flwr.proto.message_pb2 import Context as ProtoContext
+
+    from fedtune.federation._flower import act_as, deserialize, serialize
+    from fedtune.federation.client_app import app
+
+    proto = ProtoContext()
+    proto.ParseFromString(context)
+    received, its_context = deserialize(message), context_from_proto(proto)
+    act_as(header["task"], header["run"], header["node"])
+    before = _spent(its_context)
+    reply = app(received, its_context)
+    data = serialize(reply)
+    _audit(site, received, reply, its_context, before, len(data))
+    return [data, context_to_proto(its_context).SerializeToString()]
+
+
+def _limit(site: SiteSettings) -> None:
+    """Holds this process to the owner's limits, before torch is loaded and makes its threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(site.limits.threads)
+    if site.limits.memory_gb is not None:
+        limit = int(site.limits.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _spent(context: Context) -> dict[str, Any]:
+    """Releases and epsilon of this node's data until now."""
+    from fedtune.federation import node
+
+    try:
+        shard = node.own_shard(node.node_config(context), context)
+        assert shard is not None
+        ledger = node.ledger_of(shard.node, context)
+        epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint)
+        return {
+            "releases": len(ledger.releases(dataset=shard.dataset)),
+            "epsilon": epsilon if epsilon != float("inf") else None,
+            "fingerprint": shard.fingerprint[:16],
+        }
+    except Exception as error:  # the answer itself will say why the node cannot work
+        return {"problem": node.public_reason(error, "this node")}
+
+
+def _audit(
+    site: SiteSettings, message: Message, reply: Message, context: Context, before: dict[str, Any], size: int
+) -> None:
+    """One line for a message and its answer. It is written before the answer leaves this process."""
+    from pathlib import Path
+
+    from fedtune.federation.audit_log import AuditLog
+
+    kind = message.metadata.message_type
+    said = _config(reply, "reply") if reply.has_content() else {}
+    refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
+    event = "refused" if refused else ("released" if kind != "query.hello" else "greeted")
+    values: dict[str, Any] = {"message": kind, "bytes_out": size}
+    asked = _config(message, "request")
+    if asked:
+        plan = json.loads(str(asked["plan"]))
+        keys = (
+            "trust",
+            "unit",
+            "noise_multiplier",
+            "max_grad_norm",
+            "sample_rate",
+            "local_steps",
+            "num_rounds",
+        )
+        values |= {name: asked[name] for name in ("run", "round", "attempt")}
+        values["asked"] = {key: _finite(plan.get(key)) for key in keys}
+    if refused:
+        values["reason"] = str(refused)
+    if kind != "query.hello":
+        values |= {"before": before, "after": _spent(context)}
+    AuditLog(Path(site.audit_log)).append(event, **values)
+    _log.info("%s %s%s", event, kind, f": {refused}" if refused else "")
+
+
+def _config(message: Message, name: str) -> dict[str, Any]:
+    from flwr.app import ConfigRecord
+
+    record = message.content.get(name)
+    return dict(record) if isinstance(record, ConfigRecord) else {}
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

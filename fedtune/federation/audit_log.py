@@ -1,0 +1,98 @@
+"""A node's own log of what was asked of it and what left it: one JSON object a line, append-only.
+
+Each line carries the hash of the line before it, so that a line which was changed, moved or taken out shows
+(`verify`); what was cut off at the end shows only against a copy or the privacy ledger. Several processes may
+write. It holds nothing of the data, but what a site has spent and refused is its own business: mode 0600.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LedgerError, ResourceError
+
+__all__ = ["AuditLog"]
+
+_START = "0" * 64
+
+
+class AuditLog:
+    """The log in one file; made by the first entry."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: str, **values: Any) -> None:
+        """Adds one line, durably, with the time and the hash of the line before it.
+
+        Raises ResourceError if it cannot be written: a node that cannot log does not answer.
+        """
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(descriptor, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                entry = {
+                    "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+                    "event": event,
+                    **values,
+                    "previous": _hash(_last_line(file)),
+                }
+                file.seek(0, os.SEEK_END)
+                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ResourceError(
+                f"The node's audit log cannot be written ({error.strerror}), so the node answers "
+                f"nothing. Make room "
+                "or give permission; its administrator knows where."
+            ) from error
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All lines, oldest first. Raises LedgerError for a line that is none."""
+        if not self.path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        except ValueError as error:
+            raise LedgerError(
+                f"The audit log {self.path} holds a line that is not JSON ({error})."
+            ) from error
+
+    def verify(self) -> list[str]:
+        """What is wrong with the chain of lines (nothing: it is whole)."""
+        problems, before = [], b""
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                named = json.loads(line).get("previous")
+            except (ValueError, AttributeError):
+                problems.append(f"line {number} is no entry")
+                named = None
+            if named is not None and named != _hash(before):
+                problems.append(f"line {number} does not follow the line before it")
+            before = line
+        return problems
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest() if line else _START
+
+
+def _last_line(file: Any) -> bytes:
+    """The last complete line of an open file, b'' if it has none."""
+    end = file.seek(0, os.SEEK_END)
+    block = b""
+    while end > 0 and b"\n" not in block.rstrip(b"\n"):
+        start = max(0, end - 4096)
+        file.seek(start)
+        block, end = file.read(end - start) + block, start
+    stripped: bytes = block.rstrip(b"\n")
+    return stripped.rsplit(b"\n", 1)[-1]
