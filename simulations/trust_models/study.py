@@ -1,0 +1,163 @@
+#!/usr/bin/env python
+"""What does it cost not to trust the server? Local, distributed, central and pooled privacy side by side.
+
+    python simulations/trust_models/study.py                 all runs, then the report
+    python simulations/trust_models/study.py --report        the report alone, from the records there are
+    python simulations/trust_models/study.py --seeds 0 --only distributed,pooled
+    python simulations/trust_models/study.py --records /tmp/try federation.num_rounds=2      a try-out
+
+Every run goes through `fedtune.experiments.run.run` and is kept as `records/NAME.json`; how a finished run is
+skipped and an interrupted one resumed is that of `simulations/first_federation/study.py`, which this imports.
+Each arrangement takes 48 steps (of each node, or of the union) with the same sampling rate, optimizer and
+learning rate; only the encoder's head is trained, so that all runs together take minutes. Words at the end
+(`name=value`) are overrides for all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
+    sys.path.insert(0, str(HERE.parents[1]))
+EPSILONS = (1, 3, 8)
+SEEDS = (0, 1, 2)
+COMMON = (
+    "adapter=head",
+    "train.sample_rate=0.1",
+    "train.learning_rate=0.01",
+    "train.optimizer=adam",
+    "federation.evaluate_every=1000",
+)
+
+# A record is protected, and one delta is below 1/n for every size; a larger one would be another promise.
+_RECORD = ("privacy.unit=record", "privacy.delta=2.5e-5")
+# How 48 steps are spent. A distributed round is one step, and its optimizer lives on the server for all 48;
+# the pool takes them in one round, for a node's optimizer lives for a round. Local nodes meet 12 times.
+# 100 clients are central's own privacy unit, and there its delta is 1 / (2 x 100), fedtune's default.
+ARRANGEMENTS: dict[str, tuple[str, ...]] = {
+    "local": (
+        "privacy=local",
+        *_RECORD,
+        "partition=natural",
+        "federation.num_rounds=12",
+        "train.local_steps=4",
+    ),
+    "distributed": ("privacy=distributed", *_RECORD, "partition=natural", "federation.num_rounds=48"),
+    "pooled": (
+        "privacy=local",
+        *_RECORD,
+        "partition=iid",
+        "federation.nodes=1",
+        "federation.num_rounds=1",
+        "train.local_steps=48",
+    ),
+    "central": (
+        "privacy=central",
+        "privacy.max_grad_norm=1",
+        "partition=iid",
+        "federation.nodes=100",
+        "federation.num_rounds=6",
+        "train.local_steps=8",
+    ),
+}
+# What is lost to privacy at all: the pool's own steps without clipping and noise.
+REFERENCE = (
+    "privacy=none",
+    "partition=iid",
+    "federation.nodes=1",
+    "federation.num_rounds=1",
+    "train.local_steps=48",
+)
+
+
+def neighbour(name: str) -> ModuleType:
+    """`study` or `report` of simulations/first_federation, under a name of its own."""
+    known = f"first_federation_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, HERE.parent / "first_federation" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[known] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[known]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the study; `epsilon` None is the pool without privacy."""
+
+    arrangement: str
+    epsilon: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its record file and run folder."""
+        privacy = "none" if self.epsilon is None else f"epsilon{self.epsilon}"
+        return f"{self.arrangement}-{privacy}-seed{self.seed}"
+
+    def overrides(self) -> list[str]:
+        """What makes it this run and no other."""
+        seed = f"seed={self.seed}"
+        if self.epsilon is None:
+            return [*COMMON, *REFERENCE, seed]
+        return [*COMMON, *ARRANGEMENTS[self.arrangement], f"privacy.epsilon={self.epsilon}", seed]
+
+
+def cells(seeds: list[int], only: list[str], epsilons: list[int]) -> list[Cell]:
+    """The runs, one seed after the other, so that a study that is cut short is complete for fewer seeds."""
+    found = []
+    for seed in seeds:
+        if "pooled" in only:
+            found.append(Cell("pooled", None, seed))
+        found += [Cell(a, e, seed) for e, a in itertools.product(epsilons, only)]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), metavar="N,N", help="default: 0,1,2")
+    parser.add_argument("--epsilons", default=",".join(map(str, EPSILONS)), metavar="N,N")
+    parser.add_argument("--only", default=",".join(ARRANGEMENTS), metavar="NAME,NAME", help="what to run")
+    parser.add_argument("--records", type=Path, default=HERE / "records", help="where the records are kept")
+    parser.add_argument("--work", type=Path, default=Path("outputs") / "trust_models", help="run folders")
+    parser.add_argument("--report", action="store_true", help="run nothing; make figure and README")
+    parser.add_argument("overrides", nargs="*", help="name=value, for every run")
+    options = parser.parse_args(arguments)
+    sys.path.insert(0, str(HERE))
+    import report
+
+    if not options.report:
+        wanted = cells(
+            [int(seed) for seed in options.seeds.split(",")],
+            neighbour("study")._known(options.only, tuple(ARRANGEMENTS)),
+            [int(epsilon) for epsilon in options.epsilons.split(",")],
+        )
+        for number, cell in enumerate(wanted, start=1):
+            print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
+            if not neighbour("study").run_cell(cell, options.records, options.work, options.overrides):
+                print("  done before", flush=True)
+    target = HERE if options.records.resolve() == HERE / "records" else options.records
+    print(f"\n{report.write(options.records, target)}")
+    return 0
+
+
+if __name__ == "__main__":
+    from fedtune.errors import FedtuneError
+
+    try:
+        sys.exit(main())
+    except FedtuneError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{interrupt}", file=sys.stderr)
+        sys.exit(130)

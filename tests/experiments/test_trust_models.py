@@ -1,0 +1,93 @@
+"""The trust model study's script: its runs do equal work, and its words follow the numbers, both ways."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "simulations" / "trust_models"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script of the study as a module; `report` finds `study` under its own name."""
+    if not FOLDER.exists():
+        pytest.skip("simulations/ is not part of this installation")
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("first_federation_study", "first_federation_report"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return script("study", monkeypatch)
+
+
+@pytest.fixture
+def report(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return script("report", monkeypatch)
+
+
+def test_every_run_takes_48_steps_and_promises_what_its_name_says(study: ModuleType) -> None:
+    from fedtune.config.loader import load
+
+    everything = study.cells([0, 1, 2], list(study.ARRANGEMENTS), list(study.EPSILONS))
+    assert len({cell.name for cell in everything}) == len(everything) == 39
+    shared = []
+    for cell in (cell for cell in everything if cell.seed == 1):
+        config = load(cell.overrides())
+        train, privacy = config.train, config.privacy
+        distributed = privacy.trust == "distributed"
+        assert config.federation.num_rounds * (1 if distributed else train.local_steps) == 48
+        assert privacy.epsilon == cell.epsilon and config.seed == 1
+        assert privacy.unit == ("client" if cell.arrangement == "central" else "record")
+        if cell.epsilon is not None:
+            pooled = cell.arrangement == "pooled"
+            assert privacy.trust == ("local" if pooled else cell.arrangement)
+            assert privacy.delta == (None if cell.arrangement == "central" else 2.5e-5)
+        shared.append((train.sample_rate, train.learning_rate, train.optimizer, config.adapter, config.model))
+    assert all(one == shared[0] for one in shared)
+
+
+def made_up(report: ModuleType, gap: float) -> dict[tuple[str, str, str], object]:
+    """Accuracies in which distributed exceeds pooled by `gap` and some noise."""
+    table = {}
+    for epsilon in report.EPSILONS:
+        for name in ("pooled", "distributed"):
+            noise = (0.001, -0.001, 0.0005) if name == "distributed" else (0.0, 0.0, 0.0)
+            shift = gap if name == "distributed" else 0.0
+            values = tuple(0.76 + shift + wobble for wobble in noise)
+            table[name, f"epsilon{epsilon}", "all"] = report._first.Values((0, 1, 2), values)
+    return table
+
+
+@pytest.mark.parametrize(("gap", "words"), [(0.0, "equal within noise"), (-0.02, "worse"), (0.02, "better")])
+def test_the_claim_says_what_the_numbers_say(report: ModuleType, gap: float, words: str) -> None:
+    said = report.claim(made_up(report, gap))
+    assert words in said
+    assert ("equal" in said) == (gap == 0.0)
+
+
+def test_a_table_of_half_the_runs_has_dashes(report: ModuleType) -> None:
+    text = report.table_markdown(made_up(report, 0.0))
+    assert "| local | a record | - | - | - |" in text
+    assert "| *distributed minus pooled* | | +0.02 ± 0.06 |" in text
+
+
+def test_the_interval_is_students(report: ModuleType) -> None:
+    from scipy import stats
+
+    for count in (3, 9):
+        values = [0.01 * value for value in range(count)]
+        low, high = stats.t.interval(0.95, count - 1, loc=0.0, scale=stats.sem(values))
+        assert report.half_interval(values) == pytest.approx((high - low) / 2, rel=1e-3)
+    assert report.half_interval([0.5]) is None
