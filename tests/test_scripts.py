@@ -108,5 +108,5 @@ def test_ci_says_that_it_failed(checkout: Path) -> None:
     done = call(checkout, ".ci/run")
     assert done.returncode == 1
     lines = done.stdout.splitlines()
-    assert "no module named venv" in lines
+    assert any("found none of them" in line for line in lines)
     assert lines[-1] == "0 passed, 2 failed"
