@@ -52,7 +52,7 @@ def engine() -> None:
     runs = [
         _federation(
             "adapter=lora",
-            "federation.num_rounds=6",
+            "federation.num_rounds=3",
             "train.local_steps=4",
             "train.sample_rate=0.05",
             "federation.evaluate_every=100",

@@ -15,7 +15,7 @@ from fedtune.training.dp_step import clipped_sum, per_example_gradients
 from fedtune.training.local import ShardView, train_locally
 from scripts.benchmarks.common import CLIP, NOISE_MULTIPLIER, in_turn, plan_for, pooled, take, write
 
-EXAMPLES, RATE = 256, 0.25  # shard size and sampling rate: 64 expected examples a step, in both programs
+EXAMPLES, RATE = 512, 0.5  # shard size and sampling rate: 256 expected examples a step, in both programs
 
 
 def _naive(texts: list[str], labels: np.ndarray, physical_batch: int) -> Any:
