@@ -325,6 +325,6 @@ class _Capture(logging.Handler):
         """The last line, in one."""
         lines = [" ".join(line.split()) for line in self._lines]
         text = lines[-1] if lines else "nothing"
-        for word in ("Exit Code:", "For more information"):
-            text = text.replace(word, "").strip()
-        return text[:300].rstrip(".")
+        # Flower frames it with an exit code before, and the address of a page after.
+        text = text.partition("For more information")[0].partition("[code:")[2] or text
+        return text[:300].strip(" .,")

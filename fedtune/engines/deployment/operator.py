@@ -55,13 +55,18 @@ class _Server:
         check_server(address, folder / "ca.crt")
         return cls(address, (folder / "ca.crt").read_bytes(), read_token(folder))
 
-    def client(self, kind: Any, *interceptors: Any) -> Any:
-        """One of Flower's HTTP clients, with the operator's token."""
+    def client(self, kind: Any, *interceptors: Any, patient: bool = False) -> Any:
+        """One of Flower's HTTP clients, with the operator's token; `patient` ones wait for the server."""
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+        from flwr.supercore.retry import make_simple_http_retry_invoker
 
         version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
         return kind.from_server_address(
-            self.address, False, self.authority, [version, _Token(self.token), *interceptors]
+            self.address,
+            False,
+            self.authority,
+            [version, _Token(self.token), *interceptors],
+            retry_invoker=make_simple_http_retry_invoker() if patient else None,
         )
 
 
@@ -131,7 +136,7 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
             "another's tasks. "
             "Submit again."
         )
-    client = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(taken.token))
+    client = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(taken.token), patient=True)
 
     class Grid(HttpGrid):
         def _connect(self) -> None:
