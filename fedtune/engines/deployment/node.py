@@ -326,5 +326,6 @@ class _Capture(logging.Handler):
         lines = [" ".join(line.split()) for line in self._lines]
         text = lines[-1] if lines else "nothing"
         # Flower frames it with an exit code before, and the address of a page after.
-        text = text.partition("For more information")[0].partition("[code:")[2] or text
+        text = text.partition("For more information")[0]
+        text = text.partition("[code:")[2].partition("]")[2] or text
         return text[:300].strip(" .,")
