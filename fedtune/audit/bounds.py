@@ -12,7 +12,8 @@ Three answers, from the one that assumes least to the one that assumes most:
   and false positive rates, put into TPR <= exp(epsilon) FPR + delta and its mirror image.
 - `epsilon_one_shot` (Andrew et al. 2024): an *estimate*, no bound. It fits a Gaussian to the canaries'
   cosines, and asks for the epsilon of telling it from the cosine of a direction that was not used. Right if
-  both are Gaussian, as they are for the Gaussian mechanism in many dimensions; it may be above the truth.
+  both are Gaussian, as they are for the Gaussian mechanism in many dimensions; it may be above the truth, and
+  for a small epsilon it is: chance in the fitted spread looks like a leak.
 
 All are for add-or-remove adjacency: a coin of a canary is whether that unit exists. Pure functions of counts
 and numbers; where the guesses come from is

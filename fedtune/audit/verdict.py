@@ -39,6 +39,7 @@ BoolArray = npt.NDArray[np.bool_]
 SHARES = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 PARTS = (1.0, 0.2, 0.04)  # fewer where delta is large: the bound loses with canaries times delta
 _THRESHOLDS = 48  # tried on the first half
+_WARY = 0.01  # of the error, where a choice is made: what looks good only by luck is then not chosen
 _FACTORS = np.geomspace(0.2, 4.0, 57)  # noise multipliers that `curve` tries, over the plan's
 
 
@@ -106,12 +107,12 @@ def two_sample(
     """The best threshold of one half, tested on the other by Clopper-Pearson; args as `one_run`."""
     half = _Half(scores, included)
 
-    def value(counts: tuple[int, int, int, int]) -> float:
-        # The same error on the half that chooses: a choice that looks good only by luck is not taken.
-        return epsilon_lower_two_sample(*counts, delta=delta, confidence=confidence)
+    def value(counts: tuple[int, int, int, int], error: float) -> float:
+        return epsilon_lower_two_sample(*counts, delta=delta, confidence=1.0 - error)
 
-    attack, counts = half.choose(value)
-    return Bound("two-sample", value(counts), confidence, attack, _named(counts), _INDEPENDENT)
+    attack, counts = half.choose(lambda counts: value(counts, (1.0 - confidence) * _WARY))
+    epsilon = value(counts, 1.0 - confidence)
+    return Bound("two-sample", epsilon, confidence, attack, _named(counts), _INDEPENDENT)
 
 
 def curve(
@@ -131,7 +132,7 @@ def curve(
     level = (1.0 - confidence) / 2.0
 
     def value(counts: tuple[int, int, int, int]) -> float:
-        rates = _rates(counts, level)
+        rates = _rates(counts, level * _WARY)
         # The coarse part of the grid will do; among equals the one that is nearest to refuting the next.
         refuted = sum(_refutes(rates, terms, i) for i in range(0, len(_FACTORS), 8))
         following = max(len(_FACTORS) - 1 - 8 * refuted, 0)

@@ -129,7 +129,7 @@ def test_distributed_sum_has_the_noise_that_may_be_counted_on() -> None:
 def test_one_shot_estimate_is_near_the_claim_and_sees_half_noise() -> None:
     from fedtune.audit.bounds import epsilon_one_shot
 
-    plan = plans.central(noise_multiplier=4.0)
+    plan = plans.central(noise_multiplier=1.4)
     rng = np.random.default_rng(1)
     right = epsilon_one_shot(one_shot_cosines(plan, 2, 400, 8000, rng), 8000, plan.delta)
     wrong = epsilon_one_shot(

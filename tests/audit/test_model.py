@@ -1,0 +1,164 @@
+"""Canaries in the real training: drawn, clipped and noised as records are, and without private data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune.audit.attack import audit_model
+from fedtune.audit.canaries import GradientCanaries
+from fedtune.audit.model import CanaryView, InputCanaries, watch
+from fedtune.config.paths import state_dir
+from fedtune.errors import DataError
+from fedtune.federation.resident import workplace
+from fedtune.privacy.noise import Entropy
+from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.training.dp_step import per_example_gradients
+from fedtune.training.local import ShardView
+from tests import tiny_federation as tiny
+from tests.audit import plans
+from tests.models.conftest import random_corpus
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny federation with local privacy: epsilon 4, 6 steps at rate 0.3."""
+    tiny.one_thread()
+    root: Path = tmp_path_factory.mktemp("world")
+    made = tiny.make_config(tiny.make_model(root / "model"), tiny.make_data(root / "data"))
+    return tiny.private(made, epsilon=4.0)
+
+
+def plan_of(config: Any, **changes: Any) -> PrivacyPlan:
+    privacy = dataclasses.replace(config.privacy, reproducible_noise=True, delta=1e-3, **changes)
+    return make_plan(dataclasses.replace(config, privacy=privacy), [30, 30, 30, 30])
+
+
+def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
+    plan, place = plan_of(config), workplace(config)
+    entropy = plan.entropy("audit", 1, 0)
+    with place.using_model() as model:
+        placed = GradientCanaries.spread(100, model.num_parameters, np.random.default_rng(0))
+        shard = place.prepared.shards[0]
+        model.set_vector(model.initial)
+        with per_example_gradients(model):
+            plain = ShardView(model, shard, "record", config.train)
+            view = CanaryView(model, shard, "record", config.train, placed)
+            assert view.num_units == plain.num_units + placed.included.sum()
+            records, mine = np.array([0, 3]), np.array([0, 7, 20])
+            alone = plain.clipped_sum(records, plan, entropy)
+            both = view.clipped_sum(np.concatenate([records, plain.num_units + mine]), plan, entropy)
+            assert np.array_equal(view.clipped_sum(records, plan, entropy), alone)
+    added = both - alone
+    where = placed.coordinates[placed.members[mine]]
+    assert sorted(np.flatnonzero(np.abs(added) > 1e-9)) == sorted(where)
+    assert added[where] == pytest.approx(plan.max_grad_norm, rel=1e-5)
+
+
+def test_input_canaries_are_mislabelled_public_records_and_half_of_them_are_trained_on() -> None:
+    public = random_corpus(60, persons=20)
+    drawn = InputCanaries.draw(public, 20, 25, np.random.default_rng(1))
+    marks = {row.tobytes(): label for row, label in zip(public.digests, public.labels, strict=True)}
+    assert drawn.canaries.num_records == 20
+    for digest, label in zip(drawn.canaries.digests, drawn.canaries.labels, strict=True):
+        assert label != marks[digest.tobytes()]
+    inside = {row.tobytes() for row in drawn.shard.data.digests}
+    for digest, included in zip(drawn.canaries.digests, drawn.included, strict=True):
+        assert (digest.tobytes() in inside) == included
+    background = drawn.shard.data.num_records - int(drawn.included.sum())
+    assert background == 25 == drawn.shard.declared_size
+    # Each canary is a person by itself, or it would share a clip with its author's other records.
+    assert drawn.shard.data.units is not None
+    names, counts = np.unique(drawn.shard.data.units, return_counts=True)
+    assert all(count == 1 for name, count in zip(names, counts, strict=True) if name.startswith("canary"))
+    with pytest.raises(DataError, match="leave --model out"):
+        InputCanaries.draw(random_corpus(3), 20, 25, np.random.default_rng(1))
+
+
+def test_no_private_record_is_trained_on_and_no_ledger_is_written(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.audit import model as module
+
+    seen: list[Any] = []
+    real = module.CanaryView.__init__
+
+    def noting(self: Any, model: Any, shard: Any, *rest: Any) -> None:
+        seen.append(shard)
+        real(self, model, shard, *rest)
+
+    monkeypatch.setattr(module.CanaryView, "__init__", noting)
+    watch(config, plan_of(config), 1, 50, np.random.default_rng(2))
+    data = workplace(config).prepared
+    public = {row.tobytes() for row in data.test.digests}
+    private = {row.tobytes() for shard in data.shards for row in shard.data.digests}
+    used = {row.tobytes() for shard in seen for row in shard.data.digests}
+    assert used and used <= public and not used & (private - public)
+    assert list(state_dir().rglob("*.sqlite")) == []
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed", "central"])
+def test_training_as_it_should_be_is_acquitted(config: Any, trust: str) -> None:
+    changes: dict[str, Any] = {"trust": trust}
+    if trust == "central":
+        changes |= {"unit": "client", "epsilon": None, "noise_multiplier": 2.0}
+    changed = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, **changes))
+    plan = plan_of(changed)
+    for seed in range(2):
+        result = audit_model(
+            changed, dataclasses.replace(plan, seed=seed), 3, claimed=plan.epsilon(), canaries=280
+        )
+        assert not result.violated, result.bounds
+        assert len(result.bounds) == 4 and result.canaries == 280
+        assert sum(1.0 - bound.confidence for bound in result.bounds) <= 0.05 + 1e-12
+
+
+class LoraNotNoised(PrivacyPlan):
+    """The first parameters, those of LoRA, are trained without noise; the head has it."""
+
+    def noise(self, size: int, entropy: Entropy) -> Any:
+        values = super().noise(size, entropy)
+        values[:512] = 0.0
+        return values
+
+
+@pytest.mark.parametrize("kind", [plans.NoClipping, LoraNotNoised, plans.NoiseInTheFirstStepOnly])
+def test_broken_training_is_exposed(config: Any, kind: type[PrivacyPlan]) -> None:
+    plan = plan_of(config, epsilon=1.0)
+    result = audit_model(config, plans.mutated(plan, kind), 3, claimed=plan.epsilon(), canaries=280)
+    assert result.violated, result.bounds
+
+
+def test_a_step_that_forgets_to_clip_is_exposed(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of the training code, of which the plan knows nothing: only the model's audit can see it."""
+    import torch
+
+    from fedtune.audit import model as module
+    from fedtune.training import dp_step
+
+    def summed(gradients: list[torch.Tensor], plan: PrivacyPlan) -> list[torch.Tensor]:
+        return [gradient.sum(0) for gradient in gradients]
+
+    plan = plan_of(config, epsilon=1.0)
+    monkeypatch.setattr(dp_step, "clip_and_sum", summed)
+    monkeypatch.setattr(module, "clip_and_sum", summed)
+    assert audit_model(config, plan, 3, claimed=plan.epsilon(), canaries=280).violated
+
+
+def test_without_privacy_mislabelled_records_leave_their_mark(config: Any) -> None:
+    """The black box sees the final model only: its scores of what was in are higher."""
+    open_plan = PrivacyPlan(
+        trust="none", unit="record", sample_rate=0.3, local_steps=2, num_rounds=8, noise_multiplier=0.0,
+        max_grad_norm=float("inf"), declared_size=40, delta=0.0,
+    )  # fmt: skip
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=0.05))
+    gaps = []
+    for seed in range(3):
+        found = watch(config, open_plan, 8, 40, np.random.default_rng(seed))
+        scores = found.inputs["loss"]
+        gaps.append(scores[found.inputs_included].mean() - scores[~found.inputs_included].mean())
+    assert np.mean(gaps) > 0.0
