@@ -92,26 +92,46 @@ def plan_markdown(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def claim(table: Any) -> str:
-    """Whether distributed equals pooled: per epsilon, and over all pairs, with what the data exclude."""
+def claim(table: Any, again: Any = None) -> str:
+    """Whether distributed equals pooled: per epsilon, over all pairs, and in `again`, on fresh seeds."""
     pairs = {epsilon: against(table, "distributed", "pooled", epsilon) for epsilon in EPSILONS}
     every = [value for of in pairs.values() for value in of]
     half = half_interval(every)
     if half is None:
         return "**Distributed against pooled**: too few runs to say anything."
     mean = statistics.fmean(every)
-    low, high = 100 * (mean - half), 100 * (mean + half)
     rows = ", ".join(f"{points(of, sign=True)} at epsilon {epsilon}" for epsilon, of in pairs.items() if of)
     text = (
         f"**Distributed against pooled.** Distributed minus pooled is {rows}; over all {len(every)} pairs "
-        f"{points(every, sign=True)} percentage points, 95 percent interval {low:+.2f} to {high:+.2f}. "
+        f"{points(every, sign=True)} percentage points, {_interval(every)}. "
     )
-    if low <= 0.0 <= high:
-        return text + (
-            f"So the two are equal within noise, and a difference of more than {max(-low, high):.2f} points "
-            "would have been seen. A server that sees only a masked sum loses nothing against a trusted pool."
+    if abs(mean) <= half:
+        text += (
+            "So the two are equal within noise, and differences beyond the interval are excluded: that the "
+            "server sees only a masked sum costs no accuracy that could be seen here."
         )
-    return text + f"So distributed is {'better' if mean > 0 else 'worse'} by more than the noise explains."
+    else:
+        text += f"So distributed is {'better' if mean > 0 else 'worse'} by more than the noise explains."
+    for epsilon, of in pairs.items():
+        if len(of) > 1 and _clear(of) == "clear of zero":
+            text += (
+                f" Taken alone, epsilon {epsilon} is clear of zero ({_interval(of)}), as one of three "
+                "comparisons with three seeds may be by chance."
+            )
+        fresh = [] if again is None else against(again, "distributed", "pooled", epsilon)
+        if len(fresh) > 1:
+            text += (
+                f" Epsilon {epsilon} was therefore run again on {len(fresh)} fresh seeds (`replication/`): "
+                f"there the difference is {points(fresh, sign=True)}, {_interval(fresh)}, which is "
+                f"{_clear(fresh)}."
+            )
+    return text
+
+
+def _interval(values: list[float]) -> str:
+    mean, half = statistics.fmean(values), half_interval(values)
+    assert half is not None
+    return f"95 percent interval {100 * (mean - half):+.2f} to {100 * (mean + half):+.2f}"
 
 
 def _clear(values: list[float]) -> str:
@@ -121,19 +141,30 @@ def _clear(values: list[float]) -> str:
     return "clear of zero" if abs(statistics.fmean(values)) > half else "not clear of zero"
 
 
-def learnt(table: Any) -> str:
+def learnt(table: Any, again: Any = None) -> str:
     """Paragraphs made of the numbers; one whose runs are missing is left out."""
-    said = [claim(table)]
+    said = [claim(table, again)]
     gaps = {epsilon: against(table, "local", "distributed", epsilon) for epsilon in EPSILONS}
+    plain = [table.get((name, "none", "all")) for name in ("local", "pooled")]
     if all(gaps.values()):
         rows = ", ".join(
             f"{points(of, sign=True)} at epsilon {epsilon} ({_clear(of)})" for epsilon, of in gaps.items()
         )
-        said.append(
-            f"**What trusting nobody costs.** Local minus distributed is {rows}. A local node adds the whole "
-            "noise to a batch a quarter to a half as large, and only the average over four nodes takes some "
-            "of it away again."
+        every = [value for of in gaps.values() for value in of]
+        first, last = (gaps[epsilon] for epsilon in (EPSILONS[0], EPSILONS[-1]))
+        change = [b - a for a, b in zip(first, last, strict=False)]
+        text = (
+            "**What trusting nobody costs.** Local minus distributed is "
+            f"{rows}, over all {points(every, sign=True)} ({_clear(every)}); from epsilon {EPSILONS[0]} to "
+            f"{EPSILONS[-1]} it changes by {points(change, sign=True)} ({_clear(change)})."
         )
+        if all(plain):
+            shift = list(plain[0].minus(plain[1]).values)
+            text += (
+                " So noise need not be the whole of it: without privacy, local training with 12 averages "
+                f"minus the pool's 48 steps is {points(shift, sign=True)} ({_clear(shift)})."
+            )
+        said.append(text)
     free = table.get(("pooled", "none", "all"))
     costs = {
         epsilon: list(free.minus(table[key]).values)
@@ -156,12 +187,12 @@ def learnt(table: Any) -> str:
     )
     if rows:
         said.append(
-            f"**Central** reaches {rows} percent. Its epsilon hides from everyone but the server whether a "
-            "whole client with all its 200 records took part, among only 100 clients and at delta 0.005; the "
-            "others' hides one record among 20,000 at delta 0.000025. With so few clients the noise is not "
-            "averaged away, which is why client-level privacy wants many. It does not follow that a record "
-            "is hidden with the same epsilon: another record makes another update, which moves the sum by up "
-            "to twice the norm."
+            f"**Central** reaches, in percent, {rows}. Its epsilon hides from everyone but the server whether "
+            "a whole client with all its 200 records took part, among only 100 clients and at delta 0.005; "
+            "the others' hides one record among 20,000 at delta 0.000025. With so few clients the noise is "
+            "not averaged away, which is why client-level privacy wants many. It does not follow that a "
+            "record is hidden with the same epsilon: another record makes another update, which moves the "
+            "sum by up to twice the norm."
         )
     return "\n\n".join(f"{number}. {text}" for number, text in enumerate(said, start=1))
 
@@ -180,7 +211,10 @@ def figure(table: Any, path: Path) -> None:
         ("local", "distributed", "pooled"),
         ("central",),
     )
-    titles = ("A record is protected (delta 2.5e-5)", "A client is protected\n(100 clients, delta 0.005)")
+    titles = (
+        "A record is protected\n(20,000 records, delta 2.5e-5)",
+        "A client is protected\n(100 clients, delta 0.005)",
+    )
     free = table.get(("pooled", "none", "all"))
     for axis, names, title in zip(axes, panels, titles, strict=True):
         for place, name in enumerate(names):
@@ -193,7 +227,7 @@ def figure(table: Any, path: Path) -> None:
                 values = [100 * value for value in of.values]
                 at.append(column + shift)
                 means.append(statistics.fmean(values))
-                errors.append(error_of(values) or 0.0)
+                errors.append(error_of(values) or math.nan)
                 axis.scatter(
                     [column + shift] * len(values), values, s=14, color=COLORS[name], alpha=0.35, linewidths=0
                 )
@@ -219,7 +253,14 @@ def figure(table: Any, path: Path) -> None:
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-        axis.legend(fontsize=9, loc="lower right", frameon=False)
+        handles, labels = axis.get_legend_handles_labels()  # lines come before error bars
+        axis.legend(
+            [*handles[1:], handles[0]] if free is not None else handles,
+            [*labels[1:], labels[0]] if free is not None else labels,
+            fontsize=9,
+            loc="lower right",
+            frameon=False,
+        )
     axes[0].set_ylabel("accuracy on the test texts, percent")
     drawing.savefig(path, dpi=150)
     plt.close(drawing)
@@ -238,7 +279,7 @@ What accuracy does each reach at epsilon 1, 3 and 8?
 python simulations/trust_models/study.py
 ```
 
-runs everything ({runs} runs, {minutes} minutes in all on {hardware}) and writes this page;
+makes all runs ({runs}, in {minutes} minutes on {hardware}) and writes this page;
 `--report` writes it from `records/` alone. Data: `opinions`, of which a seed holds out about {test} texts for
 the test; to say always the commonest label is right on {majority:.1f} percent of them. Local and distributed:
 the four natural sites. Central: 100 clients with 200 records each, drawn alike.
@@ -266,7 +307,9 @@ differences in the table are more exact than the bars suggest.
 
 A local node's noise is on the sum of its own batch, distributed's on the sum over all four nodes. The pool
 takes its 48 steps in one round because a node's optimizer lives for a round, and distributed's, on the
-server, for the run. What is sent includes the exchanges of secure aggregation.
+server, for the run. What is sent includes the exchanges of secure aggregation. That one distributed round is
+the step that the pool would take, number by number up to rounding, is a test
+(`tests/federation/test_distributed.py`); this study is about whole runs with their noise.
 
 ## What was learnt
 
@@ -278,11 +321,15 @@ epsilon.
 """
 
 
-def write(records_folder: Path, target: Path) -> str:
-    """Makes figure.png and README.md in `target`; returns what to tell the person."""
+def write(records_folder: Path, target: Path, replication: Path | None = None) -> str:
+    """Makes figure.png and README.md in `target`; returns what to tell the person.
+
+    `replication` is a folder of further records, of other seeds, which are reported apart.
+    """
     table, records = _first.read(records_folder)
     if not records:
         return f"no records in {records_folder} yet"
+    again = None if replication is None else _first.read(replication)[0]
     names = [path.stem.split("-")[0] for path in sorted(records_folder.glob("*-seed*.json"))]
     for one, name in zip(records, names, strict=True):
         one["name"] = name
@@ -294,13 +341,13 @@ def write(records_folder: Path, target: Path) -> str:
         runs=len(records),
         minutes=round(sum(one["run"]["seconds"] for one in records) / 60),
         hardware=f"{hardware['usable_cores']} shared cores of {hardware['processor']}",
-        test=round(statistics.fmean(one["data"]["test_records"] for one in records), -2),
+        test=100 * round(statistics.fmean(one["data"]["test_records"] for one in records) / 100),
         majority=100 * (_first.majority_rate(records) or math.nan),
         settings=settings_line(first["config"]),
         seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed",
         table=table_markdown(table),
         plan=plan_markdown(records),
-        learnt=learnt(table),
+        learnt=learnt(table, again),
     )
     (target / "README.md").write_text(text, encoding="utf-8")
     return f"{len(records)} records; wrote {target / 'README.md'} and {target / 'figure.png'}"

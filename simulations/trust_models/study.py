@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What does it cost not to trust the server? Local, distributed, central and pooled privacy side by side.
+r"""What does it cost not to trust the server? Local, distributed, central and pooled privacy side by side.
 
     python simulations/trust_models/study.py                 all runs, then the report
     python simulations/trust_models/study.py --report        the report alone, from the records there are
@@ -10,7 +10,11 @@ Every run goes through `fedtune.experiments.run.run` and is kept as `records/NAM
 skipped and an interrupted one resumed is that of `simulations/first_federation/study.py`, which this imports.
 Each arrangement takes 48 steps (of each node, or of the union) with the same sampling rate, optimizer and
 learning rate; only the encoder's head is trained, so that all runs together take minutes. Words at the end
-(`name=value`) are overrides for all runs.
+(`name=value`) are overrides for all runs. `replication/` holds runs of one comparison on fresh seeds, which
+the README tells of; they were made with
+
+    python simulations/trust_models/study.py --seeds 3,4,5,6,7,8 --epsilons 8 --only distributed,pooled \
+        --records simulations/trust_models/replication
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
 EPSILONS = (1, 3, 8)
+ALL = ("none", *map(str, EPSILONS))
 SEEDS = (0, 1, 2)
 COMMON = (
     "adapter=head",
@@ -67,14 +72,8 @@ ARRANGEMENTS: dict[str, tuple[str, ...]] = {
         "train.local_steps=8",
     ),
 }
-# What is lost to privacy at all: the pool's own steps without clipping and noise.
-REFERENCE = (
-    "privacy=none",
-    "partition=iid",
-    "federation.nodes=1",
-    "federation.num_rounds=1",
-    "train.local_steps=48",
-)
+# What is lost to privacy at all, and what to meeting only 12 times: the same steps, not noised.
+REFERENCES = ("pooled", "local")
 
 
 def neighbour(name: str) -> ModuleType:
@@ -91,7 +90,7 @@ def neighbour(name: str) -> ModuleType:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the study; `epsilon` None is the pool without privacy."""
+    """One run of the study; `epsilon` None is the same training without privacy."""
 
     arrangement: str
     epsilon: int | None
@@ -106,19 +105,20 @@ class Cell:
     def overrides(self) -> list[str]:
         """What makes it this run and no other."""
         seed = f"seed={self.seed}"
+        words = ARRANGEMENTS[self.arrangement]
         if self.epsilon is None:
-            return [*COMMON, *REFERENCE, seed]
-        return [*COMMON, *ARRANGEMENTS[self.arrangement], f"privacy.epsilon={self.epsilon}", seed]
+            how = [word for word in words if not word.startswith("privacy")]
+            return [*COMMON, "privacy=none", *how, seed]
+        return [*COMMON, *words, f"privacy.epsilon={self.epsilon}", seed]
 
 
-def cells(seeds: list[int], only: list[str], epsilons: list[int]) -> list[Cell]:
+def cells(seeds: list[int], only: list[str], epsilons: list[int | None]) -> list[Cell]:
     """The runs, one seed after the other, so that a study that is cut short is complete for fewer seeds."""
-    found = []
-    for seed in seeds:
-        if "pooled" in only:
-            found.append(Cell("pooled", None, seed))
-        found += [Cell(a, e, seed) for e, a in itertools.product(epsilons, only)]
-    return found
+    return [
+        Cell(name, epsilon, seed)
+        for seed, epsilon, name in itertools.product(seeds, epsilons, only)
+        if epsilon is not None or name in REFERENCES
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), metavar="N,N", help="default: 0,1,2")
-    parser.add_argument("--epsilons", default=",".join(map(str, EPSILONS)), metavar="N,N")
+    parser.add_argument("--epsilons", default=",".join(ALL), metavar="N,N", help="default: " + ",".join(ALL))
     parser.add_argument("--only", default=",".join(ARRANGEMENTS), metavar="NAME,NAME", help="what to run")
     parser.add_argument("--records", type=Path, default=HERE / "records", help="where the records are kept")
     parser.add_argument("--work", type=Path, default=Path("outputs") / "trust_models", help="run folders")
@@ -140,14 +140,16 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = cells(
             [int(seed) for seed in options.seeds.split(",")],
             neighbour("study")._known(options.only, tuple(ARRANGEMENTS)),
-            [int(epsilon) for epsilon in options.epsilons.split(",")],
+            [None if epsilon == "none" else int(epsilon) for epsilon in options.epsilons.split(",")],
         )
         for number, cell in enumerate(wanted, start=1):
             print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
             if not neighbour("study").run_cell(cell, options.records, options.work, options.overrides):
                 print("  done before", flush=True)
-    target = HERE if options.records.resolve() == HERE / "records" else options.records
-    print(f"\n{report.write(options.records, target)}")
+    if options.records.resolve() in (HERE / "records", HERE / "replication"):
+        print(f"\n{report.write(HERE / 'records', HERE, HERE / 'replication')}")
+    else:
+        print(f"\n{report.write(options.records, options.records)}")
     return 0
 
 
