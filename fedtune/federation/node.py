@@ -61,12 +61,18 @@ def site_settings(context: Context) -> SiteSettings | None:
 
 
 def node_config(context: Context) -> Config:
-    """The configuration that the run was started with; a real site's own data in it. Raises: ConfigError."""
+    """The configuration that the run was started with; a real site's own data in it.
+
+    Raises: ConfigError; PrivacyError if the site does not permit the run's data, model or adapter.
+    """
     from fedtune.federation.resident import config_of
 
     asked = config_of(str(context.run_config.get("fedtune", "")))
     site = site_settings(context)
-    return asked if site is None else site.own(asked)
+    if site is None:
+        return asked
+    site.admit(asked)
+    return site.own(asked)
 
 
 def own_shard(config: Config, context: Context) -> Shard | None:

@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,12 +170,22 @@ class SiteSettings:
         Args: `asked`, the run's configuration as the server sent it; `plan`, what it proposes; `used`,
         fingerprints that the ledger knows of this run's releases, and `fingerprint`, that of the data now.
         """
-        problems = [*self._problems(asked, plan)]
+        problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
         if changed := sorted({one for one in used if one != fingerprint}):
             problems.append(
                 f"its data has changed since this run began (fingerprint {changed[0][:12]} then, "
                 f"{fingerprint[:12]} now); start a new run"
             )
+        self._refuse(problems)
+
+    def admit(self, asked: Config) -> None:
+        """The part of `check` that can be made before data, tokenizer or model is loaded for a run.
+
+        Raises PrivacyError: a run that names other data, another model or adapter gets nothing loaded.
+        """
+        self._refuse([*self._asked_problems(asked)])
+
+    def _refuse(self, problems: Sequence[str]) -> None:
         if problems:
             raise PrivacyError(
                 f"Site '{self.site}' does not permit this run: {'; '.join(problems)}. Nothing was "
@@ -183,16 +193,19 @@ class SiteSettings:
                 "the run, or ask the site's administrator."
             )
 
-    def _problems(self, asked: Config, plan: PrivacyPlan) -> Iterable[str]:
+    def _asked_problems(self, asked: Config) -> Iterable[str]:
         permit = self.permit
         if asked.data.name != self.data.name:
             yield f"it asks for data '{asked.data.name}', and the site offers '{self.data.name}' (data.name)"
-        if plan.trust not in permit.trust:
-            yield f"privacy.trust={plan.trust} is not among the permitted {', '.join(permit.trust)}"
         if asked.model.name not in permit.models:
             yield f"model {asked.model.name!r} is not among the permitted {', '.join(permit.models)}"
         if asked.adapter.name not in permit.adapters:
             yield f"adapter {asked.adapter.name} is not among the permitted {', '.join(permit.adapters)}"
+
+    def _plan_problems(self, plan: PrivacyPlan) -> Iterable[str]:
+        permit = self.permit
+        if plan.trust not in permit.trust:
+            yield f"privacy.trust={plan.trust} is not among the permitted {', '.join(permit.trust)}"
         if plan.num_rounds > permit.max_rounds:
             yield f"{plan.num_rounds} rounds are more than the permitted {permit.max_rounds}"
         if plan.local_steps > permit.max_local_steps:

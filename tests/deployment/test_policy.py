@@ -91,6 +91,14 @@ def test_all_reasons_are_told_at_once() -> None:
         site().check(config, plan_of(config))
 
 
+def test_what_can_be_refused_before_anything_is_loaded() -> None:
+    config = asked()
+    site().admit(config)
+    config.model.name = "somebody/elses-model"
+    with pytest.raises(PrivacyError, match="model 'somebody/elses-model'"):
+        site().admit(config)
+
+
 def test_the_data_section_is_the_sites_own() -> None:
     config = asked()
     config.data.path, config.data.public, config.data.only_site = "/etc", True, "another"

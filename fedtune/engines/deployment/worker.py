@@ -112,7 +112,6 @@ def _audit(
     kind = message.metadata.message_type
     said = _config(reply, "reply") if reply.has_content() else {}
     refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
-    event = "refused" if refused else ("released" if kind != "query.hello" else "greeted")
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
     asked = _config(message, "request")
     if asked:
@@ -130,8 +129,11 @@ def _audit(
         values["asked"] = {key: _finite(plan.get(key)) for key in keys}
     if refused:
         values["reason"] = str(refused)
+    after = before if kind == "query.hello" else _spent(context)
     if kind != "query.hello":
-        values |= {"before": before, "after": _spent(context)}
+        values |= {"before": before, "after": after}
+    charged = after.get("releases", 0) > before.get("releases", 0)
+    event = "refused" if refused else "released" if charged else "answered"
     AuditLog(Path(site.audit_log)).append(event, **values)
     _log.info("%s %s%s", event, kind, f": {refused}" if refused else "")
 
