@@ -66,11 +66,12 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
         "send\n"
         "  fedtune node --config node.yaml --dry-run       what a run would do, and whether it is permitted\n"
         "  fedtune node --config node.yaml --dry-run privacy.epsilon=2 federation.num_rounds=20\n"
-        "  fedtune node --config node.yaml                 join; Ctrl-C leaves",
+        "  fedtune node --config node.yaml                 join; Ctrl-C leaves\n"
+        "  fedtune node proof --config node.yaml           what has left this site; are the books whole",
         formatter_class=formatter,
     )
     node.add_argument(
-        "words", metavar="init | NAME=VALUE", nargs="*", help="of a proposed run, with --dry-run"
+        "words", metavar="init | proof | NAME=VALUE", nargs="*", help="of a proposed run, with --dry-run"
     )
     node.add_argument("--config", metavar="node.yaml", type=Path, required=True)
     node.add_argument("--dry-run", action="store_true", help="show what a run would do here; train nothing")
@@ -149,6 +150,12 @@ def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
         print(f"{line}\n\nSend the line above to the federation's operator, and compare this by telephone:")
         print(f"fingerprint {fingerprint}\nThe private key is {site.key}; never send it to anybody.")
         return 0
+    if words == ["proof"]:
+        from fedtune.engines.deployment.site import proof
+
+        text, whole = proof(site)
+        print(text)
+        return 0 if whole else 1
     if arguments.dry_run:
         return _dry_run(site, words)
     if words:

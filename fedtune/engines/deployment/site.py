@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.provision import parse_address, read_yaml
 from fedtune.errors import ConfigError, DataError, PrivacyError
+from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.policy import SiteSettings
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.privacy.ledger import PrivacyLedger
 
-__all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "read_site"]
+__all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "proof", "read_site"]
 
 
 def read_site(path: Path) -> SiteSettings:
@@ -62,6 +63,32 @@ def open_ledger(site: SiteSettings) -> PrivacyLedger:
     if ledger.budgets().default != site.budget:
         ledger.set_budget(site.budget)
     return PrivacyLedger.open(path, require_budget=True)
+
+
+def proof(site: SiteSettings) -> tuple[str, bool]:
+    """What has left this site, from its ledger and audit log, for a person; and whether both are whole.
+
+    Raises LedgerError if one of them cannot be read at all.
+    """
+    ledger, log = open_ledger(site), AuditLog(Path(site.audit_log))
+    rows, problems = ledger.verify()
+    problems = [f"ledger: {one}" for one in problems] + [f"audit log: {one}" for one in log.verify()]
+    lines = [f"site {site.site}, budget epsilon {site.budget.epsilon:g} at delta {site.budget.delta:g}"]
+    releases = ledger.releases()
+    for dataset, fingerprint in dict.fromkeys((one.dataset, one.fingerprint) for one in releases):
+        count = sum(one.fingerprint == fingerprint for one in releases)
+        spent = ledger.epsilon(dataset=dataset, fingerprint=fingerprint)
+        lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {spent:.4g} in all")
+    entries = log.entries()
+    sent = sum(one.get("bytes_out", 0) for one in entries)
+    lines.append(f"{len(entries)} answers, {sent} bytes left this site; the last of them:")
+    for one in entries[-10:]:
+        about = f"run {one['run'][:8]} round {one['round']}" if "run" in one else ""
+        words = (one["time"][:19], f"{one['event']:<12}", f"{one.get('message', ''):<12}", about)
+        said = " ".join([*words, one.get("reason", "")])
+        lines.append("  " + said.rstrip())
+    lines += problems or [f"ledger ({rows} rows) and audit log are whole"]
+    return "\n".join(lines), not problems
 
 
 class DryRun:
