@@ -401,3 +401,18 @@ def test_missing_price_of_one_run(tmp_path: Path) -> None:
     write(tmp_path / "1", make_record(seed=1, pricing=dataclasses.replace(PRICING, device_hour=-1.0)))
     made = report([tmp_path])
     assert "money" not in numbers(made.page)["points"][0]["cost"]
+
+
+def test_a_thousand_configurations_stay_light(tmp_path: Path) -> None:
+    """What makes a page scroll smoothly: few elements, however many points."""
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine")
+    rates = [1e-4 * i for i in range(1, 68)]
+    axes = {"epsilon": [0.5, 1.0, 2.0, 4.0, 8.0], "quantization": ["none", "int8", "nf4"]}
+    assert write_grid(tmp_path, seeds=1, **axes, train__learning_rate=rates) == 1005
+    script = (
+        "return [document.querySelectorAll('*').length, document.querySelectorAll('#table tr.row').length]"
+    )
+    seen = in_browser(report([tmp_path]).page, script)
+    elements, rows = seen["value"]
+    assert seen["errors"] == [] and rows == 200 and elements < 10_000

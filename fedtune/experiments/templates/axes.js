@@ -102,8 +102,8 @@ function axes(root, box, x, y, names) {
   if (names.y) root.append(element("text", { class: "axis-title", x: 0, y: top - 12 }, names.y));
 }
 
-function shape(name, x, y, size, style) {
-  const r = size, paths = {
+function outline(name, x, y, r) {
+  const paths = {
     circle: `M${x - r},${y}a${r},${r} 0 1,0 ${2 * r},0a${r},${r} 0 1,0 ${-2 * r},0`,
     square: `M${x - r * 0.9},${y - r * 0.9}h${1.8 * r}v${1.8 * r}h${-1.8 * r}z`,
     triangle: `M${x},${y - 1.15 * r}l${1.1 * r},${2 * r}h${-2.2 * r}z`,
@@ -112,7 +112,19 @@ function shape(name, x, y, size, style) {
     plus: `M${x - r * 0.4},${y - r}h${0.8 * r}v${0.6 * r}h${0.6 * r}v${0.8 * r}h${-0.6 * r}v${0.6 * r}h${-0.8 * r}v${-0.6 * r}h${-0.6 * r}v${-0.8 * r}h${0.6 * r}z`,
     cross: `M${x},${y - r * 0.45}l${r * 0.6},${-r * 0.6}l${r * 0.45},${r * 0.45}l${-r * 0.6},${r * 0.6}l${r * 0.6},${r * 0.6}l${-r * 0.45},${r * 0.45}l${-r * 0.6},${-r * 0.6}l${-r * 0.6},${r * 0.6}l${-r * 0.45},${-r * 0.45}l${r * 0.6},${-r * 0.6}l${-r * 0.6},${-r * 0.6}l${r * 0.45},${-r * 0.45}z`,
   };
-  return element("path", { d: paths[name], ...style });
+  return paths[name];
+}
+const shape = (name, x, y, size, style) => element("path", { d: outline(name, x, y, size), ...style });
+
+// Thousands of marks or lines that nobody points at: one path for all that look alike.
+function cloud(root, items) {
+  const alike = new Map();
+  for (const { d, ...style } of items) {
+    const key = JSON.stringify(style);
+    if (!alike.has(key)) alike.set(key, [style, []]);
+    alike.get(key)[1].push(d);
+  }
+  for (const [style, parts] of alike.values()) root.append(element("path", { d: parts.join(""), ...style }));
 }
 
 // Labels at the ends of lines, moved apart so that they do not touch.

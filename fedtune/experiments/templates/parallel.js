@@ -67,11 +67,15 @@ const drawParallel = chart($("parallel"), (width) => (width < 520 ? 380 : 340), 
   });
   const points = inGroup(), { color } = ramp(points), lines = element("g", {});
   const some = state.brushes.size > 0, opacity = points.length > 300 ? 0.25 : points.length > 60 ? 0.5 : 0.85;
-  const path = (point) => list.map((axis) => [axis, axis.value(point)]).filter(([, v]) => v !== null && v !== undefined).map(([axis, v]) => `${axis.x},${axis.place(v)}`).join(" ");
-  for (const point of [...points].sort((a, b) => passes(a) - passes(b))) {
-    const on = passes(point);
-    lines.append(element("polyline", { points: path(point), fill: "none", stroke: on ? color(point) : "#dfe3e8", "stroke-width": on ? (point.id === group().chosen ? 3 : 1.4) : 1, opacity: on ? (point.id === group().chosen ? 1 : opacity) : some ? 0.35 : opacity }));
-  }
+  const line = (point) => list.map((axis) => [axis, axis.value(point)]).filter(([, v]) => v !== null && v !== undefined).map(([axis, v], i) => `${i ? "L" : "M"}${axis.x},${axis.place(v).toFixed(1)}`).join("");
+  const style = (point) => {
+    if (!passes(point)) return { stroke: "#dfe3e8", "stroke-width": 1, opacity: some ? 0.35 : opacity };
+    const main = point.id === group().chosen;
+    return { stroke: color(point), "stroke-width": main ? 3 : 1.4, opacity: main ? 1 : opacity };
+  };
+  const items = [...points].sort((a, b) => passes(a) - passes(b)).map((point) => ({ d: line(point), fill: "none", ...style(point) }));
+  // One path for all that look alike draws their crossings once: with few lines each is drawn by itself.
+  if (items.length > MOST_MARKS) cloud(lines, items); else items.forEach((item) => lines.append(element("path", item)));
   root.append(lines);
   list.forEach((axis, i) => {
     root.append(element("line", { class: "axis", x1: axis.x, x2: axis.x, y1: high, y2: low }));

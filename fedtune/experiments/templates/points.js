@@ -1,5 +1,7 @@
 // Charts in which a configuration is a mark: the frontier, and accuracy against each cost.
 
+const MOST_MARKS = 400; // with more, only those that are not dominated can be pointed at
+
 // Non-dominated among what is shown: accuracy up, epsilon down. Ties do not dominate each other.
 function frontOf(points) {
   const order = [...points].sort((a, b) => epsilonOf(a) - epsilonOf(b) || b.acc[0] - a.acc[0]);
@@ -12,7 +14,6 @@ function frontOf(points) {
   return new Set(found);
 }
 
-const EPSILON = "privacy.epsilon";
 function seriesOf(points) {
   const name = state.series;
   if (!name) return { values: [""], of: () => 0, label: () => "" };
@@ -43,7 +44,7 @@ function mark(root, point, x, y, name, size, style) {
     "aria-label": `${point.label}: accuracy ${accuracyText(point.acc)}, ${promiseText(point)}`,
     onpointerenter: () => showTip(group, point.label, tellPoint(point)), onpointerleave: hideTip,
     onfocus: () => showTip(group, point.label, tellPoint(point)), onblur: hideTip,
-    onclick: () => openRow(point.id),
+    onclick: (event) => { if (event.pointerType === "touch") showTip(group, point.label, tellPoint(point)); else openRow(point.id); },
     onkeydown: (event) => { if (event.key === "Enter") openRow(point.id); },
   }, element("circle", { class: "hit", cx: x, cy: y, r: Math.max(13, size + 6), fill: "transparent" }), shape(name, x, y, size, style));
   root.append(group);
@@ -77,7 +78,9 @@ const drawFrontier = chart($("frontier"), (width) => (width < 520 ? 340 : 430), 
   }
   const chosen = byId.get(group().chosen);
   const order = [...points].sort((a, b) => front.has(a) - front.has(b) || a.acc[0] - b.acc[0]);
-  for (const point of order) {
+  const quiet = points.length > MOST_MARKS ? order.filter((point) => !front.has(point) && point !== chosen) : [];
+  cloud(root, quiet.map((point) => ({ d: outline(SHAPES[series.of(point)], at(point), y(100 * point.acc[0]), 3), fill: "none", stroke: COLORS[series.of(point)], opacity: 0.35 })));
+  for (const point of quiet.length ? order.filter((p) => front.has(p) || p === chosen) : order) {
     const color = COLORS[series.of(point)], best = front.has(point), opacity = best || !many ? 1 : 0.35;
     const [mean, error] = point.acc;
     if (error && (best || !many)) bar(root, at(point), y(100 * (mean - error)), y(100 * (mean + error)), color, best ? 1 : 0.55);
@@ -131,7 +134,9 @@ function chartOf(figure, cost) {
       { x: unit || cost.label, y: "accuracy, percent" });
     const { color } = ramp(inGroup()), many = points.length > 150;
     const best = (point) => point.best.includes(cost.key);
-    for (const point of [...points].sort((a, b) => best(a) - best(b))) {
+    const order = [...points].sort((a, b) => best(a) - best(b)), crowd = points.length > MOST_MARKS;
+    if (crowd) cloud(root, order.filter((p) => !best(p)).map((p) => ({ d: outline("circle", place(value(p)), y(100 * p.acc[0]), 2.4), fill: color(p), opacity: 0.45 })));
+    for (const point of crowd ? order.filter(best) : order) {
       mark(root, point, place(value(point)), y(100 * point.acc[0]), infinite(point) ? "square" : "circle", best(point) ? 5.5 : many ? 2.6 : 4,
         { fill: color(point), stroke: best(point) ? "#000" : "#fff", "stroke-width": best(point) ? 1.6 : 0.7, opacity: best(point) || !many ? 1 : 0.5 });
     }
