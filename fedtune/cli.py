@@ -425,6 +425,13 @@ groups: NAME=OPTION chooses a page of conf/NAME/; * is the default
 settings: name=default, what it is, and what it may be
 {settings_text()}
 
+of a sweep (-m), not of a run:
+  sweep.resume=FOLDER             run what is missing of the sweep in this folder
+  sweep.private_selection=true    draw the number of trials, and which, at random: the best may then
+                                  be published, and nothing else, for less than the price of all
+  sweep.trials=N                  how many are expected; default: as many as there are combinations
+  sweep.distribution=NAME         of their number: *geometric logarithmic poisson
+
 Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
 State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
 

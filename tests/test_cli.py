@@ -128,6 +128,7 @@ def test_run_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) 
         "privacy.epsilon=8.0",
         "train.sample_rate",
         "hydra.run.dir",
+        "sweep.private_selection=true",
         "resume",
     ):
         assert word in text

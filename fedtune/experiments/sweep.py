@@ -73,7 +73,7 @@ def run_sweep(
     if options.resume is not None:
         kept = read_sweep(options.resume)
         overrides = [word for word in kept["overrides"] if not word.startswith("hydra.sweep.dir=")]
-        overrides.append(f"hydra.sweep.dir='{options.resume}'")
+        overrides.append(f"hydra.sweep.dir={_quoted(options.resume)}")
     sweep = Sweep(options, list(overrides), start, describe, say, warn, kept)
     try:
         return launch(
@@ -89,6 +89,11 @@ def run_sweep(
             raise
         way_out = f"The sweep goes on with: fedtune run sweep.resume={shlex.quote(str(sweep.folder))}"
         raise type(interrupt)(f"{interrupt} {way_out}".strip()) from interrupt
+
+
+def _quoted(folder: Path) -> str:
+    """`folder` as a text in Hydra's syntax, whatever characters its name has."""
+    return "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @dataclass
@@ -183,7 +188,7 @@ class Sweep:
             return config
         from fedtune.config.loader import load
 
-        return load([f"resume='{folder}'"])
+        return load([f"resume={_quoted(folder)}"])
 
     def _learn(self, made: dict[str, Any]) -> None:
         self.seconds.append(float(made["run"]["seconds"]))

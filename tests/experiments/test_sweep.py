@@ -131,11 +131,11 @@ def test_a_copied_folder_is_resumed_where_it_lies_now() -> None:
     runs.fail[2] = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         runs.sweep(*GRID)
-    shutil.move("sweep", "another machine")
+    shutil.move("sweep", "another's machine")
     again = Runs()
-    again.sweep("sweep.resume=another machine")
+    again.sweep("sweep.resume=another's machine")
     (config,) = again.made
-    assert Path(config.output or "") == Path.cwd() / "another machine" / "2"
+    assert Path(config.output or "") == Path.cwd() / "another's machine" / "2"
     assert not Path("sweep").exists()
 
 
