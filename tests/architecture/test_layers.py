@@ -59,7 +59,6 @@ HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("engines",),
     "scipy": ("audit",),
     "matplotlib": ("experiments",),
-    "plotly": ("experiments",),
     "rich": ("experiments", "cli"),
     "fastapi": ("serving",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
