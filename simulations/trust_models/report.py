@@ -141,7 +141,18 @@ def _clear(values: list[float]) -> str:
     return "clear of zero" if abs(statistics.fmean(values)) > half else "not clear of zero"
 
 
-def learnt(table: Any, again: Any = None) -> str:
+def _noise_norms(records: list[dict[str, Any]]) -> str | None:
+    """Norm of central's noise on a round's average, over the clipping norm, by epsilon."""
+    found = {}
+    for one in records:
+        if one["config"]["privacy"]["trust"] == "central":
+            spread = one["privacy"]["noise_multiplier"] / one["federation"]["nodes"]
+            found[one["config"]["privacy"]["epsilon"]] = spread * math.sqrt(one["cost"]["num_parameters"])
+    rows = (f"{found[epsilon]:.1f} at epsilon {epsilon:g}" for epsilon in sorted(found))
+    return ", ".join(rows) if found else None
+
+
+def learnt(table: Any, again: Any = None, records: Iterable[dict[str, Any]] = ()) -> str:
     """Paragraphs made of the numbers; one whose runs are missing is left out."""
     said = [claim(table, again)]
     gaps = {epsilon: against(table, "local", "distributed", epsilon) for epsilon in EPSILONS}
@@ -176,9 +187,8 @@ def learnt(table: Any, again: Any = None) -> str:
         said.append(
             f"**What privacy costs at all.** The pool without privacy reaches {points(free.values)} percent "
             f"with the same 48 steps; this minus the private pool is {rows}. With 20,000 records and an "
-            "adapter of 770 numbers the noise is small beside the gradient, so there is little room in which "
-            "arrangements could differ: a weakness that shows only with large adapters or small data would "
-            "not show here."
+            "adapter of 770 numbers privacy is cheap, which leaves little room for arrangements to differ: a "
+            "weakness that shows only with large adapters or small data would not show here."
         )
     rows = ", ".join(
         f"{points(table[key].values)} at epsilon {epsilon}"
@@ -187,12 +197,19 @@ def learnt(table: Any, again: Any = None) -> str:
     )
     if rows:
         said.append(
-            f"**Central** reaches, in percent, {rows}. Its epsilon hides from everyone but the server whether "
-            "a whole client with all its 200 records took part, among only 100 clients and at delta 0.005; "
-            "the others' hides one record among 20,000 at delta 0.000025. With so few clients the noise is "
-            "not averaged away, which is why client-level privacy wants many. It does not follow that a "
-            "record is hidden with the same epsilon: another record makes another update, which moves the "
-            "sum by up to twice the norm."
+            f"**Central** reaches, in percent, {rows}. Its epsilon hides from everyone but the server that a "
+            "whole client with all its 200 records took part, among only 100 clients and at delta 0.005; "
+            "the others' hides one record among 20,000 at delta 0.000025."
+        )
+        if (norms := _noise_norms(list(records))) is not None:
+            said[-1] += (
+                f" The noise on a round's average update has a norm of about {norms}, against at most 1 for "
+                "the average itself: with 100 clients it is not averaged away, which is why client-level "
+                "privacy wants many."
+            )
+        said[-1] += (
+            " It does not follow that a record is hidden with the same epsilon: another record makes another "
+            "update, which moves the sum by up to twice the norm."
         )
     return "\n\n".join(f"{number}. {text}" for number, text in enumerate(said, start=1))
 
@@ -280,9 +297,9 @@ python simulations/trust_models/study.py
 ```
 
 makes all runs ({runs}, in {minutes} minutes on {hardware}) and writes this page;
-`--report` writes it from `records/` alone. Data: `opinions`, of which a seed holds out about {test} texts for
-the test; to say always the commonest label is right on {majority:.1f} percent of them. Local and distributed:
-the four natural sites. Central: 100 clients with 200 records each, drawn alike.
+`--report` writes it from the record files alone. Data: `opinions`, of which a seed holds out about {test}
+texts for the test; to say always the commonest label is right on {majority:.1f} percent of them. Local and
+distributed: the four natural sites. Central: 100 clients with 200 records each, drawn alike.
 
 Settings of all: {settings}.
 They were tried on seed 100, which is none of these seeds (though the same corpus): three learning rates for
@@ -308,8 +325,10 @@ differences in the table are more exact than the bars suggest.
 A local node's noise is on the sum of its own batch, distributed's on the sum over all four nodes. The pool
 takes its 48 steps in one round because a node's optimizer lives for a round, and distributed's, on the
 server, for the run. What is sent includes the exchanges of secure aggregation. That one distributed round is
-the step that the pool would take, number by number up to rounding, is a test
-(`tests/federation/test_distributed.py`); this study is about whole runs with their noise.
+the step that the pool would take, with everybody sampled and next to no noise, is a test
+(`tests/federation/test_distributed.py`); this study is about whole runs. One thing differs: the
+declared sizes, rounded for each site, sum to about 1 percent more than the pool's one, and so does the
+divisor, a scale that Adam does not see.
 
 ## What was learnt
 
@@ -347,7 +366,7 @@ def write(records_folder: Path, target: Path, replication: Path | None = None) -
         seeds=f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed",
         table=table_markdown(table),
         plan=plan_markdown(records),
-        learnt=learnt(table, again),
+        learnt=learnt(table, again, records),
     )
     (target / "README.md").write_text(text, encoding="utf-8")
     return f"{len(records)} records; wrote {target / 'README.md'} and {target / 'figure.png'}"
