@@ -54,6 +54,11 @@ def audit(
 
     finished = record.read(run_dir)
     folder = Path(run_dir) if Path(run_dir).is_dir() else Path(run_dir).parent
+    if not (folder / record.RECORD_NAME).is_file():
+        raise RecordError(
+            f"{run_dir} is a record outside of its run folder, and an audit is written beside it: put "
+            f"it into a folder of its own as {record.RECORD_NAME}, and name that folder."
+        )
     config, plan, releases = plan_of(finished)
     options: dict[str, Any] = {
         "claimed": finished["privacy"]["epsilon"],

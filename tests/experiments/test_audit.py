@@ -134,6 +134,12 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith("RecordError: ")
 
 
+def test_a_record_with_another_name_is_refused_before_time_is_spent(folder: Path) -> None:
+    (folder / record.RECORD_NAME).rename(folder / "kept.json")
+    with pytest.raises(RecordError, match="as record.json"):
+        audit.audit(folder / "kept.json")
+
+
 def test_a_run_without_a_claim_is_measured_and_not_convicted(folder: Path) -> None:
     made = record.read(folder)
     made["privacy"].update(trust="none", noise_multiplier=0.0, epsilon=None, delta=None)
