@@ -21,6 +21,7 @@ MINILM = "embedded:minilm"
 
 def load(folder: Path | str, quantization: str = "none", seed: int = 0, **adapter: object):  # type: ignore[no-untyped-def]
     adapter.setdefault("rank", 2)
+    adapter.setdefault("name", "lora")
     return load_model(
         ModelConfig(name=str(folder), quantization=quantization),
         AdapterConfig(**adapter),
@@ -144,7 +145,7 @@ def test_bad_settings_are_explained(
 ) -> None:
     options = {"name": str(tiny_bert), "quantization": "none"} | model
     with pytest.raises(ModelError, match=words):
-        load_model(ModelConfig(**options), AdapterConfig(**adapter), 2, 0, "cpu")
+        load_model(ModelConfig(**options), AdapterConfig(**({"name": "lora"} | adapter)), 2, 0, "cpu")
 
 
 def test_hub_name_without_network_says_what_to_do() -> None:

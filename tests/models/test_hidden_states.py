@@ -24,7 +24,11 @@ def forget() -> None:
 
 def load(folder: Path, **adapter: object) -> AdaptedModel:
     model = load_model(
-        ModelConfig(name=str(folder), quantization="none"), AdapterConfig(rank=2, **adapter), 2, 0, "cpu"
+        ModelConfig(name=str(folder), quantization="none"),
+        AdapterConfig(**({"name": "lora", "rank": 2} | adapter)),
+        2,
+        0,
+        "cpu",
     )
     model.set_vector(model.initial + np.random.default_rng(1).normal(0, 0.2, model.num_parameters))
     return model
@@ -134,7 +138,11 @@ def test_another_encoder_has_another_store(tiny_bert: Path) -> None:
     first = load(tiny_bert, layers=1)
     Features.of(first, corpus, 64)
     quantized = load_model(
-        ModelConfig(name=str(tiny_bert), quantization="int8"), AdapterConfig(layers=1), 2, 0, "cpu"
+        ModelConfig(name=str(tiny_bert), quantization="int8"),
+        AdapterConfig(name="lora", layers=1),
+        2,
+        0,
+        "cpu",
     )
     assert quantized.frozen_digest != first.frozen_digest
     seen: list[int] = []

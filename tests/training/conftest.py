@@ -20,6 +20,7 @@ def load(folder: Path, spread: float = 0.2, **options: Any) -> AdaptedModel:
     """The tiny model at a random adapter (LoRA's own start has zero gradients)."""
     quantization = options.pop("quantization", "none")
     options.setdefault("rank", 2)
+    options.setdefault("name", "lora")
     model = load_model(
         ModelConfig(name=str(folder), quantization=quantization), AdapterConfig(**options), 2, 0, "cpu"
     )
