@@ -9,10 +9,11 @@ run; one node trains, as often as the run's plan says. Beside its units stand tw
   model only, and scores how far training lowered the loss of the wrong label: a weak one, and a real one.
 
 Private data. Training with canaries is a release like any other, and would have to be charged to the
-node's ledger. So no private record is trained on: the node's shard is the run's *test split*, which its
-owner declared public (evaluation is not charged for the same reason), cut to the plan's declared size.
-Nothing is lost for the audit: what is audited is the code, and canaries are as worst-case beside public
-records as beside private ones. What it does not see: whether a real node's ledger or data path was changed.
+node's ledger. So no private record is trained on: the node's shard is a part of the run's *test split*, which
+its owner declared public (evaluation is not charged for the same reason). Nothing is lost for the audit: what
+is audited is the code, and the promise is for any data beside a canary. So the part is small: other records'
+gradients only hide the canaries from an adversary who does not know them. What it does not see: whether a
+real node's ledger or data path was changed.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Observe = Callable[[FloatArray], None]
 
+_BACKGROUND, _INPUT_CANARIES = 100, 200  # records that are trained on beside, and that carry a wrong label
 _ROWS = 16  # canaries whose dense gradients are in memory at once
 
 
@@ -89,9 +91,14 @@ class InputCanaries:
 
     @classmethod
     def draw(
-        cls, public: TokenizedCorpus, count: int, declared_size: int, rng: np.random.Generator
+        cls,
+        public: TokenizedCorpus,
+        count: int,
+        others: int,
+        declared_size: int,
+        rng: np.random.Generator,
     ) -> InputCanaries:
-        """`count` canaries (at most a half) and at most `declared_size` other records of `public`.
+        """`count` canaries (at most a half of all) and at most `others` other records of `public`.
 
         Raises `DataError` if there are fewer than four records.
         """
@@ -102,7 +109,7 @@ class InputCanaries:
             )
         order = rng.permutation(public.num_records).astype(np.int64)
         count = min(count, public.num_records // 2)
-        canaries, background = order[:count], order[count : count + declared_size]
+        canaries, background = order[:count], order[count : count + others]
         included = rng.random(count) < 0.5
         wrong = public.labels.copy()
         shift = rng.integers(1, len(public.label_names), size=count)
@@ -144,7 +151,9 @@ def watch(
     Raises `DataError`, `ModelError`, `PreflightError` or `UpdateRejected` as a run does.
     """
     place = workplace(config)
-    public = InputCanaries.draw(place.prepared.test, canaries, plan.declared_size, rng)
+    public = InputCanaries.draw(
+        place.prepared.test, min(canaries, _INPUT_CANARIES), _BACKGROUND, plan.declared_size, rng
+    )
     # However many steps a node takes by itself: under `distributed` it takes the plan's one.
     steps = plan.training_steps if plan.trust == "central" else plan.local_steps
     train = dataclasses.replace(config.train, local_steps=steps)

@@ -61,7 +61,7 @@ def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
 
 def test_input_canaries_are_mislabelled_public_records_and_half_of_them_are_trained_on() -> None:
     public = random_corpus(60, persons=20)
-    drawn = InputCanaries.draw(public, 20, 25, np.random.default_rng(1))
+    drawn = InputCanaries.draw(public, 20, 25, 40, np.random.default_rng(1))
     marks = {row.tobytes(): label for row, label in zip(public.digests, public.labels, strict=True)}
     assert drawn.canaries.num_records == 20
     for digest, label in zip(drawn.canaries.digests, drawn.canaries.labels, strict=True):
@@ -70,13 +70,13 @@ def test_input_canaries_are_mislabelled_public_records_and_half_of_them_are_trai
     for digest, included in zip(drawn.canaries.digests, drawn.included, strict=True):
         assert (digest.tobytes() in inside) == included
     background = drawn.shard.data.num_records - int(drawn.included.sum())
-    assert background == 25 == drawn.shard.declared_size
+    assert background == 25 and drawn.shard.declared_size == 40
     # Each canary is a person by itself, or it would share a clip with its author's other records.
     assert drawn.shard.data.units is not None
     names, counts = np.unique(drawn.shard.data.units, return_counts=True)
     assert all(count == 1 for name, count in zip(names, counts, strict=True) if name.startswith("canary"))
     with pytest.raises(DataError, match="leave --model out"):
-        InputCanaries.draw(random_corpus(3), 20, 25, np.random.default_rng(1))
+        InputCanaries.draw(random_corpus(3), 20, 25, 40, np.random.default_rng(1))
 
 
 def test_no_private_record_is_trained_on_and_no_ledger_is_written(
