@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -150,6 +151,13 @@ def test_run(runs: list[Config], tmp_path: Path) -> None:
     (config,) = runs
     assert (config.privacy.epsilon, config.adapter.name) == (2.0, "ffa_lora")
     assert config.output == str(tmp_path / "here")
+
+
+def test_a_run_leaves_the_warnings_of_fedtune_on(runs: list[Config]) -> None:
+    """Hydra's `disabled` logging switches off every logger that exists, and with it 'the display failed'."""
+    logger = logging.getLogger("fedtune.federation.events")
+    assert call("run", "hydra.run.dir=here") == 0
+    assert not logger.disabled and logger.propagate and logger.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize(
