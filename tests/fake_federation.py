@@ -154,6 +154,7 @@ class Watcher:
     rounds: list[RoundSummary] = field(default_factory=list)
     clients: list[tuple[str, str]] = field(default_factory=list)
     finished: list[FederationResult] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
 
     def on_start(self, info: dict[str, Any]) -> None:
         self.started.append(info)
@@ -163,6 +164,9 @@ class Watcher:
 
     def on_client(self, node: str, status: str) -> None:
         self.clients.append((node, status))
+
+    def on_wait(self, reason: str) -> None:
+        self.waits.append(reason)
 
     def on_finish(self, result: FederationResult) -> None:
         self.finished.append(result)

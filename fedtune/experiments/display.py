@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Display"]
 
+_TELL_SECONDS = 60.0  # between two lines of what a run waits for
 _SHOWN_NODES = 8  # more nodes than this are counted, not listed
 _WORDS = {"": "waiting"}
 _HEADER = f"{'round':>7} {'accuracy':>9} {'loss':>7} {'epsilon':>8} {'up':>9} {'down':>9} {'time':>13}"
@@ -64,6 +65,7 @@ class Display:
         self._epsilon: float | None = None
         self._target: float | None = None
         self._begun = time.monotonic()
+        self._told = self._begun - _TELL_SECONDS
         self._seconds: list[float] = []
 
     def working(self, what: str) -> None:
@@ -98,6 +100,15 @@ class Display:
     def on_client(self, node: str, status: str) -> None:
         """`asked`, `answered`, `refused: ...` or `dropped: ...`."""
         self._status[node] = status
+
+    def on_wait(self, reason: str) -> None:
+        """Why the run waits, in the live part or as a line at most once a minute; empty: it goes on."""
+        with self._lock:
+            if self._live is not None:
+                self._doing = reason or None
+            elif reason and not self._brief and time.monotonic() - self._told >= _TELL_SECONDS:
+                self.console.print(Text(reason), soft_wrap=True)
+                self._told = time.monotonic()
 
     def on_round(self, summary: RoundSummary) -> None:
         """A round is done."""

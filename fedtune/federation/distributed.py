@@ -32,7 +32,14 @@ from fedtune.federation import secagg_messages as wire
 from fedtune.federation._flower import serialized_size
 from fedtune.federation.events import Observer
 from fedtune.federation.messages import RoundRequest
-from fedtune.federation.rounds import RoundAsk, RoundOutcome, exchange, make_messages, reason_of
+from fedtune.federation.rounds import (
+    RoundAsk,
+    RoundOutcome,
+    exchange,
+    make_messages,
+    reason_of,
+    time_to_live,
+)
 from fedtune.federation.secagg_messages import Place
 from fedtune.federation.secure_aggregation import MaskedSum, Session
 from fedtune.privacy.discrete import DiscreteMechanism
@@ -160,14 +167,14 @@ class _Round:
         timeout = ask.timeout if phase == "mask" else min(ask.timeout, LIGHT_SECONDS)
         messages: list[Message] = []
         for name, content in contents.items():
-            messages += make_messages(content, wire.KINDS[phase], [self.nodes[name]], ask.round)
+            to = [self.nodes[name]]
+            ttl = time_to_live(timeout) if ask.deadline else None
+            messages += make_messages(content, wire.KINDS[phase], to, ask.round, ttl=ttl)
         outcome.bytes_down += sum(serialized_size(message) for message in messages)
         waiting = {self.nodes[name].node_id: name for name in contents}
         results: dict[str, T] = {}
-        for answer in exchange(self.grid, messages, timeout, ask.stop):
-            sender = waiting.pop(answer.metadata.src_node_id, None)
-            if sender is None:
-                continue  # not asked, or answered twice: the first answer counts
+        for node_id, answer in exchange(self.grid, messages, timeout, ask.stop, deadline=ask.deadline):
+            sender = waiting.pop(node_id)
             outcome.bytes_up += serialized_size(answer)
             if answer.has_error():
                 reason = reason_of(answer)

@@ -133,7 +133,10 @@ class Observer(Protocol):
         """After each round."""
 
     def on_client(self, node: str, status: str) -> None:
-        """`asked`, `answered`, `refused: ...` or `dropped: ...`."""
+        """`asked`, `answered`, `refused: ...` or `dropped: ...`; `joined` and `left` where nodes do that."""
+
+    def on_wait(self, reason: str) -> None:
+        """Why the run does not go on just now; empty when it does again."""
 
     def on_finish(self, result: FederationResult) -> None:
         """After the last round."""
@@ -149,6 +152,9 @@ class NullObserver:
         """Nothing."""
 
     def on_client(self, node: str, status: str) -> None:
+        """Nothing."""
+
+    def on_wait(self, reason: str) -> None:
         """Nothing."""
 
     def on_finish(self, result: FederationResult) -> None:
@@ -185,6 +191,10 @@ class SafeObserver:
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""
         self._tell("on_client", node, status)
+
+    def on_wait(self, reason: str) -> None:
+        """See `Observer`."""
+        self._tell("on_wait", reason)
 
     def on_finish(self, result: FederationResult) -> None:
         """See `Observer`."""

@@ -6,13 +6,16 @@ nodes may show (trust `local` and `none`), `CentralRound` for a server that clip
 of one node: a node that raises, hangs, or sends something unusable is *dropped*, by name and with the
 reason, and the others go on.
 
-Updates are added up as they arrive, in float64, and forgotten: memory does not grow with the cohort.
+Updates are added up in float64, in the order of the nodes' names, so that every engine computes the same
+sum to the last bit, and forgotten: where nodes answer in that order, memory does not grow with the cohort. An
+update that comes early is kept until those before it have come or are given up.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -37,14 +40,22 @@ __all__ = [
     "exchange",
     "make_messages",
     "reason_of",
+    "time_to_live",
 ]
 
 _POLL_SECONDS = 0.1
+_GRACE_SECONDS = 60.0  # by which the clocks of server and submitter may differ
+_STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
 
 @dataclass(frozen=True)
 class RoundAsk:
-    """What the server loop wants from a round. `timeout`: seconds without any answer until it is over."""
+    """What the server loop wants from a round.
+
+    `timeout`: seconds until it goes on without those that have not answered, counted from the question if
+    `deadline` is set (every node has a machine of its own), else from the last answer (few workers serve many
+    nodes, and those at the end of the queue are not late).
+    """
 
     run: str
     round: int
@@ -56,6 +67,7 @@ class RoundAsk:
     max_update_norm: float
     min_updates: int = 1
     stop: threading.Event | None = None
+    deadline: bool = False
 
 
 @dataclass
@@ -90,10 +102,18 @@ class RoundProtocol(Protocol):
         """
 
 
-def make_messages(content: RecordDict, kind: str, nodes: Sequence[NodeInfo], round: int) -> list[Message]:
+def time_to_live(timeout: float) -> float:
+    """Seconds after which a question that is waited for `timeout` seconds is not delivered any more: whoever
+    comes later would work, and be charged, for nothing."""
+    return timeout + _GRACE_SECONDS
+
+
+def make_messages(
+    content: RecordDict, kind: str, nodes: Sequence[NodeInfo], round: int, *, ttl: float | None = None
+) -> list[Message]:
     """One message a node, each with records of its own: what one node does to its copy, no other sees.
 
-    The arrays' bytes are shared, which is safe because they are immutable.
+    The arrays' bytes are shared, which is safe because they are immutable. `ttl`: see `time_to_live`.
     """
     messages = []
     for node in nodes:
@@ -103,32 +123,44 @@ def make_messages(content: RecordDict, kind: str, nodes: Sequence[NodeInfo], rou
                 own[name] = ArrayRecord({key: replace(array) for key, array in record.items()})
             elif isinstance(record, ConfigRecord):
                 own[name] = ConfigRecord(dict(record))
-        messages.append(Message(own, node.node_id, kind, group_id=str(round)))
+        messages.append(Message(own, node.node_id, kind, group_id=str(round), ttl=ttl))
     return messages
 
 
 def exchange(
-    grid: Grid, messages: Sequence[Message], timeout: float, stop: threading.Event | None = None
-) -> Iterator[Message]:
-    """Sends all messages and yields the answers as they come.
+    grid: Grid,
+    messages: Sequence[Message],
+    timeout: float,
+    stop: threading.Event | None = None,
+    *,
+    deadline: bool = False,
+) -> Iterator[tuple[int, Message]]:
+    """Sends all messages and yields the answers as they come, each with the id of the node that was asked.
 
-    Ends when all have answered, or when nothing has come for `timeout` seconds. The clock starts again
-    with each answer: where few workers serve many nodes, those at the end of the queue are not late.
+    The node is told by the question, for an answer that says that a node is gone comes from the server. Ends
+    when all have answered, or after `timeout` seconds as `RoundAsk` says; seconds in which the grid itself
+    was cut off are nobody's lateness.
     """
-    pending = set(grid.push_messages(messages))
-    deadline = time.monotonic() + timeout
+    ids = list(grid.push_messages(messages))
+    pending = {name: one.metadata.dst_node_id for name, one in zip(ids, messages, strict=True) if name}
+    end = time.monotonic() + timeout
     while pending:
-        answers = list(grid.pull_messages(pending))
+        asked = time.monotonic()
+        answers = list(grid.pull_messages(set(pending)))
+        took = time.monotonic() - asked
         for answer in answers:
-            pending.discard(answer.metadata.reply_to_message_id)
-            yield answer
+            node_id = pending.pop(answer.metadata.reply_to_message_id, None)
+            if node_id is not None:  # the first answer counts
+                yield node_id, answer
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
-        if answers:
-            deadline = time.monotonic() + timeout
-        elif time.monotonic() > deadline:
-            return
-        else:
+        if answers and not deadline:
+            end = time.monotonic() + timeout
+        elif took > _STALL_SECONDS:
+            end += took
+        if pending and not answers:
+            if time.monotonic() > end:
+                return
             time.sleep(_POLL_SECONDS)
 
 
@@ -141,50 +173,70 @@ def reason_of(answer: Message) -> str:
 def collect(
     grid: Grid, ask: RoundAsk, observer: Observer, outcome: RoundOutcome
 ) -> Iterator[tuple[NodeInfo, np.ndarray]]:
-    """Asks every node for its update and yields the usable ones, float32 [P], as they come.
+    """Asks every node for its update and yields the usable ones, float32 [P], in the order of `ask.nodes`.
 
     All else goes to `outcome`: replies, bytes, and who was dropped and why.
     """
-
-    def drop(node: str, reason: str, status: str = "dropped") -> None:
-        outcome.dropped.append((node, reason))
-        observer.on_client(node, f"{status}: {reason}")
-
     request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
-    messages = make_messages(request.to_records(), "train", ask.nodes, ask.round)
+    ttl = time_to_live(ask.timeout) if ask.deadline else None
+    messages = make_messages(request.to_records(), "train", ask.nodes, ask.round, ttl=ttl)
     outcome.bytes_down = sum(serialized_size(message) for message in messages)
     for node in ask.nodes:
         observer.on_client(node.name, "asked")
     waiting = {node.node_id: node for node in ask.nodes}
-    for answer in exchange(grid, messages, ask.timeout, ask.stop):
-        sender = waiting.pop(answer.metadata.src_node_id, None)
-        if sender is None:
-            continue  # not asked, or answered twice: the first answer counts
-        node, name = sender, sender.name
+    early: dict[str, np.ndarray] = {}  # usable updates of nodes whose turn has not come
+    turns = deque(ask.nodes)
+
+    def in_turn() -> Iterator[tuple[NodeInfo, np.ndarray]]:
+        while turns and turns[0].node_id not in waiting:
+            node = turns.popleft()
+            if (update := early.pop(node.name, None)) is not None:
+                outcome.used.append(node.name)
+                yield node, update
+
+    for node_id, answer in exchange(grid, messages, ask.timeout, ask.stop, deadline=ask.deadline):
+        node = waiting.pop(node_id)
         outcome.bytes_up += serialized_size(answer)
-        if answer.has_error():
-            drop(name, reason_of(answer))
-            continue
-        try:
-            reply = RoundReply.from_records(
-                answer.content, node=name, run=ask.run, round=ask.round, attempt=ask.attempt
-            )
-            update, reply = reply.update, replace(reply, update=None)
-            outcome.replies.append(reply)
-            if update is None:
-                drop(name, reply.refused or reply.error or "", "refused" if reply.refused else "dropped")
-                continue
-            check_update(
-                update, node=name, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm
-            )
-        except UpdateRejected as error:
-            drop(name, str(error))
-            continue
-        yield node, update
-        outcome.used.append(name)
-        observer.on_client(name, "answered")
+        update = _usable(answer, node, ask, observer, outcome)
+        if update is not None:
+            early[node.name] = update
+            observer.on_client(node.name, "answered")
+        yield from in_turn()
     for node in waiting.values():
-        drop(node.name, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
+        reason = f"did not answer in {ask.timeout:g} s (federation.round_timeout)"
+        _drop(node.name, reason, observer, outcome)
+    waiting.clear()
+    yield from in_turn()
+
+
+def _usable(
+    answer: Message, node: NodeInfo, ask: RoundAsk, observer: Observer, outcome: RoundOutcome
+) -> np.ndarray | None:
+    """The update in an answer; None, and the node dropped, if there is no usable one."""
+    name = node.name
+    if answer.has_error():
+        _drop(name, reason_of(answer), observer, outcome)
+        return None
+    try:
+        reply = RoundReply.from_records(
+            answer.content, node=name, run=ask.run, round=ask.round, attempt=ask.attempt
+        )
+        update, reply = reply.update, replace(reply, update=None)
+        outcome.replies.append(reply)
+        if update is None:
+            status = "refused" if reply.refused else "dropped"
+            _drop(name, reply.refused or reply.error or "", observer, outcome, status)
+            return None
+        check_update(update, node=name, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm)
+    except UpdateRejected as error:
+        _drop(name, str(error), observer, outcome)
+        return None
+    return update
+
+
+def _drop(node: str, reason: str, observer: Observer, outcome: RoundOutcome, status: str = "dropped") -> None:
+    outcome.dropped.append((node, reason))
+    observer.on_client(node, f"{status}: {reason}")
 
 
 class PlainRound:

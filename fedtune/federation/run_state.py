@@ -20,6 +20,7 @@ from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.checkpoint import Checkpoint
 from fedtune.federation.descent import server_optimizer
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
+from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import RoundOutcome
 from fedtune.federation.strategies import Strategy
 from fedtune.privacy.plan import PrivacyPlan
@@ -27,12 +28,13 @@ from fedtune.privacy.plan import PrivacyPlan
 __all__ = ["RunState"]
 
 # Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
+_AWAY = 0  # no node's id: of one that is not connected
 _MAY_CHANGE = ("resume", "output", "device", "engine", "pricing")
 
 
 @dataclass
 class RunState:
-    """A run between two rounds."""
+    """A run between two rounds. `nodes`: everybody who ever took part, by name; gone or not."""
 
     run: str
     plan: PrivacyPlan
@@ -40,6 +42,7 @@ class RunState:
     strategy: Strategy
     attempt: int
     round: int = 0
+    nodes: list[NodeInfo] = field(default_factory=list)
     history: list[RoundSummary] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     releases: dict[str, int] = field(default_factory=dict)
@@ -57,6 +60,7 @@ class RunState:
             "plan": self.plan.to_json(),
             "strategy": self.strategy.name,
             "attempt": self.attempt,
+            "nodes": [[node.name, node.declared_size] for node in self.nodes],
             "history": [summary.to_json() for summary in self.history],
             "dropped": [asdict(one) for one in self.dropped],
             "releases": self.releases,
@@ -87,6 +91,7 @@ class RunState:
                 strategy=strategy,
                 attempt=attempt,
                 round=saved.round,
+                nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
                 history=[RoundSummary.from_json(one) for one in meta["history"]],
                 dropped=[Dropped(**one) for one in meta["dropped"]],
                 releases=dict(meta["releases"]),
@@ -103,6 +108,20 @@ class RunState:
                 f"({type(error).__name__}: {error}). Resume with that version, or start a new run."
             ) from error
 
+    def reunited(self, there: Sequence[NodeInfo]) -> list[NodeInfo]:
+        """Those who took part before, with the ids of those who are there now, who join if they may."""
+        known = {node.name: node for node in self.nodes}
+        closed = self.plan.trust == "distributed"  # the noise is shared out over the nodes of the beginning
+        known |= {node.name: node for node in there if node.name in known or not closed}
+        self.nodes = [known[name] for name in sorted(known)]
+        return self.nodes
+
+    def joined(self, roster: Roster) -> None:
+        """Notes who has joined, and who could not."""
+        self.nodes = list(roster.nodes.values())
+        self.dropped += roster.dropped
+        roster.dropped = []
+
     def account(self, outcome: RoundOutcome, cohort: Sequence[NodeInfo]) -> None:
         """Charges each node of the cohort: by what it says; where it says nothing, as if it had released."""
         answered = {reply.node: reply for reply in outcome.replies}
@@ -118,6 +137,35 @@ class RunState:
                 self.exhausted.append(node.name)
         self.dropped += [Dropped(node, self.round, reason) for node, reason in outcome.dropped]
 
+    def info(self, config: Config, run_dir: Path) -> dict[str, Any]:
+        """What `Observer.on_start` is told."""
+        return {
+            "run": self.run,
+            "run_dir": str(run_dir),
+            "nodes": [node.name for node in self.nodes],
+            "num_rounds": config.federation.num_rounds,
+            "first_round": self.round + 1,
+            "trust": self.plan.trust,
+            "epsilon": self.plan.target_epsilon,
+            "delta": self.plan.delta if self.plan.is_private() else None,
+            "attempt": self.attempt,
+        }
+
+    def summary(self, outcome: RoundOutcome, num_rounds: int) -> RoundSummary:
+        """What is known of a round before its evaluation."""
+        return RoundSummary(
+            round=self.round,
+            num_rounds=num_rounds,
+            seconds=0.0,
+            epsilon=self.epsilon(),
+            bytes_up=outcome.bytes_up,
+            bytes_down=outcome.bytes_down,
+            dropped=list(outcome.dropped),
+            updates=len(outcome.used),
+            train_seconds=sum(reply.cost.get("seconds", 0.0) for reply in outcome.replies),
+            void=outcome.aggregate is None,
+        )
+
     def epsilon(self) -> float | None:
         """Epsilon of this run so far: that of the node with most releases, never an average (PITFALLS 29)."""
         most = max(self.releases.values(), default=0)
@@ -127,16 +175,16 @@ class RunState:
             return 0.0
         return float(self.plan.epsilon(most))
 
-    def result(self, nodes: Sequence[NodeInfo], evaluation: Any) -> FederationResult:
+    def result(self, evaluation: Any) -> FederationResult:
         """What is handed over at the end."""
         return FederationResult(
             run=self.run,
-            nodes=list(nodes),
+            nodes=list(self.nodes),
             plan=self.plan,
             adapter=self.adapter.copy(),
             history=self.history,
             dropped=self.dropped,
-            releases={node.name: self.releases.get(node.name, 0) for node in nodes},
+            releases={node.name: self.releases.get(node.name, 0) for node in self.nodes},
             epsilon=self.epsilon(),
             evaluation=evaluation,
             seconds=self.seconds,

@@ -7,7 +7,8 @@ average whatever they are sent. In short:
     2  greet the nodes: names and declared sizes
     3  make the plan from public numbers (or take the checkpoint's), and the server optimizer
     for each round:
-    4      draw the cohort from (seed, round), so that a resumed run draws the same
+    4      wait until enough nodes are there; draw the cohort of those that are, from (seed, round), so that a
+           resumed run draws the same
     5      run the round's protocol; a node that raises, hangs, refuses or lies costs its own update
     6      too few updates: the round is void, the adapter stays, what was released stays charged
     7      server optimizer, checkpoint, evaluation on the public test split, tell the observer
@@ -25,7 +26,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +37,10 @@ from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.cohort import draw_cohort, greet
+from fedtune.federation.courier import Courier
 from fedtune.federation.descent import server_optimizer
-from fedtune.federation.events import FederationResult, NodeInfo, Observer, RoundSummary, SafeObserver
+from fedtune.federation.events import Dropped, FederationResult, Observer, SafeObserver
+from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
 from fedtune.privacy.plan import PrivacyPlan, make_plan
@@ -130,33 +133,38 @@ def _run(
     started = time.monotonic()
     federation = config.federation
     expected = federation.nodes if expected_nodes is None else expected_nodes
-    state, nodes = _begin(grid, config, run_dir, server_side, stop, expected)
+    lives = config.engine.name == "deployment"
+    courier = Courier(grid)
+    state, roster = _begin(courier, config, run_dir, server_side, observer, stop, expected, lives)
     protocol = protocol or protocol_for(state.plan, config)
-    observer.on_start(_info(state, config, run_dir, nodes))
+    observer.on_start(state.info(config, run_dir))
     before = (state.seconds, state.train_seconds, state.flops)
     evaluation, void = None, 0
     while state.round < federation.num_rounds and state.ended_early is None:
+        free = roster.wait_for(_needed(state.plan, config), state.exhausted, state.round + 1)
+        state.joined(roster)
         round_started = time.monotonic()
         state.round += 1
-        able = [node for node in nodes if node.name not in state.exhausted]
         ask = RoundAsk(
             run=state.run,
             round=state.round,
             attempt=state.attempt,
             plan=state.plan,
             adapter=state.adapter,
-            nodes=draw_cohort(able, federation.cohort_size, config.seed, state.round),
+            nodes=draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round),
             timeout=federation.round_timeout,
             max_update_norm=federation.max_update_norm,
             min_updates=federation.min_updates,
             stop=stop,
+            deadline=lives,
         )
-        outcome = _one_round(protocol, grid, ask, observer)
+        outcome = _one_round(protocol, courier, ask, observer)
         state.account(outcome, ask.nodes)
-        if all(node.name in state.exhausted for node in nodes):
+        if all(node.name in state.exhausted for node in state.nodes):
+            reason = outcome.dropped[0][1] if outcome.dropped else "none is left to ask"
             state.ended_early = (
                 f"After {state.round - 1} of {federation.num_rounds} rounds every node had used up the "
-                f"releases that it agreed to: {outcome.dropped[0][1]}"
+                f"releases that it agreed to: {reason}"
             )
         if outcome.aggregate is None:
             void += 1
@@ -165,7 +173,7 @@ def _run(
             state.adapter = state.strategy.step(state.adapter, outcome.aggregate)
         state.plan = outcome.next_plan or state.plan
 
-        summary = _summary(state, outcome, federation.num_rounds)
+        summary = state.summary(outcome, federation.num_rounds)
         state.history.append(summary)
         if usage is None:
             state.train_seconds, state.flops = state.train_seconds + summary.train_seconds, None
@@ -196,19 +204,21 @@ def _run(
             )
     if evaluation is None:
         evaluation = server_side.evaluate(state.adapter)
-    result = state.result(nodes, evaluation)
+    result = state.result(evaluation)
     observer.on_finish(result)
     return result
 
 
 def _begin(
-    grid: Grid,
+    courier: Courier,
     config: Config,
     run_dir: Path,
     server_side: ServerSide,
+    observer: Observer,
     stop: threading.Event | None,
     expected: int | None,
-) -> tuple[RunState, list[NodeInfo]]:
+    lives: bool,
+) -> tuple[RunState, Roster]:
     """Steps 1 to 3: a new state, checkpointed, or the checkpoint's; and who takes part."""
     there = checkpoints.has_checkpoint(run_dir)
     if config.resume is None and there:
@@ -219,49 +229,46 @@ def _begin(
     if config.resume is not None and not there:
         checkpoints.load_latest(run_dir)  # raises, with the way out
     attempt = checkpoints.next_attempt(run_dir)
-    nodes, failed, notices = greet(grid, config.federation.round_timeout, stop, expected)
+    timeout = config.federation.round_timeout
+    least = max(1, config.federation.min_updates) if lives else 0
+    nodes, failed, notices = greet(
+        courier, timeout, stop, expected, least=least, deadline=lives, observer=observer
+    )
     if config.resume is None:
         plan = make_plan(config, [node.declared_size for node in nodes])
-        state = RunState(secrets.token_hex(8), plan, server_side.initial(), server_optimizer(config), attempt)
+        adapter, optimizer = server_side.initial(), server_optimizer(config)
+        state = RunState(secrets.token_hex(8), plan, adapter, optimizer, attempt, nodes=nodes)
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
+        nodes = state.reunited(nodes)
     state.notices += notices
-    state.dropped += failed
+    state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed]
     for notice in state.notices:
         _log.warning("%s", notice)
-    return state, nodes
-
-
-def _info(state: RunState, config: Config, run_dir: Path, nodes: Sequence[NodeInfo]) -> dict[str, Any]:
-    """What `Observer.on_start` is told."""
-    return {
-        "run": state.run,
-        "run_dir": str(run_dir),
-        "nodes": [node.name for node in nodes],
-        "num_rounds": config.federation.num_rounds,
-        "first_round": state.round + 1,
-        "trust": state.plan.trust,
-        "epsilon": state.plan.target_epsilon,
-        "delta": state.plan.delta if state.plan.is_private() else None,
-        "attempt": state.attempt,
-    }
-
-
-def _summary(state: RunState, outcome: RoundOutcome, num_rounds: int) -> RoundSummary:
-    """What is known of a round before its evaluation."""
-    return RoundSummary(
-        round=state.round,
-        num_rounds=num_rounds,
-        seconds=0.0,
-        epsilon=state.epsilon(),
-        bytes_up=outcome.bytes_up,
-        bytes_down=outcome.bytes_down,
-        dropped=list(outcome.dropped),
-        updates=len(outcome.used),
-        train_seconds=sum(reply.cost.get("seconds", 0.0) for reply in outcome.replies),
-        void=outcome.aggregate is None,
+    roster = Roster(
+        courier,
+        nodes,
+        [node_id for node_id, _ in failed],
+        lives=lives,
+        closed=state.plan.trust == "distributed",
+        timeout=timeout,
+        observer=observer,
+        stop=stop,
     )
+    return state, roster
+
+
+def _needed(plan: PrivacyPlan, config: Config) -> int:
+    """Nodes without which a round is not worth beginning: what it asks is charged whatever becomes of it."""
+    least = max(1, config.federation.min_updates)
+    return max(least, plan.nodes - plan.max_dropouts) if plan.trust == "distributed" else least
+
+
+def _cohort_size(plan: PrivacyPlan, config: Config) -> int | None:
+    """Nodes that a round asks at most; None: all."""
+    # A trusted server divides by the plan's cohort: more updates than that would be a larger step.
+    return plan.cohort_size if plan.trust == "central" else config.federation.cohort_size
 
 
 def _one_round(protocol: RoundProtocol, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:

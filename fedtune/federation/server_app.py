@@ -17,6 +17,8 @@ import dataclasses
 import datetime
 import importlib
 import json
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,9 @@ app = ServerApp()
 
 class _Log:
     """An Observer that writes lines: there is no terminal where a ServerApp runs."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
 
     def on_start(self, info: dict[str, Any]) -> None:
         """The run, its nodes and its folder."""
@@ -59,6 +64,12 @@ class _Log:
         """Only what went wrong."""
         if status not in ("asked", "answered"):
             print(f"fedtune: {node} {status}", flush=True)
+
+    def on_wait(self, reason: str) -> None:
+        """Why it waits, at most once a minute."""
+        if reason and time.monotonic() - self._said >= 60.0:
+            print(f"fedtune: {reason}", flush=True)
+            self._said = time.monotonic()
 
     def on_finish(self, result: FederationResult) -> None:
         """Why it ended early, if it did."""
