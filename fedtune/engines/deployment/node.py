@@ -5,8 +5,7 @@ a process that installs and runs the app which the server sent, is replaced: the
 thin app that this fedtune knows (`thin`), and the message goes to the resident worker. An app that is any
 other is refused, with a line in the audit log, and never unpacked.
 
-Uses Flower's internals (checked with 1.41): `start_client_internal`, which is what `flower-supernode` calls,
-and its NodeState.
+Uses Flower's internals (checked with 1.41): its NodeState, and what `conversation` names.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ __all__ = ["Worker", "run_node"]
 
 _log = logging.getLogger("fedtune.node")
 _START_SECONDS = 120.0
-_POLL_SECONDS = 0.1
 _BEAT_SECONDS = 5.0
 _INVALID_APP, _APP_CRASHED = 3, 4  # any of flwr's ErrorCode will do: the reason is what is read
 
@@ -126,55 +124,42 @@ class Worker:
         self._folder.cleanup()
 
 
-class Executor(threading.Thread):
-    """Takes each message that Flower's SuperNode has received, has it answered, and hands the answer back."""
+class Answers:
+    """Has each message that Flower's SuperNode has received answered, and hands the answer back to it."""
 
     def __init__(self, state: Any, store: Any, site: SiteSettings, worker: Worker) -> None:
-        super().__init__(name="fedtune-executor", daemon=True)
         self._state, self._store, self._site, self._worker = state, store, site, worker
         self._log = AuditLog(Path(site.audit_log))
-        self.ending = threading.Event()
 
-    def run(self) -> None:
-        """Until `ending` is set."""
+    def __call__(self) -> bool:
+        """Answers what is pending. False if there was nothing that could be answered."""
         from flwr.common.constant import Status
 
-        while not self.ending.wait(_POLL_SECONDS):
-            for task in self._state.get_tasks(statuses=[Status.PENDING], order_by="pending_at"):
-                try:
-                    self._handle(task)
-                except Exception:  # one message must not end the node
-                    _log.exception("a message could not be answered")
+        done = False
+        for task in self._state.get_tasks(statuses=[Status.PENDING], order_by="pending_at"):
+            try:
+                done = self._handle(task) or done
+            except Exception:  # one message must not end the node
+                _log.exception("a message could not be answered")
+        return done
 
-    def _handle(self, task: Any) -> None:
+    def _handle(self, task: Any) -> bool:
         from flwr.common.constant import SubStatus
-        from flwr.common.serde import context_from_proto, context_to_proto
-        from flwr.proto.message_pb2 import Context as ProtoContext
         from flwr.supernode.start_client_internal import _insert_message
 
-        from fedtune.federation._flower import act_as, deserialize, serialize
+        from fedtune.federation._flower import act_as
 
         state = self._state
         if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
-            return
+            return False
         message = self._message(task.run_id)
         run = state.get_run(task.run_id)
         context = state.get_run_series_context(run.series_id)
         act_as(task.task_id, run.run_id, context.node_id)
-        identity = {"task": task.task_id, "run": run.run_id, "node": context.node_id}
         state.record_message_processing_start(message_id=message.metadata.message_id)
         try:
             check_app(state.get_fab(run.fab_hash).content)
-            data = self._worker.ask(
-                serialize(message),
-                context_to_proto(context).SerializeToString(),
-                identity,
-                lambda: state.acknowledge_task_heartbeat(task.task_id),
-            )
-            reply = deserialize(data[0])
-            proto = ProtoContext()
-            proto.ParseFromString(data[1])
-            state.set_run_series_context(run.series_id, context_from_proto(proto))
+            reply = self._ask(message, context, run, task)
         except WorkerDied as error:
             reason = (
                 f"Site '{self._site.site}' lost this round: {error}. If the release was reserved, it "
@@ -184,31 +169,48 @@ class Executor(threading.Thread):
             reply = self._refusal(message, _APP_CRASHED, "worker died", reason)
         except FedtuneError as error:
             reply = self._refusal(message, _INVALID_APP, "refused", f"{type(error).__name__}: {error}")
+        except Exception as error:  # unforeseen: the server must not wait for an answer that never comes
+            _log.exception("a message could not be answered")
+            reason = f"Site '{self._site.site}' failed with {type(error).__name__}; its own log says more."
+            reply = self._refusal(message, _APP_CRASHED, "failed", reason)
         state.record_message_processing_end(message_id=message.metadata.message_id)
         self._store.delete(message.metadata.message_id)
         _insert_message(reply, state, self._store)
         state.finish_task(task.task_id, SubStatus.COMPLETED, "")
+        return True
+
+    def _ask(self, message: Any, context: Any, run: Any, task: Any) -> Any:
+        """The worker's reply; what it remembers of the run is kept."""
+        from flwr.common.serde import context_from_proto, context_to_proto
+        from flwr.proto.message_pb2 import Context as ProtoContext
+
+        from fedtune.federation._flower import deserialize, serialize
+
+        data = self._worker.ask(
+            serialize(message),
+            context_to_proto(context).SerializeToString(),
+            {"task": task.task_id, "run": run.run_id, "node": context.node_id},
+            lambda: self._state.acknowledge_task_heartbeat(task.task_id),
+        )
+        reply = deserialize(data[0])
+        proto = ProtoContext()
+        proto.ParseFromString(data[1])
+        self._state.set_run_series_context(run.series_id, context_from_proto(proto))
+        return reply
 
     def _message(self, run_id: int) -> Any:
-        """The message with its content, once all of it has arrived."""
+        """The message with its content, all of which has arrived."""
         from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
         from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-        end = time.monotonic() + 600.0
-        found: Any = []
-        while not found:
-            found = self._state.get_messages_legacy(run_ids=[run_id], is_reply=False, limit=1)
-            if not found and time.monotonic() > end:
-                raise FederationError(f"No message of run {run_id} arrived.")
-            time.sleep(0.0 if found else _POLL_SECONDS)
+        found = self._state.get_messages_legacy(run_ids=[run_id], is_reply=False, limit=1)
+        if not found:
+            raise FederationError(f"No message of run {run_id} arrived.")
         message_id = found[0].metadata.message_id
-        wanted = [tree.object_id for tree in iterate_object_tree(self._store.get_object_tree(message_id))]
-        contents: dict[str, bytes] = {}
-        while len(contents) < len(set(wanted)):
-            contents = {name: data for name in wanted if (data := self._store.get(name))}
-            if time.monotonic() > end:
-                raise FederationError(f"Message {message_id[:12]} of run {run_id} arrived in part only.")
-            time.sleep(0.0 if len(contents) == len(set(wanted)) else _POLL_SECONDS)
+        wanted = {tree.object_id for tree in iterate_object_tree(self._store.get_object_tree(message_id))}
+        contents = {name: data for name in wanted if (data := self._store.get(name))}
+        if len(contents) < len(wanted):
+            raise FederationError(f"Message {message_id[:12]} of run {run_id} arrived in part only.")
         message = inflate_object_from_contents(message_id, contents)
         message.metadata.__dict__["_message_id"] = message_id  # type: ignore[attr-defined]
         return message
@@ -241,11 +243,11 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
 
 def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], None]) -> None:
     from flwr.supercore.object_store import ObjectStoreFactory
-    from flwr.supernode.nodestate import NodeStateFactory
     from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
-    from flwr.supernode.start_client_internal import start_client_internal
 
-    joined = threading.Event()
+    from fedtune.engines.deployment.conversation import converse
+
+    joined, ending = threading.Event(), threading.Event()
 
     class State(InMemoryNodeState):
         def set_node_id(self, node_id: int | None) -> None:
@@ -254,25 +256,23 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
             joined.set()
 
     said = _Capture()
-    objects = ObjectStoreFactory()
-    factory = NodeStateFactory(objects)
-    factory.state_instance = State(objects.store())
-    executor = Executor(factory.state_instance, objects.store(), site, worker)
-    executor.start()
-    threading.Thread(target=_watch, args=(site, executor.ending, say), daemon=True).start()
+    store = ObjectStoreFactory().store()
+    state = State(store)
+    answer = Answers(state, store, site, worker)
+    threading.Thread(target=_watch, args=(site, ending, say), daemon=True).start()
     try:
         while True:
             joined.clear()
-            start_client_internal(
-                state_factory=factory,
-                server_address=site.server,
+            converse(
+                state,
+                store,
+                server=site.server,
+                authority=Path(site.ca),
+                key=key,
                 node_config={"site": site.to_json()},
-                root_certificates=Path(site.ca).read_bytes(),
-                insecure=False,
-                authentication_keys=(key, key.public_key()),
-                isolation="process",
+                answer=answer,
             )
-            # Flower returns when something unforeseen ended its loop; identity and memory of runs are kept.
+            # Something unforeseen ended it; identity and memory of runs are kept.
             say(f"the connection ended ({said.last()}); joining again")
             time.sleep(5.0)
             wait_for_server(site.server, Path(site.ca), say)
@@ -281,7 +281,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
             raise FederationError(_not_joined(site, key, said.last())) from None
         say("left the federation")
     finally:
-        executor.ending.set()
+        ending.set()
 
 
 def _watch(site: SiteSettings, ending: threading.Event, say: Callable[[str], None]) -> None:

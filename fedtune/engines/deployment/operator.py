@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.engines.deployment.conversation import PAUSES
 from fedtune.engines.deployment.provision import read_yaml
 from fedtune.engines.deployment.reach import check_server
 from fedtune.engines.deployment.server import TOKEN_HEADER, read_token
@@ -40,6 +41,25 @@ class _Token:
         """Flower's interface."""
         context.request.headers[TOKEN_HEADER] = self._token
         return call_next(context)
+
+
+class _SoonAgain:
+    """Flower's client, which asks again soon for an answer still being uploaded; Flower would wait a second."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: Any) -> Any:
+        """Flower's interface."""
+        for pause in PAUSES:
+            response = self._client.PullObject(request)
+            if response.object_available or not response.object_found:
+                return response
+            time.sleep(pause)
+        return self._client.PullObject(request)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +160,7 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
 
     class Grid(HttpGrid):
         def _connect(self) -> None:
-            self._client = client
+            self._client = _SoonAgain(client)
 
     grid = Grid(server.address, False, server.authority, token=taken.token)
     beat = HeartbeatSender(make_task_heartbeat_fn_http(client))

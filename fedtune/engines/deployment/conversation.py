@@ -1,0 +1,117 @@
+"""What a node says to the SuperLink: fetch a message, have it answered, send the answer, wait, ask again.
+
+Flower's own loop (`start_client_internal`) waits 3 s whenever there is no message and looks every 0.5 s
+whether an answer is there, so that a round would mostly wait for polls. This one is made of the same parts,
+answers a message in the thread that fetched it, and waits between two questions for a twentieth of the time
+since the last message: rounds follow each other closely, and a node that has been idle for a minute asks
+every 3 s, as Flower's does.
+
+What it does not do: decide anything about a message, which is for the one who answers.
+
+Uses Flower's internals (checked with 1.41): the parts of `start_client_internal`, which is what
+`flower-supernode` calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PAUSES", "Pace", "converse"]
+
+PAUSES = (0.05, 0.1, 0.2, 0.3, 0.4)  # seconds between two questions for an object that is on its way
+
+
+class Pace:
+    """Seconds to wait before asking again: a share of how long nothing has come, within bounds."""
+
+    SHARE, SHORTEST, LONGEST = 0.05, 0.1, 3.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = clock() - self.LONGEST / self.SHARE  # nothing has come for long
+
+    def message(self) -> None:
+        """A message has come."""
+        self._last = self._clock()
+
+    def seconds(self) -> float:
+        """The wait before the next question."""
+        return min(self.LONGEST, max(self.SHORTEST, self.SHARE * (self._clock() - self._last)))
+
+
+def converse(
+    state: Any,
+    store: Any,
+    *,
+    server: str,
+    authority: Path,
+    key: Any,
+    node_config: dict[str, Any],
+    answer: Callable[[], bool],
+) -> None:
+    """Joins the SuperLink at `server` and goes on until the connection ends for a reason unforeseen.
+
+    Args:
+        state: Flower's NodeState; it is told the node's id once the node has joined.
+        store: Flower's ObjectStore of that state.
+        authority: file with the certificate of whoever vouches for the server.
+        key: the node's private key.
+        node_config: what every Context of this node holds.
+        answer: answers the messages that are in `state`; False if there is nothing to send.
+
+    Raises SystemExit if the server does not let this node in, and when it is told to end (Ctrl-C, SIGTERM).
+    """
+    from flwr.supercore.exit import register_signal_handlers
+    from flwr.supercore.telemetry import EventType
+    from flwr.supernode.start_client_internal import (
+        _init_connection,
+        _pull_and_store_message,
+        _push_messages,
+    )
+
+    register_signal_handlers(event_type=EventType.RUN_SUPERNODE_LEAVE)
+    pace = Pace()
+    connection = _init_connection(
+        server_address=server,
+        insecure=False,
+        root_certificates=authority.read_bytes(),
+        authentication_keys=(key, key.public_key()),
+    )
+    with connection as (node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm):
+        state.set_node_id(node_id)
+        while True:
+            came = _pull_and_store_message(
+                state=state,
+                object_store=store,
+                node_config=node_config,
+                receive=receive,
+                get_run=get_run,
+                get_fab=get_fab,
+                pull_object=_soon_again(pull_object),
+                confirm_message_received=confirm,
+                trusted_entities=None,
+            )
+            if came is None:
+                time.sleep(pace.seconds())
+                continue
+            if answer():
+                _push_messages(state=state, object_store=store, send=send, push_object=push_object)
+            pace.message()
+
+
+def _soon_again(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
+    """`pull`, which asks again soon for an object still being uploaded; Flower would wait a second."""
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+
+    def patient(run_id: int, object_id: str) -> bytes:
+        for pause in PAUSES:
+            try:
+                return pull(run_id, object_id)
+            except ObjectUnavailableError:
+                time.sleep(pause)
+        return pull(run_id, object_id)
+
+    return patient
