@@ -4,7 +4,7 @@
     strange_node.py slow SECONDS LATE node --config node.yaml     answers late, every fifth time LATE seconds
     strange_node.py garbage node --config node.yaml               sends another kind of nonsense each round
 
-Node, worker, ledger and audit log are the product's; only the answer is touched, between the worker and Flower.
+Node, worker, ledger and audit log are the product's; only the answer is touched, before Flower has it.
 """
 
 from __future__ import annotations

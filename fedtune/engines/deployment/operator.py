@@ -44,7 +44,7 @@ class _Token:
 
 
 class _SoonAgain:
-    """Flower's client, which asks again soon for an answer still being uploaded; Flower would wait a second."""
+    """Flower's client, which asks again soon for an answer that is on its way; else it waits a second."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
