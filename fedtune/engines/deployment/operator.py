@@ -158,9 +158,11 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
         )
     client = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(taken.token), patient=True)
 
+    prompt: Any = _SoonAgain(client)
+
     class Grid(HttpGrid):
         def _connect(self) -> None:
-            self._client = _SoonAgain(client)
+            self._client = prompt
 
     grid = Grid(server.address, False, server.authority, token=taken.token)
     beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
