@@ -128,6 +128,8 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with {privacy.trust}."
         )
+    if federation.evaluation == "private":
+        _check_private_evaluation(config)
     nodes, cohort = federation.nodes, federation.cohort_size
     if nodes is not None and cohort is not None and cohort > nodes:
         raise ConfigError(
@@ -139,6 +141,28 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
             "Lower federation.min_updates."
+        )
+
+
+def _check_private_evaluation(config: Config) -> None:
+    privacy, federation = config.privacy, config.federation
+    if privacy.trust == "central":
+        raise ConfigError(
+            "federation.evaluation=private does not work with privacy.trust=central: the unit is a client, "
+            "and the noise that hides one client hides all that a client could tell about its own data. Use "
+            "federation.evaluation=public or none, or trust=local or distributed."
+        )
+    part, whole = federation.evaluation_epsilon, privacy.epsilon
+    if part is not None and whole is not None and part >= whole:
+        raise ConfigError(
+            f"federation.evaluation_epsilon={part:g} leaves nothing for training of "
+            f"privacy.epsilon={whole:g}, which it is a part of. Lower it (a quarter costs training little), "
+            "or raise privacy.epsilon."
+        )
+    if part is None and whole is None and privacy.trust != "none":
+        raise ConfigError(
+            "federation.evaluation=private with privacy.noise_multiplier needs "
+            "federation.evaluation_epsilon, which says what all answers about held-out data may cost."
         )
 
 

@@ -126,7 +126,11 @@ class FederationConfig:
     max_update_norm: float = 100.0  # an update with a larger L2 norm is rejected
     weighting: str = "uniform"  # uniform | declared (public sizes)
     round_timeout: float = 600.0  # seconds until a node that does not answer is given up
-    evaluate_every: int = 1  # rounds between evaluations on the public test split
+    evaluation: str = "public"  # public | private | none: the test split, or data that nodes hold out
+    evaluate_every: int = 1  # evaluation=public: rounds between evaluations on the test split
+    evaluation_rounds: int = 1  # evaluation=private: rounds in which nodes are asked; the last is one
+    evaluation_share: float = 0.2  # evaluation=private: a node's persons (or records) held out for it
+    evaluation_epsilon: float | None = None  # all answers, inside privacy.epsilon; None: a quarter of it
 
 
 @dataclass

@@ -16,9 +16,9 @@ import numpy as np
 
 from fedtune.config.schema import Config, DataConfig
 from fedtune.data.columns import Columns, build_corpus
-from fedtune.data.corpus import Corpus, Shard
+from fedtune.data.corpus import Corpus, Shard, TokenizedCorpus
 from fedtune.data.files import beside, find_split, read_table
-from fedtune.data.prepare import PreparedData, prepare
+from fedtune.data.prepare import PreparedData, holding_out, prepare
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 
@@ -30,12 +30,16 @@ _log = logging.getLogger("fedtune.node")
 def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     """A site's own shard (`data.only_site` names the site), or else the server's public test split.
 
-    A site's `test` and a server's `train` and `shards` are empty. Raises DataError, ResourceError.
+    A site's `test` and a server's `train` and `shards` are empty, and so is a server's `test` where nothing
+    is evaluated on public data: it then needs none. Raises DataError, ResourceError.
     """
     if config.data.only_site is not None:
         return _site(config, config.data.only_site, tokenizer, tokenizer_id)
     if config.data.source != "files":
         return dataclasses.replace(prepare(config, tokenizer, tokenizer_id), shards=[])
+    if config.federation.evaluation != "public":
+        nothing = _nothing(config.data)
+        return PreparedData(nothing, nothing, [], nothing.label_names, config.data.public, ())
     split = "test_split" if config.data.test_split else "train_split"
     test = tokenize(_read(config.data, split), tokenizer, tokenizer_id, config.data.max_length)
     empty = test.subset(np.zeros(0, dtype=np.int64))
@@ -59,23 +63,46 @@ def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> Prepa
         rows = np.arange(train.num_records, dtype=np.int64)
         shard = Shard(site, train, size, train.source, config.data.name, rows)
     else:
-        whole = prepare(config, tokenizer, tokenizer_id)
+        # Uncut: how much is held out follows from the size that the site declares, below.
+        uncut = dataclasses.replace(config.federation, evaluation="public")
+        whole = prepare(dataclasses.replace(config, federation=uncut), tokenizer, tokenizer_id)
         train = whole.train
         shard = whole.shards[0]
         shard = dataclasses.replace(shard, declared_size=config.data.declared_size or shard.declared_size)
     empty = train.subset(np.zeros(0, dtype=np.int64))
-    return PreparedData(train, empty, [shard], train.label_names, config.data.public, ())
+    prepared = PreparedData(train, empty, [shard], train.label_names, config.data.public, ())
+    return holding_out(prepared, config)
 
 
-def _read(data: DataConfig, setting: str, *, part: bool = False) -> Corpus:
-    """One file as a corpus; the label set is declared, for no site may derive one from its texts."""
-    path = find_split(data, setting)
-    labels = tuple(data.labels) if data.labels else beside(path)
+def _nothing(data: DataConfig) -> TokenizedCorpus:
+    """No records, with the declared label set."""
+    none = np.zeros(0, dtype=np.int64)
+    return TokenizedCorpus(
+        name=data.name,
+        input_ids=none.astype(np.int32),
+        offsets=np.zeros(1, dtype=np.int64),
+        labels=none,
+        label_names=_declared_labels(tuple(data.labels) if data.labels else None),
+        units=None,
+        sites=None,
+        digests=np.zeros((0, 32), dtype=np.uint8),
+        source="",
+    )
+
+
+def _declared_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
     if labels is None:
         raise DataError(
             "In a real federation the label set is public and declared beforehand: give data.labels, such as "
             "data.labels=[negative,positive], when the run is submitted."
         )
+    return labels
+
+
+def _read(data: DataConfig, setting: str, *, part: bool = False) -> Corpus:
+    """One file as a corpus; the label set is declared, for no site may derive one from its texts."""
+    path = find_split(data, setting)
+    labels = _declared_labels(tuple(data.labels) if data.labels else beside(path))
     columns = Columns(
         text=data.text, label=data.label, text_pair=data.text_pair, unit=data.unit, site=data.site
     )

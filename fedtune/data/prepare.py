@@ -21,12 +21,13 @@ import numpy as np
 from fedtune.config.schema import Config
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.files import state_of
+from fedtune.data.holdout import hold_out
 from fedtune.data.partition import make_shards
 from fedtune.data.sources import load_corpus
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 
-__all__ = ["PreparedData", "clear_cache", "prepare"]
+__all__ = ["PreparedData", "clear_cache", "holding_out", "prepare"]
 
 CACHE_SIZE = 4
 
@@ -38,9 +39,10 @@ _lock = threading.Lock()
 class PreparedData:
     """Everything a simulation needs to know about its data.
 
-    Fields: `train` and `test`, tokenised; `shards`, one a node, cut from `train`; `label_names`, public;
-    `public`, whether the owner declared the data public; `notes`, what was decided while loading and belongs
-    into the record.
+    Fields: `train` and `test`, tokenised; `shards`, one a node, cut from `train`: what may be trained on;
+    `label_names`, public; `public`, whether the owner declared the data public; `notes`, what was decided
+    while loading and belongs into the record; `held_out`, one a shard where evaluation is private: what is
+    evaluated on and not in `shards` (else empty).
     """
 
     train: TokenizedCorpus
@@ -49,6 +51,17 @@ class PreparedData:
     label_names: tuple[str, ...]
     public: bool
     notes: tuple[str, ...]
+    held_out: tuple[Shard, ...] = ()
+
+
+def holding_out(prepared: PreparedData, config: Config) -> PreparedData:
+    """`prepared` with its shards cut in two where `federation.evaluation` is private; else as it is."""
+    if config.federation.evaluation != "private":
+        return prepared
+    parts = [hold_out(shard, config.federation.evaluation_share) for shard in prepared.shards]
+    return dataclasses.replace(
+        prepared, shards=[train for train, _ in parts], held_out=tuple(test for _, test in parts)
+    )
 
 
 def prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
@@ -88,7 +101,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         shards = make_shards(
             tokens, config.partition, config.federation.nodes, config.seed, config.privacy.unit
         )
-    return PreparedData(
+    prepared = PreparedData(
         train=tokens,
         test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length),
         shards=shards,
@@ -98,6 +111,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
             dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
         ),
     )
+    return holding_out(prepared, config)
 
 
 def _one_site(train: TokenizedCorpus, site: str) -> TokenizedCorpus:
@@ -121,6 +135,7 @@ def _key(config: Config, tokenizer_id: str) -> str:
         dataclasses.asdict(config.data),
         dataclasses.asdict(config.partition),
         config.federation.nodes,
+        config.federation.evaluation == "private" and config.federation.evaluation_share,
         config.seed,
         config.privacy.unit,
         tokenizer_id,

@@ -125,7 +125,8 @@ class Workplace:
         """
         from fedtune.models.hidden_states import Features
 
-        corpora = [*(shard.data for shard in self.prepared.shards), self.prepared.test]
+        parts = [*self.prepared.shards, *self.prepared.held_out]
+        corpora = [*(part.data for part in parts), self.prepared.test]
         total = sum(corpus.num_records for corpus in corpora)
         behind = 0
         for corpus in corpora:
@@ -171,6 +172,8 @@ def workplace(config: Config) -> Workplace:
 
         # A node lives for months: a file that was replaced must be read again, and then refused.
         relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
+    if config.federation.evaluation == "private":
+        relevant.append({"held out": config.federation.evaluation_share})
     key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
     if key not in _workplaces:
         _workplaces.clear()

@@ -16,9 +16,15 @@ from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.cache import kept
 from fedtune.privacy.ledger_state import LedgerState
-from fedtune.privacy.plan import UNITS, PrivacyPlan
+from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = ["Allowance", "kept_epsilon"]
+
+_WHAT = {"training": "round {}", "evaluation": "the evaluation after round {}"}
+_WAY_OUT = {
+    "training": "Lower federation.num_rounds or train.local_steps, or raise privacy.noise_multiplier.",
+    "evaluation": "Lower federation.evaluation_epsilon or privacy.epsilon.",
+}
 
 
 def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
@@ -37,7 +43,7 @@ class Allowance:
 
     def check(
         self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
-        round: int, plan: PrivacyPlan, left: int, public: bool,
+        round: int, plan: ReleasePlan, left: int, public: bool,
     ) -> bool:  # fmt: skip
         """Raises `BudgetExhausted` if one more release of `plan` would exceed a budget of this data.
 
@@ -59,15 +65,14 @@ class Allowance:
             before = kept_epsilon(state.terms(dataset, fingerprint), budget.delta)
             after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1), budget.delta)
             raise BudgetExhausted(
-                f"node '{node}' refuses round {round}: it would raise epsilon from {before:.4g} to "
-                f"{after:.4g}, over its budget of {budget.epsilon:g} at delta {budget.delta:g} for "
-                f"'{dataset}'. Lower federation.num_rounds or train.local_steps, or raise "
-                "privacy.noise_multiplier."
+                f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
+                f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
+                f"{budget.delta:g} for '{dataset}'. {_WAY_OUT[plan.purpose]}"
             )
         return False
 
     def _within(
-        self, state: LedgerState, dataset: str, fingerprint: str, plan: PrivacyPlan, budget: PrivacyBudget,
+        self, state: LedgerState, dataset: str, fingerprint: str, plan: ReleasePlan, budget: PrivacyBudget,
         left: int,
     ) -> bool:  # fmt: skip
         """Whether one more release stays within `budget`.

@@ -110,6 +110,7 @@ def history(paths: list[Path], dataset: str | None = None) -> Report:
                     "trust": release.trust,
                     "unit": release.unit,
                     "delta": release.delta or None,
+                    "purpose": release.purpose,
                     "steps": sum(count for _, count in steps) if steps else None,
                     "sample_rate": steps[0][0].sample_rate if steps else None,
                     "noise_multiplier": steps[0][0].noise_multiplier if steps else 0.0,
@@ -119,7 +120,7 @@ def history(paths: list[Path], dataset: str | None = None) -> Report:
             )
     if not entries:
         return Report("No ledger knows of a release yet.", [])
-    header = ("time", "node", "run", "round", "data set", "unit", "steps", "rate", "noise", "finished")
+    header = ("time", "node", "run", "round", "data set", "unit", "for", "steps", "rate", "noise", "finished")
     lines = [
         (
             str(entry["time"])[:19],
@@ -128,6 +129,7 @@ def history(paths: list[Path], dataset: str | None = None) -> Report:
             str(entry["round"]),
             str(entry["dataset"]),
             str(entry["unit"]),
+            str(entry["purpose"]),
             "-" if entry["steps"] is None else str(entry["steps"]),
             "-" if entry["sample_rate"] is None else f"{entry['sample_rate']:g}",
             f"{entry['noise_multiplier']:.4g}" if entry["noise_multiplier"] else "none",

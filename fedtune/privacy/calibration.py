@@ -11,6 +11,7 @@ second call, in this process or another, costs nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy import accounting
@@ -26,21 +27,33 @@ _LOW, _HIGH = 0.98, 1.0  # of the target: where the result must land
 
 
 def noise_multiplier_for(
-    target_epsilon: float, delta: float, *, sample_rate: float, steps: int, use_cache: bool = True
+    target_epsilon: float,
+    delta: float,
+    *,
+    sample_rate: float,
+    steps: int,
+    also: Mapping[Term, int] | None = None,
+    use_cache: bool = True,
 ) -> float:
     """The least noise, up to 2 percent of epsilon, with which `steps` steps stay within the target.
 
     Args: `target_epsilon` above 0; `delta` in (0, 1); `sample_rate` in (0, 1], the probability of one unit
-    in one step; `steps` over the whole run (local steps times rounds). Returns the noise multiplier:
-    standard deviation over `max_grad_norm`. Guarantee: `epsilon_of` of that event is at most the target.
+    in one step; `steps` over the whole run (local steps times rounds); `also`, what else is released with
+    noise that is fixed already, and must fit into the target too. Returns the noise multiplier:
+    standard deviation over `max_grad_norm`. Guarantee: `epsilon_of` of that event, composed with `also`, is
+    at most the target.
     Raises `CalibrationError` if no noise multiplier between 0.05 and 1000 meets the target, with the
     epsilon that can be reached; `PrivacyError` on a value that has no meaning.
     """
     _check(target_epsilon, delta, sample_rate, steps)
     arguments = (float(target_epsilon), float(delta), float(sample_rate), int(steps))
+    others = dict(also or {})
     if not use_cache:
-        return _search(*arguments)
-    return kept("calibration", list(arguments), lambda: _search(*arguments))
+        return _search(*arguments, others)
+    key: list[object] = list(arguments)
+    if others:
+        key.append([[*term, count] for term, count in sorted(others.items())])
+    return kept("calibration", key, lambda: _search(*arguments, others))
 
 
 def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> None:
@@ -60,17 +73,23 @@ def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
         raise PrivacyError(f"steps must be a whole number of 1 or more, not {steps!r}.")
 
 
-def _search(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+def _search(
+    target_epsilon: float, delta: float, sample_rate: float, steps: int, also: Mapping[Term, int]
+) -> float:
     # Each composition adds rounding, so the grid is finer where there are many.
     interval = min(max(target_epsilon / (100.0 + 5.0 * math.sqrt(steps)), 2e-6), 1.0)
 
+    def everything(sigma: float) -> dict[Term, int]:
+        step = Term(sample_rate, sigma)
+        return {**also, step: steps + also.get(step, 0)}
+
     def coarse(log_sigma: float) -> float:
         """log(epsilon / target), on one grid for all noise multipliers, so that it is smooth."""
-        epsilon = accounting.epsilon_on_grid({Term(sample_rate, math.exp(log_sigma)): steps}, delta, interval)
+        epsilon = accounting.epsilon_on_grid(everything(math.exp(log_sigma)), delta, interval)
         return math.log(max(epsilon, 1e-300) / target_epsilon) if epsilon < math.inf else 700.0
 
     def fine(sigma: float) -> float:
-        return accounting.epsilon_of_terms({Term(sample_rate, sigma): steps}, delta)
+        return accounting.epsilon_of_terms(everything(sigma), delta)
 
     low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     # In the central limit epsilon is nearly a function of mu: where to look first.

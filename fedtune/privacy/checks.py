@@ -76,6 +76,7 @@ def validate(plan: PrivacyPlan) -> None:
         if not 0.0 < target < math.inf:
             raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
     if plan.trust == "none":
+        _validate_evaluation(plan)
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
             raise PrivacyError(
                 "privacy.trust=none has no noise, no delta and no epsilon; a noise multiplier of "
@@ -116,6 +117,7 @@ def validate(plan: PrivacyPlan) -> None:
             "are."
         )
     _validate_adaptive(plan)
+    _validate_evaluation(plan)
 
 
 def _validate_adaptive(plan: PrivacyPlan) -> None:
@@ -133,6 +135,34 @@ def _validate_adaptive(plan: PrivacyPlan) -> None:
             f"quantile, and noise of {spread:g} on the count leaves nothing: it must be above "
             f"{plan.noise_multiplier / 2:g}."
         )
+
+
+def _validate_evaluation(plan: PrivacyPlan) -> None:
+    answers = whole(plan.evaluation_answers, "federation.evaluation_rounds", 0)
+    share = number(plan.evaluation_share, "federation.evaluation_share")
+    noise = number(plan.evaluation_noise, "evaluation_noise")
+    if answers == 0:
+        if share != 0.0 or noise != 0.0:
+            raise PrivacyError(
+                f"A plan without answers about held-out data has an evaluation_share of {share:g} and an "
+                f"evaluation_noise of {noise:g}; both must be 0."
+            )
+        return
+    if plan.trust == "central":
+        raise PrivacyError(
+            "A plan with trust=central has answers about held-out data: the noise that hides one client "
+            "hides all that it could tell. Use federation.evaluation=public or none."
+        )
+    if not 0.0 < share < 1.0:
+        raise PrivacyError(
+            f"federation.evaluation_share must lie strictly between 0 and 1, not {share}: some units are "
+            "trained on and others are evaluated on."
+        )
+    if plan.trust == "none":
+        if noise != 0.0:
+            raise PrivacyError(f"privacy.trust=none has no noise; evaluation_noise is {noise}.")
+    elif not 0.0 < noise < math.inf:
+        raise PrivacyError(f"evaluation_noise must be finite and above 0, not {noise}.")
 
 
 def _check_delta(delta: float, size: int, unit: str) -> None:

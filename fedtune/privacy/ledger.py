@@ -23,6 +23,9 @@ or a server may choose the parameters of the next run after seeing the last one 
 Renyi DP (Feldman and Zrnic 2021) and not, as yet, for this tighter composition. `epsilon_rdp` is there for
 whoever wants that.
 
+Purposes. A release is made for training or for evaluation (`plan.purpose`). Both compose; what a run's plan
+allows is counted for each by itself.
+
 One ledger is one node's: it is bound to the node that first reserves. Several processes may share it.
 """
 
@@ -39,8 +42,8 @@ from fedtune.privacy.accounting import epsilon_rdp_of_terms
 from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.chain import GENESIS, Chain
-from fedtune.privacy.ledger_state import LedgerState, Release, release_of, state_of
-from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.ledger_state import LedgerState, Release, purpose_of, release_of, state_of
+from fedtune.privacy.plan import ReleasePlan
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
 
@@ -109,7 +112,7 @@ class PrivacyLedger:
         node: str,
         run: str,
         round: int,
-        plan: PrivacyPlan,
+        plan: ReleasePlan,
         public: bool = False,
     ) -> Reservation:
         """Writes down that one release of `plan` is about to be made, durably, before it returns.
@@ -148,7 +151,7 @@ class PrivacyLedger:
                 "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
                 "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
                 "num_rounds": plan.num_rounds, "reproducible_noise": plan.reproducible_noise,
-                "steps": _steps(plan),
+                "purpose": plan.purpose, "steps": _steps(plan),
             }  # fmt: skip
             row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
             after = state.with_row(row)
@@ -193,6 +196,7 @@ class PrivacyLedger:
         fingerprint: str | None = None,
         run: str | None = None,
         node: str | None = None,
+        purpose: str | None = None,
     ) -> list[Release]:
         """All releases that agree with what is given, oldest first, unfinished ones included."""
         with self._chain.reading() as connection:
@@ -205,11 +209,12 @@ class PrivacyLedger:
             )
         done = {row.body["reservation"] for row in rows if row.kind == "committed"}
         wanted = {"dataset": dataset, "fingerprint": fingerprint, "node": node}
-        return [
+        found = [
             release_of(row, committed=row.seq in done)
             for row in rows
             if row.kind == "reserved" and all(v is None or row.body[k] == v for k, v in wanted.items())
         ]
+        return [release for release in found if purpose in (None, release.purpose)]
 
     def epsilon(
         self, *, dataset: str, fingerprint: str, delta: float | None = None, run: str | None = None
@@ -317,15 +322,16 @@ class PrivacyLedger:
             )
         return found or Budgets(None, {})
 
-    def _releases_left(self, connection: Any, plan: PrivacyPlan, node: str, run: str, round: int) -> int:
+    def _releases_left(self, connection: Any, plan: ReleasePlan, node: str, run: str, round: int) -> int:
         made, agreed = 0, plan.num_rounds
         for row in self._chain.run_rows(connection, run):
-            if row.kind == "reserved" and row.body["node"] == node:
+            if row.kind == "reserved" and row.body["node"] == node and purpose_of(row) == plan.purpose:
                 made += 1
                 agreed = min(agreed, row.body["num_rounds"])
         if made >= agreed:
+            what = "releases" if plan.purpose == "training" else "answers about held-out data"
             raise BudgetExhausted(
-                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed} releases, and "
+                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed} {what}, and "
                 f"{made} were made (rounds that were repeated or interrupted count, because they may have "
                 "been seen). Start a new run; its noise will be calibrated for its own number of rounds."
             )
@@ -356,7 +362,7 @@ class PrivacyLedger:
         return state
 
 
-def _steps(plan: PrivacyPlan) -> list[dict[str, Any]] | None:
+def _steps(plan: ReleasePlan) -> list[dict[str, Any]] | None:
     terms = plan.terms(1)
     if terms is None:
         return None

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from fedtune.privacy.accounting import Term
 from fedtune.privacy.chain import GENESIS, Row
-from fedtune.privacy.plan import UNITS, PrivacyPlan
+from fedtune.privacy.plan import UNITS, ReleasePlan
 
-__all__ = ["LedgerState", "Release", "Use", "release_of", "state_of"]
+__all__ = ["LedgerState", "Release", "Use", "purpose_of", "release_of", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Release:
     reproducible_noise: bool
     steps: tuple[tuple[Term, int], ...] | None
     committed: bool
+    purpose: str = "training"
 
 
 class Use(NamedTuple):
@@ -128,7 +129,7 @@ class LedgerState:
         return _terms(self._uses_of(dataset, fingerprint))
 
     def adding(
-        self, dataset: str, fingerprint: str, plan: PrivacyPlan, releases: int
+        self, dataset: str, fingerprint: str, plan: ReleasePlan, releases: int
     ) -> dict[Term, int] | None:
         """As `terms`, with `releases` further releases of `plan`."""
         uses = dict(self._uses_of(dataset, fingerprint))
@@ -192,7 +193,13 @@ def release_of(row: Row, *, committed: bool) -> Release:
         if steps is None
         else tuple((Term(s["sample_rate"], s["noise_multiplier"]), s["count"]) for s in steps),
         committed=committed,
+        purpose=purpose_of(row),
     )
+
+
+def purpose_of(row: Row) -> str:
+    """What a reserved row's release is for: training, or evaluation (rows of old do not say: training)."""
+    return str(row.body.get("purpose", "training"))
 
 
 def _uses(

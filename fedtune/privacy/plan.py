@@ -24,6 +24,9 @@ Amplification by sampling is claimed only for units drawn in secret on a node. A
 changes a sum of clipped units by at most `max_grad_norm`, and the event is for that adjacency. What the
 plan does not do: bound the records of a person (`records_per_unit` is applied where persons are formed),
 or keep books (`fedtune.privacy.ledger`).
+
+Where nodes answer questions about data that they hold out, the plan owns that mechanism too
+(`PrivacyPlan.evaluation`, `fedtune.privacy.evaluation`): its answers are inside the target epsilon.
 """
 
 from __future__ import annotations
@@ -32,22 +35,23 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import Term
+from fedtune.privacy.accounting import Term, compose_terms
 from fedtune.privacy.calibration import noise_multiplier_for
 from fedtune.privacy.checks import TRUSTS, UNITS, number, validate, whole
+from fedtune.privacy.evaluation import EvaluationPlan, evaluation_noise, evaluation_settings
 from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-__all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "make_plan"]
+__all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "ReleasePlan", "make_plan"]
 
 _VERSION = 1
 
@@ -59,6 +63,8 @@ class PrivacyPlan:
     All fields are public settings; what is private comes into the methods as arguments. Construction
     validates every field and raises `PrivacyError` naming the first that has no meaning.
     """
+
+    purpose: ClassVar[str] = "training"
 
     trust: str  # local | distributed | central | none
     unit: str  # record | person | client
@@ -83,6 +89,9 @@ class PrivacyPlan:
     adaptive_clipping: bool = False  # central: the norm follows a private quantile
     clip_quantile: float = 0.5  # central: which quantile
     quantile_noise: float = 0.0  # central: standard deviation of the noise on the count of unclipped
+    evaluation_share: float = 0.0  # of a node's units, held out to be evaluated on; 0.0: none
+    evaluation_answers: int = 0  # answers about them that a node agrees to, at most
+    evaluation_noise: float = 0.0  # of one answer: standard deviation over its sensitivity
 
     def __post_init__(self) -> None:
         validate(self)
@@ -103,23 +112,25 @@ class PrivacyPlan:
         """Accounted steps in `releases` releases (default: `num_rounds`)."""
         return self.local_steps * (self.num_rounds if releases is None else releases)
 
-    def terms(self, releases: int) -> dict[Term, int] | None:
+    def terms(self, releases: int, answers: int = 0) -> dict[Term, int] | None:
         """`event` in the accountant's own form: steps with counts; None without privacy."""
         if isinstance(releases, bool) or releases < 0:
             raise PrivacyError(f"releases must be 0 or more, not {releases!r}.")
+        about = self.evaluation()
+        answered = {} if about is None else about.terms(answers)
         if releases == 0:
-            return {}
+            return answered
         if not self.is_private():
             return None
         # Clients are seen to take part, so for them the accountant is told of no sampling.
         rate = 1.0 if self.trust == "central" else self.sample_rate
-        return {Term(rate, self.noise_multiplier): self.steps(releases)}
+        return compose_terms({Term(rate, self.noise_multiplier): self.steps(releases)}, answered)
 
-    def event(self, releases: int) -> DpEvent:
-        """What `releases` releases of this plan cost one unit, for the accountant."""
+    def event(self, releases: int, answers: int = 0) -> DpEvent:
+        """What `releases` rounds and `answers` answers of this plan cost one unit, for the accountant."""
         import dp_accounting as dp
 
-        terms = self.terms(releases)
+        terms = self.terms(releases, answers)
         if terms is None:
             return dp.NonPrivateDpEvent()
         parts = []
@@ -130,12 +141,30 @@ class PrivacyPlan:
             parts.append(dp.SelfComposedDpEvent(step, count))
         return parts[0] if len(parts) == 1 else dp.ComposedDpEvent(parts)
 
-    def epsilon(self, releases: int | None = None) -> float:
-        """Upper bound on epsilon of `releases` releases (default: `num_rounds`) at the plan's delta."""
+    def epsilon(self, releases: int | None = None, answers: int = 0) -> float:
+        """Upper bound on epsilon, at the plan's delta, of `releases` rounds and `answers` answers about
+        held-out data; by default of all that the plan allows."""
         from fedtune.privacy.accounting import epsilon_of_terms
 
-        terms = self.terms(self.num_rounds if releases is None else releases)
+        if releases is None:
+            releases, answers = self.num_rounds, self.evaluation_answers
+        terms = self.terms(releases, answers)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
+
+    def evaluation(self) -> EvaluationPlan | None:
+        """How a node may answer about its held-out units; None where it may not."""
+        if self.evaluation_answers == 0:
+            return None
+        return EvaluationPlan(
+            trust=self.trust,
+            unit=self.unit,
+            share=self.evaluation_share,
+            num_rounds=self.evaluation_answers,
+            noise_multiplier=self.evaluation_noise,
+            delta=self.delta,
+            reproducible_noise=self.reproducible_noise,
+            seed=self.seed,
+        )
 
     def adjacency(self) -> str:
         """Which data sets count as neighbours, in words.
@@ -351,11 +380,16 @@ class PrivacyPlan:
         return cls(**given)
 
 
+# What a release is made by, as far as a ledger reads it.
+ReleasePlan = PrivacyPlan | EvaluationPlan
+
+
 def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     """The plan of a run, its noise calibrated before any data is read.
 
     Args: `config`, complete; `declared_sizes`, the public size of each node's shard in units of
-    `privacy.unit` (records or persons; for unit=client only their number counts). Default delta is
+    `privacy.unit` (records or persons; for unit=client only their number counts), without what is held out
+    for evaluation. Default delta is
     1 / (2n), where n is the size of the largest shard (local), of all shards together (distributed) or
     the number of clients (central), so that delta is below 1/n for every shard. For `local` the plan
     holds the largest size; each node takes its own with `for_shard`. Raises `PrivacyError` or
@@ -391,6 +425,8 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
         "adaptive_clipping": privacy.adaptive_clipping,
         "clip_quantile": privacy.clip_quantile,
     }
+    share, answers = evaluation_settings(config)
+    common |= {"evaluation_share": share, "evaluation_answers": answers}
     if privacy.unit == "person":
         whole(privacy.records_per_unit, "privacy.records_per_unit")
     if privacy.trust == "none":
@@ -415,7 +451,9 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
             "noise, privacy.noise_multiplier=null to choose the guarantee."
         )
-    delta = 1.0 / (2.0 * declared) if privacy.delta is None else privacy.delta
+    # What is declared is what is trained on; who is held out is promised the same.
+    delta = (1.0 - share) / (2.0 * declared) if privacy.delta is None else privacy.delta
+    common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
     common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
     # A plan with any noise first: it refuses every setting without meaning before time is spent.
     given = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
@@ -423,8 +461,10 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     if privacy.epsilon is None:
         return draft
     ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
+    also = draft.terms(0, answers)
+    rate = term.sample_rate
     try:
-        noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=term.sample_rate, steps=steps)
+        noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
     except CalibrationError as error:
         if not central:
             raise

@@ -168,7 +168,8 @@ def preflight(
     """
     check_plan(plan, train)
     check_parameters(model, theta)
-    if not model.gradients_checked:
+    # A shard may be empty: what is held out for evaluation is decided unit by unit.
+    if not model.gradients_checked and features.corpus.num_records:
         check_layers(model)
         check_gradients(model, features)
         model.gradients_checked = True
