@@ -1,4 +1,4 @@
-"""The noised counts of private evaluation: their cost, that their noise is the accounted one, what they tell."""
+"""The noised counts of private evaluation: what they cost, their noise, and what they tell."""
 
 from __future__ import annotations
 
