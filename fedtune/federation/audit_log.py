@@ -1,7 +1,8 @@
 """A node's own log of what was asked of it and what left it: one JSON object a line, append-only.
 
 Each line carries the hash of the line before it, so that a line which was changed, moved or taken out shows
-(`verify`); what was cut off at the end shows only against a copy or the privacy ledger. Several processes may
+(`verify`); what was cut off at the end shows only against a copy or the privacy ledger. A line that was torn
+while it was written (a full disk, a crash) is taken out again: its answer has not left. Several processes may
 write. It holds nothing of the data, but what a site has spent and refused is its own business: mode 0600.
 """
 
@@ -38,16 +39,19 @@ class AuditLog:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
             with os.fdopen(descriptor, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
+                end = _end_of_lines(file)
                 entry = {
                     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                     "event": event,
                     **values,
                     "previous": _hash(_last_line(file)),
                 }
-                file.seek(0, os.SEEK_END)
-                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+                try:
+                    _write(file.fileno(), line)
+                except OSError:
+                    os.ftruncate(file.fileno(), end)
+                    raise
         except OSError as error:
             raise ResourceError(
                 f"The node's audit log cannot be written ({error.strerror}), so the node answers "
@@ -84,6 +88,29 @@ class AuditLog:
 
 def _hash(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest() if line else _START
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    """All of it, on the disk."""
+    while line:
+        line = line[os.write(descriptor, line) :]
+    os.fsync(descriptor)
+
+
+def _end_of_lines(file: Any) -> int:
+    """The size of an open file, once what follows its last complete line has been cut off."""
+    end: int = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 4096)
+        file.seek(start)
+        block = file.read(end - start)
+        if (found := block.rfind(b"\n")) >= 0:
+            end = start + found + 1
+            break
+        end = start
+    if end < file.seek(0, os.SEEK_END):
+        os.ftruncate(file.fileno(), end)
+    return end
 
 
 def _last_line(file: Any) -> bytes:

@@ -208,7 +208,7 @@ class RoundRequest:
             plan = PrivacyPlan.from_json(json.loads(values["plan"]))
         except FedtuneError:
             raise
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise FederationError(
                 f"{what} carries an unreadable privacy plan ({type(error).__name__})."
             ) from error

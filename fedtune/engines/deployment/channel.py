@@ -17,7 +17,7 @@ from fedtune.errors import FederationError
 
 __all__ = ["MAX_FRAME", "peer", "receive", "send"]
 
-MAX_FRAME = 2**31  # bytes; Flower's own limit for a message
+MAX_FRAME = 2**28  # bytes, of a message from the server too; an adapter has some millions
 _LENGTH = struct.Struct("!Q")
 
 

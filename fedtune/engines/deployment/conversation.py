@@ -50,6 +50,7 @@ def converse(
     authority: Path,
     key: Any,
     node_config: dict[str, Any],
+    guard: Callable[[Any], Any],
     answer: Callable[[], bool],
 ) -> None:
     """Joins the SuperLink at `server` and goes on until the connection ends for a reason unforeseen.
@@ -60,6 +61,7 @@ def converse(
         authority: file with the certificate of whoever vouches for the server.
         key: the node's private key.
         node_config: what every Context of this node holds.
+        guard: Flower's connection (eight functions), with the node's own checks put before them.
         answer: answers the messages that are in `state`; False if there is nothing to send.
 
     Raises SystemExit if the server does not let this node in, and when it is told to end (Ctrl-C, SIGTERM).
@@ -80,7 +82,8 @@ def converse(
         root_certificates=authority.read_bytes(),
         authentication_keys=(key, key.public_key()),
     )
-    with connection as (node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm):
+    with connection as opened:
+        node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = guard(opened)
         state.set_node_id(node_id)
         while True:
             came = _pull_and_store_message(

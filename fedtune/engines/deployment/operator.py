@@ -75,6 +75,29 @@ class _Server:
         check_server(address, folder / "ca.crt")
         return cls(address, (folder / "ca.crt").read_bytes(), read_token(folder))
 
+    @contextlib.contextmanager
+    def asked(self, kind: Any) -> Iterator[Any]:
+        """A client for a question or two. Raises FederationError for a refusal or a connection that broke."""
+        import httpx
+
+        with contextlib.closing(self.client(kind)) as client:
+            try:
+                yield client
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code == httpx.codes.FORBIDDEN:
+                    raise FederationError(
+                        f"The server {self.address} does not know the operator's token of this folder. "
+                        "Use the server folder itself, or copy its operator.token over this one."
+                    ) from error
+                raise FederationError(
+                    f"The server {self.address} refused the request (HTTP status "
+                    f"{error.response.status_code}); is it of the same version as this fedtune?"
+                ) from error
+            except httpx.HTTPError as error:
+                raise FederationError(
+                    f"The connection to the server {self.address} broke ({type(error).__name__}). Try again."
+                ) from error
+
     def client(self, kind: Any, *interceptors: Any, patient: bool = False) -> Any:
         """One of Flower's HTTP clients, with the operator's token; `patient` ones wait for the server."""
         from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -132,7 +155,7 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
 
     quiet()
     content, digest = thin_app()
-    with contextlib.closing(server.client(ControlHttpClient)) as control:
+    with server.asked(ControlHttpClient) as control:
         started = control.StartRun(
             StartRunRequest(
                 fab=fab_to_proto(Fab(digest, content, {})),
@@ -141,7 +164,7 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
         )
     if not started.HasField("run_id"):
         raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
-    with contextlib.closing(server.client(RuntimeHttpClient)) as free:
+    with server.asked(RuntimeHttpClient) as free:
         request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
         end = time.monotonic() + _TASK_SECONDS
         while not (taken := free.AcquireTask(request)).token:
@@ -206,7 +229,7 @@ def status(folder: Path) -> Status:
 
     quiet()
     server = _Server.of(folder)
-    with contextlib.closing(server.client(ControlHttpClient)) as control:
+    with server.asked(ControlHttpClient) as control:
         nodes = control.ListNodes(ListNodesRequest()).nodes_info
         runs = control.ListRuns(ListRunsRequest()).run_dict
     sites = [

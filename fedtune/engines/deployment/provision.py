@@ -233,7 +233,8 @@ nobody's code. `server.key` and `operator.token` are secret: whoever has the tok
     fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
 
 Compare a key's fingerprint with its site by telephone before you enrol it.
-The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, then start anew.
+The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, and a running
+server takes it up. Server and sites warn from 30 days before.
 """
 
 _NODE_YAML = """\

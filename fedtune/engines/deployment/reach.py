@@ -11,20 +11,16 @@ from pathlib import Path
 from fedtune.engines.deployment.provision import parse_address
 from fedtune.errors import ConfigError, FederationError, ResourceError
 
-__all__ = ["check_server", "wait_for_server"]
+__all__ = ["check_server", "expiry_warning", "tls_context", "wait_for_server"]
 
 _SAY_EVERY = 60.0  # seconds between two lines about a server that does not answer
+_WARN_DAYS = 30
 
 
-def check_server(address: str, authority: Path, timeout: float = 10.0) -> None:
-    """Opens a TLS connection and closes it.
-
-    Raises ConfigError for an authority that cannot be read, FederationError for a server that is not to be
-    trusted or speaks no TLS (asking again would not help), ResourceError for one that does not answer.
-    """
-    host, port = parse_address(address)
+def tls_context(authority: Path) -> ssl.SSLContext:
+    """Trusts servers of this one authority. Raises ConfigError for a file that cannot be read."""
     try:
-        context = ssl.create_default_context(cafile=str(authority))
+        return ssl.create_default_context(cafile=str(authority))
     except FileNotFoundError as error:
         raise ConfigError(
             f"There is no authority certificate {authority}; it came with the site's archive."
@@ -33,12 +29,33 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> None:
         raise ConfigError(
             f"{authority} holds no certificate; take ca.crt from the site's archive again."
         ) from error
+
+
+def expiry_warning(days: float) -> str | None:
+    """What to say of a server's certificate that is good for `days` more; None if that is long."""
+    if days >= _WARN_DAYS:
+        return None
+    return (
+        f"the server's certificate expires in {max(0, int(days))} days, and then no site can join; its "
+        "operator renews it with `fedtune provision FEDERATION.yaml -o DIR --renew`"
+    )
+
+
+def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
+    """Opens a TLS connection and closes it; days for which the server's certificate is still good.
+
+    Raises ConfigError for an authority that cannot be read, FederationError for a server that is not to be
+    trusted or speaks no TLS (asking again would not help), ResourceError for one that does not answer.
+    """
+    host, port = parse_address(address)
+    context = tls_context(authority)
     try:
         with (
             socket.create_connection((host, port), timeout) as plain,
-            context.wrap_socket(plain, server_hostname=host),
+            context.wrap_socket(plain, server_hostname=host) as connection,
         ):
-            return
+            ends = (connection.getpeercert() or {}).get("notAfter", "")
+            return (ssl.cert_time_to_seconds(str(ends)) - time.time()) / 86_400
     except ssl.SSLCertVerificationError as error:
         raise FederationError(_untrusted(address, authority, error)) from error
     except ssl.SSLError as error:
@@ -51,8 +68,8 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> None:
         raise ResourceError(f"The server {address} does not answer ({error.strerror or error}).") from error
 
 
-def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> None:
-    """Returns when the server is there; tries again for ever, and says so once a minute. Raises as above."""
+def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> float:
+    """`check_server`, once the server is there: tries again for ever, and says so once a minute."""
     pause, said = 1.0, -_SAY_EVERY
     while True:
         try:

@@ -3,23 +3,29 @@
 It relays messages between the process that submits a run (`submit`, which is the ServerApp) and the nodes,
 and runs nobody's code: there is no executor for apps in it. Nodes are let in by their enrolled keys
 (`nodes/SITE.pub`; a file that appears enrols, one that goes revokes, within seconds). Everything that is not
-for nodes needs the operator's token. The database keeps nodes, runs and messages over a crash.
+for nodes needs the operator's token. The database keeps nodes, runs and messages over a crash. A certificate
+that was renewed is taken up without a restart.
 
 Uses Flower's internals (checked with 1.41): `create_app` and its lifespan, which `flower-superlink` uses.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import json
 import logging
 import socket
+import ssl
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment import certificates, join
 from fedtune.engines.deployment.provision import enrolled, parse_address, read_yaml
+from fedtune.engines.deployment.reach import expiry_warning
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = ["TOKEN_HEADER", "read_token", "run_server"]
@@ -27,36 +33,59 @@ __all__ = ["TOKEN_HEADER", "read_token", "run_server"]
 _log = logging.getLogger("fedtune.server")
 TOKEN_HEADER = "x-fedtune-operator"
 _SYNC_SECONDS = 2.0
-_WARN_DAYS = 30
+_WARN_SECONDS = 86_400.0
+# Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
+_MAX_BODY = 2**25
 
 
 class Gate:
-    """Lets nodes to their interface, and whoever has the operator's token to the others."""
+    """Lets nodes to their interface, and whoever has the operator's token to the others.
+
+    A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
+    who sent it. `nodes` gives Flower's NodeInfos of the enrolled sites, for `join`.
+    """
 
     # A node registers itself where nobody enrols nodes; here only the operator does.
     _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
 
-    def __init__(self, app: Any, token: str) -> None:
-        self._app, self._token = app, token.encode()
+    def __init__(self, app: Any, token: str, nodes: Callable[[], Iterable[Any]] = tuple) -> None:
+        self._app, self._token, self._nodes = app, token.encode(), nodes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI."""
-        if scope["type"] == "http" and not self._open(scope):
-            body = b'{"error": "This needs the operator\'s token."}'
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-            return
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return None  # no websocket is spoken here
+        headers = dict(scope["headers"])
+        if scope["path"] == join.PATH:
+            # Asks the database, so not in the loop that serves everybody.
+            return await _respond(send, *await asyncio.to_thread(join.answer, headers, self._nodes))
+        if not self._open(scope, headers):
+            return await _respond(send, 403, {"error": "This needs the operator's token."})
+        length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
+        if not length.isdigit():
+            return await _respond(send, 411, {"error": "A request has to say how long it is."})
+        if int(length) > _MAX_BODY:
+            error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."
+            return await _respond(send, 413, {"error": error})
         await self._app(scope, receive, send)
+        return None
 
-    def _open(self, scope: Any) -> bool:
+    def _open(self, scope: Any, headers: dict[bytes, bytes]) -> bool:
         path = scope["path"]
         if path in self._CLOSED:
             return False
         if path.startswith("/v1/fleet/"):
             return True
-        given = dict(scope["headers"]).get(TOKEN_HEADER.encode(), b"")
-        return hmac.compare_digest(given, self._token)
+        return hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token)
+
+
+async def _respond(send: Any, status: int, values: dict[str, Any]) -> None:
+    body = json.dumps(values).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def read_token(folder: Path) -> str:
@@ -83,8 +112,8 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     host = host or ("127.0.0.1" if named in ("127.0.0.1", "localhost") else "0.0.0.0")
     days = certificates.check_server_certificate(folder)
     certificates.load_private_key(folder / "server.key")
-    if days < _WARN_DAYS:
-        say(f"the server's certificate expires in {days} days; renew it with `fedtune provision ... --renew`")
+    if warning := expiry_warning(days):
+        say(warning)
     token = read_token(folder)
     keys = enrolled(folder)
     _check_port(host, port)
@@ -92,11 +121,10 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     state = app.state.linkstate_factory.state()
     ending = threading.Event()
     _sync(state, keys, {}, say)
-    threading.Thread(target=_keep_in_step, args=(state, folder, keys, ending, say), daemon=True).start()
     import uvicorn
 
     config = uvicorn.Config(
-        Gate(app, token),
+        Gate(app, token, lambda: _registered(state)),
         host=host,
         port=port,
         ssl_keyfile=str(folder / "server.key"),
@@ -105,6 +133,10 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         access_log=False,
         timeout_graceful_shutdown=3,
     )
+    config.load()
+    threading.Thread(target=_keep_in_step, args=(state, folder, keys, ending, say), daemon=True).start()
+    renewed = (_Certificate(folder, config.ssl), ending, say)
+    threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
     say(f"federation {name} on {host}:{port} (sites reach it as {address}); {len(keys)} sites enrolled")
     try:
         uvicorn.Server(config).run()
@@ -164,15 +196,16 @@ def _check_port(host: str, port: int) -> None:
             ) from error
 
 
+def _registered(state: Any) -> list[Any]:
+    """Flower's NodeInfos of the sites that are enrolled."""
+    return [node for node in state.get_node_info() if node.status != "unregistered"]
+
+
 def _sync(state: Any, wanted: dict[str, bytes], known: dict[str, bytes], say: Callable[[str], None]) -> None:
     """Registers keys that are new in `wanted`, and unregisters those that are gone from it."""
     from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 
-    registered = {
-        bytes(node.public_key): node.node_id
-        for node in state.get_node_info()
-        if node.status != "unregistered"
-    }
+    registered = {bytes(node.public_key): node.node_id for node in _registered(state)}
     for site, key in wanted.items():
         if key in registered:
             continue
@@ -201,3 +234,43 @@ def _keep_in_step(
                 known = now
         except Exception as error:  # a file half written; the next look sees it whole
             _log.warning("keys could not be read: %s", error)
+
+
+class _Certificate:
+    """The server's certificate as it is on disk, and in the TLS context that serves."""
+
+    def __init__(self, folder: Path, context: ssl.SSLContext | None) -> None:
+        self._folder, self._context = folder, context
+        self._served = self._on_disk()
+
+    def _on_disk(self) -> tuple[bytes, bytes]:
+        return tuple((self._folder / name).read_bytes() for name in ("server.crt", "server.key"))  # type: ignore[return-value]
+
+    def renew(self) -> bool:
+        """Takes up a new one if there is: whoever connects from now on sees it."""
+        if self._context is None or (now := self._on_disk()) == self._served:
+            return False
+        self._context.load_cert_chain(self._folder / "server.crt", self._folder / "server.key")
+        self._served = now
+        return True
+
+    def days(self) -> int:
+        """Until it expires."""
+        return certificates.check_server_certificate(self._folder)
+
+
+def _keep_certificate(certificate: _Certificate, ending: threading.Event, say: Callable[[str], None]) -> None:
+    """Takes up a renewed certificate, and says once a day that one is needed."""
+    warned = time.monotonic()
+    while not ending.wait(_SYNC_SECONDS):
+        try:
+            if certificate.renew():
+                say(f"took up the renewed certificate, good for {certificate.days()} days")
+            if time.monotonic() - warned > _WARN_SECONDS:
+                warned = time.monotonic()
+                if warning := expiry_warning(certificate.days()):
+                    say(warning)
+        except ConfigError as error:
+            say(str(error))
+        except (OSError, ssl.SSLError) as error:  # key and certificate are written one after the other
+            _log.debug("the certificate is not whole yet: %s", error)

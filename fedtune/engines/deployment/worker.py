@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import socket
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["answer", "main"]
 
 _log = logging.getLogger("fedtune.node")
+_APP_FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def main(path: str) -> None:
@@ -60,18 +62,35 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
     from flwr.common.serde import context_from_proto, context_to_proto
     from flwr.proto.message_pb2 import Context as ProtoContext
 
+    from fedtune.errors import ResourceError
     from fedtune.federation._flower import act_as, deserialize, serialize
     from fedtune.federation.client_app import app
+    from fedtune.federation.node import public_reason
 
     proto = ProtoContext()
     proto.ParseFromString(context)
     received, its_context = deserialize(message), context_from_proto(proto)
     act_as(header["task"], header["run"], header["node"])
     before = _spent(its_context)
-    reply = app(received, its_context)
+    try:
+        reply = app(received, its_context)
+    except Exception as error:  # a message of a kind that nobody answers, for instance
+        _log.exception("a message could not be answered")
+        reply = _failure(received, public_reason(error, site.site))
     data = serialize(reply)
-    _audit(site, received, reply, its_context, before, len(data))
+    try:
+        _audit(site, received, reply, its_context, before, len(data))
+    except ResourceError as error:  # what is not in the log does not leave; what was charged stays charged
+        _log.error("%s (%s)", error, site.audit_log)
+        data = serialize(_failure(received, public_reason(error, site.site)))
     return [data, context_to_proto(its_context).SerializeToString()]
+
+
+def _failure(message: Message, reason: str) -> Message:
+    from flwr.app import Message
+    from flwr.app.error import Error
+
+    return Message(Error(_APP_FAILED, reason), reply_to=message)
 
 
 def _limit(site: SiteSettings) -> None:
@@ -121,12 +140,12 @@ def _audit(
     from fedtune.federation.audit_log import AuditLog
 
     kind = message.metadata.message_type
-    said = _config(reply, "reply") if reply.has_content() else {}
+    said = _config(reply, "reply")
     refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
     asked = _config(message, "request")
     if asked:
-        plan = json.loads(str(asked["plan"]))
+        plan = _plan(asked)
         keys = (
             "trust",
             "unit",
@@ -136,10 +155,10 @@ def _audit(
             "local_steps",
             "num_rounds",
         )
-        values |= {name: asked[name] for name in ("run", "round", "attempt")}
-        values["asked"] = {key: _finite(plan.get(key)) for key in keys}
+        values |= {name: _short(asked.get(name)) for name in ("run", "round", "attempt")}
+        values["asked"] = {key: _short(plan.get(key)) for key in keys}
     if refused:
-        values["reason"] = str(refused)
+        values["reason"] = str(refused)[:2000]
     after = before if kind == "query.hello" else _spent(context)
     if kind != "query.hello":
         values |= {"before": before, "after": after}
@@ -152,12 +171,26 @@ def _audit(
 def _config(message: Message, name: str) -> dict[str, Any]:
     from flwr.app import ConfigRecord
 
-    record = message.content.get(name)
+    record = message.content.get(name) if message.has_content() else None
     return dict(record) if isinstance(record, ConfigRecord) else {}
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+def _plan(asked: dict[str, Any]) -> dict[str, Any]:
+    """The plan in a request; nothing of one that is none: what the server sent is not to be believed."""
+    try:
+        plan = json.loads(str(asked["plan"])[:10_000])
+    except (KeyError, ValueError, RecursionError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _short(value: Any) -> Any:
+    """A value that a line of the log can hold, whatever the server sent."""
+    if value is None or type(value) in (bool, int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)[:100]
 
 
 if __name__ == "__main__":

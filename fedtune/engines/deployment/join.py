@@ -1,0 +1,184 @@
+"""May this site join? The node asks, the server answers, and the node says in words what is wrong.
+
+Flower's SuperNode learns of a key that is not enrolled, of a key that is in use and of a clock that is off
+only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
+server (`server.Gate`) answers whom it knows by that key, whether such a node is connected, what time it is
+and which fedtune it has. Only who holds a key learns anything about it.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import http.client
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune import __version__
+from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment.provision import parse_address
+from fedtune.engines.deployment.reach import tls_context
+from fedtune.errors import FederationError, ResourceError
+from fedtune.federation.policy import SiteSettings
+
+__all__ = ["PATH", "answer", "check_in", "refusal"]
+
+PATH = "/v1/fedtune/join"
+_KEY, _TIME, _SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
+_PURPOSE = b"fedtune-join:"
+# Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
+_AHEAD, _BEHIND = 5.0, 305.0
+# A node that died without a word counts as connected until it has missed two heartbeats of 30 s.
+_LEFT_SECONDS = 75.0
+_ASK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """What the server answers. `site` is None for a key that is not enrolled; `ahead` is in seconds."""
+
+    software: str
+    site: str | None
+    connected: bool
+    ahead: float
+
+
+def answer(headers: Mapping[bytes, bytes], nodes: Callable[[], Iterable[Any]]) -> tuple[int, dict[str, Any]]:
+    """The server's (HTTP status, answer); `nodes` gives Flower's NodeInfos that are registered."""
+    try:
+        given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
+        key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError("another kind of key")
+        signature = base64.b64decode(given[_SIGNATURE], validate=True)
+        key.verify(signature, _PURPOSE + given[_TIME], ec.ECDSA(hashes.SHA256()))
+    except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return 403, {"error": "This needs a request that is signed by a site's key."}
+    public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    known = next((node for node in nodes() if bytes(node.public_key) == public), None)
+    return 200, {
+        "fedtune": __version__,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(),
+        "site": known.name if known else None,
+        "connected": known is not None and known.status == "online",
+    }
+
+
+def check_in(
+    site: SiteSettings,
+    key: ec.EllipticCurvePrivateKey,
+    say: Callable[[str], None],
+    patience: float = _LEFT_SECONDS,
+) -> None:
+    """Returns if the server lets this site in; waits `patience` seconds for one with its key to be gone.
+
+    Raises FederationError, which says what is wrong and who mends it.
+    """
+    end, told = time.monotonic() + patience, False
+    while True:
+        welcome = _ask(site, key, timeout=10.0)
+        if reason := _problem(site, key, welcome):
+            raise FederationError(reason)
+        if not welcome.connected:
+            return
+        if time.monotonic() > end:
+            raise FederationError(
+                f"Another node with the key of site '{site.site}' (fingerprint {_print(key)}) is connected "
+                f"to {site.server}. One key is one node: end the other one, or, if nobody here started it, "
+                "have the operator revoke this key, for somebody else has it."
+            )
+        if not told:
+            say(
+                f"a node with this site's key is connected, or was until a moment ago; waiting up to "
+                f"{patience:.0f} s for it to be gone"
+            )
+            told = True
+        time.sleep(min(_ASK_SECONDS, patience / 4))
+
+
+def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
+    """Why the server no longer lets this site in; None if it does, or does not answer at once."""
+    try:
+        return _problem(site, key, _ask(site, key, timeout=2.0))
+    except (FederationError, ResourceError):
+        return None
+
+
+def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float) -> Welcome:
+    now = _now()
+    stamp = now.isoformat().encode()
+    public = key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    headers = {
+        _KEY: base64.b64encode(public).decode(),
+        _TIME: stamp.decode(),
+        _SIGNATURE: base64.b64encode(key.sign(_PURPOSE + stamp, ec.ECDSA(hashes.SHA256()))).decode(),
+    }
+    host, port = parse_address(site.server)
+    connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context(Path(site.ca)))
+    try:
+        connection.request("GET", PATH, headers=headers)
+        response = connection.getresponse()
+        status, body = response.status, response.read(10_000)
+    except (OSError, http.client.HTTPException) as error:
+        raise ResourceError(f"The server {site.server} does not answer ({error}).") from error
+    finally:
+        connection.close()
+    try:
+        if status != 200:
+            raise ValueError
+        said = json.loads(body)
+        ahead = (now - datetime.datetime.fromisoformat(said["time"])).total_seconds()
+        name = said["site"]
+        return Welcome(str(said["fedtune"])[:40], name and str(name)[:100], said["connected"] is True, ahead)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FederationError(
+            f"The server {site.server} does not answer as fedtune {__version__} does (HTTP status {status}): "
+            f"it is another version, or another program. Ask its operator which fedtune it runs."
+        ) from error
+
+
+def _problem(site: SiteSettings, key: ec.EllipticCurvePrivateKey, welcome: Welcome) -> str | None:
+    """What keeps this site out, as a paragraph."""
+    if welcome.software != __version__:
+        return (
+            f"The server {site.server} runs fedtune {welcome.software}, and this node fedtune {__version__}. "
+            f"They must be the same: install `fedtune=={welcome.software}` here, or {__version__} there."
+        )
+    if welcome.site is None:
+        return (
+            f"The key of site '{site.site}' (fingerprint {_print(key)}) is not enrolled at {site.server}, or "
+            "was revoked. Send the operator the line that `fedtune node init` printed, for `fedtune server "
+            "DIR --enrol`; a key that was revoked stays so: make a new one."
+        )
+    if welcome.site != site.site:
+        return (
+            f"The key {site.key} (fingerprint {_print(key)}) is enrolled for site '{welcome.site}', and "
+            f"this is site '{site.site}'. Use the site's own key, made here by `fedtune node init`; a key "
+            "must not be copied from one site to another."
+        )
+    if not -_BEHIND < welcome.ahead < _AHEAD:
+        how = "ahead of" if welcome.ahead > 0 else "behind"
+        return (
+            f"This machine's clock is {abs(welcome.ahead):.0f} s {how} the server's ({site.server}), "
+            f"which accepts {_AHEAD:.0f} s ahead and {_BEHIND:.0f} s behind. Set the clock of whichever is "
+            "wrong; a time service (NTP) keeps both right."
+        )
+    return None
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _print(key: ec.EllipticCurvePrivateKey) -> str:
+    return certificates.fingerprint(certificates.public_key_of(key))
