@@ -1,4 +1,4 @@
-"""One site of the tiny federation, and a server of a federation, in this process: what the tests here attack."""
+"""One site of the tiny federation, in this process: what the tests here attack."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_data_that_was_replaced_during_a_run_is_refused(site: Site) -> None:
             RecordDict(
                 {
                     "adapter": ArrayRecord(
-                        {"adapter": Array("float32", (10**12,), "numpy.ndarray", b"\x93NUMPY")}
+                        {"adapter": Array("float32", (2 * 10**9,), "numpy.ndarray", b"\x93NUMPY")}
                     ),
                     "request": raw_request("{}")["request"],
                 }
@@ -165,7 +165,7 @@ def test_a_full_disk_under_the_ledger_is_a_refusal_before_the_data_is_touched(
     def full(*args: Any, **options: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(PrivacyLedger, "_connected", full)
+    monkeypatch.setattr("fedtune.privacy.chain.sqlite3.connect", full)
     reply = site.ask()
     assert "disk is full" in reply["refused"] + reply["error"] and not reply["update"]
     assert not touched

@@ -1,14 +1,12 @@
-"""Whom a node trusts: the right server over TLS, the thin app and no other, and its own worker's frames."""
+"""Whom a node trusts, and whom a server: TLS, tokens, sizes, and the worker's frames."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import socket
 import ssl
 import threading
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,9 @@ from typing import Any
 
 import pytest
 
-from fedtune import __version__
 from fedtune.engines.deployment import certificates, channel
 from fedtune.engines.deployment.reach import check_server
 from fedtune.engines.deployment.server import TOKEN_HEADER, Gate, _check_port
-from fedtune.engines.deployment.thin import check_app, thin_app
 from fedtune.errors import ConfigError, FederationError, ResourceError
 
 
@@ -114,42 +110,6 @@ def test_a_port_in_use_is_named() -> None:
             _check_port("127.0.0.1", port)
 
 
-def test_the_thin_app_is_accepted_and_holds_no_code() -> None:
-    content, _ = thin_app()
-    check_app(content)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
-
-
-def _with(content: bytes, **files: str) -> bytes:
-    """The app with files added or replaced ('.' written as '__')."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(made, "w") as new:
-        changed = {name.replace("__", "."): text for name, text in files.items()}
-        for name in old.namelist():
-            new.writestr(name, changed.pop(name, None) or old.read(name))
-        for name, text in changed.items():
-            new.writestr(name, text)
-    return made.getvalue()
-
-
-def test_any_other_app_is_refused_unrun() -> None:
-    content, _ = thin_app()
-    with pytest.raises(FederationError, match="not fedtune's.*no code of that app"):
-        check_app(_with(content, evil__py="raise SystemExit"))
-    pyproject = f'x = 1\n[project]\nname = "fedtune-thin"\nversion = "{__version__}"\n'
-    with pytest.raises(FederationError, match="not fedtune's"):
-        check_app(_with(content, pyproject__toml=pyproject))
-    with pytest.raises(FederationError, match="not fedtune's"):
-        check_app(b"no archive at all")
-
-
-def test_another_version_is_refused_with_both_named() -> None:
-    pyproject = '[project]\nname = "fedtune-thin"\nversion = "9.9"\n'
-    with pytest.raises(FederationError, match=rf"fedtune 9\.9, and this node fedtune {__version__}"):
-        check_app(_with(thin_app()[0], pyproject__toml=pyproject))
-
-
 def test_frames_and_peers(tmp_path: Path) -> None:
     one, other = socket.socketpair()
     with one, other:
@@ -192,6 +152,6 @@ def test_only_nodes_and_the_operator_are_let_in(path: str, token: str | None, st
         sent.append(message)
 
     headers = [] if token is None else [(TOKEN_HEADER.encode(), token.encode())]
-    scope = {"type": "http", "path": path, "headers": headers}
+    scope = {"type": "http", "path": path, "headers": [*headers, (b"content-length", b"9")]}
     asyncio.run(Gate(app, "secret")(scope, None, send))
     assert sent[0]["status"] == status

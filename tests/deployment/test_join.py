@@ -1,0 +1,251 @@
+"""Who may join, asked of a real SuperLink with TLS in this process; and what is said to whoever may not."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune import __version__
+from fedtune.engines.deployment import certificates, join, reach, server
+from fedtune.engines.deployment.provision import enrol, provision, revoke
+from fedtune.errors import FederationError
+from tests.deployment.site_parts import settings
+
+SITES = ["clinic-1", "clinic-2", "clinic-3"]
+
+
+class Real:
+    """A server as `fedtune server` makes it, in a thread."""
+
+    def __init__(self, root: Path) -> None:
+        import uvicorn
+
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.root, self.address = root, f"127.0.0.1:{self.port}"
+        self.file = root / "federation.yaml"
+        self.file.write_text(yaml.safe_dump({"name": "trial", "server": self.address, "sites": SITES}))
+        provision(self.file, root / "out")
+        self.folder = root / "out" / "server"
+        self.keys = {}
+        for site in SITES:
+            self.keys[site] = certificates.make_node_key(root / f"{site}.key")
+            enrol(self.folder, certificates.public_line(self.keys[site], site))
+        self.said: list[str] = []
+        self.app = server._application(self.folder, "127.0.0.1", self.port)
+        self.state = self.app.state.linkstate_factory.state()
+        self.sync()
+        gate = server.Gate(self.app, server.read_token(self.folder), lambda: server._registered(self.state))
+        self.config = uvicorn.Config(
+            gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
+            ssl_certfile=str(self.folder / "server.crt"), log_level="error",
+        )  # fmt: skip
+        self.config.load()
+        self.uvicorn = uvicorn.Server(self.config)
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.05)
+
+    def sync(self) -> None:
+        server._sync(self.state, server.enrolled(self.folder), {}, self.said.append)
+
+    def site(self, name: str, **changes: Any) -> Any:
+        return settings(
+            self.root, site=name, server=self.address, ca=str(self.folder / "ca.crt"),
+            key=str(self.root / f"{name}.key"), **changes,
+        )  # fmt: skip
+
+    def node_id(self, site: str) -> int:
+        return next(int(one.node_id) for one in server._registered(self.state) if one.name == site)
+
+    def request(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
+        context = reach.tls_context(self.folder / "ca.crt")
+        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=context)
+        connection.putrequest(method, path)
+        for name, value in headers.items():
+            connection.putheader(name.replace("_", "-"), value)
+        connection.endheaders()
+        response = connection.getresponse()
+        body = response.read()
+        connection.close()
+        return response.status, json.loads(body or b"{}")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    made = Real(tmp_path_factory.mktemp("real"))
+    yield made
+    made.uvicorn.should_exit = True
+    made.thread.join(10)
+
+
+def refused(site: Any, key: Any, **options: Any) -> str:
+    with pytest.raises(FederationError) as caught:
+        join.check_in(site, key, print, **options)
+    return str(caught.value)
+
+
+def test_an_enrolled_site_may_join(real: Real) -> None:
+    join.check_in(real.site("clinic-1"), real.keys["clinic-1"], pytest.fail)
+    assert join.refusal(real.site("clinic-1"), real.keys["clinic-1"]) is None
+
+
+def test_an_unknown_key_is_told_its_fingerprint_and_what_to_send(real: Real, tmp_path: Path) -> None:
+    key = certificates.make_node_key(tmp_path / "node.key")
+    said = refused(real.site("clinic-1"), key)
+    assert "is not enrolled" in said and "--enrol" in said
+    assert certificates.fingerprint(certificates.public_key_of(key)) in said
+
+
+def test_the_key_of_another_site_is_named(real: Real) -> None:
+    said = refused(real.site("clinic-1"), real.keys["clinic-2"])
+    assert "enrolled for site 'clinic-2', and this is site 'clinic-1'" in said
+
+
+@pytest.mark.parametrize(("seconds", "how"), [(60, "60 s ahead of"), (-600, "600 s behind")])
+def test_a_clock_that_is_off_is_told_by_how_much(
+    real: Real, monkeypatch: pytest.MonkeyPatch, seconds: float, how: str
+) -> None:
+    now = join._now
+    monkeypatch.setattr(join, "_now", lambda: now() + datetime.timedelta(seconds=seconds))
+    said = refused(real.site("clinic-1"), real.keys["clinic-1"])
+    number, words = how.split(" s ")
+    told = said.split("clock is ")[1].split(" s ")[0]
+    assert abs(float(told) - float(number)) <= 3 and words in said and "5 s ahead and 305 s behind" in said
+
+
+def test_a_clock_that_is_a_little_behind_is_fine(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = join._now
+    monkeypatch.setattr(join, "_now", lambda: now() - datetime.timedelta(seconds=200))
+    join.check_in(real.site("clinic-1"), real.keys["clinic-1"], print)
+
+
+def test_two_nodes_with_one_key(real: Real) -> None:
+    node_id = real.node_id("clinic-1")
+    assert real.state.activate_node(node_id, 30.0)
+    heard: list[str] = []
+    site, key = real.site("clinic-1"), real.keys["clinic-1"]
+    try:
+        with pytest.raises(FederationError, match="Another node with the key of site 'clinic-1'.*One key is"):
+            join.check_in(site, key, heard.append, patience=1.0)
+        assert len(heard) == 1 and "waiting up to 1 s" in heard[0]
+        # A node that was killed counts as connected for a minute: the next one waits for it to be gone.
+        threading.Timer(1.0, real.state.deactivate_node, [node_id]).start()
+        join.check_in(site, key, heard.append, patience=30.0)
+    finally:
+        real.state.deactivate_node(node_id)
+
+
+def test_another_version_is_refused_with_both_named(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = join.answer
+
+    def theirs(*args: Any) -> Any:
+        status, said = ours(*args)
+        return status, {**said, "fedtune": "9.9"}
+
+    monkeypatch.setattr(join, "answer", theirs)
+    said = refused(real.site("clinic-1"), real.keys["clinic-1"])
+    assert f"runs fedtune 9.9, and this node fedtune {__version__}" in said and "fedtune==9.9" in said
+    monkeypatch.setattr(join, "answer", lambda *_: (403, {"error": "no such path"}))
+    assert "another version, or another program" in refused(real.site("clinic-1"), real.keys["clinic-1"])
+
+
+def test_only_who_holds_a_key_learns_of_it(real: Real) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    key = real.keys["clinic-1"].public_key()
+    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    given = {
+        "x_fedtune_key": base64.b64encode(der).decode(),
+        "x_fedtune_time": datetime.datetime.now(datetime.UTC).isoformat(),
+        "x_fedtune_signature": base64.b64encode(b"x" * 96).decode(),
+    }
+    for headers in ({}, given, {**given, "x_fedtune_key": "%%%"}, {**given, "x_fedtune_signature": "AAAA"}):
+        status, said = real.request("GET", join.PATH, **headers)
+        assert status == 403 and set(said) == {"error"}
+
+
+def test_a_revoked_key_is_out_at_once_and_stays_out(real: Real) -> None:
+    site, key = real.site("clinic-3"), real.keys["clinic-3"]
+    join.check_in(site, key, print)
+    revoke(real.folder, "clinic-3")
+    real.sync()
+    assert "was revoked" in str(join.refusal(site, key))
+    enrol(real.folder, certificates.public_line(key, "clinic-3"))
+    real.sync()
+    assert "revoked before and stays so" in real.said[-1]
+    assert "is not enrolled" in refused(site, key)
+    new = certificates.make_node_key(real.root / "clinic-3.new")
+    enrol(real.folder, certificates.public_line(new, "clinic-3"))
+    real.sync()
+    join.check_in(site, new, print)
+
+
+def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
+    assert real.config.ssl is not None
+    served = server._Certificate(real.folder, real.config.ssl)
+    assert not served.renew()
+    before = reach.check_server(real.address, real.folder / "ca.crt")
+    real.file.write_text(real.file.read_text() + "certificate_days: 12\n")
+    provision(real.file, real.root / "out", renew=True)
+    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
+    assert served.renew() and not served.renew()
+    days = reach.check_server(real.address, real.folder / "ca.crt")
+    assert days == pytest.approx(12, abs=0.01)
+    assert "expires in 11 days" in str(reach.expiry_warning(days)) and reach.expiry_warning(31) is None
+
+
+def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:
+    status, said = real.request("POST", "/v1/fleet/push-object", content_length=str(2**40))
+    assert status == 413 and str(2**40) in said["error"]
+    status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked")
+    assert status == 411
+
+
+def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
+    import shutil
+
+    from fedtune.engines.deployment.operator import status
+
+    copy = tmp_path / "server"
+    shutil.copytree(real.folder, copy)
+    assert {one["site"] for one in status(copy).sites} == set(SITES)
+    (copy / "operator.token").write_text("another\n")
+    with pytest.raises(FederationError, match="does not know the operator's token"):
+        status(copy)
+
+
+def test_a_server_that_is_not_there_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slept, heard = [1000.0], [], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(reach.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(reach.time, "sleep", sleep)
+    tries: list[float] = []
+
+    def check(address: str, authority: Path) -> float:
+        tries.append(clock[0])
+        if len(tries) <= 20:
+            raise reach.ResourceError(f"The server {address} does not answer (refused).")
+        return 99.0
+
+    monkeypatch.setattr(reach, "check_server", check)
+    assert reach.wait_for_server("h:1", Path("ca.crt"), heard.append) == 99.0
+    assert slept[:6] == [1, 2, 4, 8, 16, 30] and max(slept) == 30
+    assert len(heard) == pytest.approx((clock[0] - 1000.0) / 60, abs=2) and len(heard) < len(tries) / 1.5
+    assert "does not answer" in heard[0] and "Trying again" in heard[0]
