@@ -160,12 +160,11 @@ def test_a_full_disk_under_the_ledger_is_a_refusal_before_the_data_is_touched(
 
     touched: list[int] = []
     monkeypatch.setattr("fedtune.training.local.train_locally", lambda *a, **k: touched.append(1))
-    from fedtune.privacy.ledger import PrivacyLedger
 
     def full(*args: Any, **options: Any) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr("fedtune.privacy.chain.sqlite3.connect", full)
+    monkeypatch.setattr("fedtune.privacy.chain.Chain._connected", full)
     reply = site.ask()
     assert "disk is full" in reply["refused"] + reply["error"] and not reply["update"]
     assert not touched
