@@ -34,7 +34,7 @@ class Killer(threading.Thread):
         super().__init__(daemon=True)
         self._federation, self._every = federation, every
         self._chance = random.Random(seed)
-        self._started = time.monotonic()
+        self._begun = time.monotonic()
         self.ending = threading.Event()
         self.killed: list[dict[str, Any]] = []
 
@@ -43,7 +43,7 @@ class Killer(threading.Thread):
         sites = list(self._federation.setup.sites)
         while not self.ending.wait(self._every):
             site = self._chance.choice(sites)
-            at = round(time.monotonic() - self._started, 1)
+            at = round(time.monotonic() - self._begun, 1)
             self._federation.processes[site].kill()
             self.killed.append({"second": at, "site": site})
 

@@ -1,0 +1,160 @@
+"""The node's talk with the SuperLink: when it asks, what it does with a message, what it does not load."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedtune.engines.deployment import conversation, operator
+from fedtune.engines.deployment.conversation import PAUSES, Pace, converse
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_node_asks_often_after_a_message_and_seldom_when_it_is_idle() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.seconds() == Pace.LONGEST  # nothing has come yet
+    pace.message()
+    assert pace.seconds() == Pace.SHORTEST
+    clock.now += 20
+    assert pace.seconds() == pytest.approx(1.0)
+    clock.now += 1000
+    assert pace.seconds() == Pace.LONGEST
+
+
+def test_the_questions_of_an_idle_minute_are_few() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.message()
+    while clock.now < 1060:
+        clock.sleep(pace.seconds())
+    assert len(clock.slept) < 100  # of 2 ms each: well below 1 percent of a core
+    before = len(clock.slept)
+    while clock.now < 1120:
+        clock.sleep(pace.seconds())
+    assert len(clock.slept) - before <= 21
+
+
+class Server:
+    """What `_init_connection` gives: the answers of a SuperLink, one script of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> None:
+        from flwr.supernode import start_client_internal as flower
+
+        self.script, self.did = script, []
+        clock = Clock()
+        monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
+        monkeypatch.setattr("flwr.supercore.exit.register_signal_handlers", lambda **_: None)
+        monkeypatch.setattr(flower, "_init_connection", self._connection)
+        monkeypatch.setattr(flower, "_pull_and_store_message", self._pull)
+        monkeypatch.setattr(flower, "_push_messages", lambda **_: self.did.append("pushed"))
+
+    @contextlib.contextmanager
+    def _connection(self, **_: Any) -> Iterator[Any]:
+        with contextlib.suppress(EOFError):  # as Flower's, which logs what it did not foresee and returns
+            yield (7, *[None] * 3, None, lambda run, name: b"", None, None)
+
+    def _pull(self, **_: Any) -> int | None:
+        self.did.append("asked")
+        if not self.script:
+            raise EOFError
+        return self.script.pop(0)
+
+    def talk(self, tmp_path: Path, answer: Any) -> list[str]:
+        (tmp_path / "ca.crt").write_bytes(b"")
+        state = SimpleNamespace(set_node_id=lambda node: self.did.append(f"joined {node}"))
+        converse(
+            state, None, server="localhost:1", authority=tmp_path / "ca.crt",
+            key=SimpleNamespace(public_key=lambda: None), node_config={}, answer=answer,
+        )  # fmt: skip
+        return self.did
+
+
+def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(monkeypatch, [None, 5])
+
+    def answer() -> bool:
+        server.did.append("answered")
+        return True
+
+    assert server.talk(tmp_path, answer) == ["joined 7", "asked", "asked", "answered", "pushed", "asked"]
+
+
+def test_nothing_is_waited_for_when_there_is_nothing_to_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Flower's own push waits for ever for an answer that never comes.
+    server = Server(monkeypatch, [5, 6])
+    assert "pushed" not in server.talk(tmp_path, lambda: False)
+
+
+def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+
+    clock, calls = Clock(), []
+    monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
+
+    def pull(run_id: int, object_id: str) -> bytes:
+        calls.append(object_id)
+        if len(calls) < ready:
+            raise ObjectUnavailableError(object_id)
+        return b"content"
+
+    ready = 3
+    assert conversation._soon_again(pull)(1, "one") == b"content"
+    assert clock.slept == list(PAUSES[:2])
+    calls.clear()
+    ready = 100
+    with pytest.raises(ObjectUnavailableError):  # then Flower's own, slower way
+        conversation._soon_again(pull)(1, "one")
+    assert len(calls) == len(PAUSES) + 1
+
+
+def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(operator.time, "sleep", clock.sleep)
+    answers = [
+        SimpleNamespace(object_found=True, object_available=False),
+        SimpleNamespace(object_found=True, object_available=True),
+        SimpleNamespace(object_found=False, object_available=False),
+    ]
+    client = operator._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
+    assert client.PullObject(None).object_available
+    assert clock.slept == [PAUSES[0]]
+    assert not client.PullObject(None).object_found  # it will never come: said at once
+    assert client.other == "kept"
+
+
+def test_the_worker_loads_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import importlib.util\n"
+        "from fedtune.engines.deployment import worker\n"
+        "worker._lean()\n"
+        "assert importlib.util.find_spec('torchao') is None\n"
+        "import os; assert os.environ['TORCHDYNAMO_DISABLE'] == '1'\n"
+        "import sys; assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
