@@ -248,22 +248,25 @@ class Federation:
                 raise SystemExit(f"{name} did not say {words!r}:\n{self.log(name)[-3000:]}")
             time.sleep(0.2)
 
-    def submit(self, name: str, *overrides: str, seconds: float = 3000.0) -> tuple[Path, float]:
-        """Runs `fedtune submit` to its end: (run folder, seconds). Exits if the run failed."""
-        folder = self.root / "runs" / name
+    def start_submit(self, name: str, *overrides: str) -> Kept:
+        """Starts `fedtune submit`, whose run folder is `runs/NAME`, and returns at once."""
         settings = [
             "data=files", "data.name=trial", "data.labels=[negative,positive]", "data.test_split=test",
             f"data.path={self.root / 'public'}", f"model.name={self.setup.model}",
             "train.precision=fp32", "device=cpu",
-            *self.setup.settings, *overrides, f"hydra.run.dir={folder}",
+            *self.setup.settings, *overrides, f"hydra.run.dir={self.root / 'runs' / name}",
         ]  # fmt: skip
+        return self.start(f"submit-{name}", "submit", self.server, *settings)
+
+    def submit(self, name: str, *overrides: str, seconds: float = 3000.0) -> tuple[Path, float]:
+        """Runs `fedtune submit` to its end: (run folder, seconds). Exits if the run failed."""
         started = time.monotonic()
-        kept = self.start(f"submit-{name}", "submit", self.server, *settings)
+        kept = self.start_submit(name, *overrides)
         assert kept.process is not None
         status = kept.process.wait(seconds)
         if status != 0:
             raise SystemExit(f"submit ended with status {status}:\n{self.log(f'submit-{name}')[-4000:]}")
-        return folder, time.monotonic() - started
+        return self.root / "runs" / name, time.monotonic() - started
 
     def books(self, run: str | None = None) -> dict[str, dict[str, Any]]:
         """For each site: does its ledger verify, its audit log, and how many releases does it hold."""
