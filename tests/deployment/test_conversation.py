@@ -103,6 +103,18 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
     assert server.talk(tmp_path, answer) == ["joined 7", "asked", "asked", "answered", "pushed", "asked"]
 
 
+def test_the_server_is_told_soon_that_a_node_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+
+    for module in (heartbeat, fleet_http_connection):
+        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
+    Server(monkeypatch, []).talk(tmp_path, lambda: False)
+    for module in (heartbeat, fleet_http_connection):
+        assert module.HEARTBEAT_DEFAULT_INTERVAL == HEARTBEAT_MIN_INTERVAL
+
+
 def test_nothing_is_waited_for_when_there_is_nothing_to_send(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
