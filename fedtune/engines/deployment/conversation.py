@@ -23,8 +23,8 @@ __all__ = ["PAUSES", "Pace", "converse"]
 
 PAUSES = (0.05, 0.1, 0.2, 0.3, 0.4)  # seconds between two questions for an object that is on its way
 # Flower's server holds a node that was killed for connected until it has missed two heartbeats, and lets the
-# one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds; 10 s
-# is the least that the server takes.
+# one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds;
+# 10 s is the least that the server takes.
 HEARTBEAT_SECONDS = 10
 
 
