@@ -23,6 +23,7 @@ from fedtune.experiments.deployment import add_deployment_commands
 if TYPE_CHECKING:
     from fedtune.config.launch import Job
     from fedtune.config.schema import Config
+    from fedtune.federation.events import Judge
 
 __all__ = ["main"]
 
@@ -282,11 +283,17 @@ def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> in
 def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
     from fedtune.experiments.sweep import run_sweep
 
-    def start(config: Config, title: str) -> Path:
+    def start(config: Config, title: str, judge: Judge | None, alone: bool) -> Path:
+        from rich.console import Console
+
         from fedtune.experiments import run
         from fedtune.experiments.display import Display
 
-        return run.run(config, view=Display(title, unit=config.privacy.unit, brief=True))
+        if not alone:
+            _quiet_libraries(debug)  # one process of several
+        console = Console(highlight=False, quiet=not alone, force_terminal=None if alone else False)
+        view = Display(title, unit=config.privacy.unit, brief=True, console=console)
+        return run.run(config, view=view, judge=judge)
 
     def describe(error: Exception) -> str:
         if debug and not isinstance(error, FedtuneError):
@@ -431,6 +438,14 @@ of a sweep (-m), not of a run:
                                   be published, and nothing else, for less than the price of all
   sweep.trials=N                  how many are expected; default: as many as there are combinations
   sweep.distribution=NAME         of their number: *geometric logarithmic poisson
+
+of a search (sweep=optuna 'train.learning_rate=tag(log,interval(0.001,0.1))'):
+  sweep.trials=N                  how many runs; with sweep.resume=FOLDER: how many in all
+  sweep.objectives=NAME,NAME      *accuracy epsilon energy bytes money seconds
+  sweep.sampler=NAME              *tpe nsga2 random
+  sweep.pruner=NAME               *median halving none; only for accuracy alone
+
+several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N
 
 Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
 State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""

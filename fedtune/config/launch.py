@@ -8,12 +8,14 @@ hydra 1.3, which is why pyproject.toml holds hydra-core below 1.4 and this is th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra._internal.callbacks import Callbacks
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -22,16 +24,18 @@ from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fedtune.config.groups import conf_dir
 from fedtune.config.loader import from_hydra, hydra_errors, load, register_schema, search_path
 from fedtune.config.overrides import asks_for_sweep, check_overrides, named_settings
 from fedtune.config.schema import Config
+from fedtune.config.search import Axis, Searcher, Space
+from fedtune.errors import ConfigError
 
-__all__ = ["Begin", "Job", "JobFailure", "is_sweep", "launch"]
+__all__ = ["Job", "JobFailure", "Watcher", "is_sweep", "launch"]
 
-
-Begin = Callable[[Path, list[list[str]]], list[list[str]]]
+_MOST_KEPT = 2000  # composed configurations that wait for their run; more are composed again
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ class JobFailure:
     message: str
 
 
+class Watcher(Protocol):
+    """Who is told of a sweep before its first run."""
+
+    def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
+        """The jobs of a grid, each the list of its overrides; returns those to run."""
+
+    def foresee(self, configs: list[Config | None], workers: int) -> None:
+        """What those runs will be (None: this one does not fit together), so many of them side by side."""
+
+    def search(self, space: Space) -> Searcher:
+        """A sweeper that searches makes its jobs as it goes, by asking what this returns."""
+
+
 def is_sweep(overrides: Sequence[str]) -> bool:
     """Do `overrides` ask for a sweep by themselves, without -m (sweep=NAME, hydra.mode=MULTIRUN)?"""
     return any(asks_for_sweep(text) for text in overrides)
@@ -63,15 +80,13 @@ def launch(
     on_failure: Callable[[Job | None, Exception], str],
     multirun: bool = False,
     extra_dirs: Sequence[Path] = (),
-    begin: Begin | None = None,
+    watcher: Watcher | None = None,
 ) -> list[JobFailure]:
     """Runs `task` once, or once for each job of a sweep; returns the failures of the sweep.
 
     A single run's exception passes to the caller. In a sweep, `on_failure` is told of each and returns its
-    message, and the other jobs go on. `begin` is told of the sweep folder and of all jobs (each the list of
-    its overrides) before the first of them, and returns those to run; a sweeper that searches makes its jobs
-    as it goes, and then it is not called. Everything that can be checked is checked before a folder is made.
-    Raises `ConfigError`.
+    message, and the other jobs go on; `watcher` is told what is to come. Everything that can be checked is
+    checked before a folder is made. Raises `ConfigError`.
     """
     checked = check_overrides(overrides, multirun=multirun, extra_dirs=extra_dirs)
     if checked.resume is not None:
@@ -87,7 +102,7 @@ def launch(
         hydra = Hydra.create_main_hydra2("fedtune", source)
     try:
         if checked.sweeps or multirun or hydra.get_mode("config", arguments) == RunMode.MULTIRUN:
-            return _sweep(hydra, arguments, task, on_failure, begin)
+            return _sweep(hydra, arguments, task, on_failure, watcher)
         load(overrides, extra_dirs)  # complains now, before Hydra makes the run folder
         _single(hydra, arguments, task)
         return []
@@ -116,7 +131,7 @@ def _sweep(
     arguments: list[str],
     task: Callable[[Job], Any],
     on_failure: Callable[[Job | None, Exception], str],
-    begin: Begin | None,
+    watcher: Watcher | None,
 ) -> list[JobFailure]:
     def job(composed: DictConfig) -> Any:
         this: Job | None = None
@@ -128,33 +143,95 @@ def _sweep(
             return JobFailure(number, on_failure(this, error))
 
     with hydra_errors():
-        results = _multirun(hydra, job, arguments, begin)
+        results = _multirun(hydra, job, arguments, watcher)
     return [failure for failure in _returned(results) if isinstance(failure, JobFailure)]
 
 
 def _multirun(
-    hydra: Hydra, job: Callable[[DictConfig], Any], arguments: list[str], begin: Begin | None
+    hydra: Hydra, job: Callable[[DictConfig], Any], arguments: list[str], watcher: Watcher | None
 ) -> Any:
-    """`Hydra.multirun`, with a look at the jobs of a grid before the first of them starts."""
+    """`Hydra.multirun`, with a look at what is to come before the first job starts."""
     config = hydra.compose_config("config", arguments, RunMode.MULTIRUN)
     callbacks = Callbacks(config)
     callbacks.on_multirun_start(config=config, config_name="config")
     context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=job)
+    sweeper: Any = Plugins.instance().instantiate_sweeper(
+        config=config, hydra_context=context, task_function=job
+    )
     # Hydra's own sweeper of grids has this method; one that searches does not know its jobs beforehand.
-    split = getattr(sweeper, "split_arguments", None)
-    if begin is not None and split is not None:
-        folder = Path(str(config.hydra.sweep.dir))
-
-        def chosen(overrides: Any, batch_size: int | None) -> list[list[list[str]]]:
-            jobs = begin(folder, [one for batch in split(overrides, batch_size) for one in batch])
-            return [jobs] if jobs else []
-
-        sweeper.split_arguments = chosen  # type: ignore[attr-defined]
+    if watcher is not None and hasattr(sweeper, "split_arguments"):
+        _watch_grid(sweeper, config, watcher)
+    elif hasattr(sweeper, "begin"):
+        _watch_search(sweeper, config, watcher)
     task_overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     results = sweeper.sweep(arguments=task_overrides)
     callbacks.on_multirun_end(config=config, config_name="config")
     return results
+
+
+def _watch_grid(sweeper: Any, config: DictConfig, watcher: Watcher) -> None:
+    split, loader = sweeper.split_arguments, sweeper.hydra_context.config_loader
+    compose = loader.load_sweep_config
+    kept: dict[tuple[str, ...], DictConfig] = {}
+
+    def chosen(overrides: Any, batch_size: int | None) -> list[list[list[str]]]:
+        for one in overrides:
+            if one.is_interval_sweep():
+                raise ConfigError(
+                    f"{one.input_line} is an interval, and a grid needs values: give some, with commas, or "
+                    "search the interval with sweep=optuna."
+                )
+        jobs = [job for batch in split(overrides, batch_size) for job in batch]
+        jobs = watcher.begin(Path(str(config.hydra.sweep.dir)), jobs)
+        return [jobs] if jobs else []
+
+    def check(batch: Sequence[Sequence[str]]) -> None:
+        """Every job composes, or the sweep does not begin. What was composed is kept for its launch."""
+        configs = []
+        for job in batch:
+            composed = compose(config, list(job))
+            if len(kept) < _MOST_KEPT:
+                kept[tuple(job)] = composed
+            configs.append(_foreseen(composed, list(job)))
+        watcher.foresee(configs, _workers(config, len(batch)))
+
+    def once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        return kept.pop(tuple(sweep_overrides), None) or compose(master_config, sweep_overrides)
+
+    sweeper.split_arguments = chosen
+    sweeper.validate_batch_is_legal = check
+    if isinstance(sweeper.launcher, BasicLauncher):  # others send the loader to another process
+        loader.load_sweep_config = once
+
+
+def _watch_search(sweeper: Any, config: DictConfig, watcher: Watcher | None) -> None:
+    if watcher is None:
+        raise ConfigError("This command cannot search. Use 'fedtune run sweep=optuna ...'.")
+    sweeper.workers = workers = _workers(config)
+
+    def begin(axes: tuple[Axis, ...], fixed: tuple[str, ...], options: dict[str, Any]) -> Searcher:
+        composed = sweeper.hydra_context.config_loader.load_sweep_config(config, list(fixed))
+        base = _foreseen(composed, list(fixed))
+        folder = Path(str(config.hydra.sweep.dir))
+        return watcher.search(Space(folder, axes, fixed, options, base, workers))
+
+    sweeper.begin = begin
+
+
+def _foreseen(composed: DictConfig, overrides: list[str]) -> Config | None:
+    """The configuration of a job that is not launched yet; None if it is complete only then, or wrong."""
+    try:
+        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        return from_hydra(own, named_settings(overrides))
+    except (ConfigError, OmegaConfBaseException):
+        return None
+
+
+def _workers(config: DictConfig, most: int | None = None) -> int:
+    """How many jobs the launcher runs side by side, as far as its settings say."""
+    asked = OmegaConf.select(config, "hydra.launcher.n_jobs")
+    workers = 1 if asked is None else int(asked) if int(asked) > 0 else os.cpu_count() or 1
+    return max(1, workers if most is None else min(workers, most))
 
 
 def _job(composed: DictConfig, number: int | None) -> Job:

@@ -37,7 +37,7 @@ class RunFacts:
     commit: str | None
     dirty: bool | None
     hardware: Mapping[str, Any]
-    status: str = "finished"
+    status: str = "finished"  # or "pruned": a search gave it up after some rounds
     attempt: int = 1  # how often it was started; more than 1 means that it was resumed
 
 

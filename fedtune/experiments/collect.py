@@ -78,7 +78,10 @@ def collect(folders: Sequence[Path]) -> Collection:
                 continue
             seen[run.id] = path
             found.runs.append(run)
-    if not found.runs:
+    pruned = sum(run.pruned for run in found.runs)
+    if pruned == len(found.runs):
+        if pruned:
+            problems.append(f"{pruned} runs were given up by a search before their end")
         raise RecordError(_nothing(folders, problems, failures, unfinished))
     found.runs.sort(key=lambda run: (run.started, run.id))
     found.notes += _listed(problems, "record could not be used", "records could not be used")
@@ -88,6 +91,11 @@ def collect(folders: Sequence[Path]) -> Collection:
         "run is not finished (fedtune run resume=FOLDER goes on with it)",
         "runs are not finished (fedtune run resume=FOLDER goes on with one)",
     )
+    if pruned:
+        found.notes.append(
+            f"{pruned} runs were given up by a search before their end (pruned): they are in no chart and no "
+            "table, and count among the runs that used the data."
+        )
     if twice:
         found.notes.append(f"{twice} further copies of the same runs (equal run.id) were left out.")
     return found

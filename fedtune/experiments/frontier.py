@@ -88,9 +88,14 @@ class Point:
 
 
 def points_of(runs: Sequence[Run], using: Book) -> list[Point]:
-    """One point for each configuration, in the order of their first runs, non-dominated ones marked."""
+    """One point for each configuration, in the order of their first runs, non-dominated ones marked.
+
+    Runs that a search gave up are left out: a mean with them would be that of no configuration.
+    """
     grouped: dict[str, list[Run]] = {}
     for run in runs:
+        if run.pruned:
+            continue
         # A configuration of another data set's labels is another task; hence the task in the key.
         grouped.setdefault(f"{run.task}\n{run.unit}\n{run.key}", []).append(run)
     several_tasks = len({run.task for run in runs}) > 1

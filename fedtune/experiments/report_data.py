@@ -91,7 +91,9 @@ def _tuning(advice: Advice, points: Sequence[Point], found: Collection) -> Tunin
         return None
     rated = [run for run in advice.chosen.runs if run.accuracy is not None]
     chosen = max(rated, key=lambda run: run.accuracy or 0.0)
-    return tuning_of([run for point in points for run in point.runs], chosen, found.sweeps)
+    # What a search gave up is in no point, and has used the data all the same.
+    rivals = [run for point in points for run in point.runs] + [run for run in found.runs if run.pruned]
+    return tuning_of(rivals, chosen, found.sweeps)
 
 
 def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:

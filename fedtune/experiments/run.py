@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ResourceError
-from fedtune.experiments import assemble, environment, record
+from fedtune.experiments import assemble, environment, history, record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedtune.cost.meter import Meter
     from fedtune.data.prepare import PreparedData
     from fedtune.experiments.display import Display
-    from fedtune.federation.events import FederationResult
+    from fedtune.federation.events import FederationResult, Judge
     from fedtune.models.classifier import AdaptedModel
     from fedtune.training.evaluation import Evaluation
 
@@ -47,7 +47,13 @@ class Interrupted(KeyboardInterrupt):
     """The person pressed Ctrl-C; the text says what was kept and how to go on. Exit status 130."""
 
 
-def run(config: Config, *, console: Console | None = None, view: Display | None = None) -> Path:
+def run(
+    config: Config,
+    *,
+    console: Console | None = None,
+    view: Display | None = None,
+    judge: Judge | None = None,
+) -> Path:
     """Runs `config` to its end and returns the path of its record.json.
 
     Files go below `config.output` (made if missing; `outputs/<date>/<time>` if it is None). With
@@ -56,6 +62,7 @@ def run(config: Config, *, console: Console | None = None, view: Display | None 
     Args:
         console: where progress and summary are shown; None: the standard output.
         view: shows the progress instead, and then there is no summary (a sweep has its own line a run).
+        judge: says after each round whether the run should go on; one that is given up still has a record.
 
     Raises:
         FedtuneError: any of its kinds, one paragraph each.
@@ -73,7 +80,8 @@ def run(config: Config, *, console: Console | None = None, view: Display | None 
     run_dir = _folder(config)
     shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
     with _failures(run_dir, shown), Meter(children=config.engine.name == "ray") as meter:
-        written = _work(config, run_dir, shown, meter)
+        written = _work(config, run_dir, shown, meter, judge)
+    history.remember(written)
     if view is None:
         summary(written, _shown(run_dir), console)
     return run_dir / record.RECORD_NAME
@@ -111,7 +119,9 @@ def _title(config: Config) -> str:
     return f"fedtune: {where}, {config.partition.name} partition; {model}"
 
 
-def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[str, Any]:
+def _work(
+    config: Config, run_dir: Path, view: Display, meter: Meter, judge: Judge | None = None
+) -> dict[str, Any]:
     """Steps 1 to 5; returns the record."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # The commit is read now: the code that runs is the one that was imported, not what is there at the end.
@@ -122,6 +132,7 @@ def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[st
         save_config(config, run_dir)
     view.working("loading tokenizer and data")
     from fedtune import engines
+    from fedtune.federation.events import Judged
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
@@ -136,7 +147,7 @@ def _work(config: Config, run_dir: Path, view: Display, meter: Meter) -> dict[st
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     place.warm(warming)
     view.working("calibrating the noise")
-    result = engines.run(config, run_dir, view)
+    result = engines.run(config, run_dir, view if judge is None else Judged(view, judge))
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit)
 
@@ -183,6 +194,7 @@ def _record(
 ) -> dict[str, Any]:
     from fedtune.cost.prices import carbon_kg, price
     from fedtune.experiments import measures
+    from fedtune.federation.events import PRUNED
 
     energy = measures.energy_of_run(meter.energy, result.attempt)
     cost = meter.cost(
@@ -205,6 +217,7 @@ def _record(
             commit=commit[0],
             dirty=commit[1],
             hardware=environment.hardware(str(model.device)),
+            status="pruned" if (result.ended_early or "").startswith(PRUNED) else "finished",
             attempt=result.attempt,
         ),
         result=result,

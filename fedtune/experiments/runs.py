@@ -70,6 +70,7 @@ class Run:
     terms: Mapping[str, Mapping[Term, int] | None]
     nodes_fixed: bool
     fingerprints: frozenset[str]
+    pruned: bool = False  # given up by a search: not comparable, but what it released is released
     key: str = field(repr=False, default="")  # equal for runs that differ in seed only
 
 
@@ -121,6 +122,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         terms=_terms(privacy),
         nodes_fixed=config["partition"]["name"] == "natural",
         fingerprints=frozenset(str(one["fingerprint"]) for one in privacy.get("ledger") or []),
+        pruned=values["run"].get("status") == "pruned",
         key=key,
     )
 

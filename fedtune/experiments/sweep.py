@@ -1,23 +1,24 @@
-"""A sweep: many runs of one grid in one process, one line a run, that outlives failures and `kill -9`.
+"""A sweep: many runs of one command, one line a run, that outlives failures and `kill -9`.
 
-    1. all combinations are known and counted, and written to `sweep.json`, before the first of them runs
+    1. all combinations are known and counted, and written to `sweep.json`, before the first of them runs; a
+       search (`fedtune.experiments.search`) writes there what it may choose from, and chooses run by run
     2. each run is `fedtune.experiments.run`, in a folder of its own; what the process has read, tokenised and
-       loaded stays (`data.prepare`, `models`), so that a later run starts at once
+       loaded stays (`data.prepare`, `models`), so that a later run starts at once; a launcher of Hydra's may
+       share the runs out to several processes
     3. a run that fails leaves `failure.json` with its error, and the sweep goes on
     4. `sweep.resume=FOLDER` runs what is missing: finished runs are read, begun ones resumed
 
 With `sweep.private_selection=true` the number of runs and each run's settings are drawn at random, so that
 the best of them can be published at less than the price of all (`fedtune.privacy.selection`).
 
-Does not do: search (a sweeper of Hydra's does; then nothing is known beforehand), or compare
-(`fedtune report`).
+Does not do: compare (`fedtune report`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.launch import Job, JobFailure, launch
-from fedtune.errors import ConfigError, RecordError
+from fedtune.errors import CheckpointError, ConfigError, RecordError
 from fedtune.experiments import record
 from fedtune.experiments.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.experiments.export import save
-from fedtune.experiments.summary import duration
+from fedtune.experiments.history import Expected, History, timeless
+from fedtune.experiments.progress import Progress
 from fedtune.experiments.sweep_options import (
     SweepOptions,
     draw_trials,
@@ -38,19 +40,23 @@ from fedtune.experiments.sweep_options import (
     split_options,
     write_sweep,
 )
-from fedtune.experiments.words import money_text, number, percent
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
+    from fedtune.config.search import Searcher, Space
+    from fedtune.experiments.pruning import Pruning
+    from fedtune.federation.events import Judge
 
-__all__ = ["Sweep", "run_sweep"]
+__all__ = ["Start", "Sweep", "run_sweep"]
 
 Say = Callable[[str], None]
+# Configuration, title, who may end it early, and: is it the only run on this terminal?
+Start = Callable[["Config", str, "Judge | None", bool], Path]
 
 
 def run_sweep(
     words: Sequence[str],
-    start: Callable[[Config, str], Path],
+    start: Start,
     *,
     describe: Callable[[Exception], str],
     say: Say,
@@ -60,7 +66,7 @@ def run_sweep(
     """Runs the sweep that `words` ask for (overrides and `sweep.*` options); returns its failures.
 
     Args:
-        start: runs one configuration, shown under a title, and returns the path of its record.
+        start: runs one configuration and returns the path of its record; see `Start`.
         describe: puts an exception into one paragraph, or raises it on.
         say, warn: print a line of progress, of an error.
 
@@ -82,13 +88,16 @@ def run_sweep(
             on_failure=sweep.failed,
             multirun=True,
             extra_dirs=extra_dirs,
-            begin=sweep.begin,
+            watcher=sweep,
         )
     except KeyboardInterrupt as interrupt:
         if sweep.folder is None:
             raise
         way_out = f"The sweep goes on with: fedtune run sweep.resume={shlex.quote(str(sweep.folder))}"
         raise type(interrupt)(f"{interrupt} {way_out}".strip()) from interrupt
+    finally:
+        if sweep.close is not None:
+            sweep.close()
 
 
 def _quoted(folder: Path) -> str:
@@ -98,79 +107,134 @@ def _quoted(folder: Path) -> str:
 
 @dataclass
 class Sweep:
-    """One sweep under way: what is done, what it took, what is best so far."""
+    """One sweep under way. Launchers that use several processes send a copy of it to each of them."""
 
     options: SweepOptions
     overrides: list[str]
-    start: Callable[[Config, str], Path]
+    start: Start
     describe: Callable[[Exception], str]
     say: Say
     warn: Say
     kept: dict[str, Any] | None = None
-    total: int | None = None
-    folder: Path | None = None
-    done: int = 0
-    seconds: list[float] = field(default_factory=list)  # wall time of each run, as its record says
-    amounts: list[tuple[float, str]] = field(default_factory=list)
-    best: tuple[float, str] | None = None
-    names: list[str] = field(default_factory=list)  # what sets each run apart from the others
+    progress: Progress | None = None
+    drawn: bool = False  # number and settings of the runs were drawn at random
+    pruning: Pruning | None = None
+    close: Callable[[], None] | None = None  # lets others into the folder of a search
+    process: int = field(default_factory=os.getpid)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the sweep lies; None before it has begun."""
+        return None if self.progress is None else self.progress.folder
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: the search stays in this one."""
+        return {**self.__dict__, "close": None}
+
+    # --- before the first run -------------------------------------------------------------------
 
     def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
-        """Told of all combinations before the first; returns the runs to make."""
-        self.folder = folder
+        """Told of all combinations of a grid; returns the runs to make."""
+        searching = self.options.search_words() or (self.kept is not None and "search" in self.kept)
+        if searching:
+            raise ConfigError(
+                f"{', '.join(self.options.search_words()) or 'This sweep'} belongs to a search, and this is "
+                "a grid of runs. Add sweep=optuna, or leave it out."
+            )
+        self.options.refuse_trials_of_a_grid()
         if self.kept is not None:
             jobs = self.kept["jobs"]
+            self.drawn = "private_selection" in self.kept
         else:
-            if (folder / SWEEP_NAME).exists():
-                raise ConfigError(
-                    f"{folder} holds a sweep already. Go on with it by 'fedtune run sweep.resume={folder}', "
-                    "or choose another folder with hydra.sweep.dir=FOLDER."
-                )
+            self._refuse_another(folder)
             jobs = meaningful(jobs)
             drawn: dict[str, Any] = {}
             combinations = len(jobs)
             if self.options.private_selection:
                 jobs, drawn = draw_trials(self.options, jobs)
                 drawn = {"private_selection": drawn | {"combinations": combinations}}
+            self.drawn = bool(drawn)
             write_sweep(folder, self.overrides, jobs, **drawn)
-        self.total = len(jobs)
         common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
-        self.names = [",".join(word for word in job if word not in common) for job in jobs]
-        self._look_back()
-        self.say(self._opening())
+        names = {i: ",".join(word for word in job if word not in common) for i, job in enumerate(jobs)}
+        self.progress = Progress(folder, len(jobs), names)
+        self.progress.look()
+        if not jobs:
+            self.say(self._opening([]))
         return jobs
+
+    def foresee(self, configs: list[Config | None], workers: int) -> None:
+        """Told of the configurations of the grid; says what is to come."""
+        assert self.progress is not None
+        self.progress.workers = workers
+        known = History()
+        self.say(self._opening([None if one is None else known.expected(one) for one in configs]))
+
+    def search(self, space: Space) -> Searcher:
+        """Told what is to be searched; returns the one who chooses the runs."""
+        from fedtune.experiments.search import begin_search
+
+        if self.kept is None:
+            self._refuse_another(space.folder)
+        elif "search" not in self.kept:
+            raise CheckpointError(f"{space.folder} holds a grid of runs, and sweep=optuna is a search.")
+        search = begin_search(space, self.options, self.overrides, self.kept, self.say, self.warn)
+        self.close = search.close
+        self.pruning = search.pruning
+        self.progress = search.progress
+        alike = all(timeless(axis.name) for axis in space.axes)
+        one = History().expected(space.base) if alike and space.base is not None else None
+        self.say(f"{self._opening([one] * search.progress.left)}. {search.opening()}")
+        return search
+
+    def _refuse_another(self, folder: Path) -> None:
+        if (folder / SWEEP_NAME).exists():
+            raise ConfigError(
+                f"{folder} holds a sweep already. Go on with it by 'fedtune run sweep.resume={folder}', "
+                "or choose another folder with hydra.sweep.dir=FOLDER."
+            )
+
+    def _opening(self, expected: Sequence[Expected | None]) -> str:
+        assert self.progress is not None
+        total = self.progress.total
+        text = f"{total} run{'s' if total != 1 else ''} in {self.folder}"
+        if self.drawn:
+            text += (
+                "; their number was drawn at random. Publish the best of them and nothing else, not even "
+                "this number"
+            )
+        return f"{text}; {self.progress.opening(expected)}" if total else text
+
+    # --- each run -------------------------------------------------------------------------------
 
     def task(self, job: Job) -> float | None:
         """Makes one run, or reads it if it is finished, and says one line; returns its accuracy."""
+        assert self.progress is not None and job.number is not None
         folder = Path(job.config.output or "")
-        before = self._finished(folder)
-        if before is None:
+        made = self._finished(folder)
+        before = made is not None
+        if made is None:
             title = f"run {self._place(job)} ({self._name(job)})"
-            path = self.start(self._config(job.config, folder), title)
+            judge = None if self.pruning is None else self.pruning.judge(job.number)
+            # Two live displays on one terminal would erase each other's lines.
+            alone = os.getpid() == self.process
+            path = self.start(self._config(job.config, folder), title, judge, alone)
             made = record.read(path)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
-            self._learn(made)
-        else:
-            made = before
-        self.done += 1
+        self.progress.look()
+        self.say(self.progress.line(self._place(job), self._name(job), made, before))
         accuracy: float | None = made["metrics"]["accuracy"]
-        if accuracy is not None and (self.best is None or accuracy > self.best[0]):
-            self.best = (accuracy, self._name(job))
-        self.say(self._line(job, made, before is not None))
         return accuracy
 
     def failed(self, job: Job | None, error: Exception) -> str:
         """Records the failure of a run, says it, and lets the sweep go on; returns its words."""
         text = self.describe(error)
-        self.done += 1
         if job is not None and job.config.output:
             values = {"error": text, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             save(Path(job.config.output) / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text
-
-    # --- pieces ---------------------------------------------------------------------------------
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         """The record of a run that an earlier session finished."""
@@ -190,71 +254,10 @@ class Sweep:
 
         return load([f"resume={_quoted(folder)}"])
 
-    def _learn(self, made: dict[str, Any]) -> None:
-        self.seconds.append(float(made["run"]["seconds"]))
-        money = made["cost"]["money"]
-        if money is not None and money["total"] is not None:
-            self.amounts.append((float(money["total"]), str(money["currency"])))
-
-    def _look_back(self) -> None:
-        """What finished runs of this folder took, so that the rest can be estimated before it begins."""
-        for number_ in range(self.total or 0):
-            folder = (self.folder or Path()) / str(number_)
-            if (folder / record.RECORD_NAME).exists():
-                try:
-                    self._learn(record.read(folder))
-                except RecordError:
-                    continue
-
-    def _opening(self) -> str:
-        total = self.total or 0
-        finished = len(self.seconds)
-        left = total - finished
-        text = f"{total} run{'s' if total != 1 else ''} in {self.folder}"
-        if self.options.private_selection:
-            text += (
-                "; their number was drawn at random. Publish the best of them and nothing else, not even "
-                "this number"
-            )
-        if finished:
-            return f"{text}; {finished} finished before, {left} to go: {self._estimate(left)}"
-        return f"{text}; how long they take is known after the first"
-
-    def _estimate(self, left: int) -> str:
-        if not self.seconds:
-            return "time unknown"
-        # The median: the first run of a process also reads, tokenises and loads.
-        text = f"about {duration(left * statistics.median(self.seconds))}"
-        currencies = {currency for _, currency in self.amounts}
-        if len(currencies) == 1:
-            mean = statistics.fmean(amount for amount, _ in self.amounts)
-            text += f" and {money_text(left * mean, currencies.pop())}"
-        return text
-
     def _place(self, job: Job) -> str:
-        shown = (job.number or 0) + 1
-        return f"{shown} of {self.total}" if self.total is not None else str(shown)
+        assert self.progress is not None
+        return f"{(job.number or 0) + 1} of {self.progress.total}"
 
     def _name(self, job: Job) -> str:
-        known = self.names[job.number] if job.number is not None and job.number < len(self.names) else ""
-        return known or job.overrides or "defaults"
-
-    def _line(self, job: Job, made: dict[str, Any], before: bool) -> str:
-        privacy, accuracy, money = made["privacy"], made["metrics"]["accuracy"], made["cost"]["money"]
-        parts = ["accuracy unknown" if accuracy is None else f"accuracy {percent(accuracy)}"]
-        if privacy["epsilon"] is None:
-            parts.append("no privacy")
-        else:
-            parts.append(
-                f"epsilon {number(privacy['epsilon'])} (delta {privacy['delta']:.1e}, {privacy['adjacency']})"
-            )
-        parts.append(duration(made["run"]["seconds"]))
-        if money is not None and money["total"] is not None:
-            parts.append(money_text(money["total"], money["currency"]))
-        text = f"run {self._place(job)} ({self._name(job)}): {', '.join(parts)}"
-        if before:
-            text += "; finished before"
-        if self.best is not None:
-            text += f"; best so far {percent(self.best[0])} ({self.best[1]})"
-        left = (self.total or 0) - self.done
-        return f"{text}; left: {self._estimate(left)}" if left > 0 and not before else text
+        assert self.progress is not None
+        return self.progress.name(job.number) or job.overrides or "defaults"

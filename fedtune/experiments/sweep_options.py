@@ -24,7 +24,8 @@ from fedtune.privacy.selection import TrialCount
 __all__ = ["SweepOptions", "draw_trials", "meaningful", "read_sweep", "split_options", "write_sweep"]
 
 SCHEMA = 1
-_NAMES = ("resume", "private_selection", "trials", "distribution")
+_SEARCH_NAMES = ("objectives", "sampler", "pruner")
+_NAMES = ("resume", "private_selection", "trials", "distribution", *_SEARCH_NAMES)
 _SHAPES = {"geometric": 1.0, "logarithmic": 0.0, "poisson": math.inf}
 _NOT_PRIVATE = ("privacy.epsilon", "privacy.delta", "privacy.noise_multiplier")
 _HEAD_ALONE = ("adapter.layers", "adapter.rank", "adapter.alpha")
@@ -59,14 +60,27 @@ class SweepOptions:
     Attributes:
         resume: go on with the sweep in this folder.
         private_selection: draw the number of trials and each trial's settings at random.
-        trials: expected number of trials; None: as many as there are combinations.
+        trials: expected number of trials; None: as many as there are combinations. Of a search: their number.
         distribution: of the number of trials.
+        objectives, sampler, pruner: of a search (`fedtune.experiments.search`); None: as its page says.
     """
 
     resume: Path | None = None
     private_selection: bool = False
     trials: float | None = None
     distribution: str = "geometric"
+    objectives: tuple[str, ...] | None = None
+    sampler: str | None = None
+    pruner: str | None = None
+
+    def search_words(self) -> list[str]:
+        """The options that were given and have a meaning for a search only."""
+        return [f"sweep.{name}" for name in _SEARCH_NAMES if getattr(self, name) is not None]
+
+    def refuse_trials_of_a_grid(self) -> None:
+        """Raises `ConfigError` if a number of trials was given and nothing draws or searches them."""
+        if self.trials is not None and not self.private_selection:
+            raise ConfigError("sweep.trials belongs to sweep.private_selection=true, or to sweep=optuna.")
 
     def count(self, combinations: int) -> TrialCount:
         """The distribution of the number of trials."""
@@ -92,8 +106,8 @@ def split_options(words: Sequence[str]) -> tuple[SweepOptions, list[str]]:
         if short in given:
             raise ConfigError(f"{name} is given twice. Keep one of them.")
         given[short] = value
-    if "resume" in given and (len(given) > 1 or rest):
-        others = [f"sweep.{name}" for name in given if name != "resume"] + rest
+    others = [f"sweep.{name}" for name in given if name not in ("resume", "trials")] + rest
+    if "resume" in given and others:
         raise ConfigError(
             f"sweep.resume={given['resume']} goes on with the sweep as it was started, so "
             f"{', '.join(others)} cannot be given with it. Leave it out, or start a new sweep."
@@ -120,10 +134,21 @@ def _options(given: dict[str, str]) -> SweepOptions:
             raise ConfigError(
                 f"sweep.trials={given['trials']} is not allowed: it must be a number, 1 or more."
             )
-    if selection == "false" and ("trials" in given or "distribution" in given):
-        raise ConfigError("sweep.trials and sweep.distribution belong to sweep.private_selection=true.")
-    resume = Path(given["resume"]).expanduser() if "resume" in given else None
-    return SweepOptions(resume, selection == "true", trials, distribution)
+    if selection == "false" and "distribution" in given:
+        raise ConfigError("sweep.distribution belongs to sweep.private_selection=true.")
+    objectives = None
+    if "objectives" in given:
+        names = given["objectives"].strip("[]() ").split(",")
+        objectives = tuple(name.strip() for name in names if name.strip())
+    return SweepOptions(
+        resume=Path(given["resume"]).expanduser() if "resume" in given else None,
+        private_selection=selection == "true",
+        trials=trials,
+        distribution=distribution,
+        objectives=objectives,
+        sampler=given.get("sampler"),
+        pruner=given.get("pruner"),
+    )
 
 
 def meaningful(jobs: list[list[str]]) -> list[list[str]]:

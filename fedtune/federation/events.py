@@ -2,12 +2,14 @@
 
 The server loop calls an `Observer`; a live display, a log or a test is one. Everything in these
 objects is public: it was sent over the wire under the plan, or measured by the server itself. An
-observer must not change the run: one that raises is told of once and not called again.
+observer must not change the run, but for one thing: `on_round` may say why the run should end here, as a
+search that gives up a bad trial does (`Judged`). One that raises is told of once and not called again.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = [
+    "PRUNED",
     "Dropped",
     "FederationResult",
+    "Judge",
+    "Judged",
     "NodeInfo",
     "NullObserver",
     "Observer",
@@ -27,6 +32,8 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+PRUNED = "Pruned"  # how the reason begins if a search gave the run up; checkpoints keep the reason
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,8 @@ class Observer(Protocol):
         """Before the first round: run, run_dir, nodes (names), num_rounds, first_round, trust, epsilon,
         delta, attempt."""
 
-    def on_round(self, summary: RoundSummary) -> None:
-        """After each round."""
+    def on_round(self, summary: RoundSummary) -> str | None:
+        """After each round; returns why the run should end after it, or None."""
 
     def on_client(self, node: str, status: str) -> None:
         """`asked`, `answered`, `refused: ...` or `dropped: ...`; `joined` and `left` where nodes do that."""
@@ -161,17 +168,44 @@ class NullObserver:
         """Nothing."""
 
 
+Judge = Callable[[RoundSummary], str | None]
+
+
+class Judged:
+    """Passes everything on to `observer`, and lets `judge` say after each round whether to go on."""
+
+    def __init__(self, observer: Observer, judge: Judge) -> None:
+        self._observer, self._judge = observer, judge
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """See `Observer`."""
+        self._observer.on_start(info)
+
+    def on_round(self, summary: RoundSummary) -> str | None:
+        """Why the run should end here: what the judge says, or else the observer."""
+        said = self._observer.on_round(summary)
+        return self._judge(summary) or said
+
+    def on_client(self, node: str, status: str) -> None:
+        """See `Observer`."""
+        self._observer.on_client(node, status)
+
+    def on_finish(self, result: FederationResult) -> None:
+        """See `Observer`."""
+        self._observer.on_finish(result)
+
+
 class SafeObserver:
     """Passes everything on, and stops doing so once the observer raises: a display must not end a run."""
 
     def __init__(self, observer: Observer | None) -> None:
         self._observer: Observer | None = observer
 
-    def _tell(self, method: str, *args: Any) -> None:
+    def _tell(self, method: str, *args: Any) -> Any:
         if self._observer is None:
-            return
+            return None
         try:
-            getattr(self._observer, method)(*args)
+            return getattr(self._observer, method)(*args)
         except Exception as error:
             _log.warning(
                 "The display failed (%s: %s) and is switched off; the run goes on.",
@@ -179,14 +213,16 @@ class SafeObserver:
                 error,
             )
             self._observer = None
+            return None
 
     def on_start(self, info: dict[str, Any]) -> None:
         """See `Observer`."""
         self._tell("on_start", info)
 
-    def on_round(self, summary: RoundSummary) -> None:
+    def on_round(self, summary: RoundSummary) -> str | None:
         """See `Observer`."""
-        self._tell("on_round", summary)
+        said = self._tell("on_round", summary)
+        return said if isinstance(said, str) and said else None
 
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""

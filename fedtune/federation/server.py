@@ -193,7 +193,10 @@ def _run(
         summary.seconds = time.monotonic() - round_started
         state.seconds = before[0] + time.monotonic() - started
         state.save(run_dir, config)
-        observer.on_round(summary)
+        said = observer.on_round(summary)
+        if said is not None and not last:
+            state.ended_early = said
+            state.save(run_dir, config)  # a resumed run must not go on with what was given up
         if void >= MAX_VOID_ROUNDS and state.ended_early is None:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in outcome.dropped[:4])
             raise FederationError(

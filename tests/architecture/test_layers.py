@@ -59,6 +59,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "ray": ("engines",),
     "scipy": ("audit",),
     "matplotlib": ("experiments",),
+    "optuna": ("experiments",),
     "rich": ("experiments", "cli"),
     "fastapi": ("serving",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),

@@ -40,7 +40,7 @@ class Runs:
         self.warned: list[str] = []
         self.fail: dict[int, BaseException] = {}
 
-    def start(self, config: Config, title: str) -> Path:
+    def start(self, config: Config, title: str, judge: Any = None, alone: bool = True) -> Path:
         self.titles.append(title)
         folder = Path(config.output or "")
         assert folder.is_dir()
@@ -188,12 +188,12 @@ def test_a_run_without_privacy_and_without_price() -> None:
     [
         (["sweep.resum=x"], r"Did you mean sweep\.resume"),
         (["sweep.resume=x", "seed=1,2"], "cannot be given with it"),
-        (["sweep.resume=x", "sweep.trials=3"], "cannot be given with it"),
+        (["sweep.resume=x", "sweep.pruner=none"], "cannot be given with it"),
         (["sweep.private_selection=perhaps"], "true or false"),
         (["sweep.private_selection=true", "sweep.trials=0"], "1 or more"),
         (["sweep.private_selection=true", "sweep.trials=many"], "1 or more"),
         (["sweep.private_selection=true", "sweep.distribution=uniform"], "geometric"),
-        (["sweep.trials=3"], r"belong to sweep\.private_selection=true"),
+        (["sweep.distribution=poisson"], r"belongs to sweep\.private_selection=true"),
         (["sweep.trials=3", "sweep.trials=4"], "given twice"),
         (["sweep.private_selection"], "There is no option"),
     ],
@@ -241,7 +241,7 @@ def test_ready_experiments_are_sweeps_of_known_size(
 
     words = [f"experiment={experiment}", "hydra.sweep.dir=sweep"]
     assert is_sweep(words) and not is_sweep(["experiment=smoke"])
-    monkeypatch.setattr(Sweep, "_opening", lambda self: _stop(self.total))
+    monkeypatch.setattr(Sweep, "foresee", lambda self, configs, workers: _stop(len(configs)))
     with pytest.raises(KeyboardInterrupt, match=str(count)):
         Runs().sweep(*words)
     jobs = json.loads(Path("sweep/sweep.json").read_text())["jobs"]

@@ -11,7 +11,7 @@ import pytest
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation.checkpoint import load_latest
 from fedtune.federation.cohort import draw_cohort
-from fedtune.federation.events import NodeInfo
+from fedtune.federation.events import PRUNED, Judged, NodeInfo, RoundSummary
 from fedtune.federation.rounds import PlainRound
 from tests.fake_federation import (
     SIZE,
@@ -414,3 +414,34 @@ def test_shards_without_a_node_are_told_of() -> None:
         _, _, (notice,) = cohort.greet(grid, 5.0, expected=2)
     assert "has 4 shards, and only 2 of them" in notice
     assert "num-supernodes=4" in notice
+
+
+def test_a_judge_ends_a_run_and_a_resumed_one_does_not_go_on_with_it(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def judge(summary: RoundSummary) -> str | None:
+        seen.append(summary.round)
+        return f"{PRUNED} after two" if summary.round == 2 else None
+
+    watcher = Watcher()
+    result = run_fake(tmp_path, observer=Judged(watcher, judge))
+    assert seen == [1, 2] and len(watcher.rounds) == 2, "the display is told of every round, too"
+    assert len(result.history) == 2 and result.ended_early == f"{PRUNED} after two"
+    assert set(result.releases.values()) == {2}, "what was released is charged, and no more"
+    config = dataclasses.replace(fake_config(), resume=str(tmp_path))
+    again = run_fake(tmp_path, config=config, observer=Judged(watcher, judge))
+    assert len(again.history) == 2 and again.ended_early == result.ended_early
+    assert np.array_equal(again.adapter, result.adapter)
+
+
+def test_a_judge_has_no_say_after_the_last_round(tmp_path: Path) -> None:
+    observer = Judged(Watcher(), lambda summary: "late" if summary.round == summary.num_rounds else None)
+    result = run_fake(tmp_path, observer=observer)
+    assert result.ended_early is None
+
+
+def test_a_judge_that_raises_is_switched_off(tmp_path: Path) -> None:
+    def judge(summary: RoundSummary) -> str | None:
+        raise ValueError("no such study")
+
+    assert run_fake(tmp_path, observer=Judged(Watcher(), judge)).ended_early is None
