@@ -23,6 +23,7 @@ GROUPS = (
     "federation",
     "engine",
     "pricing",
+    "tracker",
     "experiment",
     "sweep",
 )

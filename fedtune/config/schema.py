@@ -22,6 +22,7 @@ __all__ = [
     "PartitionConfig",
     "PricingConfig",
     "PrivacyConfig",
+    "TrackerConfig",
     "TrainConfig",
 ]
 
@@ -160,6 +161,15 @@ class PricingConfig:
 
 
 @dataclass
+class TrackerConfig:
+    """Who else is told the numbers of a run; files only, nothing is sent anywhere."""
+
+    name: str = "none"  # none | tensorboard | mlflow | wandb
+    folder: str | None = None  # where it writes; None: RUN_DIR/NAME
+    project: str = "fedtune"  # mlflow: the experiment, wandb: the project
+
+
+@dataclass
 class Config:
     """One run, complete."""
 
@@ -176,3 +186,4 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     pricing: PricingConfig = field(default_factory=PricingConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)

@@ -115,6 +115,7 @@ RULES: dict[str, Choice | Range] = {
     "pricing.kilowatt_hour": _NOT_NEGATIVE,
     "pricing.carbon_kg_per_kwh": _NOT_NEGATIVE,
     "pricing.record": _NOT_NEGATIVE,
+    "tracker.name": Choice(("none", "tensorboard", "mlflow", "wandb")),
 }
 
 

@@ -52,7 +52,7 @@ def _defaults() -> dict[str, Any]:
     return {
         name: value
         for name, value in flatten(to_dict(load())).items()
-        if not name.startswith("pricing.") and name not in ("seed", "resume", "output")
+        if not name.startswith(("pricing.", "tracker.")) and name not in ("seed", "resume", "output")
     }
 
 

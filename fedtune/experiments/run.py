@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedtune.cost.meter import Meter
     from fedtune.data.prepare import PreparedData
     from fedtune.experiments.display import Display
+    from fedtune.experiments.trackers import Tracker
     from fedtune.federation.events import FederationResult, Judge
     from fedtune.models.classifier import AdaptedModel
     from fedtune.training.evaluation import Evaluation
@@ -72,15 +73,18 @@ def run(
 
     from fedtune.cost import prices
     from fedtune.cost.meter import Meter
+    from fedtune.experiments import trackers
     from fedtune.experiments.display import Display
     from fedtune.experiments.summary import summary
 
     prices.check(config.pricing)
+    trackers.check(config)
     console = console or Console(highlight=False)
     run_dir = _folder(config)
     shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
-    with _failures(run_dir, shown), Meter(children=config.engine.name == "ray") as meter:
-        written = _work(config, run_dir, shown, meter, judge)
+    tracker = trackers.open_tracker(config, run_dir)
+    with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
+        written = _work(config, run_dir, shown, meter, tracker, judge)
     history.remember(written)
     if view is None:
         summary(written, _shown(run_dir), console)
@@ -120,7 +124,12 @@ def _title(config: Config) -> str:
 
 
 def _work(
-    config: Config, run_dir: Path, view: Display, meter: Meter, judge: Judge | None = None
+    config: Config,
+    run_dir: Path,
+    view: Display,
+    meter: Meter,
+    tracker: Tracker,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Steps 1 to 5; returns the record."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -132,7 +141,7 @@ def _work(
         save_config(config, run_dir)
     view.working("loading tokenizer and data")
     from fedtune import engines
-    from fedtune.federation.events import Judged
+    from fedtune.federation.events import Judged, Observers
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
@@ -147,9 +156,10 @@ def _work(
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     place.warm(warming)
     view.working("calibrating the noise")
-    result = engines.run(config, run_dir, view if judge is None else Judged(view, judge))
+    told = Observers(view, tracker)
+    result = engines.run(config, run_dir, told if judge is None else Judged(told, judge))
     view.working("saving adapter, statement and record")
-    return finish(config, run_dir, result, meter, started=started, commit=commit)
+    return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
 
 
 def finish(
@@ -160,12 +170,14 @@ def finish(
     *,
     started: str | None = None,
     commit: tuple[str | None, bool | None] | None = None,
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Writes adapter, statement and, last of all, record of a federation that has ended; returns the record.
 
     Flower's ServerApp calls this by name (the run config's `finish`), so that `flwr run` leaves what
     `fedtune run` does.
     """
+    from fedtune.experiments.trackers import open_tracker
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
@@ -177,8 +189,9 @@ def finish(
         written = _record(
             config, place.prepared, model, result, evaluation, meter, started, commit or environment.commit()
         )
-    _write_statement(written, run_dir / STATEMENT)
+    statement = _write_statement(written, run_dir / STATEMENT)
     record.write(written, run_dir / record.RECORD_NAME)
+    (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
     return written
 
 
@@ -238,17 +251,19 @@ def _record(
     )
 
 
-def _write_statement(written: dict[str, Any], path: Path) -> None:
+def _write_statement(written: dict[str, Any], path: Path) -> str:
     from fedtune.privacy.statement import statement_markdown
 
-    path.write_text(statement_markdown(written), encoding="utf-8")
+    text = statement_markdown(written)
+    path.write_text(text, encoding="utf-8")
+    return text
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _failures(run_dir: Path, view: Display) -> Iterator[None]:
+def _failures(run_dir: Path, view: Display, tracker: Tracker) -> Iterator[None]:
     """Leaves the terminal clean whatever happens, and turns Ctrl-C and a full disk into words."""
     try:
         yield
@@ -270,6 +285,7 @@ def _failures(run_dir: Path, view: Display) -> Iterator[None]:
         ) from error
     finally:
         view.close()
+        tracker.close()
 
 
 def _interrupted(run_dir: Path) -> str:

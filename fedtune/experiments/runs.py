@@ -21,8 +21,8 @@ from fedtune.privacy.accounting import Term
 
 __all__ = ["Round", "Run", "run_of"]
 
-# What does not make two runs different experiments: the seed, where files lie, and prices.
-_NOT_COMPARED = ("seed", "resume", "output", "pricing")
+# What does not make two runs different experiments: the seed, where files lie, prices, who is told.
+_NOT_COMPARED = ("seed", "resume", "output", "pricing", "tracker")
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ __all__ = [
     "NodeInfo",
     "NullObserver",
     "Observer",
+    "Observers",
     "RoundSummary",
     "SafeObserver",
 ]
@@ -235,3 +236,30 @@ class SafeObserver:
     def on_finish(self, result: FederationResult) -> None:
         """See `Observer`."""
         self._tell("on_finish", result)
+
+
+class Observers:
+    """Tells several observers; one that raises is switched off, and the others go on."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._all = [SafeObserver(observer) for observer in observers]
+
+    def on_start(self, info: dict[str, Any]) -> None:
+        """See `Observer`."""
+        for one in self._all:
+            one.on_start(info)
+
+    def on_round(self, summary: RoundSummary) -> None:
+        """See `Observer`."""
+        for one in self._all:
+            one.on_round(summary)
+
+    def on_client(self, node: str, status: str) -> None:
+        """See `Observer`."""
+        for one in self._all:
+            one.on_client(node, status)
+
+    def on_finish(self, result: FederationResult) -> None:
+        """See `Observer`."""
+        for one in self._all:
+            one.on_finish(result)

@@ -29,7 +29,7 @@ __all__ = ["RunState"]
 
 # Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
 _AWAY = 0  # no node's id: of one that is not connected
-_MAY_CHANGE = ("resume", "output", "device", "engine", "pricing")
+_MAY_CHANGE = ("resume", "output", "device", "engine", "pricing", "tracker")
 
 
 @dataclass

@@ -61,6 +61,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("experiments",),
     "optuna": ("experiments",),
     "rich": ("experiments", "cli"),
+    "mlflow": ("experiments",),
+    "wandb": ("experiments",),
     "fastapi": ("serving",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
     "torch": ("models", "training", "federation", "engines", "audit", "experiments", "serving"),

@@ -120,6 +120,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     server, no token, or a run that has not ended.
     """
     from fedtune.config.convert import to_json
+    from fedtune.config.schema import TrackerConfig
     from fedtune.federation.server import run_rounds
 
     if not config.engine.server:
@@ -127,9 +128,13 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
             "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
         )
     server = _Server.of(Path(config.engine.server))
-    # What is the operator's own (folders, prices) is nobody else's business.
+    # What is the operator's own (folders, the tracker's too) is nobody else's business.
     told = dataclasses.replace(
-        config, output=None, resume=None, engine=dataclasses.replace(config.engine, server=None)
+        config,
+        output=None,
+        resume=None,
+        engine=dataclasses.replace(config.engine, server=None),
+        tracker=TrackerConfig(),
     )
     with _served(server, to_json(told)) as grid:
         return run_rounds(grid, config, run_dir, observer)
