@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Metrics", "NodePrivacy", "RunFacts", "assemble"]
 
+_EVALUATED_ON = {
+    "public": "public test split; not covered by the guarantee",
+    "private": "data that the nodes hold out; two noised counts an answer, inside epsilon",
+    "none": "none: the model was not evaluated",
+}
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -59,20 +65,22 @@ class NodePrivacy:
     fingerprint: str | None
     total_epsilon: float | None = None
     total_releases: int | None = None
+    answers: int = 0  # of `releases` beside: about held-out data
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Quality on the test split, with what guessing would give beside it."""
+    """Quality, with what guessing would give beside it; `evaluation` says whose data it was measured on."""
 
     accuracy: float | None
-    precision_macro: float | None
-    recall_macro: float | None
-    f1_macro: float | None
-    loss: float | None
+    precision_macro: float | None = None
+    recall_macro: float | None = None
+    f1_macro: float | None = None
+    loss: float | None = None
     per_site: Mapping[str, Any] = field(default_factory=dict)
-    num_records: int = 0
+    num_records: int | None = 0  # None: private
     majority_rate: float | None = None
+    evaluation: Mapping[str, Any] = field(default_factory=lambda: {"data": "public"})
 
 
 def assemble(
@@ -94,6 +102,7 @@ def assemble(
     artifacts: Mapping[str, str],
     mechanism: str,
     accountant: str | None,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The record of one run, fit for JSON. Raises `RecordError` if it would not pass `validate`."""
     plan = result.plan
@@ -134,6 +143,7 @@ def assemble(
                     "epsilon": one.epsilon if private else None,
                     "delta": one.delta if private else None,
                     "releases": one.releases,
+                    "answers": one.answers,
                 }
                 for one in nodes
             ],
@@ -155,7 +165,8 @@ def assemble(
             "max_dropouts": plan.max_dropouts,
             "max_colluders": plan.max_colluders,
             "adaptive_clipping": plan.adaptive_clipping,
-            "evaluation_data": "public test split; not covered by the guarantee",
+            "evaluation_data": _EVALUATED_ON[metrics.evaluation["data"]],
+            "evaluation": None if evaluation is None else dict(evaluation),
             "audit": None,
         },
         "metrics": {
@@ -169,6 +180,7 @@ def assemble(
             "num_records": metrics.num_records,
             "by_round": [_round(one) for one in result.history],
             "per_site": dict(metrics.per_site),
+            "evaluation": {**metrics.evaluation, **(evaluation or {})},
         },
         "cost": {
             "seconds": cost.seconds,
@@ -200,6 +212,7 @@ def _round(summary: RoundSummary) -> dict[str, Any]:
         "round",
         "seconds",
         "accuracy",
+        "accuracy_error",
         "loss",
         "epsilon",
         "bytes_up",

@@ -98,7 +98,10 @@ def plan_of(finished: Mapping[str, Any]) -> tuple[Config, PrivacyPlan, int]:
             noise_multiplier=privacy["noise_multiplier"] if privacy["trust"] != "none" else None,
             delta=privacy["delta"],
         )
-        plan = make_plan(dataclasses.replace(config, privacy=chosen), list(sizes.values()))
+        # What is audited is the training; what evaluation costs beside it only adds to the claim.
+        federation = dataclasses.replace(config.federation, evaluation="public")
+        training = dataclasses.replace(config, privacy=chosen, federation=federation)
+        plan = make_plan(training, list(sizes.values()))
         size = sizes.get(most["node"], plan.declared_size)
         return config, plan.for_shard(size), int(most["releases"])
     except (KeyError, TypeError, ValueError, ConfigError, PrivacyError) as error:

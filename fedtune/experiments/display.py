@@ -225,7 +225,10 @@ class Display:
     def _plain_line(self, summary: RoundSummary) -> str:
         parts = [f"round {summary.round}/{self._num_rounds}:"]
         if summary.accuracy is not None:
-            parts.append(f"accuracy {summary.accuracy:.3f}")
+            error = (
+                "" if summary.accuracy_error is None else f" (standard error {summary.accuracy_error:.3f})"
+            )
+            parts.append(f"accuracy {summary.accuracy:.3f}{error}")
         if summary.loss is not None:
             parts.append(f"loss {summary.loss:.3f}")
         if summary.epsilon is not None:
@@ -251,6 +254,8 @@ def _round_line(summary: RoundSummary) -> Text:
         "-" if value is None else f"{value:.3f}"
         for value in (summary.accuracy, summary.loss, summary.epsilon)
     )
+    if summary.accuracy is not None and summary.accuracy_error is not None:  # never a noised one bare
+        accuracy = f"{summary.accuracy:.2f}\u00b1{summary.accuracy_error:.2f}"
     up, down = human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)
     took = duration(summary.seconds)
     return Text(f"{summary.round:>7} {accuracy:>9} {loss:>7} {epsilon:>8} {up:>9} {down:>9} {took:>13}")

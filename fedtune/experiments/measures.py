@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.data.corpus import Shard, TokenizedCorpus
     from fedtune.data.prepare import PreparedData
+    from fedtune.federation.evaluation import NodesEvaluation
     from fedtune.federation.events import FederationResult
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.training.evaluation import Evaluation
@@ -31,6 +32,7 @@ __all__ = [
     "bought_records",
     "data_facts",
     "energy_of_run",
+    "evaluation_facts",
     "mechanism",
     "metrics",
     "node_privacy",
@@ -78,9 +80,10 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     for name in sorted({*held, *sizes}):
         shard = held.get(name)
         plan = result.plan.for_shard(sizes[name] if shard is None else shard.declared_size)
-        in_ledger, total_epsilon, total_releases = _ledger(name, shard, result.run, plan.delta)
+        in_ledger, in_answers, total_epsilon, total_releases = _ledger(name, shard, result.run, plan.delta)
         releases = max(in_ledger, result.releases.get(name, 0))
-        event = plan.event(releases)
+        answers = max(in_answers, result.answers.get(name, 0))
+        event = plan.event(releases, answers)
         private = plan.is_private()
         found.append(
             NodePrivacy(
@@ -89,6 +92,7 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
                 epsilon_rdp=epsilon_rdp(event, plan.delta) if private else None,
                 delta=plan.delta if private else None,
                 releases=releases,
+                answers=answers,
                 dataset=None if shard is None else shard.dataset,
                 fingerprint=None if shard is None else shard.fingerprint,
                 total_epsilon=total_epsilon,
@@ -98,27 +102,41 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     return found
 
 
-def _ledger(node: str, shard: Shard | None, run: str, delta: float) -> tuple[int, float | None, int | None]:
-    """(releases of this run, epsilon over everything, releases in all) as the node's ledger knows them."""
+def _ledger(
+    node: str, shard: Shard | None, run: str, delta: float
+) -> tuple[int, int, float | None, int | None]:
+    """(this run's rounds, its answers about held-out data, epsilon over everything, releases in all) as the
+    node's ledger knows them."""
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger import PrivacyLedger
 
     path = state_dir() / "ledgers" / f"{node}.sqlite"
     if not path.exists():
-        return 0, None, None
+        return 0, 0, None, None
     ledger = PrivacyLedger.open(path)
     try:
-        mine = len(ledger.releases(run=run, node=node))
+        mine = len(ledger.releases(run=run, node=node, purpose="training"))
+        answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
         if shard is None:
-            return mine, None, None
+            return mine, answers, None, None
         data = {"dataset": shard.dataset, "fingerprint": shard.fingerprint}
-        return mine, ledger.epsilon(**data, delta=delta or None), len(ledger.releases(**data))
+        return mine, answers, ledger.epsilon(**data, delta=delta or None), len(ledger.releases(**data))
     finally:
         ledger.close()
 
 
-def metrics(evaluation: Evaluation, test: TokenizedCorpus) -> Metrics:
-    """Quality on the test split, with what guessing its commonest label would give."""
+def metrics(evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus) -> Metrics:
+    """Quality, as it was measured.
+
+    On the public test split with what guessing its commonest label would give. Of nodes' noised counts an
+    accuracy and its standard error is all there is. None: it was not evaluated.
+    """
+    from fedtune.federation.evaluation import NodesEvaluation
+
+    if evaluation is None:
+        return Metrics(accuracy=None, evaluation={"data": "none"})
+    if isinstance(evaluation, NodesEvaluation):
+        return _noised(evaluation)
     counts = Counter(np.asarray(test.labels).tolist())
     total = sum(counts.values())
     sizes = {} if test.sites is None else Counter(np.asarray(test.sites).tolist())
@@ -135,7 +153,46 @@ def metrics(evaluation: Evaluation, test: TokenizedCorpus) -> Metrics:
         per_site=per_site,
         num_records=total,
         majority_rate=max(counts.values()) / total if total else None,
+        evaluation={"data": "public"},
     )
+
+
+def _noised(evaluation: NodesEvaluation) -> Metrics:
+    per_site = {
+        one.node: {
+            "accuracy": one.accuracy,
+            "standard_error": one.standard_error,
+            "units": one.right + one.wrong,
+            "num_records": None,
+        }
+        for one in evaluation.nodes
+    }
+    found = {
+        "data": "private",
+        "round": evaluation.round,
+        "standard_error": evaluation.standard_error,
+        "units": evaluation.units,
+        "missing": [{"node": node, "reason": reason} for node, reason in evaluation.missing],
+    }
+    return Metrics(accuracy=evaluation.accuracy, per_site=per_site, num_records=None, evaluation=found)
+
+
+def evaluation_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """How nodes answered about data that they hold out, by the plan; None where they did not."""
+    about = plan.evaluation()
+    if about is None:
+        return None
+    private = about.is_private()
+    return {
+        "mechanism": "two counts of held-out units, right and wrong, with exact discrete Gaussian noise",
+        "unit": about.unit,
+        "share": about.share,
+        "answers": about.num_rounds,
+        "noise_multiplier": about.noise_multiplier,
+        "noise_std": about.noise_std,
+        "epsilon": about.epsilon() if private else None,
+        "delta": about.delta if private else None,
+    }
 
 
 def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
@@ -150,7 +207,7 @@ def data_facts(config: Config, data: PreparedData, result: FederationResult) -> 
         "public": data.public,
         "labels": list(data.label_names),
         "declared_sizes": declared or {shard.node: shard.declared_size for shard in data.shards},
-        "test_records": data.test.num_records,
+        "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
         "only_site": config.data.only_site,
         "notes": list(data.notes),
     }

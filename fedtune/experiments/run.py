@@ -3,7 +3,7 @@
     1. save the configuration (a run that is killed can then be resumed)
     2. tokenizer and data: fetched, tokenised, cut into shards (a simulation holds all shards; a node its own)
     3. the federation: the plan is calibrated from public sizes before any shard is trained on, then rounds
-    4. evaluation of the last adapter on the public test split
+    4. evaluation of the last adapter: on the public test split, by the nodes on their own data, or not at all
     5. adapter in PEFT's format, statement, and last of all record.json: a folder with a record is finished
 
 Everything that trains, accounts or sends is elsewhere; this module only puts the parts in order, and reads
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
     from fedtune.experiments.display import Display
     from fedtune.experiments.trackers import Tracker
+    from fedtune.federation.evaluation import NodesEvaluation
     from fedtune.federation.events import FederationResult, Judge
     from fedtune.models.classifier import AdaptedModel
     from fedtune.training.evaluation import Evaluation
@@ -181,7 +182,9 @@ def finish(
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
-    evaluation = result.evaluation if result.evaluation is not None else place.evaluate(result.adapter)
+    evaluation = result.evaluation
+    if evaluation is None and config.federation.evaluation == "public":
+        evaluation = place.evaluate(result.adapter)
     place.save(result.adapter, run_dir / ADAPTER)
     meter.stop()
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -200,7 +203,7 @@ def _record(
     data: PreparedData,
     model: AdaptedModel,
     result: FederationResult,
-    evaluation: Evaluation,
+    evaluation: Evaluation | NodesEvaluation | None,
     meter: Meter,
     started: str,
     commit: tuple[str | None, bool | None],
@@ -248,6 +251,7 @@ def _record(
         artifacts={"adapter": ADAPTER, "statement": STATEMENT},
         mechanism=measures.mechanism(result.plan),
         accountant=measures.accountant(result.plan),
+        evaluation=measures.evaluation_facts(result.plan),
     )
 
 

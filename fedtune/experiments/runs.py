@@ -102,7 +102,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         seed=int(values["run"]["seed"]),
         started=str(values["run"]["started"]),
         config=config,
-        task=_task(settings, data),
+        task=_task(settings, data) + (", measured by the nodes" if _by_nodes(metrics) else ""),
         public=bool(privacy.get("data_public", settings.get("public", False))),
         unit=str(privacy["unit"]),
         adjacency=str(privacy["adjacency"]),
@@ -140,6 +140,11 @@ def _task(settings: Mapping[str, Any], data: Mapping[str, Any]) -> str:
         name += f" ({settings['subset']})"
     labels = data.get("labels")
     return f"{name}, {len(labels)} labels" if labels else name
+
+
+def _by_nodes(metrics: Mapping[str, Any]) -> bool:
+    """Whether accuracy comes from nodes' own data: not to be compared with that on a public test split."""
+    return bool((metrics.get("evaluation") or {}).get("data") == "private")
 
 
 def _per_site(values: Mapping[str, Any]) -> dict[str, float]:
@@ -191,7 +196,12 @@ def _terms(privacy: Mapping[str, Any]) -> dict[str, Mapping[Term, int] | None]:
     most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
     steps = int(privacy["local_steps"]) if "local_steps" in privacy else int(privacy["steps"]) // max(most, 1)
     term = Term(rate, float(privacy["noise_multiplier"]))
-    return {
-        str(one["node"]): {term: steps * int(one["releases"])} if one["releases"] else {}
-        for one in privacy["per_node"]
-    }
+    about = privacy.get("evaluation") or {}
+    answered = Term(1.0, float(about["noise_multiplier"])) if about else None
+    found: dict[str, Mapping[Term, int] | None] = {}
+    for one in privacy["per_node"]:
+        terms = {term: steps * int(one["releases"])} if one["releases"] else {}
+        if answered is not None and one.get("answers"):
+            terms[answered] = terms.get(answered, 0) + int(one["answers"])
+        found[str(one["node"])] = terms
+    return found

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -84,22 +84,51 @@ def _facts(facts: Sequence[tuple[str, str]], notes: Sequence[tuple[str, str]]) -
     return table
 
 
-def _sites(metrics: Mapping[str, Any]) -> Table:
+def _sites(metrics: Mapping[str, Any]) -> RenderableType:
+    evaluation = metrics.get("evaluation") or {"data": "public"}
+    if evaluation["data"] == "none":
+        return Text("The model was not evaluated (federation.evaluation=none).")
+    noised = evaluation["data"] == "private"
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    table.add_column("test site", overflow="fold")
-    table.add_column("records", justify="right")
+    table.add_column("held out at" if noised else "test site", overflow="fold")
+    table.add_column("about" if noised else "records", justify="right")
     table.add_column("accuracy", justify="right")
     for site, row in metrics["per_site"].items():
-        count = row["num_records"]
-        table.add_row(Text(site), "-" if count is None else f"{count:,}", _share(row["accuracy"]))
-    table.add_row("all", f"{metrics['num_records']:,}", _share(metrics["accuracy"]), style="bold")
+        count = row.get("units") if noised else row["num_records"]
+        table.add_row(Text(site), _count(count), _share(row["accuracy"], row.get("standard_error")))
+    count = evaluation["units"] if noised else metrics["num_records"]
+    table.add_row(
+        "all", _count(count), _share(metrics["accuracy"], evaluation.get("standard_error")), style="bold"
+    )
     if metrics.get("majority_rate") is not None:
         table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
-    return table
+    if not noised:
+        return table
+    return Group(table, Text(_noise_line(evaluation), style="dim"))
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
+def _noise_line(evaluation: Mapping[str, Any]) -> str:
+    """How accuracy was measured where nodes answered for it, and who did not."""
+    if evaluation.get("epsilon") is None:
+        said = "From counts of the nodes, without noise (trust none)."
+    else:
+        said = (
+            f"From noised counts of the nodes (standard deviation {evaluation['noise_std']:.3g}; epsilon "
+            f"{evaluation['epsilon']:.3g} at delta {evaluation['delta']:.2e}, inside the total below). "
+            "\u00b1 is one standard error; '-': the noise hides it."
+        )
+    lost = evaluation["missing"]
+    return said + (f" No answer: {'; '.join(one['node'] for one in lost)}." if lost else "")
+
+
+def _count(count: float | None) -> str:
+    return "-" if count is None else f"{max(round(count), 0):,}"
+
+
+def _share(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} \u00b1 {100 * error:.1f} %"
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:

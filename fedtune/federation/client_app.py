@@ -10,7 +10,8 @@ It reads its message and its Context and nothing else. The server proposes; the 
 
 Steps 2 to 4 are `fedtune.federation.node.reserve_release`. All of this happens for every message, from the
 beginning: there is no state of round 1 that a restart, or a node that joins late, could go on without
-(PITFALLS 3). Distributed rounds have messages of their own, in `fedtune.federation.distributed_node`.
+(PITFALLS 3). Distributed rounds and questions about held-out data have messages of their own, in
+`fedtune.federation.distributed_node` and `fedtune.federation.evaluation_node`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 
 from fedtune.federation.distributed_node import register as register_distributed
+from fedtune.federation.evaluation_node import register as register_evaluation
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.node import (
     Release,
@@ -42,6 +44,7 @@ _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
 register_distributed(app)
+register_evaluation(app)
 
 
 @app.query("hello")

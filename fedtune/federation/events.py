@@ -62,12 +62,14 @@ class RoundSummary:
     `seconds` is wall time of the round, evaluation included; `train_seconds` is what the nodes report
     (coarse, see `fedtune.federation.messages`), summed. `epsilon` is the largest over the nodes for this
     run's releases so far, None where there is none; `dropped` names each update that was lost.
+    `accuracy_error` is the standard error of an accuracy that comes from noised counts, else None.
     """
 
     round: int
     num_rounds: int
     seconds: float
     accuracy: float | None = None
+    accuracy_error: float | None = None
     loss: float | None = None
     epsilon: float | None = None
     bytes_up: int = 0
@@ -102,7 +104,9 @@ class FederationResult:
         dropped: every update that was lost, over all rounds.
         releases: by node, how often it released (or may have released) something in this run.
         epsilon: the largest over the nodes, of this run alone; None where there is none.
-        evaluation: `fedtune.training.evaluation.Evaluation` of the last state; None if never evaluated.
+        answers: by node, how often it answered (or may have) about held-out data in this run.
+        evaluation: of the last state: `fedtune.training.evaluation.Evaluation` on public data, or
+            `fedtune.federation.evaluation.NodesEvaluation`; None if never evaluated.
         seconds: wall time, summed over resumes.
         train_seconds: what nodes spent training, summed; exact in the local engine, coarse elsewhere.
         flops: floating point operations of the nodes' training; None where the engine cannot see them.
@@ -128,6 +132,7 @@ class FederationResult:
     flops: int | None = None
     ended_early: str | None = None
     notices: list[str] = field(default_factory=list)
+    answers: dict[str, int] = field(default_factory=dict)
 
 
 class Observer(Protocol):

@@ -6,7 +6,8 @@ missing key, another type, shape, version, round or node, a NaN, an infinity or 
 is an error that names the node, the round and the numbers.
 
 What leaves a node is exactly what `HELLO_KEYS` and `REPLY_KEYS` list, and a test watches the wire:
-the update, which the plan made private, and public numbers. No shard size, no number of drawn
+the update, which the plan made private, and public numbers; and where evaluation is private, two noised
+counts (`fedtune.federation.evaluation_messages`). No shard size, no number of drawn
 examples, no histogram, no loss, no epsilon (the server can compute its own run's from the plan).
 
 Time is a channel too: how long a node computes depends on how many examples its Poisson batches held,
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ __all__ = [
     "RoundRequest",
     "check_update",
     "coarse_seconds",
+    "only_records",
+    "read_config",
 ]
 
 VERSION = 1
@@ -63,8 +66,13 @@ def coarse_seconds(seconds: float) -> float:
     return float(f"{1.25 ** round(math.log(seconds, 1.25)):.4g}")
 
 
-def _config(content: RecordDict, name: str, keys: Mapping[str, type], what: str) -> dict[str, Any]:
-    """The ConfigRecord `name` of `content`, with exactly `keys` of exactly these types."""
+def read_config(
+    content: RecordDict, name: str, keys: Mapping[str, type], what: str, signed: Collection[str] = ()
+) -> dict[str, Any]:
+    """The ConfigRecord `name` of `content`, with exactly `keys` of exactly these types.
+
+    Numbers are 0 or more, but for whole ones among `signed`. Raises FederationError, which says `what` it is.
+    """
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
         raise FederationError(f"{what} has no record {name!r} (it has {sorted(content)}).")
@@ -85,7 +93,7 @@ def _config(content: RecordDict, name: str, keys: Mapping[str, type], what: str)
             raise FederationError(
                 f"{what}: {key} is a {type(value).__name__}, and should be a {kind.__name__}."
             )
-        if kind is int and value < 0:
+        if kind is int and value < 0 and key not in signed:
             raise FederationError(f"{what}: {key} is {value}, below 0.")
         if kind is float and not (math.isfinite(value) and value >= 0):
             raise FederationError(f"{what}: {key} is {value}, and should be a number of at least 0.")
@@ -114,7 +122,8 @@ def _vector(content: RecordDict, name: str, what: str) -> np.ndarray:
     return vector
 
 
-def _only(content: RecordDict, allowed: set[str], what: str) -> None:
+def only_records(content: RecordDict, allowed: set[str], what: str) -> None:
+    """Raises FederationError if `content` has records beside the `allowed` ones."""
     if extra := sorted(set(content) - allowed):
         raise FederationError(f"{what} carries records that nobody asked for: {extra}.")
 
@@ -159,8 +168,8 @@ class NodeHello:
     def from_records(cls, content: RecordDict) -> NodeHello:
         """Raises FederationError if anything is missing, unknown or of another type."""
         what = "A node's greeting"
-        _only(content, {"hello"}, what)
-        values = _config(content, "hello", HELLO_KEYS, what)
+        only_records(content, {"hello"}, what)
+        values = read_config(content, "hello", HELLO_KEYS, what)
         values.pop("version")
         if not values["idle"] and (
             not values["node"] or len(values["node"]) > 200 or values["declared_size"] < 1
@@ -197,8 +206,8 @@ class RoundRequest:
     def from_records(cls, content: RecordDict) -> RoundRequest:
         """Raises FederationError (or what `PrivacyPlan.from_json` raises) if it is not a usable request."""
         what = "The server's request"
-        _only(content, {"adapter", "request"}, what)
-        values = _config(content, "request", REQUEST_KEYS, what)
+        only_records(content, {"adapter", "request"}, what)
+        values = read_config(content, "request", REQUEST_KEYS, what)
         adapter = _vector(content, "adapter", what)
         if not np.isfinite(adapter).all():
             raise FederationError(
@@ -267,8 +276,8 @@ class RoundReply:
         """
         what = f"The answer of node {node!r} in round {round}"
         try:
-            _only(content, {"reply", "update"}, what)
-            values = _config(content, "reply", REPLY_KEYS, what)
+            only_records(content, {"reply", "update"}, what)
+            values = read_config(content, "reply", REPLY_KEYS, what)
             update = _vector(content, "update", what) if "update" in content else None
         except FederationError as error:
             raise UpdateRejected(str(error)) from error

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from fedtune.data.corpus import Shard
     from fedtune.federation.policy import SiteSettings
     from fedtune.privacy.ledger import PrivacyLedger, Reservation
-    from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = [
     "NodeMemory",
     "Release",
     "check_plan",
     "failure_reply",
+    "failure_text",
     "hold_back",
     "ledger_of",
     "node_config",
@@ -112,9 +113,13 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     model, rate, clipping norm or number of steps is refused. The noise may be any, as long as it meets
     the configured epsilon over all the rounds that the plan is for.
     """
+    from fedtune.privacy.evaluation import evaluation_epsilon
     from fedtune.privacy.plan import make_plan
 
-    privacy, nodes = config.privacy, plan.nodes
+    privacy, federation, nodes = config.privacy, config.federation, plan.nodes
+    if federation.evaluation == "private" and plan.is_private():
+        # What the configuration says, before the target that it may be a part of is taken out below.
+        federation = dataclasses.replace(federation, evaluation_epsilon=evaluation_epsilon(config))
     # Sizes that give the plan's own union; what they are one by one the node need not know.
     others = [1] * (nodes - 1) if plan.trust == "distributed" else [plan.declared_size] * (nodes - 1)
     sizes = [
@@ -125,9 +130,9 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
         given = privacy.noise_multiplier
         noise = plan.noise_multiplier if given is None else given
         privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
-    mine = make_plan(dataclasses.replace(config, privacy=privacy), sizes)
+    mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes)
     # An adaptive norm moves from round to round, at a price that the plan's event includes.
-    free = {"target_epsilon", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
+    free = {"target_epsilon", "evaluation_noise", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
     if plan.trust == "central":
         free |= {"declared_size"}
     for item in dataclasses.fields(plan):
@@ -136,6 +141,15 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
             raise PrivacyError(
                 f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
                 f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
+            )
+    about = plan.evaluation()
+    if about is not None and plan.is_private():
+        cost, permitted = about.epsilon(), evaluation_epsilon(config)
+        if not cost <= permitted * (1 + 1e-6):
+            raise PrivacyError(
+                f"The server proposes evaluation_noise={plan.evaluation_noise:.4g}, with which "
+                f"{about.num_rounds} answers cost epsilon {cost:.4g}; this node's configuration permits "
+                f"{permitted:g}. Use the calibrated noise."
             )
     if plan.is_private() and config.privacy.epsilon is not None:
         epsilon = plan.epsilon()
@@ -152,9 +166,9 @@ class NodeMemory:
 
     NAME = "fedtune.releases"
 
-    def __init__(self, state: RecordDict, run: str) -> None:
-        self._state = state
-        record = state.get(self.NAME)
+    def __init__(self, state: RecordDict, run: str, name: str = NAME) -> None:
+        self._state, self._name = state, name
+        record = state.get(name)
         values = dict(record) if isinstance(record, ConfigRecord) else {}
         same = values.get("run") == run
         self.run = run
@@ -180,7 +194,7 @@ class NodeMemory:
         """Remembers a release that is now reserved, with the parameters that it is accounted by."""
         self.releases, self.last = releases, (request.attempt, request.round)
         plan = request.plan
-        self._state[self.NAME] = ConfigRecord(
+        self._state[self._name] = ConfigRecord(
             {
                 "run": self.run,
                 "attempt": request.attempt,
@@ -214,13 +228,14 @@ class Release:
     training: PrivacyPlan
     ledger: PrivacyLedger
     reservation: Reservation
-    count: int  # this run's releases in the ledger, this one included
+    count: int  # this run's releases for the same purpose in the ledger, this one included
 
 
-def reserve_release(request: RoundRequest, context: Context) -> Release:
+def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
     """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
 
-    For every protocol: whoever lets anything about a shard leave the node calls this first. Raises
+    For every protocol: whoever lets anything about a shard leave the node calls this first. With `evaluation`
+    it is for an answer about what is held out, charged by the plan's own event for that. Raises
     PrivacyError (of some kind) if the node refuses; nothing is charged then.
     """
     from fedtune.federation.resident import config_of
@@ -237,45 +252,63 @@ def reserve_release(request: RoundRequest, context: Context) -> Release:
             f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
             f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
         )
+    charged: ReleasePlan | None = plan.evaluation() if evaluation else plan
+    if charged is None:
+        raise PrivacyError(
+            f"Node {shard.node!r} is asked about data that it holds out, and federation.evaluation is "
+            f"{config.federation.evaluation}: no such answer is in the plan."
+        )
     ledger = ledger_of(shard.node, context)
     site = site_settings(context)
     if site is not None:
         asked = config_of(str(context.run_config.get("fedtune", "")))
         used = [release.fingerprint for release in ledger.releases(run=request.run, node=shard.node)]
         site.check(asked, request.plan, used, shard.fingerprint)
-    memory = NodeMemory(context.state, request.run)
-    memory.check(request, shard.node, len(ledger.releases(run=request.run, node=shard.node)))
+        if evaluation:
+            site.check_evaluation(request.plan)
+
+    mine = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
+    memory = NodeMemory(context.state, request.run, "fedtune.answers" if evaluation else NodeMemory.NAME)
+    memory.check(request, shard.node, len(ledger.releases(**mine)))
     reservation = ledger.reserve(
         dataset=shard.dataset,
         fingerprint=shard.fingerprint,
         node=shard.node,
         run=request.run,
         round=request.round,
-        plan=plan,
+        plan=charged,
         public=config.data.public,
     )
-    count = len(ledger.releases(run=request.run, node=shard.node))
+    count = len(ledger.releases(**mine))
     memory.note(request, count)
     training = request.plan.training_plan(shard.declared_size)
     return Release(config, shard, plan, training, ledger, reservation, count)
 
 
-def failure_reply(
+def failure_text(
     request: RoundRequest, context: Context, release: Release | None, error: Exception
-) -> RoundReply:
-    """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
+) -> tuple[str, str]:
+    """(this node's name, what may be told of `error`); the rest goes to the node's own log."""
     node = release.shard.node if release else _name(context)
     reason = public_reason(error, node)
     # The node's own log, which its owner reads, has what must not travel.
     expected = isinstance(error, FedtuneError)
     _log.log(
         logging.INFO if expected else logging.ERROR,
-        "Node %r gives no update in round %d: %s",
+        "Node %r gives no answer in round %d: %s",
         node,
         request.round,
         reason,
         exc_info=None if expected else error,
     )
+    return node, reason
+
+
+def failure_reply(
+    request: RoundRequest, context: Context, release: Release | None, error: Exception
+) -> RoundReply:
+    """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
+    node, reason = failure_text(request, context, release, error)
     decided = isinstance(error, PrivacyError)
     return RoundReply(
         node=node,
@@ -301,7 +334,7 @@ def _name(context: Context) -> str:
 def _charged(node: str, run: str, context: Context) -> int:
     """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
     try:
-        return len(ledger_of(node, context).releases(run=run, node=node))
+        return len(ledger_of(node, context).releases(run=run, node=node, purpose="training"))
     except Exception:
         return 0
 

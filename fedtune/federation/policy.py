@@ -59,6 +59,7 @@ class Permit:
     max_local_steps: int = 100
     max_rounds: int = 200
     max_sample_rate: float = 0.5
+    max_evaluations: int = 10  # noised answers about held-out data that a run may ask; 0: none
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,10 @@ class SiteSettings:
                 f"Take it out, "
                 "or declare the data public."
             )
+        if settings.permit.max_evaluations < 0:
+            raise ConfigError(
+                f"{where}: permit.max_evaluations is {settings.permit.max_evaluations}, below 0."
+            )
         if settings.limits.threads < 1:
             raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
         _ = settings.budget
@@ -184,6 +189,25 @@ class SiteSettings:
         Raises PrivacyError: a run that names other data, another model or adapter gets nothing loaded.
         """
         self._refuse([*self._asked_problems(asked)])
+
+    def check_evaluation(self, plan: PrivacyPlan) -> None:
+        """Raises PrivacyError if this site answers no such question about the data that it holds out.
+
+        Apart from `check`: a site that answers none can still take part in the training.
+        """
+        most, least = self.permit.max_evaluations, self.permit.min_noise_multiplier
+        if plan.evaluation_answers > most:
+            allowed = f"permits {most}" if most else "permits none"
+            self._refuse(
+                [f"it asks for {plan.evaluation_answers} answers about held-out data, and the site {allowed}"]
+            )
+        if plan.is_private() and not plan.evaluation_noise >= least:
+            self._refuse(
+                [
+                    f"evaluation noise {plan.evaluation_noise:.4g} is below the least permitted "
+                    f"noise_multiplier, {least:g}"
+                ]
+            )
 
     def _refuse(self, problems: Sequence[str]) -> None:
         if problems:

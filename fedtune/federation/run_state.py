@@ -19,6 +19,7 @@ from fedtune.errors import CheckpointError
 from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.checkpoint import Checkpoint
 from fedtune.federation.descent import server_optimizer
+from fedtune.federation.evaluation import NodesEvaluation
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
 from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import RoundOutcome
@@ -46,6 +47,8 @@ class RunState:
     history: list[RoundSummary] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     releases: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
+    evaluation: NodesEvaluation | None = None  # the last that nodes answered for
     exhausted: list[str] = field(default_factory=list)
     seconds: float = 0.0
     train_seconds: float = 0.0
@@ -64,6 +67,8 @@ class RunState:
             "history": [summary.to_json() for summary in self.history],
             "dropped": [asdict(one) for one in self.dropped],
             "releases": self.releases,
+            "answers": self.answers,
+            "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
             "exhausted": self.exhausted,
             "seconds": self.seconds,
             "train_seconds": self.train_seconds,
@@ -95,6 +100,10 @@ class RunState:
                 history=[RoundSummary.from_json(one) for one in meta["history"]],
                 dropped=[Dropped(**one) for one in meta["dropped"]],
                 releases=dict(meta["releases"]),
+                answers=dict(meta["answers"]),
+                evaluation=None
+                if meta["evaluation"] is None
+                else NodesEvaluation.from_json(meta["evaluation"]),
                 exhausted=list(meta["exhausted"]),
                 seconds=meta["seconds"],
                 train_seconds=meta["train_seconds"],
@@ -167,13 +176,14 @@ class RunState:
         )
 
     def epsilon(self) -> float | None:
-        """Epsilon of this run so far: that of the node with most releases, never an average (PITFALLS 29)."""
-        most = max(self.releases.values(), default=0)
+        """Epsilon of this run so far: the largest over the nodes, never an average (PITFALLS 29)."""
         if not self.plan.is_private():
             return None
-        if most == 0:
-            return 0.0
-        return float(self.plan.epsilon(most))
+        nodes = {*self.releases, *self.answers}
+        made = {(self.releases.get(node, 0), self.answers.get(node, 0)) for node in nodes}
+        # Of two nodes one may have answered less: only those that no other exceeds are accounted.
+        most = [one for one in made if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in made)]
+        return max((float(self.plan.epsilon(*one)) for one in most if any(one)), default=0.0)
 
     def result(self, evaluation: Any) -> FederationResult:
         """What is handed over at the end."""
@@ -187,6 +197,7 @@ class RunState:
             releases={node.name: self.releases.get(node.name, 0) for node in self.nodes},
             epsilon=self.epsilon(),
             evaluation=evaluation,
+            answers={node.name: self.answers.get(node.name, 0) for node in self.nodes},
             seconds=self.seconds,
             train_seconds=self.train_seconds,
             flops=self.flops,

@@ -11,8 +11,8 @@ average whatever they are sent. In short:
            resumed run draws the same
     5      run the round's protocol; a node that raises, hangs, refuses or lies costs its own update
     6      too few updates: the round is void, the adapter stays, what was released stays charged
-    7      server optimizer, checkpoint, evaluation on the public test split, tell the observer
-    8  evaluate the last state, hand over the result
+    7      server optimizer, checkpoint, evaluation (`fedtune.federation.evaluation`), tell the observer
+    8  evaluate the last state, unless that is known, and hand over the result
 
 A run ends early, without error, when every node has refused because its releases are used up (as after
 a crash: the round that was lost is charged, so the last one cannot be paid). Three void rounds in a row
@@ -26,7 +26,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,7 +39,8 @@ from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.cohort import draw_cohort, greet
 from fedtune.federation.courier import Courier
 from fedtune.federation.descent import server_optimizer
-from fedtune.federation.events import Dropped, FederationResult, Observer, SafeObserver
+from fedtune.federation.evaluation import evaluator_for
+from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Observer, SafeObserver
 from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
@@ -61,7 +62,7 @@ class ServerSide(Protocol):
         """The adapter that a run starts from, float32 [P]."""
 
     def evaluate(self, adapter: np.ndarray) -> Any:
-        """Has `accuracy` and `loss`; on public data only."""
+        """Has `accuracy` and `loss`, rates and nats as plain numbers; on public data only."""
 
 
 def protocol_for(plan: PrivacyPlan, config: Config) -> RoundProtocol:
@@ -139,25 +140,15 @@ def _run(
     protocol = protocol or protocol_for(state.plan, config)
     observer.on_start(state.info(config, run_dir))
     before = (state.seconds, state.train_seconds, state.flops)
-    evaluation, void = None, 0
+    evaluator = evaluator_for(state.plan, config, server_side.evaluate)
+    evaluation, void = evaluator.kept(state), 0
     while state.round < federation.num_rounds and state.ended_early is None:
         free = roster.wait_for(_needed(state.plan, config), state.exhausted, state.round + 1)
         state.joined(roster)
         round_started = time.monotonic()
         state.round += 1
-        ask = RoundAsk(
-            run=state.run,
-            round=state.round,
-            attempt=state.attempt,
-            plan=state.plan,
-            adapter=state.adapter,
-            nodes=draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round),
-            timeout=federation.round_timeout,
-            max_update_norm=federation.max_update_norm,
-            min_updates=federation.min_updates,
-            stop=stop,
-            deadline=lives,
-        )
+        cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
+        ask = _ask(state, config, cohort, stop)
         outcome = _one_round(protocol, courier, ask, observer)
         state.account(outcome, ask.nodes)
         if all(node.name in state.exhausted for node in state.nodes):
@@ -187,9 +178,10 @@ def _run(
         state.save(run_dir, config)
         last = state.round == federation.num_rounds or state.ended_early is not None
         evaluation = None
-        if last or state.round % max(1, federation.evaluate_every) == 0:
-            evaluation = server_side.evaluate(state.adapter)
-            summary.accuracy, summary.loss = float(evaluation.accuracy), float(evaluation.loss)
+        if evaluator.due(state.round, last):
+            there = _ask(state, config, roster.look(state.round), stop)
+            evaluation = evaluator.evaluate(courier, there, state, observer)
+            summary.accuracy, summary.loss = evaluation.accuracy, evaluation.loss
         summary.seconds = time.monotonic() - round_started
         state.seconds = before[0] + time.monotonic() - started
         state.save(run_dir, config)
@@ -205,8 +197,10 @@ def _run(
                 "adapter is as after the last good round; correct the cause and go on with "
                 f"`fedtune run resume={run_dir}`."
             )
-    if evaluation is None:
-        evaluation = server_side.evaluate(state.adapter)
+    if evaluation is None and evaluator.due(state.round, last=True):
+        there = _ask(state, config, roster.look(state.round), stop)
+        evaluation = evaluator.evaluate(courier, there, state, observer)
+        state.save(run_dir, config)
     result = state.result(evaluation)
     observer.on_finish(result)
     return result
@@ -260,6 +254,25 @@ def _begin(
         stop=stop,
     )
     return state, roster
+
+
+def _ask(
+    state: RunState, config: Config, nodes: Sequence[NodeInfo], stop: threading.Event | None
+) -> RoundAsk:
+    """What `nodes` are asked with the adapter as it is now."""
+    return RoundAsk(
+        run=state.run,
+        round=state.round,
+        attempt=state.attempt,
+        plan=state.plan,
+        adapter=state.adapter,
+        nodes=nodes,
+        timeout=config.federation.round_timeout,
+        max_update_norm=config.federation.max_update_norm,
+        min_updates=config.federation.min_updates,
+        stop=stop,
+        deadline=config.engine.name == "deployment",
+    )
 
 
 def _needed(plan: PrivacyPlan, config: Config) -> int:

@@ -53,6 +53,8 @@ class _Log:
     def on_round(self, summary: RoundSummary) -> None:
         """One line a round."""
         accuracy = "-" if summary.accuracy is None else f"{summary.accuracy:.3f}"
+        if summary.accuracy_error is not None:
+            accuracy += f" (standard error {summary.accuracy_error:.3f})"
         epsilon = "none" if summary.epsilon is None else f"{summary.epsilon:.3f}"
         print(
             f"fedtune: round {summary.round}/{summary.num_rounds}: {summary.updates} updates, accuracy "

@@ -9,9 +9,10 @@ security, exposure while collecting). The first paragraph is for a reader who kn
 Keys of the record that are used when they are there (DESIGN section 9 has those that always are):
 `privacy.ledger` (a list of {node, dataset, fingerprint, releases, epsilon, delta}: everything that each
 node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.records_per_unit`,
-`privacy.data_public`, `privacy.evaluation_data`, `privacy.audit` ({epsilon_lower, confidence, audited,
-bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan), `privacy.max_dropouts`
-and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`.
+`privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
+(null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
+audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
+`privacy.max_dropouts` and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`.
 What a record lacks is stated as unknown, never made up.
 """
 
@@ -97,6 +98,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "noise_multiplier": privacy["noise_multiplier"],
             "max_grad_norm": privacy["max_grad_norm"],
             "steps": privacy["steps"],
+            "evaluation": dict(privacy["evaluation"]) if privacy.get("evaluation") else None,
             "randomness": "reproducible from the run's seed" if privacy["reproducible_noise"] else
             "the operating system's cryptographic generator" if private else "not used for privacy",
         },
@@ -133,7 +135,13 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
     if not noise:
         return None
     rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
-    return {Term(rate, float(noise)): int(steps)}
+    terms = {Term(rate, float(noise)): int(steps)}
+    about = privacy.get("evaluation")
+    answers = max((int(one.get("answers", 0)) for one in privacy["per_node"]), default=0)
+    if about and answers:
+        term = Term(1.0, float(about["noise_multiplier"]))
+        terms[term] = terms.get(term, 0) + answers
+    return terms
 
 
 def _sampling(privacy: Mapping[str, Any]) -> str:
@@ -209,6 +217,19 @@ def _mechanism(facts: Mapping[str, Any]) -> list[str]:
         f"Noise multiplier (standard deviation over clipping norm): {_shown(mechanism['noise_multiplier'])}; "
         f"clipping norm (L2): {_shown(mechanism['max_grad_norm'])}; accounted steps: {mechanism['steps']}.",
         f"Source of the noise: {mechanism['randomness']}.",
+        *_evaluation(mechanism["evaluation"]),
+    ]
+
+
+def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
+    if about is None:
+        return []
+    return [
+        f"Evaluation: each node holds out a share of {about['share']:g} of its units and at most "
+        f"{about['answers']} times releases {about['mechanism']} (noise multiplier "
+        f"{_shown(about['noise_multiplier'])}, one vote a {about['unit']}). By itself that is epsilon "
+        f"{_shown(about['epsilon'])}; it is composed with training into the epsilon above, as if both were "
+        "about the same units.",
     ]
 
 

@@ -119,6 +119,11 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         f"{unit} of the training data is covered.",
         "The step count, clipping norm, sampling rate and noise were fixed before any data was read.",
     ]
+    if record["privacy"].get("evaluation"):
+        lines.append(
+            "Evaluation: accuracy comes from noised counts that the nodes release about units that are held "
+            "out of training, and these are charged. No size, loss or label count of a shard leaves a node."
+        )
     if record["privacy"].get("adaptive_clipping"):
         lines.append(
             "The clipping norm follows a noised quantile of the update norms, which is paid for in epsilon."
@@ -130,10 +135,11 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     """What a reader might think is inside epsilon and is not."""
     privacy = record["privacy"]
     evaluation = privacy.get("evaluation_data") or "the record does not say whose data the metrics come from"
+    unnoised = f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised."
     lines = [
         "What the owners declare public: the name of the data set, the label set, the declared sizes, the "
         "maximum length, who takes part.",
-        f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised.",
+        *([] if privacy.get("evaluation") and epsilon is not None else [unnoised]),
         "The pretrained encoder: what it has learnt from its own training data.",
         "Choice of settings. If this run was picked among several because its result was good, the choice "
         "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "

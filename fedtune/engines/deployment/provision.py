@@ -269,6 +269,7 @@ permit:
   max_local_steps: 100
   max_rounds: 200
   max_sample_rate: 0.5
+  max_evaluations: 10 # noised answers about held-out data that a run may ask; 0: none
 
 ledger: state/ledger.sqlite # what this data has released, ever. Back it up
 audit_log: state/audit.jsonl # what was asked, what left, what was refused; append-only
@@ -292,7 +293,8 @@ The machine opens connections to {address} and accepts none.
 4. `fedtune node --config node.yaml` joins. Ctrl-C leaves; start it again and you are the same node.
 
 What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
-added here), and public numbers (site name, declared size, steps, seconds). No text, label, count or loss.
+added here), and public numbers (site name, declared size, steps, seconds). No text, label, count or loss. A
+run with `federation.evaluation=private` also gets two noised counts, if `permit.max_evaluations` allows it.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
 `state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
 """

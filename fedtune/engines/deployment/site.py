@@ -15,6 +15,7 @@ from fedtune.federation.policy import SiteSettings
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
+    from fedtune.privacy.evaluation import EvaluationPlan
     from fedtune.privacy.ledger import PrivacyLedger
 
 __all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "proof", "read_site"]
@@ -106,12 +107,18 @@ class DryRun:
         return "\n".join([*shown, "", *verdict, "Nothing was trained, released or sent."])
 
 
+def _held_out(about: EvaluationPlan) -> str:
+    what = f"a share of {about.share:g} is not trained on; {about.num_rounds} times two counts leave"
+    return f"{what}, right and wrong, noise_multiplier={about.noise_multiplier:.4g}"
+
+
 def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     """Checks a proposed run against the site's file, data and ledger; trains and charges nothing.
 
     Raises DataError, ModelError or ResourceError if the node could not take part at all.
     """
     from fedtune.federation.resident import workplace
+    from fedtune.privacy.accounting import compose_terms
     from fedtune.privacy.ledger import kept_epsilon
     from fedtune.privacy.plan import make_plan
 
@@ -120,17 +127,25 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     except DataError as error:
         # The reason that the server is not told; here is its owner.
         raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
-    plan = make_plan(asked, [site.data.declared_size])
+    plan = make_plan(asked, [shard.declared_size])
     ledger = open_ledger(site)
     refusals: list[str] = []
     try:
         site.check(asked, plan)
     except PrivacyError as error:
         refusals.append(str(error))
-    mine = plan.for_shard(shard.declared_size)
+    mine, about = plan.for_shard(shard.declared_size), plan.evaluation()
+    if about is not None:
+        try:
+            site.check_evaluation(plan)
+        except PrivacyError as error:
+            refusals.append(str(error))
     state, delta = ledger.state(), site.budget.delta
     before = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint)
-    after = kept_epsilon(state.adding(shard.dataset, shard.fingerprint, mine, plan.num_rounds), delta)
+    terms = state.adding(shard.dataset, shard.fingerprint, mine, plan.num_rounds)
+    if about is not None:
+        terms = compose_terms(terms, about.terms(about.num_rounds))
+    after = kept_epsilon(terms, delta)
     if after > site.budget.epsilon and not site.data.public:
         refusals.append(
             f"all {plan.num_rounds} rounds would raise epsilon from {before:.4g} to {after:.4g}, over "
@@ -146,6 +161,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
         ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),
         ("steps", f"{plan.num_rounds} rounds of {plan.local_steps}, sample_rate={plan.sample_rate:g}"),
         ("leaves", "per round one array, the adapter's change; name, declared size, steps, seconds"),
+        *([] if about is None else [("held out", _held_out(about))]),
         ("epsilon now", f"{before:.4g} at delta {delta:g}"),
         ("epsilon after", f"{after:.4g} of {site.budget.epsilon:g}"),
     ]

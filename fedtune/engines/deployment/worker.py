@@ -140,7 +140,7 @@ def _audit(
     from fedtune.federation.audit_log import AuditLog
 
     kind = message.metadata.message_type
-    said = _config(reply, "reply")
+    said = _config(reply, "reply") or _config(reply, "evaluation")
     refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
     asked = _config(message, "request")
@@ -154,9 +154,12 @@ def _audit(
             "sample_rate",
             "local_steps",
             "num_rounds",
+            *(("evaluation_answers", "evaluation_noise") if kind == "query.evaluate" else ()),
         )
         values |= {name: _short(asked.get(name)) for name in ("run", "round", "attempt")}
         values["asked"] = {key: _short(plan.get(key)) for key in keys}
+    if kind == "query.evaluate" and not refused:
+        values["left"] = {name: said.get(name) for name in ("right", "wrong")}  # noised, as they were sent
     if refused:
         values["reason"] = str(refused)[:2000]
     after = before if kind == "query.hello" else _spent(context)
