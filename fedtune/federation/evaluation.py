@@ -224,7 +224,7 @@ class NodesEvaluator:
         state.evaluation = found
         if summary is not None:
             summary.epsilon = state.epsilon()
-            summary.accuracy_error = found.standard_error
+            summary.accuracy, summary.accuracy_error = found.accuracy, found.standard_error
         return found
 
 

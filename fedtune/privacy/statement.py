@@ -12,7 +12,8 @@ node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.record
 `privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
 (null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
-`privacy.max_dropouts` and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust central), `data.name`.
+`privacy.max_dropouts` and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust
+central), `data.name`.
 What a record lacks is stated as unknown, never made up.
 """
 
