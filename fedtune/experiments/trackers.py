@@ -93,6 +93,9 @@ class Tracker:
     def on_client(self, node: str, status: str) -> None:
         """Nothing: the round's summary says who was lost."""
 
+    def on_wait(self, reason: str) -> None:
+        """Nothing."""
+
     def on_finish(self, result: FederationResult) -> None:
         """Nothing: the record is still to be made."""
 

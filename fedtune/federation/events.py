@@ -196,6 +196,10 @@ class Judged:
         """See `Observer`."""
         self._observer.on_client(node, status)
 
+    def on_wait(self, reason: str) -> None:
+        """See `Observer`."""
+        self._observer.on_wait(reason)
+
     def on_finish(self, result: FederationResult) -> None:
         """See `Observer`."""
         self._observer.on_finish(result)
@@ -254,15 +258,20 @@ class Observers:
         for one in self._all:
             one.on_start(info)
 
-    def on_round(self, summary: RoundSummary) -> None:
-        """See `Observer`."""
-        for one in self._all:
-            one.on_round(summary)
+    def on_round(self, summary: RoundSummary) -> str | None:
+        """Why the run should end here, if any of them says so; all of them are told."""
+        said = [one.on_round(summary) for one in self._all]
+        return next((reason for reason in said if reason), None)
 
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""
         for one in self._all:
             one.on_client(node, status)
+
+    def on_wait(self, reason: str) -> None:
+        """See `Observer`."""
+        for one in self._all:
+            one.on_wait(reason)
 
     def on_finish(self, result: FederationResult) -> None:
         """See `Observer`."""
