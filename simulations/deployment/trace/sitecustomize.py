@@ -21,7 +21,7 @@ from typing import Any
 WATCHED = {
     "flwr.superlink.grid.http_grid": ("HttpGrid.push_messages", "HttpGrid.pull_messages"),
     "flwr.supernode.start_client_internal": ("_pull_and_store_message", "_push_messages"),
-    "fedtune.engines.deployment.node": ("Worker.ask",),
+    "fedtune.engines.deployment.executor": ("Worker.ask",),
     "fedtune.engines.deployment.worker": ("answer",),
     "fedtune.federation.node": ("reserve_release",),
     "fedtune.federation.run_state": ("RunState.save",),
