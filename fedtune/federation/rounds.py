@@ -43,7 +43,7 @@ __all__ = [
     "time_to_live",
 ]
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
 _GRACE_SECONDS = 60.0  # by which the clocks of server and submitter may differ
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
@@ -143,7 +143,8 @@ def exchange(
     """
     ids = list(grid.push_messages(messages))
     pending = {name: one.metadata.dst_node_id for name, one in zip(ids, messages, strict=True) if name}
-    end = time.monotonic() + timeout
+    heard = time.monotonic()
+    end = heard + timeout
     while pending:
         asked = time.monotonic()
         answers = list(grid.pull_messages(set(pending)))
@@ -154,14 +155,17 @@ def exchange(
                 yield node_id, answer
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
+        if answers:
+            heard = time.monotonic()
         if answers and not deadline:
-            end = time.monotonic() + timeout
+            end = heard + timeout
         elif took > _STALL_SECONDS:
             end += took
         if pending and not answers:
             if time.monotonic() > end:
                 return
-            time.sleep(_POLL_SECONDS)
+            # Often while answers come; while all train, the processor is theirs.
+            time.sleep(min(_LONGEST_POLL, max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - heard))))
 
 
 def reason_of(answer: Message) -> str:

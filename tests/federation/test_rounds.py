@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 
 from fedtune.config.schema import PrivacyConfig
 from fedtune.engines.local import LocalGrid
+from fedtune.federation import rounds
 from fedtune.federation._flower import task_identity
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
@@ -186,3 +188,28 @@ def test_a_grid_that_never_answers_is_given_up() -> None:
     assert outcome.aggregate is None
     assert [node for node, _ in outcome.dropped] == ["node-0", "node-1"]
     assert "did not answer in 0.3 s" in outcome.dropped[0][1]
+
+
+def test_the_server_asks_seldom_while_all_nodes_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(rounds.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rounds.time, "sleep", sleep)
+
+    class Silent:
+        def push_messages(self, messages: object) -> list[str]:
+            return ["one"]
+
+        def pull_messages(self, ids: object) -> list[object]:
+            return []
+
+    with task_identity(1):
+        messages = rounds.make_messages(RecordDict(), "train", [NodeInfo("a", 7, 1)], 1)
+    assert list(rounds.exchange(Silent(), messages, 60.0)) == []  # type: ignore[arg-type]
+    assert slept[0] == 0.1 and max(slept) == 1.0
+    assert len(slept) < 150  # a tenth of a second each time would be 600
+    assert 60.0 < now[0] < 61.1
