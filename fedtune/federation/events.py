@@ -69,7 +69,6 @@ class RoundSummary:
     num_rounds: int
     seconds: float
     accuracy: float | None = None
-    accuracy_error: float | None = None
     loss: float | None = None
     epsilon: float | None = None
     bytes_up: int = 0
@@ -78,6 +77,7 @@ class RoundSummary:
     updates: int = 0
     train_seconds: float = 0.0
     void: bool = False
+    accuracy_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json` takes; `from_json` is its inverse."""

@@ -6,9 +6,11 @@ are made, so whatever a node sends by whatever way is seen.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
@@ -19,13 +21,18 @@ from fedtune.federation import _flower
 from fedtune.federation.client_app import app
 from fedtune.federation.resident import workplace
 from fedtune.federation.server import run_rounds
-from tests.tiny_federation import private
+from fedtune.privacy.plan import make_plan
+from tests.tiny_federation import BAD, GOOD, OTHER, private
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.
 ALLOWED = {
     "hello": {"version", "node", "declared_size", "shards", "software", "idle"},
     "reply": {
         "version", "node", "run", "round", "attempt", "releases", "steps", "seconds", "refused", "refusal",
+        "error",
+    },
+    "evaluation": {
+        "version", "node", "run", "round", "attempt", "answers", "right", "wrong", "refused", "refusal",
         "error",
     },
 }  # fmt: skip
@@ -94,8 +101,10 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
 
 
 def test_the_list_in_the_code_is_the_list_here() -> None:
+    from fedtune.federation.evaluation_messages import EVALUATION_KEYS
     from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS
 
+    assert set(EVALUATION_KEYS) == ALLOWED["evaluation"]
     assert set(HELLO_KEYS) == ALLOWED["hello"]
     assert set(REPLY_KEYS) == ALLOWED["reply"]
 
@@ -117,3 +126,74 @@ def test_a_failure_does_not_carry_text_of_the_data(
         data = _flower.serialize(message)
         assert b"awful" not in data
         assert b"record 17" not in data
+
+
+# --- private evaluation: two shards of other sizes and labels, and what differs on the wire ----------
+
+
+def other_data(folder: Path, records: int, right: int) -> Path:
+    """As the tiny federation's data, but so many records a site, of which the first `right` are positive."""
+    folder.mkdir(parents=True)
+    with (folder / "train.csv").open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label", "site"])
+        for i in range(4 * records):
+            label = "positive" if i // 4 < right else "negative"
+            words = (
+                f"{OTHER[i % 10]} {OTHER[i // 10 % 10]} {OTHER[i // 100 % 10]} {(GOOD + BAD)[i // 7 % 10]}"
+            )
+            writer.writerow([words, label, f"site-{i % 4}"])
+    return folder
+
+
+def said(config: Config, run_dir: Path) -> list[dict[str, object]]:
+    """What leaves the nodes but for arrays: kind and values of each record; no times, no run's id."""
+    found: list[dict[str, object]] = []
+    for message in watch(config, run_dir):
+        assert not message.has_error()
+        for name, record in message.content.items():
+            if isinstance(record, ConfigRecord):
+                assert set(record) == ALLOWED[name]
+                public = {key: value for key, value in record.items() if key not in ("run", "seconds")}
+                found.append({"record": name, **public})
+            else:
+                assert name == "update"
+    return sorted(found, key=lambda one: (str(one["record"]), str(one["node"]), str(one.get("round"))))
+
+
+def test_of_other_data_only_the_noised_counts_differ(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes 3 to 1, all labels other, noise the same: whatever differs beside the two counts is a leak.
+
+    The noise is fixed, so that the counts show that they are noised: taking it off gives the votes of
+    what is held out, which are nowhere else.
+    """
+    # The owner declares the same size of both, as it may: a simulation would count and round.
+    monkeypatch.setattr("fedtune.data.partition.round_size", lambda count: 60)
+    answers: list[list[dict[str, object]]] = []
+    for name, records, right in (("few", 30, 30), ("many", 90, 0)):
+        config = private(tiny(federation__num_rounds=1))
+        config.privacy.reproducible_noise = True
+        config.data.path = str(other_data(tmp_path / name, records, right))
+        config.federation.evaluation, config.federation.evaluation_share = "private", 0.4
+        place = workplace(config)
+        answers.append(said(config, tmp_path / f"run-{name}"))
+        plan = make_plan(config, [shard.declared_size for shard in place.prepared.shards]).evaluation()
+        assert plan is not None
+        (mine,) = [one for one in answers[-1] if one["record"] == "evaluation" and one["node"] == "site-1"]
+        nobody = np.zeros(0, dtype=np.bool_)
+        noise = plan.answer(nobody, None, plan.entropy("site-1", 1, int(str(mine["attempt"]))))
+        votes = [int(str(mine[cell])) - drawn for cell, drawn in zip(("right", "wrong"), noise, strict=True)]
+        held = place.prepared.held_out[1].data.num_records
+        assert sum(votes) == held * plan.scale  # the counts are those of the held-out part ...
+        assert abs(noise[0]) > 0.01 * plan.scale  # ... under noise of the size of a unit
+        assert all(int(str(mine[cell])) % plan.scale for cell in ("right", "wrong"))
+    few, many = answers
+    assert len(few) == len(many) == 4 + 4 + 4
+    for one, other in zip(few, many, strict=True):
+        differing = {key for key in one if one[key] != other[key]}
+        if one["record"] == "evaluation":
+            assert differing == {"right", "wrong"}
+        else:
+            assert differing == set()
