@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedtune.engines.deployment import conversation, operator
-from fedtune.engines.deployment.conversation import PAUSES, Pace, converse
+from fedtune.engines.deployment.conversation import UPLOAD_SECONDS, Pace, converse, pauses
 
 
 class Clock:
@@ -86,7 +86,8 @@ class Server:
         state = SimpleNamespace(set_node_id=lambda node: self.did.append(f"joined {node}"))
         converse(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
-            key=SimpleNamespace(public_key=lambda: None), node_config={}, answer=answer,
+            key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
+            answer=answer,
         )  # fmt: skip
         return self.did
 
@@ -124,7 +125,7 @@ def test_nothing_is_waited_for_when_there_is_nothing_to_send(
 
 
 def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     clock, calls = Clock(), []
     monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
@@ -137,12 +138,12 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
 
     ready = 3
     assert conversation._soon_again(pull)(1, "one") == b"content"
-    assert clock.slept == list(PAUSES[:2])
-    calls.clear()
-    ready = 100
-    with pytest.raises(ObjectUnavailableError):  # then Flower's own, slower way
+    assert sum(clock.slept) < 0.2
+    clock.slept.clear()
+    ready = 10_000
+    with pytest.raises(ObjectPullError, match="did not arrive in 30 s"):  # its sender has died
         conversation._soon_again(pull)(1, "one")
-    assert len(calls) == len(PAUSES) + 1
+    assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
 
 
 def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +156,13 @@ def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch
     ]
     client = operator._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
     assert client.PullObject(None).object_available
-    assert clock.slept == [PAUSES[0]]
+    assert clock.slept == [next(pauses())]
     assert not client.PullObject(None).object_found  # it will never come: said at once
     assert client.other == "kept"
+    clock.slept.clear()
+    answers += [SimpleNamespace(object_found=True, object_available=False) for _ in range(100)]
+    assert not client.PullObject(None).object_found  # the node died while it sent it: 3 minutes at Flower's
+    assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
 
 
 def test_the_worker_loads_no_library_that_it_does_not_use() -> None:

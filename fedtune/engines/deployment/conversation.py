@@ -14,14 +14,17 @@ Uses Flower's internals (checked with 1.41): the parts of `start_client_internal
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PAUSES", "Pace", "converse"]
+__all__ = ["UPLOAD_SECONDS", "Pace", "converse", "pauses"]
 
-PAUSES = (0.05, 0.1, 0.2, 0.3, 0.4)  # seconds between two questions for an object that is on its way
+# For an object of a message on its way. Whoever died while it sent one would hold the other side until
+# Flower forgets the upload, after 3 minutes.
+UPLOAD_SECONDS = 30
 # Flower's server holds a node that was killed for connected until it has missed two heartbeats, and lets the
 # one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds;
 # 10 s is the least that the server takes.
@@ -113,16 +116,25 @@ def converse(
             pace.message()
 
 
+def pauses() -> Iterator[float]:
+    """Seconds between two questions for an object on its way: UPLOAD_SECONDS in all, short ones first.
+
+    Flower's own first pause is a second, and most objects are there after a tenth.
+    """
+    yield from (0.05, 0.1, 0.2, 0.3, 0.35)
+    yield from itertools.repeat(1.0, UPLOAD_SECONDS - 1)
+
+
 def _soon_again(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
-    """`pull`, which asks again soon for an object still being uploaded; Flower would wait a second."""
-    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+    """`pull`, which waits for an object that is on its way, and gives it up when it does not come."""
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     def patient(run_id: int, object_id: str) -> bytes:
-        for pause in PAUSES:
+        for pause in pauses():
             try:
                 return pull(run_id, object_id)
             except ObjectUnavailableError:
                 time.sleep(pause)
-        return pull(run_id, object_id)
+        raise ObjectPullError(object_id, f"it did not arrive in {UPLOAD_SECONDS} s.")
 
     return patient

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.engines.deployment.conversation import PAUSES
+from fedtune.engines.deployment.conversation import pauses
 from fedtune.engines.deployment.provision import read_yaml
 from fedtune.engines.deployment.reach import check_server
 from fedtune.engines.deployment.server import TOKEN_HEADER, read_token
@@ -44,7 +44,7 @@ class _Token:
 
 
 class _SoonAgain:
-    """Flower's client, which asks again soon for an answer that is on its way; else it waits a second."""
+    """Flower's client, which waits for an answer that is on its way, and gives up one whose node has died."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -54,12 +54,13 @@ class _SoonAgain:
 
     def PullObject(self, request: Any) -> Any:
         """Flower's interface."""
-        for pause in PAUSES:
+        for pause in pauses():
             response = self._client.PullObject(request)
             if response.object_available or not response.object_found:
                 return response
             time.sleep(pause)
-        return self._client.PullObject(request)
+        response.object_found = False  # nobody will send the rest: Flower makes it an error of that node
+        return response
 
 
 @dataclasses.dataclass(frozen=True)

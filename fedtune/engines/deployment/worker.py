@@ -13,6 +13,8 @@ in the ledger stays charged.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import math
@@ -49,6 +51,7 @@ def main(path: str) -> None:
 
     quiet()
     channel.send(connection, {"ready": os.getpid()})
+    _load()
     while True:
         try:
             header, parts = channel.receive(connection)
@@ -101,6 +104,17 @@ def _limit(site: SiteSettings) -> None:
     if site.limits.memory_gb is not None:
         limit = int(site.limits.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _load() -> None:
+    """Imports what the first message would import, while the node still joins.
+
+    What is missing or broken is told in the answer to that message, which imports it again.
+    """
+    names = ("fedtune.federation.client_app", "fedtune.models.classifier", "fedtune.training.local", "peft")
+    with contextlib.suppress(Exception):
+        for name in (*names, "transformers.models.auto.modeling_auto"):
+            importlib.import_module(name)
 
 
 def _lean() -> None:
