@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Display"]
 
+_COUNT_SECONDS = 15.0  # between two lines of how far a long piece of work is
 _TELL_SECONDS = 60.0  # between two lines of what a run waits for
 _SHOWN_NODES = 8  # more nodes than this are counted, not listed
 _WORDS = {"": "waiting"}
@@ -67,12 +68,32 @@ class Display:
         self._begun = time.monotonic()
         self._told = self._begun - _TELL_SECONDS
         self._seconds: list[float] = []
+        self._counted: tuple[str, float, int] | None = None  # what, since when, how many then
 
     def working(self, what: str) -> None:
         """Shows what goes on outside of the rounds (loading, evaluating)."""
         with self._lock:
             self._doing = what
             self._open()
+
+    def counting(self, what: str, done: int, total: int) -> None:
+        """Shows how many of `total` texts are done, for work outside of the rounds that takes minutes.
+
+        Without a terminal one line when it begins and one every 15 s, in a sweep too.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._counted is None or self._counted[0] != what:
+                self._counted, self._told = (what, now, done), now - _COUNT_SECONDS
+            _, begun, first = self._counted
+            self.working(f"{what}: {done:,} of {total:,} texts")
+            if self._live is not None or now - self._told < _COUNT_SECONDS:
+                return
+            self._told = now
+            line = f"{what}: {done:,} of {total:,} texts ({100 * done / max(total, 1):.0f} %)"
+            if done > first:
+                line += f", about {duration((now - begun) / (done - first) * (total - done))} left"
+            self.console.print(Text(line), soft_wrap=True)
 
     # --- Observer -------------------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def _work(
         pass
 
     def warming(done: int, total: int) -> None:
-        view.working(f"frozen layers, once and kept: {done:,} of {total:,} texts")
+        view.counting("frozen layers, once and kept", done, total)
 
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     place.warm(warming)

@@ -32,7 +32,10 @@ _log = logging.getLogger(__name__)
 # Settings that name folders of this machine.
 _FOLDERS = ("output", "resume", "data.path", "engine.server", "tracker.folder")
 _SECTIONS = ("run", "federation", "privacy", "metrics", "cost")
-_ROUND = ("accuracy", "loss", "epsilon", "bytes_up", "bytes_down", "seconds", "train_seconds", "updates")
+_ROUND = (
+    *("accuracy", "accuracy_error", "loss", "epsilon", "bytes_up", "bytes_down", "seconds"),
+    *("train_seconds", "updates"),
+)
 
 
 def check(config: Config) -> None:

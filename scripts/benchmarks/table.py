@@ -22,6 +22,12 @@ def _figure(record: dict[str, Any]) -> str:
         return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
     if "commands" in record:
         return "; ".join(f"`{name}`: {value['median']} s" for name, value in record["commands"].items())
+    if "overhead" in record:
+        waits, cpu = record["until_training"], record["until_training_cpu"]
+        return (
+            f"median {waits['median']} s, at most {waits['max']} s; {record['overhead']}x "
+            f"(of the processor: {cpu['median']} s, {cpu['max']} s; {record['overhead_cpu']}x)"
+        )
     if "ratio_peak" in record:
         return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
     figure = f"{record['ratio_median']}x"

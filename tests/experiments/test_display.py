@@ -274,3 +274,30 @@ def test_dropped_updates_and_notes_are_shown(record: dict[str, Any]) -> None:
     text = printed(record)
     assert "n2 in round 2 (late); and 2 more" in text
     assert "it ended early" in text and "a caution" in text
+
+
+@pytest.mark.parametrize("brief", [False, True])
+def test_long_work_without_a_terminal_says_how_far_it_is(
+    brief: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    console = plain()
+    view = Display("a run", console=console, brief=brief)
+    for done in range(1000, 3001, 100):  # one call a second; 1,000 were there before
+        view.counting("frozen layers", done, 3000)
+        now += 1.0
+    view.close()
+    lines = [line for line in text_of(console).splitlines() if line.startswith("frozen")]
+    assert lines == [
+        "frozen layers: 1,000 of 3,000 texts (33 %)",
+        "frozen layers: 2,500 of 3,000 texts (83 %), about 5.0 s left",
+    ]
+
+
+def test_long_work_on_a_terminal_leaves_no_lines() -> None:
+    view = Display("a run", console=terminal())
+    view.counting("frozen layers", 7, 3000)
+    assert "frozen layers: 7 of 3,000 texts" in live(view)
+    assert view.console.is_terminal and "(0 %)" not in text_of(view.console)
+    view.close()
