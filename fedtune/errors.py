@@ -9,11 +9,12 @@
     |   |-- CalibrationError     no noise multiplier meets the target
     |   |-- PreflightError       model, optimizer, sampler and accountant disagree; nothing was trained
     |   |-- BudgetExhausted      a release would go over a node's own budget; nothing was released
+    |   |-- SeparationError      a node is asked again sooner than its plan allows; nothing was released
     |   |-- LedgerError          the ledger is missing, unreadable, full or was tampered with
     |   `-- AuditError           an audit shows more leakage than is promised: the promise is not kept
     |-- FederationError          a run cannot go on (for instance: no node sent a usable update)
     |   |-- UpdateRejected       one node's update was unusable; it costs that update, not the round
-    |   `-- AggregationAborted   secure aggregation could not finish; the round is charged and discarded
+    |   `-- AggregationAborted   a sum could not be made or may not be used; the round is charged, discarded
     |-- CheckpointError          a run folder or checkpoint cannot be resumed
     |-- RecordError              a record.json is missing, unfinished or of another schema
     `-- ResourceError            no disk space, no memory, no permission, no network, no such device
@@ -41,6 +42,7 @@ __all__ = [
     "PrivacyError",
     "RecordError",
     "ResourceError",
+    "SeparationError",
     "UpdateRejected",
 ]
 
@@ -81,6 +83,10 @@ class BudgetExhausted(PrivacyError):
     """A release would go over a node's own budget, or over the plan it agreed to; nothing was released."""
 
 
+class SeparationError(PrivacyError):
+    """A node is asked for a round sooner after its last than its plan allows; nothing was released."""
+
+
 class LedgerError(PrivacyError):
     """A privacy ledger is missing, unreadable, full, or was tampered with."""
 
@@ -98,7 +104,7 @@ class UpdateRejected(FederationError):
 
 
 class AggregationAborted(FederationError):
-    """Secure aggregation could not finish; the round is charged and its result discarded."""
+    """A round's sum may not be used or could not be made; the round is charged and its result discarded."""
 
 
 class CheckpointError(FedtuneError):

@@ -130,6 +130,16 @@ def check_together(config: Config) -> None:
         )
     if federation.evaluation == "private":
         _check_private_evaluation(config)
+    if privacy.mechanism == "dp_ftrl" and privacy.trust != "central":
+        raise ConfigError(
+            f"privacy.mechanism=dp_ftrl works with privacy.trust=central only, not with {privacy.trust}: a "
+            "server that all clients trust makes its noise."
+        )
+    if privacy.mechanism != "dp_ftrl" and (privacy.bands is not None or privacy.min_separation != 1):
+        raise ConfigError(
+            f"privacy.bands and privacy.min_separation are settings of privacy.mechanism=dp_ftrl, and it is "
+            f"{privacy.mechanism}. Leave them out, or start from privacy=central_ftrl."
+        )
     nodes, cohort = federation.nodes, federation.cohort_size
     if nodes is not None and cohort is not None and cohort > nodes:
         raise ConfigError(

@@ -94,6 +94,9 @@ class PrivacyConfig:
     reproducible_noise: bool = False  # simulation only: noise from `seed`; every report shows it
     adaptive_clipping: bool = False  # trust=central: clip at a private quantile (Andrew et al. 2021)
     clip_quantile: float = 0.5  # adaptive_clipping: share of the updates that stay unclipped
+    mechanism: str = "gaussian"  # gaussian | dp_ftrl (trust=central: noise correlated over rounds)
+    bands: int | None = None  # dp_ftrl: rounds over which noise is correlated; None: min_separation
+    min_separation: int = 1  # dp_ftrl: a client takes part at most once in so many rounds
     max_dropouts: int = 0  # trust=distributed: dropouts in a round that the noise still covers
     max_colluders: int = 0  # trust=distributed: nodes that may collude with the server
 

@@ -132,6 +132,7 @@ def assemble(
             "sample_rate": plan.sample_rate,
             "local_steps": plan.local_steps,
             "steps": plan.local_steps * max((one.releases for one in nodes), default=0),
+            "matrix": None if (root := plan.root()) is None else dataclasses.asdict(root),
             "accountant": accountant,
             "epsilon": _worst(one.epsilon for one in nodes) if private else None,
             "delta": plan.delta if private else None,

@@ -7,6 +7,7 @@ epsilon is 0.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,17 @@ _MECHANISMS = {
     "central": "DP-FedAvg: the server clips each client's update and adds Gaussian noise to their sum",
     "none": "none",
 }
+_CORRELATED = (
+    "DP-FTRL: the server clips each client's update and adds Gaussian noise to their sum that is correlated "
+    "over {bands} rounds (banded square root of the prefix-sum matrix); a client takes part in one of "
+    "{min_separation} rounds at most, {participations} times in all"
+)
 
 
 def mechanism(plan: PrivacyPlan) -> str:
     """The mechanism of `plan` in words."""
+    if (root := plan.root()) is not None:
+        return _CORRELATED.format(**dataclasses.asdict(root), participations=root.participations)
     return _MECHANISMS[plan.trust].format(unit=plan.unit)
 
 

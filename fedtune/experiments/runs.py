@@ -18,6 +18,7 @@ from fedtune.config.schema import PricingConfig
 from fedtune.cost.meter import Cost
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting import Term
+from fedtune.privacy.matrix import BandedRoot
 
 __all__ = ["Round", "Run", "run_of"]
 
@@ -191,6 +192,12 @@ def _terms(privacy: Mapping[str, Any]) -> dict[str, Mapping[Term, int] | None]:
     """By node: the steps that its releases were, in the accountant's own form."""
     if privacy["trust"] == "none" or privacy["epsilon"] is None or not privacy["noise_multiplier"]:
         return {str(one["node"]): None if one["releases"] else {} for one in privacy["per_node"]}
+    if privacy.get("matrix"):
+        root = BandedRoot(**privacy["matrix"])
+        return {
+            str(one["node"]): root.merged(float(privacy["noise_multiplier"]), int(one["releases"]))
+            for one in privacy["per_node"]
+        }
     # As the plan accounts it: clients are seen to take part, so for them no sampling is counted.
     rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
     most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)

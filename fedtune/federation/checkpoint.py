@@ -12,7 +12,7 @@ creating a file that must not exist (`attempt-3`). So (run, round, attempt) name
 if the process died between sending a message and writing the checkpoint.
 
 What it does not do: hold private data. Adapter, moments, history and public configuration are what the
-server knows anyway.
+server knows anyway. (The noise of dp_ftrl lies beside it; see `fedtune.federation.correlated`.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ import numpy as np
 
 from fedtune.errors import CheckpointError, ResourceError
 
-__all__ = ["Checkpoint", "has_checkpoint", "load_latest", "lock_folder", "next_attempt", "save"]
+__all__ = [
+    "Checkpoint",
+    "has_checkpoint",
+    "load_latest",
+    "lock_folder",
+    "next_attempt",
+    "save",
+    "write_durably",
+]
 
 FORMAT = 1
 KEEP = 2
@@ -81,6 +89,27 @@ def _no_room(path: Path, error: OSError, size: int) -> ResourceError:
     )
 
 
+def write_durably(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Puts `content` in the place of `path`, whole and synced, readable as `mode` and the umask say.
+
+    Raises: ResourceError; what was there before is then as it was.
+    """
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # of a process that died, and may have had another mode
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(handle)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _no_room(path, error, len(content)) from error
+
+
 def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint, durably, and removes all but the last two. Raises: ResourceError."""
     meta = {"run": checkpoint.run, "round": checkpoint.round, "meta": checkpoint.meta}
@@ -97,19 +126,7 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     header = {"format": FORMAT, "length": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     folder = _folder(run_dir)
     path = folder / f"round-{checkpoint.round:06d}.ckpt"
-    temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as handle:
-            handle.write(json.dumps(header).encode() + b"\n")
-            handle.write(payload)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        _sync_folder(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _no_room(path, error, len(payload)) from error
+    write_durably(path, json.dumps(header).encode() + b"\n" + payload)
     for old in [*_files(run_dir)[KEEP:], *folder.glob(".round-*.tmp")]:
         old.unlink(missing_ok=True)
     return path

@@ -24,10 +24,11 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedtune.errors import UpdateRejected
+from fedtune.errors import AggregationAborted, PrivacyError, SeparationError, UpdateRejected
 from fedtune.federation._flower import serialized_size
 from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
+from fedtune.privacy.matrix import CorrelatedNoise
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -68,6 +69,7 @@ class RoundAsk:
     min_updates: int = 1
     stop: threading.Event | None = None
     deadline: bool = False
+    noise: CorrelatedNoise | None = field(default=None, repr=False)  # dp_ftrl: what past rounds have left
 
 
 @dataclass
@@ -284,11 +286,21 @@ class ClippedUpdates:
         self._total += self._plan.clip_factors([norm])[0] * values
         self._norms.append(norm)
 
-    def release(self, entropy: Entropy) -> tuple[np.ndarray, PrivacyPlan]:
-        """The noised average, float64 [P], and the plan of the next round (its norm may have moved)."""
+    def release(
+        self, entropy: Entropy, correlated: CorrelatedNoise | None = None, round: int = 0
+    ) -> tuple[np.ndarray, PrivacyPlan]:
+        """The noised average, float64 [P], and the plan of the next round (its norm may have moved).
+
+        `correlated` and `round` (from 1): for dp_ftrl, whose noise depends on that of the rounds before.
+        Raises PrivacyError if it has none, or the round was released before.
+        """
         plan = self._plan
-        noised = self._total + plan.noise(self._total.size, entropy)
-        return plan.average(noised), plan.adapt_clip(self._norms, entropy)
+        noise = plan.noise(self._total.size, entropy)
+        if plan.root() is not None:
+            if correlated is None:
+                raise PrivacyError("dp_ftrl releases no round without the noise of the rounds before it.")
+            noise = correlated.next(round, noise)
+        return plan.average(self._total + noise), plan.adapt_clip(self._norms, entropy)
 
 
 class CentralRound:
@@ -297,6 +309,8 @@ class CentralRound:
     McMahan et al. 2018, with the norm following a private quantile (Andrew et al. 2021) where the plan
     says so. One node more or less changes the sum by at most `max_grad_norm`; the noise is the plan's,
     and the divisor its public cohort size, however many answered. A node that was dropped counts as zero.
+    With dp_ftrl a round in which a node says that it was asked too soon is discarded: this server does not
+    know all that was published (`fedtune.federation.correlated`).
     """
 
     def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
@@ -305,7 +319,11 @@ class CentralRound:
         total = ClippedUpdates(ask.plan, ask.adapter.size)
         for _, update in collect(grid, ask, observer, outcome):
             total.add(update)
+        if ask.plan.root() is not None:
+            for reply in outcome.replies:
+                if reply.refusal == SeparationError.__name__:
+                    raise AggregationAborted(f"The round is discarded, because {reply.refused}")
         if len(outcome.used) >= max(1, ask.min_updates):
             entropy = ask.plan.entropy("server", ask.round, ask.attempt)
-            outcome.aggregate, outcome.next_plan = total.release(entropy)
+            outcome.aggregate, outcome.next_plan = total.release(entropy, ask.noise, ask.round)
         return outcome

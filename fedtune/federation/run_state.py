@@ -18,6 +18,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError
 from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.checkpoint import Checkpoint
+from fedtune.federation.correlated import CorrelatedRounds
 from fedtune.federation.descent import server_optimizer
 from fedtune.federation.evaluation import NodesEvaluation
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
@@ -55,9 +56,12 @@ class RunState:
     flops: int | None = 0
     notices: list[str] = field(default_factory=list)
     ended_early: str | None = None
+    correlated: CorrelatedRounds | None = None  # dp_ftrl
 
     def save(self, run_dir: Path, config: Config) -> None:
         """Checkpoints the state after `round`."""
+        if self.correlated is not None:
+            self.correlated.keep()  # first: noise that is in an adapter must be known to later rounds
         meta = {
             "config": asdict(config),
             "plan": self.plan.to_json(),
@@ -89,7 +93,7 @@ class RunState:
             _same_config(meta["config"], config)
             strategy = server_optimizer(config)
             strategy.load_state_dict(saved.optimizer)
-            return cls(
+            state = cls(
                 run=saved.run,
                 plan=PrivacyPlan.from_json(meta["plan"]),
                 adapter=saved.adapter.astype(np.float32),
@@ -111,6 +115,9 @@ class RunState:
                 notices=[*meta["notices"], *notices],
                 ended_early=meta["ended_early"],
             )
+            if state.plan.root() is not None:
+                state._resume_correlated(run_dir)
+            return state
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"The checkpoint in {run_dir} was written by another version of fedtune "
@@ -130,6 +137,27 @@ class RunState:
         self.nodes = list(roster.nodes.values())
         self.dropped += roster.dropped
         roster.dropped = []
+
+    def _resume_correlated(self, run_dir: Path) -> None:
+        """Goes on after the last round that was begun: one that was lost on the way stays lost."""
+        self.correlated, lost = CorrelatedRounds.resume(run_dir, self.run, self.plan, self.adapter.size)
+        self.notices += lost
+        before, self.round = self.round, max(self.round, self.correlated.round)
+        if self.round == before:
+            return
+        for name, asked in self.correlated.asked.items():
+            self.releases[name] = self.releases.get(name, 0) + (asked > before)
+        for number in range(before + 1, self.round + 1):
+            self.history.append(
+                RoundSummary(
+                    round=number, num_rounds=self.plan.num_rounds, seconds=0.0, epsilon=self.epsilon(),
+                    bytes_up=0, bytes_down=0, void=True,
+                )
+            )  # fmt: skip
+        self.notices.append(
+            f"The run was stopped after round {before} was saved and round {self.round} begun. With dp_ftrl "
+            "a round is published once, so what came after is left out; it stays charged."
+        )
 
     def account(self, outcome: RoundOutcome, cohort: Sequence[NodeInfo]) -> None:
         """Charges each node of the cohort: by what it says; where it says nothing, as if it had released."""

@@ -8,7 +8,8 @@ average whatever they are sent. In short:
     3  make the plan from public numbers (or take the checkpoint's), and the server optimizer
     for each round:
     4      wait until enough nodes are there; draw the cohort of those that are, from (seed, round), so that a
-           resumed run draws the same
+           resumed run draws the same (dp_ftrl: of those whose last round is long enough ago; and note durably
+           that the round is begun)
     5      run the round's protocol; a node that raises, hangs, refuses or lies costs its own update
     6      too few updates: the round is void, the adapter stays, what was released stays charged
     7      server optimizer, checkpoint, evaluation (`fedtune.federation.evaluation`), tell the observer
@@ -37,6 +38,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation import checkpoint as checkpoints
 from fedtune.federation.cohort import draw_cohort, greet
+from fedtune.federation.correlated import CorrelatedRounds
 from fedtune.federation.courier import Courier
 from fedtune.federation.descent import server_optimizer
 from fedtune.federation.evaluation import evaluator_for
@@ -147,7 +149,11 @@ def _run(
         state.joined(roster)
         round_started = time.monotonic()
         state.round += 1
+        if state.correlated is not None:
+            free = state.correlated.able(free, state.round)
         cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
+        if state.correlated is not None:
+            state.correlated.begin(state.round, cohort)
         ask = _ask(state, config, cohort, stop)
         outcome = _one_round(protocol, courier, ask, observer)
         state.account(outcome, ask.nodes)
@@ -201,6 +207,8 @@ def _run(
         there = _ask(state, config, roster.look(state.round), stop)
         evaluation = evaluator.evaluate(courier, there, state, observer)
         state.save(run_dir, config)
+    if state.correlated is not None:
+        state.correlated.finish()
     result = state.result(evaluation)
     observer.on_finish(result)
     return result
@@ -235,6 +243,8 @@ def _begin(
         plan = make_plan(config, [node.declared_size for node in nodes])
         adapter, optimizer = server_side.initial(), server_optimizer(config)
         state = RunState(secrets.token_hex(8), plan, adapter, optimizer, attempt, nodes=nodes)
+        if plan.root() is not None:
+            state.correlated = CorrelatedRounds.start(run_dir, state.run, plan, adapter.size)
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
@@ -272,6 +282,7 @@ def _ask(
         min_updates=config.federation.min_updates,
         stop=stop,
         deadline=config.engine.name == "deployment",
+        noise=None if state.correlated is None else state.correlated.noise,
     )
 
 

@@ -217,7 +217,17 @@ def _check_delta(delta: float) -> None:
 
 
 def _key(terms: Mapping[Term, int]) -> Terms:
-    return tuple(sorted((Term(*term), int(count)) for term, count in terms.items() if count))
+    """The steps in one order; different ones without sampling are one Gaussian of the summed squares, exactly
+    (Dong, Roth and Su 2022, corollary 3.3)."""
+    counted = {Term(*term): int(count) for term, count in terms.items() if count}
+    for replace in (False, True):
+        plain = [term for term in counted if term.sample_rate == 1.0 and term.replace == replace]
+        if len(plain) > 1:
+            inverse = sum(counted.pop(term) / term.noise_multiplier**2 for term in plain)
+            # A little less noise than that: what the sum rounds must not be in anybody's favour.
+            merged = Term(1.0, inverse**-0.5 * (1.0 - 1e-12), replace)
+            counted[merged] = 1
+    return tuple(sorted(counted.items()))
 
 
 def _squared_mu(key: Terms) -> float:

@@ -43,11 +43,12 @@ class Allowance:
 
     def check(
         self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
-        round: int, plan: ReleasePlan, left: int, public: bool,
+        round: int, plan: ReleasePlan, left: int, public: bool, made: int = 0,
     ) -> bool:  # fmt: skip
         """Raises `BudgetExhausted` if one more release of `plan` would exceed a budget of this data.
 
         `left`: how many releases the run may still make, this one included: they are accounted for ahead.
+        `made`: how many it has made.
         Returns whether the release counts as public: declared so, and never treated as private before.
         """
         names = state.names_of(dataset, fingerprint)
@@ -60,10 +61,10 @@ class Allowance:
                     f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
                     f"privacy.unit={budget.unit}."
                 )
-            if self._within(state, dataset, fingerprint, plan, budget, left):
+            if self._within(state, dataset, fingerprint, plan, budget, left, made):
                 continue
             before = kept_epsilon(state.terms(dataset, fingerprint), budget.delta)
-            after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1), budget.delta)
+            after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1, made), budget.delta)
             raise BudgetExhausted(
                 f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
                 f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
@@ -73,14 +74,14 @@ class Allowance:
 
     def _within(
         self, state: LedgerState, dataset: str, fingerprint: str, plan: ReleasePlan, budget: PrivacyBudget,
-        left: int,
+        left: int, made: int,
     ) -> bool:  # fmt: skip
         """Whether one more release stays within `budget`.
 
         Epsilon grows with every count, so a larger total that was found to fit certifies all below it. The
         whole rest of the run is tried first: then the rest of the run asks no more.
         """
-        wanted = state.adding(dataset, fingerprint, plan, 1)
+        wanted = state.adding(dataset, fingerprint, plan, 1, made)
         if wanted is None:
             return False
         known = self._certified.get(budget)
@@ -88,7 +89,7 @@ class Allowance:
             return True
 
         def fits(releases: int) -> bool:
-            total = state.adding(dataset, fingerprint, plan, releases)
+            total = state.adding(dataset, fingerprint, plan, releases, made)
             if total is None or kept_epsilon(total, budget.delta) > budget.epsilon:
                 return False
             self._certified[budget] = total

@@ -15,9 +15,10 @@ from fedtune.errors import PrivacyError
 if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["TRUSTS", "UNITS", "number", "validate", "whole"]
+__all__ = ["MECHANISMS", "TRUSTS", "UNITS", "number", "validate", "whole"]
 
 TRUSTS = ("local", "distributed", "central", "none")
+MECHANISMS = ("gaussian", "dp_ftrl")
 UNITS = ("record", "person", "client")  # from the finest to the coarsest
 
 
@@ -75,6 +76,17 @@ def validate(plan: PrivacyPlan) -> None:
         target = number(plan.target_epsilon, "privacy.epsilon")
         if not 0.0 < target < math.inf:
             raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
+    for name in ("bands", "min_separation"):
+        whole(getattr(plan, name), f"privacy.{name}")
+    if plan.mechanism not in MECHANISMS:
+        raise PrivacyError(
+            f"privacy.mechanism must be one of {', '.join(MECHANISMS)}, not {plan.mechanism!r}."
+        )
+    if plan.mechanism != "dp_ftrl" and (plan.bands, plan.min_separation) != (1, 1):
+        raise PrivacyError(
+            f"privacy.bands={plan.bands} and privacy.min_separation={plan.min_separation} are settings of "
+            f"privacy.mechanism=dp_ftrl, and this plan's is {plan.mechanism}. Leave them out."
+        )
     if plan.trust == "none":
         _validate_evaluation(plan)
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
@@ -118,6 +130,33 @@ def validate(plan: PrivacyPlan) -> None:
         )
     _validate_adaptive(plan)
     _validate_evaluation(plan)
+    if plan.mechanism == "dp_ftrl":
+        _validate_correlated(plan)
+
+
+def _validate_correlated(plan: PrivacyPlan) -> None:
+    if plan.trust != "central":
+        raise PrivacyError(
+            f"privacy.mechanism=dp_ftrl needs a server that keeps the noise of earlier rounds: privacy.trust="
+            f"central, not {plan.trust}."
+        )
+    if plan.adaptive_clipping:
+        raise PrivacyError(
+            "privacy.adaptive_clipping=true does not fit privacy.mechanism=dp_ftrl: noise that is taken back "
+            "in later rounds must have one scale in all of them. Leave adaptive_clipping out."
+        )
+    for name in ("bands", "min_separation"):
+        if getattr(plan, name) > plan.num_rounds:
+            raise PrivacyError(
+                f"privacy.{name}={getattr(plan, name)} is more than federation.num_rounds={plan.num_rounds}. "
+                "Lower it, or raise the number of rounds."
+            )
+    if plan.cohort_size * plan.min_separation > plan.declared_size:
+        raise PrivacyError(
+            f"With privacy.min_separation={plan.min_separation} and federation.cohort_size={plan.cohort_size}"
+            f" {plan.cohort_size * plan.min_separation} clients are needed to fill every round, and there "
+            f"are {plan.declared_size}. Lower one of the two; their product is at most the number of clients."
+        )
 
 
 def _validate_adaptive(plan: PrivacyPlan) -> None:

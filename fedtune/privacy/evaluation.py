@@ -97,8 +97,11 @@ class EvaluationPlan:
         """Standard deviation of the noise in each cell, in units; 0.0 without privacy."""
         return _STD / self.scale if self.is_private() else 0.0
 
-    def terms(self, releases: int) -> dict[Term, int] | None:
-        """What `releases` answers cost, in the accountant's own form; None without privacy."""
+    def terms(self, releases: int, *, after: int = 0) -> dict[Term, int] | None:
+        """What `releases` answers cost, in the accountant's own form; None without privacy.
+
+        However many came before (`after`): each costs the same.
+        """
         if releases == 0:
             return {}
         return {Term(1.0, self.noise_multiplier): releases} if self.is_private() else None

@@ -43,7 +43,7 @@ from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.chain import GENESIS, Chain
 from fedtune.privacy.ledger_state import LedgerState, Release, purpose_of, release_of, state_of
-from fedtune.privacy.plan import ReleasePlan
+from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
 
@@ -67,8 +67,8 @@ class PrivacyLedger:
     """The ledger in one file. Objects are cheap; several, in several processes, may use one file.
 
     Guarantees: (1) when `reserve` has returned, the release is on the disk; (2) no release is reserved that
-    would raise the composed epsilon over the owner's budget, nor more releases of one run than its plan
-    says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
+    would raise the composed epsilon over the owner's budget, nor more or closer releases of one run than its
+    plan says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
     """
 
     def __init__(self, path: Path, *, require_budget: bool = False) -> None:
@@ -119,8 +119,9 @@ class PrivacyLedger:
 
         Args: `dataset` and `fingerprint` say from what; `public`: its owner declared it public, so nothing
         is refused (ignored where the same data was released as private before). Raises
-        `BudgetExhausted` if the release would exceed the budget or the run's own plan, `LedgerError` if it
-        could not be written; in both cases nothing may be released.
+        `BudgetExhausted` if the release would exceed the budget or the run's own plan, `SeparationError` if
+        it comes too soon after the last one (dp_ftrl), `LedgerError` if it could not be written; then
+        nothing may be released.
         """
         for name, value in (("dataset", dataset), ("fingerprint", fingerprint), ("node", node), ("run", run)):
             if not isinstance(value, str) or not value:
@@ -131,9 +132,9 @@ class PrivacyLedger:
         # for again below, where other processes wait for the lock.
         state = self._current()
         with self._chain.reading() as view:
-            left = plan.num_rounds if view is None else self._releases_left(view, plan, node, run, round)
+            made, left = self._releases_left(view, plan, node, run, round)
         self._allowance.check(
-            self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public
+            self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public, made
         )
         with self._chain.writing() as connection:
             state = self._caught_up(connection)
@@ -143,15 +144,15 @@ class PrivacyLedger:
                     "it for a release. Two nodes with one ledger would spend one another's budget: give each "
                     "its own file."
                 )
-            left = self._releases_left(connection, plan, node, run, round)
+            made, left = self._releases_left(connection, plan, node, run, round)
             public = self._allowance.check(
-                self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public
+                self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public, made
             )
             body = {
                 "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
                 "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
                 "num_rounds": plan.num_rounds, "reproducible_noise": plan.reproducible_noise,
-                "purpose": plan.purpose, "steps": _steps(plan),
+                "purpose": plan.purpose, "steps": _steps(plan, made),
             }  # fmt: skip
             row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
             after = state.with_row(row)
@@ -322,12 +323,18 @@ class PrivacyLedger:
             )
         return found or Budgets(None, {})
 
-    def _releases_left(self, connection: Any, plan: ReleasePlan, node: str, run: str, round: int) -> int:
-        made, agreed = 0, plan.num_rounds
-        for row in self._chain.run_rows(connection, run):
+    def _releases_left(
+        self, connection: Any, plan: ReleasePlan, node: str, run: str, round: int
+    ) -> tuple[int, int]:
+        """Releases of the run so far, and how many more it may make, this one included."""
+        rounds, agreed = [], plan.num_rounds
+        for row in () if connection is None else self._chain.run_rows(connection, run):
             if row.kind == "reserved" and row.body["node"] == node and purpose_of(row) == plan.purpose:
-                made += 1
+                rounds.append(row.body["round"])
                 agreed = min(agreed, row.body["num_rounds"])
+        made = len(rounds)
+        if isinstance(plan, PrivacyPlan):
+            plan.check_round(node, run, round, rounds)
         if made >= agreed:
             what = "releases" if plan.purpose == "training" else "answers about held-out data"
             raise BudgetExhausted(
@@ -335,7 +342,7 @@ class PrivacyLedger:
                 f"{made} were made (rounds that were repeated or interrupted count, because they may have "
                 "been seen). Start a new run; its noise will be calibrated for its own number of rounds."
             )
-        return int(agreed - made)
+        return made, int(agreed - made)
 
     def _current(self) -> LedgerState:
         with self._chain.reading() as connection:
@@ -362,8 +369,9 @@ class PrivacyLedger:
         return state
 
 
-def _steps(plan: ReleasePlan) -> list[dict[str, Any]] | None:
-    terms = plan.terms(1)
+def _steps(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:
+    """What the release after `made` others of its run adds to the account."""
+    terms = plan.terms(1, after=made)
     if terms is None:
         return None
     return [

@@ -129,11 +129,11 @@ class LedgerState:
         return _terms(self._uses_of(dataset, fingerprint))
 
     def adding(
-        self, dataset: str, fingerprint: str, plan: ReleasePlan, releases: int
+        self, dataset: str, fingerprint: str, plan: ReleasePlan, releases: int, after: int = 0
     ) -> dict[Term, int] | None:
-        """As `terms`, with `releases` further releases of `plan`."""
+        """As `terms`, with `releases` further releases of `plan`, in a run that has made `after` of them."""
         uses = dict(self._uses_of(dataset, fingerprint))
-        noised = plan.terms(releases)
+        noised = plan.terms(releases, after=after)
         if noised is None:
             return None
         for term, count in noised.items():

@@ -17,7 +17,8 @@ One *release* is what one node publishes in one round. By trust model:
   far the discrete one is from it.
 - `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
   2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
-  network, sees who takes part.
+  network, sees who takes part. With `mechanism=dp_ftrl` the noise is correlated over rounds and the run is
+  one Gaussian event (`fedtune.privacy.matrix`).
 - `none`: the same code path without noise; epsilon is infinite.
 
 Amplification by sampling is claimed only for units drawn in secret on a node. Adding or removing one unit
@@ -46,6 +47,7 @@ from fedtune.privacy.accounting import Term, compose_terms
 from fedtune.privacy.calibration import noise_multiplier_for
 from fedtune.privacy.checks import TRUSTS, UNITS, number, validate, whole
 from fedtune.privacy.evaluation import EvaluationPlan, evaluation_noise, evaluation_settings
+from fedtune.privacy.matrix import BandedRoot
 from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
 
 if TYPE_CHECKING:
@@ -71,7 +73,8 @@ class PrivacyPlan:
     sample_rate: float  # probability that a unit is in a step's batch
     local_steps: int  # noised steps a release; 1 for distributed and central
     num_rounds: int  # releases that a node agrees to, at most (resumed and retried ones included)
-    noise_multiplier: float  # standard deviation of the accounted noise over max_grad_norm
+    noise_multiplier: float  # standard deviation of the accounted noise over its sensitivity, which is
+    # max_grad_norm (dp_ftrl: of the whole run, max_grad_norm times that of the strategy matrix)
     max_grad_norm: float  # L2 norm of one unit's contribution; infinite only without privacy
     declared_size: int  # units, public: of the node's shard (local), of all shards (distributed), clients
     delta: float  # 0.0 without privacy
@@ -92,6 +95,9 @@ class PrivacyPlan:
     evaluation_share: float = 0.0  # of a node's units, held out to be evaluated on; 0.0: none
     evaluation_answers: int = 0  # answers about them that a node agrees to, at most
     evaluation_noise: float = 0.0  # of one answer: standard deviation over its sensitivity
+    mechanism: str = "gaussian"  # gaussian | dp_ftrl (central): independent or correlated noise
+    bands: int = 1  # dp_ftrl: rounds over which noise is correlated
+    min_separation: int = 1  # dp_ftrl: rounds between two participations of a client, at least
 
     def __post_init__(self) -> None:
         validate(self)
@@ -112,8 +118,22 @@ class PrivacyPlan:
         """Accounted steps in `releases` releases (default: `num_rounds`)."""
         return self.local_steps * (self.num_rounds if releases is None else releases)
 
-    def terms(self, releases: int, answers: int = 0) -> dict[Term, int] | None:
-        """`event` in the accountant's own form: steps with counts; None without privacy."""
+    def root(self) -> BandedRoot | None:
+        """The strategy matrix of dp_ftrl, None elsewhere."""
+        if self.mechanism != "dp_ftrl":
+            return None
+        return BandedRoot(self.num_rounds, self.bands, self.min_separation)
+
+    def check_round(self, node: str, run: str, round: int, earlier: Sequence[int]) -> None:
+        """Raises `SeparationError` if a node that took part in rounds `earlier` may not do so in `round`."""
+        if (root := self.root()) is not None:
+            root.check(node, run, round, earlier)
+
+    def terms(self, releases: int, answers: int = 0, *, after: int = 0) -> dict[Term, int] | None:
+        """`event` in the accountant's own form: steps with counts; None without privacy.
+
+        `after`: releases that one run has made of this data before these (only dp_ftrl asks).
+        """
         if isinstance(releases, bool) or releases < 0:
             raise PrivacyError(f"releases must be 0 or more, not {releases!r}.")
         about = self.evaluation()
@@ -122,6 +142,8 @@ class PrivacyPlan:
             return answered
         if not self.is_private():
             return None
+        if (root := self.root()) is not None:
+            return root.terms(self.noise_multiplier, releases, after)
         # Clients are seen to take part, so for them the accountant is told of no sampling.
         rate = 1.0 if self.trust == "central" else self.sample_rate
         return compose_terms({Term(rate, self.noise_multiplier): self.steps(releases)}, answered)
@@ -133,6 +155,8 @@ class PrivacyPlan:
         terms = self.terms(releases, answers)
         if terms is None:
             return dp.NonPrivateDpEvent()
+        if (root := self.root()) is not None:
+            terms = root.merged(self.noise_multiplier, releases)
         parts = []
         for term, count in terms.items():
             step: DpEvent = dp.GaussianDpEvent(term.noise_multiplier)
@@ -188,6 +212,12 @@ class PrivacyPlan:
                 "close to 1 / clients, and useful accuracy needs a large epsilon. unit=record or person with "
                 "trust=local or distributed promises more here."
             )
+        if (root := self.root()) is not None and (ratio := root.error_ratio()) > 0.99:
+            found.append(
+                f"dp_ftrl with {self.bands} bands and a client in every {self.min_separation} rounds has "
+                f"{ratio:.2f} times the error of independent noise: it helps where clients take part rarely "
+                "(privacy.min_separation)."
+            )
         if self.target_epsilon is not None and self.target_epsilon > 10.0:
             found.append(f"An epsilon of {self.target_epsilon:g} is, taken by itself, hardly a protection.")
         return found
@@ -229,13 +259,15 @@ class PrivacyPlan:
         return np.where(finite, np.where(values > 0.0, factors, 1.0), 0.0)
 
     def noise_std(self) -> float:
-        """Standard deviation of the noise on one whole sum (0.0 without privacy)."""
+        """Standard deviation of the noise on one whole sum (0.0 without privacy; dp_ftrl: before it is
+        correlated)."""
         return self.update_noise_multiplier() * self.max_grad_norm if self.is_private() else 0.0
 
     def noise(self, size: int, entropy: Entropy) -> FloatArray:
         """Noise of one whole sum, float64 [size]; zeros without privacy.
 
-        For `distributed` this is what all nodes together add; one node adds `noise_share_std`.
+        For `distributed` this is what all nodes together add; one node adds `noise_share_std`. For dp_ftrl it
+        is white, and `fedtune.privacy.matrix.CorrelatedNoise` makes of it what is added.
         """
         return entropy.gaussian(size, self.noise_std())
 
@@ -297,8 +329,11 @@ class PrivacyPlan:
 
         The count of unclipped updates, shifted to +-1/2, has sensitivity 1/2. Releasing it with noise
         `quantile_noise` and the updates with (z^-2 - (2 quantile_noise)^-2)^(-1/2) costs exactly one Gaussian
-        of noise multiplier z (Andrew et al. 2021, Theorem 1).
+        of noise multiplier z (Andrew et al. 2021, Theorem 1). Under dp_ftrl one client's sensitivity is that
+        of the strategy matrix.
         """
+        if (root := self.root()) is not None:
+            return self.noise_multiplier * root.sensitivity()
         if not self.adaptive_clipping:
             return self.noise_multiplier
         return (self.noise_multiplier**-2 - (2.0 * self.quantile_noise) ** -2) ** -0.5
@@ -424,6 +459,9 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
         "training_steps": train.local_steps,
         "adaptive_clipping": privacy.adaptive_clipping,
         "clip_quantile": privacy.clip_quantile,
+        "mechanism": privacy.mechanism,
+        "bands": privacy.min_separation if privacy.bands is None else privacy.bands,
+        "min_separation": privacy.min_separation,
     }
     share, answers = evaluation_settings(config)
     common |= {"evaluation_share": share, "evaluation_answers": answers}
@@ -436,7 +474,10 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
                 f"{privacy.noise_multiplier}. Choose trust=local, distributed or central, or leave the noise "
                 "multiplier out."
             )
-        unmeasured = {"adaptive_clipping": False, "reproducible_noise": False}
+        unmeasured = {
+            "adaptive_clipping": False, "reproducible_noise": False,
+            "mechanism": "gaussian", "bands": 1, "min_separation": 1,
+        }  # fmt: skip
         return PrivacyPlan(
             **{**common, **unmeasured},
             noise_multiplier=0.0,
@@ -460,17 +501,21 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     draft = _with_noise(common, given)
     if privacy.epsilon is None:
         return draft
-    ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
+    if draft.mechanism == "dp_ftrl":
+        rate, steps = 1.0, 1  # the whole run is one Gaussian
+    else:
+        ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
+        rate = term.sample_rate
     also = draft.terms(0, answers)
-    rate = term.sample_rate
     try:
         noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
     except CalibrationError as error:
         if not central:
             raise
+        root = draft.root()
+        often = "every round" if root is None else f"{root.participations} of {root.num_rounds} rounds"
         raise CalibrationError(
-            f"{error} The unit here is a client, and each of {nodes} takes part in every round in sight of "
-            "all."
+            f"{error} The unit here is a client, and each of {nodes} takes part in {often} in sight of all."
         ) from error
     return _with_noise(common, noise)
 

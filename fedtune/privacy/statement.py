@@ -13,7 +13,7 @@ node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.record
 (null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
 `privacy.max_dropouts` and `privacy.max_colluders` (trust distributed), `privacy.adaptive_clipping` (trust
-central), `data.name`.
+central), `privacy.matrix` ({num_rounds, bands, min_separation} of dp_ftrl, or null), `data.name`.
 What a record lacks is stated as unknown, never made up.
 """
 
@@ -25,6 +25,7 @@ from typing import Any
 
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting import Term, conversions
+from fedtune.privacy.matrix import BandedRoot
 from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees, strength
 
 __all__ = ["statement_json", "statement_markdown"]
@@ -100,6 +101,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "max_grad_norm": privacy["max_grad_norm"],
             "steps": privacy["steps"],
             "evaluation": dict(privacy["evaluation"]) if privacy.get("evaluation") else None,
+            "matrix": privacy.get("matrix"),
             "randomness": "reproducible from the run's seed" if privacy["reproducible_noise"] else
             "the operating system's cryptographic generator" if private else "not used for privacy",
         },
@@ -135,6 +137,9 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
     noise, steps = privacy["noise_multiplier"], privacy["steps"]
     if not noise:
         return None
+    if privacy.get("matrix"):
+        most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
+        return BandedRoot(**privacy["matrix"]).merged(float(noise), most)
     rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
     terms = {Term(rate, float(noise)): int(steps)}
     about = privacy.get("evaluation")
@@ -146,6 +151,11 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
 
 
 def _sampling(privacy: Mapping[str, Any]) -> str:
+    if matrix := privacy.get("matrix"):
+        return (
+            f"the server chooses clients, each at most once in {matrix['min_separation']} rounds, which the "
+            "client's own ledger enforces too; who takes part is seen, and no amplification is claimed"
+        )
     if privacy["trust"] == "central":
         return "the server chooses clients and sees who takes part; no amplification by sampling is claimed"
     if privacy["sample_rate"] == 1.0:
@@ -215,8 +225,7 @@ def _mechanism(facts: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         f"Sampling as run: {mechanism['sampling']}.",
-        f"Noise multiplier (standard deviation over clipping norm): {_shown(mechanism['noise_multiplier'])}; "
-        f"clipping norm (L2): {_shown(mechanism['max_grad_norm'])}; accounted steps: {mechanism['steps']}.",
+        _noise(mechanism),
         f"Source of the noise: {mechanism['randomness']}.",
         *_evaluation(mechanism["evaluation"]),
     ]
@@ -232,6 +241,23 @@ def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
         f"{_shown(about['epsilon'])}; it is composed with training into the epsilon above, as if both were "
         "about the same units.",
     ]
+
+
+def _noise(mechanism: Mapping[str, Any]) -> str:
+    noise, norm = _shown(mechanism["noise_multiplier"]), _shown(mechanism["max_grad_norm"])
+    matrix = mechanism["matrix"]
+    if not matrix:
+        return (
+            f"Noise multiplier (standard deviation over clipping norm): {noise}; clipping norm (L2): {norm}; "
+            f"accounted steps: {mechanism['steps']}."
+        )
+    root = BandedRoot(**matrix)
+    return (
+        f"Noise multiplier (standard deviation over the sensitivity of the whole run): {noise}; sensitivity: "
+        f"{root.sensitivity():.4g} clipping norms, for {root.participations} of {root.num_rounds} rounds "
+        f"that one client may take part in; clipping norm (L2): {norm}. All rounds together are accounted as "
+        "one Gaussian mechanism; a node's ledger charges each participation its share of the square."
+    )
 
 
 def _per_node(facts: Mapping[str, Any]) -> str:

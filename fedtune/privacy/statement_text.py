@@ -162,6 +162,12 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         )
     if privacy["unit"] in ("record", "person"):
         lines.insert(1, "The same person's data on several nodes: their epsilons add up.")
+    if privacy.get("matrix"):
+        lines.append(
+            "The server's memory: until a run ends, the server keeps the noise of its last rounds "
+            "(`noise.secret` beside its checkpoint, readable by its own user). Whoever reads it can "
+            "take that noise off."
+        )
     lines.append(
         "Floating-point arithmetic: "
         + (
