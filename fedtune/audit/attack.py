@@ -193,10 +193,16 @@ def audit_model(
 ) -> AuditResult:
     """Audits training itself, on public records; see `fedtune.audit.model`. Args as `audit_mechanism`.
 
-    Raises `PrivacyError` as there, and as a run does.
+    Raises `PrivacyError` as there, for dp_ftrl, and as a run does.
     """
     from fedtune.audit import model
 
+    if plan.root() is not None:
+        raise PrivacyError(
+            "The real model is not audited under privacy.mechanism=dp_ftrl: a client takes part in few of "
+            "its rounds, and one client's training in all of them would show another mechanism. Audit the "
+            "mechanism itself, which is what makes the noise: leave --model out."
+        )
     canaries = default_canaries(plan, "model") if canaries is None else canaries
     _check(releases, canaries, repeats, confidence)
     runs = []

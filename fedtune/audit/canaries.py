@@ -124,13 +124,17 @@ class Scores:
         self._phases = np.zeros((self._period, canaries.count))
         self._step = 0
 
-    def observe(self, released: FloatArray, plan: PrivacyPlan) -> None:
-        """Takes one released average, float64 [P], made by `plan`."""
+    def observe(self, released: FloatArray, plan: PrivacyPlan, signal: float = 1.0) -> None:
+        """Takes one released average, float64 [P], made by `plan`.
+
+        `signal`: what a canary that is in and drawn shows there, over the clipping norm.
+        """
         canaries = self._canaries
         sums = np.asarray(released, dtype=np.float64) * (plan.expected_batch_size() / canaries.unit(plan))
         noise = _noise(sums[canaries.controls], canaries.control_windows)  # [blocks]
         variance = np.square(np.maximum(noise, _TINY))[canaries.windows]
-        ratio = (sums[canaries.coordinates] - 0.5) / variance  # log N(x; 1, s^2) - log N(x; 0, s^2)
+        # log N(x; signal, s^2) - log N(x; 0, s^2)
+        ratio = signal * (sums[canaries.coordinates] - 0.5 * signal) / variance
         self._fixed += ratio
         if self._rate >= 1.0:
             self._poisson += ratio

@@ -13,10 +13,14 @@ By trust model:
 - `local`, `none`: `local_steps` steps a release, every one of which the adversary sees.
 - `distributed`: one step a release, over the union, through rounding and integers. The sum holds the noise of
   as few nodes as the plan allows to count on, the worst case that is promised.
-- `central`: every canary is a client and takes part in every round, as the plan assumes.
+- `central`: every canary is a client and takes part in every round, as the plan assumes. Under dp_ftrl it
+  takes part as often and as closely as the plan allows (rounds 1, 1 + b, 1 + 2b, ...), and the adversary, who
+  sees all rounds, multiplies them by the strategy matrix: the noise is white then, the canary in more rows.
 """
 
 from __future__ import annotations
+
+from collections import deque
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +28,7 @@ import numpy.typing as npt
 from fedtune.audit.canaries import CANARY_NORM, GradientCanaries, Scores
 from fedtune.federation.rounds import ClippedUpdates
 from fedtune.privacy.discrete import DiscreteMechanism
+from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -46,6 +51,9 @@ def watch(
     `attempt` keeps one repetition's randomness from another's where it is reproducible.
     """
     scores = Scores(canaries, rate_of(plan), plan.steps(releases))
+    if plan.root() is not None:
+        _watch_correlated(plan, releases, canaries, scores, attempt)
+        return scores.result()
     for round in range(1, releases + 1):
         entropy = plan.entropy("audit", round, attempt)
         if plan.trust == "central":
@@ -86,13 +94,45 @@ def released_sum(plan: PrivacyPlan, total: FloatArray, entropy: Entropy) -> Floa
 def _central(
     plan: PrivacyPlan, canaries: GradientCanaries, entropy: Entropy
 ) -> tuple[FloatArray, PrivacyPlan]:
+    return _clients(plan, canaries).release(entropy)
+
+
+def _clients(plan: PrivacyPlan, canaries: GradientCanaries) -> ClippedUpdates:
+    """The server's sum, with the update of every canary that exists in it."""
     server = ClippedUpdates(plan, canaries.size)
     update = np.zeros(canaries.size)
     for canary in canaries.members:
         update[canaries.coordinates[canary]] = canaries.norm(plan)
         server.add(update)
         update[canaries.coordinates[canary]] = 0.0
-    return server.release(entropy)
+    return server
+
+
+def _taking_part(root: BandedRoot, releases: int) -> set[int]:
+    """The rounds (from 1) of a client that takes part `releases` times, as closely as it may."""
+    return set(range(1, root.num_rounds + 1, root.min_separation)[:releases])
+
+
+def _watch_correlated(
+    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, scores: Scores, attempt: int
+) -> None:
+    """All rounds of a dp_ftrl run, shown to `scores` after multiplication by C."""
+    root = plan.root()
+    assert root is not None
+    coefficients, taking_part = root.coefficients(), _taking_part(root, releases)
+    correlated = CorrelatedNoise(root, canaries.size)
+    past: deque[tuple[FloatArray, float]] = deque(maxlen=len(coefficients))  # newest first: released, in it
+    for round in range(1, root.num_rounds + 1):
+        present = round in taking_part
+        server = _clients(plan, canaries) if present else ClippedUpdates(plan, canaries.size)
+        released, _ = server.release(plan.entropy("audit", round, attempt), correlated, round)
+        past.appendleft((released, float(present)))
+        row, signal = np.zeros(canaries.size), 0.0
+        for coefficient, (average, there) in zip(coefficients, past, strict=False):
+            row += coefficient * average
+            signal += coefficient * there
+        if signal:
+            scores.observe(row, plan, signal)
 
 
 def one_shot_cosines(
@@ -106,7 +146,8 @@ def one_shot_cosines(
 ) -> FloatArray:
     """Cosines [k] of `clients` canary clients' random unit directions with all that was released, added up.
 
-    Andrew et al. 2024, algorithm 1: each canary sends the same random direction in every round, scaled to
+    Andrew et al. 2024, algorithm 1: each canary sends the same random direction in every round (dp_ftrl: in
+    every round that it may), scaled to
     `CANARY_NORM` times the clipping norm, and the sum of the aggregates is what the adversary has (the
     final model under FedAvg). For trust `central`. They are all in: the cosine of a direction that is not
     is known without trying. `clients` should be hundreds, so that the fitted spread is close, and `dimension`
@@ -115,11 +156,15 @@ def one_shot_cosines(
     directions = rng.standard_normal((clients, dimension), dtype=np.float32)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     final = np.zeros(dimension)
-    for round in range(1, releases + 1):
+    root = plan.root()
+    correlated = None if root is None else CorrelatedNoise(root, dimension)
+    rounds = releases if root is None else root.num_rounds
+    taking_part = set(range(1, rounds + 1)) if root is None else _taking_part(root, releases)
+    for round in range(1, rounds + 1):
         server = ClippedUpdates(plan, dimension)
-        for direction in directions:
+        for direction in directions if round in taking_part else ():
             server.add(CANARY_NORM * plan.max_grad_norm * direction)
-        aggregate, plan = server.release(plan.entropy("audit one-shot", round, attempt))
+        aggregate, plan = server.release(plan.entropy("audit one-shot", round, attempt), correlated, round)
         final += aggregate
     length = float(np.linalg.norm(final))
     return np.asarray(directions @ final / max(length, 1e-300), dtype=np.float64)

@@ -20,7 +20,9 @@ __all__ = [
     "HeadNotNoised",
     "NoClipping",
     "NoiseInTheFirstStepOnly",
+    "SensitivityOfOneRound",
     "central",
+    "correlated",
     "distributed",
     "local",
     "mutated",
@@ -62,6 +64,14 @@ def central(**changes: Any) -> PrivacyPlan:
     return PrivacyPlan(**{**_COMMON, **values, **changes})
 
 
+def correlated(**changes: Any) -> PrivacyPlan:
+    """Twelve rounds of dp_ftrl; a client takes part in one of four, three times in all."""
+    values = {
+        "mechanism": "dp_ftrl", "num_rounds": 12, "bands": 4, "min_separation": 4, "cohort_size": 250,
+    }  # fmt: skip
+    return central(**{**values, **changes})
+
+
 def mutated(plan: PrivacyPlan, kind: type[PrivacyPlan]) -> PrivacyPlan:
     """The same settings in a plan that does not keep its promise."""
     return kind(**{field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)})
@@ -98,6 +108,15 @@ class NoiseInTheFirstStepOnly(PrivacyPlan):
         before = getattr(self, "_noised", False)
         object.__setattr__(self, "_noised", True)
         return values * (1e-3 if before else 1.0)
+
+
+class SensitivityOfOneRound(PrivacyPlan):
+    """dp_ftrl noised for one participation, where a client takes part several times."""
+
+    def noise(self, size: int, entropy: Entropy) -> Any:
+        root = self.root()
+        assert root is not None
+        return super().noise(size, entropy) * root.sensitivity(1) / root.sensitivity()
 
 
 class FixedBatch(PrivacyPlan):

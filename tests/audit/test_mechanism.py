@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedtune.audit.attack import audit_mechanism
+from fedtune.audit.attack import audit_mechanism, audit_model
 from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.mechanism import canary_sum, one_shot_cosines, released_sum
 from fedtune.errors import PrivacyError
@@ -51,6 +51,23 @@ def test_each_broken_mechanism_is_exposed(kind: type[PrivacyPlan]) -> None:
 def test_a_trusted_server_that_is_broken_is_exposed(kind: type[PrivacyPlan]) -> None:
     result = audited(plans.mutated(plans.central(), kind), canaries=4000)
     assert result.violated, result.bounds
+
+
+def test_correlated_noise_is_acquitted_and_its_mutants_are_exposed() -> None:
+    plan = plans.correlated()
+    right = audited(plan, canaries=4000)
+    assert 0.2 * right.claimed < right.best.epsilon_lower <= right.claimed
+    for kind in (plans.HalfNoise, plans.SensitivityOfOneRound):
+        assert audited(plans.mutated(plan, kind), canaries=4000).violated
+    assert right.estimate is not None
+    assert right.estimate < 1.5 * right.claimed
+
+
+def test_the_model_is_not_audited_under_correlated_noise() -> None:
+    from fedtune.config.schema import Config
+
+    with pytest.raises(PrivacyError, match="leave --model out"):
+        audit_model(Config(), plans.correlated(), 3, claimed=1.0)
 
 
 def test_default_settings_with_half_of_the_noise_are_exposed() -> None:
