@@ -145,7 +145,7 @@ def _validate_correlated(plan: PrivacyPlan) -> None:
             "privacy.adaptive_clipping=true does not fit privacy.mechanism=dp_ftrl: noise that is taken back "
             "in later rounds must have one scale in all of them. Leave adaptive_clipping out."
         )
-    for name in ("bands", "min_separation"):
+    for name in ("min_separation", "bands"):
         if getattr(plan, name) > plan.num_rounds:
             raise PrivacyError(
                 f"privacy.{name}={getattr(plan, name)} is more than federation.num_rounds={plan.num_rounds}. "
@@ -153,7 +153,7 @@ def _validate_correlated(plan: PrivacyPlan) -> None:
             )
     if plan.cohort_size * plan.min_separation > plan.declared_size:
         raise PrivacyError(
-            f"With privacy.min_separation={plan.min_separation} and federation.cohort_size={plan.cohort_size}"
+            f"With privacy.min_separation={plan.min_separation} and federation.cohort_size={plan.cohort_size},"
             f" {plan.cohort_size * plan.min_separation} clients are needed to fill every round, and there "
             f"are {plan.declared_size}. Lower one of the two; their product is at most the number of clients."
         )

@@ -53,6 +53,7 @@ def test_a_trusted_server_that_is_broken_is_exposed(kind: type[PrivacyPlan]) -> 
     assert result.violated, result.bounds
 
 
+@pytest.mark.slow
 def test_correlated_noise_is_acquitted_and_its_mutants_are_exposed() -> None:
     plan = plans.correlated()
     right = audited(plan, canaries=4000)

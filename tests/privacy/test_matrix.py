@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.errors import PrivacyError, SeparationError
+from fedtune.config.schema import Config
+from fedtune.errors import BudgetExhausted, ConfigError, PrivacyError, SeparationError
 from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms
+from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise
 from fedtune.privacy.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.privacy.plans import central_plan
 
 SHAPES = [
@@ -320,3 +324,106 @@ def test_a_participation_too_soon_is_refused_with_the_numbers() -> None:
     for round in (0, 41):
         with pytest.raises(SeparationError, match="rounds 1 to 40"):
             root.check("a", "r", round, [])
+
+
+# --- in the ledger and in the plan ---------------------------------------------------------------
+
+
+def _reserve(ledger: PrivacyLedger, plan: PrivacyPlan, round: int, run: str = "run-1") -> None:
+    ledger.commit(
+        ledger.reserve(dataset="visits", fingerprint="f", node="clinic", run=run, round=round, plan=plan)
+    )
+
+
+def test_the_ledger_charges_each_participation_and_refuses_one_too_soon(tmp_path: Path) -> None:
+    plan, ledger = ftrl(noise_multiplier=2.0), PrivacyLedger(tmp_path / "clinic.sqlite")
+    known = {"dataset": "visits", "fingerprint": "f", "delta": 1e-4}
+    for k, round in enumerate((3, 13, 30), start=1):  # further apart than it must be: charged as the worst
+        _reserve(ledger, plan, round)
+        root = plan.root()
+        assert root is not None
+        one = epsilon_of_terms(root.merged(2.0, k), 1e-4)
+        assert ledger.epsilon(**known) == pytest.approx(one, rel=2e-3)
+        assert ledger.epsilon(**known, run="run-1") == pytest.approx(one, rel=2e-3)
+    for round in (30, 31, 39, 24):
+        with pytest.raises(SeparationError, match="one participation in 10 rounds"):
+            _reserve(ledger, plan, round)
+    assert len(ledger.releases(run="run-1")) == 3
+    _reserve(ledger, plan, 40)
+    assert ledger.epsilon(**known) == pytest.approx(epsilon_of_terms({Term(1.0, 2.0): 1}, 1e-4), rel=2e-3)
+    _reserve(ledger, plan, 1, run="run-2")  # another run has noise of its own, and adds up
+    both = {Term(1.0, 2.0): 1, **{Term(1.0, t.noise_multiplier): 1 for t in plan.terms(1) or {}}}
+    assert ledger.epsilon(**known) == pytest.approx(epsilon_of_terms(both, 1e-4), rel=2e-3)
+    assert ledger.verify()[1] == []
+
+
+def test_a_budget_that_holds_for_the_whole_run_lets_all_of_it_pass(tmp_path: Path) -> None:
+    plan, ledger = ftrl(noise_multiplier=2.0), PrivacyLedger(tmp_path / "clinic.sqlite")
+    ledger.set_budget(PrivacyBudget(1.002 * plan.epsilon(), plan.delta))
+    for round in (1, 11, 21, 31):
+        _reserve(ledger, plan, round)
+    with pytest.raises(BudgetExhausted, match="over its budget"):
+        _reserve(ledger, plan, 1, run="run-2")
+
+
+def _config(**changes: Any) -> Config:
+    config = Config()
+    config.federation.num_rounds, config.federation.cohort_size = 40, 20
+    values = {
+        "trust": "central",
+        "unit": "client",
+        "mechanism": "dp_ftrl",
+        "min_separation": 10,
+        "epsilon": 3.0,
+    }
+    for name, value in {**values, **changes}.items():
+        setattr(config.privacy, name, value)
+    return config
+
+
+def test_noise_is_calibrated_to_the_whole_run() -> None:
+    plan = make_plan(_config(), [5] * 200)
+    assert (plan.mechanism, plan.bands, plan.min_separation) == ("dp_ftrl", 10, 10)
+    assert 0.98 * 3.0 <= plan.epsilon() <= 3.0
+    # By dp_accounting alone, from the dense matrix: one Gaussian.
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    sensitivity = float(np.linalg.norm(dense(BandedRoot(40, 10, 10))[:, ::10].sum(axis=1)))
+    whole = from_gaussian_mechanism(plan.noise_std() / (sensitivity * plan.max_grad_norm))
+    assert plan.epsilon() == pytest.approx(whole.get_epsilon_for_delta(plan.delta), rel=0.01)
+    assert PrivacyPlan.from_json(plan.to_json()) == plan
+    assert make_plan(_config(bands=3), [5] * 200).bands == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trust": "local", "unit": "record"}, "trust=central"),
+        ({"adaptive_clipping": True}, "adaptive_clipping=true does not fit"),
+        ({"bands": 41}, "bands=41 is more than federation.num_rounds=40"),
+        ({"min_separation": 11}, "220 clients are needed"),
+        ({"min_separation": 41}, "min_separation=41 is more"),
+        ({"mechanism": "gaussian"}, "settings of privacy.mechanism=dp_ftrl"),
+        ({"mechanism": "tree"}, "must be one of gaussian, dp_ftrl"),
+        ({"bands": 0}, "bands must be a whole number of 1 or more"),
+    ],
+)
+def test_settings_without_meaning_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PrivacyError, match=said):
+        make_plan(_config(**changes), [5] * 200)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["privacy.mechanism=dp_ftrl"],
+        ["privacy=central", "privacy.min_separation=2"],
+        ["privacy=central", "privacy.bands=2"],
+        ["privacy=central_ftrl", "privacy.trust=none", "privacy.epsilon=null"],
+    ],
+)
+def test_the_command_line_refuses_them_by_name(wrong: list[str]) -> None:
+    from fedtune.config.loader import load
+
+    with pytest.raises(ConfigError, match="privacy.mechanism=dp_ftrl"):
+        load(wrong)
