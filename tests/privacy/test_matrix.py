@@ -401,7 +401,7 @@ def test_noise_is_calibrated_to_the_whole_run() -> None:
         ({"trust": "local", "unit": "record"}, "trust=central"),
         ({"adaptive_clipping": True}, "adaptive_clipping=true does not fit"),
         ({"bands": 41}, "bands=41 is more than federation.num_rounds=40"),
-        ({"min_separation": 11}, "220 clients are needed"),
+        ({"min_separation": 11}, "ask for 220 clients"),
         ({"min_separation": 41}, "min_separation=41 is more"),
         ({"mechanism": "gaussian"}, "settings of privacy.mechanism=dp_ftrl"),
         ({"mechanism": "tree"}, "must be one of gaussian, dp_ftrl"),
