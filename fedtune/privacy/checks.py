@@ -154,9 +154,9 @@ def _validate_correlated(plan: PrivacyPlan) -> None:
     if plan.cohort_size * plan.min_separation > plan.declared_size:
         needed = plan.cohort_size * plan.min_separation
         raise PrivacyError(
-            f"privacy.min_separation={plan.min_separation} and federation.cohort_size={plan.cohort_size} ask for "
-            f"{needed} clients to fill every round, and there are {plan.declared_size}. Lower one of the two; "
-            "their product is at most the number of clients."
+            f"privacy.min_separation={plan.min_separation} and federation.cohort_size={plan.cohort_size} ask "
+            f"for {needed} clients to fill every round, and there are {plan.declared_size}. Lower one of the "
+            "two; their product is at most the number of clients."
         )
 
 
