@@ -82,7 +82,8 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
         help="run over the sites of a real federation",
         description="Starts a run at the server and shows it; record.json, adapter/ and statement.md are "
         "written here. Settings as of `fedtune run`; data.* describe the public test split, since each site "
-        "has data of its own. Exit status 0 only if the run succeeded.",
+        "has data of its own; federation.evaluation=private needs none. Exit status 0 only if the "
+        "run succeeded.",
         epilog="examples:\n  fedtune submit DIR/server data=files data.name=visits data.path=PUBLIC "
         "data.labels=[no,yes]\n"
         "  fedtune submit DIR/server resume=RUN_DIR              go on after a crash",

@@ -136,6 +136,30 @@ def test_pitfall_09_heuristics_sold_as_privacy() -> None:
     assert "without any privacy guarantee" in statement_markdown(record("none"))
 
 
+def test_pitfall_10_metrics_on_private_data_unaccounted(tmp_path: Path) -> None:
+    """Accuracy on a node's own data is two noised counts, charged like a round, inside the target."""
+    config = Config()
+    config.federation.evaluation, config.privacy.epsilon = "private", 3.0
+    plan = make_plan(config, [1000])
+    evaluation = plan.evaluation()
+    assert evaluation is not None
+    ledger = PrivacyLedger.open(tmp_path / "n.sqlite")
+    for round in range(plan.num_rounds):
+        release(ledger, plan, round)
+    trained = ledger.epsilon(dataset="d", fingerprint="f", delta=plan.delta)
+    ledger.reserve(
+        dataset="d", fingerprint="f", node="n", run="run-1", round=plan.num_rounds, plan=evaluation
+    )
+    assert trained < ledger.epsilon(dataset="d", fingerprint="f", delta=plan.delta) <= 3.0
+    # Calibrate the training alone to the target, as frameworks do, and the counts come on top.
+    config.federation.evaluation, config.privacy.delta = "public", plan.delta
+    free = make_plan(config, [1000])
+    assert (
+        epsilon_of_terms({**(free.terms(free.num_rounds) or {}), **(evaluation.terms(1) or {})}, free.delta)
+        > 3.0
+    )
+
+
 def test_pitfall_11_tuning_leaks(tmp_path: Path) -> None:
     """Every run of a sweep is in the ledger, so the best one cannot be quoted as if it had been the only."""
     ledger = PrivacyLedger(tmp_path / "n.sqlite")
