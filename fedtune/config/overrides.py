@@ -8,6 +8,7 @@ own; each value of a sweep is checked too, so that job 7 of 8 does not die of a 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,13 @@ from fedtune.config.values import nearest
 from fedtune.errors import ConfigError
 
 __all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings"]
+
+# Launchers of a sweep: what must be installed for each, and the extra that brings it.
+_LAUNCHERS = {
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "parallel"),
+    "fedtune_ray": ("ray", "ray"),
+    "ray": ("hydra_plugins.hydra_ray_launcher", ""),
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ def check_overrides(
         key = override.key_or_group
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             hydras.append(key)
+            _check_launcher(key, override)
             arguments.append(override.input_line or text)
             continue
         _refuse_odd_forms(override, text)
@@ -81,6 +90,24 @@ def check_overrides(
                 "with it. Leave it out to resume, or start a new run."
             )
     return CheckedOverrides(tuple(arguments), frozenset(keys), resume, multirun)
+
+
+def _check_launcher(key: str, override: Override) -> None:
+    """A launcher that is known and not installed has a package that brings it."""
+    if key != "hydra/launcher" or override.is_sweep_override():
+        return
+    name = str(override.value())
+    brings, extra = _LAUNCHERS.get(name, ("hydra", ""))
+    if not _installed(brings):
+        said = f"pip install 'fedtune[{extra}]'" if extra else "use hydra/launcher=fedtune_ray"
+        raise ConfigError(f"hydra/launcher={name} needs a package that is not installed: {said}.")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def named_settings(overrides: Sequence[str]) -> frozenset[str]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.launch import Job, JobFailure, launch
-from fedtune.errors import CheckpointError, ConfigError, RecordError
+from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.experiments import record
 from fedtune.experiments.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.experiments.export import save
@@ -121,6 +122,7 @@ class Sweep:
     pruning: Pruning | None = None
     close: Callable[[], None] | None = None  # lets others into the folder of a search
     process: int = field(default_factory=os.getpid)
+    machine: str = field(default_factory=platform.node)
 
     @property
     def folder(self) -> Path | None:
@@ -210,6 +212,7 @@ class Sweep:
     def task(self, job: Job) -> float | None:
         """Makes one run, or reads it if it is finished, and says one line; returns its accuracy."""
         assert self.progress is not None and job.number is not None
+        self._keep_to_the_ledgers(job.config)
         folder = Path(job.config.output or "")
         made = self._finished(folder)
         before = made is not None
@@ -235,6 +238,16 @@ class Sweep:
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text
+
+    def _keep_to_the_ledgers(self, config: Config) -> None:
+        """A launcher may send a run to another machine, and the ledgers lie on this one."""
+        if platform.node() == self.machine or config.data.public or config.privacy.trust == "none":
+            return
+        raise LedgerError(
+            f"This run was sent to the machine {platform.node()}, and the ledgers that know what this data has "
+            f"spent lie on {self.machine}; SQLite cannot share them over a network. Make the runs on one machine "
+            "(hydra/launcher=joblib), or set data.public=true if the data's owner declared it public."
+        )
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         """The record of a run that an earlier session finished."""
