@@ -244,9 +244,9 @@ class Sweep:
         if platform.node() == self.machine or config.data.public or config.privacy.trust == "none":
             return
         raise LedgerError(
-            f"This run was sent to the machine {platform.node()}, and the ledgers that know what this data has "
-            f"spent lie on {self.machine}; SQLite cannot share them over a network. Make the runs on one machine "
-            "(hydra/launcher=joblib), or set data.public=true if the data's owner declared it public."
+            f"This run was sent to the machine {platform.node()}, and the ledgers that know what this data "
+            f"has spent lie on {self.machine}; SQLite cannot share them over a network. Make the runs on one "
+            "machine (hydra/launcher=joblib), or set data.public=true if the data's owner declared it public."
         )
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Sweeps whose runs are shared out to several processes by a launcher, and the ledgers that they must share."""
+"""Sweeps whose runs a launcher shares out to several processes, and the ledgers that they must share."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def test_a_search_with_two_workers_judges_in_them() -> None:
     words = ["train.learning_rate=tag(log,interval(0.001,0.1))", "sweep.trials=4", "hydra.sweep.dir=sweep"]
     failures, lines = sweep("sweep=optuna", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert failures == [] and any(line.startswith("4 trials: ") for line in lines)
-    from fedtune.experiments.pruning import STUDY_FILE, STUDY_NAME, storage
     from optuna import load_study
+
+    from fedtune.experiments.pruning import STUDY_FILE, STUDY_NAME, storage
 
     trials = load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE)).get_trials()
     assert [len(trial.intermediate_values) for trial in trials] == [6] * 4
