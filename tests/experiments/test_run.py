@@ -213,3 +213,26 @@ def test_the_record_is_plain_json(finished: tuple[Path, str]) -> None:
     text = (finished[0] / "record.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     json.loads(text)
+
+
+def test_a_run_that_is_given_up_has_a_record_and_its_ledgers_charges(
+    world: dict[str, Path], tmp_path: Path
+) -> None:
+    from fedtune.experiments.collect import collect
+    from fedtune.federation.events import PRUNED
+    from fedtune.privacy.statement import statement_markdown
+
+    given_up = tiny.private(config(world, tmp_path / "0"))
+    run(given_up, console=quiet(), judge=lambda s: f"{PRUNED} after 2 rounds." if s.round == 2 else None)
+    made = records.read(tmp_path / "0")
+    assert made["run"]["status"] == "pruned" and made["federation"]["rounds"] == 2
+    assert made["federation"]["ended_early"] == f"{PRUNED} after 2 rounds."
+    privacy = made["privacy"]
+    assert {one["releases"] for one in privacy["ledger"]} == {2}
+    assert 0 < privacy["epsilon"] < 0.95 * privacy["target_epsilon"], "two of three rounds were released"
+    assert statement_markdown(made)
+    run(tiny.private(config(world, tmp_path / "1")), console=quiet())
+    found = collect([tmp_path])
+    assert [one.pruned for one in found.runs] == [True, False]
+    terms = [sum(one.terms["site-0"].values()) for one in found.runs if one.terms["site-0"] is not None]
+    assert terms == [4, 6], "steps of two rounds, and of three"
