@@ -30,8 +30,6 @@ __all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_setti
 # Launchers of a sweep: what must be installed for each, and the extra that brings it.
 _LAUNCHERS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "parallel"),
-    "fedtune_ray": ("ray", "ray"),
-    "ray": ("hydra_plugins.hydra_ray_launcher", ""),
 }
 
 
@@ -99,8 +97,9 @@ def _check_launcher(key: str, override: Override) -> None:
     name = str(override.value())
     brings, extra = _LAUNCHERS.get(name, ("hydra", ""))
     if not _installed(brings):
-        said = f"pip install 'fedtune[{extra}]'" if extra else "use hydra/launcher=fedtune_ray"
-        raise ConfigError(f"hydra/launcher={name} needs a package that is not installed: {said}.")
+        raise ConfigError(
+            f"hydra/launcher={name} needs a package that is not installed: pip install 'fedtune[{extra}]'."
+        )
 
 
 def _installed(name: str) -> bool:

@@ -19,7 +19,6 @@ from fedtune.experiments.sweep_options import SweepOptions
 HERE = str(Path(__file__).resolve().parent)
 LAUNCHERS = [
     pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], "joblib", id="joblib"),
-    pytest.param(["hydra/launcher=fedtune_ray", "hydra.launcher.n_jobs=2"], "ray", id="ray"),
 ]
 
 
@@ -103,11 +102,7 @@ def test_a_run_that_is_sent_away_from_the_ledgers_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "message"),
-    [
-        ("joblib", r"fedtune\[parallel\]"),
-        ("fedtune_ray", r"fedtune\[ray\]"),
-        ("ray", "hydra/launcher=fedtune_ray"),
-    ],
+    [("joblib", r"fedtune\[parallel\]")],
 )
 def test_a_launcher_that_is_not_installed(
     launcher: str, message: str, monkeypatch: pytest.MonkeyPatch
