@@ -96,7 +96,7 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
     status = commands.add_parser(
         "status",
         help="sites and runs of a real federation",
-        description="Asks a running server for its sites and runs.",
+        description="Asks a running server for its sites, what they publish of their budgets, and its runs.",
         epilog="example:\n  fedtune status DIR/server",
         formatter_class=formatter,
     )
@@ -206,6 +206,7 @@ def _submit(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
 
 def _status(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.engines.deployment.operator import status
+    from fedtune.engines.deployment.published import shown
 
     found = status(arguments.folder)
     if arguments.json:
@@ -216,7 +217,7 @@ def _status(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
         return 0
     print(f"server {found.address}")
     for one in found.sites:
-        print(f"site {one['site']:<20} {one['state']:<12} {one['since']}")
+        print(f"site {one['site']:<20} {one['state']:<12} {one['since'][:19]:<20} {shown(one['budget'])}")
     for one in found.runs:
         print(f"run {one['run']:<21} {one['state']:<12} {one['started']} {one['details']}".rstrip())
     return 0

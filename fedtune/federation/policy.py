@@ -87,6 +87,7 @@ class SiteSettings:
     budget_unit: str | None = None
     permit: Permit = field(default_factory=Permit)
     limits: Limits = field(default_factory=Limits)
+    publish_budget: bool = False
 
     @property
     def budget(self) -> PrivacyBudget:

@@ -19,6 +19,7 @@ import yaml
 from fedtune import __version__
 from fedtune.engines.deployment import certificates, join, reach, server
 from fedtune.engines.deployment.provision import enrol, provision, revoke
+from fedtune.engines.deployment.published import Board, checked, of_site, shown
 from fedtune.errors import FederationError
 from tests.deployment.site_parts import settings
 
@@ -46,7 +47,9 @@ class Real:
         self.app = server._application(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
         self.sync()
-        gate = server.Gate(self.app, server.read_token(self.folder), lambda: server._registered(self.state))
+        self.board = Board(self.folder / "published.json")
+        token = server.read_token(self.folder)
+        gate = server.Gate(self.app, token, lambda: server._registered(self.state), self.board)
         self.config = uvicorn.Config(
             gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
             ssl_certfile=str(self.folder / "server.crt"), log_level="error",
@@ -225,6 +228,78 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
     (copy / "operator.token").write_text("another\n")
     with pytest.raises(FederationError, match="does not know the operator's token"):
         status(copy)
+
+
+def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_path: Path) -> None:
+    from fedtune.engines.deployment.node import publish
+    from fedtune.engines.deployment.operator import status
+    from fedtune.engines.deployment.site import open_ledger
+    from fedtune.federation.audit_log import AuditLog
+    from tests.privacy.plans import local_plan
+
+    def of(name: str) -> Any:
+        return next(one["budget"] for one in status(real.folder).sites if one["site"] == name)
+
+    log = AuditLog(tmp_path / "audit.jsonl")
+    state = {"ledger": str(tmp_path / "ledger.sqlite")}
+    silent, key = real.site("clinic-2", **state), real.keys["clinic-2"]
+    assert not silent.publish_budget and of_site(silent) is None
+    told = publish(silent, key, log, None)
+    assert of("clinic-2") is None and log.entries() == []
+    assert shown(None) == "budget not published"
+
+    open_site = real.site("clinic-2", publish_budget=True, **state)
+    told = publish(open_site, key, log, told)
+    assert of("clinic-2") == {"epsilon_left": 50.0, "epsilon": 50.0, "delta": 1e-3, "unit": "any"}
+    ledger = open_ledger(open_site)
+    ledger.reserve(
+        dataset="made-up", fingerprint="f", node="clinic-2", run="r", round=1, plan=local_plan(num_rounds=3)
+    )
+    told = publish(open_site, key, log, told)
+    spent = ledger.epsilon(dataset="made-up", fingerprint="f")
+    assert 50.0 - spent - 1e-4 <= of("clinic-2")["epsilon_left"] <= 50.0 - spent < 50.0
+    assert publish(open_site, key, log, told) == told
+    assert [one["event"] for one in log.entries()] == ["published"] * 2, "once for each change"
+    assert log.entries()[1]["epsilon_left"] == of("clinic-2")["epsilon_left"]
+    assert (real.folder / "published.json").stat().st_mode & 0o077 == 0
+    assert shown(of("clinic-2")).endswith("of 50 left at delta 0.001")
+    publish(silent, key, log, told)
+    assert of("clinic-2") is None, "an owner who changes his mind is forgotten"
+
+
+def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path: Path) -> None:
+    stranger = certificates.make_node_key(tmp_path / "node.key")
+    good = {"epsilon_left": 1.0, "epsilon": 2.0, "delta": 1e-5, "unit": "record"}
+    join.publish(real.site("clinic-1"), stranger, good)
+    join.publish(real.site("clinic-1"), real.keys["clinic-1"], {**good, "epsilon": float("inf")})
+    assert real.board.all().get("clinic-1") is None
+    assert checked({**good, "unit": "<b>"}) is None and checked({**good, "more": 1}) is None
+    assert checked([good]) is None and checked(good) == good
+    status, _ = real.request("GET", server.PUBLISHED_PATH)
+    assert status == 403, "for whoever has the operator's token"
+
+
+def test_a_node_that_greets_by_another_name_takes_no_part(real: Real) -> None:
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    from fedtune.engines.deployment.operator import _Server
+    from fedtune.federation._flower import task_identity
+    from fedtune.federation.messages import NodeHello
+
+    of = _Server.of(real.folder)
+    assert of.site_of(real.node_id("clinic-1")) == "clinic-1" and of.site_of(5) is None
+    with task_identity(1):
+        asked = Message(RecordDict(), 7, "query.hello")
+        hello = Message(NodeHello("clinic-2", 9, 1, "fedtune").to_records(), reply_to=asked)
+        other = Message(RecordDict({"reply": ConfigRecord({"node": "clinic-2"})}), reply_to=asked)
+    assert (
+        join.as_enrolled(hello, lambda _: "clinic-2") is hello
+        and join.as_enrolled(other, pytest.fail) is other
+    )
+    wrong = join.as_enrolled(hello, lambda _: "clinic-1")
+    assert "says that it is 'clinic-2', and its key is enrolled for 'clinic-1'" in wrong.error.reason
+    assert wrong.metadata.src_node_id == hello.metadata.src_node_id
+    assert join.as_enrolled(hello, lambda _: None).has_error()
 
 
 def test_a_server_that_is_not_there_is_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

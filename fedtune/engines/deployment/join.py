@@ -3,7 +3,8 @@
 Flower's SuperNode learns of a key that is not enrolled, of a key that is in use and of a clock that is off
 only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
 server (`server.Gate`) answers whom it knows by that key, whether such a node is connected, what time it is
-and which fedtune it has. Only who holds a key learns anything about it.
+and which fedtune it has. Only who holds a key learns anything about it. What a site publishes of its budget
+(`published`) goes the same way.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune import __version__
-from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment import certificates, published
+from fedtune.engines.deployment.conversation import HEARTBEAT_SECONDS
 from fedtune.engines.deployment.provision import parse_address
 from fedtune.engines.deployment.reach import tls_context
 from fedtune.errors import FederationError, ResourceError
 from fedtune.federation.policy import SiteSettings
 
-__all__ = ["PATH", "answer", "check_in", "refusal"]
+__all__ = ["PATH", "answer", "as_enrolled", "check_in", "publish", "refusal"]
 
 PATH = "/v1/fedtune/join"
 _KEY, _TIME, _SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
+_PUBLISHED = "x-fedtune-published"  # JSON; without it, a question only
 _PURPOSE = b"fedtune-join:"
 # Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
 _AHEAD, _BEHIND = 5.0, 305.0
-# A node that died without a word counts as connected until it has missed two heartbeats of 30 s.
-_LEFT_SECONDS = 75.0
+# A node that died without a word counts as connected until it has missed two heartbeats.
+_LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
+_NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,28 @@ class Welcome:
     ahead: float
 
 
-def answer(headers: Mapping[bytes, bytes], nodes: Callable[[], Iterable[Any]]) -> tuple[int, dict[str, Any]]:
-    """The server's (HTTP status, answer); `nodes` gives Flower's NodeInfos that are registered."""
+def answer(
+    headers: Mapping[bytes, bytes], nodes: Callable[[], Iterable[Any]], board: published.Board | None = None
+) -> tuple[int, dict[str, Any]]:
+    """The server's (HTTP status, answer); `nodes` gives Flower's NodeInfos that are registered.
+
+    What an enrolled site publishes is noted on `board`.
+    """
     try:
         given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
         key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError("another kind of key")
         signature = base64.b64decode(given[_SIGNATURE], validate=True)
-        key.verify(signature, _PURPOSE + given[_TIME], ec.ECDSA(hashes.SHA256()))
+        told = headers.get(_PUBLISHED.encode(), b"")
+        key.verify(signature, _signed(given[_TIME], told), ec.ECDSA(hashes.SHA256()))
+        values = json.loads(told) if told else None
     except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return 403, {"error": "This needs a request that is signed by a site's key."}
     public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     known = next((node for node in nodes() if bytes(node.public_key) == public), None)
+    if known and told and board is not None:
+        board.note(known.name, published.checked(values))
     return 200, {
         "fedtune": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -104,6 +117,29 @@ def check_in(
         time.sleep(min(_ASK_SECONDS, patience / 4))
 
 
+def publish(site: SiteSettings, key: ec.EllipticCurvePrivateKey, values: dict[str, Any] | None) -> int:
+    """Tells the server what this site publishes (None: nothing any more); bytes told."""
+    told = json.dumps(values).encode()
+    _ask(site, key, timeout=10.0, told=told)
+    return len(told)
+
+
+def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
+    """A node's message, or an error in its place if it greets by another name than its key is enrolled for.
+
+    A node names itself in its greeting; a site that took another's name would take its place in a run.
+    """
+    from flwr.app.error import Error
+    from flwr.app.message import make_message
+
+    hello = message.content.get("hello") if message.has_content() else None
+    name = hello.get("node") if isinstance(hello, Mapping) else None
+    if name is None or name == (site := site_of(message.metadata.src_node_id)):
+        return message
+    reason = f"It says that it is {str(name)[:100]!r}, and its key is enrolled for {site!r}: it has no part."
+    return make_message(metadata=message.metadata, error=Error(_NOT_ITSELF, reason))
+
+
 def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
     """Why the server no longer lets this site in; None if it does, or does not answer at once."""
     try:
@@ -112,7 +148,11 @@ def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
         return None
 
 
-def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float) -> Welcome:
+def _signed(stamp: bytes, told: bytes) -> bytes:
+    return b"\n".join((_PURPOSE, stamp, told))
+
+
+def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, told: bytes = b"") -> Welcome:
     now = _now()
     stamp = now.isoformat().encode()
     public = key.public_key().public_bytes(
@@ -121,7 +161,8 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float) ->
     headers = {
         _KEY: base64.b64encode(public).decode(),
         _TIME: stamp.decode(),
-        _SIGNATURE: base64.b64encode(key.sign(_PURPOSE + stamp, ec.ECDSA(hashes.SHA256()))).decode(),
+        _SIGNATURE: base64.b64encode(key.sign(_signed(stamp, told), ec.ECDSA(hashes.SHA256()))).decode(),
+        **({_PUBLISHED: told.decode()} if told else {}),
     }
     host, port = parse_address(site.server)
     connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context(Path(site.ca)))

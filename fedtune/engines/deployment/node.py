@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.engines.deployment import certificates, channel, join
+from fedtune.engines.deployment import certificates, channel, join, published
 from fedtune.engines.deployment.executor import Answers, Worker
 from fedtune.engines.deployment.reach import check_server, expiry_warning, wait_for_server
 from fedtune.engines.deployment.site import open_ledger
@@ -78,7 +78,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
     store = ObjectStoreFactory().store()
     state = State(store)
     answer = Answers(state, store, site, worker, apps)
-    threading.Thread(target=_watch, args=(site, ending, say), daemon=True).start()
+    threading.Thread(target=_watch, args=(site, key, log, ending, say), daemon=True).start()
     try:
         while True:
             joined.clear()
@@ -139,11 +139,19 @@ def guard(connection: Any, apps: Apps, log: AuditLog) -> Any:
     return node_id, counted_receive, send, noted_run, judged_fab, bounded_pull, push_object, confirm
 
 
-def _watch(site: SiteSettings, ending: threading.Event, say: Callable[[str], None]) -> None:
-    """Says once a minute that the server does not answer, for Flower tries again by itself, and silently;
-    and once a day that the server's certificate ends soon."""
-    warned = time.monotonic()
-    while not ending.wait(60.0):
+def _watch(
+    site: SiteSettings, key: Any, log: AuditLog, ending: threading.Event, say: Callable[[str], None]
+) -> None:
+    """Once a minute: says that the server does not answer, for Flower tries again by itself, and silently;
+    and tells it what the owner publishes, if that has changed. Once a day: that its certificate ends soon."""
+    warned, told = time.monotonic(), None
+    while True:
+        try:
+            told = publish(site, key, log, told)
+        except FedtuneError as error:
+            say(str(error))
+        if ending.wait(60.0):
+            return
         try:
             warning = expiry_warning(check_server(site.server, Path(site.ca)))
             if warning and time.monotonic() - warned > _DAY:
@@ -151,6 +159,20 @@ def _watch(site: SiteSettings, ending: threading.Event, say: Callable[[str], Non
                 warned = time.monotonic()
         except FedtuneError as error:
             say(f"{error} Trying again.")
+
+
+def publish(site: SiteSettings, key: Any, log: AuditLog, told: Any) -> dict[str, Any]:
+    """Tells the server what the owner publishes, unless it is what was `told` before; what it knows now.
+
+    The log says so before it leaves. An owner who publishes nothing has that told once: what the server
+    kept of a time when it was otherwise is taken down.
+    """
+    now = {"published": published.of_site(site)}
+    if now != told:
+        if now["published"] is not None:
+            log.append("published", message="budget", **now["published"])
+        join.publish(site, key, now["published"])
+    return now
 
 
 class _Capture(logging.Handler):

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.engines.deployment.conversation import pauses
+from fedtune.engines.deployment.join import as_enrolled
 from fedtune.engines.deployment.provision import read_yaml
-from fedtune.engines.deployment.reach import check_server
-from fedtune.engines.deployment.server import TOKEN_HEADER, read_token
+from fedtune.engines.deployment.published import checked
+from fedtune.engines.deployment.reach import check_server, tls_context
+from fedtune.engines.deployment.server import PUBLISHED_PATH, TOKEN_HEADER, read_token
 from fedtune.engines.deployment.thin import thin_app
 from fedtune.errors import ConfigError, FederationError
 
@@ -65,16 +67,18 @@ class _SoonAgain:
 
 @dataclasses.dataclass(frozen=True)
 class _Server:
+    folder: Path
     address: str
     authority: bytes
     token: str
+    sites: dict[int, str] = dataclasses.field(default_factory=dict)  # by Flower's node id
 
     @classmethod
     def of(cls, folder: Path) -> _Server:
         """The server that a folder made by `fedtune provision` describes, which must answer."""
         address = str(read_yaml(folder / "server.yaml").get("server"))
         check_server(address, folder / "ca.crt")
-        return cls(address, (folder / "ca.crt").read_bytes(), read_token(folder))
+        return cls(folder, address, (folder / "ca.crt").read_bytes(), read_token(folder))
 
     @contextlib.contextmanager
     def asked(self, kind: Any) -> Iterator[Any]:
@@ -98,6 +102,34 @@ class _Server:
                 raise FederationError(
                     f"The connection to the server {self.address} broke ({type(error).__name__}). Try again."
                 ) from error
+
+    def site_of(self, node_id: int) -> str | None:
+        """The site for which the key of a connected node is enrolled."""
+        from flwr.proto.control_pb2 import ListNodesRequest
+        from flwr.supercore.control import ControlHttpClient
+
+        if node_id not in self.sites:  # the first message of a node; its key never changes sites
+            with contextlib.closing(self.client(ControlHttpClient, patient=True)) as control:
+                nodes = control.ListNodes(ListNodesRequest()).nodes_info
+            self.sites.update({node.node_id: node.name for node in nodes})
+        return self.sites.get(node_id)
+
+    def published(self) -> dict[str, Any]:
+        """What the sites publish of their budgets, by name."""
+        import httpx
+
+        context = tls_context(self.folder / "ca.crt")
+        try:
+            found = httpx.get(
+                f"https://{self.address}{PUBLISHED_PATH}", headers={TOKEN_HEADER: self.token}, verify=context
+            )
+            values = found.raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise FederationError(
+                f"The server {self.address} does not tell what its sites publish ({type(error).__name__}); "
+                "is it of the same version as this fedtune?"
+            ) from error
+        return {name: checked(one) for name, one in values.items()}
 
     def client(self, kind: Any, *interceptors: Any, patient: bool = False) -> Any:
         """One of Flower's HTTP clients, with the operator's token; `patient` ones wait for the server."""
@@ -193,6 +225,10 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
         def _connect(self) -> None:
             self._client = prompt
 
+        def pull_messages(self, message_ids: Any) -> Any:
+            found = list(super().pull_messages(message_ids))
+            return [as_enrolled(one, server.site_of) for one in found]
+
     grid = Grid(server.address, False, server.authority, token=taken.token)
     beat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     outcome, details = SubStatus.FAILED, "The submitting process ended."
@@ -219,10 +255,10 @@ def _served(server: _Server, config: str) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What a server knows: sites with their state, and runs with theirs, newest first."""
+    """What a server knows: sites with their state and what they publish, and runs, newest first."""
 
     address: str
-    sites: tuple[dict[str, str], ...]
+    sites: tuple[dict[str, Any], ...]
     runs: tuple[dict[str, str], ...]
 
 
@@ -238,8 +274,14 @@ def status(folder: Path) -> Status:
     with server.asked(ControlHttpClient) as control:
         nodes = control.ListNodes(ListNodesRequest()).nodes_info
         runs = control.ListRuns(ListRunsRequest()).run_dict
+    budgets = server.published()
     sites = [
-        {"site": node.name, "state": node.status, "since": node.last_activated_at or ""}
+        {
+            "site": node.name,
+            "state": node.status,
+            "since": node.last_activated_at or "",
+            "budget": budgets.get(node.name),
+        }
         for node in nodes
         if node.status != "unregistered"
     ]

@@ -274,6 +274,8 @@ permit:
 ledger: state/ledger.sqlite # what this data has released, ever. Back it up
 audit_log: state/audit.jsonl # what was asked, what left, what was refused; append-only
 
+publish_budget: false # true: the operator sees how much epsilon is left here
+
 limits:
   threads: 2 # processor cores
   memory_gb: null # more than this, and the worker is stopped
@@ -295,6 +297,7 @@ The machine opens connections to {address} and accepts none.
 What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
 added here), and public numbers (site name, declared size, steps, seconds). No text, label, count or loss. A
 run with `federation.evaluation=private` also gets two noised counts, if `permit.max_evaluations` allows it.
+With `publish_budget: true`, also how much of your budget is left.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
 `state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
 """

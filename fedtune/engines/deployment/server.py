@@ -25,13 +25,15 @@ from typing import Any
 
 from fedtune.engines.deployment import certificates, join
 from fedtune.engines.deployment.provision import enrolled, parse_address, read_yaml
+from fedtune.engines.deployment.published import Board
 from fedtune.engines.deployment.reach import expiry_warning
 from fedtune.errors import ConfigError, ResourceError
 
-__all__ = ["TOKEN_HEADER", "read_token", "run_server"]
+__all__ = ["PUBLISHED_PATH", "TOKEN_HEADER", "read_token", "run_server"]
 
 _log = logging.getLogger("fedtune.server")
 TOKEN_HEADER = "x-fedtune-operator"
+PUBLISHED_PATH = "/v1/fedtune/published"
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
@@ -42,14 +44,21 @@ class Gate:
     """Lets nodes to their interface, and whoever has the operator's token to the others.
 
     A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
-    who sent it. `nodes` gives Flower's NodeInfos of the enrolled sites, for `join`.
+    who sent it. `nodes` gives Flower's NodeInfos of the enrolled sites, for `join`; `board` keeps what they
+    publish.
     """
 
     # A node registers itself where nobody enrols nodes; here only the operator does.
     _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
 
-    def __init__(self, app: Any, token: str, nodes: Callable[[], Iterable[Any]] = tuple) -> None:
-        self._app, self._token, self._nodes = app, token.encode(), nodes
+    def __init__(
+        self,
+        app: Any,
+        token: str,
+        nodes: Callable[[], Iterable[Any]] = tuple,
+        board: Board | None = None,
+    ) -> None:
+        self._app, self._token, self._nodes, self._board = app, token.encode(), nodes, board
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI."""
@@ -60,9 +69,12 @@ class Gate:
         headers = dict(scope["headers"])
         if scope["path"] == join.PATH:
             # Asks the database, so not in the loop that serves everybody.
-            return await _respond(send, *await asyncio.to_thread(join.answer, headers, self._nodes))
+            said = await asyncio.to_thread(join.answer, headers, self._nodes, self._board)
+            return await _respond(send, *said)
         if not self._open(scope, headers):
             return await _respond(send, 403, {"error": "This needs the operator's token."})
+        if scope["path"] == PUBLISHED_PATH:
+            return await _respond(send, 200, self._board.all() if self._board else {})
         length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
         if not length.isdigit():
             return await _respond(send, 411, {"error": "A request has to say how long it is."})
@@ -124,7 +136,7 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     import uvicorn
 
     config = uvicorn.Config(
-        Gate(app, token, lambda: _registered(state)),
+        Gate(app, token, lambda: _registered(state), Board(folder / "published.json")),
         host=host,
         port=port,
         ssl_keyfile=str(folder / "server.key"),
