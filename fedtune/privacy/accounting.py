@@ -259,9 +259,7 @@ def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) ->
         return 0.0
     loss = losses.composed(key, interval)
     slack = losses.rounding(key, loss)
-    return (
-        float(loss.get_epsilon_for_delta(delta - slack)) if slack < delta / 2.0 else _epsilon_rdp(key, delta)
-    )
+    return losses.epsilon_at(loss, delta - slack) if slack < delta / 2.0 else _epsilon_rdp(key, delta)
 
 
 @lru_cache(maxsize=4096)
@@ -278,7 +276,7 @@ def _epsilon(key: Terms, delta: float) -> float:
         # Where rounding could matter as much as delta itself, this accountant has nothing to say.
         if slack >= delta / 2.0:
             break
-        current = float(loss.get_epsilon_for_delta(delta - slack))
+        current = losses.epsilon_at(loss, delta - slack)
         best = min(best, current)  # every grid gives an upper bound
         # The error falls with the square of the interval: a quarter of it leaves a fifteenth of the change.
         if current == 0.0 or previous - current < 15.0 * tolerance * current:

@@ -1,8 +1,8 @@
 """From a target epsilon to the noise that meets it.
 
 Noise is found on the accountant's own upper bound, so the epsilon that is reported later never exceeds
-the target; it lands within 2 percent below it (in practice within 0.3). The search runs on a coarse grid,
-whose result is an upper bound too, and the last word is `accounting.epsilon_of_terms` itself.
+the target; it lands within 2 percent below it, mostly within 0.5. The search runs on a rough grid and then on
+a coarse one, whose results are upper bounds too, and the last word is `accounting.epsilon_of_terms` itself.
 
 A result is a pure function of its arguments and is kept on disk (`fedtune.privacy.cache`), so that the
 second call, in this process or another, costs nothing.
@@ -11,12 +11,13 @@ second call, in this process or another, costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy import accounting
 from fedtune.privacy.accounting import Term
 from fedtune.privacy.cache import kept
+from fedtune.privacy.step_losses import width
 
 __all__ = ["MAX_NOISE_MULTIPLIER", "MIN_NOISE_MULTIPLIER", "noise_multiplier_for"]
 
@@ -24,6 +25,10 @@ MIN_NOISE_MULTIPLIER = 0.05  # below it epsilon is in the hundreds and says noth
 MAX_NOISE_MULTIPLIER = 1000.0  # above it nothing is learnt, whatever epsilon says
 
 _LOW, _HIGH = 0.98, 1.0  # of the target: where the result must land
+_GOAL = math.log(0.996)  # where it is aimed at: a grid's own error is a few parts in a thousand
+_COARSE_POINTS = 40_000  # of one step's losses, in the search
+
+_Point = tuple[float, float]
 
 
 def noise_multiplier_for(
@@ -76,74 +81,57 @@ def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) 
 def _search(
     target_epsilon: float, delta: float, sample_rate: float, steps: int, also: Mapping[Term, int]
 ) -> float:
-    # Each composition adds rounding, so the grid is finer where there are many.
-    interval = min(max(target_epsilon / (100.0 + 5.0 * math.sqrt(steps)), 2e-6), 1.0)
+    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
 
     def everything(sigma: float) -> dict[Term, int]:
         step = Term(sample_rate, sigma)
         return {**also, step: steps + also.get(step, 0)}
 
-    def coarse(log_sigma: float) -> float:
-        """log(epsilon / target), on one grid for all noise multipliers, so that it is smooth."""
-        epsilon = accounting.epsilon_on_grid(everything(math.exp(log_sigma)), delta, interval)
-        return math.log(max(epsilon, 1e-300) / target_epsilon) if epsilon < math.inf else 700.0
+    def on_grid(interval: float) -> Callable[[float], float]:
+        """log(epsilon / target) of log noise, on one grid for all noise multipliers, so that it is smooth."""
+
+        def value(log_sigma: float) -> float:
+            epsilon = accounting.epsilon_on_grid(everything(math.exp(log_sigma)), delta, interval)
+            return math.log(max(epsilon, 1e-300) / target_epsilon) if epsilon < math.inf else 700.0
+
+        return value
 
     def fine(sigma: float) -> float:
         return accounting.epsilon_of_terms(everything(sigma), delta)
 
-    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
-    # In the central limit epsilon is nearly a function of mu: where to look first.
-    start = _guess(target_epsilon, delta, sample_rate, steps)
-    log_sigma = min(max(math.log(start), low), high)
-    value = coarse(log_sigma)
-    # Walk outwards until the target lies between two noise multipliers.
-    step = 0.15
-    above: tuple[float, float] | None = None  # too little noise: epsilon over the target
-    below: tuple[float, float] | None = None
-    while True:
-        if value > 0.0:
+    # In the central limit epsilon is nearly a function of mu: where to look first, on a rough grid.
+    start = min(max(math.log(_guess(target_epsilon, delta, sample_rate, steps)), low), high)
+    rough = on_grid(_interval(target_epsilon, 30.0, 2.0, steps))
+    above, below = _between(rough, start, low, high, step=0.15, near=0.05)
+    start = _interpolated(above, below) if above and below else (below or above or (start, 0.0))[0]
+    # Each composition adds rounding, so the grid is finer where there are many; what it leaves is part of
+    # the 2 percent. A step with a far tail and next to no privacy loss otherwise gets only so many points.
+    widest = width((sample_rate, math.exp(start), False)) / _COARSE_POINTS
+    coarse = on_grid(max(_interval(target_epsilon, 200.0, 10.0, steps), widest))
+    above, below = _between(coarse, start, low, high, step=0.02, near=0.002)
+    if above is None:  # the finer grid says even less
+        _refuse_large(target_epsilon, delta, sample_rate, steps, fine(MIN_NOISE_MULTIPLIER))
+    if below is None and (reached := fine(MAX_NOISE_MULTIPLIER)) > target_epsilon:
+        _refuse_small(target_epsilon, delta, sample_rate, steps, reached)
+    assert above is not None
+    # Of log epsilon over log noise.
+    slope = min((below[1] - above[1]) / (below[0] - above[0]), -0.3) if below else -1.0
+    # The last word is the accountant's own. Mostly the first guess lands; else its errors lead to the next.
+    log_sigma, above, below = (below or above)[0], None, None
+    for _ in range(12):
+        ratio = fine(math.exp(log_sigma)) / target_epsilon
+        if _LOW <= ratio <= _HIGH:
+            return math.exp(log_sigma)
+        value = math.log(max(ratio, 1e-300))
+        if ratio > _HIGH:
             above = (log_sigma, value)
         else:
             below = (log_sigma, value)
         if above and below:
-            break
-        if (value > 0.0 and log_sigma >= high) or (value <= 0.0 and log_sigma <= low):
-            break
-        move = min(max(abs(value) * 1.1, step), 3.0)
-        log_sigma = min(log_sigma + move, high) if value > 0.0 else max(log_sigma - move, low)
-        value = coarse(log_sigma)
-        step *= 2.0
-    if below is None:
-        _refuse_small(target_epsilon, delta, sample_rate, steps, fine(MAX_NOISE_MULTIPLIER))
-    if above is None:
-        _refuse_large(target_epsilon, delta, sample_rate, steps, fine(MIN_NOISE_MULTIPLIER))
-    assert above is not None and below is not None
-    # Aim a little under the target: the two grids differ by a few parts in ten thousand.
-    goal = math.log(0.998)
-    for _ in range(25):
-        if goal - 0.002 <= below[1] <= 0.0 or below[0] - above[0] < 1e-9:
-            break
-        slope = (below[1] - above[1]) / (below[0] - above[0])
-        guess = above[0] + (goal - above[1]) / slope
-        width = below[0] - above[0]
-        guess = min(max(guess, above[0] + 0.02 * width), below[0] - 0.02 * width)
-        if below[1] < -3.0:
-            guess = above[0] + 0.5 * width  # epsilon falls steeply to 0 there: a line says nothing
-        value = coarse(guess)
-        if value > 0.0:
-            above = (guess, value)
+            log_sigma = _interpolated(above, below)
         else:
-            below = (guess, value)
-    sigma = math.exp(below[0])
-    slope = (below[1] - above[1]) / (below[0] - above[0])  # of log epsilon over log noise: negative
-    for _ in range(8):
-        ratio = fine(sigma) / target_epsilon
-        if _LOW <= ratio <= _HIGH:
-            return sigma
-        if ratio == 0.0:
-            break
-        sigma *= math.exp((goal - math.log(ratio)) / min(slope, -0.3))
-        if not MIN_NOISE_MULTIPLIER <= sigma <= MAX_NOISE_MULTIPLIER:
+            log_sigma += min(max((_GOAL - value) / slope, -0.5), 0.5)
+        if not low <= log_sigma <= high:
             break
     raise CalibrationError(
         f"No noise multiplier lands between {_LOW:g} and {_HIGH:g} of epsilon {target_epsilon:g} at delta "
@@ -151,6 +139,50 @@ def _search(
         "falls to 0 in one leap. Lower privacy.delta, or set privacy.noise_multiplier and "
         "privacy.epsilon=null."
     )
+
+
+def _between(
+    value: Callable[[float], float], start: float, low: float, high: float, *, step: float, near: float
+) -> tuple[_Point | None, _Point | None]:
+    """Two points (log noise, `value` there) around value 0, the second at or below 0 and within `near` of the
+    goal where `value` allows it. None for a side that is not reached between `low` and `high`.
+
+    `value` falls; it is looked for from `start` outwards, by at least `step` at first.
+    """
+    above: _Point | None = None  # too little noise: epsilon over the target
+    below: _Point | None = None
+    x, moves = start, 0
+    while above is None or below is None:
+        y = value(x)
+        if y > 0.0:
+            above = (x, y)
+        else:
+            below = (x, y)
+        if (y > 0.0 and x >= high) or (y <= 0.0 and x <= low):
+            break
+        move = min(max(abs(y) * 1.1, step * 2.0**moves), 3.0)
+        x, moves = (min(x + move, high) if y > 0.0 else max(x - move, low)), moves + 1
+    for _ in range(25):
+        if above is None or below is None or below[1] >= _GOAL - near or below[0] - above[0] < 1e-9:
+            break
+        x = _interpolated(above, below)
+        y = value(x)
+        if y > 0.0:
+            above = (x, y)
+        else:
+            below = (x, y)
+    return above, below
+
+
+def _interpolated(above: _Point, below: _Point) -> float:
+    """Where a line between two points meets the goal; halfway where epsilon falls too steeply for a line."""
+    share = (_GOAL - above[1]) / (below[1] - above[1]) if below[1] > -1.0 and above[1] < 1.0 else 0.5
+    return above[0] + min(max(share, 0.05), 0.95) * (below[0] - above[0])
+
+
+def _interval(target_epsilon: float, least: float, more: float, steps: int) -> float:
+    """Grid of losses with `least` + `more` sqrt(steps) points up to the target."""
+    return min(max(target_epsilon / (least + more * math.sqrt(steps)), 1e-6), 1.0)
 
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:

@@ -1,9 +1,8 @@
 """Privacy loss distributions of many steps at once: one Fourier transform for all of them.
 
-dp_accounting makes the distribution of one step (connect-the-dots, pessimistic; Doroshenko et al. 2022) and
-reads epsilon off a composed one. Between the two it composes pair by pair, which takes minutes for the books
-of a node that took part in a hundred runs with different settings. Here all steps are multiplied as
-Fourier transforms of one common length, and transformed back once.
+dp_accounting composes pair by pair, which takes minutes for the books of a node that took part in a hundred
+runs with different settings. Here all steps are multiplied as Fourier transforms of one common length, and
+transformed back once.
 
 Everything stays on the safe side. The length is chosen so that the mass outside the window, which wraps
 around into it, is at most `TAIL` by a Chernoff bound; the same mass is counted as infinite loss as well.
@@ -14,16 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Step", "composed", "points_of_one", "rounding"]
+from fedtune.privacy.step_losses import Step, step_distribution
 
-Step = tuple[float, float, bool]  # sample rate, noise multiplier, replaced rather than added
+__all__ = ["Step", "composed", "epsilon_at", "points_of_one", "rounding"]
+
 FloatArray = npt.NDArray[np.float64]
+ComplexArray = npt.NDArray[np.complex128]
 
 TAIL = 1e-15  # probability that may lie outside the window, on both sides together
 
@@ -33,7 +33,7 @@ def composed(steps: Sequence[tuple[Step, int]], interval: float) -> Any:
     multiples of `interval`."""
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-    parts = [(_one(step, interval), count) for step, count in steps]
+    parts = [(step_distribution(step, interval), count) for step, count in steps]
     removal = _convolved([(part._pmf_remove, count) for part, count in parts], interval)
     if all(part._symmetric for part, _ in parts):
         return PrivacyLossDistribution(removal)
@@ -41,31 +41,51 @@ def composed(steps: Sequence[tuple[Step, int]], interval: float) -> Any:
     return PrivacyLossDistribution(removal, addition)
 
 
+def epsilon_at(loss: Any, delta: float) -> float:
+    """The least epsilon (0 or more) at which the divergence of `loss`, in both directions, is `delta`.
+
+    Infinite if it is larger at every epsilon. It is what `loss.get_epsilon_for_delta` finds in a loop over
+    all points, found by halving.
+    """
+    parts = (loss._pmf_remove,) if loss._symmetric else (loss._pmf_remove, loss._pmf_add)
+    return max(_epsilon_of_one(part, delta) for part in parts)
+
+
+def _epsilon_of_one(part: Any, delta: float) -> float:
+    if part._infinity_mass > delta:
+        return math.inf
+
+    def above(index: int) -> tuple[float, float]:
+        """Mass of the losses beyond a point (which may lie before the first), and as much of it as the
+        other distribution has times e^(the point's loss): their difference is the divergence there."""
+        probs = part._probs[max(index + 1, 0) :]
+        gaps = np.arange(len(part._probs) - len(probs) - index, len(part._probs) - index) * interval
+        return part._infinity_mass + float(probs.sum()), float(probs @ np.exp(-gaps))
+
+    # Points by their index: losses are (index + first) * interval, and epsilon is looked for from 0 upwards.
+    interval, first = part._discretization, part._lower_loss
+    low, high = -first, len(part._probs) - 1
+    upper, lower = above(low)
+    if low > high or upper - lower <= delta:
+        return 0.0
+    while high - low > 1:
+        middle = (low + high) // 2
+        upper, lower = above(middle)
+        low, high = (middle, high) if upper - lower > delta else (low, middle)
+    upper, lower = above(low)
+    # Between two points the divergence is `upper` - e^(epsilon - loss) `lower`.
+    return float((low + first) * interval + math.log((upper - delta) / lower))
+
+
 def points_of_one(steps: Sequence[tuple[Step, int]], interval: float) -> int:
     """Grid points of the largest single distribution: what refining the grid costs."""
-    return max(_one(step, interval)._pmf_remove.size for step, _ in steps)
+    return max(int(step_distribution(step, interval)._pmf_remove.size) for step, _ in steps)
 
 
 def rounding(steps: Sequence[tuple[Step, int]], loss: Any) -> float:
     """What the transforms may have moved, as probability: generous, and far below any useful delta."""
     count = sum(count for _, count in steps)
     return float(2.0**-52 * (count + 10.0 * len(steps)) * math.sqrt(loss._pmf_remove.size))
-
-
-@lru_cache(maxsize=512)
-def _one(step: Step, interval: float) -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import privacy_loss_distribution
-
-    sample_rate, noise_multiplier, replaced = step
-    relation = NeighboringRelation.REPLACE_ONE if replaced else NeighboringRelation.ADD_OR_REMOVE_ONE
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=noise_multiplier,
-        sampling_prob=sample_rate,
-        value_discretization_interval=interval,
-        pessimistic_estimate=True,
-        neighboring_relation=relation,
-    )
 
 
 def _convolved(parts: list[tuple[Any, int]], interval: float) -> Any:
@@ -77,7 +97,7 @@ def _convolved(parts: list[tuple[Any, int]], interval: float) -> Any:
     length = _fast_length(max(high - low + 1, *(len(probs) for probs, _ in masses)))
     product: Any = 1.0
     for probs, count in masses:
-        product = product * np.fft.rfft(probs, length) ** count
+        product = product * _power(np.fft.rfft(probs, length), count)
     circle = np.fft.irfft(product, length)
     probs = np.maximum(np.roll(circle, -low)[: high - low + 1], 0.0)
     finite = sum(count * math.log1p(-part._infinity_mass) for part, count in dense)
@@ -86,31 +106,86 @@ def _convolved(parts: list[tuple[Any, int]], interval: float) -> Any:
 
 
 def _window(masses: list[tuple[FloatArray, int]]) -> tuple[int, int]:
-    """First and last index of the sum outside of which lies at most TAIL / 2 each, by Chernoff's bound."""
+    """First and last index of the sum outside of which lies at most TAIL / 2 each, by Chernoff's bound.
+
+    Every order of the bound is valid and one is the tightest. It is sought for the whole range of orders:
+    with a small sampling rate one step has a narrow middle and a far tail, and an order that is right for
+    the middle would leave a window of as many points as all steps together could reach.
+    """
     last = sum(count * (len(probs) - 1) for probs, count in masses)
-    moments = []
-    for probs, count in masses:
-        index = np.flatnonzero(probs).astype(np.float64)
-        some = probs[probs > 0.0]
-        mean = float(index @ some) / float(some.sum())
-        moments.append((index, np.log(some), count, float((index - mean) ** 2 @ some)))
-    spread = math.sqrt(max(sum(count * variance for _, _, count, variance in moments), 1e-2))
-    low, high = 0.0, float(last)
+    if last == 0:
+        return 0, 0
     need = math.log(2.0 / TAIL)
-    # For a Gaussian the best order is sqrt(2 need) = 8.4 over the spread; tails here are not far from one.
-    for order in np.geomspace(0.5, 40.0, 14) / spread:
-        up = sum(count * _log_moment(index, logs, order) for index, logs, count, _ in moments)
-        down = sum(count * _log_moment(index, logs, -order) for index, logs, count, _ in moments)
-        high = min(high, (up + need) / order)
-        low = max(low, -(down + need) / order)
+    whole = [_Moments.of(probs, count) for probs, count in masses]
+    rough = [_Moments.of(_thinned(probs), count, scale=_thinning(probs)) for probs, count in masses]
+    up, down = _order(rough, need, last), -_order(rough, need, last, sign=-1.0)
+    high = (sum(part.at(up)[0] for part in whole) + need) / up
+    low = (sum(part.at(down)[0] for part in whole) + need) / down
     return max(0, math.floor(low)), min(last, math.ceil(high))
 
 
-def _log_moment(index: FloatArray, logs: FloatArray, order: float) -> float:
-    """log sum exp(order * index + logs), without overflow."""
-    exponents = order * index + logs
-    top = float(exponents.max())
-    return top + math.log(float(np.exp(exponents - top).sum()))
+def _power(transform: ComplexArray, count: int) -> ComplexArray:
+    """`transform` to the power of `count` by squaring: a twentieth of the time of numpy's, which goes through
+    logarithms, and no more rounding."""
+    result = np.ones_like(transform)
+    while True:
+        if count & 1:
+            result *= transform
+        count >>= 1
+        if not count:
+            return result
+        transform = transform * transform
+
+
+class _Moments(NamedTuple):
+    """One step's distribution, ready for its moment-generating function."""
+
+    points: FloatArray  # index of those that have any probability
+    logs: FloatArray  # of their probabilities
+    times: int  # that the step is taken
+
+    @classmethod
+    def of(cls, probs: FloatArray, count: int, scale: int = 1) -> _Moments:
+        index = np.flatnonzero(probs)
+        return cls(index.astype(np.float64) * scale, np.log(probs[index]), count)
+
+    def at(self, order: float) -> tuple[float, float]:
+        """log E exp(order * point) of all the steps, without overflow, and its derivative."""
+        exponents = order * self.points + self.logs
+        top = float(exponents.max())
+        weights = np.exp(exponents - top)
+        total = float(weights.sum())
+        return self.times * (top + math.log(total)), self.times * float(weights @ self.points) / total
+
+
+def _order(parts: list[_Moments], need: float, last: int, *, sign: float = 1.0) -> float:
+    """Size of the order (above 0) at which (log moment + need) / order is least: where its derivative,
+    which grows with the order, is 0."""
+    low, high = math.log(need / last), math.log(need / last) + 1.0
+
+    def falls(log_order: float) -> bool:
+        order = math.exp(log_order)
+        values = [part.at(sign * order) for part in parts]
+        return sign * order * sum(d for _, d in values) - sum(v for v, _ in values) < need
+
+    while falls(high) and high < 7.0:
+        low, high = high, high + 1.0
+    for _ in range(4):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if falls(middle) else (low, middle)
+    return math.exp((low + high) / 2.0)
+
+
+_THIN = 2048  # points of a distribution that suffice to find the order
+
+
+def _thinning(probs: FloatArray) -> int:
+    return -(-len(probs) // _THIN)
+
+
+def _thinned(probs: FloatArray) -> FloatArray:
+    """`probs` with runs of neighbours added up to one point each."""
+    return np.add.reduceat(probs, np.arange(0, len(probs), _thinning(probs)))
 
 
 def _fast_length(least: int) -> int:
