@@ -181,9 +181,10 @@ class Chain:
             problems.append("there is something in the file that a ledger does not have")
         return rows, problems
 
-    def run_rows(self, connection: sqlite3.Connection, run: str) -> Iterator[Row]:
-        """The rows of one run, each verified by itself."""
-        for raw in connection.execute(f"SELECT {_COLUMNS} FROM log WHERE run = ? ORDER BY seq", (run,)):
+    def run_rows(self, connection: sqlite3.Connection, run: str, *, after: int = 0) -> Iterator[Row]:
+        """The rows of one run after number `after`, each verified by itself."""
+        query = f"SELECT {_COLUMNS} FROM log WHERE run = ? AND seq > ? ORDER BY seq"
+        for raw in connection.execute(query, (run, after)):
             yield self.checked(raw)
 
     def latest_of_kind(self, connection: sqlite3.Connection, kind: str, count: int) -> list[Row]:

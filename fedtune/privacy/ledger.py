@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting import epsilon_rdp_of_terms
 from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
-from fedtune.privacy.chain import GENESIS, Chain
+from fedtune.privacy.chain import GENESIS, Chain, Row
 from fedtune.privacy.ledger_state import LedgerState, Release, purpose_of, release_of, state_of
 from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
@@ -49,6 +49,7 @@ __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_eps
 
 _KEPT_OPEN = 128  # ledgers that one process holds open: a simulation has one for each node
 _opened: dict[tuple[str, bool, int], PrivacyLedger] = {}
+_KEPT_RUNS = 16  # whose releases a process keeps count of
 _SNAPSHOT_EVERY = 256  # rows between two summaries: what a new process reads at most, twice over
 
 
@@ -61,6 +62,15 @@ class Reservation:
     node: str
     run: str
     round: int
+
+
+@dataclass
+class _Counted:
+    """Releases that one node made in one run for one purpose, up to row `seq`."""
+
+    seq: int = 0
+    rounds: list[int] = field(default_factory=list)  # of each release
+    agreed: float = math.inf  # the fewest that a plan allowed
 
 
 class PrivacyLedger:
@@ -78,6 +88,7 @@ class PrivacyLedger:
         self._chain = Chain(path)
         self._state = LedgerState()
         self._allowance = Allowance()
+        self._counted: dict[tuple[str, str, str], _Counted] = {}
 
     @classmethod
     def open(cls, path: Path, *, require_budget: bool = False) -> PrivacyLedger:
@@ -154,13 +165,7 @@ class PrivacyLedger:
                 "num_rounds": plan.num_rounds, "reproducible_noise": plan.reproducible_noise,
                 "purpose": plan.purpose, "steps": _steps(plan, made),
             }  # fmt: skip
-            row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
-            after = state.with_row(row)
-            if row.seq % _SNAPSHOT_EVERY == 0:
-                snapshot = self._chain.append(
-                    connection, "summary", after.to_json(), run=None, previous=row.hash
-                )
-                after = after.with_row(snapshot)
+            row, after = self._written(connection, state, body, run)
         self._state = after
         return Reservation(row.seq, row.hash, node, run, round)
 
@@ -176,7 +181,7 @@ class PrivacyLedger:
                     f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
                     f"'{reservation.run}', round {reservation.round}: was it made in another file?"
                 )
-            for row in self._chain.run_rows(connection, reservation.run):
+            for row in self._chain.run_rows(connection, reservation.run, after=reservation.seq):
                 if row.kind == "committed" and row.body["reservation"] == reservation.seq:
                     return
             body = {"reservation": reservation.seq}
@@ -323,24 +328,41 @@ class PrivacyLedger:
             )
         return found or Budgets(None, {})
 
+    def _written(
+        self, connection: Any, state: LedgerState, body: dict[str, Any], run: str
+    ) -> tuple[Row, LedgerState]:
+        """Adds a reserved row after the rows of `state`, and a summary where it is time for one."""
+        row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
+        after = state.with_row(row)
+        if row.seq % _SNAPSHOT_EVERY == 0:
+            summary = self._chain.append(connection, "summary", after.to_json(), run=None, previous=row.hash)
+            after = after.with_row(summary)
+        return row, after
+
     def _releases_left(
         self, connection: Any, plan: ReleasePlan, node: str, run: str, round: int
     ) -> tuple[int, int]:
         """Releases of the run so far, and how many more it may make, this one included."""
-        rounds, agreed = [], plan.num_rounds
-        for row in () if connection is None else self._chain.run_rows(connection, run):
+        # Only rows that this process has not counted yet: those before them are proven by the chain, whose
+        # last known row is looked at before every reservation.
+        key = (run, node, plan.purpose)
+        if key not in self._counted and len(self._counted) >= _KEPT_RUNS:
+            self._counted.clear()
+        counted = self._counted.setdefault(key, _Counted())
+        for row in () if connection is None else self._chain.run_rows(connection, run, after=counted.seq):
             if row.kind == "reserved" and row.body["node"] == node and purpose_of(row) == plan.purpose:
-                rounds.append(row.body["round"])
-                agreed = min(agreed, row.body["num_rounds"])
-        made = len(rounds)
+                counted.rounds.append(row.body["round"])
+                counted.agreed = min(counted.agreed, row.body["num_rounds"])
+            counted.seq = row.seq
+        made, agreed = len(counted.rounds), min(counted.agreed, plan.num_rounds)
         if isinstance(plan, PrivacyPlan):
-            plan.check_round(node, run, round, rounds)
+            plan.check_round(node, run, round, counted.rounds)
         if made >= agreed:
             what = "releases" if plan.purpose == "training" else "answers about held-out data"
             raise BudgetExhausted(
-                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed} {what}, and "
-                f"{made} were made (rounds that were repeated or interrupted count, because they may have "
-                "been seen). Start a new run; its noise will be calibrated for its own number of rounds."
+                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed:.0f} {what}, "
+                f"and {made} were made (rounds that were repeated or interrupted count, because they may "
+                "have been seen). Start a new run; its noise will be calibrated for its own number of rounds."
             )
         return made, int(agreed - made)
 

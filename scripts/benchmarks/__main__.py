@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from scripts.benchmarks import aggregation, ledger, sweep, system, training
+from scripts.benchmarks import aggregation, calibration, ledger, sweep, system, training
 from scripts.benchmarks.table import write_table
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "aggregation": aggregation.aggregation,
     "ledger": ledger.ledger,
     "sweep": sweep.sweep,
+    "calibration": calibration.calibration,
 }
 
 

@@ -33,6 +33,8 @@ def _figure(record: dict[str, Any]) -> str:
     figure = f"{record['ratio_median']}x"
     if "last_ms_median" in record:
         figure = f"{record['last_ms_median']} ms; {figure}"
+    if "seconds_max" in record:
+        figure = f"{record['seconds_max']} s, {record['reached_min']} to {record['reached_max']}; {figure}"
     if "ratio_min" in record:
         figure += f" ({record['ratio_min']} to {record['ratio_max']})"
     return figure
