@@ -224,15 +224,17 @@ class PrivacyPlan:
 
     # --- what the plan does -------------------------------------------------------------------------
 
-    def entropy(self, node: str, round: int, attempt: int) -> Entropy:
+    def entropy(self, node: str, round: int, repetition: int = 0) -> Entropy:
         """Randomness of one release: the operating system's, except where nothing is promised.
 
-        A resumed or repeated round never repeats noise: system entropy has no state to repeat, and the
-        reproducible kind is keyed by `attempt`.
+        System entropy has no state to repeat: a round that is resumed or repeated draws afresh. Elsewhere
+        (no privacy, or reproducible noise, which whoever knows the seed can subtract anyway) the draws
+        follow from the seed, the node and the round alone, so that a run that was interrupted and resumed
+        ends as the one that was not. `repetition`: for an audit, which runs one plan many times.
         """
         if self.is_private() and not self.reproducible_noise:
             return Entropy.system()
-        return Entropy.reproducible(self.seed, node, round, attempt)
+        return Entropy.reproducible(self.seed, node, round, repetition)
 
     def sample(self, num_units: int, entropy: Entropy) -> IntArray:
         """Poisson sample: each of `num_units` units with probability `sample_rate`, independently.
@@ -428,7 +430,8 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     1 / (2n), where n is the size of the largest shard (local), of all shards together (distributed) or
     the number of clients (central), so that delta is below 1/n for every shard. For `local` the plan
     holds the largest size; each node takes its own with `for_shard`. Raises `PrivacyError` or
-    `CalibrationError`, naming the setting.
+    `CalibrationError`, naming the setting; where one unit has all the data, a default delta
+    (it would be 0.5) is refused.
     """
     privacy, train, federation = config.privacy, config.train, config.federation
     if not declared_sizes:
@@ -491,6 +494,13 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one "
             "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
             "noise, privacy.noise_multiplier=null to choose the guarantee."
+        )
+    if declared == 1 and not central and privacy.delta is None:
+        way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
+        raise PrivacyError(
+            f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and the default "
+            "delta, 1/(2n), would be 0.5, which promises nothing. Choose a privacy.delta of your own (1e-5, "
+            f"say){way_out}."
         )
     # What is declared is what is trained on; who is held out is promised the same.
     delta = (1.0 - share) / (2.0 * declared) if privacy.delta is None else privacy.delta

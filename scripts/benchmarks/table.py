@@ -32,7 +32,10 @@ def _figure(record: dict[str, Any]) -> str:
         return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
     figure = f"{record['ratio_median']}x"
     if "last_ms_median" in record:
-        figure = f"{record['last_ms_median']} ms; {figure}"
+        busy = record["processor_ms_median"]
+        figure = f"{record['last_ms_median']} ms, of which the processor {busy}; {figure}"
+    if "bytes_over_float32" in record:
+        figure = f"{figure}; {record['bytes_over_float32']}x the bytes of a plain float32 update"
     if "seconds_max" in record:
         figure = f"{record['seconds_max']} s, {record['reached_min']} to {record['reached_max']}; {figure}"
     if "ratio_min" in record:

@@ -132,7 +132,9 @@ def test_reproducible_noise_is_for_those_who_ask() -> None:
     plan = local_plan(reproducible_noise=True, seed=4)
     first = plan.noise(10, plan.entropy("n", 1, 0))
     assert np.array_equal(first, plan.noise(10, plan.entropy("n", 1, 0)))
-    assert not np.array_equal(first, plan.noise(10, plan.entropy("n", 1, 1)))  # a repeated round
+    assert not np.array_equal(first, plan.noise(10, plan.entropy("n", 2)))  # another round
+    assert not np.array_equal(first, plan.noise(10, plan.entropy("m", 1)))  # another node
+    assert not np.array_equal(first, plan.noise(10, plan.entropy("n", 1, 1)))  # an audit's next run
     assert plan.cautions()
 
 
@@ -414,6 +416,16 @@ def test_few_clients_are_said_to_be_few() -> None:
 def test_settings_without_meaning_are_named_before_anything_is_read(changes: Any, named: str) -> None:
     with pytest.raises(PrivacyError, match=named):
         make_plan(config(**changes), [900, 300])
+
+
+@pytest.mark.parametrize(("trust", "unit"), [("local", "person"), ("distributed", "record")])
+def test_one_unit_with_all_the_data_has_nobody_to_hide_among(trust: str, unit: str) -> None:
+    alone = config(trust=trust, unit=unit)
+    with pytest.raises(PrivacyError, match=rf"One {unit} holds all the data.*privacy\.delta"):
+        make_plan(alone, [1])
+    assert make_plan(alone, [1, 500]).delta < 1e-2
+    alone.privacy.delta = 1e-5  # a promise of its owner's own
+    assert make_plan(alone, [1]).delta == 1e-5
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [-3], [2.5], [True], [900, math.nan]])
