@@ -153,7 +153,7 @@ def audit_mechanism(
     found, coins = [], []
     for repeat in range(repeats):
         placed = GradientCanaries.spread(canaries, 2 * canaries, _auditor(repeat))
-        found.append(mechanism.watch(plan, releases, placed, attempt=repeat))
+        found.append(mechanism.watch(plan, releases, placed, repetition=repeat))
         coins.append(placed.included)
         if progress is not None:
             progress(repeat + 1, repeats)
@@ -214,7 +214,7 @@ def audit_model(
                 progress(start + done, repeats * releases)
 
         runs.append(
-            model.watch(config, plan, releases, canaries, _auditor(repeat), attempt=repeat, progress=shown)
+            model.watch(config, plan, releases, canaries, _auditor(repeat), repetition=repeat, progress=shown)
         )
     scores = _pooled([run.gradient for run in runs])
     included = np.concatenate([run.gradient_included for run in runs])

@@ -44,18 +44,18 @@ def rate_of(plan: PrivacyPlan) -> float:
 
 
 def watch(
-    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, *, attempt: int = 0
+    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, *, repetition: int = 0
 ) -> dict[str, FloatArray]:
     """Makes `releases` releases of `plan` with `canaries` in them; the scores by attack, each float64 [m].
 
-    `attempt` keeps one repetition's randomness from another's where it is reproducible.
+    `repetition` keeps one repetition's randomness from another's where it is reproducible.
     """
     scores = Scores(canaries, rate_of(plan), plan.steps(releases))
     if plan.root() is not None:
-        _watch_correlated(plan, releases, canaries, scores, attempt)
+        _watch_correlated(plan, releases, canaries, scores, repetition)
         return scores.result()
     for round in range(1, releases + 1):
-        entropy = plan.entropy("audit", round, attempt)
+        entropy = plan.entropy("audit", round, repetition)
         if plan.trust == "central":
             released, following = _central(plan, canaries, entropy)
             scores.observe(released, plan)
@@ -114,7 +114,7 @@ def _taking_part(root: BandedRoot, releases: int) -> set[int]:
 
 
 def _watch_correlated(
-    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, scores: Scores, attempt: int
+    plan: PrivacyPlan, releases: int, canaries: GradientCanaries, scores: Scores, repetition: int
 ) -> None:
     """All rounds of a dp_ftrl run, shown to `scores` after multiplication by C."""
     root = plan.root()
@@ -125,7 +125,7 @@ def _watch_correlated(
     for round in range(1, root.num_rounds + 1):
         present = round in taking_part
         server = _clients(plan, canaries) if present else ClippedUpdates(plan, canaries.size)
-        released, _ = server.release(plan.entropy("audit", round, attempt), correlated, round)
+        released, _ = server.release(plan.entropy("audit", round, repetition), correlated, round)
         past.appendleft((released, float(present)))
         row, signal = np.zeros(canaries.size), 0.0
         for coefficient, (average, there) in zip(coefficients, past, strict=False):
@@ -142,7 +142,7 @@ def one_shot_cosines(
     dimension: int,
     rng: np.random.Generator,
     *,
-    attempt: int = 0,
+    repetition: int = 0,
 ) -> FloatArray:
     """Cosines [k] of `clients` canary clients' random unit directions with all that was released, added up.
 
@@ -164,7 +164,7 @@ def one_shot_cosines(
         server = ClippedUpdates(plan, dimension)
         for direction in directions if round in taking_part else ():
             server.add(CANARY_NORM * plan.max_grad_norm * direction)
-        aggregate, plan = server.release(plan.entropy("audit one-shot", round, attempt), correlated, round)
+        aggregate, plan = server.release(plan.entropy("audit one-shot", round, repetition), correlated, round)
         final += aggregate
     length = float(np.linalg.norm(final))
     return np.asarray(directions @ final / max(length, 1e-300), dtype=np.float64)

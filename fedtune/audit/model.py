@@ -143,7 +143,7 @@ def watch(
     canaries: int,
     rng: np.random.Generator,
     *,
-    attempt: int = 0,
+    repetition: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelScores:
     """Trains one node for `releases` rounds of `plan`, with up to `canaries` canaries of each kind.
@@ -166,7 +166,7 @@ def watch(
         training = _Training(config, train, model, public.shard, gradient, scores)
         adapter = model.initial
         for round in range(1, releases + 1):
-            adapter, plan = training.round(adapter, plan, round, attempt)
+            adapter, plan = training.round(adapter, plan, round, repetition)
             if progress is not None:
                 progress(round, releases)
         after = _loss(model, adapter, public.canaries, train)
@@ -191,14 +191,14 @@ class _Training:
         self.optimizer = server_optimizer(config)
 
     def round(
-        self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, attempt: int
+        self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, repetition: int
     ) -> tuple[npt.NDArray[np.float32], PrivacyPlan]:
         """The next adapter and the next round's plan."""
         if plan.trust == "central":
-            return self._central(adapter, plan, round, attempt)
+            return self._central(adapter, plan, round, repetition)
         view = CanaryView(self.model, self.shard, plan.unit, self.train, self.canaries)
         if plan.trust == "distributed":
-            gradient = self._distributed(adapter, plan, view, round, attempt)
+            gradient = self._distributed(adapter, plan, view, round, repetition)
             return self.optimizer.step(adapter, -gradient), plan
         result = train_locally(
             self.model,
@@ -207,17 +207,22 @@ class _Training:
             adapter,
             self.train,
             round=round,
-            attempt=attempt,
+            repetition=repetition,
             view=view,
             observe=lambda released: self.scores.observe(released, plan),
         )
         return self.optimizer.step(adapter, result.update), plan
 
     def _distributed(
-        self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, view: CanaryView, round: int, attempt: int
+        self,
+        adapter: npt.NDArray[np.float32],
+        plan: PrivacyPlan,
+        view: CanaryView,
+        round: int,
+        repetition: int,
     ) -> FloatArray:
         self.model.set_vector(adapter)
-        entropy = plan.entropy(self.shard.node, round, attempt)
+        entropy = plan.entropy(self.shard.node, round, repetition)
         theta = torch.nn.Parameter(self.model.theta, requires_grad=True)
         with per_example_gradients(self.model):
             preflight(self.model, view.features, plan, theta, self.train)
@@ -227,12 +232,12 @@ class _Training:
         return gradient
 
     def _central(
-        self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, attempt: int
+        self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, repetition: int
     ) -> tuple[npt.NDArray[np.float32], PrivacyPlan]:
         """One client trains on the public records; the canaries are clients beside it."""
         inner = plan.training_plan(self.shard.declared_size)
         result = train_locally(
-            self.model, self.shard, inner, adapter, self.train, round=round, attempt=attempt
+            self.model, self.shard, inner, adapter, self.train, round=round, repetition=repetition
         )
         server = ClippedUpdates(plan, self.canaries.size)
         server.add(result.update)
@@ -241,7 +246,7 @@ class _Training:
             update[place] = self.canaries.norm(plan)
             server.add(update)
             update[place] = 0.0
-        aggregate, following = server.release(plan.entropy("audit", round, attempt))
+        aggregate, following = server.release(plan.entropy("audit", round, repetition))
         self.scores.observe(aggregate, plan)
         return self.optimizer.step(adapter, aggregate), following
 

@@ -120,7 +120,6 @@ def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:
             request.adapter,
             release.config.train,
             round=request.round,
-            attempt=request.attempt,
         )
         seconds = time.perf_counter() - started
     tally.add(seconds, result.flops)

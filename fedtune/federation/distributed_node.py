@@ -106,7 +106,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     # However many steps a node takes where it trains by itself: here it takes the plan's one.
     train = dataclasses.replace(release.config.train, local_steps=plan.local_steps)
     mechanism = DiscreteMechanism.for_plan(plan, request.adapter.size)
-    entropy = plan.entropy(release.shard.node, request.round, request.attempt)
+    entropy = plan.entropy(release.shard.node, request.round)
     with workplace(release.config).using_model() as model:
         started, flops = time.perf_counter(), model.flops.total
         model.set_vector(request.adapter)

@@ -324,6 +324,6 @@ class CentralRound:
                 if reply.refusal == SeparationError.__name__:
                     raise AggregationAborted(f"The round is discarded, because {reply.refused}")
         if len(outcome.used) >= max(1, ask.min_updates):
-            entropy = ask.plan.entropy("server", ask.round, ask.attempt)
+            entropy = ask.plan.entropy("server", ask.round)
             outcome.aggregate, outcome.next_plan = total.release(entropy, ask.noise, ask.round)
         return outcome

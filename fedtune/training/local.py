@@ -128,14 +128,15 @@ def train_locally(
     train: TrainConfig,
     *,
     round: int,
-    attempt: int = 0,
+    repetition: int = 0,
     progress: Progress | None = None,
     view: ShardView | None = None,
     observe: Callable[[NDArray[np.float64]], None] | None = None,
 ) -> LocalResult:
     """Runs `plan.local_steps` steps from the adapter `start` [P] and returns the change.
 
-    For an audit: `view` holds the shard's units and canaries beside them, and `observe` is shown what each
+    For an audit: `repetition` tells one run of the plan from another, `view` holds the shard's units and
+    canaries beside them, and `observe` is shown what each
     step releases, float64 [P] (the noised average, which the accountant takes as published anyway).
 
     Guarantee: for `trust=local` the update is a function of `plan.local_steps` Gaussian releases with
@@ -146,7 +147,7 @@ def train_locally(
     """
     model.set_vector(start)
     view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
-    entropy = plan.entropy(shard.node, round, attempt)
+    entropy = plan.entropy(shard.node, round, repetition)
     theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
     optimizer = make_optimizer(theta, train)
     anchor = model.theta.clone()

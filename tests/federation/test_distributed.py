@@ -109,7 +109,7 @@ def vectors(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
 
     def known_sum(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
         mechanism = DiscreteMechanism.for_plan(release.training, request.adapter.size)
-        entropy = release.training.entropy(release.shard.node, request.round, request.attempt)
+        entropy = release.training.entropy(release.shard.node, request.round)
         return mechanism.share(known[release.shard.node], entropy), 0.5
 
     monkeypatch.setattr(distributed_node, "clipped_gradient_sum", known_sum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from fedtune import engines
 from fedtune.config.convert import to_json
-from fedtune.config.schema import Config
+from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation.checkpoint import load_latest
 from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
@@ -116,32 +117,45 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny: Callable[..., Config], 
     assert 1 <= saved.round < 30
 
 
-def test_without_privacy_a_resumed_run_trains_from_where_it_was(
-    tiny: Callable[..., Config], tmp_path: Path
+class Stops:
+    """Presses Ctrl-C after the second round."""
+
+    def on_start(self, info):  # type: ignore[no-untyped-def]
+        pass
+
+    def on_client(self, node, status):  # type: ignore[no-untyped-def]
+        pass
+
+    def on_finish(self, result):  # type: ignore[no-untyped-def]
+        pass
+
+    def on_round(self, summary):  # type: ignore[no-untyped-def]
+        if summary.round == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("trust", ["none", "local, reproducible", "local"])
+def test_a_resumed_run_ends_as_an_uninterrupted_one_where_no_noise_is_secret(
+    trust: str, tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
-    class Stops:
-        def on_start(self, info):  # type: ignore[no-untyped-def]
-            pass
+    def settings() -> Config:
+        config = tiny(federation__num_rounds=3)
+        if trust != "none":
+            config.privacy = PrivacyConfig(
+                trust="local", epsilon=8.0, reproducible_noise=trust.endswith("reproducible")
+            )
+        return config
 
-        def on_client(self, node, status):  # type: ignore[no-untyped-def]
-            pass
-
-        def on_finish(self, result):  # type: ignore[no-untyped-def]
-            pass
-
-        def on_round(self, summary):  # type: ignore[no-untyped-def]
-            if summary.round == 2:
-                raise KeyboardInterrupt
-
-    config = tiny(federation__num_rounds=3)
+    whole = engines.run(settings(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt, match="resume="):
-        engines.run(config, tmp_path, Stops())
-    saved, _ = load_latest(tmp_path)
+        engines.run(settings(), tmp_path / "cut", Stops())
+    saved, _ = load_latest(tmp_path / "cut")
     assert saved.round == 2
-    config.resume = str(tmp_path)
-    result = engines.run(config, tmp_path)
+    result = engines.run(dataclasses.replace(settings(), resume=str(tmp_path / "cut")), tmp_path / "cut")
     assert len(result.history) == 3
     assert result.flops is not None
     assert result.flops > saved.meta["flops"] > 0
     assert result.train_seconds > saved.meta["train_seconds"] > 0
     assert np.linalg.norm(result.adapter - saved.adapter) > 0
+    # The operating system's noise is another every time; what the seed decides is not.
+    assert np.array_equal(result.adapter, whole.adapter) == (trust != "local")

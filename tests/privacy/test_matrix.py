@@ -242,9 +242,9 @@ def test_mutant_equal_noise_on_two_sums_shows_their_difference() -> None:
     noises = []
     for _ in range(2):
         source = CorrelatedNoise(root, 50)
-        noises.append(source.next(1, plan.noise(50, plan.entropy("server", 1, attempt=1))))
+        noises.append(source.next(1, plan.noise(50, plan.entropy("server", 1, repetition=1))))
     np.testing.assert_array_equal(*noises)
-    other = CorrelatedNoise(root, 50).next(1, plan.noise(50, plan.entropy("server", 1, attempt=2)))
+    other = CorrelatedNoise(root, 50).next(1, plan.noise(50, plan.entropy("server", 1, repetition=2)))
     assert np.abs(other - noises[0]).min() > 0.0
 
 

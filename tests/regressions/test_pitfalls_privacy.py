@@ -249,10 +249,11 @@ def test_pitfall_22_resuming_reuses_the_noise() -> None:
     resumed = PrivacyPlan.from_json(plan.to_json())  # a new process with the same plan, node, round
     after = resumed.noise(100, resumed.entropy("n", 5, 0))
     assert not np.intersect1d(before, after).size
+    # Only noise that the seed gives away from the start comes back, for a resumed simulation to end alike.
     simulated = local_plan(seed=42, reproducible_noise=True)
-    first = simulated.noise(100, simulated.entropy("n", 5, 0))
-    again = simulated.noise(100, simulated.entropy("n", 5, 1))
-    assert not np.intersect1d(first, again).size
+    first = simulated.noise(100, simulated.entropy("n", 5))
+    assert np.array_equal(first, simulated.noise(100, simulated.entropy("n", 5)))
+    assert any("subtract" in caution for caution in simulated.cautions())
 
 
 def test_pitfall_23_ordinary_generators_and_floating_point_noise() -> None:

@@ -80,7 +80,7 @@ def test_pitfall_21_and_22_a_retried_round_has_new_keys_new_masks_and_new_noise(
         session = session_for(Place("r", 1, attempt, "advertise"), plan(), NAMES, SIZE)
         _, maskers, received = rounds_of_keys(session)
         made = DiscreteMechanism.for_plan(plan(), SIZE)
-        entropy = plan().entropy("site-0", 1, attempt)
+        entropy = plan().entropy("site-0", 1)
         share = made.share(np.zeros(SIZE), entropy)
         drawn.append((share, maskers["site-0"].mask(share, received["site-0"])))
     (first, masked), (second, masked_again) = drawn
