@@ -142,8 +142,8 @@ def _server(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
 def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.engines.deployment.site import read_site
 
-    site = read_site(arguments.config)
     words = [*arguments.words, *rest]
+    site = read_site(arguments.config, with_data=words not in (["init"], ["proof"]))
     if words[:1] == ["init"] and len(words) == 1:
         from fedtune.engines.deployment.site import make_key
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from cryptography import x509
 
+from fedtune.cli import main
 from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.provision import enrol, enrolled, provision, revoke
 from fedtune.errors import ConfigError
@@ -101,6 +102,33 @@ def test_enrolment_and_revocation(made: Path, tmp_path: Path) -> None:
     assert enrolled(server) == {}
     with pytest.raises(ConfigError, match="No key of 'clinic-1'"):
         revoke(server, "clinic-1")
+
+
+def test_the_administrators_first_steps_work_as_the_archive_tells_them(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unpack, make the key, and only then say where the data is."""
+    with zipfile.ZipFile(made / "sites" / "clinic-1.zip") as archive:
+        archive.extractall(tmp_path)
+    config = ["--config", str(tmp_path / "clinic-1" / "node.yaml")]
+    with pytest.raises(SystemExit) as done:
+        main(["node", "init", *config])
+    assert not done.value.code
+    line = capsys.readouterr().out.splitlines()[0]
+    assert stat.S_IMODE((tmp_path / "clinic-1" / "node.key").stat().st_mode) == 0o600
+    assert enrol(made / "server", line)[0] == "clinic-1"
+    with pytest.raises(SystemExit) as done:
+        main(["node", *config])
+    assert done.value.code == 2
+    assert "data.csv, and there is no such file or folder. Name there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["node", "init", *config])
+    assert "exists already and is not replaced" in capsys.readouterr().err
+
+
+def test_folders_of_the_federation_are_for_their_owner_only(made: Path) -> None:
+    for name in ("authority", "server", "server/nodes", "sites"):
+        assert stat.S_IMODE((made / name).stat().st_mode) & 0o077 == 0, name
 
 
 def test_a_key_is_not_replaced_and_not_read_when_others_may(tmp_path: Path) -> None:

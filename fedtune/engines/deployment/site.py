@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "proof", "read_site"]
 
 
-def read_site(path: Path) -> SiteSettings:
-    """The settings in a node.yaml; paths in it are relative to its folder. Raises ConfigError."""
+def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
+    """The settings in a node.yaml; paths in it are relative to its folder. Raises ConfigError.
+
+    `with_data`: the data must be there too. A key is made before anybody has said where they are.
+    """
     values = copy.deepcopy(read_yaml(path))
     folder = path.absolute().parent
     budget = values.pop("budget", None)
@@ -41,8 +44,11 @@ def read_site(path: Path) -> SiteSettings:
     data = values.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), str):
         data["path"] = str(folder / data["path"])
-        if data.get("source", "files") == "files" and not Path(data["path"]).exists():
-            raise ConfigError(f"{path}: data.path is {data['path']}, and there is no such file or folder.")
+        if with_data and data.get("source", "files") == "files" and not Path(data["path"]).exists():
+            raise ConfigError(
+                f"{path}: data.path is {data['path']}, and there is no such file or folder. Name there the "
+                "file with your data, or the folder that holds train.csv (.tsv, .jsonl, .parquet)."
+            )
     settings = SiteSettings.from_dict(values, str(path))
     parse_address(settings.server)
     return settings
