@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import random
 import sys
@@ -94,9 +95,14 @@ def study(
 ) -> dict[str, Any]:
     """Both runs. The first one computes what is cached (frozen layers), so it may take its time."""
     common = [f"federation.num_rounds={rounds}", "privacy.epsilon=8", "privacy.delta=1e-4", *more]
-    quiet = one(
-        root / "undisturbed", setup, common, disturbed=False, every=every, late=2 * timeout, seed=seed
-    )
+    kept = root / "undisturbed.json"  # a study that was interrupted goes on from here
+    if kept.exists():
+        quiet = json.loads(kept.read_text())
+    else:
+        quiet = one(
+            root / "undisturbed", setup, common, disturbed=False, every=every, late=2 * timeout, seed=seed
+        )
+        kept.write_text(json.dumps(quiet))
     settings = [*common, f"federation.round_timeout={timeout:g}"]
     wild = one(root / "disturbed", setup, settings, disturbed=True, every=every, late=2 * timeout, seed=seed)
     whole = all(
