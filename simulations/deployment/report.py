@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+# ruff: noqa: E501
+"""Writes the tables of README.md from the record files.
+
+python simulations/deployment/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- made by report.py -->", "<!-- end -->"
+HOPS = {
+    "server_sends": "server sends the question (TLS, database)",
+    "until_the_node_asks": "until the node asks (below zero: while the server still sends)",
+    "message_to_node": "the question to the node",
+    "until_worker_has_it": "until the worker has it",
+    "worker_without_training": "ledger, audit log, checks in the worker",
+    "training_of_last_node": "training of the node that answers last",
+    "answer_to_server": "the answer to the server",
+    "until_server_has_it": "until the submitting process has it",
+    "saves": "checkpoints (two, durable)",
+    "evaluation": "evaluation on the test split",
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A record, if it has been made."""
+    path = HERE / "records" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rounds() -> list[str]:
+    """What a round is made of."""
+    found = [(name, one) for name in ("default", "tiny") if (one := load(f"round_cost_{name}"))]
+    if not found:
+        return []
+    lines = ["## A round of 3 nodes", "", "| median seconds |" + "".join(f" {n} |" for n, _ in found)]
+    lines.append("|---|" + "---:|" * len(found))
+    for key, words in {
+        "round": "**round**",
+        "slowest_training": "slowest training",
+        "over_training": "**over the slowest training** (target: 4)",
+        **HOPS,
+    }.items():
+        lines.append(f"| {words} |" + "".join(f" {one['median'][key]:.2f} |" for _, one in found))
+    for name, one in found:
+        lines += [
+            "",
+            f"`{name}`: largest over the slowest training {one['largest']['over_training']:.2f} s; the first "
+            f"round, which loads encoder and data, {one['first_round']['round']:.1f} s. Load average "
+            f"{one['load_average_before'][0]} before, {one['machine']['load_average_after'][0]} after, on "
+            f"{one['machine']['cores']} cores.",
+        ]
+    return [*lines, ""]
+
+
+def idle() -> list[str]:
+    """A node with nothing to do."""
+    found = [(name, one) for name in ("default", "tiny") if (one := load(f"idle_{name}"))]
+    lines = ["## An idle node", ""] if found else []
+    for name, one in found:
+        nodes = list(one["nodes"].values())
+        low, high = (
+            f(node[k] for node in nodes for k in ("percent_of_a_core_first", "percent_of_a_core_later"))
+            for f in (min, max)
+        )
+        parts = {
+            which: median(v["rss"] for k, v in one["processes"].items() if k.endswith(which)) / 1e6
+            for which in ("node", "worker")
+        }
+        over = median(node["rss_over_encoder"] for node in nodes) / 1e6
+        share = median(node["pss_over_encoder"] for node in nodes) / 1e6
+        compared = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in one["for_comparison_rss"].items())
+        lines += [
+            f"`{name}`: {low:.2f} to {high:.2f} percent of a core (target: 1), right after the last round and a "
+            f"minute later. Memory: SuperNode {parts['node']:.0f} MB, worker {parts['worker']:.0f} MB resident; "
+            f"together **{over:.0f} MB over the encoder** ({one['encoder_bytes'] / 1e6:.0f} MB), of which three "
+            f"nodes on one machine share so much that each one's part is {share:.0f} MB (target: 400). For "
+            f"comparison, an interpreter that has imported only: {compared}.",
+            "",
+        ]
+    return lines
+
+
+def chaos() -> list[str]:
+    """What bad nodes cost."""
+    lines: list[str] = []
+    for name in ("default", "tiny"):
+        one = load(f"chaos_{name}")
+        if one is None:
+            continue
+        wild, quiet = one["disturbed"], one["undisturbed"]
+        lines += [
+            "## Chaos",
+            "",
+            f"| `{name}`, {wild['rounds']} rounds, 5 nodes | undisturbed | disturbed |",
+            "|---|---:|---:|",
+            f"| accuracy | {quiet['accuracy']:.4f} | {wild['accuracy']:.4f} |",
+            f"| epsilon | {quiet['epsilon']:.2f} | {wild['epsilon']:.2f} |",
+            f"| seconds | {quiet['seconds']:.0f} | {wild['seconds']:.0f} |",
+            f"| median seconds a round | {median(quiet['seconds_by_round']):.1f} | "
+            f"{median(wild['seconds_by_round']):.1f} |",
+            f"| updates lost | {sum(quiet['dropped'].values())} | {sum(wild['dropped'].values())} |",
+            f"| kills | 0 | {len(wild['kills'])} |",
+            "",
+            f"Points of accuracy lost: **{one['accuracy_lost_in_points']}** (target: at most 1). All ledgers and "
+            f"audit logs verify: **{one['all_books_verify']}**. A kill every {one['kill_every_seconds']:g} s, "
+            f"`federation.round_timeout={one['round_timeout_seconds']:g}`; load average "
+            f"{one['machine']['load_average_after'][0]} at the end.",
+            "",
+        ]
+    return lines
+
+
+def far() -> list[str]:
+    """Many nodes, and nodes far away."""
+    lines: list[str] = []
+    if one := load("scale_20"):
+        lines += [
+            "## Twenty nodes",
+            "",
+            f"{one['rounds']} rounds, {one['updates']} updates, {len(one['dropped'])} dropped; joined after "
+            f"{one['seconds_until_all_joined']:.0f} s, the run took {one['submit_seconds']:.0f} s, a round "
+            f"{median(one['seconds_by_round']):.1f} s (median); {one['bytes_up']:,} bytes up and "
+            f"{one['bytes_down']:,} down in messages. The nodes' part of memory: "
+            f"{one['pss_of_all_nodes'] / 1e9:.1f} GB. Books verify: {one['all_books_verify']}. Load average "
+            f"{one['load_average_before'][0]} before.",
+            "",
+        ]
+    if one := load("lines"):
+        there, wire = one["over_lines"], one["on_the_wire"]
+        up, down = (sum(line[k] for line in wire.values()) for k in ("bytes_up", "bytes_down"))
+        lost, packets = (sum(line[k] for line in wire.values()) for k in ("lost", "packets"))
+        lines += [
+            "## Bad lines",
+            "",
+            f"{len(wire)} nodes, {one['latency_seconds_each_way'] * 1000:.0f} ms each way (a round trip takes "
+            f"{median(one['round_trips_seconds']):.2f} s), {one['loss']:.0%} of packets lost ({lost} of "
+            f"{packets}), {one['bits_per_second'] / 1e6:.0f} Mbit/s: {there['rounds']} rounds in "
+            f"{there['submit_seconds']:.0f} s, a round {median(there['seconds_by_round'][1:]):.1f} s (median "
+            f"after the first) and {median(one['over_loopback']['seconds_by_round'][1:]):.1f} s over the "
+            f"loopback; {len(there['dropped'])} updates dropped. In messages {there['bytes_up']:,} bytes up and "
+            f"{there['bytes_down']:,} down; on the wire, with TLS, HTTP and questions for messages, {up:,} and "
+            f"{down:,}. Load average {one['load_average_before'][0]} before.",
+            "",
+        ]
+    return lines
+
+
+def main() -> None:
+    """Rewrites what is between the marks."""
+    page = HERE / "README.md"
+    head, _, rest = page.read_text().partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    body = "\n".join([*rounds(), *idle(), *chaos(), *far()])
+    page.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
