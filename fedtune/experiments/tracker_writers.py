@@ -204,7 +204,7 @@ WRITERS: dict[str, type[Any]] = {
 # What the libraries read when they are imported.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # since 3.7 it asks whether files are really meant
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # 3.17 asks whether files are really meant
     "WANDB_ERROR_REPORTING": "false",
 }
 
