@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,14 +25,14 @@ PLAN = PrivacyPlan(
 
 def result(plan: PrivacyPlan = PLAN, names: tuple[str, ...] = ("a", "b"), **releases: int) -> Any:
     nodes = [NodeInfo(name, number, 100) for number, name in enumerate(names)]
-    return SimpleNamespace(run="run", plan=plan, nodes=nodes, releases=releases)
+    return SimpleNamespace(run="run", plan=plan, nodes=nodes, releases=releases, answers={})
 
 
 def shard(node: str) -> Any:
     return SimpleNamespace(node=node, declared_size=100, dataset="data", fingerprint=f"print-{node}")
 
 
-def reserve(node: str, run: str, rounds: int, plan: PrivacyPlan = PLAN) -> None:
+def reserve(node: str, run: str, rounds: int, plan: Any = PLAN) -> None:
     """Releases in the ledger of `node`, reserved and never committed: the node crashed each time."""
     folder = state_dir() / "ledgers"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -39,7 +40,7 @@ def reserve(node: str, run: str, rounds: int, plan: PrivacyPlan = PLAN) -> None:
     for round in range(1, rounds + 1):
         ledger.reserve(
             dataset="data", fingerprint=f"print-{node}", node=node, run=run, round=round,
-            plan=plan.for_shard(100), public=True,
+            plan=plan if plan.purpose == "evaluation" else plan.for_shard(100), public=True,
         )  # fmt: skip
     ledger.close()
 
@@ -52,6 +53,18 @@ def test_the_larger_of_two_counts_is_charged_whoever_counted() -> None:
     assert a.epsilon == pytest.approx(PLAN.for_shard(100).epsilon(3))
     assert b.epsilon == pytest.approx(PLAN.for_shard(100).epsilon(4))
     assert a.epsilon_rdp is not None and a.epsilon is not None and a.epsilon < a.epsilon_rdp
+
+
+def test_answers_about_held_out_data_are_counted_apart_and_composed() -> None:
+    plan = dataclasses.replace(PLAN, evaluation_share=0.2, evaluation_answers=2, evaluation_noise=3.0)
+    reserve("a", "run", 2, plan)
+    reserve("a", "run", 1, plan.evaluation())
+    asked = result(plan, names=("a",), a=2)
+    asked.answers["a"] = 2  # one was asked for and never reached the ledger: it counts
+    (a,) = measures.node_privacy([shard("a")], asked)
+    assert (a.releases, a.answers, a.total_releases) == (2, 2, 3)
+    assert a.epsilon == pytest.approx(plan.epsilon(2, 2))
+    assert a.epsilon > plan.epsilon(2, 1) > plan.epsilon(2)
 
 
 def test_other_runs_count_in_the_total_and_not_in_this_run() -> None:
