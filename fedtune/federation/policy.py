@@ -68,6 +68,7 @@ class Limits:
 
     threads: int = 2
     memory_gb: float | None = None
+    message_seconds: float = 7200.0  # a worker that takes longer for one message is killed
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,10 @@ class SiteSettings:
             )
         if settings.limits.threads < 1:
             raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
+        if not settings.limits.message_seconds > 0:
+            raise ConfigError(
+                f"{where}: limits.message_seconds is {settings.limits.message_seconds:g}, not above 0."
+            )
         _ = settings.budget
         return settings
 

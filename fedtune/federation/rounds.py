@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
-_GRACE_SECONDS = 60.0  # by which the clocks of server and submitter may differ
+_GRACE_SECONDS = 300.0  # by which clocks may differ: a node that is further off may not join
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
 

@@ -104,6 +104,27 @@ def test_the_live_part_shows_progress_and_fits_80_columns() -> None:
     assert len(shown.splitlines()) == 5  # nothing is folded
 
 
+def test_why_a_run_waits_is_shown_live_and_else_told_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = plain()
+    view = Display("", console=console)
+    now = display.time.monotonic()
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    for reason in ("waits for a", "waits for b", ""):
+        view.on_wait(reason)
+    now += 61.0
+    view.on_wait("waits for c")
+    assert text_of(console).splitlines() == ["waits for a", "waits for c"]
+    monkeypatch.undo()
+
+    view = Display("", console=terminal())
+    view.on_start(INFO)
+    view.on_wait("waits for a")
+    assert "waits for a" in live(view)
+    view.on_wait("")
+    assert "round 1 of 3" in live(view)
+    view.close()
+
+
 def test_half_a_round_moves_the_bar() -> None:
     def filled(view: Display) -> int:
         console = terminal()

@@ -10,7 +10,9 @@ Uses Flower's internals (checked with 1.41): the NodeState and ObjectStore of a 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
 import os
 import select
 import socket
@@ -24,6 +26,7 @@ from typing import Any
 
 from fedtune.engines.deployment import channel
 from fedtune.engines.deployment.thin import Apps
+from fedtune.engines.deployment.watch import Watch, processor_seconds
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.policy import SiteSettings
@@ -58,8 +61,8 @@ class Worker:
         """The worker's process, if it lives."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
-    def start(self) -> None:
-        """Starts the worker if it does not live. Raises ResourceError if it cannot."""
+    def start(self, beat: Callable[[], object] = lambda: None) -> None:
+        """Starts the worker if it does not live, calling `beat` meanwhile. Raises ResourceError."""
         if self.pid is not None and self._connection is not None:
             return
         self.close_worker()
@@ -69,6 +72,7 @@ class Worker:
         self._listener.settimeout(1.0)
         end = time.monotonic() + _START_SECONDS
         while time.monotonic() < end and self._process.poll() is None:
+            beat()
             with contextlib.suppress(TimeoutError):
                 connection, _ = self._listener.accept()
                 if channel.peer(connection) != (self._process.pid, os.getuid()):
@@ -84,16 +88,29 @@ class Worker:
         )
 
     def ask(
-        self, message: bytes, context: bytes, header: dict[str, Any], beat: Callable[[], object]
+        self,
+        message: bytes,
+        context: bytes,
+        header: dict[str, Any],
+        beat: Callable[[], object],
+        awaited: float = math.inf,
     ) -> list[bytes]:
-        """[reply, context] of the worker; calls `beat` every few seconds meanwhile. Raises WorkerDied."""
-        self.start()
-        connection = self._connection
-        assert connection is not None and self._process is not None
+        """[reply, context] of the worker; calls `beat` every few seconds meanwhile.
+
+        `awaited`: seconds for which the server waits for the answer. Raises WorkerDied if the worker dies, or
+        hangs and is killed.
+        """
+        self.start(beat)
+        connection, process = self._connection, self._process
+        assert connection is not None and process is not None
+        watch = Watch(awaited, self._site.limits.message_seconds, lambda: processor_seconds(process.pid))
         try:
             channel.send(connection, header, [message, context])
             while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
                 beat()
+                if why := watch.hangs():
+                    self.kill()
+                    raise WorkerDied(f"the worker was killed, for {why}")
             return channel.receive(connection)[1]
         except (EOFError, OSError) as error:
             connection.close()
@@ -103,6 +120,13 @@ class Worker:
             status = self._process.poll()
             how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
             raise WorkerDied(f"the worker ended {how}") from error
+
+    def kill(self) -> None:
+        """Ends a worker that does not listen; the next message starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self.close_worker()
 
     def close_worker(self) -> None:
         """Ends the worker: it leaves when its socket closes."""
@@ -118,6 +142,15 @@ class Worker:
         self.close_worker()
         self._listener.close()
         self._folder.cleanup()
+
+
+def _awaited(context: Any) -> float:
+    """Seconds for which the server waits for an answer, as the run's configuration says; else infinite."""
+    try:
+        seconds = json.loads(context.run_config["fedtune"])["federation"]["round_timeout"]
+        return float(seconds) if math.isfinite(seconds) else math.inf
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return math.inf
 
 
 class Answers:
@@ -191,6 +224,7 @@ class Answers:
             context_to_proto(context).SerializeToString(),
             {"task": task.task_id, "run": run.run_id, "node": context.node_id},
             lambda: self._state.acknowledge_task_heartbeat(task.task_id),
+            _awaited(context),
         )
         proto = ProtoContext()
         proto.ParseFromString(data[1])

@@ -279,6 +279,7 @@ publish_budget: false # true: the operator sees how much epsilon is left here
 limits:
   threads: 2 # processor cores
   memory_gb: null # more than this, and the worker is stopped
+  message_seconds: 7200 # a worker that takes longer for one message is killed; its round stays charged
 """
 
 _SITE_README = """\

@@ -1,0 +1,118 @@
+"""A worker that hangs is seen, killed and replaced; one that is merely slow is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fedtune.engines.deployment import executor, watch
+from fedtune.engines.deployment.executor import Worker, WorkerDied
+from fedtune.engines.deployment.watch import Watch, processor_seconds
+from tests.deployment.site_parts import settings
+
+
+class Clock:
+    """Time and processor time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = self.used = 0.0
+
+    def watch(self, awaited: float = 100.0, limit: float = 1000.0) -> Watch:
+        return Watch(awaited, limit, lambda: self.used, lambda: self.now)
+
+
+def test_an_idle_worker_is_given_up_when_nobody_waits_any_more() -> None:
+    clock = Clock()
+    one = clock.watch()
+    for clock.now in range(0, 101, 5):
+        assert one.hangs() == ""
+    clock.now = 105.0
+    assert one.hangs() == "it had not answered after 105 s, of which it did nothing for the last 105"
+
+
+def test_a_worker_that_works_has_until_its_owners_limit() -> None:
+    clock = Clock()
+    one = clock.watch()
+    for clock.now in range(0, 1001, 5):
+        clock.used += 0.5  # a tenth of a processor
+        assert one.hangs() == ""
+    clock.now = 1001.0
+    assert "limits.message_seconds" in one.hangs()
+
+
+def test_a_worker_that_stops_working_is_given_up_a_while_later() -> None:
+    clock = Clock()
+    one = clock.watch()
+    for clock.now in range(0, 201, 5):
+        clock.used += 5.0
+        assert one.hangs() == ""
+    clock.now = 225.0
+    assert one.hangs() == ""
+    clock.now = 231.0
+    assert "did nothing for the last 31" in one.hangs()
+
+
+def test_without_proc_only_the_owners_limit_holds() -> None:
+    now = 0.0
+    one = Watch(10.0, 100.0, lambda: None, lambda: now)
+    now = 99.0
+    assert one.hangs() == ""
+    now = 101.0
+    assert one.hangs() != ""
+
+
+def test_processor_seconds_are_those_of_the_process() -> None:
+    before = processor_seconds(os.getpid())
+    assert before is not None
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+    after = processor_seconds(os.getpid())
+    assert after is not None
+    assert 0.1 < after - before < 2.0
+    assert processor_seconds(2**30) is None
+
+
+# Answers its first message at once and hangs over every other.
+HANGS = """
+import socket, sys, time
+from fedtune.engines.deployment import channel
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+channel.receive(connection)
+channel.send(connection, {"ready": 1})
+header, parts = channel.receive(connection)
+if header["task"] == 2:
+    time.sleep(1000)
+channel.send(connection, {}, [b"reply", b"context"])
+channel.receive(connection)
+"""
+
+
+def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "_BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(watch, "_IDLE_SECONDS", 0.5)
+    started = subprocess.Popen
+
+    def other(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return started([sys.executable, "-c", HANGS, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(executor.subprocess, "Popen", other)
+    worker, beats = Worker(settings(tmp_path)), []
+    try:
+        assert worker.ask(b"", b"", {"task": 1}, lambda: beats.append(1), 1.0) == [b"reply", b"context"]
+        worker.close_worker()
+        with pytest.raises(WorkerDied, match=r"the worker was killed, for it had not answered after \d+ s"):
+            worker.ask(b"", b"", {"task": 2}, lambda: beats.append(1), 1.0)
+        assert worker.pid is None
+        assert len(beats) > 5  # Flower's SuperNode must not think that nobody is at work
+        assert worker.ask(b"", b"", {"task": 3}, lambda: None, 1.0) == [b"reply", b"context"]
+    finally:
+        worker.close()
