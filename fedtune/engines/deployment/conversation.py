@@ -24,7 +24,7 @@ __all__ = ["UPLOAD_SECONDS", "Pace", "converse", "pauses"]
 
 # For an object of a message on its way. Whoever died while it sent one would hold the other side until
 # Flower forgets the upload, after 3 minutes.
-UPLOAD_SECONDS = 30
+UPLOAD_SECONDS = 60
 # Flower's server holds a node that was killed for connected until it has missed two heartbeats, and lets the
 # one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds;
 # 10 s is the least that the server takes.
