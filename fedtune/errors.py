@@ -80,7 +80,15 @@ class PreflightError(PrivacyError):
 
 
 class BudgetExhausted(PrivacyError):
-    """A release would go over a node's own budget, or over the plan it agreed to; nothing was released."""
+    """A release would go over a node's own budget, or over the plan it agreed to; nothing was released.
+
+    `of_owner`: the text tells what the data's owner has spent and allows, which a real site may
+    keep to itself.
+    """
+
+    def __init__(self, message: str, *, of_owner: bool = False) -> None:
+        super().__init__(message)
+        self.of_owner = of_owner
 
 
 class SeparationError(PrivacyError):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PRUNERS", "STUDY_FILE", "STUDY_NAME", "Pruning", "storage"]
 
-STUDY_FILE, STUDY_NAME = "study.journal", "fedtune"
+STUDY_FILE = "study.journal"
+STUDY_NAME = "fedtune"
 PRUNERS = ("none", "median", "halving")
 
 

@@ -26,6 +26,10 @@ _IDENTITY = "fedtune"  # the study's own note of what it belongs to
 
 
 def open_study(folder: Path, settings: Settings, identity: Mapping[str, Any]) -> Study:
+    """The study in `folder`, made if there is none.
+
+    Raises: CheckpointError if it is missing beside runs, damaged, or another search's.
+    """
     import optuna
 
     path = folder / STUDY_FILE
@@ -91,6 +95,7 @@ def _sampler(settings: Settings) -> BaseSampler:
 
 
 def distribution(axis: Axis) -> BaseDistribution:
+    """An axis of the search as Optuna has it."""
     from optuna import distributions
 
     if axis.choices:

@@ -88,6 +88,8 @@ class MLflowWriter:
             with contextlib.suppress(MlflowException):
                 self._client.create_experiment(project)
             found = self._client.get_experiment_by_name(project)
+        if found is None:
+            raise RuntimeError(f"MLflow has made no experiment {project!r} in {folder}")
         self._experiment = found.experiment_id
         self._run = ""
 

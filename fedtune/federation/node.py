@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedtune.errors import FederationError, FedtuneError, LedgerError, PrivacyError
+from fedtune.errors import BudgetExhausted, FederationError, FedtuneError, LedgerError, PrivacyError
 from fedtune.federation.messages import RoundReply, RoundRequest
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     the configured epsilon over all the rounds that the plan is for.
     """
     from fedtune.privacy.evaluation import evaluation_epsilon
-    from fedtune.privacy.plan import make_plan
+    from fedtune.privacy.planning import make_plan
 
     privacy, federation, nodes = config.privacy, config.federation, plan.nodes
     if federation.evaluation == "private" and plan.is_private():
@@ -288,9 +288,20 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
 def failure_text(
     request: RoundRequest, context: Context, release: Release | None, error: Exception
 ) -> tuple[str, str]:
-    """(this node's name, what may be told of `error`); the rest goes to the node's own log."""
+    """(this node's name, what may be told of `error`); the rest goes to the node's own log.
+
+    What a real site has spent and may spend is its own: a server hears that the budget is exhausted, and the
+    numbers only if the site publishes them (`publish_budget` in its file).
+    """
     node = release.shard.node if release else _name(context)
-    reason = public_reason(error, node)
+    reason = told = public_reason(error, node)
+    site = site_settings(context)
+    secret = isinstance(error, BudgetExhausted) and error.of_owner
+    if secret and site is not None and not site.publish_budget:
+        told = (
+            f"{type(error).__name__}: node {node!r} refuses round {request.round}: its owner's budget does "
+            "not allow it. The numbers are in the site's own log, for its administrator."
+        )
     # The node's own log, which its owner reads, has what must not travel.
     expected = isinstance(error, FedtuneError)
     _log.log(
@@ -301,7 +312,7 @@ def failure_text(
         reason,
         exc_info=None if expected else error,
     )
-    return node, reason
+    return node, told
 
 
 def failure_reply(

@@ -46,7 +46,8 @@ from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Obser
 from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 
 __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 

@@ -68,7 +68,8 @@ class Allowance:
             raise BudgetExhausted(
                 f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
                 f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
-                f"{budget.delta:g} for '{dataset}'. {_WAY_OUT[plan.purpose]}"
+                f"{budget.delta:g} for '{dataset}'. {_WAY_OUT[plan.purpose]}",
+                of_owner=True,
             )
         return False
 

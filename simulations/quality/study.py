@@ -26,7 +26,7 @@ from fedtune.data.prepare import PreparedData, prepare
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.encoder import load_tokenizer
 from fedtune.models.hidden_states import Features
-from fedtune.privacy.plan import make_plan
+from fedtune.privacy.planning import make_plan
 from fedtune.training.evaluation import Evaluation, evaluate
 from fedtune.training.local import train_locally
 

@@ -57,7 +57,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httpx": ("engines",),  # what flwr speaks HTTP with
     "uvicorn": ("engines",),  # what flwr's SuperLink is served by
     "ray": ("engines",),
-    "scipy": ("audit",),
+    "scipy": ("privacy", "audit"),
     "matplotlib": ("experiments",),
     "optuna": ("experiments",),
     "rich": ("experiments", "cli"),

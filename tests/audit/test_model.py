@@ -16,7 +16,8 @@ from fedtune.config.paths import state_dir
 from fedtune.errors import DataError
 from fedtune.federation.resident import workplace
 from fedtune.privacy.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from fedtune.training.dp_step import per_example_gradients
 from fedtune.training.local import ShardView
 from tests import tiny_federation as tiny

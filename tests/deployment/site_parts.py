@@ -19,7 +19,8 @@ from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.messages import RoundRequest
 from fedtune.federation.policy import SiteSettings
 from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests import tiny_federation
 
 SIZE = 80

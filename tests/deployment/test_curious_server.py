@@ -59,6 +59,17 @@ def test_no_noise_is_refused_by_a_site_that_demands_privacy(site: Site) -> None:
     assert [one["event"] for one in site.log()] == ["refused"] * 4
 
 
+@pytest.mark.parametrize("publish", [False, True])
+def test_a_server_learns_what_is_left_only_where_the_site_says_so(
+    tmp_path: Path, model: Path, publish: bool
+) -> None:
+    site = Site(tmp_path, model, budget_epsilon=0.0123, publish_budget=publish)
+    refused = str(site.ask()["refused"])
+    assert (refused.startswith("BudgetExhausted") and "site's own log" in refused) or publish
+    assert ("0.0123" in refused) is publish and bool(re.search("epsilon", refused)) is publish
+    assert site.charged() == 0 and site.log()[-1]["event"] == "refused"
+
+
 def test_the_same_round_is_not_released_twice(site: Site) -> None:
     assert site.ask(round=2)["update"]
     for round, attempt in ((2, 1), (1, 1), (2, 0)):

@@ -13,7 +13,8 @@ from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.policy import SiteSettings
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 
 VALUES: dict[str, Any] = {
     "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9443",

@@ -20,7 +20,8 @@ from fedtune.federation.client_app import app
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.node import check_plan, ledger_of
 from fedtune.federation.resident import workplace
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.tiny_federation import private
 
 Make = Callable[..., Config]

@@ -33,7 +33,7 @@ from fedtune.federation.secagg_messages import PHASES, Place
 from fedtune.federation.secure_aggregation import MaskedSum, Masker, Session
 from fedtune.privacy.discrete import DiscreteMechanism
 from fedtune.privacy.ledger import PrivacyBudget
-from fedtune.privacy.plan import make_plan
+from fedtune.privacy.planning import make_plan
 from tests import tiny_federation
 
 Make = Callable[..., Config]

@@ -16,7 +16,8 @@ from fedtune.federation import rounds
 from fedtune.federation._flower import task_identity
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.fake_federation import (
     SIZE,
     Watcher,

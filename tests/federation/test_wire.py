@@ -21,7 +21,7 @@ from fedtune.federation import _flower
 from fedtune.federation.client_app import app
 from fedtune.federation.resident import workplace
 from fedtune.federation.server import run_rounds
-from fedtune.privacy.plan import make_plan
+from fedtune.privacy.planning import make_plan
 from tests.tiny_federation import BAD, GOOD, OTHER, private
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.

@@ -20,7 +20,8 @@ from fedtune.privacy.evaluation import (
 )
 from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.privacy.plans import central_plan, local_plan, public_plan
 
 DELTA = 1e-5

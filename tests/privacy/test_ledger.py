@@ -28,7 +28,8 @@ from fedtune.privacy import ledger as ledger_module
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.ledger import PrivacyLedger, Reservation
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 
 

@@ -17,7 +17,8 @@ from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise
 from fedtune.privacy.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.privacy.plans import central_plan
 
 SHAPES = [

@@ -17,7 +17,8 @@ from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms, terms_of
 from fedtune.privacy.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 
 PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_plan(unit="person")]

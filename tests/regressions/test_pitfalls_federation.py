@@ -22,7 +22,7 @@ from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, Roun
 from fedtune.federation.node import ledger_of
 from fedtune.federation.resident import workplace
 from fedtune.federation.rounds import PlainRound, RoundAsk
-from fedtune.privacy.plan import make_plan
+from fedtune.privacy.planning import make_plan
 from tests import tiny_federation
 from tests.fake_federation import (
     SIZE,

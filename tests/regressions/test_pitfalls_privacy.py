@@ -24,7 +24,8 @@ from fedtune.privacy.accounting import Term, conversions, epsilon_of, epsilon_of
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.noise import Entropy, on_grid
-from fedtune.privacy.plan import PrivacyPlan, make_plan
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
 from fedtune.privacy.statement import statement_markdown
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 from tests.privacy.test_statement import record

@@ -83,8 +83,8 @@ def converse(
         _push_messages,
     )
 
-    fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS  # what the server is told
-    heartbeat.HEARTBEAT_DEFAULT_INTERVAL = HEARTBEAT_SECONDS  # what is kept
+    for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
+        setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", HEARTBEAT_SECONDS)  # noqa: B010 (Flower re-exports it)
     register_signal_handlers(event_type=EventType.RUN_SUPERNODE_LEAVE)
     pace = Pace()
     connection = _init_connection(

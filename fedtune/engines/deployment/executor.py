@@ -116,8 +116,8 @@ class Worker:
             connection.close()
             self._connection = None
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(5)
-            status = self._process.poll()
+                process.wait(5)
+            status = process.poll()
             how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
             raise WorkerDied(f"the worker ended {how}") from error
 

@@ -126,7 +126,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     from fedtune.federation.resident import workplace
     from fedtune.privacy.accounting import compose_terms
     from fedtune.privacy.ledger import kept_epsilon
-    from fedtune.privacy.plan import make_plan
+    from fedtune.privacy.planning import make_plan
 
     try:
         shard = workplace(site.own(asked)).prepared.shards[0]

@@ -1,0 +1,139 @@
+"""Makes the plan of a run from its configuration: checks, fills in defaults, calibrates the noise.
+
+It reads settings and declared (public) sizes and nothing else, so that all of it happens before any private
+data is read; a node makes the same plan from its own configuration and compares (`federation.node`). What a
+plan says and does is in `fedtune.privacy.plan`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.config.schema import Config
+from fedtune.errors import CalibrationError, PrivacyError
+from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.checks import TRUSTS, number, whole
+from fedtune.privacy.evaluation import evaluation_noise, evaluation_settings
+from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["make_plan"]
+
+
+def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
+    """The plan of a run, its noise calibrated before any data is read.
+
+    Args: `config`, complete; `declared_sizes`, the public size of each node's shard in units of
+    `privacy.unit` (records or persons; for unit=client only their number counts), without what is held out
+    for evaluation. Default delta is
+    1 / (2n), where n is the size of the largest shard (local), of all shards together (distributed) or
+    the number of clients (central), so that delta is below 1/n for every shard. For `local` the plan
+    holds the largest size; each node takes its own with `for_shard`. Raises `PrivacyError` or
+    `CalibrationError`, naming the setting; where one unit has all the data, a default delta
+    (it would be 0.5) is refused.
+    """
+    privacy, train, federation = config.privacy, config.train, config.federation
+    if not declared_sizes:
+        raise PrivacyError("A plan needs the declared size of at least one node.")
+    sizes = [whole(size, "declared size of a node") for size in declared_sizes]
+    if privacy.trust not in TRUSTS:
+        raise PrivacyError(f"privacy.trust must be one of {', '.join(TRUSTS)}, not {privacy.trust!r}.")
+    nodes = len(sizes)
+    cohort = nodes if federation.cohort_size is None else federation.cohort_size
+    central, distributed = privacy.trust == "central", privacy.trust == "distributed"
+    declared = {"distributed": sum(sizes), "central": nodes}.get(privacy.trust, max(sizes))
+    common: dict[str, Any] = {
+        "trust": privacy.trust,
+        "unit": privacy.unit,
+        "sample_rate": 1.0 if central else train.sample_rate,
+        "local_steps": 1 if central or distributed else train.local_steps,
+        "num_rounds": federation.num_rounds,
+        "declared_size": declared,
+        "records_per_unit": privacy.records_per_unit if privacy.unit == "person" else 1,
+        "reproducible_noise": privacy.reproducible_noise,
+        "seed": config.seed,
+        "weighting": federation.weighting,
+        "nodes": nodes,
+        "max_dropouts": privacy.max_dropouts if distributed else 0,
+        "max_colluders": privacy.max_colluders if distributed else 0,
+        "cohort_size": cohort,
+        "training_sample_rate": train.sample_rate,
+        "training_steps": train.local_steps,
+        "adaptive_clipping": privacy.adaptive_clipping,
+        "clip_quantile": privacy.clip_quantile,
+        "mechanism": privacy.mechanism,
+        "bands": privacy.min_separation if privacy.bands is None else privacy.bands,
+        "min_separation": privacy.min_separation,
+    }
+    share, answers = evaluation_settings(config)
+    common |= {"evaluation_share": share, "evaluation_answers": answers}
+    if privacy.unit == "person":
+        whole(privacy.records_per_unit, "privacy.records_per_unit")
+    if privacy.trust == "none":
+        if privacy.noise_multiplier not in (None, 0.0):
+            raise PrivacyError(
+                f"privacy.trust=none adds no noise, but privacy.noise_multiplier is "
+                f"{privacy.noise_multiplier}. Choose trust=local, distributed or central, or leave the noise "
+                "multiplier out."
+            )
+        unmeasured = {
+            "adaptive_clipping": False, "reproducible_noise": False,
+            "mechanism": "gaussian", "bands": 1, "min_separation": 1,
+        }  # fmt: skip
+        return PrivacyPlan(
+            **{**common, **unmeasured},
+            noise_multiplier=0.0,
+            max_grad_norm=math.inf,
+            delta=0.0,
+            target_epsilon=None,
+        )
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        both = privacy.epsilon is not None
+        raise PrivacyError(
+            f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one "
+            "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
+            "noise, privacy.noise_multiplier=null to choose the guarantee."
+        )
+    if declared == 1 and not central and privacy.delta is None:
+        way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
+        raise PrivacyError(
+            f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and the default "
+            "delta, 1/(2n), would be 0.5, which promises nothing. Choose a privacy.delta of your own (1e-5, "
+            f"say){way_out}."
+        )
+    # What is declared is what is trained on; who is held out is promised the same.
+    delta = (1.0 - share) / (2.0 * declared) if privacy.delta is None else privacy.delta
+    common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
+    common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
+    # A plan with any noise first: it refuses every setting without meaning before time is spent.
+    given = 1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier
+    draft = _with_noise(common, given)
+    if privacy.epsilon is None:
+        return draft
+    if draft.mechanism == "dp_ftrl":
+        rate, steps = 1.0, 1  # the whole run is one Gaussian
+    else:
+        ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
+        rate = term.sample_rate
+    also = draft.terms(0, answers)
+    try:
+        noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
+    except CalibrationError as error:
+        if not central:
+            raise
+        root = draft.root()
+        often = "every round" if root is None else f"{root.participations} of {root.num_rounds} rounds"
+        raise CalibrationError(
+            f"{error} The unit here is a client, and each of {nodes} takes part in {often} in sight of all."
+        ) from error
+    return _with_noise(common, noise)
+
+
+def _with_noise(common: Mapping[str, Any], noise_multiplier: float) -> PrivacyPlan:
+    spread = 0.0
+    if common["adaptive_clipping"]:
+        # A twentieth of the cohort (Andrew et al. 2021), but enough that something is left for the updates.
+        noise = number(noise_multiplier, "privacy.noise_multiplier")
+        spread = max(whole(common["cohort_size"], "federation.cohort_size") / 20.0, noise)
+    return PrivacyPlan(**{**common, "quantile_noise": spread}, noise_multiplier=noise_multiplier)
