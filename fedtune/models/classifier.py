@@ -201,18 +201,28 @@ def load_model(
 def forget_models() -> None:
     """Keeps none of the models in memory: whoever has one has it alone, and the next call loads afresh."""
     _load.cache_clear()
+    _bare_encoder.cache_clear()
 
 
 @functools.lru_cache(maxsize=2)
 def _load(key: str, num_labels: int, seed: int, device: str, label_names: tuple[str, ...]) -> AdaptedModel:
     model_options, adapter_options = json.loads(key)
     model, adapter = ModelConfig(**model_options), AdapterConfig(**adapter_options)
-    encoder = load_encoder(model, torch.device(device))
+    if adapter.name == "head":
+        # Nothing of the encoder is ever changed, so that the runs of a sweep over seeds share one.
+        encoder = _bare_encoder(json.dumps(model_options, sort_keys=True), device)
+    else:
+        encoder = load_encoder(model, torch.device(device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AdaptedModel(
             EncoderClassifier(encoder, num_labels, model.pooling), model, adapter, label_names
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _bare_encoder(model: str, device: str) -> EncoderStack:
+    return load_encoder(ModelConfig(**json.loads(model)), torch.device(device))
 
 
 def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:

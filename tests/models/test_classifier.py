@@ -13,7 +13,7 @@ from transformers import AutoModel
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models.adapters import ADAPTERS
-from fedtune.models.classifier import load_base, load_model
+from fedtune.models.classifier import forget_models, load_base, load_model
 from fedtune.models.encoder import EncoderStack, load_encoder, load_tokenizer, select_device
 
 MINILM = "embedded:minilm"
@@ -111,6 +111,22 @@ def test_start_depends_on_the_seed_alone(tiny_bert: Path) -> None:
     load(tiny_bert, seed=4), load(tiny_bert, seed=5)  # push it out of the cache
     assert np.array_equal(load(tiny_bert, seed=3).get_vector(), first)
     assert not np.array_equal(load(tiny_bert, seed=4).get_vector(), first)
+
+
+def test_seeds_of_a_bare_head_share_the_encoder_and_nothing_else(tiny_bert: Path) -> None:
+    first, second = load(tiny_bert, seed=11, name="head"), load(tiny_bert, seed=12, name="head")
+    assert first.base.encoder is second.base.encoder and first.base.classifier is not second.base.classifier
+    start = second.get_vector()
+    assert not np.array_equal(first.initial, start)
+    first.set_vector(np.ones_like(first.initial))
+    assert np.array_equal(second.get_vector(), start)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    alone = second.peft_model(input_ids=ids)
+    forget_models()
+    fresh = load(tiny_bert, seed=12, name="head")
+    assert fresh.base.encoder is not second.base.encoder
+    assert torch.equal(alone, fresh.peft_model(input_ids=ids))
+    assert load(tiny_bert, seed=11).base.encoder is not load(tiny_bert, seed=12).base.encoder
 
 
 def test_a_kept_model_is_handed_out_at_its_start(tiny_bert: Path) -> None:
