@@ -155,7 +155,7 @@ def plan(folders: Sequence[Path], prices: Sequence[str], wish: Wish) -> tuple[st
     if wish.money is not None and using.currency is None:
         raise ConfigError(f"--money cannot be answered. {using.notes[0]}")
     names = telling(varied(points), points)
-    groups = list(dict.fromkeys(point.group for point in points))
+    groups = sorted({point.group for point in points})
     texts, values = [], []
     for group in groups:
         members = [point for point in points if point.group == group]

@@ -33,7 +33,9 @@ def test_page_composes_alone_and_by_the_command_of_its_first_comment(group: str,
     command = shlex.split(first_comment(page(group, name))[0])
     assert command[:2] == ["fedtune", "run"], command
     assert f"{group}={name}" in command[2:]
-    assert isinstance(load(command[2:]), Config)
+    # A sweep's own options, and what a search is asked to choose, are not settings of one run.
+    words = [word for word in command[2:] if not word.startswith("sweep.") and "interval(" not in word]
+    assert isinstance(load(words), Config)
     if command[2:] != [f"{group}={name}"]:
         load([f"{group}={name}"])
 

@@ -158,7 +158,9 @@ class Ears:
     def __init__(self) -> None:
         self.heard: list[bytes] = []
 
-    def ask(self, message: bytes, context: bytes, header: dict[str, Any], beat: Any) -> list[bytes]:
+    def ask(
+        self, message: bytes, context: bytes, header: dict[str, Any], beat: Any, awaited: float
+    ) -> list[bytes]:
         self.heard.append(message)
         from fedtune.federation._flower import deserialize
 

@@ -74,17 +74,23 @@ def test_runs_are_shared_out(words: list[str], package: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_with_two_workers_judges_in_them() -> None:
+def test_a_search_with_two_workers_judges_in_them(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     pytest.importorskip("joblib")
-    words = ["train.learning_rate=tag(log,interval(0.001,0.1))", "sweep.trials=4", "hydra.sweep.dir=sweep"]
+    # Absolute: joblib keeps its processes, and those of another test stand in another folder.
+    folder = tmp_path / "sweep"
+    words = [
+        "train.learning_rate=tag(log,interval(0.001,0.1))",
+        "sweep.trials=4",
+        f"hydra.sweep.dir={folder}",
+    ]
     failures, lines = sweep("sweep=optuna", *words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
     assert failures == [] and any(line.startswith("4 trials: ") for line in lines)
     from optuna import load_study
 
     from fedtune.experiments.pruning import STUDY_FILE, STUDY_NAME, storage
 
-    trials = load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE)).get_trials()
+    trials = load_study(study_name=STUDY_NAME, storage=storage(folder / STUDY_FILE)).get_trials()
     assert [len(trial.intermediate_values) for trial in trials] == [6] * 4
 
 
