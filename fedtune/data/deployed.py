@@ -94,7 +94,7 @@ def _declared_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
     if labels is None:
         raise DataError(
             "In a real federation the label set is public and declared beforehand: give data.labels, such as "
-            "data.labels=[negative,positive], when the run is submitted."
+            "data.labels=[negative,positive], to `fedtune submit`, and to `fedtune node --dry-run`."
         )
     return labels
 

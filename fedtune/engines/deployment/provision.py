@@ -291,8 +291,9 @@ The machine opens connections to {address} and accepts none.
 1. `fedtune node init --config node.yaml` makes your key, `node.key`, and prints one line. Send that line to
    the federation's operator, and compare the fingerprint below it by telephone. Never send `node.key`.
 2. Edit `node.yaml`: where your data is, what budget it has, what you permit.
-3. `fedtune node --config node.yaml --dry-run` shows what a run would do, and whether you permit it. It trains
-   nothing and sends nothing.
+3. `fedtune node --config node.yaml --dry-run 'data.labels=[no,yes]'`, with the settings that the operator
+   proposes (the labels at least), shows what a run would do, and whether you permit it. It trains nothing and
+   sends nothing.
 4. `fedtune node --config node.yaml` joins. Ctrl-C leaves; start it again and you are the same node.
 
 What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
