@@ -299,8 +299,8 @@ def failure_text(
     secret = isinstance(error, BudgetExhausted) and error.of_owner
     if secret and site is not None and not site.publish_budget:
         told = (
-            f"{type(error).__name__}: node {node!r} refuses round {request.round}: its owner's budget does "
-            "not allow it. The numbers are in the site's own log, for its administrator."
+            f"{type(error).__name__}: node {node!r} refuses in round {request.round}: its owner's budget "
+            "does not allow it. The numbers are in the site's own log, for its administrator."
         )
     # The node's own log, which its owner reads, has what must not travel.
     expected = isinstance(error, FedtuneError)

@@ -210,6 +210,7 @@ def test_it_survives_kill_9_of_server_and_worker(federation: Federation) -> None
     finished = record(folder)
     assert finished["federation"]["rounds"] == 5
     assert 0 < finished["privacy"]["epsilon"] <= 8
+    left = 0
     for site in SITES:
         log, ledger = federation.site_state(site)
         assert log.verify() == [] and ledger.verify()[1] == []
@@ -217,8 +218,11 @@ def test_it_survives_kill_9_of_server_and_worker(federation: Federation) -> None
             one for one in log.entries() if one["event"] == "released" and one["asked"]["trust"] == "local"
         ]
         # What left is charged; what was charged may not have left.
-        assert len(ledger.releases(run=released[0]["run"])) >= len(released) >= 3
+        assert len(ledger.releases(run=released[0]["run"])) >= len(released)
+        left += len(released)
         assert all(one["after"]["releases"] == one["before"]["releases"] + 1 for one in released)
+    # Each round had an update; it goes on with who is back by then (federation.min_updates=1).
+    assert left >= 5
 
 
 @pytest.mark.slow
