@@ -83,7 +83,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         if pruned:
             problems.append(f"{pruned} runs were given up by a search before their end")
         raise RecordError(_nothing(folders, problems, failures, unfinished))
-    found.runs.sort(key=lambda run: (run.started, run.id))
+    found.runs.sort(key=lambda run: run.started)  # stable: within a second, by folder
     found.notes += _listed(problems, "record could not be used", "records could not be used")
     found.notes += _listed(failures, "run failed", "runs failed")
     found.notes += _listed(
