@@ -68,7 +68,7 @@ class Allowance:
             raise BudgetExhausted(
                 f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
                 f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
-                f"{budget.delta:g} for '{dataset}'. {_WAY_OUT[plan.purpose]}",
+                f"{budget.delta:g} for '{dataset}'. {_way_out(plan)}",
                 of_owner=True,
             )
         return False
@@ -106,6 +106,14 @@ class Allowance:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return True
+
+
+def _way_out(plan: ReleasePlan) -> str:
+    if not plan.is_private():
+        return "Without noise no budget is enough: choose privacy.trust=local, distributed or central."
+    if plan.reproducible_noise:
+        return "Noise from `seed` protects nobody: leave privacy.reproducible_noise out."
+    return _WAY_OUT[plan.purpose]
 
 
 def _finer(unit: str, than: str) -> bool:

@@ -132,7 +132,7 @@ def history(paths: list[Path], dataset: str | None = None) -> Report:
             str(entry["purpose"]),
             "-" if entry["steps"] is None else str(entry["steps"]),
             "-" if entry["sample_rate"] is None else f"{entry['sample_rate']:g}",
-            f"{entry['noise_multiplier']:.4g}" if entry["noise_multiplier"] else "none",
+            _noise(entry),
             "yes" if entry["finished"] else "no",
         )
         for entry in entries
@@ -252,6 +252,12 @@ def _entries(ledger: PrivacyLedger) -> list[dict[str, Any]]:
                 }
             )
     return entries
+
+
+def _noise(entry: dict[str, Any]) -> str:
+    if entry["reproducible_noise"]:
+        return "seed's"  # which counts as none
+    return f"{entry['noise_multiplier']:.4g}" if entry["noise_multiplier"] else "none"
 
 
 def _number(value: float | None) -> str:

@@ -5,7 +5,8 @@ touched, or refuses; `commit` notes that it came to an end. A reservation that w
 spent, because nobody knows how far it got. So the ledger may show more than was released, never less.
 
 It stores releases with the parameters of their event, never an epsilon: epsilon does not add up. What the
-data has cost is composed anew from all releases (`fedtune.privacy.accounting`).
+data has cost is composed anew from all releases (`fedtune.privacy.accounting`). A release whose noise came
+from `seed` (`privacy.reproducible_noise`, for simulations) is written down as one without noise.
 
 Data is known by name and by fingerprint. Releases whose name *or* fingerprint agree are composed, and so
 are those that are linked through a third: the same records under a new name, or the old name after one
@@ -42,7 +43,14 @@ from fedtune.privacy.accounting import epsilon_rdp_of_terms
 from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.chain import GENESIS, Chain, Row
-from fedtune.privacy.ledger_state import LedgerState, Release, purpose_of, release_of, state_of
+from fedtune.privacy.ledger_state import (
+    LedgerState,
+    Release,
+    charge_of,
+    purpose_of,
+    release_of,
+    state_of,
+)
 from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
@@ -393,7 +401,7 @@ class PrivacyLedger:
 
 def _steps(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:
     """What the release after `made` others of its run adds to the account."""
-    terms = plan.terms(1, after=made)
+    terms = charge_of(plan, 1, made)
     if terms is None:
         return None
     return [

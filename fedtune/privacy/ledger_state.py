@@ -14,7 +14,7 @@ from fedtune.privacy.accounting import Term
 from fedtune.privacy.chain import GENESIS, Row
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
-__all__ = ["LedgerState", "Release", "Use", "purpose_of", "release_of", "state_of"]
+__all__ = ["LedgerState", "Release", "Use", "charge_of", "purpose_of", "release_of", "state_of"]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class LedgerState:
     ) -> dict[Term, int] | None:
         """As `terms`, with `releases` further releases of `plan`, in a run that has made `after` of them."""
         uses = dict(self._uses_of(dataset, fingerprint))
-        noised = plan.terms(releases, after=after)
+        noised = charge_of(plan, releases, after)
         if noised is None:
             return None
         for term, count in noised.items():
@@ -195,6 +195,15 @@ def release_of(row: Row, *, committed: bool) -> Release:
         committed=committed,
         purpose=purpose_of(row),
     )
+
+
+def charge_of(plan: ReleasePlan, releases: int, after: int = 0) -> dict[Term, int] | None:
+    """What `releases` of `plan` cost the data; None without privacy.
+
+    Noise that comes from `seed` counts as none: the seed stands in the run's record, and whoever has it can
+    take the noise off. What such a run shows as its epsilon is that of the same run with secret noise.
+    """
+    return None if plan.reproducible_noise else plan.terms(releases, after=after)
 
 
 def purpose_of(row: Row) -> str:

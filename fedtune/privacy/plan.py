@@ -193,10 +193,13 @@ class PrivacyPlan:
 
         Clients are known by name and only their number is asked in a round, so that taking one away would
         put another into its place; what is protected is what a client holds (Kairouz et al. 2021 call it
-        zero-out).
+        zero-out): its update is then zero, and is not counted.
         """
         if self.trust == "central":
-            return "replace all that one client holds by nothing (the list of clients is public)"
+            return (
+                "replace all that one client holds by nothing, so that its updates are zero (the list of "
+                "clients is public)"
+            )
         return f"add or remove one {self.unit}"
 
     def cautions(self) -> list[str]:
@@ -342,12 +345,15 @@ class PrivacyPlan:
         """The plan of the next round, its norm moved towards the private quantile of `norms` [m].
 
         Draws the count's noise itself, so the norm cannot adapt for free. With `adaptive_clipping` off
-        the plan comes back as it is. The cost is in `event` already.
+        the plan comes back as it is. The cost is in `event` already. A client whose update is zero votes
+        neither way: the neighbour in which a client holds nothing must not count it as unclipped, for then
+        the vote of a large update would move the count by 1 and not by the 1/2 that is paid for.
         """
         if not self.adaptive_clipping:
             return self
         values = np.asarray(norms, dtype=np.float64)
-        shifted = float(np.sum(np.where(values <= self.max_grad_norm, 0.5, -0.5)))
+        votes = np.where(values <= self.max_grad_norm, 0.5, -0.5)
+        shifted = float(np.sum(np.where(values == 0.0, 0.0, votes)))
         noised = shifted + float(entropy.gaussian(1, self.quantile_noise)[0])
         fraction = min(max(noised / self.cohort_size + 0.5, 0.0), 1.0)
         norm = self.max_grad_norm * math.exp(-learning_rate * (fraction - self.clip_quantile))

@@ -29,11 +29,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.data.batches import micro_batches
+from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.hidden_states import Features
 from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.precision import autocast
+from fedtune.training.preflight import check_layers
 
 __all__ = ["clip_and_sum", "clipped_sum", "per_example_gradients"]
 
@@ -42,7 +44,10 @@ _BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, an
 
 @contextmanager
 def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
-    """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter."""
+    """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter.
+
+    Raises: PreflightError for a model that has layers which Opacus refuses.
+    """
     from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 
     if Int8Linear not in GradSampleHooks.GRAD_SAMPLERS:
@@ -54,7 +59,21 @@ def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
 
     # True of every lowest adapted layer, whose input is data, and harmless: Opacus needs outputs' gradients.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
+    try:
+        hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
+    except NotImplementedError as error:
+        check_layers(model)  # says it in other words than of Opacus' source code, where it can
+        refused = [
+            f"{name!r} ({type(module).__name__})"
+            for name, module in model.base.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False)) and list(module.buffers())
+        ]
+        named = ", ".join(refused[:3]) or "a layer of this model"
+        raise PreflightError(
+            f"Opacus has no per-example gradients for {named}: it keeps state from batch to batch, so "
+            "clipping one example's gradient does not bound its influence. Train another part (adapter=lora "
+            "or head), or use an encoder with LayerNorm."
+        ) from error
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ process, model and plan: the code and the shapes do not change between rounds.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["check_gradients", "check_layers", "check_parameters", "preflight"]
 
+_log = logging.getLogger("fedtune.node")
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _TOLERANCE = 2e-3  # relative, float32 sums in another order; a wrong gradient is off by far more
 
@@ -110,7 +112,17 @@ def _compare(model: AdaptedModel, features: Features) -> None:
         logits = model.base(**features.inputs(rows, len(rows), length, model.device))
         return nn.functional.cross_entropy(logits.float(), labels[rows], reduction="none")
 
-    losses(records).sum().backward()
+    try:
+        losses(records).sum().backward()
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        # Layers that Opacus does not know go through functorch, which has its own limits and says so there.
+        kinds = sorted({type(m).__name__ for m in model.base.modules() if _trained(m)})
+        raise PreflightError(
+            f"Opacus cannot compute per-example gradients of this model ({type(error).__name__}; its trained "
+            f"layers are {', '.join(kinds)}). Use another adapter, or layer types that Opacus supports."
+        ) from error
     together = {n: p.grad_sample for n, p in model.parameters.items()}
     for parameter in model.parameters.values():
         parameter.grad_sample = parameter.grad = None
@@ -133,12 +145,18 @@ def _compare(model: AdaptedModel, features: Features) -> None:
             want = torch.zeros_like(got[row]) if expected is None else expected
             difference = float((got[row] - want).abs().max())
             if not difference <= _TOLERANCE * scale + 1e-8:
+                # Gradients of real records: for the node's own log, never for the error, which travels.
+                _log.error("%s: they differ by %.2g, gradients are up to %.2g", name, difference, scale)
                 raise PreflightError(
                     f"The per-example gradient of {name!r} is wrong: vectorized and one at a time differ by "
-                    f"{difference:.2g} where gradients are up to {scale:.2g}. Epsilon would not be true "
-                    "with these "
-                    f"versions of torch ({torch.__version__}), opacus and peft; use the pinned ones."
+                    f"more than {_TOLERANCE:g} of the largest (by how much is in this node's log). Epsilon "
+                    f"would not be true with these versions of torch ({torch.__version__}), opacus and peft; "
+                    "use the pinned ones."
                 )
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:

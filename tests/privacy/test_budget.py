@@ -111,6 +111,15 @@ def test_history_of_a_run_without_noise(capsys: pytest.CaptureFixture[str]) -> N
     assert "none" in capsys.readouterr().out
 
 
+def test_history_and_show_of_noise_from_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    release("a", plan=local_plan(reproducible_noise=True))
+    entry = run(capsys, "history")[1][0]
+    assert (entry["reproducible_noise"], entry["noise_multiplier"]) == (True, 0.0)
+    budget.main(Namespace(action="history"))
+    assert "seed's" in capsys.readouterr().out
+    assert run(capsys, "show")[1][0]["epsilon"] is None
+
+
 def test_verify_fails_and_names_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     release("a")
     ledger = release("b")

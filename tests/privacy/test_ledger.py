@@ -273,8 +273,28 @@ def test_a_budget_may_ask_for_persons_to_be_protected(path: Path) -> None:
 def test_a_run_without_privacy_does_not_fit_any_budget(path: Path) -> None:
     ledger = PrivacyLedger.open(path)
     ledger.set_budget(PrivacyBudget(1000.0, 1e-5))
-    with pytest.raises(BudgetExhausted, match="inf"):
+    with pytest.raises(BudgetExhausted, match="inf.*choose privacy.trust=local"):
         reserve(ledger, public_plan())
+
+
+def test_noise_that_the_seed_tells_is_charged_as_none(path: Path) -> None:
+    """Whoever has the run's record has its seed: for the data such a release is one without noise."""
+    simulated, secret = local_plan(reproducible_noise=True), local_plan()
+    ledger = PrivacyLedger.open(path)
+    reserve(ledger, simulated, public=True)
+    assert ledger.epsilon(dataset="visits", fingerprint="f1", delta=1e-5) == math.inf
+    (release,) = ledger.releases()
+    assert release.steps is None and release.reproducible_noise
+    # Secret noise afterwards makes it no better, and in data of its own is what it was.
+    reserve(ledger, secret, run="run-2", public=True)
+    assert ledger.epsilon(dataset="visits", fingerprint="f1", delta=1e-5) == math.inf
+    reserve(ledger, secret, run="run-3", dataset="letters", fingerprint="f2")
+    kept = ledger.epsilon(dataset="letters", fingerprint="f2", delta=1e-5)
+    assert kept == epsilon_of_terms(secret.terms(1), 1e-5)
+    ledger.set_budget(PrivacyBudget(1000.0, 1e-5))
+    with pytest.raises(BudgetExhausted, match="inf.*leave privacy.reproducible_noise out"):
+        reserve(ledger, simulated, run="run-4", dataset="letters", fingerprint="f2")
+    assert fresh(path).verify()[1] == []
 
 
 def test_public_data_is_recorded_and_not_refused(path: Path) -> None:

@@ -206,6 +206,29 @@ def test_the_norm_moves_to_the_quantile_and_only_by_noised_counts() -> None:
     assert len(seen) == 5
 
 
+def test_one_client_less_moves_the_count_by_half_a_vote_at_most() -> None:
+    """The joint charge stands on a sensitivity of 1/2: for the client that is absent and for the one that holds
+    nothing, whose update is zero, alike."""
+    plan = central_plan(adaptive_clipping=True, quantile_noise=1.0, max_grad_norm=1.0)
+
+    class Still(Entropy):
+        def gaussian(self, size: int, std: float) -> np.ndarray:
+            return np.zeros(size)
+
+    def count(norms: list[float]) -> float:
+        moved = plan.adapt_clip(norms, Still()).max_grad_norm
+        return plan.cohort_size * (-math.log(moved) / 0.2 + plan.clip_quantile - 0.5)
+
+    others = [0.3, 2.0, 0.9, 5.0, 0.1]
+    for norm in (0.5, 1.0, 3.0, math.inf, math.nan):
+        here = count([*others, norm])
+        for without in (count(others), count([*others, 0.0])):
+            assert abs(here - without) == pytest.approx(0.5)
+    assert count([*others, 0.0]) == pytest.approx(count(others))
+    # The mutant: a zero that counts as unclipped doubles what the accountant was told.
+    assert abs(count([*others, 1e-9]) - count([*others, 3.0])) == pytest.approx(1.0)
+
+
 def test_an_unmeasurable_update_counts_as_too_large() -> None:
     plan = central_plan(adaptive_clipping=True, quantile_noise=1.0, reproducible_noise=True)
     with_nan = plan.adapt_clip([math.nan] * 20, plan.entropy("server", 0, 0))

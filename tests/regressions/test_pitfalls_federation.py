@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,6 +188,12 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
     config.privacy.reproducible_noise = True
     one, two = (ask(config, round=1, attempt=attempt).update for attempt in (3, 4))
     assert np.array_equal(one, two)
+    # So no such run is taken for a private one: the node's books count its releases as without noise.
+    (shard, *_) = workplace(config).prepared.shards
+    data = {"dataset": shard.dataset, "fingerprint": shard.fingerprint}
+    charged = [release.steps for release in ledger_of("site-0").releases(run="run")]
+    assert [steps is None for steps in charged] == [False, False, True, True]
+    assert ledger_of("site-0").epsilon(**data, delta=1e-5) == math.inf
     # And the server's attempt rises with every start of a run, even of one that died before its first round.
     attempts = []
 

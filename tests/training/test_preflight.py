@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from fedtune.config.schema import TrainConfig
 from fedtune.errors import PreflightError
 from fedtune.models import classifier
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.hidden_states import Features
 from fedtune.training.dp_step import per_example_gradients
+from fedtune.training.local import train_locally
 from fedtune.training.preflight import check_gradients, check_layers, check_parameters
-from tests.training.conftest import load, make_shard
+from tests.training.conftest import load, make_plan, make_shard
 
 
 @pytest.fixture
@@ -103,4 +105,63 @@ def test_gradients_mixed_up_between_examples(model: AdaptedModel, monkeypatch: p
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, shifted)
     with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
+        check_gradients(model, Features.of(model, make_shard().data, 64))
+
+
+def test_what_is_told_of_a_wrong_gradient_is_no_number_of_a_record(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The text of the error travels to the server; how large a real record's gradient is must not."""
+    from opacus.grad_sample import GradSampleHooks
+
+    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+
+    def told(seed: int) -> str:
+        data = make_shard().data
+        with per_example_gradients(model), pytest.raises(PreflightError) as error:
+            check_gradients(model, Features.of(model, data.subset(np.arange(seed, 12)), 64))
+        return str(error.value)
+
+    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+        return {p: 2 * g for p, g in right(layer, activations, backprops).items()}
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    assert told(0) == told(5) == told(8)  # other records, the same text
+    assert len({record.getMessage() for record in caplog.records}) == 3  # the node's own log has them
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (nn.BatchNorm1d(32), r"encoder.layer.1.intruder.*BatchNorm1d.*mixes the examples.*LayerNorm"),
+        (nn.SyncBatchNorm(32), r"encoder.layer.1.intruder.*SyncBatchNorm.*mixes the examples"),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)), r"Opacus has no per-example gradients"),
+    ],
+)
+def test_a_layer_that_opacus_refuses_ends_in_a_paragraph(
+    model: AdaptedModel, train: TrainConfig, layer: nn.Module, says: str
+) -> None:
+    """With weights that are trained Opacus itself refuses it, before any check of ours comes to its turn."""
+    model.base.encoder.layer[1].intruder = layer
+    start = model.get_vector()
+    with pytest.raises(PreflightError, match=says) as error:
+        train_locally(model, make_shard(), make_plan(), start, train, round=1)
+    assert "\n" not in str(error.value)
+    assert np.array_equal(model.get_vector(), start)
+
+
+class Strange(nn.Module):
+    """Adds the mean over the batch, in a way that functorch cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * self.weight if float(hidden.abs().max()) >= 0 else hidden
+
+
+def test_a_layer_that_opacus_cannot_follow_ends_in_a_paragraph(model: AdaptedModel) -> None:
+    model.base.classifier = nn.Sequential(Strange(), model.base.classifier)
+    with per_example_gradients(model), pytest.raises(PreflightError, match=r"RuntimeError.*Strange"):
         check_gradients(model, Features.of(model, make_shard().data, 64))
