@@ -10,11 +10,13 @@ The guarantee, which every record and every statement repeats with the numbers f
   label. `person`: everything that shares one value of the data's unit column. `client`: all that
   one node holds.
 * **Adjacency**: add or remove one unit. Two data sets are neighbours if one is the other with one
-  unit more.
+  unit more. (`client`: all that one client holds is replaced by nothing, for their list is public.)
 * **Who is trusted with what**: `privacy.trust=local`: nobody but the node itself; what it sends is
   already private. `distributed`: the server sees only a sum over the nodes, which holds enough
-  noise for up to the configured number of dropouts and colluding nodes. `central`: the server sees
-  raw updates and must be trusted. `none`: no guarantee; epsilon is infinite and reported as null.
+  noise for up to the configured number of dropouts and colluding nodes, as long as it follows the
+  protocol; against a node, which knows its own share of the noise, a little less is promised, and
+  every statement says how much. `central`: the server sees raw updates and must be trusted. `none`:
+  no guarantee; epsilon is infinite and reported as null.
 * **Mechanism**: Poisson sampling of units at a fixed rate, clipping of each unit's whole gradient
   to `max_grad_norm`, Gaussian noise of standard deviation `noise_multiplier * max_grad_norm`. One
   frozen `PrivacyPlan` makes the sampler, the clipping, the noise, the aggregation weights and the

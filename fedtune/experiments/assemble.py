@@ -137,6 +137,12 @@ def assemble(
             "epsilon": _worst(one.epsilon for one in nodes) if private else None,
             "delta": plan.delta if private else None,
             "epsilon_rdp": _worst(one.epsilon_rdp for one in nodes) if private else None,
+            "epsilon_towards_nodes": plan.epsilon_towards_node(
+                max((one.releases for one in nodes), default=0),
+                max((one.answers for one in nodes), default=0),
+            )
+            if private and nodes
+            else None,
             "target_epsilon": plan.target_epsilon,
             "per_node": [
                 {

@@ -37,6 +37,10 @@ honest nodes add independent noise, and that and the reduction are post-processi
    std so large (r = 4) that t is below 1e-100: the plan's own event is the rigorous one, with nothing lost
    but the `inflation` of the noise, which is about a thousandth.
 
+Towards whom. `shares` counts the noise that the adversary does not know. The server knows none of its own; a
+node knows its share, so that a node that looks at the published sums faces h - 1 of the h shares, unless
+`max_colluders` counted with it (`PrivacyPlan.epsilon_towards_node`).
+
 Approximations. FLOAT_MARGIN covers what float32 does to a clipped gradient and to the sum of a micro-batch
 (relative errors near 1e-5); that other units' gradients do not depend on who is in the batch with them is
 taken as exact beyond that, as everywhere in DP-SGD. A sum outside the range wraps around: that costs

@@ -13,8 +13,9 @@ One *release* is what one node publishes in one round. By trust model:
 - `distributed`: one step of DP-SGD over the union of all shards. Each node adds
   `noise_share_multiplier` times the clipping norm; under secure aggregation only the sum is seen, and
   its noise is sufficient as long as at most `max_dropouts` nodes are missing and at most `max_colluders`
-  give their noise away. Accounted as the continuous Gaussian; `fedtune.privacy.discrete` says how
-  far the discrete one is from it.
+  give their noise away. A node knows its own share: towards it less is promised (`epsilon_towards_node`),
+  unless the plan counts with a colluder. Accounted as the continuous Gaussian; `fedtune.privacy.discrete`
+  says how far the discrete one is from it.
 - `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
   2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
   network, sees who takes part. With `mechanism=dp_ftrl` the noise is correlated over rounds and the run is
@@ -324,6 +325,22 @@ class PrivacyPlan:
     def noise_share_std(self) -> float:
         """Standard deviation of one node's noise, in units of the sum (distributed)."""
         return self.noise_share_multiplier() * self.max_grad_norm if self.is_private() else 0.0
+
+    def epsilon_towards_node(self, releases: int | None = None, answers: int = 0) -> float:
+        """As `epsilon`, towards one of the nodes instead of the server and everybody else.
+
+        Under `distributed` a node knows its own share of the noise in every sum and can take it off. Where
+        the plan counts with a colluder that is covered: a node by itself knows no more than one that sides
+        with the server. Else one share less is left, sigma * sqrt((h - 1) / h), where h honest shares are
+        counted on. Under the other trust models a node knows no noise, and it is `epsilon`.
+        """
+        honest = self.nodes - self.max_dropouts
+        if self.trust != "distributed" or self.max_colluders > 0:
+            return self.epsilon(releases, answers)
+        if honest < 2:
+            return math.inf
+        left = self.noise_multiplier * math.sqrt((honest - 1) / honest) * (1.0 - 1e-12)
+        return dataclasses.replace(self, noise_multiplier=left).epsilon(releases, answers)
 
     # --- central ------------------------------------------------------------------------------------
 

@@ -38,6 +38,12 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         "person": "everything that any one person contributed",
         "client": "everything that any one node holds",
     }[privacy["unit"]]
+    if privacy.get("reproducible_noise"):
+        return (
+            f"{trained}, in a simulation that **protects nobody**: its noise was drawn from the seed that "
+            f"its record names, and whoever has that can take it off. The same run with secret noise would "
+            f"keep epsilon {epsilon:.3g} at delta {delta:.3g} (what that means is said in its own statement)."
+        )
     times = _times(epsilon)
     guess = 1.0 / (1.0 + math.exp(-epsilon))
     seen = {
@@ -50,8 +56,22 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         f"outcome is at most {times} times as likely (that is what *epsilon* {epsilon:.3g} says), except for "
         f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
         f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
-        f"{_percent(guess)} sure. " + strength(epsilon)
+        f"{_percent(guess)} sure. " + strength(epsilon) + _in_all(privacy, epsilon)
     )
+
+
+def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:
+    """What a reader who stops after the first paragraph must know: how else the data was used."""
+    used = [one for one in privacy.get("ledger") or [] if one.get("releases")]
+    if any(one["epsilon"] is None for one in used):
+        return (
+            " **The same data was also used without secret noise** (see Other uses): over all its uses there "
+            "is no guarantee."
+        )
+    total = max((float(one["epsilon"]) for one in used), default=0.0)
+    if total <= 1.005 * epsilon:
+        return ""
+    return f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}.**"
 
 
 def strength(epsilon: float | None) -> str:
@@ -80,19 +100,15 @@ def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
             users,
         ]
     if trust == "distributed":
-        dropouts, colluders = privacy.get("max_dropouts"), privacy.get("max_colluders")
-        limit = (
-            f"It holds as long as at most {dropouts} nodes drop out of a round and at most {colluders} of "
-            "the nodes give their noise to the server; a round with more dropouts is discarded."
-            if dropouts is not None and colluders is not None
-            else "The record does not say how many dropouts and colluding nodes the noise covers."
-        )
         return [
-            "The server sees only the sum over the nodes, through secure aggregation, and follows the "
-            "protocol; the sum holds all the noise that the guarantee needs. No single node's part is "
-            "private by itself.",
-            limit,
-            node,
+            "The server sees only the sum over the nodes, through secure aggregation; the sum holds all the "
+            "noise that the guarantee needs. No single node's part is private by itself.",
+            "The server must follow the protocol (honest but curious): it passes the nodes' keys on, and "
+            "nothing but its word ties a key to a node. A server that puts keys of its own in their place "
+            "can see single nodes' parts, and for those this guarantee does not hold.",
+            _limit(privacy.get("max_dropouts"), privacy.get("max_colluders")),
+            *_answers(privacy),
+            f"{node} {_towards_nodes(privacy)}",
             users,
         ]
     if trust == "central":
@@ -103,6 +119,42 @@ def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
             users,
         ]
     return ["The server sees every node's raw updates.", node, users, "Nobody is protected from any of them."]
+
+
+def _limit(dropouts: int | None, colluders: int | None) -> str:
+    if dropouts is None or colluders is None:
+        return "The record does not say how many dropouts and colluding nodes the noise covers."
+    missing = (
+        f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
+    )
+    told = (
+        f"{colluders} may tell the server their noise" if colluders else "none may tell the server its noise"
+    )
+    return f"{missing} (one with more dropouts is discarded, and charged), and {told}."
+
+
+def _answers(privacy: Mapping[str, Any]) -> list[str]:
+    if not privacy.get("evaluation"):
+        return []
+    return [
+        "Evaluation does not go through secure aggregation: the server sees each node's two noised counts. "
+        "Each node adds all the noise of its answer by itself, so they are private towards the server too."
+    ]
+
+
+def _towards_nodes(privacy: Mapping[str, Any]) -> str:
+    epsilon = privacy.get("epsilon_towards_nodes")
+    if privacy.get("max_colluders"):
+        return (
+            "It knows its own share of the noise, which the noise covers: the guarantee holds towards it too."
+        )
+    known = "It knows its own share of the noise and can take it off"
+    if epsilon is None:
+        return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
+    return (
+        f"{known}: **towards another node epsilon is {epsilon:.4g}** at the same delta "
+        "(privacy.max_colluders=1 covers this)."
+    )
 
 
 def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
@@ -161,7 +213,8 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
             "epsilon is up to k times as large (and delta grows faster).",
         )
     if privacy["unit"] in ("record", "person"):
-        lines.insert(1, "The same person's data on several nodes: their epsilons add up.")
+        more = ", and delta grows faster" if privacy["trust"] == "distributed" else ""
+        lines.insert(1, f"The same person's data on several nodes: their epsilons add up{more}.")
     if privacy.get("matrix"):
         lines.append(
             "The server's memory: until a run ends, the server keeps the noise of its last rounds "

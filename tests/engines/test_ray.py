@@ -18,6 +18,7 @@ from fedtune.config.schema import Config
 from fedtune.engines.ray import ConfiguredClientApp
 from fedtune.errors import CheckpointError, ResourceError
 from fedtune.federation._flower import task_identity
+from fedtune.federation.evaluation import NodesEvaluation
 from fedtune.federation.node import ledger_of
 from tests.tiny_federation import private
 
@@ -99,3 +100,31 @@ def test_accounting_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp
     # An error of the server loop comes out of the simulation as itself.
     with pytest.raises(CheckpointError, match="already holds a run"):
         engines.run(config, tmp_path / "ray")
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_private_evaluation_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Workers of their own answer about what they hold out: the same counts without noise, and charged
+    in the nodes' ledgers where there is."""
+
+    def asking(config: Config) -> Config:
+        config.federation.evaluation, config.federation.evaluation_share = "private", 0.3
+        return config
+
+    changes = {"federation__num_rounds": 2, **PATIENT}
+    local = engines.run(asking(tiny(**changes)), tmp_path / "local").evaluation
+    ray = engines.run(asking(tiny(**changes, engine__name="ray")), tmp_path / "ray").evaluation
+    assert isinstance(local, NodesEvaluation) and isinstance(ray, NodesEvaluation)
+    assert (ray.round, ray.missing, len(ray.nodes)) == (2, (), 4)
+    assert ray.accuracy == local.accuracy and ray.units == local.units > 20
+    assert ray.nodes == local.nodes
+    noised = engines.run(asking(private(tiny(**changes, engine__name="ray"))), tmp_path / "noised")
+    assert isinstance(noised.evaluation, NodesEvaluation)
+    assert noised.evaluation.units != round(noised.evaluation.units)
+    assert noised.answers == {f"site-{i}": 1 for i in range(4)}
+    assert noised.epsilon == pytest.approx(noised.plan.epsilon(2, 1))
+    for i in range(4):
+        (release,) = ledger_of(f"site-{i}").releases(run=noised.run, purpose="evaluation")
+        assert release.committed and release.steps is not None

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
@@ -179,6 +180,24 @@ def test_more_dropouts_and_colluders_than_nodes_are_refused() -> None:
         distributed_plan(nodes=4, max_dropouts=2, max_colluders=2)
 
 
+def test_a_node_knows_its_own_share_of_the_noise() -> None:
+    plan = distributed_plan(noise_multiplier=1.0, sample_rate=1.0, num_rounds=1)
+    # The closed form of one Gaussian with three of four shares: the analytic Gaussian mechanism.
+    (epsilon, delta), left = (plan.epsilon_towards_node(), plan.delta), math.sqrt(3 / 4)
+    exact = ndtr(0.5 / left - epsilon * left) - math.exp(epsilon) * ndtr(-0.5 / left - epsilon * left)
+    assert exact == pytest.approx(delta, rel=1e-2) and exact <= delta
+    assert epsilon > 1.1 * plan.epsilon()  # the mutant: what is true towards the server is not true here
+    # What a node has left after it took its own share off is really so much, and no more.
+    rng = np.random.default_rng(0)
+    shares = rng.normal(0.0, plan.noise_share_std(), (4, 50_000))
+    assert np.std(shares.sum(0) - shares[0]) == pytest.approx(left * plan.noise_std(), rel=0.02)
+    # A colluder that is planned for is such a node; the other trust models show a node no noise.
+    covered = distributed_plan(max_colluders=1)
+    assert covered.epsilon_towards_node() == covered.epsilon()
+    assert local_plan().epsilon_towards_node(3) == local_plan().epsilon(3)
+    assert math.isinf(distributed_plan(nodes=2, max_dropouts=1).epsilon_towards_node())
+
+
 def test_the_quantile_of_adaptive_clipping_is_paid_for() -> None:
     plan = central_plan(noise_multiplier=1.0, adaptive_clipping=True, quantile_noise=0.8)
     spent = plan.update_noise_multiplier() ** -2 + (2 * plan.quantile_noise) ** -2
@@ -207,7 +226,7 @@ def test_the_norm_moves_to_the_quantile_and_only_by_noised_counts() -> None:
 
 
 def test_one_client_less_moves_the_count_by_half_a_vote_at_most() -> None:
-    """The joint charge stands on a sensitivity of 1/2: for the client that is absent and for the one that holds
+    """The joint charge stands on a sensitivity of 1/2: for a client that is absent and one that holds
     nothing, whose update is zero, alike."""
     plan = central_plan(adaptive_clipping=True, quantile_noise=1.0, max_grad_norm=1.0)
 

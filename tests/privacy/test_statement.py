@@ -172,7 +172,43 @@ def test_central_claims_no_amplification() -> None:
 
 def test_distributed_says_how_many_may_fail() -> None:
     text = statement_markdown(record("distributed", max_dropouts=2, max_colluders=1))
-    assert "at most 2 nodes drop out" in text and "at most 1 of the nodes" in text
+    assert "2 of the nodes may drop out of a round" in text and "1 may tell the server their noise" in text
+    assert "the guarantee holds towards it too" in text and "honest but curious" in text
+    text = statement_markdown(
+        record("distributed", max_dropouts=0, max_colluders=0, epsilon_towards_nodes=3.4)
+    )
+    assert "No node may drop out of a round" in text and "none may tell the server its noise" in text
+    assert "**towards another node epsilon is 3.4** at the same delta" in text
+    assert "by how much the record does not say" in statement_markdown(record("distributed"))
+
+
+def test_evaluation_under_secure_aggregation_is_not_called_a_sum() -> None:
+    about = {"share": 0.2, "answers": 1, "mechanism": "two counts", "noise_multiplier": 4.0, "unit": "record",
+             "epsilon": 0.7}  # fmt: skip
+    assert "does not go through secure aggregation" in statement_markdown(
+        record("distributed", evaluation=about)
+    )
+    assert "through secure aggregation: the" not in statement_markdown(record("local", evaluation=about))
+
+
+def test_the_first_paragraph_tells_of_other_uses() -> None:
+    uses = [
+        {"node": "n", "dataset": "visits", "fingerprint": "f", "releases": 9, "epsilon": 4.9, "delta": 1e-5}
+    ]
+    assert "other uses of the same data that are known, epsilon is 4.9" in first_paragraph(
+        statement_markdown(record(ledger=uses))
+    )
+    alone = statement_markdown(record(ledger=[{**uses[0], "epsilon": 2.857}]))
+    assert "other uses" not in first_paragraph(alone)
+    without = statement_markdown(record(ledger=[{**uses[0], "epsilon": None}]))
+    assert "no guarantee" in first_paragraph(without)
+
+
+def test_the_first_paragraph_of_a_simulation_with_noise_from_the_seed_promises_nothing() -> None:
+    text = first_paragraph(statement_markdown(record(reproducible_noise=True)).replace("**Caution.**", "#"))
+    assert "protects nobody" in text
+    for promise in ("times as likely", "percent sure", "protection (epsilon"):
+        assert promise not in text
     assert "does not say how many" in statement_markdown(record("distributed"))
 
 
