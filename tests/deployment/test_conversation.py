@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.engines.deployment import conversation, operator
+from fedtune.engines.deployment import conversation, submission
 from fedtune.engines.deployment.conversation import UPLOAD_SECONDS, Pace, converse, pauses
 
 
@@ -148,13 +148,13 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
 
 def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(operator.time, "sleep", clock.sleep)
+    monkeypatch.setattr(submission.time, "sleep", clock.sleep)
     answers = [
         SimpleNamespace(object_found=True, object_available=False),
         SimpleNamespace(object_found=True, object_available=True),
         SimpleNamespace(object_found=False, object_available=False),
     ]
-    client = operator._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
+    client = submission._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
     assert client.PullObject(None).object_available
     assert clock.slept == [next(pauses())]
     assert not client.PullObject(None).object_found  # it will never come: said at once

@@ -282,11 +282,11 @@ def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path
 def test_a_node_that_greets_by_another_name_takes_no_part(real: Real) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
 
-    from fedtune.engines.deployment.operator import _Server
+    from fedtune.engines.deployment.superlink import Server
     from fedtune.federation._flower import task_identity
     from fedtune.federation.messages import NodeHello
 
-    of = _Server.of(real.folder)
+    of = Server.of(real.folder)
     assert of.site_of(real.node_id("clinic-1")) == "clinic-1" and of.site_of(5) is None
     with task_identity(1):
         asked = Message(RecordDict(), 7, "query.hello")
