@@ -30,7 +30,12 @@ __all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
 
 @dataclass(frozen=True)
 class SiteData:
-    """Where the site's data is. `declared_size` is public: about how many units of privacy there are."""
+    """Where the site's data is.
+
+    Public of it: `declared_size`, about how many units of privacy there are, and `labels`, the classes in
+    order. A run must name the same labels. None: a run may name any, and a server that tries one set after
+    another learns, from which of them cannot be used, what labels occur.
+    """
 
     name: str
     declared_size: int
@@ -44,6 +49,7 @@ class SiteData:
     unit: str | None = None
     site: str | None = None
     train_split: str = "train"
+    labels: tuple[str, ...] | None = None
     public: bool = False
 
 
@@ -114,6 +120,9 @@ class SiteSettings:
             )
         if settings.data.declared_size < 1:
             raise ConfigError(f"{where}: data.declared_size is {settings.data.declared_size}, below 1.")
+        labels = settings.data.labels
+        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+            raise ConfigError(f"{where}: data.labels is {list(labels)}; name two classes or more, each once.")
         if unknown := set(settings.permit.trust) - {"local", "distributed", "central", "none"}:
             raise ConfigError(
                 f"{where}: permit.trust names {', '.join(sorted(unknown))}; it can name local, distributed, "
@@ -141,7 +150,8 @@ class SiteSettings:
     def own(self, asked: Config) -> Config:
         """The configuration that this node works with: the run's, with the data and engine of its own.
 
-        The label set, the length that texts are cut to and the split of a public data set stay the run's.
+        The length that texts are cut to and the split of a public data set stay the run's, and the label set
+        where the site's file names none.
         """
         mine = self.data
         data = DataConfig(
@@ -160,7 +170,7 @@ class SiteSettings:
             train_split=mine.train_split,
             test_fraction=asked.data.test_fraction,
             max_length=asked.data.max_length,
-            labels=asked.data.labels,
+            labels=asked.data.labels if mine.labels is None else list(mine.labels),
             public=mine.public,
         )
         return dataclasses.replace(
@@ -227,6 +237,10 @@ class SiteSettings:
         permit = self.permit
         if asked.data.name != self.data.name:
             yield f"it asks for data '{asked.data.name}', and the site offers '{self.data.name}' (data.name)"
+        labels = self.data.labels
+        if labels is not None and labels != tuple(asked.data.labels or ()):
+            named = ", ".join(asked.data.labels or ()) or "none"
+            yield f"its labels are {named}, and the site's {', '.join(labels)}, in this order (data.labels)"
         if asked.model.name not in permit.models:
             yield f"model {asked.model.name!r} is not among the permitted {', '.join(permit.models)}"
         if asked.adapter.name not in permit.adapters:
@@ -287,4 +301,6 @@ def _value(hint: Any, value: Any, name: str, where: str) -> Any:
     elif hint is not float and type(value) is hint:
         return value
     kind = "list of texts" if typing.get_origin(hint) is tuple else hint.__name__
+    if kind == "list of texts" and isinstance(value, (list, tuple)):
+        kind += " (YAML reads a bare no, yes or 1 as something else: quote it)"
     raise ConfigError(f"{where}: {name} should be a {kind}, not {value!r}.")

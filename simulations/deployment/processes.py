@@ -189,7 +189,7 @@ class Federation:
             node = yaml.safe_load(path.read_text())
             node["data"] |= {
                 "name": "trial", "path": str(root / "data" / site), "declared_size": len(rows),
-                "public": public,
+                "labels": ["negative", "positive"], "public": public,
             }  # fmt: skip
             node["budget"] |= {"epsilon": epsilon, "delta": 1e-3}
             node["permit"] |= {"models": [setup.model], "max_rounds": max_rounds}

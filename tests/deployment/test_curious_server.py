@@ -70,6 +70,29 @@ def test_a_server_learns_what_is_left_only_where_the_site_says_so(
     assert site.charged() == 0 and site.log()[-1]["event"] == "refused"
 
 
+def test_trying_label_sets_tells_nothing_of_which_labels_occur(tmp_path: Path, model: Path) -> None:
+    """Whether or not 'positive' occurs, a site whose file names the labels answers every set alike."""
+
+    def answers(root: Path, labels: list[str] | None, occurs: bool) -> list[str]:
+        site = Site(root, model, data={"labels": labels})
+        if not occurs:
+            path = root / "data" / "train.csv"
+            path.write_text(path.read_text().replace("positive", "negative"))
+        said = []
+        for tried in (["negative", "neutral"], ["negative", "positive"], ["positive", "negative"]):
+            site.config.data.labels = tried
+            reply = site.send(RecordDict(), "query.hello")
+            said.append(reply.error.reason if reply.has_error() else "here")
+        return said
+
+    with_it, without = (answers(tmp_path / f"named-{x}", ["negative", "positive"], x) for x in (True, False))
+    assert with_it == without
+    assert with_it[1] == "here" and "its labels are negative, neutral" in with_it[0]
+    # What the file is to prevent: with no labels in it a set that lacks one that occurs cannot be used.
+    with_it, without = (answers(tmp_path / f"any-{x}", None, x) for x in (True, False))
+    assert "cannot be used" in with_it[0] and without[0] == "here"
+
+
 def test_the_same_round_is_not_released_twice(site: Site) -> None:
     assert site.ask(round=2)["update"]
     for round, attempt in ((2, 1), (1, 1), (2, 0)):

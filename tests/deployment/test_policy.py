@@ -110,8 +110,25 @@ def test_the_data_section_is_the_sites_own() -> None:
     assert config.data.path == "/etc"
 
 
+def test_a_run_must_name_the_labels_that_the_file_names() -> None:
+    mine = site(data={**VALUES["data"], "labels": ["no", "yes"]})
+    config = asked()
+    for labels, says in (
+        (["no", "yes", "maybe"], "its labels are no, yes, maybe, and the site's no, yes, in this order"),
+        (["yes", "no"], "its labels are yes, no"),
+        (None, "its labels are none"),
+    ):
+        config.data.labels = labels
+        with pytest.raises(PrivacyError, match=says):
+            mine.admit(config)  # before anything of the data is read
+    config.data.labels = ["no", "yes"]
+    mine.admit(config)
+    assert mine.own(config).data.labels == ["no", "yes"]
+
+
 def test_settings_travel_as_json() -> None:
-    assert SiteSettings.from_json(site().to_json()) == site()
+    for one in (site(), site(data={**VALUES["data"], "labels": ["no", "yes"]})):
+        assert SiteSettings.from_json(one.to_json()) == one
 
 
 @pytest.mark.parametrize(
@@ -124,6 +141,9 @@ def test_settings_travel_as_json() -> None:
         ({"budget_delta": 2.0}, "delta"),
         ({"data": {"name": "visits"}}, "data.declared_size is missing"),
         ({"data": {"name": "visits", "declared_size": 0}}, "below 1"),
+        ({"data": {**VALUES["data"], "labels": ["yes"]}}, "two classes or more"),
+        ({"data": {**VALUES["data"], "labels": ["yes", "no", "yes"]}}, "each once"),
+        ({"data": {**VALUES["data"], "labels": [False, True]}}, "a bare no, yes or 1 as something else"),
         ({"colour": "red"}, "unknown settings colour"),
     ],
 )

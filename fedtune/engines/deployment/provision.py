@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment.handout import server_readme, write_archive
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = [
@@ -123,15 +123,15 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
             certificates.write_secret(server / "operator.token", secrets.token_urlsafe(32).encode() + b"\n")
         described = {"name": federation.name, "server": federation.server, "sites": list(federation.sites)}
         (server / "server.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
-        (server / "README.md").write_text(
-            _SERVER_README.format(name=federation.name, address=federation.server)
-        )
+        (server / "README.md").write_text(server_readme(federation.name, federation.server))
         for site in federation.sites:
             archive = sites / f"{site}.zip"
             if archive.exists():
                 kept.append(f"archive of {site}")
                 continue
-            _write_archive(archive, federation, site, (authority / "ca.crt").read_text())
+            write_archive(
+                archive, federation.name, federation.server, site, (authority / "ca.crt").read_text()
+            )
             new.append(f"archive of {site}")
     except OSError as error:
         raise ResourceError(
@@ -205,101 +205,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should be a mapping of settings (key: value), and is none.")
     return values
-
-
-def _write_archive(path: Path, federation: Federation, site: str, authority: str) -> None:
-    fill = {"name": federation.name, "address": federation.server, "site": site}
-    temporary = path.with_suffix(".zip.new")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in (
-            ("node.yaml", _NODE_YAML.format(**fill)),
-            ("ca.crt", authority),
-            ("README.md", _SITE_README.format(**fill)),
-        ):
-            archive.writestr(f"{site}/{name}", text)
-    temporary.replace(path)
-
-
-_SERVER_README = """\
-# The server of federation {name}
-
-Nodes reach it at {address}, over TLS. It relays messages and keeps a database (`superlink.sqlite`); it runs
-nobody's code. `server.key` and `operator.token` are secret: whoever has the token may submit runs.
-
-    fedtune server DIR                       start, from this folder (DIR); Ctrl-C ends it
-    fedtune server DIR --enrol 'LINE'        let a site in, by the line that its `fedtune node init` printed
-    fedtune server DIR --revoke SITE         let it in no more, at once
-    fedtune status DIR                       nodes and runs
-    fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
-
-Compare a key's fingerprint with its site by telephone before you enrol it.
-The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, and a running
-server takes it up. Server and sites warn from 30 days before.
-"""
-
-_NODE_YAML = """\
-# Site {site} of federation {name}. This file is yours: what it does not permit, the server cannot have.
-federation: {name}
-site: {site}
-server: {address}
-ca: ca.crt # the only authority that this node trusts
-key: node.key # made here by `fedtune node init`; never send it to anybody
-
-data:
-  source: files # files | opinions (a public data set, for a trial) | hub
-  name: {name} # what the ledger calls your data; a run must name the same
-  path: data.csv # a file, or a folder that holds train.csv (.tsv, .jsonl, .parquet)
-  text: text # column of the texts
-  label: label # column of the labels
-  unit: null # column that names the person a record belongs to
-  declared_size: 1000 # PUBLIC: about how many records (or persons) you have; need not be exact
-  public: false # true: anybody may read this data, so nothing is refused or noised
-
-budget: # over everything that this data is ever used for
-  epsilon: 8.0
-  delta: 1.0e-5
-  unit: null # person: refuse runs that protect single records only
-
-permit:
-  trust: [local, distributed] # mechanisms: local | distributed | central | none
-  models: ["embedded:minilm"]
-  adapters: [lora, ffa_lora, bitfit, head]
-  min_noise_multiplier: 0.3
-  max_grad_norm: 10.0
-  max_local_steps: 100
-  max_rounds: 200
-  max_sample_rate: 0.5
-  max_evaluations: 10 # noised answers about held-out data that a run may ask; 0: none
-
-ledger: state/ledger.sqlite # what this data has released, ever. Back it up
-audit_log: state/audit.jsonl # what was asked, what left, what was refused; append-only
-
-publish_budget: false # true: the operator sees how much epsilon is left here
-
-limits:
-  threads: 2 # processor cores
-  memory_gb: null # more than this, and the worker is stopped
-  message_seconds: 7200 # a worker that takes longer for one message is killed; its round stays charged
-"""
-
-_SITE_README = """\
-# Joining federation {name} as {site}
-
-You need: this folder on the machine that holds the data, Python 3.11 or later, and `pip install fedtune`.
-The machine opens connections to {address} and accepts none.
-
-1. `fedtune node init --config node.yaml` makes your key, `node.key`, and prints one line. Send that line to
-   the federation's operator, and compare the fingerprint below it by telephone. Never send `node.key`.
-2. Edit `node.yaml`: where your data is, what budget it has, what you permit.
-3. `fedtune node --config node.yaml --dry-run 'data.labels=[no,yes]'`, with the settings that the operator
-   proposes (the labels at least), shows what a run would do, and whether you permit it. It trains nothing and
-   sends nothing.
-4. `fedtune node --config node.yaml` joins. Ctrl-C leaves; start it again and you are the same node.
-
-What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
-added here), and public numbers (site name, declared size, steps, seconds). No text, label, count or loss. A
-run with `federation.evaluation=private` also gets two noised counts, if `permit.max_evaluations` allows it.
-With `publish_budget: true`, also how much of your budget is left.
-`state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
-`state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
-"""
