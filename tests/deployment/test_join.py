@@ -6,6 +6,7 @@ import base64
 import datetime
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -215,6 +216,29 @@ def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Rea
     assert status == 413 and str(2**40) in said["error"]
     status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked")
     assert status == 411
+
+
+def test_plain_http_at_the_tls_port_gets_nothing_and_does_no_harm(real: Real) -> None:
+    for path in ("/v1/fleet/pull-messages", join.PATH):
+        connection = http.client.HTTPConnection("127.0.0.1", real.port, timeout=20)
+        connection.request("GET", path)
+        with pytest.raises((OSError, http.client.HTTPException)):
+            connection.getresponse()
+        connection.close()
+    join.check_in(real.site("clinic-1"), real.keys["clinic-1"], pytest.fail)
+
+
+def test_status_shows_each_site_and_what_it_publishes(real: Real, capsys: pytest.CaptureFixture[str]) -> None:
+    from fedtune.cli import main
+
+    with pytest.raises(SystemExit) as done:
+        main(["status", str(real.folder)])
+    assert not done.value.code
+    said = capsys.readouterr().out
+    assert said.startswith(f"server {real.address}\n")
+    assert re.search(
+        r"^site clinic-1 +(registered|online|offline) .*budget not published$", said, re.MULTILINE
+    )
 
 
 def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:

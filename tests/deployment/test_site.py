@@ -1,0 +1,154 @@
+"""What a site's administrator does at the command line, and what the worker of a site is held to."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedtune.cli import main
+from fedtune.engines.deployment import executor
+from fedtune.engines.deployment.executor import Worker
+from tests.deployment.site_parts import SIZE, Site, settings
+from tests.tiny_federation import make_data, make_model, one_thread
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    one_thread()
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def node(tmp_path: Path, model: Path) -> Path:
+    """A node.yaml beside its data."""
+    make_data(tmp_path / "data", SIZE)
+    values = {
+        "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9", "ca": "ca.crt", "key": "node.key",
+        "data": {
+            "name": "made-up", "path": "data", "declared_size": SIZE, "labels": ["negative", "positive"],
+        },
+        "budget": {"epsilon": 3.0, "delta": 1e-3},
+        "permit": {"models": [str(model)], "max_sample_rate": 0.5},
+        "ledger": "state/ledger.sqlite", "audit_log": "state/audit.jsonl",
+    }  # fmt: skip
+    path = tmp_path / "node.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def command(*words: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(word) for word in words])
+    return int(done.value.code or 0)
+
+
+def test_a_dry_run_shows_what_a_run_would_do_and_does_none_of_it(
+    node: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [
+        "data.labels=[negative,positive]", f"model.name={model}", "model.quantization=none", "adapter=lora",
+        "train.sample_rate=0.3", "privacy.delta=1e-3",
+    ]  # fmt: skip
+    permitted = ["privacy.epsilon=2", "federation.num_rounds=3"]
+    assert command("node", "--config", node, "--dry-run", *asked, *permitted) == 0
+    said = capsys.readouterr().out
+    assert "\npermitted\nNothing was trained, released or sent." in said
+    assert "3 rounds" in said and "epsilon" in said
+    # Beyond the budget, and beyond what is permitted: each reason is told here, where the owner reads.
+    refused = ["privacy.epsilon=8", "federation.num_rounds=500"]
+    assert command("node", "--config", node, "--dry-run", *asked, *refused) == 1
+    said = capsys.readouterr().out
+    assert "refused: " in said and "500 rounds are more than the permitted 200" in said
+    assert "Nothing was trained, released or sent." in said
+    assert command("node", "--config", node, "proof") == 0
+    assert "0 answers, 0 bytes left this site" in capsys.readouterr().out
+
+
+def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
+    tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = Site(tmp_path, model)
+    assert site.ask(round=1)["update"] and site.ask(round=2)["update"]
+    assert command("node", "--config", node, "proof") == 0
+    said = capsys.readouterr().out
+    assert "2 releases, epsilon" in said and "audit log are whole" in said
+    assert f"2 answers, {sum(one['bytes_out'] for one in site.log())} bytes left this site" in said
+    path = Path(site.settings.audit_log)
+    first = f'"bytes_out": {site.log()[0]["bytes_out"]}'
+    path.write_text(path.read_text().replace(first, '"bytes_out": 1', 1))
+    assert command("node", "--config", node, "proof") == 1
+    assert "audit log: line 2 does not follow the line before it" in capsys.readouterr().out
+
+
+def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
+    site = settings(tmp_path, limits={"threads": 1, "memory_gb": 0.5})
+    code = (
+        "import json, os, resource, sys\n"
+        "from fedtune.engines.deployment import worker\n"
+        "from fedtune.federation.policy import SiteSettings\n"
+        "worker._limit(SiteSettings.from_json(sys.argv[1]))\n"
+        "try:\n"
+        "    taken = bytearray(10**9)\n"
+        "except MemoryError:\n"
+        "    taken = None\n"
+        "print(json.dumps([resource.getrlimit(resource.RLIMIT_DATA)[1], os.environ['OMP_NUM_THREADS'],\n"
+        "                  taken is None]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, site.to_json()], check=True, capture_output=True, timeout=120
+    )
+    assert json.loads(done.stdout) == [500_000_000, "1", True]
+
+
+# Connects a second after it was started: whoever is quicker has the node's attention first.
+LATE = """
+import socket, sys, time
+from fedtune.engines.deployment import channel
+time.sleep(1)
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+channel.receive(connection)
+channel.send(connection, {"ready": 1})
+channel.receive(connection)
+channel.send(connection, {}, [b"reply", b"context"])
+channel.receive(connection)
+"""
+
+
+def test_nobody_but_the_nodes_own_worker_is_listened_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even a process of the same user that reaches the socket first is told nothing."""
+    started = subprocess.Popen
+
+    def late(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return started([sys.executable, "-c", LATE, command[-1]], **options)
+
+    monkeypatch.setattr(executor.subprocess, "Popen", late)
+    worker, heard = Worker(settings(tmp_path)), []
+
+    def intrude() -> None:
+        stranger = socket.socket(socket.AF_UNIX)
+        stranger.connect(worker._path)
+        stranger.settimeout(60)
+        heard.append(stranger.recv(1))
+        stranger.close()
+
+    other = threading.Thread(target=intrude)
+    other.start()
+    time.sleep(0.2)
+    try:
+        assert worker.ask(b"message", b"context", {"task": 1}, lambda: None) == [b"reply", b"context"]
+    finally:
+        worker.close()
+    other.join(60)
+    assert heard == [b""]
