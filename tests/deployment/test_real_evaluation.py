@@ -54,9 +54,9 @@ def test_sites_answer_about_what_they_hold_out_and_charge_it(federation: Federat
     finished = record(folder)
     about, privacy = finished["metrics"]["evaluation"], finished["privacy"]
     assert about["data"] == "private"
-    assert sorted(one["node"] for one in about["nodes"]) == list(SITES[:2])
-    ((missing, reason),) = about["missing"]
-    assert missing == SITES[2] and "the site permits none" in reason
+    assert sorted(finished["metrics"]["per_site"]) == list(SITES[:2])
+    (missing,) = about["missing"]
+    assert missing["node"] == SITES[2] and "the site permits none" in missing["reason"]
     assert privacy["target_epsilon"] == 8 and 0 < privacy["epsilon"] <= 8
     assert {one["node"]: one["answers"] for one in privacy["per_node"]} == dict(
         zip(SITES, (1, 1, 0), strict=True)
