@@ -9,9 +9,10 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
     4. a unit whose norm is not finite contributes exactly zero
     5. the sum is taken in float64; nothing is divided here
 
-Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm
-(up to float32 rounding of a scaled gradient, relative 1e-6, which `clip_factors` leaves room for). An
-empty batch gives zeros, and is a step like any other.
+Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm, up to
+float32 rounding (of a scaled gradient and of a micro-batch's sum: relative errors near 1e-5). For trust
+`distributed` that is accounted for (`fedtune.privacy.discrete.FLOAT_MARGIN`); elsewhere arithmetic is taken
+as exact, as the privacy statement says. An empty batch gives zeros, and is a step like any other.
 
 Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 """
