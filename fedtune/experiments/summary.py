@@ -140,6 +140,9 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
     epsilon = "unknown" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
     nodes = len(privacy["per_node"])
     whose = f"; the largest of {nodes} nodes" if nodes > 1 and privacy["trust"] == "local" else ""
+    towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
+    if privacy["trust"] == "distributed" and None not in (towards, claimed) and towards > claimed:
+        whose = f"; towards another node {towards:.3f}"
     return (
         f"epsilon {epsilon} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
         f"trust {privacy['trust']}{whose} ({privacy['accountant']})"

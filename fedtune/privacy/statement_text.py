@@ -56,8 +56,18 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         f"outcome is at most {times} times as likely (that is what *epsilon* {epsilon:.3g} says), except for "
         f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
         f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
-        f"{_percent(guess)} sure. " + strength(epsilon) + _in_all(privacy, epsilon)
+        f"{_percent(guess)} sure. "
+        + strength(epsilon)
+        + _of_other_nodes(privacy, epsilon)
+        + _in_all(privacy, epsilon)
     )
+
+
+def _of_other_nodes(privacy: Mapping[str, Any], epsilon: float) -> str:
+    towards = privacy.get("epsilon_towards_nodes")
+    if privacy["trust"] != "distributed" or towards is None or towards <= epsilon:
+        return ""
+    return f" One of the nodes itself can learn somewhat more: towards it epsilon is {towards:.3g}."
 
 
 def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:

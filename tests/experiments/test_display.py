@@ -275,6 +275,13 @@ def test_without_privacy_it_says_so(record: dict[str, Any]) -> None:
     assert "epsilon is infinite" in printed(record)
 
 
+def test_what_another_node_may_learn_is_shown(record: dict[str, Any]) -> None:
+    record["privacy"] |= {"trust": "distributed", "epsilon": 2.0, "epsilon_towards_nodes": 2.75}
+    assert "trust distributed; towards another node 2.750" in " ".join(printed(record).split())
+    record["privacy"]["epsilon_towards_nodes"] = 2.0  # a colluder was planned for
+    assert "towards" not in printed(record)
+
+
 def test_reproducible_noise_is_shown(record: dict[str, Any]) -> None:
     record["privacy"]["reproducible_noise"] = True
     assert "no guarantee" in printed(record)

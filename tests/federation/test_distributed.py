@@ -18,7 +18,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig, TrainConfig
 from fedtune.engines.local import LocalGrid, run
-from fedtune.errors import CheckpointError, ConfigError, FederationError, PrivacyError, UpdateRejected
+from fedtune.errors import (
+    CheckpointError,
+    ConfigError,
+    FederationError,
+    PreflightError,
+    PrivacyError,
+    UpdateRejected,
+)
 from fedtune.federation import distributed_node, secagg_messages
 from fedtune.federation._flower import serialized_size, task_identity
 from fedtune.federation.client_app import app
@@ -245,6 +252,27 @@ def test_the_release_is_charged_before_data_is_touched(tiny: Make, monkeypatch: 
     assert bench.charged() == {f"site-{i}": 1 for i in range(4)}
     assert all("private text" not in reason for _, reason in outcome.dropped)
     assert {reply.releases for reply in outcome.replies} == {1}
+
+
+def test_a_preflight_that_fails_stops_a_node_in_a_distributed_round_too(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs before every training, also where a round is one step of a sum; what was reserved stays."""
+    asked: list[str] = []
+
+    def fails(model: object, features: object, plan: Any, *rest: object) -> None:
+        asked.append(plan.trust)
+        raise PreflightError("the head is not noised")
+
+    monkeypatch.setattr("fedtune.training.preflight.preflight", fails)
+    bench = Bench(distributed(tiny()))
+    outcome = bench.round()
+    assert asked == ["distributed"] * 4
+    assert outcome.aggregate is None
+    assert [reply.refused or reply.error for reply in outcome.replies] == [
+        "PreflightError: the head is not noised"
+    ] * 4
+    assert bench.charged() == {f"site-{i}": 1 for i in range(4)}
 
 
 def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors) -> None:

@@ -179,6 +179,7 @@ def test_distributed_says_how_many_may_fail() -> None:
     )
     assert "No node may drop out of a round" in text and "none may tell the server its noise" in text
     assert "**towards another node epsilon is 3.4** at the same delta" in text
+    assert "towards it epsilon is 3.4" in first_paragraph(text)
     assert "by how much the record does not say" in statement_markdown(record("distributed"))
 
 
