@@ -66,6 +66,7 @@ def test_it_equals_the_simulation(federation: Federation) -> None:
     status = federation.run("run", "run", *federation.settings("all", *more), f"hydra.run.dir={simulated}")
     assert status == 0, federation.log("run")[-3000:]
     one, other = record(real), record(simulated)
+    # To the last bit: float32 travels as it is, and updates are summed in the order of names, not of arrival.
     np.testing.assert_array_equal(adapter(real), adapter(simulated))
     assert one["privacy"]["per_node"][0]["releases"] == 2
     for name in ("per_node", "epsilon", "steps", "sample_rate", "trust", "unit"):

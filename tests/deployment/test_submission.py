@@ -124,8 +124,9 @@ def test_a_server_that_is_killed_is_waited_for_and_the_observer_is_told(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_the_server_has_ended_is_lost_and_does_not_interrupt_the_process(
-    running: Running, tmp_path: Path
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("flwr.supercore.heartbeat.HEARTBEAT_DEFAULT_INTERVAL", 6)  # it is 30 s, less 5
 
     def asks_on() -> None:
         with served(running.server, "{}", tmp_path, None) as (grid, _):

@@ -22,9 +22,9 @@ def forget() -> None:
     hidden_states._RESIDENT.clear()
 
 
-def load(folder: Path, **adapter: object) -> AdaptedModel:
+def load(folder: Path, quantization: str = "none", **adapter: object) -> AdaptedModel:
     model = load_model(
-        ModelConfig(name=str(folder), quantization="none"),
+        ModelConfig(name=str(folder), quantization=quantization),
         AdapterConfig(**({"name": "lora", "rank": 2} | adapter)),
         2,
         0,
@@ -77,6 +77,27 @@ def test_nothing_is_computed_twice_even_in_another_order(tiny_bert: Path) -> Non
     assert not seen
     whole = Features.of(model, corpus, 64)
     assert np.array_equal(again.rows[0], whole.rows[7])
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("adapter", [{"name": "lora", "layers": 1}, {"name": "head"}])
+@pytest.mark.usefixtures("clean_cache")
+def test_what_is_kept_does_not_depend_on_the_batch_it_was_computed_in(
+    tiny_bert: Path, adapter: dict[str, object], quantization: str
+) -> None:
+    """So a site, which has only its own texts, keeps of each what a simulation of all sites keeps of it."""
+    model, corpus = load(tiny_bert, quantization, **adapter), random_corpus(30)
+    whole = Features.of(model, corpus, 256).rows
+    assert whole is not None
+    for folder, size, part in (("alone", 64, 1), ("few", 512, 7)):
+        hidden_states._STORES.clear()
+        store_folder().rename(store_folder().parent.parent / f"{folder}-{adapter['name']}-{quantization}")
+        for first in range(0, 30, part):
+            chosen = list(range(first, min(30, first + part)))[::-1]
+            rows = Features.of(model, corpus.subset(chosen), size).rows
+            assert rows is not None
+            for record, kept in zip(chosen, rows, strict=True):
+                np.testing.assert_array_equal(kept, whole[record])
 
 
 @pytest.mark.usefixtures("clean_cache")
