@@ -114,8 +114,9 @@ def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
             "The server sees only the sum over the nodes, through secure aggregation; the sum holds all the "
             "noise that the guarantee needs. No single node's part is private by itself.",
             "The server must follow the protocol (honest but curious): it passes the nodes' keys on, and "
-            "nothing but its word ties a key to a node. A server that puts keys of its own in their place "
-            "can see single nodes' parts, and for those this guarantee does not hold.",
+            "nothing but its word ties a key to a node or says who dropped out. A server that puts keys of "
+            "its own in their place, or tells nodes different stories, can see single nodes' parts or sums "
+            "with less noise, and towards it this guarantee does not hold.",
             _limit(privacy.get("max_dropouts"), privacy.get("max_colluders")),
             *_answers(privacy),
             f"{node} {_towards_nodes(privacy)}",
