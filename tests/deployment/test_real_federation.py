@@ -100,8 +100,10 @@ def test_a_site_may_be_lost_in_each_phase_of_the_secure_aggregation(federation: 
     for phase, reason in zip(("advertise", "share", "mask"), reasons, strict=False):
         assert f"(in '{phase}')" in reason and "by signal 9" in reason
     # What had been reserved stays charged, and nothing else is: its first two rounds touched no data.
-    charged = check_books(federation, done["run"]["id"], most=5)
-    assert charged == {"clinic-1": 5, "clinic-2": 3, "clinic-3": 5}
+    # (On a machine so busy that the server gives the run up, it goes on and asks a round again.)
+    charged, again = check_books(federation, done["run"]["id"], most=5), done["run"]["attempt"] - 1
+    for site, count in {"clinic-1": 5, "clinic-2": 3, "clinic-3": 5}.items():
+        assert count <= charged[site] <= count + again
     # The server counts what it cannot know as released.
     counted = {one["node"]: one["releases"] for one in done["privacy"]["per_node"]}
     assert all(counted[site] >= charged[site] for site in SITES)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Server", "patient_retries"]
 
 _QUIET_SECONDS = 3.0  # without the server before anybody is told
-_LONGEST_PAUSE = 10.0
+_LONGEST_PAUSE = 10
 
 
 class _Token:
