@@ -38,8 +38,9 @@ AggregationAborted: whoever sends them is broken or hostile, and its vector may 
 
 Not covered: a server that puts its own keys in place of a node's, or tells nodes different stories about who
 has shared or survived in ways that the rules above do not catch (from two dropouts upwards such stories can
-add up to the sum of fewer than `quorum` nodes, with less noise than the plan's); a node that sends a wrong but well-formed
-vector (poisoning); denial of service; who takes part and when, which the server sees; timing and memory.
+add up to the sum of fewer than `quorum` nodes, with less noise than the plan's); a node that sends a wrong
+but well-formed vector (poisoning); denial of service; who takes part and when, which the server sees; timing
+and memory.
 
 Pure objects and dataclasses; `fedtune.federation.distributed` carries them over Flower.
 """

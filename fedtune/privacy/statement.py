@@ -308,6 +308,11 @@ def _audit(audit: Any) -> str:
         f"bound) shows that epsilon is at least {_shown(audit.get('epsilon_lower'))}{sure}.",
         "A lower bound above the claim would prove the claim wrong; one below it proves nothing.",
     ]
+    if audit.get("audited") == "mechanism":
+        lines.append(
+            "What was attacked is the sampler, the clipping and the noise, with synthetic gradients in place "
+            "of people's; the training of the model was not (`fedtune audit --model` does that)."
+        )
     if audit.get("violated"):
         lines.append("**It is above the claim: the guarantee on this page does not hold.**")
     return " ".join(lines)

@@ -38,6 +38,13 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         "person": "everything that any one person contributed",
         "client": "everything that any one node holds",
     }[privacy["unit"]]
+    audit = privacy.get("audit")
+    if isinstance(audit, Mapping) and audit.get("violated"):
+        return (
+            f"{trained}. It was meant to keep epsilon {epsilon:.3g} at delta {delta:.3g}, and **an audit has "
+            "shown that it does not** (see Audit): nothing is promised to the people in the data. Do not "
+            "publish the model."
+        )
     if privacy.get("reproducible_noise"):
         return (
             f"{trained}, in a simulation that **protects nobody**: its noise was drawn from the seed that "

@@ -219,11 +219,16 @@ def test_an_audit_is_reported_as_a_lower_bound() -> None:
     text = statement_markdown(record(audit={**audit, "violated": False}))
     assert "at least 0.61 with 95 percent confidence" in text and "one-run bound" in text
     assert "does not hold" not in text
+    assert "fedtune audit --model" in text  # what was not attacked is said
+    trained = statement_markdown(record(audit={**audit, "audited": "model", "violated": False}))
+    assert "fedtune audit --model" not in trained
 
 
 def test_an_audit_that_convicts_is_the_first_thing_said() -> None:
     audit = {"epsilon_lower": 4.2, "confidence": 0.95, "audited": "mechanism", "violated": True}
     text = statement_markdown(record(audit=audit, reproducible_noise=True))
+    assert "**an audit has shown that it does not**" in first_paragraph(text)
+    assert "times as likely" not in text
     assert text.index("Do not publish the model") < text.index("this one protects nobody")
     assert "the guarantee on this page does not hold" in text.split("## Audit")[1]
 
