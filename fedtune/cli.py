@@ -445,7 +445,7 @@ of a search (sweep=optuna 'train.learning_rate=tag(log,interval(0.001,0.1))'):
   sweep.sampler=NAME              *tpe nsga2 random
   sweep.pruner=NAME               *median halving none; only for accuracy alone
 
-several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N
+several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N (or ray, submitit_slurm: README)
 
 Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
 State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
@@ -482,6 +482,7 @@ def _quiet_libraries(debug: bool) -> None:
     for name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would keep lines of a sweep back that look alike
     if not debug:
         import logging
         import warnings

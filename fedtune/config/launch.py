@@ -229,7 +229,11 @@ def _foreseen(composed: DictConfig, overrides: list[str]) -> Config | None:
 
 def _workers(config: DictConfig, most: int | None = None) -> int:
     """How many jobs the launcher runs side by side, as far as its settings say."""
-    asked = OmegaConf.select(config, "hydra.launcher.n_jobs")
+    asked = OmegaConf.select(config, "hydra.launcher.n_jobs")  # joblib's; below 0: as many as there are cores
+    if asked is None and "ray" in config.hydra.launcher:
+        asked = config.hydra.launcher.ray.init.get("num_cpus") or -1
+    if asked is None and "submitit_folder" in config.hydra.launcher:
+        asked = config.hydra.launcher.get("array_parallelism") or most or 1  # a queue takes all at once
     workers = 1 if asked is None else int(asked) if int(asked) > 0 else os.cpu_count() or 1
     return max(1, workers if most is None else min(workers, most))
 

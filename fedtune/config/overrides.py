@@ -27,9 +27,17 @@ from fedtune.errors import ConfigError
 
 __all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings"]
 
-# Launchers of a sweep: what must be installed for each, and the extra that brings it.
+# Launchers of a sweep: what must be installed for each, and the command that brings it. hydra-ray-launcher
+# asks for boto3 and cloudpickle below 3, which its AWS launcher alone uses and which joblib 1.6 does not fit.
+_SUBMITIT = ("hydra_plugins.hydra_submitit_launcher", "pip install 'fedtune[submitit]'")
 _LAUNCHERS = {
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "parallel"),
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "pip install 'fedtune[parallel]'"),
+    "ray": (
+        "hydra_plugins.hydra_ray_launcher",
+        "pip install 'fedtune[ray]', then pip install --no-deps hydra-ray-launcher",
+    ),
+    "submitit_local": _SUBMITIT,
+    "submitit_slurm": _SUBMITIT,
 }
 
 
@@ -95,11 +103,9 @@ def _check_launcher(key: str, override: Override) -> None:
     if key != "hydra/launcher" or override.is_sweep_override():
         return
     name = str(override.value())
-    brings, extra = _LAUNCHERS.get(name, ("hydra", ""))
-    if not _installed(brings):
-        raise ConfigError(
-            f"hydra/launcher={name} needs a package that is not installed: pip install 'fedtune[{extra}]'."
-        )
+    needed, command = _LAUNCHERS.get(name, ("hydra", ""))
+    if not _installed(needed):
+        raise ConfigError(f"hydra/launcher={name} needs a package that is not installed: {command}.")
 
 
 def _installed(name: str) -> bool:

@@ -19,12 +19,28 @@ from fedtune.experiments.sweep_options import SweepOptions
 HERE = str(Path(__file__).resolve().parent)
 LAUNCHERS = [
     pytest.param(["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], "joblib", id="joblib"),
+    pytest.param(["hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"], "ray", id="ray"),
+    pytest.param(["hydra/launcher=submitit_local"], "submitit", id="submitit"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+def _start_ray(request: pytest.FixtureRequest) -> None:
+    """A Ray that the launcher finds running: Ray waits 30 s for itself, and a busy machine may need more."""
+    ray = pytest.importorskip("ray")
+    request.addfinalizer(ray.shutdown)
+    for attempt in range(3):
+        try:
+            ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80_000_000)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == 2:
+                raise
 
 
 def sweep(*words: str) -> tuple[list[Any], list[str]]:
@@ -58,8 +74,10 @@ def sweep(*words: str) -> tuple[list[Any], list[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "package"), LAUNCHERS)
-def test_runs_are_shared_out(words: list[str], package: str) -> None:
-    pytest.importorskip(package)
+def test_runs_are_shared_out(words: list[str], package: str, request: pytest.FixtureRequest) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{package}_launcher")
+    if package == "ray":
+        _start_ray(request)
     failures, lines = sweep("seed=0,1,2,3", "hydra.sweep.dir=sweep", *words)
     assert [failure.number for failure in failures] == [2] and "seed two" in failures[0].message
     made = [json.loads((Path("sweep") / str(i) / "record.json").read_text()) for i in (0, 1, 3)]
@@ -108,7 +126,11 @@ def test_a_run_that_is_sent_away_from_the_ledgers_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("launcher", "message"),
-    [("joblib", r"fedtune\[parallel\]")],
+    [
+        ("joblib", r"fedtune\[parallel\]"),
+        ("ray", r"fedtune\[ray\]'.*--no-deps hydra-ray-launcher"),
+        ("submitit_slurm", r"fedtune\[submitit\]"),
+    ],
 )
 def test_a_launcher_that_is_not_installed(
     launcher: str, message: str, monkeypatch: pytest.MonkeyPatch
