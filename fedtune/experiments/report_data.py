@@ -19,7 +19,7 @@ from fedtune.experiments.figure import series_setting
 from fedtune.experiments.frontier import COSTS, Point, Stat, telling
 from fedtune.experiments.repricing import Book
 from fedtune.experiments.runs import Run
-from fedtune.experiments.tuning import Tuning, tuning_of
+from fedtune.experiments.tuning import Tuning, search_words, tuning_of
 from fedtune.experiments.words import number, setting_words, short_names
 
 __all__ = ["page_data", "promise_line"]
@@ -109,6 +109,8 @@ def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:
         line += "; its noise is reproducible from the seed, so it protects nobody"
     if tuning is not None and tuning.runs > 1:
         line += f"; over all {tuning.runs} private runs of this report: epsilon {number(tuning.composed)}"
+        if tuning.searched:
+            line += f" ({tuning.searched} of them chosen by a search)"
     if tuning is not None and tuning.best_of is not None and tuning.best_of < tuning.composed:
         line += f"; if only the best run of its sweep is published: epsilon {number(tuning.best_of)}"
     return line + "."
@@ -127,6 +129,7 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
         "runs": tuning.runs,
         "without_privacy": tuning.without_privacy,
         "public": tuning.public,
+        "search": search_words(tuning),
         "seed": tuning.chosen.seed,
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedtune.errors import RecordError
 from fedtune.experiments.collect import Collection, collect
 from fedtune.experiments.runs import Run
-from fedtune.experiments.tuning import tuning_of
+from fedtune.experiments.tuning import search_words, tuning_of
 from fedtune.experiments.words import number
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _spent(found: Collection, best: Path) -> str:
         f"{tuning.delta:.1e}, {tuning.adjacency}); run {_position(chosen)} alone would be "
         f"{number(tuning.alone)}, which is not the whole truth: it was chosen by looking at the others"
     )
+    if tuning.moved or tuning.given_up:
+        text += f". {search_words(tuning).rstrip('.')}"
     if tuning.without_privacy:
         text += f". {tuning.without_privacy} more runs had no privacy: with them nothing is promised"
     if tuning.public:

@@ -21,7 +21,15 @@ from fedtune.experiments.collect import SWEEP_NAME
 from fedtune.experiments.export import save
 from fedtune.privacy.selection import TrialCount
 
-__all__ = ["SweepOptions", "draw_trials", "meaningful", "read_sweep", "split_options", "write_sweep"]
+__all__ = [
+    "SweepOptions",
+    "changes_mechanism",
+    "draw_trials",
+    "meaningful",
+    "read_sweep",
+    "split_options",
+    "write_sweep",
+]
 
 SCHEMA = 1
 _SEARCH_NAMES = ("objectives", "sampler", "pruner")
@@ -37,8 +45,8 @@ _IDLE = {
     "adapter.name=head": _HEAD_ALONE,
 }
 # What changes the privacy of a trial, or the data that it is on. Trials of a private selection must be alike
-# in all of it, for the bound is that of one mechanism that is repeated. The clipping norm is not among it:
-# noise is accounted in multiples of it.
+# in all of it, for the bound is that of one mechanism that is repeated; of a search it is said if it chose
+# any of it. The clipping norm is not among it: noise is accounted in multiples of it.
 _ONE_MECHANISM = ("privacy", "data", "partition")
 _HARMLESS = ("privacy.max_grad_norm",)
 _ONE_MECHANISM_SETTINGS = (
@@ -163,6 +171,13 @@ def meaningful(jobs: list[list[str]]) -> list[list[str]]:
     return [list(job) for job in found]
 
 
+def changes_mechanism(name: str) -> bool:
+    """Whether runs that differ in the setting or group `name` may differ in privacy, or in their data."""
+    if name in _HARMLESS:
+        return False
+    return name.split(".")[0] in _ONE_MECHANISM or name in _ONE_MECHANISM_SETTINGS
+
+
 def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list[str]], dict[str, Any]]:
     """Trials drawn from `jobs` (with replacement, independently), and what `sweep.json` keeps of the draw.
 
@@ -173,9 +188,7 @@ def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list
         return [], {}
     for position in range(len(jobs[0])):
         name = jobs[0][position].partition("=")[0]
-        if name in _HARMLESS or len({job[position] for job in jobs}) == 1:
-            continue
-        if name.split(".")[0] in _ONE_MECHANISM or name in _ONE_MECHANISM_SETTINGS:
+        if len({job[position] for job in jobs}) > 1 and changes_mechanism(name):
             raise ConfigError(
                 f"sweep.private_selection=true cannot vary {name}: its bound is that of one mechanism that "
                 "is repeated, so all trials must have the same privacy, the same steps and the same data. "

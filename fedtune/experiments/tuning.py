@@ -11,6 +11,10 @@ Composition is by node: under the natural partition a record lies on the same no
 composes its own; otherwise a record may have been on the busiest node of every run, and is charged so. Runs
 that protect different units promise different things and are never added up. Tuning on data that its owner
 declared public is free, and is labelled so.
+
+Runs of a search (`sweep=optuna`) depend on one another, so 3 does not exist for them, and 2 is what the
+search told. If it also chose noise, rates or rounds, or gave runs up early, it did so after outputs were
+seen; `search_words` says what is proven of that.
 """
 
 from __future__ import annotations
@@ -23,10 +27,11 @@ from typing import Any
 
 from fedtune.errors import PrivacyError
 from fedtune.experiments.runs import Run
+from fedtune.experiments.sweep_options import changes_mechanism
 from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
 from fedtune.privacy.selection import TrialCount, epsilon_best_of
 
-__all__ = ["Tuning", "composed_terms", "tuning_of"]
+__all__ = ["Tuning", "composed_terms", "search_words", "tuning_of"]
 
 _MOST_TERMS = 24  # distinct steps that are composed exactly; more are rounded to the safe side first
 
@@ -42,6 +47,9 @@ class Tuning:
         trials: the distribution of the number of trials, for `best_of`.
         without_privacy: runs on the same data that had no noise; with them nothing is promised.
         public: the data was declared public, so that all of this is what it would have cost.
+        searched: how many of the private runs a search chose.
+        given_up: how many of those it ended early.
+        moved: settings that a search chose from and that change what a run costs in privacy.
     """
 
     chosen: Run
@@ -55,6 +63,9 @@ class Tuning:
     public: bool
     best_of: float | None = None
     trials: TrialCount | None = None
+    searched: int = 0
+    given_up: int = 0
+    moved: tuple[str, ...] = ()
 
 
 def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]) -> Tuning | None:
@@ -68,6 +79,7 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
         default=0.0,
     )
     best_of, trials = _selection(private, chosen, sweeps)
+    by_search, moved = _searched(private, sweeps)
     return Tuning(
         chosen=chosen,
         delta=chosen.delta,
@@ -81,7 +93,30 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
         public=all(run.public for run in rivals),
         best_of=best_of,
         trials=trials,
+        searched=len(by_search),
+        given_up=sum(run.pruned for run in by_search),
+        moved=moved,
     )
+
+
+def search_words(tuning: Tuning) -> str:
+    """What it means for the three epsilons that a search chose runs; empty if none did."""
+    if not tuning.searched:
+        return ""
+    some = "These" if tuning.searched == tuning.runs else f"{tuning.searched} of these {tuning.runs}"
+    text = (
+        f"{some} runs were chosen by a search, each by what those before it had released: what that told "
+        "about the data is all runs composed, and there is no bound for publishing the best one alone."
+    )
+    decided = [f"chose {', '.join(tuning.moved)}"] if tuning.moved else []
+    if tuning.given_up:
+        decided.append(f"gave up {tuning.given_up} of them early")
+    if decided:
+        text += (
+            f" The search also {' and '.join(decided)} after outputs were seen, which is proven to be "
+            "harmless for Renyi DP (Feldman and Zrnic 2021) and not, as yet, for this tighter composition."
+        )
+    return text
 
 
 def composed_terms(runs: Sequence[Run]) -> dict[str, dict[Term, int] | None]:
@@ -146,6 +181,27 @@ def _selection(
         kinds = {frozenset((_busiest(run) or {}).items()) for run in mine}
         return epsilon_best_of([dict(kind) for kind in kinds], trials, chosen.delta), trials
     return None, None
+
+
+def _searched(
+    private: Sequence[Run], sweeps: Mapping[Path, Mapping[str, Any]]
+) -> tuple[list[Run], tuple[str, ...]]:
+    """The runs that a search chose, and what it chose that changes what a run costs in privacy."""
+    found: list[Run] = []
+    moved: dict[str, None] = {}
+    for folder, sweep in sweeps.items():
+        mine = [run for run in private if _below(run.path, folder)]
+        search = sweep.get("search")
+        if not mine or not isinstance(search, Mapping):
+            continue
+        found += mine
+        identity = search.get("identity")
+        axes = identity.get("searched") if isinstance(identity, Mapping) else None
+        for axis in axes if isinstance(axes, list) else []:
+            name = str(axis).partition("=")[0]
+            if changes_mechanism(name):
+                moved[name] = None
+    return found, tuple(moved)
 
 
 def _below(path: Path, folder: Path) -> bool:

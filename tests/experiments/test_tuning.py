@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.experiments.collect import Collection, collect
-from fedtune.experiments.tuning import _coarse, composed_terms, tuning_of
+from fedtune.experiments.tuning import _coarse, composed_terms, search_words, tuning_of
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -114,6 +114,53 @@ def test_a_sweep_file_without_sense_gives_no_bound(tmp_path: Path, broken: dict[
     found = runs_in(tmp_path, [make_record()])
     tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
     assert tuning is not None and tuning.best_of is None
+
+
+def searched(root: Path, axes: list[str], made: list[dict[str, Any]]) -> Collection:
+    """Runs of a search over `axes`, in a folder as it leaves it."""
+    root.mkdir(exist_ok=True)
+    kept = {"search": {"objectives": ["accuracy"], "identity": {"searched": axes}}}
+    (root / "sweep.json").write_text(json.dumps(kept))
+    return runs_in(root, made)
+
+
+def test_runs_that_a_search_chose_are_labelled(tmp_path: Path) -> None:
+    records = [make_record(train__learning_rate=rate) for rate in (0.001, 0.002, 0.004)]
+    found = searched(tmp_path, ["train.learning_rate=0.001 to 0.1 (log)"], records)
+    tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
+    assert tuning is not None and tuning.searched == 3 and tuning.given_up == 0 and tuning.moved == ()
+    assert tuning.best_of is None and tuning.composed > tuning.alone
+    text = search_words(tuning)
+    assert text.startswith("These runs were chosen by a search") and "Feldman" not in text
+    grid = runs_in(tmp_path / "grid", [make_record()])
+    one = tuning_of(grid.runs, grid.runs[0], grid.sweeps)
+    assert one is not None and one.searched == 0 and search_words(one) == ""
+
+
+def test_a_search_that_chose_privacy_or_ended_runs_says_what_is_proven(tmp_path: Path) -> None:
+    records = [make_record(epsilon=epsilon) for epsilon in (1.0, 2.0, 8.0)]
+    records[2]["run"]["status"] = "pruned"
+    axes = ["privacy.epsilon=0.5 to 8", "privacy.max_grad_norm=0.1 to 1", "federation.num_rounds=4 to 9"]
+    found = searched(tmp_path / "search", axes, records)
+    write(tmp_path / "other", make_record(seed=5))
+    both = collect([tmp_path])
+    chosen = max((run for run in found.runs if not run.pruned), key=lambda run: run.accuracy or 0)
+    tuning = tuning_of(both.runs, chosen, both.sweeps)
+    assert tuning is not None and (tuning.runs, tuning.searched, tuning.given_up) == (4, 3, 1)
+    assert tuning.moved == ("privacy.epsilon", "federation.num_rounds"), "the norm costs no privacy"
+    text = search_words(tuning)
+    assert text.startswith("3 of these 4 runs") and "gave up 1 of them early" in text
+    assert "chose privacy.epsilon, federation.num_rounds" in text and "not, as yet" in text
+
+
+@pytest.mark.parametrize(
+    "kept", [{"search": None}, {"search": {}}, {"search": {"identity": {"searched": 3}}}]
+)
+def test_a_search_file_without_sense_costs_the_label_only(tmp_path: Path, kept: dict[str, Any]) -> None:
+    (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    found = runs_in(tmp_path, [make_record()])
+    tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
+    assert tuning is not None and tuning.moved == ()
 
 
 def test_rounding_many_kinds_of_steps_never_lowers_epsilon() -> None:
