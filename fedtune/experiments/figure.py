@@ -105,14 +105,13 @@ def _series(
 
 def _front(axes: Axes, points: Sequence[Point], place: dict[float, float]) -> None:
     best = sorted((p for p in points if p.best["epsilon"] and p.accuracy), key=lambda p: p.epsilon)
-    axes.step(
-        [place[point.epsilon] for point in best],
-        [100 * point.accuracy.mean for point in best if point.accuracy],
-        where="post",
-        color="#888888",
-        linewidth=1.0,
-        zorder=1,
-    )
+    x = [place[point.epsilon] for point in best]
+    y = [100 * point.accuracy.mean for point in best if point.accuracy]
+    ends = len(best) - (1 if best and math.isinf(best[-1].epsilon) else 0)
+    axes.step(x[:ends], y[:ends], where="post", color="#888888", linewidth=1.0, zorder=1)
+    # Dotted where the axis leaps to infinity.
+    x, y = x[max(ends - 1, 0) :], y[max(ends - 1, 0) :]
+    axes.step(x, y, where="post", color="#888888", linewidth=1.0, linestyle=":", zorder=1)
 
 
 def _dress(axes: Axes, points: Sequence[Point], place: dict[float, float]) -> None:

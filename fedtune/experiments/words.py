@@ -24,13 +24,13 @@ def number(value: float) -> str:
 
 
 def money_text(amount: float, currency: str | None) -> str:
-    """`0.0013 USD`, `1,234.50 USD`: two significant digits below one cent, two decimals above one."""
+    """`0.0013 USD`, `1,234.50 USD`: two significant digits below one, two decimals above."""
     if amount == 0:
         text = "0"
     elif abs(amount) < 1:
-        text = f"{amount:.2g}"
-        if "e" in text:
-            text = f"{amount:.2e}"
+        # Decimals down to a millionth, where a reader still counts the zeros.
+        text = f"{amount:.{max(2, 1 - math.floor(math.log10(abs(amount))))}f}"
+        text = text.rstrip("0").rstrip(".") if abs(amount) >= 1e-6 else f"{amount:.1e}"
     else:
         text = f"{amount:,.2f}"
     return f"{text} {currency}" if currency else text

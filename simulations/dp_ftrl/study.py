@@ -141,9 +141,13 @@ def draw(found: dict[str, Any]) -> None:
     figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    styles = zip(("#D55E00", "#E69F00", "#0072B2", "#4D4D4D"), "^sov", ("-", "-", "-", "--"), strict=True)
+    looks = dict(zip(MECHANISMS, styles, strict=True))  # told apart without colour, too
     for one in found["results"]:
         if one["target"] == EPSILONS[1]:
-            axes.plot(range(20, ROUNDS + 1, 20), one["curve"], label=one["mechanism"], marker="o", ms=3)
+            color, mark, line = looks[one["mechanism"]]
+            said = {"color": color, "marker": mark, "linestyle": line, "label": one["mechanism"]}
+            axes.plot(range(20, ROUNDS + 1, 20), one["curve"], markersize=4, **said)
     axes.set(xlabel="round", ylabel="accuracy on test data (mean of 3 seeds)")
     axes.set_title(f"Epsilon {EPSILONS[1]:g} per client, delta {DELTA:g}", loc="left", fontsize=11)
     axes.legend(frameon=False)

@@ -134,7 +134,7 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-CASES = "one run, no privacy, no accuracy, no price, no rounds, no sites, two data sets, private selection"
+CASES = "one run, no privacy, no accuracy, no price, no rounds, no sites, two data sets, private selection, search"
 
 
 @pytest.mark.parametrize("case", CASES.split(", "))
@@ -156,6 +156,8 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
     if case == "private selection":
         kept = {"private_selection": {"mean": 5.0, "shape": None, "trials": 2}}
         (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    if case == "search":
+        (tmp_path / "sweep.json").write_text(json.dumps({"search": {"identity": {"searched": ["seed=0,1"]}}}))
     write(tmp_path / "0", first)
     if case != "one run":
         write(tmp_path / "1", second)
@@ -170,8 +172,13 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
         assert data["groups"][0]["tuning"] is None and "epsilon is infinite" in made.text
     if case == "private selection":
         assert data["groups"][0]["tuning"]["best_of"] > data["groups"][0]["tuning"]["alone"]
-    if BROWSER and case in ("no accuracy", "two data sets"):
-        assert in_browser(made.page, "return document.body.innerText.length")["errors"] == []
+    if case == "search":
+        assert "2 of them chosen by a search" in made.text
+        assert data["groups"][0]["tuning"]["search"].startswith("These runs were chosen by a search")
+    if BROWSER and case in ("no accuracy", "two data sets", "search"):
+        seen = in_browser(made.page, "return document.body.innerText")
+        assert seen["errors"] == []
+        assert ("a search chose these" in seen["value"]) is (case == "search")
 
 
 def test_reproducible_noise_is_shown(tmp_path: Path) -> None:
@@ -276,6 +283,14 @@ found.curves = document.querySelectorAll("#curves polyline").length;
 found.cards = [...document.querySelectorAll("#tuning .number")].map((card) => card.textContent);
 found.tuning = document.getElementById("tuning").innerText;
 found.adoption = document.getElementById("adoption-text").textContent;
+found.ticks = [...document.querySelectorAll("#costs svg")].map((svg) => [...svg.querySelectorAll('text[text-anchor="middle"]')].map((text) => text.textContent));
+found.heads = [...document.querySelectorAll("#table thead button")].map((button) => button.textContent);
+const drawn = () => document.querySelector("#frontier svg").getAttribute("viewBox").split(" ")[2];
+found.onScreen = drawn();
+dispatchEvent(new Event("beforeprint"));
+found.onPaper = drawn();
+dispatchEvent(new Event("afterprint"));
+found.onScreenAgain = drawn();
 found.rows = rows();
 const click = (key) => document.querySelector(`#table button[data-key="${key}"]`).click();
 click("money");
@@ -385,13 +400,29 @@ def test_adoption_on_the_page_is_what_python_counts(seen: Any, made: Report) -> 
     assert value["adoptionGood"].startswith("0 of ")
 
 
+def test_numbers_on_an_axis_differ(seen: Any) -> None:
+    assert len(seen["value"]["ticks"]) >= 5
+    for texts in seen["value"]["ticks"]:
+        assert texts and len(set(texts)) == len(texts), texts
+
+
+def test_the_table_begins_with_epsilon_and_accuracy(seen: Any) -> None:
+    assert seen["value"]["heads"][:3] == ["epsilon", "accuracy", "quantization"]
+
+
+def test_on_paper_charts_are_drawn_for_a_sheet(seen: Any) -> None:
+    value = seen["value"]
+    assert value["onPaper"] == "690" != value["onScreen"] == value["onScreenAgain"]
+
+
 def test_it_fits_a_phone(made: Report) -> None:
     if BROWSER is None:
         pytest.skip("no chromium on this machine")
-    script = "return [document.documentElement.scrollWidth, innerWidth, document.querySelector('#frontier svg').getBoundingClientRect().width]"
+    script = "return [document.documentElement.scrollWidth, innerWidth, document.querySelector('#frontier svg').getBoundingClientRect().width, document.querySelector('#frontier svg').textContent]"
     seen = in_browser(made.page, script, width=500)
-    wide, window, chart = seen["value"]
+    wide, window, chart, text = seen["value"]
     assert seen["errors"] == [] and wide <= window and chart <= window
+    assert "none" in text, "the place without privacy has its name, however narrow the page is"
 
 
 def test_missing_price_of_one_run(tmp_path: Path) -> None:

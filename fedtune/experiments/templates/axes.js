@@ -69,11 +69,13 @@ function epsilonScale(points, range) {
 }
 
 // A drawing of the width of its place on the page. `draw` fills it and is called again when that changes.
+// On paper it is drawn for the width of a sheet, whatever the window was: scaled down, its words were too small.
 const charts = [];
+let paper = false;
 function chart(host, height, draw) {
   const render = () => {
-    const width = Math.max(260, Math.round(host.clientWidth || 640));
-    const tall = typeof height === "function" ? height(width) : height;
+    const width = paper ? (host.closest(".grid") ? 225 : 690) : Math.max(260, Math.round(host.clientWidth || 640));
+    const tall = Math.round((typeof height === "function" ? height(width) : height) * (paper ? 0.8 : 1));
     const root = element("svg", { viewBox: `0 0 ${width} ${tall}`, role: "group" });
     const extra = draw(root, width, tall) || [];
     host.replaceChildren(root, ...extra);
@@ -92,7 +94,7 @@ function axes(root, box, x, y, names) {
   root.append(element("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }));
   let taken = -Infinity; // a label that would touch the one before it is left out
   for (const tick of x.ticks) {
-    const at = x.place(tick), text = x.text(tick), half = 3.3 * text.length;
+    const at = x.place(tick), text = x.text(tick), half = 3.6 * text.length;
     root.append(element("line", { class: "axis", x1: at, x2: at, y1: bottom, y2: bottom + 4 }));
     if (at - half < taken + 4) continue;
     root.append(element("text", { x: at, y: bottom + 18, "text-anchor": "middle" }, text));
@@ -115,6 +117,12 @@ function outline(name, x, y, r) {
   return paths[name];
 }
 const shape = (name, x, y, size, style) => element("path", { d: outline(name, x, y, size), ...style });
+
+// The name of a line at its end: the words in ink, which reads well in any colour; the mark says which line.
+function lineName(root, x, y, name, color, text) {
+  root.append(shape(name, x, y, 4.5, { fill: color }));
+  root.append(element("text", { class: "strong", x: x + 10, y: y + 4 }, text));
+}
 
 // Thousands of marks or lines that nobody points at: one path for all that look alike.
 function cloud(root, items) {
@@ -141,7 +149,7 @@ function spread(places, gap, low, high) {
 }
 
 function legend(items) {
-  return element("ul", { class: "legend" }, ...items.map(({ color, mark, text, fill }) =>
+  return element("ul", { class: "legend" }, ...items.map(({ color, mark, text, edge }) =>
     element("li", {}, element("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" },
-      shape(mark || "circle", 8, 8, 5, { fill: fill || color, stroke: color, "stroke-width": 1.5 })), text)));
+      shape(mark || "circle", 8, 8, 5, { fill: color, stroke: edge || color, "stroke-width": edge ? 0.8 : 1.5 })), text)));
 }

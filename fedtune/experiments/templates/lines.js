@@ -7,7 +7,7 @@ const drawSites = chart($("sites"), (width) => (width < 520 ? 320 : 360), (root,
   const points = familyPoints();
   const sites = [...new Set(points.flatMap((point) => Object.keys(point.sites)))].sort();
   if (!sites.length) { $("sites-text").textContent = "These runs measured no accuracy by site."; return []; }
-  const box = { left: 44, right: width - Math.min(150, width * 0.27), top: 30, bottom: height - 48 };
+  const box = { left: 44, right: width - Math.min(160, width * 0.32), top: 30, bottom: height - 48 };
   const x = (i) => (points.length < 2 ? (box.left + box.right) / 2 : box.left + 24 + (i / (points.length - 1)) * (box.right - box.left - 40));
   const y = linear(accuracyDomain(points.flatMap((point) => sites.map((site) => point.sites[site]).filter(Boolean))), [box.bottom, box.top]);
   axes(root, box, { place: x, ticks: points.map((_, i) => i), text: (i) => epsilonText(points[i]) },
@@ -26,7 +26,7 @@ const drawSites = chart($("sites"), (width) => (width < 520 ? 320 : 360), (root,
       root.append(element("g", {}, shape(SHAPES[i], x(k), y(100 * mean), 4.5, { fill: color }),
         element("title", {}, `${site}, ${promiseText(points[k])}: ${accuracyText([mean, error])}`)));
     }
-    root.append(element("text", { class: "strong", x: box.right + 10, y: labels[i] + 4, style: `fill:${color}` }, `${site} ${(100 * last(site)).toFixed(1)}`));
+    lineName(root, box.right + 12, labels[i], SHAPES[i], color, `${site} ${(100 * last(site)).toFixed(1)}`);
   }
   $("sites-text").textContent = sitesText(points, sites, shown);
   return [];
@@ -54,7 +54,7 @@ const drawCurves = chart($("curves"), (width) => (width < 520 ? 320 : 360), (roo
   const runs = points.flatMap((point) => point.runs).filter((run) => run.curve.length > 1);
   if (!runs.length) { $("curves-text").textContent = "These runs were evaluated once, so there is no curve to draw."; return []; }
   $("curves-text").textContent = "The recommended configuration at each epsilon that was run: the mean over seeds, each seed as a thin line.";
-  const box = { left: 44, right: width - 96, top: 30, bottom: height - 48 };
+  const box = { left: 44, right: width - 108, top: 30, bottom: height - 48 };
   const rounds = runs.flatMap((run) => run.curve.map(([round]) => round));
   const x = linear([Math.min(...rounds), Math.max(...rounds)], [box.left + 8, box.right]);
   const y = linear(padded(runs.flatMap((run) => run.curve.map(([, value]) => 100 * value)), 0.05), [box.bottom, box.top]);
@@ -71,7 +71,9 @@ const drawCurves = chart($("curves"), (width) => (width < 520 ? 320 : 360), (roo
     if (!means[i].length) return;
     if (point.runs.length > 1) for (const run of point.runs) root.append(element("polyline", { points: path(run.curve), fill: "none", stroke: color(point), "stroke-width": 0.8, opacity: 0.4 }));
     root.append(element("polyline", { points: path(means[i]), fill: "none", stroke: color(point), "stroke-width": 2.4, "stroke-dasharray": infinite(point) ? "6 4" : null }));
-    root.append(element("text", { class: "strong", x: box.right + 8, y: ends[i] + 4 }, infinite(point) ? "no privacy" : `ε ${short(point.eps)}`));
+    const end = y(100 * means[i][means[i].length - 1][1]);
+    root.append(element("path", { d: `M${box.right + 2},${end}L${box.right + 16},${ends[i]}h4`, fill: "none", stroke: color(point), "stroke-width": 1.2 }));
+    root.append(element("text", { class: "strong", x: box.right + 24, y: ends[i] + 4 }, infinite(point) ? "no privacy" : `ε ${short(point.eps)}`));
   });
   return [];
 });
@@ -100,7 +102,7 @@ const drawAdoption = chart($("adoption"), 300, (root, width, height) => {
     + `${wanted.epsilon === Infinity ? "at any epsilon" : `at epsilon ${short(wanted.epsilon)} or less`}; `
     + `${counts.price[0]} of them cost no more than ${short(wanted.money)} ${D.currency || ""} a run today. If all prices fall by 70 percent, ${counts.price[4]} do; `
     + `if compression cuts the computation by 70 percent at the same accuracy, ${counts.compute[4]} do.`;
-  const box = { left: 44, right: width - Math.min(170, width * 0.36), top: 30, bottom: height - 48 };
+  const box = { left: 44, right: width - Math.min(180, width * 0.42), top: 30, bottom: height - 48 };
   const x = linear([0, 0.7], [box.left + 10, box.right - 10]);
   const top = Math.max(1, counts.good), y = linear([0, top], [box.bottom, box.top]);
   axes(root, box, { place: x, ticks: D.cuts, text: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`) },
@@ -108,12 +110,12 @@ const drawAdoption = chart($("adoption"), 300, (root, width, height) => {
   root.append(element("line", { x1: box.left, x2: box.right, y1: y(counts.good), y2: y(counts.good), stroke: "#8c959f", "stroke-dasharray": "3 4" }));
   const lines = [["all prices fall", counts.price, 0], ["computation is cut", counts.compute, 1]];
   const labels = spread([y(counts.good), ...lines.map(([, values]) => y(values[4]))], 16, box.top, box.bottom);
-  root.append(element("text", { x: box.right + 8, y: labels[0] + 4 }, "good enough"));
+  root.append(element("text", { x: box.right + 22, y: labels[0] + 4 }, "good enough"));
   lines.forEach(([name, values, i]) => {
     const shift = i === 1 ? 3 : 0; // so that equal lines are both seen
     root.append(element("polyline", { points: values.map((v, k) => `${x(D.cuts[k])},${y(v) + shift}`).join(" "), fill: "none", stroke: COLORS[i], "stroke-width": 2.4, "stroke-dasharray": i ? "7 3" : null }));
     values.forEach((v, k) => root.append(element("g", {}, shape(SHAPES[i], x(D.cuts[k]), y(v) + shift, 4.5, { fill: COLORS[i] }), element("title", {}, `${name}, ${Math.round(100 * D.cuts[k])} percent: ${v}`))));
-    root.append(element("text", { class: "strong", x: box.right + 8, y: labels[i + 1] + 4, style: `fill:${COLORS[i]}` }, name));
+    lineName(root, box.right + 12, labels[i + 1], SHAPES[i], COLORS[i], name);
   });
   return [];
 });
@@ -155,8 +157,10 @@ function buildTuning() {
     `What ${tuning.runs} ${tuning.runs === 1 ? "run has" : "runs have"} spent together. Holds for publishing everything on this page.`, many && !gains);
   card("The best of a random number of trials", bound ? `ε ${short(tuning.best_of)}` : "–", null,
     bound ? `Papernot and Steinke 2022, ${tuning.trials}. Holds if the best run is published and nothing else: neither this page nor the number of trials.${gains ? "" : " With so few trials composing all of them is the smaller bound."}`
+      : tuning.search ? "Not available: it is for trials that do not depend on one another, and a search chose these."
       : "Not available: it needs a sweep whose number of trials was drawn at random beforehand (sweep.private_selection=true) and the best run of it.", gains);
   let text = `At delta ${tuning.delta.toExponential(1)}, unit ${tuning.unit}, ${tuning.adjacency}. Runs outside of this report are not counted here; the ledgers of the nodes count them (fedtune budget show).`;
+  if (tuning.search) text += ` ${tuning.search}`;
   if (tuning.without_privacy) text += ` ${tuning.without_privacy} runs on the same data had no privacy: if it was private data, nothing is promised for it any more.`;
   if (tuning.public) text = `The owner declared this data public: tuning on it was free, and the numbers say what it would have cost. ${text}`;
   $("tuning-text").textContent = text;

@@ -27,7 +27,10 @@ function show() {
   $("notes-box").hidden = !D.notes.length;
   $("notes-head").textContent = `${count(D.notes.length, "note")} on these runs`;
   state.brushes.clear();
-  const options = D.varied.filter((name) => { const n = new Set(points.map((p) => JSON.stringify(p.set[name]))).size; return n > 1 && n <= COLORS.length && !["privacy.epsilon", "privacy.noise_multiplier"].includes(name); });
+  // What differs between those with privacy: that others have none is seen by their place.
+  const values = (of, name) => new Set(of.map((p) => JSON.stringify(p.set[name]))).size, some = points.filter((p) => !infinite(p));
+  const options = D.varied.filter((name) => !["privacy.epsilon", "privacy.noise_multiplier"].includes(name)
+    && values(some.length ? some : points, name) > 1 && values(points, name) <= COLORS.length);
   state.series = options.includes(group().series) ? group().series : options[0] || null;
   $("series").replaceChildren(...options.map((name) => element("option", { value: name, selected: name === state.series }, D.short[name])));
   $("series").closest("label").hidden = options.length < 2;
@@ -57,7 +60,12 @@ new ResizeObserver(() => {
   pending = requestAnimationFrame(() => charts.forEach((draw) => draw()));
 }).observe(document.querySelector("main"));
 
-addEventListener("beforeprint", () => { $("notes-box").open = true; });
+function printing(now) {
+  paper = now;
+  charts.forEach((draw) => { if (draw !== drawParallel) draw(); }); // it is not printed, and its filters are places on it
+}
+addEventListener("beforeprint", () => { $("notes-box").open = true; printing(true); });
+addEventListener("afterprint", () => printing(false));
 
 $("made").textContent = `Made by fedtune ${D.version} on ${D.made} with: ${D.command}`;
 width = document.querySelector("main").clientWidth;

@@ -2,11 +2,11 @@
 
 function parallelAxes() {
   const points = inGroup(), found = [];
-  const add = (key, title, value, say) => {
+  const add = (key, title, value) => {
     const values = points.map(value), known = values.filter((v) => v !== null && v !== undefined);
     if (new Set(known.map(String)).size < 2) return;
     const numeric = known.every((v) => typeof v === "number");
-    found.push({ key, title, value, say: say || ((v) => (typeof v === "number" ? short(v) : String(v))), numeric, values: known });
+    found.push({ key, title, value, numeric, values: known });
   };
   for (const name of D.varied) {
     if (["privacy.epsilon", "privacy.noise_multiplier", "privacy.max_grad_norm"].includes(name)) continue;
@@ -31,7 +31,7 @@ function axisScale(axis, low, high) {
   if (!axis.numeric) {
     const names = [...new Set(axis.values)].sort();
     const place = (v) => (names.length < 2 ? (low + high) / 2 : low - 8 - (names.indexOf(v) / (names.length - 1)) * (low - high - 16));
-    return { place, ticks: names.length <= 12 ? names : [names[0], names[names.length - 1]] };
+    return { place, ticks: names.length <= 12 ? names : [names[0], names[names.length - 1]], say: String };
   }
   const finite = axis.values.filter(Number.isFinite), least = Math.min(...finite), most = Math.max(...finite);
   const over = axis.values.some((v) => v === Infinity), top = over ? high + 26 : high + 4;
@@ -40,7 +40,7 @@ function axisScale(axis, low, high) {
   const all = [...new Set(finite)].sort((a, b) => a - b);
   let ticks = all.length <= 7 ? all : wide ? scale.ticks() : scale.ticks(5);
   ticks = ticks.filter((t, i) => i === 0 || Math.abs(scale(t) - scale(ticks[i - 1])) > 11);
-  return { place: (v) => (v === Infinity ? high + 4 : scale(v)), ticks: over ? [...ticks, Infinity] : ticks };
+  return { place: (v) => (v === Infinity ? high + 4 : scale(v)), ticks: over ? [...ticks, Infinity] : ticks, say: apart(ticks) };
 }
 
 const passes = (point) => state.brushes.size === 0 || [...state.brushes].every(([key, [from, to]]) => {

@@ -1,5 +1,6 @@
 // Charts in which a configuration is a mark: the frontier, and accuracy against each cost.
 
+const EDGE = "#57606a"; // of marks in light colours, which would be lost on white
 const MOST_MARKS = 400; // with more, only those that are not dominated can be pointed at
 
 // Non-dominated among what is shown: accuracy up, epsilon down. Ties do not dominate each other.
@@ -33,7 +34,7 @@ function ramp(points) {
   };
   const color = (point) => (infinite(point) ? GREY : step(point));
   const named = levels.length <= 6 ? levels : [levels[0], levels[levels.length >> 1], levels[levels.length - 1]];
-  const items = named.map((level) => ({ color: step({ eps: level }), text: `epsilon ${short(level)}` }));
+  const items = named.map((level) => ({ color: step({ eps: level }), edge: EDGE, text: `epsilon ${short(level)}` }));
   if (points.some(infinite)) items.push({ color: GREY, mark: "square", text: "no privacy" });
   return { color, items };
 }
@@ -61,7 +62,7 @@ const drawFrontier = chart($("frontier"), (width) => (width < 520 ? 340 : 430), 
   const box = { left: 44, right: width - 6, top: 30, bottom: height - 48 };
   const x = epsilonScale(points, [box.left, box.right]);
   const y = linear(accuracyDomain(points.map((point) => point.acc)), [box.bottom, box.top]);
-  axes(root, box, { ...x, text: (v) => (v === Infinity ? "no privacy" : short(v)) },
+  axes(root, box, { ...x, text: (v) => (v !== Infinity ? short(v) : width < 520 ? "none" : "no privacy") },
     { place: y, ticks: y.ticks(height / 70), text: (v) => short(v) },
     { x: "epsilon (smaller is more private)", y: "accuracy on the test split, percent" });
   if (x.breakAt !== null) root.append(element("line", { x1: x.breakAt, x2: x.breakAt, y1: box.top, y2: box.bottom, stroke: "#c4cad1", "stroke-dasharray": "2 5" }));
@@ -90,8 +91,11 @@ const drawFrontier = chart($("frontier"), (width) => (width < 520 ? 340 : 430), 
   if (chosen && points.includes(chosen)) {
     const cx = at(chosen), cy = y(100 * chosen.acc[0]);
     root.append(element("circle", { cx, cy, r: 12, fill: "none", stroke: "#1b1f24", "stroke-width": 1.6, "pointer-events": "none" }));
-    const room = cy - box.top > 50, right = cx > width * 0.7;
-    root.append(element("text", { class: "strong halo", x: cx + (right ? -8 : 8), y: room ? cy - 19 : cy + 30, "text-anchor": right ? "end" : "start", "pointer-events": "none" }, "recommended"));
+    const right = cx > width * 0.7, side = right ? -1 : 1;
+    // Above or below, where it hides fewer marks.
+    const hidden = (at_y) => points.filter((p) => Math.abs(at(p) - cx - side * 48) < 48 && Math.abs(y(100 * p.acc[0]) - at_y + 4) < 13).length;
+    const [above, below] = [cy - 19, cy + 30], up = cy - box.top > 50 && (box.bottom - cy < 40 || hidden(above) <= hidden(below));
+    root.append(element("text", { class: "strong halo", x: cx + 8 * side, y: up ? above : below, "text-anchor": right ? "end" : "start", "pointer-events": "none" }, "recommended"));
   }
   if (series.values.length < 2) return [];
   return [legend(series.values.slice(0, COLORS.length).map((value, i) => ({ color: COLORS[i], mark: SHAPES[i], text: series.label(value) })))];
@@ -128,9 +132,10 @@ function chartOf(figure, cost) {
       : linear(padded(values.map((v) => v / size)), [box.left, box.right]);
     const place = wide ? (v) => x(v) : (v) => x(v / size);
     const y = linear(accuracyDomain(points.map((point) => point.acc)), [box.bottom, box.top]);
-    let ticks = wide ? x.ticks() : x.ticks(Math.max(2, width / 90)).map((tick) => tick * size);
+    let ticks = wide ? x.ticks() : x.ticks(Math.max(3, width / 90)).map((tick) => tick * size);
     if (ticks.length > 6) ticks = ticks.filter((_, i) => i % Math.ceil(ticks.length / 5) === 0);
-    axes(root, box, { place, ticks, text: (v) => short(v / size) }, { place: y, ticks: y.ticks(4), text: (v) => short(v) },
+    const said = apart(ticks.map((tick) => tick / size));
+    axes(root, box, { place, ticks, text: (v) => said(v / size) }, { place: y, ticks: y.ticks(4), text: (v) => short(v) },
       { x: unit || cost.label, y: "accuracy, percent" });
     const { color } = ramp(inGroup()), many = points.length > 150;
     const best = (point) => point.best.includes(cost.key);
@@ -138,7 +143,7 @@ function chartOf(figure, cost) {
     if (crowd) cloud(root, order.filter((p) => !best(p)).map((p) => ({ d: outline("circle", place(value(p)), y(100 * p.acc[0]), 2.4), fill: color(p), opacity: 0.45 })));
     for (const point of crowd ? order.filter(best) : order) {
       mark(root, point, place(value(point)), y(100 * point.acc[0]), infinite(point) ? "square" : "circle", best(point) ? 5.5 : many ? 2.6 : 4,
-        { fill: color(point), stroke: best(point) ? "#000" : "#fff", "stroke-width": best(point) ? 1.6 : 0.7, opacity: best(point) || !many ? 1 : 0.5 });
+        { fill: color(point), stroke: best(point) ? "#000" : EDGE, "stroke-width": best(point) ? 1.6 : 0.6, opacity: best(point) || !many ? 1 : 0.5 });
     }
     return [];
   });

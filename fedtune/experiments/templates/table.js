@@ -3,10 +3,12 @@
 const ROWS = 200; // at once; the rest comes on demand, so that ten thousand rows do not stop the page
 
 function columns() {
-  const found = D.varied.filter((name) => !["privacy.epsilon", "privacy.noise_multiplier"].includes(name)).slice(0, 8)
-    .map((name) => ({ key: name, title: D.short[name], text: true, value: (p) => p.set[name] ?? null, show: (p) => String(p.set[name] ?? "–") }));
-  found.push({ key: "eps", title: "epsilon", value: epsilonOf, show: (p) => (infinite(p) ? "none" : short(p.eps)) });
-  found.push({ key: "acc", title: "accuracy", value: (p) => (p.acc ? p.acc[0] : null), show: (p) => accuracyText(p.acc) });
+  const found = [
+    { key: "eps", title: "epsilon", value: epsilonOf, show: (p) => (infinite(p) ? "none" : short(p.eps)) },
+    { key: "acc", title: "accuracy", value: (p) => (p.acc ? p.acc[0] : null), show: (p) => accuracyText(p.acc) },
+  ];
+  found.push(...D.varied.filter((name) => !["privacy.epsilon", "privacy.noise_multiplier"].includes(name)).slice(0, 8)
+    .map((name) => ({ key: name, title: D.short[name], text: true, value: (p) => p.set[name] ?? null, show: (p) => String(p.set[name] ?? "–") })));
   for (const key of ["money", "train_seconds", "bytes", "energy_kwh"]) {
     const cost = D.costs.find((one) => one.key === key);
     if (cost) found.push({ key, title: { money: "money", train_seconds: "training", bytes: "bytes", energy_kwh: "energy" }[key], value: (p) => (p.cost[key] ? p.cost[key][0] : null), show: (p) => (p.cost[key] ? costText(key, p.cost[key][0]) : "–") });
@@ -63,7 +65,7 @@ function rowOf(point, list) {
     element("td", { class: "text" },
       element("button", { class: "open", type: "button", "aria-expanded": String(open), "aria-label": `${open ? "Close" : "Open"} ${point.label}`, onclick: toggle }, open ? "▾" : "▸"),
       element("span", { title: best ? "not dominated in accuracy and epsilon" : "dominated" }, best ? "●" : "○"),
-      point.id === group().chosen ? " recommended" : ""),
+      point.id === group().chosen ? element("span", { class: "word" }, " recommended") : null),
     ...list.map((column) => element("td", { class: column.text ? "text" : null }, column.show(point))));
   return open ? [row, element("tr", { class: "detail" }, element("td", { colspan: list.length + 1 }, ...detail(point)))] : [row];
 }

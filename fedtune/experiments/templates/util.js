@@ -33,8 +33,16 @@ function short(value, digits = 3) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-  if (size < 1e-4) return value.toExponential(1).replace("e-", "e−");
+  if (size < 1e-6) return value.toExponential(1).replace("e-", "e−");
   return String(Number(value.toPrecision(digits)));
+}
+// As many digits as the ticks of an axis need: none is said more than a fiftieth of a step beside its place.
+function apart(values) {
+  const known = values.filter(Number.isFinite).sort((a, b) => a - b);
+  const step = Math.min(...known.slice(1).map((value, i) => value - known[i]).filter((gap) => gap > 0));
+  const exact = (digits) => known.every((value) => !(Math.abs(Number(value.toPrecision(digits)) - value) > 0.02 * step));
+  const digits = [3, 4, 5, 6, 7].find(exact) || 8;
+  return (value) => short(value, digits);
 }
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const accuracyText = (stat) =>

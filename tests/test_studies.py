@@ -1,0 +1,75 @@
+"""The studies that are shipped: their claims, read again from their records."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.experiments.advice import advise, family
+from fedtune.experiments.collect import collect
+from fedtune.experiments.frontier import Point, points_of, varied
+from fedtune.experiments.repricing import book
+
+STUDIES = Path(__file__).resolve().parents[1] / "simulations"
+FRONTIERS = ("privacy_frontier", "quantization_frontier")
+
+
+def points(study: str) -> list[Point]:
+    """The points of the study's records; none of them may be left out."""
+    found = collect([STUDIES / study / "records"])
+    assert found.notes == []
+    return points_of(found.runs, book(found.runs, None))
+
+
+def falls(alike: list[Point]) -> list[tuple[float, float, float]]:
+    """(epsilon, larger epsilon, standard errors by which accuracy falls from the one to the other)."""
+    found = []
+    for low, high in itertools.combinations(sorted(alike, key=lambda point: point.epsilon), 2):
+        assert low.accuracy is not None and high.accuracy is not None
+        assert low.accuracy.error is not None and high.accuracy.error is not None, "more than one seed"
+        error = math.hypot(low.accuracy.error, high.accuracy.error)
+        found.append((low.epsilon, high.epsilon, (low.accuracy.mean - high.accuracy.mean) / error))
+    return found
+
+
+@pytest.mark.parametrize("study", FRONTIERS)
+def test_accuracy_rises_with_epsilon_within_two_standard_errors(study: str) -> None:
+    members = points(study)
+    families = {
+        tuple(point.id for point in family(one, members)): family(one, members)
+        for one in members
+        if math.isfinite(one.epsilon)
+    }
+    assert len(families) == (1 if study == "privacy_frontier" else 3)
+    for alike in families.values():
+        assert len(alike) >= 4 and math.isinf(alike[-1].epsilon)
+        assert [fall for fall in falls(alike) if fall[2] > 2.0] == []
+        first, last = alike[0].accuracy, alike[-1].accuracy
+        assert first is not None and last is not None and first.mean < last.mean
+        for point in alike:
+            assert len(point.seeds) == len(point.runs) == 3
+    assert not any("Accuracy falls" in doubt for doubt in advise(members, varied(members), "USD").doubts)
+
+
+def test_the_frontier_covers_what_was_asked() -> None:
+    targets = {run.config["privacy"]["epsilon"] for point in points("privacy_frontier") for run in point.runs}
+    assert targets == {0.5, 1.0, 2.0, 4.0, 8.0, None}
+
+
+@pytest.mark.parametrize("study", FRONTIERS)
+def test_the_shipped_page_is_of_the_shipped_records(study: str) -> None:
+    text = (STUDIES / study / "report.html").read_text(encoding="utf-8")
+    found = re.search(r'id="numbers">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    page = {point["id"]: point for point in json.loads(found.group(1))["points"]}
+    members = points(study)
+    assert set(page) == {point.id for point in members}
+    for point in members:
+        assert point.accuracy is not None
+        assert page[point.id]["acc"][0] == pytest.approx(point.accuracy.mean, rel=1e-5)
+        assert (page[point.id]["eps"] or math.inf) == pytest.approx(point.epsilon, rel=1e-5)
