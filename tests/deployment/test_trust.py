@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import os
 import socket
 import ssl
@@ -78,6 +79,23 @@ def test_an_expired_certificate_is_named(folder: Path) -> None:
     certificates.make_server_certificate(folder, folder, ["127.0.0.1"], -2)
     with listening(folder) as address, pytest.raises(FederationError, match=r"expired.*--renew.*clock"):
         check_server(address, folder / "ca.crt")
+
+
+def test_a_clock_that_is_behind_the_certificate_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the site, for which the certificate is from the future, and of the server, before it serves."""
+    monkeypatch.setattr(certificates, "_EARLY", datetime.timedelta(days=-1))
+    certificates.make_server_certificate(folder, folder, ["127.0.0.1"], 9)
+    with (
+        listening(folder) as address,
+        pytest.raises(FederationError, match="not valid yet: check this machine"),
+    ):
+        check_server(address, folder / "ca.crt")
+    with pytest.raises(
+        ConfigError, match=r"valid from .* on, and this machine's clock says .* Set the clock"
+    ):
+        certificates.check_server_certificate(folder)
 
 
 def test_a_certificate_for_another_name_is_named(folder: Path) -> None:
