@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of"]
+__all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of", "offsets_of", "take_tokens"]
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
@@ -59,6 +59,24 @@ def _take(array: npt.NDArray[Any] | None, indices: Int64Array) -> Any:
     return None if array is None else array[indices]
 
 
+def offsets_of(lengths: npt.NDArray[np.integer[Any]]) -> Int64Array:
+    """Lengths [n] -> where each record starts and the last one ends, int64 [n + 1]."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def take_tokens(
+    input_ids: Int32Array, offsets: Int64Array, rows: Int64Array
+) -> tuple[Int32Array, Int64Array]:
+    """The token ids and offsets of the records at `rows`, copied, from those of all."""
+    lengths = np.diff(offsets)[rows]
+    ends = offsets_of(lengths)
+    # Position of every kept token in the source: its record's start plus its place in the record.
+    source = np.repeat(offsets[rows] - ends[:-1], lengths) + np.arange(ends[-1])
+    return np.asarray(input_ids[source], dtype=np.int32), ends
+
+
 def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
     if units is None:
         return np.arange(num_records, dtype=np.int64), num_records
@@ -74,7 +92,8 @@ class Corpus:
     `labels` int64 [n], indices into the public `label_names`; `units` str [n], the person that each
     record belongs to, and `sites` str [n], where the data names them; `notes`, what was decided while
     loading and must not go unsaid (dropped records, a label set taken from the data); `source`, the
-    fingerprint of the corpus that this is a part of ('': it is whole).
+    fingerprint of the corpus that this is a part of ('': it is whole); `part_of`, that corpus and the rows
+    int64 [n] of it that these are, so that nothing is hashed or tokenised again for another split.
     """
 
     name: str
@@ -86,6 +105,7 @@ class Corpus:
     sites: StrArray | None = None
     notes: tuple[str, ...] = ()
     source: str = ""
+    part_of: tuple[Corpus, Int64Array] | None = None
 
     def __post_init__(self) -> None:
         for field in ("pairs", "labels", "units", "sites"):
@@ -100,6 +120,7 @@ class Corpus:
     def subset(self, indices: npt.ArrayLike) -> Corpus:
         """The records at `indices` (integers), in that order."""
         rows = np.asarray(indices, dtype=np.int64)
+        whole, place = self.part_of or (self, np.arange(self.num_records))
         return Corpus(
             name=self.name,
             texts=tuple(self.texts[i] for i in rows),
@@ -110,6 +131,7 @@ class Corpus:
             sites=_take(self.sites, rows),
             notes=self.notes,
             source=self.source or self.fingerprint(),
+            part_of=(whole, place[rows]),
         )
 
     @cached_property
@@ -118,12 +140,19 @@ class Corpus:
 
         A hash of a short text can be guessed back, so digests are as private as the texts.
         """
+        if self.part_of is not None:
+            whole, rows = self.part_of
+            return whole.digests[rows]
         pairs = self.pairs or (None,) * len(self.texts)
         joined = b"".join(_digest(record) for record in zip(self.texts, pairs, strict=True))
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
     def fingerprint(self) -> str:
         """SHA-256 over the sorted texts; order, labels, persons, sites and name do not count."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint_of(self.digests)
 
 
@@ -193,14 +222,10 @@ class TokenizedCorpus:
     def subset(self, indices: npt.ArrayLike) -> TokenizedCorpus:
         """The records at `indices` (integers), in that order; the tokens are copied."""
         rows = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[rows]
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        # Position of every kept token in the source: its record's start plus its place in the record.
-        source = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        input_ids, offsets = take_tokens(self.input_ids, self.offsets, rows)
         return TokenizedCorpus(
             name=self.name,
-            input_ids=np.asarray(self.input_ids[source], dtype=np.int32),
+            input_ids=input_ids,
             offsets=offsets,
             labels=self.labels[rows],
             label_names=self.label_names,

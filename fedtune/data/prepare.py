@@ -29,7 +29,7 @@ from fedtune.errors import DataError
 
 __all__ = ["PreparedData", "clear_cache", "holding_out", "prepare"]
 
-CACHE_SIZE = 4
+CACHE_SIZE = 8  # more than the seeds of most sweeps: fewer than they have would be none
 
 _cache: OrderedDict[str, PreparedData] = OrderedDict()
 _lock = threading.Lock()

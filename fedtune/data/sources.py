@@ -31,7 +31,10 @@ def load_corpus(config: DataConfig, seed: int) -> tuple[Corpus, Corpus]:
     if config.source == "opinions":
         from fedtune.data.opinions import load_opinions
 
-        return hold_out(replace(load_opinions(), name=config.name), config.test_fraction, seed)
+        whole = load_opinions()
+        if config.name != whole.name:
+            whole = replace(whole, name=config.name)  # a new object, which is hashed anew
+        return hold_out(whole, config.test_fraction, seed)
     if config.source == "hub":
         from fedtune.data.hub import read_split
 

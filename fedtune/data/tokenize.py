@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.data.cache import load_array, store_array, warn_unusable
-from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus
+from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus, offsets_of, take_tokens
 from fedtune.errors import DataError
 
 __all__ = ["tokenize"]
@@ -38,20 +38,11 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
             f"data.max_length is {max_length}; the tokenizer of {tokenizer_id!r} takes from {special + 1} "
             f"to {limit} tokens, {special} of them special. Set data.max_length in that range."
         )
-    path = _cache_path(corpus, tokenizer_id, max_length)
-    cached = _read(path, corpus.num_records)
-    if cached is None:
-        cached = _encode(corpus, tokenizer, max_length)
-        if store_array(path, np.concatenate(cached)):
-            # Mapped like in every later process, so that memory is the same however a run began.
-            cached = _read(path, corpus.num_records) or cached
-    lengths, input_ids = cached
-    offsets = np.zeros(corpus.num_records + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    lengths, input_ids = _tokens(corpus, tokenizer, tokenizer_id, max_length)
     return TokenizedCorpus(
         name=corpus.name,
         input_ids=input_ids,
-        offsets=offsets,
+        offsets=offsets_of(lengths),
         labels=corpus.labels,
         label_names=corpus.label_names,
         units=corpus.units,
@@ -60,6 +51,25 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
         source=corpus.source or corpus.fingerprint(),
         pad_id=int(getattr(tokenizer, "pad_token_id", 0) or 0),
     )
+
+
+def _tokens(
+    corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int
+) -> tuple[Int32Array, Int32Array]:
+    """Lengths [n] and token ids [t]: kept ones, or those of the whole that this is a part of, or new ones."""
+    path = _cache_path(corpus, tokenizer_id, max_length)
+    cached = _read(path, corpus.num_records)
+    if cached is None:
+        if corpus.part_of is None:
+            cached = _encode(corpus, tokenizer, max_length)
+        else:
+            whole, rows = corpus.part_of
+            lengths, input_ids = _tokens(whole, tokenizer, tokenizer_id, max_length)
+            cached = lengths[rows], take_tokens(input_ids, offsets_of(lengths), rows)[0]
+        if store_array(path, np.concatenate(cached)):
+            # Mapped like in every later process, so that memory is the same however a run began.
+            cached = _read(path, corpus.num_records) or cached
+    return cached
 
 
 def _encode(corpus: Corpus, tokenizer: Any, max_length: int) -> tuple[Int32Array, Int32Array]:

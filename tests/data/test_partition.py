@@ -229,3 +229,16 @@ def test_flowers_progress_bar_stays_off_the_terminal(capsys: pytest.CaptureFixtu
     make_shards(make_tokens(people=20, sites=3), NATURAL, None, 0)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_natural_deals_as_flower_does() -> None:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    from fedtune.data.partition import _partition, _table
+
+    train = make_tokens(num_records=90, people=30, sites=5)
+    flower = NaturalIdPartitioner(partition_by="site")
+    assert train.sites is not None
+    flower.dataset = _table(row=np.arange(90), site=train.sites)
+    for node, rows in enumerate(_partition(train, "natural", 0.0, 5, 0)):
+        assert rows.tolist() == list(flower.load_partition(node)["row"])

@@ -181,3 +181,19 @@ def _saved(folder: Path, words: list[str]) -> str:
     )
     fast.save_pretrained(folder)
     return str(folder)
+
+
+def test_a_part_takes_its_tokens_from_the_whole(home: Path, tokenizer: WordTokenizer) -> None:
+    whole = make_corpus()
+    tokenize(whole, tokenizer, "words", 64)
+    calls = tokenizer.calls
+    rows = np.random.default_rng(0).permutation(whole.num_records)[:17]
+    part = whole.subset(whole.subset(np.arange(3, whole.num_records)).part_of[1][:20])  # type: ignore[index]
+    for one in (whole.subset(rows), part):
+        taken = tokenize(one, tokenizer, "words", 64)
+        assert tokenizer.calls == calls
+        alone = replace(one, part_of=None)
+        np.testing.assert_array_equal(one.digests, alone.digests)
+        expected = tokenizer(list(one.texts), None, max_length=64)["input_ids"]
+        calls = tokenizer.calls
+        assert [taken.tokens(i).tolist() for i in range(taken.num_records)] == expected
