@@ -200,7 +200,9 @@ def _watch_grid(sweeper: Any, config: DictConfig, watcher: Watcher) -> None:
 
     sweeper.split_arguments = chosen
     sweeper.validate_batch_is_legal = check
-    if isinstance(sweeper.launcher, BasicLauncher):  # others send the loader to another process
+    # Others send the loader to another process. By name, because Hydra's search for plugins imports its own
+    # modules a second time, and the class of its launcher is not the one that an import gives.
+    if type(sweeper.launcher).__qualname__ == BasicLauncher.__qualname__:
         loader.load_sweep_config = once
 
 

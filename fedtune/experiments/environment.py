@@ -6,6 +6,7 @@ the folder that fedtune's code lies in (not of the folder that the user stands i
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -37,7 +38,12 @@ _LIBRARIES = (
 
 def versions() -> dict[str, str]:
     """Versions of Python, fedtune and the libraries that are installed, by name."""
-    found = {"python": platform.python_version(), "fedtune": __version__}
+    return {"python": platform.python_version(), "fedtune": __version__, **_installed()}
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    found = {}
     for name in _LIBRARIES:
         try:
             found[name] = metadata.version(name)

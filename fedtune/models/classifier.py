@@ -18,6 +18,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -34,6 +35,19 @@ from fedtune.models.quantization import stored_bytes
 __all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
 
 _BASE = "fedtune.json"  # beside the adapter: what the base model was
+# By encoder, pooling and first trained layer: what is below never changes, and models may share an encoder.
+_DIGESTS: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDictionary()
+
+
+def _digest_below(encoder: nn.Module, pooling: str, first_layer: int) -> str:
+    digest = hashlib.sha256(pooling.encode())
+    for name, parameter in encoder.named_parameters():
+        place = name.split(".")
+        if place[0] == "layer" and int(place[1]) >= first_layer:
+            continue
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class EncoderClassifier(nn.Module):
@@ -156,14 +170,11 @@ class AdaptedModel:
 
         Adapters of any kind that leave the same layers frozen share it.
         """
-        digest = hashlib.sha256(self.base.pooling.encode())
-        for name, parameter in self.base.encoder.named_parameters():
-            place = name.split(".")
-            if place[0] == "layer" and int(place[1]) >= self.first_layer:
-                continue
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        known = _DIGESTS.setdefault(self.base.encoder, {})
+        key = (self.base.pooling, self.first_layer)
+        if key not in known:
+            known[key] = _digest_below(self.base.encoder, *key)
+        return known[key]
 
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's own format, and beside it what `load_base` needs.

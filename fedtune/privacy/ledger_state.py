@@ -107,6 +107,10 @@ class LedgerState:
             names |= {name for name, _ in reached}
             prints |= {fingerprint for _, fingerprint in reached}
 
+    def releases_of(self, dataset: str, fingerprint: str) -> int:
+        """Releases of this data under this very name and fingerprint, without those that are linked to it."""
+        return self.releases.get(_Key(dataset, fingerprint), 0)
+
     def names_of(self, dataset: str, fingerprint: str) -> set[str]:
         """All names under which this data is known."""
         return {name for name, _ in self.linked(dataset, fingerprint)}

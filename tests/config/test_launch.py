@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig
 
 from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.config.loader import load, save_config
+from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, DataError
 
 
@@ -155,3 +159,26 @@ def test_two_launches_in_one_process() -> None:
     start(recorder, "seed=1")
     start(recorder, "seed=2")
     assert [job.config.seed for job in recorder.jobs] == [1, 2]
+
+
+def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[list[str]] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, master: DictConfig, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return compose(self, master, overrides)
+
+    class Everything:
+        def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
+            return jobs
+
+        def foresee(self, configs: list[Config | None], workers: int) -> None:
+            assert [config.seed for config in configs if config is not None] == [1, 2, 3]
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    recorder = Recorder()
+    watcher: Any = Everything()
+    launch(["seed=1,2,3"], recorder, on_failure=recorder.on_failure, multirun=True, watcher=watcher)
+    assert [job.config.seed for job in recorder.jobs] == [1, 2, 3]
+    assert sorted(composed) == [["seed=1"], ["seed=2"], ["seed=3"]]
