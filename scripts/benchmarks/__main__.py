@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from scripts.benchmarks import aggregation, calibration, ledger, sweep, system, training
+from scripts.benchmarks import aggregation, calibration, ledger, report, sweep, system, training
 from scripts.benchmarks.table import write_table
 
 BENCHMARKS = {
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "ledger": ledger.ledger,
     "sweep": sweep.sweep,
     "calibration": calibration.calibration,
+    "report": report.report,
 }
 
 

@@ -28,6 +28,11 @@ def _figure(record: dict[str, Any]) -> str:
             f"median {waits['median']} s, at most {waits['max']} s; {record['overhead']}x "
             f"(of the processor: {cpu['median']} s, {cpu['max']} s; {record['overhead_cpu']}x)"
         )
+    if "sizes" in record:
+        return "; ".join(
+            f"{name}: {one['seconds']} s (processor {one['processor_seconds']} s), {one['page_megabytes']} MB"
+            for name, one in record["sizes"].items()
+        )
     if "ratio_peak" in record:
         return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
     figure = f"{record['ratio_median']}x"

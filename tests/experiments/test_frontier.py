@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -278,6 +279,15 @@ def test_two_currencies_make_no_money(tmp_path: Path) -> None:
     assert all(point.costs["money"] is None for point in points_of(found.runs, using))
     (point,) = points(tmp_path, "pricing=cloud_cpu")
     assert point.costs["money"] is not None, "one book for both makes them comparable"
+
+
+def test_an_unknown_currency_of_a_record_is_said_and_a_known_book_prices_it(tmp_path: Path) -> None:
+    coins = dataclasses.replace(PRICING, currency="QQQ")
+    write(tmp_path, make_record(pricing=coins))
+    found = collect([tmp_path])
+    using = book(found.runs, None)
+    assert using.currency == "QQQ" and any("'QQQ'" in note and "ISO 4217" in note for note in using.notes)
+    assert not any("ISO 4217" in note for note in book(found.runs, parse(["pricing=cloud_cpu"])).notes)
 
 
 def test_a_missing_price_is_no_price_of_nothing(tmp_path: Path) -> None:
