@@ -22,6 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +32,7 @@ from fedtune.config.loader import from_hydra, hydra_errors, load, register_schem
 from fedtune.config.overrides import asks_for_sweep, check_overrides, named_settings
 from fedtune.config.schema import Config
 from fedtune.config.search import Axis, Searcher, Space
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, FedtuneError, ResourceError
 
 __all__ = ["Job", "JobFailure", "Watcher", "is_sweep", "launch"]
 
@@ -164,7 +165,20 @@ def _multirun(
     elif hasattr(sweeper, "begin"):
         _watch_search(sweeper, config, watcher)
     task_overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    results = sweeper.sweep(arguments=task_overrides)
+    try:
+        results = sweeper.sweep(arguments=task_overrides)
+    except (FedtuneError, HydraException, OmegaConfBaseException):
+        raise
+    except Exception as error:
+        if isinstance(sweeper.launcher, BasicLauncher):
+            raise
+        # A run's own errors were caught in the run: this is the launcher's, which lacks something or lost it.
+        name, said = config.hydra.runtime.choices["hydra/launcher"], " ".join(str(error).split())
+        raise ResourceError(
+            f"hydra/launcher={name} could not make the runs: {said.rstrip('.')}. What was finished is kept: "
+            f"mend it and go on with 'fedtune run sweep.resume={config.hydra.sweep.dir}', or begin anew "
+            "without that launcher."
+        ) from error
     callbacks.on_multirun_end(config=config, config_name="config")
     return results
 

@@ -39,6 +39,8 @@ _LAUNCHERS = {
     "submitit_local": _SUBMITIT,
     "submitit_slurm": _SUBMITIT,
 }
+# hydra.sweeper.NAME: of any sweep, and of a search.
+_SWEEPER = ("params", "max_batch_size", "trials", "objectives", "sampler", "pruner")
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def check_overrides(
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             hydras.append(key)
             _check_launcher(key, override)
+            _check_sweeper(key, overrides)
             arguments.append(override.input_line or text)
             continue
         _refuse_odd_forms(override, text)
@@ -106,6 +109,20 @@ def _check_launcher(key: str, override: Override) -> None:
     needed, command = _LAUNCHERS.get(name, ("hydra", ""))
     if not _installed(needed):
         raise ConfigError(f"hydra/launcher={name} needs a package that is not installed: {command}.")
+
+
+def _check_sweeper(key: str, overrides: Sequence[str]) -> None:
+    """The options of fedtune's two sweepers are known; one that the user brings has options of its own."""
+    if not key.startswith("hydra.sweeper.") or any("hydra/sweeper=" in text for text in overrides):
+        return
+    name = key.split(".")[2]
+    if name not in _SWEEPER:
+        guess = nearest(name, _SWEEPER)
+        hint = f" Did you mean {guess}?" if guess else ""
+        raise ConfigError(
+            f"The sweeper has no option {name!r}.{hint} There are: {', '.join(_SWEEPER[:2])}; and for a "
+            f"search (sweep=optuna) {', '.join(_SWEEPER[2:])}."
+        )
 
 
 def _installed(name: str) -> bool:

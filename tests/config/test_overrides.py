@@ -122,6 +122,19 @@ def test_odd_forms_are_refused(override: str) -> None:
     refusal(override)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("hydra.sweeper.n_trials=3", "no option 'n_trials'. Did you mean trials"),
+        ("+hydra.sweeper.batch=3", "There are: params, max_batch_size"),
+    ],
+)
+def test_a_sweepers_option_that_does_not_exist(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_overrides([override, "seed=1,2"], multirun=True)
+    check_overrides([override, "hydra/sweeper=other", "seed=1,2"], multirun=True)
+
+
 def test_the_same_setting_twice() -> None:
     assert "twice" in refusal("seed=1", "seed=2")
 

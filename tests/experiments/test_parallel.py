@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.config.loader import load
 from fedtune.config.overrides import check_overrides
-from fedtune.errors import ConfigError, LedgerError
+from fedtune.errors import ConfigError, LedgerError, ResourceError
 from fedtune.experiments.sweep import Sweep, run_sweep
 from fedtune.experiments.sweep_options import SweepOptions
 
@@ -138,6 +138,19 @@ def test_a_launcher_that_is_not_installed(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=message):
         check_overrides([f"hydra/launcher={launcher}", "seed=1,2"], multirun=True)
+
+
+def test_a_launcher_that_cannot_start_says_so_in_a_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = pytest.importorskip("hydra_plugins.hydra_joblib_launcher.joblib_launcher").JoblibLauncher
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no workers\nto be had.")
+
+    monkeypatch.setattr(launcher, "launch", broken)
+    with pytest.raises(
+        ResourceError, match=r"joblib could not make the runs: no workers to be had\..*resume=sweep'"
+    ):
+        sweep("seed=0,1", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
 
 
 def test_what_is_sent_to_another_process_leaves_the_search_here() -> None:
