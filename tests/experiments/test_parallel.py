@@ -141,7 +141,11 @@ def test_a_launcher_that_is_not_installed(
 
 
 def test_a_launcher_that_cannot_start_says_so_in_a_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = pytest.importorskip("hydra_plugins.hydra_joblib_launcher.joblib_launcher").JoblibLauncher
+    from hydra.core.plugins import Plugins
+
+    module = "hydra_plugins.hydra_joblib_launcher.joblib_launcher"
+    pytest.importorskip(module)
+    launcher = Plugins.instance().class_name_to_class[f"{module}.JoblibLauncher"]  # Hydra loads it anew
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no workers\nto be had.")
