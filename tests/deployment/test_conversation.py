@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from fedtune.engines.deployment import conversation, submission
@@ -144,6 +145,27 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
     with pytest.raises(ObjectPullError, match="did not arrive in 60 s"):  # its sender has died
         conversation._soon_again(pull)(1, "one")
     assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
+
+
+@pytest.mark.parametrize(("status", "heals"), [(500, True), (503, True), (403, False)])
+def test_an_object_is_asked_for_again_when_the_server_failed(
+    monkeypatch: pytest.MonkeyPatch, status: int, heals: bool
+) -> None:
+    monkeypatch.setattr(conversation.time, "sleep", lambda seconds: None)
+    asked = []
+
+    def pull(run_id: int, object_id: str) -> bytes:
+        asked.append(object_id)
+        if len(asked) == 1:
+            answer = httpx.Response(status, request=httpx.Request("POST", "https://server"))
+            raise httpx.HTTPStatusError("database is locked", request=answer.request, response=answer)
+        return b"content"
+
+    if heals:
+        assert conversation._soon_again(pull)(1, "one") == b"content"
+    else:
+        with pytest.raises(httpx.HTTPStatusError):
+            conversation._soon_again(pull)(1, "one")
 
 
 def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:

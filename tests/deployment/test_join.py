@@ -241,6 +241,12 @@ def test_status_shows_each_site_and_what_it_publishes(real: Real, capsys: pytest
     )
 
 
+def test_the_database_is_waited_for_when_many_nodes_ask_at_once(real: Real) -> None:
+    engine = real.app.state.linkstate_factory.state()._engine
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 60_000
+
+
 def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
     import shutil
 

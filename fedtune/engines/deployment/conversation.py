@@ -126,7 +126,12 @@ def pauses() -> Iterator[float]:
 
 
 def _soon_again(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
-    """`pull`, which waits for an object that is on its way, and gives it up when it does not come."""
+    """`pull`, which waits for an object that is on its way, and gives it up when it does not come.
+
+    A server that fails for a moment (its database was locked by twenty nodes at once) is asked again too:
+    Flower would forget the message, and the round would wait for this node until its deadline.
+    """
+    import httpx
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     def patient(run_id: int, object_id: str) -> bytes:
@@ -134,6 +139,10 @@ def _soon_again(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes
             try:
                 return pull(run_id, object_id)
             except ObjectUnavailableError:
+                time.sleep(pause)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code < 500:
+                    raise
                 time.sleep(pause)
         raise ObjectPullError(object_id, f"it did not arrive in {UPLOAD_SECONDS} s.")
 

@@ -36,6 +36,7 @@ TOKEN_HEADER = "x-fedtune-operator"
 PUBLISHED_PATH = "/v1/fedtune/published"
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
+_BUSY_MILLISECONDS = "60000"
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
 _MAX_BODY = 2**25
 
@@ -160,6 +161,8 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
 def _application(folder: Path, host: str, port: int) -> Any:
     """Flower's SuperLink as an ASGI application, with the folder's database."""
     from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
+    from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -168,6 +171,9 @@ def _application(folder: Path, host: str, port: int) -> Any:
     from fedtune.federation._flower import quiet
 
     quiet()
+    # Flower waits 5 s for its database, which twenty nodes that ask at once on two cores outlast. Of two
+    # settings of one name the later one holds.
+    setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", _BUSY_MILLISECONDS)))  # noqa: B010
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
