@@ -170,7 +170,7 @@ def _multirun(
     except (FedtuneError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
-        if isinstance(sweeper.launcher, BasicLauncher):
+        if _in_this_process(sweeper):
             raise
         # A run's own errors were caught in the run: this is the launcher's, which lacks something or lost it.
         name, said = config.hydra.runtime.choices["hydra/launcher"], " ".join(str(error).split())
@@ -214,10 +214,14 @@ def _watch_grid(sweeper: Any, config: DictConfig, watcher: Watcher) -> None:
 
     sweeper.split_arguments = chosen
     sweeper.validate_batch_is_legal = check
-    # Others send the loader to another process. By name, because Hydra's search for plugins imports its own
-    # modules a second time, and the class of its launcher is not the one that an import gives.
-    if type(sweeper.launcher).__qualname__ == BasicLauncher.__qualname__:
+    if _in_this_process(sweeper):  # others send the loader to another one
         loader.load_sweep_config = once
+
+
+def _in_this_process(sweeper: Any) -> bool:
+    """By name, because Hydra's search for plugins imports its own modules a second time, and the class of its
+    launcher is not the one that an import gives."""
+    return type(sweeper.launcher).__qualname__ == BasicLauncher.__qualname__
 
 
 def _watch_search(sweeper: Any, config: DictConfig, watcher: Watcher | None) -> None:

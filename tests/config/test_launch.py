@@ -161,6 +161,23 @@ def test_two_launches_in_one_process() -> None:
     assert [job.config.seed for job in recorder.jobs] == [1, 2]
 
 
+class Everything:
+    """Watches a grid and runs all of it."""
+
+    def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
+        return jobs
+
+    def foresee(self, configs: list[Config | None], workers: int) -> None:
+        raise RuntimeError("a bug of ours")
+
+
+def test_a_bug_is_not_blamed_on_the_launcher() -> None:
+    recorder = Recorder()
+    watcher: Any = Everything()
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        launch(["seed=1,2"], recorder, on_failure=recorder.on_failure, multirun=True, watcher=watcher)
+
+
 def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None:
     composed: list[list[str]] = []
     compose = ConfigLoaderImpl.load_sweep_config
@@ -169,16 +186,13 @@ def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None
         composed.append(overrides)
         return compose(self, master, overrides)
 
-    class Everything:
-        def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
-            return jobs
-
+    class Look(Everything):
         def foresee(self, configs: list[Config | None], workers: int) -> None:
             assert [config.seed for config in configs if config is not None] == [1, 2, 3]
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     recorder = Recorder()
-    watcher: Any = Everything()
+    watcher: Any = Look()
     launch(["seed=1,2,3"], recorder, on_failure=recorder.on_failure, multirun=True, watcher=watcher)
     assert [job.config.seed for job in recorder.jobs] == [1, 2, 3]
     assert sorted(composed) == [["seed=1"], ["seed=2"], ["seed=3"]]
