@@ -15,6 +15,7 @@ Shapes: n records, t tokens in all.
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,6 +113,15 @@ class Corpus:
             column = getattr(self, field)
             if column is not None and len(column) != len(self.texts):
                 raise ValueError(f"{field} has {len(column)} entries for {len(self.texts)} texts")
+        if self.part_of is not None:
+            whole, rows = self.part_of
+            # Its digests are taken from the whole's: other texts would go by the fingerprint of these.
+            for mine, theirs in ((self.texts, whole.texts), (self.pairs, whole.pairs)):
+                if mine is None and theirs is None:
+                    continue
+                taken = () if theirs is None else [theirs[row] for row in rows]
+                if len(taken) != len(mine or ()) or any(map(operator.is_not, mine or (), taken)):
+                    raise ValueError("the texts or pairs are not those rows of part_of")
 
     @property
     def num_records(self) -> int:

@@ -164,7 +164,7 @@ class AdaptedModel:
         with torch.no_grad():
             self.theta.copy_(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)))
 
-    @functools.cached_property
+    @property
     def frozen_digest(self) -> str:
         """Changes whenever the output of the layers below `first_layer` would; key of what is kept of it.
 

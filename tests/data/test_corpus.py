@@ -101,3 +101,18 @@ def test_without_units_each_record_is_a_person() -> None:
 def test_tokens_that_do_not_fit_their_offsets_are_refused() -> None:
     with pytest.raises(ValueError, match="offsets"):
         replace(make_tokens(), input_ids=np.zeros(3, dtype=np.int32))
+
+
+def test_a_part_cannot_be_given_other_texts() -> None:
+    """They would go by the fingerprint of the old ones, and so by their budget."""
+    part = make_corpus().subset([3, 1])
+    with pytest.raises(ValueError, match="part_of"):
+        replace(part, texts=("something", "else"))
+    with pytest.raises(ValueError, match="part_of"):
+        replace(part, texts=part.texts[::-1])
+    with pytest.raises(ValueError, match="part_of"):
+        replace(part, pairs=("one", "two"))
+    paired = replace(make_corpus(), pairs=("second",) * 40).subset([3, 1])
+    with pytest.raises(ValueError, match="part_of"):
+        replace(paired, pairs=None)
+    assert replace(part, notes=("a note",)).fingerprint() == part.fingerprint()
