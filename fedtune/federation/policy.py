@@ -75,6 +75,7 @@ class Limits:
     threads: int = 2
     memory_gb: float | None = None
     message_seconds: float = 7200.0  # a worker that takes longer for one message is killed
+    idle_seconds: float | None = 900.0  # a worker without a message for so long ends; None: it stays
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ class SiteSettings:
             )
         if settings.limits.threads < 1:
             raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
-        if not settings.limits.message_seconds > 0:
-            raise ConfigError(
-                f"{where}: limits.message_seconds is {settings.limits.message_seconds:g}, not above 0."
-            )
+        for name in ("message_seconds", "idle_seconds"):
+            seconds = getattr(settings.limits, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigError(f"{where}: limits.{name} is {seconds:g}, not above 0.")
         _ = settings.budget
         return settings
 

@@ -5,8 +5,11 @@ r"""What does a node cost that has nothing to do: share of a core, and memory ov
 
 Three nodes take part in a run of two rounds, so that encoder and data are loaded, and are then watched while
 nothing is asked of them: in the minute right after the last round and in one later. A node is two processes,
-`fedtune node` (Flower's SuperNode) and its worker; both are counted. Memory is PSS of /proc/PID/smaps_rollup:
-pages that processes share are divided among them, so for one node alone on its machine RSS is shown too.
+`fedtune node` (Flower's SuperNode) and its worker; both are counted. After `limits.idle_seconds` (made short
+here) the worker has ended; what is left is measured too, and a second run, which starts it again.
+
+Memory is PSS of /proc/PID/smaps_rollup: pages that processes share are divided among them, so for one node
+alone on its machine RSS is shown too.
 """
 
 from __future__ import annotations
@@ -79,11 +82,11 @@ def main() -> None:
     load = [round(x, 2) for x in os.getloadavg()]
     with quiet_folder(arguments.folder) as root:
         setup = tiny(root, 3) if arguments.setup == "tiny" else default(3)
-        federation = Federation(root, setup)
+        federation = Federation(root, setup, idle_seconds=2 * arguments.seconds + 30.0)
         try:
             federation.start_server()
             federation.start_nodes()
-            folder, _ = federation.submit("run", "federation.num_rounds=2", *arguments.settings)
+            folder, awake = federation.submit("run", "federation.num_rounds=2", *arguments.settings)
             ended = time.monotonic()
             processes: dict[str, int] = {}
             for site in setup.sites:
@@ -98,6 +101,10 @@ def main() -> None:
             later = watch({**processes, "server": server.pid}, arguments.seconds)
             since = time.monotonic() - ended
             encoder = record_of(folder)["cost"]["encoder_bytes"]
+            for site in setup.sites:
+                federation.until(site, "the worker has ended")
+            resting = {name: memory(pid) for name, pid in processes.items() if Path(f"/proc/{pid}").exists()}
+            _, rested = federation.submit("again", "federation.num_rounds=2", *arguments.settings)
         finally:
             federation.close()
     nodes: dict[str, dict[str, Any]] = {}
@@ -126,6 +133,8 @@ def main() -> None:
                 name: {"percent_first": first[name], "percent_later": later[name], **bytes_of[name]}
                 for name in processes
             },
+            "resting": resting,
+            "submit_seconds": {"first": round(awake, 1), "of_resting_nodes": round(rested, 1)},
             "server_percent": {"first": first["server"], "later": later["server"]},
             "for_comparison_rss": {
                 "python": bare("sys"),

@@ -159,6 +159,7 @@ class Federation:
         public: bool = False,
         epsilon: float = 100.0,
         max_rounds: int = 200,
+        idle_seconds: float = 900.0,
     ) -> None:
         self.root, self.setup, self._prefix = root, setup, prefix
         root.mkdir(parents=True, exist_ok=True)
@@ -195,7 +196,7 @@ class Federation:
             node["permit"] |= {"models": [setup.model], "max_rounds": max_rounds}
             if public:
                 node["permit"]["trust"] = ["local", "none"]
-            node["limits"]["threads"] = 1
+            node["limits"] |= {"threads": 1, "idle_seconds": idle_seconds}
             path.write_text(yaml.safe_dump(node))
             enrol(self.server, make_key(read_site(path))[0])
 

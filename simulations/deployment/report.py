@@ -75,12 +75,16 @@ def idle() -> list[str]:
         }
         over = median(node["rss_over_encoder"] for node in nodes) / 1e6
         share = median(node["pss_over_encoder"] for node in nodes) / 1e6
+        resting = median(node["rss"] for node in one["resting"].values()) / 1e6
+        runs = one["submit_seconds"]
         compared = ", ".join(f"{k} {v / 1e6:.0f} MB" for k, v in one["for_comparison_rss"].items())
         lines += [
             f"`{name}`: {low:.2f} to {high:.2f} percent of a core (target: 1), right after the last round and a "
             f"minute later. Memory: SuperNode {parts['node']:.0f} MB, worker {parts['worker']:.0f} MB resident; "
             f"together **{over:.0f} MB over the encoder** ({one['encoder_bytes'] / 1e6:.0f} MB), of which three "
-            f"nodes on one machine share so much that each one's part is {share:.0f} MB (target: 400). For "
+            f"nodes on one machine share so much that each one's part is {share:.0f} MB (target: 400). When "
+            f"nothing has been asked for `limits.idle_seconds` the worker ends, and **{resting:.0f} MB** are left; a run "
+            f"of two rounds then took {runs['of_resting_nodes']:.0f} s, and {runs['first']:.0f} s before. For "
             f"comparison, an interpreter that has imported only: {compared}.",
             "",
         ]

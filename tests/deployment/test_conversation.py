@@ -88,7 +88,7 @@ class Server:
         converse(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
-            answer=answer,
+            answer=answer, rest=lambda: self.did.append("rested"),
         )  # fmt: skip
         return self.did
 
@@ -102,7 +102,9 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
         server.did.append("answered")
         return True
 
-    assert server.talk(tmp_path, answer) == ["joined 7", "asked", "asked", "answered", "pushed", "asked"]
+    assert server.talk(tmp_path, answer) == [
+        "joined 7", "asked", "rested", "asked", "answered", "pushed", "asked",
+    ]  # fmt: skip
 
 
 def test_the_server_is_told_soon_that_a_node_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

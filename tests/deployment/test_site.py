@@ -17,6 +17,7 @@ import yaml
 from fedtune.cli import main
 from fedtune.engines.deployment import executor
 from fedtune.engines.deployment.executor import Worker
+from fedtune.errors import ConfigError
 from tests.deployment.site_parts import SIZE, Site, settings
 from tests.tiny_federation import make_data, make_model, one_thread
 
@@ -87,6 +88,13 @@ def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
     path.write_text(path.read_text().replace(first, '"bytes_out": 1', 1))
     assert command("node", "--config", node, "proof") == 1
     assert "audit log: line 2 does not follow the line before it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["message_seconds", "idle_seconds"])
+@pytest.mark.parametrize("seconds", [0, -1.0])
+def test_a_limit_of_no_time_is_refused(name: str, seconds: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"limits\.{name} is {seconds:g}, not above 0"):
+        settings(tmp_path, limits={name: seconds})
 
 
 def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:

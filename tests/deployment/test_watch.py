@@ -94,17 +94,22 @@ channel.receive(connection)
 """
 
 
+def _started_as(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has `code` started where a node would start its worker."""
+    started = subprocess.Popen
+
+    def other(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return started([sys.executable, "-c", code, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(executor.subprocess, "Popen", other)
+
+
 def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executor, "_BEAT_SECONDS", 0.1)
     monkeypatch.setattr(watch, "_IDLE_SECONDS", 0.5)
-    started = subprocess.Popen
-
-    def other(command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        return started([sys.executable, "-c", HANGS, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
-
-    monkeypatch.setattr(executor.subprocess, "Popen", other)
+    _started_as(HANGS, monkeypatch)
     worker, beats = Worker(settings(tmp_path)), []
     try:
         assert worker.ask(b"", b"", {"task": 1}, lambda: beats.append(1), 1.0) == [b"reply", b"context"]
@@ -114,5 +119,45 @@ def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(
         assert worker.pid is None
         assert len(beats) > 5  # Flower's SuperNode must not think that nobody is at work
         assert worker.ask(b"", b"", {"task": 3}, lambda: None, 1.0) == [b"reply", b"context"]
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_nobody_asks_ends_and_the_next_message_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _started_as(HANGS, monkeypatch)
+    now = [1000.0]
+    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
+    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
+    try:
+        worker.start()
+        now[0] += 59.0
+        assert not worker.rest()
+        assert worker.ask(b"", b"", {"task": 1}, lambda: None) == [b"reply", b"context"]
+        now[0] += 59.0
+        assert not worker.rest()
+        first = worker.pid
+        assert first is not None
+        now[0] += 2.0
+        assert worker.rest()
+        assert worker.pid is None
+        assert processor_seconds(first) is None  # it has really gone, and its memory with it
+        assert not worker.rest()
+        assert worker.ask(b"", b"", {"task": 3}, lambda: None) == [b"reply", b"context"]
+    finally:
+        worker.close()
+
+
+def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _started_as(HANGS, monkeypatch)
+    now = [1000.0]
+    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
+    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": None}))
+    try:
+        worker.start()
+        now[0] += 1e9
+        assert not worker.rest()
+        assert worker.pid is not None
     finally:
         worker.close()

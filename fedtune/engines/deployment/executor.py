@@ -44,7 +44,11 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """The resident worker: started when needed, and again when it has died."""
+    """The resident worker: started when needed, and again when it has died.
+
+    Between the rounds of a run it stays, so that a round costs training and not imports. When nothing has
+    come for long it ends (`rest`): a node may be idle for months, and the worker is most of its memory.
+    """
 
     def __init__(self, site: SiteSettings) -> None:
         self._site = site
@@ -55,6 +59,7 @@ class Worker:
         self._listener.listen(1)
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
+        self._used = time.monotonic()  # when it was last started or asked
 
     @property
     def pid(self) -> int | None:
@@ -82,6 +87,7 @@ class Worker:
                 channel.send(connection, {}, [self._site.to_json().encode()])
                 channel.receive(connection)
                 self._connection = connection
+                self._used = time.monotonic()
                 return
         raise ResourceError(
             f"The node's worker did not start (exit status {self._process.poll()}); its own output says why."
@@ -120,6 +126,19 @@ class Worker:
             status = process.poll()
             how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
             raise WorkerDied(f"the worker ended {how}") from error
+        finally:
+            self._used = time.monotonic()
+
+    def rest(self) -> bool:
+        """Ends a worker that nobody has asked for `limits.idle_seconds`; the next message starts another.
+
+        True if it was ended now.
+        """
+        longest = self._site.limits.idle_seconds
+        if longest is None or time.monotonic() - self._used <= longest or self.pid is None:
+            return False
+        self.close_worker()
+        return True
 
     def kill(self) -> None:
         """Ends a worker that does not listen; the next message starts another."""

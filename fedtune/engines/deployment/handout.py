@@ -91,6 +91,7 @@ limits:
   threads: 2 # processor cores
   memory_gb: null # more than this, and the worker is stopped
   message_seconds: 7200 # a worker that takes longer for one message is killed; its round stays charged
+  idle_seconds: 900 # a worker without a message for so long ends, and frees its memory; null: it stays
 """
 
 _SITE_README = """\

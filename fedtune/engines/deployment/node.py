@@ -78,6 +78,11 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
     store = ObjectStoreFactory().store()
     state = State(store)
     answer = Answers(state, store, site, worker, apps)
+
+    def rest() -> None:
+        if worker.rest():
+            say("nothing is asked: the worker has ended, and the next message starts it again")
+
     threading.Thread(target=_watch, args=(site, key, log, ending, say), daemon=True).start()
     try:
         while True:
@@ -91,6 +96,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
                 node_config={"site": site.to_json()},
                 guard=lambda connection: guard(connection, apps, log),
                 answer=answer,
+                rest=rest,
             )
             # Something unforeseen ended it; identity and memory of runs are kept.
             say(f"the connection ended ({said.last()}); joining again")

@@ -8,7 +8,8 @@ the data has spent before and after.
     python -m fedtune.engines.deployment.worker SOCKET
 
 What it does not do: talk to the network. If it dies, the node starts another; a release that was reserved
-in the ledger stays charged.
+in the ledger stays charged. What it remembers beyond a message is only what is quicker kept than made again,
+so that the node may end it whenever nothing is asked.
 """
 
 from __future__ import annotations
