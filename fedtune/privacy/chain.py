@@ -5,12 +5,13 @@ or removed in the middle breaks the chain at that place, and `verify` names it. 
 noticed by SQLite's own counter, unless whoever cuts them edits that too: a chain without an anchor
 elsewhere cannot show that it was once longer.
 
-Durability: a write-ahead log with `synchronous=FULL`: one fsync a row, so a row that `writing` has let go
-survives a power cut, and a process killed at any instruction leaves either the whole row or none.
-(While a process has the file open, and after it was killed, SQLite keeps `-wal` and `-shm` files beside it;
-they belong to it, and a copy of the ledger must take them along.) Writers take SQLite's lock first
-(`BEGIN IMMEDIATE`) and wait for one another. A connection is never carried over a fork, and threads of one
-process take turns.
+Durability: a write-ahead log with `synchronous=FULL`, so a row that `writing` has let go survives a power
+cut, and a process killed at any instruction leaves either the whole row or none. After each row the log is
+written back into the one file, so that whoever copies that file alone has every row: a copy that lacks the
+latest would say that less was released. (A reader that is in the middle of reading, or a kill, may leave
+the last rows in the `-wal` file until the next row is written; a backup is of the folder.) Writers take
+SQLite's lock first (`BEGIN IMMEDIATE`) and wait for one another. A connection is never carried over a fork,
+and threads of one process take turns.
 
 Reading is incremental: a reader that knows the log up to some row verifies and reads only what came after.
 The clock is written down for people and never used: rows are ordered by their number.
@@ -25,7 +26,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +86,9 @@ class Chain:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+            # The row is durable, whatever becomes of this: it waits for nobody, and the next row does it too.
+            with suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:

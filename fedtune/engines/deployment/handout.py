@@ -82,7 +82,8 @@ permit:
   max_sample_rate: 0.5
   max_evaluations: 10 # noised answers about held-out data that a run may ask; 0: none
 
-ledger: state/ledger.sqlite # what this data has released, ever. Back it up
+# Back up the whole folder state/: ledger, what SQLite may keep beside it (-wal), budget file, audit log.
+ledger: state/ledger.sqlite # what this data has released, ever
 audit_log: state/audit.jsonl # what was asked, what left, what was refused; append-only
 
 publish_budget: false # true: the operator sees how much epsilon is left here
@@ -115,4 +116,7 @@ run with `federation.evaluation=private` also gets two noised counts, if `permit
 With `publish_budget: true`, also how much of your budget is left.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
 `state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
+
+Back up the whole folder `state/` after each run: the ledger with what SQLite may keep beside it (`-wal`), its
+budget file, the audit log. A ledger restored from before a run does not know what that run released.
 """
