@@ -51,7 +51,7 @@ class Site:
         self.settings = settings(root, str(model), **changes)
         from fedtune.engines.deployment.site import open_ledger
 
-        open_ledger(self.settings)
+        open_ledger(self.settings, setting=True)
         self.config = tiny_federation.private(tiny_federation.make_config(model, root / "public"))
         self.config.data.site, self.config.engine.name = None, "deployment"
         self.config.federation.num_rounds = 3

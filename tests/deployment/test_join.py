@@ -281,7 +281,7 @@ def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_p
     open_site = real.site("clinic-2", publish_budget=True, **state)
     told = publish(open_site, key, log, told)
     assert of("clinic-2") == {"epsilon_left": 50.0, "epsilon": 50.0, "delta": 1e-3, "unit": "any"}
-    ledger = open_ledger(open_site)
+    ledger = open_ledger(open_site, setting=True)
     ledger.reserve(
         dataset="made-up", fingerprint="f", node="clinic-2", run="r", round=1, plan=local_plan(num_rounds=3)
     )

@@ -17,7 +17,9 @@ import yaml
 from fedtune.cli import main
 from fedtune.engines.deployment import executor
 from fedtune.engines.deployment.executor import Worker
+from fedtune.engines.deployment.site import open_ledger
 from fedtune.errors import ConfigError
+from fedtune.privacy.ledger import PrivacyLedger
 from tests.deployment.site_parts import SIZE, Site, settings
 from tests.tiny_federation import make_data, make_model, one_thread
 
@@ -88,6 +90,33 @@ def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
     path.write_text(path.read_text().replace(first, '"bytes_out": 1', 1))
     assert command("node", "--config", node, "proof") == 1
     assert "audit log: line 2 does not follow the line before it" in capsys.readouterr().out
+
+
+def test_only_a_node_that_starts_sets_the_budget(
+    tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever tries a node.yaml with more to spend raises nothing for the node that runs with the old one."""
+    asked = [
+        "data.labels=[negative,positive]", f"model.name={model}", "model.quantization=none", "adapter=lora",
+        "train.sample_rate=0.3", "privacy.delta=1e-3", "privacy.epsilon=40", "federation.num_rounds=3",
+    ]  # fmt: skip
+    path = tmp_path / "state" / "ledger.sqlite"
+    raised = yaml.safe_load(node.read_text()) | {"budget": {"epsilon": 70.0, "delta": 1e-3}}
+    node.write_text(yaml.safe_dump(raised))
+    dry_run = ["node", "--config", node, "--dry-run", *asked]
+    # Before the first start: nothing is made that a start would take for its own.
+    assert command(*dry_run) == 0 and "epsilon now    0 " in capsys.readouterr().out
+    assert command("node", "--config", node, "proof") == 0
+    assert "there is no ledger yet" in capsys.readouterr().out and not path.parent.exists()
+
+    site = Site(tmp_path, model)
+    assert site.ask(round=1)["update"]
+    rows, budget = PrivacyLedger(path).verify(), path.with_suffix(".budget.json").read_bytes()
+    assert command(*dry_run) == 0 and " of 70" in capsys.readouterr().out
+    assert command("node", "--config", node, "proof") == 0
+    assert "budget epsilon 70 " in capsys.readouterr().out
+    assert PrivacyLedger(path).verify() == rows and path.with_suffix(".budget.json").read_bytes() == budget
+    assert open_ledger(site.settings).budgets().default == site.settings.budget
 
 
 @pytest.mark.parametrize("name", ["message_seconds", "idle_seconds"])

@@ -37,7 +37,7 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
     Raises ConfigError or FederationError if it cannot join, LedgerError if the ledger cannot be trusted.
     """
     key = certificates.load_private_key(Path(site.key))
-    open_ledger(site)
+    open_ledger(site, setting=True)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
     _enter(site, key, say)
     worker = Worker(site)

@@ -33,7 +33,10 @@ def of_site(site: SiteSettings) -> dict[str, Any] | None:
     ledger, budget = open_ledger(site), site.budget
     releases = [one for one in ledger.releases() if not one.public]
     used = {(one.dataset, one.fingerprint) for one in releases}
-    spent = max((ledger.epsilon(dataset=name, fingerprint=mark) for name, mark in used), default=0.0)
+    spent = max(
+        (ledger.epsilon(dataset=name, fingerprint=mark, delta=budget.delta) for name, mark in used),
+        default=0.0,
+    )
     return {
         "epsilon_left": math.floor(max(0.0, budget.epsilon - spent) * 1e4) / 1e4,
         "epsilon": budget.epsilon,

@@ -60,15 +60,20 @@ def make_key(site: SiteSettings) -> tuple[str, str]:
     return certificates.public_line(key, site.site), certificates.fingerprint(certificates.public_key_of(key))
 
 
-def open_ledger(site: SiteSettings) -> PrivacyLedger:
-    """The site's ledger, with the budget that its file names. Raises LedgerError."""
+def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:
+    """The site's ledger. Raises LedgerError.
+
+    `setting`: its budget becomes the one that node.yaml names. Only a node that starts does that: whoever
+    tries another node.yaml (a dry run, a proof) changes nothing for the node that runs, and makes no file.
+    """
     from fedtune.privacy.ledger import PrivacyLedger
 
     path = Path(site.ledger)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    ledger = PrivacyLedger.open(path)
-    if ledger.budgets().default != site.budget:
-        ledger.set_budget(site.budget)
+    if setting:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ledger = PrivacyLedger.open(path)
+        if ledger.budgets().default != site.budget:
+            ledger.set_budget(site.budget)
     return PrivacyLedger.open(path, require_budget=True)
 
 
@@ -84,7 +89,7 @@ def proof(site: SiteSettings) -> tuple[str, bool]:
     releases = ledger.releases()
     for dataset, fingerprint in dict.fromkeys((one.dataset, one.fingerprint) for one in releases):
         count = sum(one.fingerprint == fingerprint for one in releases)
-        spent = ledger.epsilon(dataset=dataset, fingerprint=fingerprint)
+        spent = ledger.epsilon(dataset=dataset, fingerprint=fingerprint, delta=site.budget.delta)
         lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {spent:.4g} in all")
     entries = log.entries()
     sent = sum(one.get("bytes_out", 0) for one in entries)
@@ -94,6 +99,8 @@ def proof(site: SiteSettings) -> tuple[str, bool]:
         words = (one["time"][:19], f"{one['event']:<12}", f"{one.get('message', ''):<12}", about)
         said = " ".join([*words, one.get("reason", "")])
         lines.append("  " + said.rstrip())
+    if not Path(site.ledger).exists():
+        lines.append(f"there is no ledger yet: {site.ledger} is made when the node starts")
     lines += problems or [f"ledger ({rows} rows) and audit log are whole"]
     return "\n".join(lines), not problems
 
@@ -147,7 +154,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
         except PrivacyError as error:
             refusals.append(str(error))
     state, delta = ledger.state(), site.budget.delta
-    before = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint)
+    before = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint, delta=delta)
     terms = state.adding(shard.dataset, shard.fingerprint, mine, plan.num_rounds)
     if about is not None:
         terms = compose_terms(terms, about.terms(about.num_rounds))
