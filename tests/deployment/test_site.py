@@ -149,12 +149,13 @@ def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
 # Connects a second after it was started: whoever is quicker has the node's attention first.
 LATE = """
 import socket, sys, time
+from fedtune import __version__
 from fedtune.engines.deployment import channel
 time.sleep(1)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 channel.receive(connection)
-channel.send(connection, {"ready": 1})
+channel.send(connection, {"ready": 1, "fedtune": __version__})
 channel.receive(connection)
 channel.send(connection, {}, [b"reply", b"context"])
 channel.receive(connection)

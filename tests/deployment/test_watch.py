@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fedtune import __version__
 from fedtune.engines.deployment import executor, watch
 from fedtune.engines.deployment.executor import Worker, WorkerDied
 from fedtune.engines.deployment.watch import Watch, processor_seconds
+from fedtune.errors import ResourceError
 from tests.deployment.site_parts import settings
 
 
@@ -81,11 +83,12 @@ def test_processor_seconds_are_those_of_the_process() -> None:
 # Answers its first message at once and hangs over every other.
 HANGS = """
 import socket, sys, time
+from fedtune import __version__
 from fedtune.engines.deployment import channel
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 channel.receive(connection)
-channel.send(connection, {"ready": 1})
+channel.send(connection, {"ready": 1, "fedtune": __version__})
 header, parts = channel.receive(connection)
 if header["task"] == 2:
     time.sleep(1000)
@@ -94,14 +97,31 @@ channel.receive(connection)
 """
 
 
+POPEN = subprocess.Popen
+
+
 def _started_as(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has `code` started where a node would start its worker."""
-    started = subprocess.Popen
+    started = POPEN
 
     def other(command: list[str], **options: object) -> subprocess.Popen[bytes]:
         return started([sys.executable, "-c", code, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
 
     monkeypatch.setattr(executor.subprocess, "Popen", other)
+
+
+def test_a_worker_of_another_version_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed under a node that goes on: the server has let in the version of the node."""
+    _started_as(HANGS.replace("__version__}", "'9.9'}"), monkeypatch)
+    worker = Worker(settings(tmp_path))
+    try:
+        with pytest.raises(ResourceError, match=rf"upgraded under this node \({__version__} runs, 9.9 is inst"):
+            worker.ask(b"", b"", {"task": 1}, lambda: None)
+        assert worker.pid is None
+        _started_as(HANGS, monkeypatch)  # it was taken back
+        assert worker.ask(b"", b"", {"task": 1}, lambda: None) == [b"reply", b"context"]
+    finally:
+        worker.close()
 
 
 def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(

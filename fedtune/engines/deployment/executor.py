@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedtune import __version__
 from fedtune.engines.deployment import channel
 from fedtune.engines.deployment.thin import Apps
 from fedtune.engines.deployment.watch import Watch, processor_seconds
@@ -67,7 +68,10 @@ class Worker:
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self, beat: Callable[[], object] = lambda: None) -> None:
-        """Starts the worker if it does not live, calling `beat` meanwhile. Raises ResourceError."""
+        """Starts the worker if it does not live, calling `beat` meanwhile.
+
+        Raises ResourceError if it does not start, or is of another version: the server has let in this one.
+        """
         if self.pid is not None and self._connection is not None:
             return
         self.close_worker()
@@ -85,8 +89,14 @@ class Worker:
                     continue
                 connection.settimeout(None)
                 channel.send(connection, {}, [self._site.to_json().encode()])
-                channel.receive(connection)
+                runs = channel.receive(connection)[0].get("fedtune")
                 self._connection = connection
+                if runs != __version__:
+                    self.kill()
+                    raise ResourceError(
+                        f"fedtune was upgraded under this node ({__version__} runs, {runs or 'another'} is "
+                        "installed): start the node again."
+                    )
                 self._used = time.monotonic()
                 return
         raise ResourceError(

@@ -25,6 +25,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fedtune import __version__
 from fedtune.engines.deployment import channel
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(path: str) -> None:
     from fedtune.federation._flower import quiet
 
     quiet()
-    channel.send(connection, {"ready": os.getpid()})
+    channel.send(connection, {"ready": os.getpid(), "fedtune": __version__})
     _load()
     while True:
         try:
