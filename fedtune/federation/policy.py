@@ -141,10 +141,10 @@ class SiteSettings:
             )
         if settings.limits.threads < 1:
             raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
-        for name in ("message_seconds", "idle_seconds"):
-            seconds = getattr(settings.limits, name)
-            if seconds is not None and not seconds > 0:
-                raise ConfigError(f"{where}: limits.{name} is {seconds:g}, not above 0.")
+        for name in ("memory_gb", "message_seconds", "idle_seconds"):
+            limit = getattr(settings.limits, name)
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{where}: limits.{name} is {limit:g}, not above 0.")
         _ = settings.budget
         return settings
 

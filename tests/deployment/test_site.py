@@ -119,11 +119,11 @@ def test_only_a_node_that_starts_sets_the_budget(
     assert open_ledger(site.settings).budgets().default == site.settings.budget
 
 
-@pytest.mark.parametrize("name", ["message_seconds", "idle_seconds"])
-@pytest.mark.parametrize("seconds", [0, -1.0])
-def test_a_limit_of_no_time_is_refused(name: str, seconds: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"limits\.{name} is {seconds:g}, not above 0"):
-        settings(tmp_path, limits={name: seconds})
+@pytest.mark.parametrize("name", ["memory_gb", "message_seconds", "idle_seconds"])
+@pytest.mark.parametrize("limit", [0, -1.0])
+def test_a_limit_of_nothing_is_refused(name: str, limit: float, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"limits\.{name} is {limit:g}, not above 0"):
+        settings(tmp_path, limits={name: limit})
 
 
 def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:

@@ -115,11 +115,61 @@ def test_a_worker_of_another_version_is_not_asked(tmp_path: Path, monkeypatch: p
     _started_as(HANGS.replace("__version__}", "'9.9'}"), monkeypatch)
     worker = Worker(settings(tmp_path))
     try:
-        with pytest.raises(ResourceError, match=rf"upgraded under this node \({__version__} runs, 9.9 is inst"):
+        with pytest.raises(
+            ResourceError, match=rf"upgraded under this node \({__version__} runs, 9.9 is inst"
+        ):
             worker.ask(b"", b"", {"task": 1}, lambda: None)
         assert worker.pid is None
         _started_as(HANGS, monkeypatch)  # it was taken back
         assert worker.ask(b"", b"", {"task": 1}, lambda: None) == [b"reply", b"context"]
+    finally:
+        worker.close()
+
+
+ENDS_EARLY = """
+import socket, sys
+from fedtune.engines.deployment import channel
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+channel.receive(connection)
+sys.exit(3)
+"""
+IS_NEVER_READY = ENDS_EARLY.replace(
+    "sys.exit(3)", "open(sys.argv[1] + '.told', 'w').close(); import time; time.sleep(1000)"
+)
+
+
+def test_a_worker_that_ends_before_it_is_ready_is_told_with_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _started_as(ENDS_EARLY, monkeypatch)
+    monkeypatch.setattr(executor, "_BEAT_SECONDS", 60.0)
+    worker = Worker(settings(tmp_path))
+    try:
+        with pytest.raises(ResourceError, match=r"worker did not start \(exit status 3\)"):
+            worker.ask(b"", b"", {"task": 1}, lambda: None)
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_is_never_ready_is_given_up_and_the_node_lives_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _started_as(IS_NEVER_READY, monkeypatch)
+    monkeypatch.setattr(executor, "_BEAT_SECONDS", 0.1)
+    worker, now, beats = Worker(settings(tmp_path)), [1000.0], []
+    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
+
+    def passes() -> None:
+        if Path(worker._path + ".told").exists():  # it has its settings, and time passes now
+            beats.append(worker.pid)
+            now[0] += 30.0
+
+    try:
+        with pytest.raises(ResourceError, match=r"worker did not start \(no word in 120 s\)"):
+            worker.start(passes)
+        assert len(beats) >= 5 and all(beats)
+        assert worker.pid is None
     finally:
         worker.close()
 

@@ -78,30 +78,57 @@ class Worker:
         command = [sys.executable, "-m", "fedtune.engines.deployment.worker", self._path]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._site.limits.threads)}
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
-        self._listener.settimeout(1.0)
-        end = time.monotonic() + _START_SECONDS
-        while time.monotonic() < end and self._process.poll() is None:
-            beat()
-            with contextlib.suppress(TimeoutError):
-                connection, _ = self._listener.accept()
-                if channel.peer(connection) != (self._process.pid, os.getuid()):
-                    connection.close()  # somebody else of this machine; not our child
-                    continue
-                connection.settimeout(None)
-                channel.send(connection, {}, [self._site.to_json().encode()])
-                runs = channel.receive(connection)[0].get("fedtune")
-                self._connection = connection
-                if runs != __version__:
-                    self.kill()
-                    raise ResourceError(
-                        f"fedtune was upgraded under this node ({__version__} runs, {runs or 'another'} is "
-                        "installed): start the node again."
-                    )
-                self._used = time.monotonic()
-                return
-        raise ResourceError(
-            f"The node's worker did not start (exit status {self._process.poll()}); its own output says why."
-        )
+        try:
+            connection, runs = self._greet(self._process, beat)
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_BEAT_SECONDS)  # one that closed its socket is about to end
+            status = self._process.poll()
+            self.kill()
+            how = f"no word in {_START_SECONDS:g} s" if status is None else f"exit status {status}"
+            raise ResourceError(
+                f"The node's worker did not start ({how}); its own output says why."
+            ) from None
+        self._connection = connection
+        if runs != __version__:
+            self.kill()
+            raise ResourceError(
+                f"fedtune was upgraded under this node ({__version__} runs, {runs or 'another'} is "
+                "installed): start the node again."
+            )
+        self._used = time.monotonic()
+
+    def _greet(
+        self, process: subprocess.Popen[bytes], beat: Callable[[], object]
+    ) -> tuple[socket.socket, object]:
+        """The connection of a worker that was just started and given its settings; its version of fedtune.
+
+        Raises EOFError or OSError if it ends before it is ready, or nothing is heard for _START_SECONDS.
+        """
+
+        def hear(other: socket.socket) -> None:
+            end = time.monotonic() + _START_SECONDS
+            while time.monotonic() <= end:
+                beat()
+                if select.select([other], [], [], 1.0)[0]:
+                    return
+                if process.poll() is not None:
+                    raise EOFError
+            raise TimeoutError
+
+        while True:
+            hear(self._listener)
+            connection, _ = self._listener.accept()
+            if channel.peer(connection) == (process.pid, os.getuid()):
+                break
+            connection.close()  # somebody else of this machine; not our child
+        try:
+            channel.send(connection, {}, [self._site.to_json().encode()])
+            hear(connection)
+            return connection, channel.receive(connection)[0].get("fedtune")
+        except BaseException:
+            connection.close()
+            raise
 
     def ask(
         self,
