@@ -88,7 +88,7 @@ class Server:
         converse(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
-            answer=answer, rest=lambda: self.did.append("rested"),
+            answer=answer,
         )  # fmt: skip
         return self.did
 
@@ -103,7 +103,7 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
         return True
 
     assert server.talk(tmp_path, answer) == [
-        "joined 7", "asked", "rested", "asked", "answered", "pushed", "asked",
+        "joined 7", "asked", "asked", "answered", "pushed", "asked",
     ]  # fmt: skip
 
 

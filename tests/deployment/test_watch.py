@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedtune import __version__
-from fedtune.engines.deployment import executor, watch
+from fedtune.engines.deployment import executor, node, watch
 from fedtune.engines.deployment.executor import Worker, WorkerDied
 from fedtune.engines.deployment.watch import Watch, processor_seconds
 from fedtune.errors import ResourceError
@@ -100,11 +104,23 @@ channel.receive(connection)
 POPEN = subprocess.Popen
 
 
-def _started_as(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def _and_then(first: Callable[..., object], then: Callable[[], object]) -> Callable[..., object]:
+    """`first`, followed by `then`."""
+
+    def both(*values: object) -> object:
+        done = first(*values)
+        then()
+        return done
+
+    return both
+
+
+def _started_as(code: str, monkeypatch: pytest.MonkeyPatch, stdin: int = subprocess.DEVNULL) -> None:
     """Has `code` started where a node would start its worker."""
     started = POPEN
 
     def other(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        options["stdin"] = stdin
         return started([sys.executable, "-c", code, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
 
     monkeypatch.setattr(executor.subprocess, "Popen", other)
@@ -217,6 +233,61 @@ def test_a_worker_that_nobody_asks_ends_and_the_next_message_has_another(
         assert worker.ask(b"", b"", {"task": 3}, lambda: None) == [b"reply", b"context"]
     finally:
         worker.close()
+
+
+def test_a_worker_that_is_being_asked_does_not_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it has been at it: the thread that looks once a minute is not the one that asks."""
+    _started_as(HANGS.replace("time.sleep(1000)", "sys.stdin.read(1)"), monkeypatch, subprocess.PIPE)
+    now, asked, replies = [1000.0], threading.Event(), []
+    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
+    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
+    try:
+        worker.start()
+        one = worker.pid
+        message = (b"", b"", {"task": 2}, lambda: None)
+        monkeypatch.setattr(executor.channel, "send", _and_then(executor.channel.send, asked.set))
+        other = threading.Thread(target=lambda: replies.append(worker.ask(*message)), daemon=True)
+        other.start()
+        assert asked.wait(60)
+        now[0] += 1e6
+        assert not worker.rest()
+        assert worker.pid == one
+        assert worker._process is not None and worker._process.stdin is not None
+        worker._process.stdin.write(b".")
+        worker._process.stdin.close()
+        other.join(60)
+        assert replies == [[b"reply", b"context"]]
+        assert not worker.rest()  # it was asked just now
+    finally:
+        worker.close()
+
+
+def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_END_SECONDS", 0.2)
+    _started_as(HANGS, monkeypatch)
+    worker = Worker(settings(tmp_path))
+    worker.start()
+    one, process = worker.pid, worker._process
+    assert one is not None and process is not None
+    os.kill(one, signal.SIGSTOP)  # it sees neither that its socket closes nor a SIGTERM
+    worker.close()
+    assert process.returncode is not None and processor_seconds(one) is None
+
+
+def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower asks a server that is away again for ever, and nothing else is done meanwhile."""
+
+    def away(*_: object) -> None:
+        raise ResourceError("The server does not answer.")
+
+    monkeypatch.setattr(node, "publish", away)
+    monkeypatch.setattr(node, "check_server", away)
+    said, rested = [], [True, False]
+    minutes = SimpleNamespace(wait=lambda seconds: len(said) > 4)
+    worker = SimpleNamespace(rest=lambda: rested.pop(0) if rested else False)
+    node._watch(settings(tmp_path), None, worker, None, minutes, said.append)  # type: ignore[arg-type]
+    assert [one for one in said if "the worker has ended" in one] == said[1:2]
+    assert not rested
 
 
 def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,6 @@ def converse(
     node_config: dict[str, Any],
     guard: Callable[[Any], Any],
     answer: Callable[[], bool],
-    rest: Callable[[], object],
 ) -> None:
     """Joins the SuperLink at `server` and goes on until the connection ends for a reason unforeseen.
 
@@ -71,7 +70,6 @@ def converse(
         node_config: what every Context of this node holds.
         guard: Flower's connection (eight functions), with the node's own checks put before them.
         answer: answers the messages that are in `state`; False if there is nothing to send.
-        rest: called whenever no message has come.
 
     Raises SystemExit if the server does not let this node in, and when it is told to end (Ctrl-C, SIGTERM).
     """
@@ -111,7 +109,6 @@ def converse(
                 trusted_entities=None,
             )
             if came is None:
-                rest()
                 time.sleep(pace.seconds())
                 continue
             if answer():

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ __all__ = ["Answers", "Worker", "WorkerDied"]
 _log = logging.getLogger("fedtune.node")
 _START_SECONDS = 120.0
 _BEAT_SECONDS = 5.0
+_END_SECONDS = 10.0
 _INVALID_APP, _APP_CRASHED = 3, 4  # any of flwr's ErrorCode will do: the reason is what is read
 
 
@@ -49,6 +51,7 @@ class Worker:
 
     Between the rounds of a run it stays, so that a round costs training and not imports. When nothing has
     come for long it ends (`rest`): a node may be idle for months, and the worker is most of its memory.
+    One thread asks; another may call `rest`, which does nothing while the first is at it.
     """
 
     def __init__(self, site: SiteSettings) -> None:
@@ -61,6 +64,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._used = time.monotonic()  # when it was last started or asked
+        self._lock = threading.RLock()  # of the process and its connection
 
     @property
     def pid(self) -> int | None:
@@ -72,9 +76,12 @@ class Worker:
 
         Raises ResourceError if it does not start, or is of another version: the server has let in this one.
         """
-        if self.pid is not None and self._connection is not None:
-            return
-        self.close_worker()
+        with self._lock:
+            if self.pid is None or self._connection is None:
+                self.close_worker()
+                self._start(beat)
+
+    def _start(self, beat: Callable[[], object]) -> None:
         command = [sys.executable, "-m", "fedtune.engines.deployment.worker", self._path]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._site.limits.threads)}
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
@@ -143,7 +150,18 @@ class Worker:
         `awaited`: seconds for which the server waits for the answer. Raises WorkerDied if the worker dies, or
         hangs and is killed.
         """
-        self.start(beat)
+        with self._lock:
+            self.start(beat)
+            return self._answer(message, context, header, beat, awaited)
+
+    def _answer(
+        self,
+        message: bytes,
+        context: bytes,
+        header: dict[str, Any],
+        beat: Callable[[], object],
+        awaited: float,
+    ) -> list[bytes]:
         connection, process = self._connection, self._process
         assert connection is not None and process is not None
         watch = Watch(awaited, self._site.limits.message_seconds, lambda: processor_seconds(process.pid))
@@ -169,29 +187,39 @@ class Worker:
     def rest(self) -> bool:
         """Ends a worker that nobody has asked for `limits.idle_seconds`; the next message starts another.
 
-        True if it was ended now.
+        True if it was ended now. While another thread starts, asks or ends it, it is not idle.
         """
         longest = self._site.limits.idle_seconds
-        if longest is None or time.monotonic() - self._used <= longest or self.pid is None:
+        if longest is None or not self._lock.acquire(blocking=False):
             return False
-        self.close_worker()
-        return True
+        try:
+            if time.monotonic() - self._used <= longest or self.pid is None:
+                return False
+            self.close_worker()
+            return True
+        finally:
+            self._lock.release()
 
     def kill(self) -> None:
         """Ends a worker that does not listen; the next message starts another."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self.close_worker()
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+            self.close_worker()
 
     def close_worker(self) -> None:
-        """Ends the worker: it leaves when its socket closes."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(10)
+        """Ends the worker: it leaves when its socket closes, or is killed."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
+                try:
+                    self._process.wait(_END_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self.kill()
 
     def close(self) -> None:
         """Ends the worker and removes the socket."""

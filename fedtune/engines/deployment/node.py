@@ -79,11 +79,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
     state = State(store)
     answer = Answers(state, store, site, worker, apps)
 
-    def rest() -> None:
-        if worker.rest():
-            say("nothing is asked: the worker has ended, and the next message starts it again")
-
-    threading.Thread(target=_watch, args=(site, key, log, ending, say), daemon=True).start()
+    threading.Thread(target=_watch, args=(site, key, worker, log, ending, say), daemon=True).start()
     try:
         while True:
             joined.clear()
@@ -96,7 +92,6 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
                 node_config={"site": site.to_json()},
                 guard=lambda connection: guard(connection, apps, log),
                 answer=answer,
-                rest=rest,
             )
             # Something unforeseen ended it; identity and memory of runs are kept.
             say(f"the connection ended ({said.last()}); joining again")
@@ -146,10 +141,17 @@ def guard(connection: Any, apps: Apps, log: AuditLog) -> Any:
 
 
 def _watch(
-    site: SiteSettings, key: Any, log: AuditLog, ending: threading.Event, say: Callable[[str], None]
+    site: SiteSettings,
+    key: Any,
+    worker: Worker,
+    log: AuditLog,
+    ending: threading.Event,
+    say: Callable[[str], None],
 ) -> None:
     """Once a minute: says that the server does not answer, for Flower tries again by itself, and silently;
-    and tells it what the owner publishes, if that has changed. Once a day: that its certificate ends soon."""
+    tells it what the owner publishes, if that has changed; and ends a worker of which nothing is asked, here
+    because Flower's question for messages does not return while the server is away.
+    Once a day: that its certificate ends soon."""
     warned, told = time.monotonic(), None
     while True:
         try:
@@ -158,6 +160,8 @@ def _watch(
             say(str(error))
         if ending.wait(60.0):
             return
+        if worker.rest():
+            say("nothing is asked: the worker has ended, and the next message starts it again")
         try:
             warning = expiry_warning(check_server(site.server, Path(site.ca)))
             if warning and time.monotonic() - warned > _DAY:
