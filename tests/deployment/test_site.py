@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -14,8 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
+from fedtune import __version__
 from fedtune.cli import main
-from fedtune.engines.deployment import executor
+from fedtune.engines.deployment import channel, executor
 from fedtune.engines.deployment.executor import Worker
 from fedtune.engines.deployment.site import open_ledger
 from fedtune.errors import ConfigError
@@ -144,6 +147,31 @@ def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
         [sys.executable, "-c", code, site.to_json()], check=True, capture_output=True, timeout=120
     )
     assert json.loads(done.stdout) == [500_000_000, "1", True]
+
+
+def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> None:
+    """A terminal sends it to both: the node ends the worker, and nothing is printed."""
+    code = (
+        "import sys\n"
+        "from fedtune.engines.deployment import worker\n"
+        "worker._load = lambda: None\n"
+        "worker.main(sys.argv[1])\n"
+    )
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/socket")
+        listener.listen(1)
+        listener.settimeout(60)
+        started = subprocess.Popen(
+            [sys.executable, "-c", code, f"{folder}/socket"], stderr=subprocess.PIPE, text=True
+        )
+        connection, _ = listener.accept()
+        channel.send(connection, {}, [settings(tmp_path).to_json().encode()])
+        assert channel.receive(connection)[0] == {"ready": started.pid, "fedtune": __version__}
+        started.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        connection.close()
+        _, said = started.communicate(timeout=60)
+    assert (started.returncode, said) == (0, "")
 
 
 # Connects a second after it was started: whoever is quicker has the node's attention first.

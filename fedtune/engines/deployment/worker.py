@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ _APP_FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 def main(path: str) -> None:
     """Connects to the node's socket and answers its messages until it closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the node, which ends this one
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     header, parts = channel.receive(connection)
