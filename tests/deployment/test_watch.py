@@ -19,6 +19,7 @@ from fedtune.engines.deployment import executor, node, watch
 from fedtune.engines.deployment.executor import Worker, WorkerDied
 from fedtune.engines.deployment.watch import Watch, processor_seconds
 from fedtune.errors import ResourceError
+from fedtune.federation.audit_log import AuditLog
 from tests.deployment.site_parts import settings
 
 
@@ -302,3 +303,32 @@ def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest
         assert worker.pid is not None
     finally:
         worker.close()
+
+
+def test_the_log_says_that_the_budget_was_published_when_it_leaves_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, left, there = AuditLog(tmp_path / "audit.jsonl"), [], False
+    budget = {"epsilon_left": 1.0, "epsilon": 2.0, "delta": 1e-5, "unit": "record"}
+
+    def answers(*_: object) -> float:
+        if not there:
+            raise ResourceError("The server does not answer.")
+        return 99.0
+
+    def leaves(site: object, key: object, values: object) -> None:
+        answers()
+        left.append((values, [one["event"] for one in log.entries()]))
+
+    monkeypatch.setattr(node.published, "of_site", lambda site: budget)
+    monkeypatch.setattr(node, "check_server", answers)
+    monkeypatch.setattr(node.join, "publish", leaves)
+    for _ in range(3):  # minutes
+        with pytest.raises(ResourceError):
+            node.publish(settings(tmp_path), None, log, None)
+    assert log.entries() == [] and left == []
+    there = True
+    told = node.publish(settings(tmp_path), None, log, None)
+    assert node.publish(settings(tmp_path), None, log, told) == told
+    assert left == [(budget, ["published"])]  # the line was there before it left, and there is one
+    assert len(log.entries()) == 1

@@ -174,12 +174,14 @@ def _watch(
 def publish(site: SiteSettings, key: Any, log: AuditLog, told: Any) -> dict[str, Any]:
     """Tells the server what the owner publishes, unless it is what was `told` before; what it knows now.
 
-    The log says so before it leaves. An owner who publishes nothing has that told once: what the server
-    kept of a time when it was otherwise is taken down.
+    The log says so before it leaves, once the server is known to be there: while it is away nothing leaves,
+    and a line each minute would say otherwise. An owner who publishes nothing has that told once: what the
+    server kept of a time when it was otherwise is taken down.
     """
     now = {"published": published.of_site(site)}
     if now != told:
         if now["published"] is not None:
+            check_server(site.server, Path(site.ca))
             log.append("published", message="budget", **now["published"])
         join.publish(site, key, now["published"])
     return now
