@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ class Server:
         converse(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
-            answer=answer,
+            answer=answer, say=pytest.fail,
         )  # fmt: skip
         return self.did
 
@@ -168,6 +169,112 @@ def test_an_object_is_asked_for_again_when_the_server_failed(
     else:
         with pytest.raises(httpx.HTTPStatusError):
             conversation._soon_again(pull)(1, "one")
+
+
+class Taker:
+    """A SuperLink as far as an answer reaches it: keeps each object once, says which it misses.
+
+    `failures`: what goes wrong, by the number of the request: before it is done, after, or "not stored".
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: dict[int, str]) -> None:
+        from flwr.app import ConfigRecord, Message, RecordDict
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+        from flwr.supernode.start_client_internal import _insert_message
+
+        from fedtune.federation._flower import task_identity
+
+        self.clock, self.failures, self.said = Clock(), failures, []
+        monkeypatch.setattr(conversation.time, "sleep", self.clock.sleep)
+        self.requests, self.sessions, self.stored, self.lock = 0, 0, [], threading.Lock()
+        self.objects = ObjectStoreFactory().store()
+        self.state = InMemoryNodeState(self.objects)
+        self.state.set_node_id(7)
+        with task_identity(5):
+            asked = Message(RecordDict(), 7, "train", group_id="3")
+        asked.metadata.__dict__["_message_id"] = asked.object_id
+        self.state.store_message(asked)
+        self.state.get_messages_legacy()
+        self.state.record_message_processing_start(message_id=asked.object_id)
+        self.state.record_message_processing_end(message_id=asked.object_id)
+        records = {f"part {i}": ConfigRecord({"value": i}) for i in range(3)}
+        self.reply = Message(RecordDict(records), reply_to=asked)
+        _insert_message(self.reply, self.state, self.objects)
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[bool]:
+        """Whether it is to be carried out as asked."""
+        with self.lock:
+            self.requests += 1
+            wrong = self.failures.get(self.requests, self.failures.get(0, ""))
+            answer = httpx.Response(
+                500 if "500" in wrong else 404, request=httpx.Request("POST", "https://s")
+            )
+            error = httpx.HTTPStatusError("it failed", request=answer.request, response=answer)
+            if wrong.startswith("before"):
+                raise error
+            yield wrong != "not stored"
+            if wrong.startswith("after"):
+                raise error
+
+    def send(self, message: Any, tree: Any, seconds: float) -> tuple[set[str], str]:
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+
+        with self._request():
+            assert message.metadata.message_id == self.reply.object_id
+            self.sessions += 1
+            wanted = {one.object_id for one in iterate_object_tree(tree)} - set(self.stored)
+            return wanted, str(self.sessions)
+
+    def push(self, run_id: int, session: str, name: str, content: bytes) -> None:
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, get_object_id
+
+        with self._request() as done:
+            if not done or session != str(self.sessions) or name in self.stored:
+                raise ObjectPushError(name, run_id, session)
+            assert name == get_object_id(content)
+            self.stored.append(name)
+
+    def push_all(self) -> None:
+        from flwr.supernode.start_client_internal import _push_messages
+
+        deliver = conversation._delivery(self.objects, self.send, self.push, self.said.append)
+        _push_messages(state=self.state, object_store=self.objects, send=deliver, push_object=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        {},
+        {1: "before, 500", 2: "after, 500"},  # nothing, or the message, is stored
+        {2: "before, 500", 7: "after, 500"},  # an object is not stored, and one is although it says 500
+        {3: "not stored", 5: "after, 500"},
+    ],
+)
+def test_a_charged_answer_arrives_though_the_server_fails(
+    monkeypatch: pytest.MonkeyPatch, failures: dict[int, str]
+) -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    server = Taker(monkeypatch, failures)
+    server.push_all()
+    assert sorted(server.stored) == sorted(get_all_nested_objects(server.reply))  # each once
+    assert server.said == [] and len(server.clock.slept) >= bool(failures)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("before, 500", "HTTP status 500"), ("before", "HTTP status 404")]
+)
+def test_an_answer_that_does_not_arrive_is_told(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, told: str
+) -> None:
+    server = Taker(monkeypatch, {0: wrong})
+    server.push_all()
+    (said,) = server.said
+    assert said.startswith(f"the answer to train, round 3, did not arrive at the server ({told})")
+    assert said.endswith("what was charged for it stays charged")
+    assert sum(server.clock.slept) == pytest.approx(UPLOAD_SECONDS if "500" in wrong else 0)
 
 
 def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:

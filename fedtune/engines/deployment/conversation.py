@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def converse(
     node_config: dict[str, Any],
     guard: Callable[[Any], Any],
     answer: Callable[[], bool],
+    say: Callable[[str], None],
 ) -> None:
     """Joins the SuperLink at `server` and goes on until the connection ends for a reason unforeseen.
 
@@ -70,6 +72,7 @@ def converse(
         node_config: what every Context of this node holds.
         guard: Flower's connection (eight functions), with the node's own checks put before them.
         answer: answers the messages that are in `state`; False if there is nothing to send.
+        say: tells the site's administrator of an answer that did not arrive.
 
     Raises SystemExit if the server does not let this node in, and when it is told to end (Ctrl-C, SIGTERM).
     """
@@ -96,6 +99,7 @@ def converse(
     with connection as opened:
         node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = guard(opened)
         state.set_node_id(node_id)
+        deliver = _delivery(store, send, push_object, say)
         while True:
             came = _pull_and_store_message(
                 state=state,
@@ -112,7 +116,7 @@ def converse(
                 time.sleep(pace.seconds())
                 continue
             if answer():
-                _push_messages(state=state, object_store=store, send=send, push_object=push_object)
+                _push_messages(state=state, object_store=store, send=deliver, push_object=push_object)
             pace.message()
 
 
@@ -147,3 +151,46 @@ def _soon_again(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes
         raise ObjectPullError(object_id, f"it did not arrive in {UPLOAD_SECONDS} s.")
 
     return patient
+
+
+def _delivery(
+    store: Any, send: Callable[..., Any], push_object: Callable[..., Any], say: Callable[[str], None]
+) -> Callable[[Any, Any, float], tuple[set[str], str]]:
+    """Flower's `send`, which also pushes the answer's objects, and does both again when the server failed.
+
+    Flower drops an answer at an HTTP 500 or an object that was not stored, and this one is charged. All of it
+    is begun again, for the server may have stored an object and failed later: it knows an answer by the hash
+    of its content, keeps it once, and says which of its objects it still misses; a new push of an answer
+    replaces the one before (`LinkState.store_message_res`, `CoreState.preregister_object_tree`).
+    """
+    import httpx
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.inflatable.inflatable_utils import (
+        ObjectPushError,
+        push_object_contents_from_iterable,
+    )
+
+    def deliver(message: Any, tree: Any, seconds: float) -> tuple[set[str], str]:
+        for pause in itertools.chain(pauses(), [None]):
+            try:
+                missing, session = send(message, tree, seconds)
+                names = dict.fromkeys(one.object_id for one in iterate_object_tree(tree))
+                push_object_contents_from_iterable(
+                    ((name, store.get(name)) for name in names if name in missing),
+                    partial(push_object, message.metadata.run_id, session),
+                )
+                return set(), session
+            except Exception as error:
+                status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
+                if pause is None or not (status >= 500 or isinstance(error, ObjectPushError)):
+                    told = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
+                    say(
+                        f"the answer to {message.metadata.message_type}, round {message.metadata.group_id}, "
+                        f"did not arrive at the server ({told}) and is given up; what was charged for it "
+                        "stays charged"
+                    )
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    return deliver

@@ -92,6 +92,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
                 node_config={"site": site.to_json()},
                 guard=lambda connection: guard(connection, apps, log),
                 answer=answer,
+                say=say,
             )
             # Something unforeseen ended it; identity and memory of runs are kept.
             say(f"the connection ended ({said.last()}); joining again")
