@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +61,19 @@ class AuditLog:
             ) from error
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines, oldest first. Raises LedgerError for a line that is none."""
-        if not self.path.exists():
-            return []
-        try:
-            return [json.loads(line) for line in self.path.read_bytes().splitlines()]
-        except ValueError as error:
-            raise LedgerError(
-                f"The audit log {self.path} holds a line that is not JSON ({error})."
-            ) from error
+        """All lines that are entries, oldest first; `verify` names the others. Raises LedgerError."""
+        found = []
+        for line in self._lines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict):
+                    found.append(entry)
+        return found
 
     def verify(self) -> list[str]:
-        """What is wrong with the chain of lines (nothing: it is whole)."""
+        """What is wrong with the chain of lines (nothing: it is whole). Raises LedgerError."""
         problems, before = [], b""
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(self._lines(), start=1):
             try:
                 named = json.loads(line).get("previous")
             except (ValueError, AttributeError):
@@ -84,6 +83,14 @@ class AuditLog:
                 problems.append(f"line {number} does not follow the line before it")
             before = line
         return problems
+
+    def _lines(self) -> list[bytes]:
+        try:
+            return self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
 
 
 def _hash(line: bytes) -> str:

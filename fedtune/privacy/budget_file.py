@@ -15,13 +15,14 @@ import math
 import os
 import stat
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import LedgerError, PrivacyError
 
-__all__ = ["Budgets", "PrivacyBudget", "read_budgets", "write_budgets"]
+__all__ = ["Budgets", "PrivacyBudget", "budgets_of", "read_budgets", "write_budgets"]
 
 _VERSION = 1
 _UNITS = ("record", "person", "client")
@@ -66,8 +67,19 @@ class Budgets:
         return sorted((b for b in found if b is not None), key=lambda b: (b.epsilon, b.delta))
 
 
-def read_budgets(path: Path) -> Budgets | None:
-    """The budgets in `path`; None if there is no such file. Raises `LedgerError` if it cannot be trusted."""
+def budgets_of(said: Iterable[Mapping[str, Any]]) -> Budgets:
+    """What the bodies of a ledger's budget rows, oldest first, add up to: each replaces the one before it."""
+    found: dict[str | None, PrivacyBudget] = {
+        one["dataset"]: PrivacyBudget(one["epsilon"], one["delta"], one.get("unit")) for one in said
+    }
+    return Budgets(found.pop(None, None), {name: one for name, one in found.items() if name is not None})
+
+
+def read_budgets(path: Path, *, anew: bool = False) -> Budgets | None:
+    """The budgets in `path`; None if there is no such file. Raises `LedgerError` if it cannot be trusted.
+
+    `anew`: it is about to be replaced, so None, too, for content that is no budget.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -94,6 +106,8 @@ def read_budgets(path: Path) -> Budgets | None:
             {name: _budget(value) for name, value in datasets.items()},
         )
     except (OSError, ValueError, TypeError, KeyError, PrivacyError) as error:
+        if anew and not isinstance(error, OSError):
+            return None
         raise _unusable(path, str(error)) from error
 
 
@@ -135,5 +149,5 @@ def _refuse_constant(text: str) -> float:
 def _unusable(path: Path, why: str) -> LedgerError:
     return LedgerError(
         f"The budget file {path} cannot be used ({why}). No release is made. Write it anew with "
-        "`fedtune budget set`."
+        "`fedtune budget set`; at a site, start the node again, which writes what node.yaml names."
     )

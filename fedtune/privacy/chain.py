@@ -222,7 +222,8 @@ class Chain:
         """The error of a log that was tampered with or damaged."""
         return LedgerError(
             f"The privacy ledger {self.path} cannot be trusted: {what}. No release is made. Restore the file "
-            "from a backup, or ask whoever edited it; `fedtune budget verify` lists every such row."
+            "from a backup, or ask whoever edited it; `fedtune budget verify` lists every such row, and at a "
+            "site `fedtune node proof --config node.yaml`."
         )
 
     @contextmanager

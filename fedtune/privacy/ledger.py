@@ -41,7 +41,7 @@ from typing import Any
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting import epsilon_rdp_of_terms
 from fedtune.privacy.allowance import Allowance, kept_epsilon
-from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
+from fedtune.privacy.budget_file import Budgets, PrivacyBudget, budgets_of, read_budgets, write_budgets
 from fedtune.privacy.chain import GENESIS, Chain, Row
 from fedtune.privacy.ledger_state import (
     LedgerState,
@@ -267,10 +267,16 @@ class PrivacyLedger:
     # --- budgets ------------------------------------------------------------------------------------
 
     def set_budget(self, budget: PrivacyBudget, *, dataset: str | None = None) -> None:
-        """Sets the owner's budget for `dataset`, or for every data set without its own (None)."""
+        """Sets the owner's budget for `dataset`, or for every data set without its own (None).
+
+        The others stay as they are; where the file is lost or damaged, as the ledger's own rows say.
+        """
         with self._chain.writing() as connection:
             state = self._caught_up(connection)
-            old = read_budgets(self.budget_path) or Budgets(None, {})
+            old = read_budgets(self.budget_path, anew=True)
+            if old is None:
+                rows = self._chain.latest_of_kind(connection, "budget", state.seq)
+                old = budgets_of(row.body for row in rows)
             if dataset is None:
                 new = Budgets(budget, old.datasets)
             else:
@@ -327,12 +333,20 @@ class PrivacyLedger:
             raise LedgerError(
                 f"The budget file {self.budget_path} is missing, but a budget was set before. No release is "
                 "made without it. Restore the file, or set a budget anew: fedtune budget set --epsilon E "
-                "--delta D."
+                "--delta D; at a site, start the node again, which sets what node.yaml names."
             )
         if found is None and self._require_budget:
             raise LedgerError(
                 f"There is no budget file {self.budget_path}, and this node releases nothing before its "
-                "owner has said what may be spent. Run: fedtune budget set --epsilon E --delta D."
+                "owner has said what may be spent. Run: fedtune budget set --epsilon E --delta D; at a site, "
+                "start the node, which sets what node.yaml names."
+            )
+        if self._require_budget and not state.has_budget:
+            raise LedgerError(
+                f"There is a budget file {self.budget_path}, but the privacy ledger {self.path} never heard "
+                "of a budget: it is gone, or another. No release is made, for what was spent before would be "
+                "forgotten. Restore the ledger from a backup; at a site, `fedtune node proof --config "
+                "node.yaml` shows what is there."
             )
         return found or Budgets(None, {})
 

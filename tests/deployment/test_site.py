@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,10 +23,17 @@ from fedtune.cli import main
 from fedtune.engines.deployment import channel, executor
 from fedtune.engines.deployment.executor import Worker
 from fedtune.engines.deployment.site import open_ledger
-from fedtune.errors import ConfigError
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.errors import ConfigError, LedgerError
+from fedtune.privacy import ledger as ledger_module
+from fedtune.privacy.ledger import PrivacyBudget, PrivacyLedger
 from tests.deployment.site_parts import SIZE, Site, settings
+from tests.privacy.plans import local_plan
 from tests.tiny_federation import make_data, make_model, one_thread
+
+RELEASE: dict[str, Any] = {
+    "dataset": "made-up", "fingerprint": "f", "node": "clinic-1", "run": "r", "round": 1,
+    "plan": local_plan(num_rounds=3),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,82 @@ def test_only_a_node_that_starts_sets_the_budget(
     assert "budget epsilon 70 " in capsys.readouterr().out
     assert PrivacyLedger(path).verify() == rows and path.with_suffix(".budget.json").read_bytes() == budget
     assert open_ledger(site.settings).budgets().default == site.settings.budget
+
+
+@pytest.mark.parametrize("content", [None, "", '{"version": 1, "default": {"epsilon": 99}}'])
+def test_a_budget_file_that_is_lost_or_damaged_is_written_anew_by_a_start(
+    content: str | None, tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = settings(tmp_path, str(model))
+    ledger = open_ledger(site, setting=True)
+    ledger.set_budget(PrivacyBudget(1.0, 1e-4), dataset="visits")
+    before = ledger.budgets()
+    ledger.reserve(**RELEASE)
+    ledger.budget_path.unlink()
+    if content is not None:
+        ledger.budget_path.write_text(content)
+    with pytest.raises(LedgerError, match=r"budget\.json .* start the node again"):
+        ledger.reserve(**{**RELEASE, "round": 2})
+    assert command("node", "--config", node, "proof") == 1
+    said = capsys.readouterr().out
+    assert "start the node again" in said and "1 releases, epsilon" in said and "0 answers" in said
+    # What the owner said of one data set by itself stays, and does not become looser.
+    assert open_ledger(site, setting=True).budgets() == before and before.datasets
+    ledger.reserve(**{**RELEASE, "round": 2})
+
+
+def test_a_ledger_that_is_gone_is_not_begun_anew(
+    tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    made = Site(tmp_path, model)
+    assert made.ask(round=1)["update"]
+    path = Path(made.settings.ledger)
+    open_ledger(made.settings).close()
+
+    def refused(what: str) -> None:
+        monkeypatch.setattr(ledger_module, "_opened", {})  # as a new process, which remembers nothing
+        with pytest.raises(LedgerError, match=rf"{what}.* would forget what was spent"):
+            open_ledger(made.settings, setting=True)
+        assert command("node", "--config", node, "proof") == 1
+        assert "would forget what was spent" in capsys.readouterr().out
+
+    for beside in path.parent.glob("ledger.sqlite*"):
+        beside.unlink()
+    refused("its budget file .* and the audit log .* tells of 1 releases")
+    # A worker that the running node starts again finds the budget, and no ledger that knows of it.
+    with pytest.raises(LedgerError, match="never heard of a budget"):
+        open_ledger(made.settings).reserve(**RELEASE)
+    path.touch()
+    refused("its budget file .* and the audit log .* tells of 1 releases")
+    path.unlink()
+    path.with_suffix(".budget.json").unlink()
+    refused("but the audit log .* tells of 1 releases")
+    assert not path.exists()
+
+
+def test_the_proof_says_all_that_is_wrong_with_damaged_books(
+    tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = Site(tmp_path, model)
+    assert made.ask(round=1)["update"] and made.ask(round=2)["update"]
+    path, log = Path(made.settings.ledger), Path(made.settings.audit_log)
+    open_ledger(made.settings).close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TRIGGER log_is_not_edited")
+        connection.execute("UPDATE log SET body = replace(body, '0.3', '0.2') WHERE seq = 2")
+        connection.execute("UPDATE log SET time = '2020' WHERE seq = 4")
+        connection.commit()
+    log.write_bytes(b"3\nno line\n" + log.read_bytes())
+    with pytest.raises(LedgerError):
+        PrivacyLedger(path).state()
+    assert command("node", "--config", node, "proof") == 1
+    said = capsys.readouterr().out
+    assert "ledger: row 2 was changed" in said and "ledger: row 4 was changed" in said
+    assert "audit log: line 2 is no entry" in said and "2 answers" in said
+    path.write_bytes(b"no database at all" * 100)
+    assert command("node", "--config", node, "proof") == 1
+    said = capsys.readouterr().out
+    assert "ledger: The privacy ledger" in said and "audit log: line 2 is no entry" in said
 
 
 @pytest.mark.parametrize("name", ["memory_gb", "message_seconds", "idle_seconds"])

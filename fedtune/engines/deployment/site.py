@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.provision import parse_address, read_yaml
-from fedtune.errors import ConfigError, DataError, PrivacyError
+from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
 from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.policy import SiteSettings
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fedtune.privacy.ledger import PrivacyLedger
 
 __all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "proof", "read_site"]
+
+_T = TypeVar("_T")
 
 
 def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
@@ -63,46 +66,99 @@ def make_key(site: SiteSettings) -> tuple[str, str]:
 def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:
     """The site's ledger. Raises LedgerError.
 
-    `setting`: its budget becomes the one that node.yaml names. Only a node that starts does that: whoever
-    tries another node.yaml (a dry run, a proof) changes nothing for the node that runs, and makes no file.
+    `setting`: its budget becomes the one that node.yaml names, also where its budget file is lost or damaged.
+    Only a node that starts does that: whoever tries another node.yaml (a dry run, a proof) changes nothing
+    for the node that runs, and makes no file. A ledger that is gone is not begun anew.
     """
     from fedtune.privacy.ledger import PrivacyLedger
 
     path = Path(site.ledger)
     if setting:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         ledger = PrivacyLedger.open(path)
-        if ledger.budgets().default != site.budget:
+        if lost := _lost(site, ledger):
+            raise LedgerError(lost)
+        try:
+            stands = ledger.state().has_budget and ledger.budgets().default == site.budget
+        except LedgerError:  # of the budget file; what else is wrong is said again below
+            stands = False
+        if not stands:
             ledger.set_budget(site.budget)
     return PrivacyLedger.open(path, require_budget=True)
+
+
+def _lost(site: SiteSettings, ledger: PrivacyLedger) -> str | None:
+    """What to tell the owner if there was a ledger with releases where there is none now; else None."""
+    path, state, signs = Path(site.ledger), ledger.state(), []
+    if state.seq == 0 and ledger.budget_path.exists():
+        signs.append(f"its budget file {ledger.budget_path} is there")
+    if not state.releases:
+        told = sum(one.get("event") == "released" for one in AuditLog(Path(site.audit_log)).entries())
+        if told:
+            signs.append(f"the audit log {site.audit_log} tells of {told} releases")
+    if not signs:
+        return None
+    return (
+        f"The privacy ledger {path} is missing or empty, but {' and '.join(signs)}: a new one would forget "
+        "what was spent. Nothing is released. Restore the folder from a backup. Only if nothing was ever "
+        "released from this data, move away what is left of the old ledger and log, and start the node again."
+    )
 
 
 def proof(site: SiteSettings) -> tuple[str, bool]:
     """What has left this site, from its ledger and audit log, for a person; and whether both are whole.
 
-    Raises LedgerError if one of them cannot be read at all.
+    Of books that are damaged it says all that is wrong and what can still be read.
     """
-    ledger, log = open_ledger(site), AuditLog(Path(site.audit_log))
-    rows, problems = ledger.verify()
-    problems = [f"ledger: {one}" for one in problems] + [f"audit log: {one}" for one in log.verify()]
+    from fedtune.privacy.ledger import PrivacyLedger
+
+    # Not `open_ledger`, which refuses one that is damaged: here all that is wrong is wanted.
+    ledger, log = PrivacyLedger(Path(site.ledger), require_budget=True), AuditLog(Path(site.audit_log))
+    wrong: list[str] = []
+
+    def asked(book: str, question: Callable[[], _T]) -> _T | None:
+        try:
+            return question()
+        except LedgerError as error:
+            wrong.append(f"{book}: {error}")
+            return None
+
+    rows, problems = asked("ledger", ledger.verify) or (0, [])
+    wrong += [f"ledger: {one}" for one in problems]
+    wrong += [f"audit log: {one}" for one in asked("audit log", log.verify) or []]
     lines = [f"site {site.site}, budget epsilon {site.budget.epsilon:g} at delta {site.budget.delta:g}"]
-    releases = ledger.releases()
+    if not ledger.path.exists():
+        lines.append(f"there is no ledger yet: {ledger.path} is made when the node starts")
+    else:
+        stands = asked("ledger", ledger.budgets)
+        if stands is not None and stands.default is not None and stands.default != site.budget:
+            lines.append(
+                f"until the node starts again, its budget is epsilon {stands.default.epsilon:g} at delta "
+                f"{stands.default.delta:g}"
+            )
+    if lost := asked("ledger", lambda: _lost(site, ledger)):
+        wrong.append(f"ledger: {lost}")
+    releases = asked("ledger", lambda: ledger.releases()) or []
     for dataset, fingerprint in dict.fromkeys((one.dataset, one.fingerprint) for one in releases):
         count = sum(one.fingerprint == fingerprint for one in releases)
-        spent = ledger.epsilon(dataset=dataset, fingerprint=fingerprint, delta=site.budget.delta)
-        lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {spent:.4g} in all")
-    entries = log.entries()
-    sent = sum(one.get("bytes_out", 0) for one in entries)
+        spend = partial(ledger.epsilon, dataset=dataset, fingerprint=fingerprint, delta=site.budget.delta)
+        spent = asked("ledger", spend)
+        shown = "unknown" if spent is None else f"{spent:.4g}"
+        lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {shown} in all")
+    entries = asked("audit log", log.entries) or []
+    sizes = [one.get("bytes_out") for one in entries]
+    sent = sum(size for size in sizes if isinstance(size, int))
     lines.append(f"{len(entries)} answers, {sent} bytes left this site; the last of them:")
     for one in entries[-10:]:
-        about = f"run {one['run'][:8]} round {one['round']}" if "run" in one else ""
-        words = (one["time"][:19], f"{one['event']:<12}", f"{one.get('message', ''):<12}", about)
-        said = " ".join([*words, one.get("reason", "")])
+        time, event, message, reason, run = (
+            str(one.get(name, "")) for name in ("time", "event", "message", "reason", "run")
+        )
+        about = f"run {run[:8]} round {one.get('round')}" if run else ""
+        said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
         lines.append("  " + said.rstrip())
-    if not Path(site.ledger).exists():
-        lines.append(f"there is no ledger yet: {site.ledger} is made when the node starts")
-    lines += problems or [f"ledger ({rows} rows) and audit log are whole"]
-    return "\n".join(lines), not problems
+    ledger.close()
+    # Several questions may have met the same.
+    lines += dict.fromkeys(wrong) or [f"ledger ({rows} rows) and audit log are whole"]
+    return "\n".join(lines), not wrong
 
 
 class DryRun:
