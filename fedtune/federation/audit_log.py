@@ -47,7 +47,8 @@ class AuditLog:
                     **values,
                     "previous": _hash(_last_line(file)),
                 }
-                line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+                # ASCII: a server may send half a surrogate pair, which no encoding of text can hold.
+                line = json.dumps(entry).encode() + b"\n"
                 try:
                     _write(file.fileno(), line)
                 except OSError:
@@ -78,9 +79,11 @@ class AuditLog:
                 named = json.loads(line).get("previous")
             except (ValueError, AttributeError):
                 problems.append(f"line {number} is no entry")
-                named = None
-            if named is not None and named != _hash(before):
-                problems.append(f"line {number} does not follow the line before it")
+            else:
+                if named is None:
+                    problems.append(f"line {number} does not say which line it follows")
+                elif named != _hash(before):
+                    problems.append(f"line {number} does not follow the line before it")
             before = line
         return problems
 

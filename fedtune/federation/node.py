@@ -209,9 +209,13 @@ class NodeMemory:
 
 
 def public_reason(error: Exception, node: str) -> str:
-    """What may be told of a failure: our own text, or another's type alone."""
+    """What may be told of a failure: our own text, or another's type alone.
+
+    Text that can travel: what of it was quoted from a server's JSON may hold half a surrogate pair.
+    """
     if isinstance(error, FedtuneError):
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return said.encode(errors="replace").decode()
     return f"Node {node!r} failed with {type(error).__name__}; its own log says more."
 
 

@@ -76,7 +76,8 @@ class Site:
             node_id=7,
             node_config={"site": self.settings.to_json()},
             state=self.state,
-            run_config={"fedtune": to_json(config or self.config)},
+            # Half a surrogate pair travels as JSON's escape for it, or not at all.
+            run_config={"fedtune": to_json(config or self.config).replace("\ud800", r"\ud800")},
         )
         with task_identity(1):
             message = Message(content, 7, kind)

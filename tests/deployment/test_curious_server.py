@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedtune.engines.deployment.site import proof
 from fedtune.federation.audit_log import AuditLog
 from tests.deployment.site_parts import Site, raw_request, with_values
 from tests.tiny_federation import make_data, make_model, one_thread
@@ -160,6 +163,25 @@ def test_a_message_of_a_kind_that_nobody_answers_does_not_end_the_worker(site: S
     answer = site.send(RecordDict(), "query.everything")
     assert answer.has_error() and "failed with" in reason(answer)
     assert site.log()[-1]["event"] == "refused"
+
+
+@pytest.mark.parametrize("where", ["labels", "name", "trust", "key"])
+def test_half_a_surrogate_pair_is_answered_and_logged_as_anything_else(site: Site, where: str) -> None:
+    """JSON can write it and no encoding of text can hold it, so it must neither travel nor stop the log."""
+    request, config = raw_request(json.dumps(site.plan().to_json()), site.start()), copy.deepcopy(site.config)
+    if where == "labels":
+        config.data.labels = ["negative", "\ud800"]
+    elif where == "name":
+        config.data.name = "\ud800"
+    else:
+        changes = {"trust": "\ud800"} if where == "trust" else {"\ud800": 1}
+        request = raw_request(with_values(site.plan(), **changes), site.start())
+    answer = site.send(request, config=config)
+    assert "failed with" not in reason(answer), reason(answer)
+    assert site.charged() == 0 and site.log()[-1]["event"] == "refused"
+    assert AuditLog(Path(site.settings.audit_log)).verify() == []
+    proof(site.settings)[0].encode()
+    assert site.ask(run="another")["update"], "and the worker goes on"
 
 
 def test_a_huge_text_in_a_request_does_not_fill_the_log(site: Site) -> None:

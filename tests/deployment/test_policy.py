@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, PrivacyError
-from fedtune.federation.audit_log import AuditLog
+from fedtune.federation.audit_log import AuditLog, _hash
 from fedtune.federation.policy import SiteSettings
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -164,3 +165,25 @@ def test_audit_log_shows_what_was_changed(tmp_path: Path) -> None:
     assert log.verify() == ["line 3 does not follow the line before it"]
     log.path.write_bytes(lines[0] + lines[2] + lines[3])
     assert log.verify() == ["line 2 does not follow the line before it"]
+
+
+def test_a_line_that_does_not_name_the_one_before_it_is_a_problem(tmp_path: Path) -> None:
+    """Else a line is taken out unseen by whoever takes what it names out of the others, too."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(4):
+        log.append("released", round=number)
+    kept = [{**entry, "previous": None} for entry in log.entries() if entry["round"] != 2]
+    del kept[0]["previous"]
+    log.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    assert log.verify() == [f"line {number} does not say which line it follows" for number in (1, 2, 3)]
+
+
+def test_a_log_of_the_time_before_its_lines_were_ascii_is_still_whole(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append("refused", reason="x")
+    entry = {"event": "refused", "reason": "Gef\u00e4hrlich", "previous": _hash(log.path.read_bytes()[:-1])}
+    with log.path.open("ab") as file:
+        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    log.append("refused", reason="\ud800")
+    assert log.verify() == []
+    assert [one["reason"] for one in log.entries()] == ["x", "Gef\u00e4hrlich", "\ud800"]

@@ -154,7 +154,7 @@ def proof(site: SiteSettings) -> tuple[str, bool]:
         )
         about = f"run {run[:8]} round {one.get('round')}" if run else ""
         said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
-        lines.append("  " + said.rstrip())
+        lines.append("  " + said.rstrip().encode(errors="replace").decode())
     ledger.close()
     # Several questions may have met the same.
     lines += dict.fromkeys(wrong) or [f"ledger ({rows} rows) and audit log are whole"]
