@@ -237,7 +237,8 @@ def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
 def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> None:
     """A terminal sends it to both: the node ends the worker, and nothing is printed."""
     code = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # whatever started the tests ignores
         "from fedtune.engines.deployment import worker\n"
         "worker._load = lambda: None\n"
         "worker.main(sys.argv[1])\n"
