@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedtune import __version__
 from fedtune.engines.deployment import certificates, join, reach, server
 from fedtune.engines.deployment.provision import enrol, provision, revoke
 from fedtune.engines.deployment.published import Board, checked, of_site, shown
-from fedtune.errors import FederationError
+from fedtune.errors import ConfigError, FederationError
 from tests.deployment.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
@@ -85,6 +85,19 @@ class Real:
         body = response.read()
         connection.close()
         return response.status, json.loads(body or b"{}")
+
+
+class Looks(threading.Event):
+    """Lets a loop that looks every few seconds look `count` times at once; `then` is called before each."""
+
+    def __init__(self, count: int, then: Callable[[int], None] = lambda number: None) -> None:
+        super().__init__()
+        self.count, self.number, self.then = count, 0, then
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.number += 1
+        self.then(self.number)
+        return self.number > self.count
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +222,24 @@ def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> No
     days = reach.check_server(real.address, real.folder / "ca.crt")
     assert days == pytest.approx(12, abs=0.01)
     assert "expires in 11 days" in str(reach.expiry_warning(days)) and reach.expiry_warning(31) is None
+
+
+def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Path) -> None:
+    """OpenSSL drops the old key when it is given another certificate: nobody could connect any more."""
+    assert real.config.ssl is not None
+    served, said = server._Certificate(real.folder, real.config.ssl), []
+    before = reach.check_server(real.address, real.folder / "ca.crt")
+    certificates.make_server_certificate(real.folder.parent / "authority", tmp_path, ["127.0.0.1"], 9)
+    (real.folder / "server.crt").write_bytes((tmp_path / "server.crt").read_bytes())
+    server._keep_certificate(served, Looks(5), said.append)
+    assert len(said) == 1 and "do not belong together" in said[0] and "of before is served on" in said[0]
+    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
+    with pytest.raises(ConfigError, match="do not belong together"):
+        server.run_server(real.folder, print)
+    (real.folder / "server.key").write_bytes((tmp_path / "server.key").read_bytes())
+    server._keep_certificate(served, Looks(2), said.append)
+    assert said[1:] == ["took up the renewed certificate, good for 8 days"]
+    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
 
 
 def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:

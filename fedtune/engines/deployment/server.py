@@ -125,6 +125,7 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     host = host or ("127.0.0.1" if named in ("127.0.0.1", "localhost") else "0.0.0.0")
     days = certificates.check_server_certificate(folder)
     certificates.load_private_key(folder / "server.key")
+    check_pair(folder)
     if warning := expiry_warning(days):
         say(warning)
     token = read_token(folder)
@@ -254,20 +255,50 @@ def _keep_in_step(
             _log.warning("keys could not be read: %s", error)
 
 
+def check_pair(folder: Path) -> None:
+    """Raises ConfigError if a server folder's certificate and key do not belong together."""
+    try:
+        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trial.load_cert_chain(folder / "server.crt", folder / "server.key", password="")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{folder / 'server.crt'} and {folder / 'server.key'} do not belong together "
+            f"({error.reason or error}). Put both there as they were made, or make new ones with `fedtune "
+            "provision FEDERATION.yaml -o DIR --renew`."
+        ) from error
+
+
 class _Certificate:
     """The server's certificate as it is on disk, and in the TLS context that serves."""
 
     def __init__(self, folder: Path, context: ssl.SSLContext | None) -> None:
         self._folder, self._context = folder, context
         self._served = self._on_disk()
+        self._unfit: tuple[tuple[bytes, bytes], int] | None = None  # what does not fit, and how often seen
 
     def _on_disk(self) -> tuple[bytes, bytes]:
         return tuple((self._folder / name).read_bytes() for name in ("server.crt", "server.key"))  # type: ignore[return-value]
 
     def renew(self) -> bool:
-        """Takes up a new one if there is: whoever connects from now on sees it."""
+        """Takes up a new one if there is: whoever connects from now on sees it.
+
+        Raises ConfigError, once, for a certificate and a key that do not belong together; the one before is
+        served on.
+        """
         if self._context is None or (now := self._on_disk()) == self._served:
             return False
+        try:
+            # Not in the context that serves: a certificate without its key leaves it with no key at all.
+            check_pair(self._folder)
+        except ConfigError as error:
+            seen = self._unfit[1] + 1 if self._unfit is not None and self._unfit[0] == now else 1
+            self._unfit = (now, seen)
+            # They are written one after the other: at the first look the second may be on its way.
+            if seen == 2:
+                raise ConfigError(f"{error} Until then the certificate of before is served on.") from error
+            return False
+        if self._on_disk() != now:
+            return False  # it was written meanwhile; the next look takes it up
         self._context.load_cert_chain(self._folder / "server.crt", self._folder / "server.key")
         self._served = now
         return True
@@ -290,5 +321,5 @@ def _keep_certificate(certificate: _Certificate, ending: threading.Event, say: C
                     say(warning)
         except ConfigError as error:
             say(str(error))
-        except (OSError, ssl.SSLError) as error:  # key and certificate are written one after the other
+        except OSError as error:  # key and certificate are written one after the other
             _log.debug("the certificate is not whole yet: %s", error)
