@@ -19,7 +19,7 @@ import yaml
 
 from fedtune import __version__
 from fedtune.engines.deployment import certificates, join, reach, server
-from fedtune.engines.deployment.provision import enrol, provision, revoke
+from fedtune.engines.deployment.provision import enrol, enrolled, provision, revoke
 from fedtune.engines.deployment.published import Board, checked, of_site, shown
 from fedtune.errors import ConfigError, FederationError
 from tests.deployment.site_parts import settings
@@ -240,6 +240,51 @@ def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Pat
     server._keep_certificate(served, Looks(2), said.append)
     assert said[1:] == ["took up the renewed certificate, good for 8 days"]
     assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
+
+
+def test_a_broken_key_file_keeps_no_other_site_from_being_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "federation.yaml").write_text(
+        yaml.safe_dump({"name": "trial", "server": "127.0.0.1:9", "sites": SITES})
+    )
+    folder = provision(tmp_path / "federation.yaml", tmp_path / "out").folder / "server"
+    lines = {}
+    for site in SITES:
+        lines[site] = certificates.public_line(certificates.make_node_key(tmp_path / f"{site}.key"), site)
+        enrol(folder, lines[site])
+    assert sorted(path.name for path in (folder / "nodes").iterdir()) == [f"{site}.pub" for site in SITES]
+    first = enrolled(folder)
+    steps: list[set[str]] = []
+    monkeypatch.setattr(server, "_sync", lambda state, wanted, known, say: steps.append(set(wanted)))
+    said: list[str] = []
+
+    def third_look(number: int) -> None:
+        if number == 3:
+            revoke(folder, "clinic-3")
+
+    (folder / "nodes" / "clinic-1.pub").write_text("")
+    revoke(folder, "clinic-2")
+    server._keep_in_step(None, folder, first, Looks(6, third_look), said.append, {})
+    # The site whose file is broken stays as it was: a revoked key is never let in again.
+    assert steps == [{"clinic-1", "clinic-3"}, {"clinic-1"}]
+    assert len(said) == 1 and "clinic-1.pub cannot be used" in said[0] and "--enrol" in said[0]
+
+    # A server that starts with it says so, and lets in the others.
+    enrol(folder, lines["clinic-3"])
+    (folder / "nodes" / "clinic-2.pub").write_bytes(b"\xff\xfe")
+
+    def far_enough(*_: Any) -> None:
+        raise FederationError("far enough")
+
+    monkeypatch.setattr(server, "_check_port", far_enough)
+    said.clear()
+    with pytest.raises(FederationError, match="far enough"):
+        server.run_server(folder, said.append)
+    assert ["clinic-1.pub" in said[0], "clinic-2.pub" in said[1], len(said)] == [True, True, 2]
+    assert "left out" in said[0] and set(enrolled(folder)) == {"clinic-3"}
+    enrol(folder, lines["clinic-1"])
+    assert set(enrolled(folder)) == {"clinic-1", "clinic-3"}, "enrolling mends it"
 
 
 def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:

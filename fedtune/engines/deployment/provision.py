@@ -11,8 +11,10 @@ and makes what is missing (a new site's archive); with `renew` it makes a new se
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,8 +163,23 @@ def enrol(server: Path, line: str) -> tuple[str, str]:
                 f"`fedtune node "
                 "init`; a private key must not be copied."
             )
-    (server / "nodes" / f"{site}.pub").write_text(line.strip() + "\n")
+    _replace(server / "nodes" / f"{site}.pub", line.strip() + "\n")
     return site, certificates.fingerprint(key)
+
+
+def _replace(path: Path, text: str) -> None:
+    """In one step, so that a running server or a crash finds the whole of it or what was there before."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".enrol")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # nothing secret; the server may be another user than who enrols
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def revoke(server: Path, site: str) -> None:
@@ -175,14 +192,24 @@ def revoke(server: Path, site: str) -> None:
     path.unlink()
 
 
-def enrolled(server: Path) -> dict[str, bytes]:
-    """Public keys (PEM) of the enrolled sites, by name. Raises ConfigError for a file that is no key."""
+def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str, bytes]:
+    """Public keys (PEM) of the enrolled sites, by name.
+
+    A file that is no key is passed over, so that it keeps no other site from being let in or revoked;
+    `unreadable` is given what is wrong with it, and the way out, by the site's name.
+    """
     found: dict[str, bytes] = {}
     for path in sorted((server / "nodes").glob("*.pub")):
         try:
             found[path.stem] = certificates.read_public_line(path.read_text())[0]
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+        except FileNotFoundError:
+            continue  # revoked since the folder was listed
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            if unreadable is not None:
+                unreadable[path.stem] = (
+                    f"{path} cannot be used: {error} Enrol {path.stem} again (`fedtune server DIR --enrol "
+                    f"'LINE'`), or revoke it (`fedtune server DIR --revoke {path.stem}`)."
+                )
     return found
 
 

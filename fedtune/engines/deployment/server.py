@@ -2,9 +2,9 @@
 
 It relays messages between the process that submits a run (`submit`, which is the ServerApp) and the nodes,
 and runs nobody's code: there is no executor for apps in it. Nodes are let in by their enrolled keys
-(`nodes/SITE.pub`; a file that appears enrols, one that goes revokes, within seconds). Everything that is not
-for nodes needs the operator's token. The database keeps nodes, runs and messages over a crash. A certificate
-that was renewed is taken up without a restart.
+(`nodes/SITE.pub`; a file that appears enrols, one that goes revokes, within seconds, whatever the others
+hold). Everything that is not for nodes needs the operator's token. The database keeps nodes, runs and
+messages over a crash. A certificate that was renewed is taken up without a restart.
 
 Uses Flower's internals (checked with 1.41): `create_app` and its lifespan, which `flower-superlink` uses.
 """
@@ -15,6 +15,7 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -129,7 +130,14 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     if warning := expiry_warning(days):
         say(warning)
     token = read_token(folder)
-    keys = enrolled(folder)
+    unreadable: dict[str, str] = {}
+    keys = enrolled(folder, unreadable)
+    for path in (folder / "nodes", *(folder / "nodes" / f"{site}.pub" for site in unreadable)):
+        if not os.access(path, os.R_OK):
+            # To leave a site out is to revoke its key for good; a wrong mode is no reason for that.
+            raise ConfigError(f"{path} may not be read by this user. Change its owner or mode.")
+    for why in unreadable.values():
+        say(f"{why} That site is left out, and the key that it had is revoked: it makes a new one.")
     _check_port(host, port)
     app = _application(folder, host, port)
     state = app.state.linkstate_factory.state()
@@ -148,7 +156,8 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         timeout_graceful_shutdown=3,
     )
     config.load()
-    threading.Thread(target=_keep_in_step, args=(state, folder, keys, ending, say), daemon=True).start()
+    step = (state, folder, keys, ending, say, unreadable)
+    threading.Thread(target=_keep_in_step, args=step, daemon=True).start()
     renewed = (_Certificate(folder, config.ssl), ending, say)
     threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
     say(f"federation {name} on {host}:{port} (sites reach it as {address}); {len(keys)} sites enrolled")
@@ -242,17 +251,33 @@ def _sync(state: Any, wanted: dict[str, bytes], known: dict[str, bytes], say: Ca
 
 
 def _keep_in_step(
-    state: Any, folder: Path, known: dict[str, bytes], ending: threading.Event, say: Callable[[str], None]
+    state: Any,
+    folder: Path,
+    known: dict[str, bytes],
+    ending: threading.Event,
+    say: Callable[[str], None],
+    told: dict[str, str],
 ) -> None:
-    """Looks every few seconds whether keys were enrolled or revoked."""
+    """Looks every few seconds whether keys were enrolled or revoked.
+
+    A file that cannot be used keeps nothing else from being done. Its own site stays as it was, for a revoked
+    key is never let in again, and a file may be half written. `told`: what was said of such files already.
+    """
     while not ending.wait(_SYNC_SECONDS):
         try:
-            now = enrolled(folder)
+            unreadable: dict[str, str] = {}
+            now = enrolled(folder, unreadable)
+            for site in unreadable:
+                if site not in told:
+                    say(f"{unreadable[site]} Until then that site stays as it was.")
+                if site in known:
+                    now[site] = known[site]
+            told = unreadable
             if now != known:
                 _sync(state, now, known, say)
                 known = now
-        except Exception as error:  # a file half written; the next look sees it whole
-            _log.warning("keys could not be read: %s", error)
+        except Exception as error:  # the database is busy, say; the next look does it
+            _log.warning("keys could not be brought up to date: %s", error)
 
 
 def check_pair(folder: Path) -> None:
