@@ -229,7 +229,8 @@ class Taker:
             return wanted, str(self.sessions)
 
     def push(self, run_id: int, session: str, name: str, content: bytes) -> None:
-        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, get_object_id
+        from flwr.supercore.inflatable.inflatable_object import get_object_id
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
         with self._request() as done:
             if not done or session != str(self.sessions) or name in self.stored:
@@ -241,7 +242,7 @@ class Taker:
         from flwr.supernode.start_client_internal import _push_messages
 
         deliver = conversation._delivery(self.objects, self.send, self.push, self.said.append)
-        _push_messages(state=self.state, object_store=self.objects, send=deliver, push_object=pytest.fail)
+        _push_messages(self.state, self.objects, deliver, lambda *_: pytest.fail("it was pushed"))
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,8 @@ def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(node, "publish", away)
     monkeypatch.setattr(node, "check_server", away)
-    said, rested = [], [True, False]
+    said: list[str] = []
+    rested = [True, False]
     minutes = SimpleNamespace(wait=lambda seconds: len(said) > 4)
     worker = SimpleNamespace(rest=lambda: rested.pop(0) if rested else False)
     node._watch(settings(tmp_path), None, worker, None, minutes, said.append)  # type: ignore[arg-type]
