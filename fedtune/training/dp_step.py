@@ -98,10 +98,10 @@ def clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
 
     The one place where a unit's gradient is clipped, be it a record's, a person's or an audit's canary.
     """
-    squares = sum(torch.linalg.vector_norm(g, dim=1).double().square() for g in gradients)
-    assert isinstance(squares, Tensor)
-    norms = squares.sqrt().cpu().numpy()
-    factors = torch.from_numpy(plan.clip_factors(norms)).to(gradients[0])
+    # In float64, and so on the CPU: not every device has it (MPS).
+    by_parameter = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]).cpu().double()
+    norms = by_parameter.square().sum(0).sqrt().numpy()
+    factors = torch.from_numpy(plan.clip_factors(norms)).to(gradients[0].dtype).to(gradients[0].device)
     broken = ~np.isfinite(norms)
     if broken.any():
         # 0 x NaN is NaN: the factor alone would let it through.
@@ -150,12 +150,12 @@ def clipped_sum(
         records: [m] rows of the shard's data that were drawn, m may be 0.
         units: [m] the unit of each record, or None where each record is its own unit.
     """
-    total = torch.zeros(model.num_parameters, dtype=torch.float64, device=model.device)
+    total = torch.zeros(model.num_parameters, dtype=torch.float64)
     options = (micro_batch_tokens, precision)
     if units is None:
         for _, gradients in _example_gradients(model, features, records, *options):
-            total += torch.cat(clip_and_sum(gradients, plan)).double()
-        return total.cpu().numpy()
+            total += torch.cat(clip_and_sum(gradients, plan)).cpu().double()
+        return total.numpy()
     # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
     # its gradients are added up in the block's row for it, and clipped when all of them are there.
     names = np.unique(units)
@@ -167,5 +167,5 @@ def clipped_sum(
         for positions, gradients in _example_gradients(model, features, records[chosen], *options):
             index = torch.from_numpy(row_of[positions]).to(model.device)
             sums.index_add_(0, index, torch.cat(gradients, dim=1))
-        total += clip_and_sum([sums], plan)[0].double()
-    return total.cpu().numpy()
+        total += clip_and_sum([sums], plan)[0].cpu().double()
+    return total.numpy()
