@@ -39,8 +39,8 @@ _BASE = "fedtune.json"  # beside the adapter: what the base model was
 _DIGESTS: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDictionary()
 
 
-def _digest_below(encoder: nn.Module, pooling: str, first_layer: int) -> str:
-    digest = hashlib.sha256(pooling.encode())
+def _digest_below(encoder: EncoderStack, pooling: str, first_layer: int) -> str:
+    digest = hashlib.sha256(f"{pooling}|{encoder.separator}".encode())
     for name, parameter in encoder.named_parameters():
         place = name.split(".")
         if place[0] == "layer" and int(place[1]) >= first_layer:

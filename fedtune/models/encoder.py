@@ -77,16 +77,32 @@ def model_location(name: str) -> str:
     return name
 
 
-def _from_pretrained(loader: Any, config: ModelConfig, **options: Any) -> Any:
-    """`loader.from_pretrained` with every failure told as one paragraph."""
+def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any) -> Any:
+    """`loader.from_pretrained` with every failure told as one paragraph.
+
+    `bert` loads in its place what does not say its kind: the first BERTs on the hub had no `model_type`.
+    """
+    import httpx
+    from transformers import PreTrainedConfig
+
     location = model_location(config.name)
     if not Path(location).is_dir():
         options["revision"] = config.revision
     try:
-        return loader.from_pretrained(location, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        try:
+            return loader.from_pretrained(location, **options)
+        except ValueError:
+            if (
+                "model_type"
+                in PreTrainedConfig.get_config_dict(location, revision=options.get("revision"))[0]
+            ):
+                raise
+            return bert.from_pretrained(location, **options)
+    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
         text = " ".join(str(error).split())
-        if "offline" in text.lower() or "connect" in text.lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in text.lower()
+        unreachable = isinstance(error, httpx.HTTPError) or offline or "connect" in text.lower()
+        if unreachable and not Path(location).is_dir():
             raise ResourceError(
                 f"The model {config.name!r} is not in the local cache and the hub cannot be reached. "
                 "Download it "
@@ -105,9 +121,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 
     Raises: ModelError, ResourceError.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, config)
+    tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, config)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -116,10 +132,11 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 class EncoderStack(nn.Module):
     """A BERT-family encoder as embeddings and a list of layers.
 
-    Shapes: b examples, s tokens, d width.
+    Shapes: b examples, s tokens, d width. `separator` is the token id after which a pair's second text
+    begins; models without segments need none.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, separator: int | None = None) -> None:
         super().__init__()
         config: Any = encoder.config
         if config.model_type not in _FAMILIES:
@@ -143,7 +160,7 @@ class EncoderStack(nn.Module):
             self.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
         )
         self._segments: bool = getattr(config, "type_vocab_size", 0) > 1
-        self._separator: int | None = getattr(config, "sep_token_id", None)
+        self.separator = separator if self._segments else None
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [b, s] and mask [b, s] (True at real tokens) -> embeddings [b, s, d]."""
@@ -152,8 +169,8 @@ class EncoderStack(nn.Module):
             return self.embeddings(ids)
         # Everything after the first separator is segment 1; for a single text that is padding alone.
         segments = torch.zeros_like(ids)
-        if self._separator is not None:
-            ends = (ids == self._separator).long()
+        if self.separator is not None:
+            ends = (ids == self.separator).long()
             segments = (ends.cumsum(1) - ends).clamp(max=1) * mask
         return self.embeddings(ids, token_type_ids=segments)
 
@@ -174,14 +191,16 @@ def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
     Raises: ModelError, ResourceError; each says the way out.
     """
     import transformers
-    from transformers import AutoModel
+    from transformers import AutoModel, BertModel
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("torchao").setLevel(logging.ERROR)
     kernel = "eager" if device.type == "cpu" else "sdpa"
-    encoder = _from_pretrained(AutoModel, config, attn_implementation=kernel, dtype=torch.float32)
-    stack = EncoderStack(encoder)
+    options = {"attn_implementation": kernel, "dtype": torch.float32}
+    encoder = _from_pretrained(AutoModel, BertModel, config, **options)
+    segments = getattr(encoder.config, "type_vocab_size", 0) > 1
+    stack = EncoderStack(encoder, load_tokenizer(config)[0].sep_token_id if segments else None)
     for module in stack.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

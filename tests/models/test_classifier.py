@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models.adapters import ADAPTERS
 from fedtune.models.classifier import forget_models, load_base, load_model
-from fedtune.models.encoder import EncoderStack, load_encoder, load_tokenizer, select_device
+from fedtune.models.encoder import load_encoder, load_tokenizer, select_device
 
 MINILM = "embedded:minilm"
 
@@ -47,12 +49,34 @@ def test_stack_equals_the_library_model(families: dict[str, Path], family: str) 
 
 def test_segments_of_a_pair(families: dict[str, Path]) -> None:
     reference = AutoModel.from_pretrained(families["bert"]).eval()
-    reference.config.sep_token_id = 3
-    stack = EncoderStack(reference)
+    stack = load_encoder(ModelConfig(name=str(families["bert"]), quantization="none"), torch.device("cpu"))
     ids = torch.tensor([[2, 7, 3, 8, 9, 3, 0]])
     mask = ids != 0
     want = reference.embeddings(ids, token_type_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 0]]))
     assert torch.equal(stack.embed(ids, mask), want)
+    assert stack.separator == 3  # from the tokenizer: a BERT's configuration does not name it
+
+
+def test_an_early_bert_that_does_not_say_its_kind(families: dict[str, Path], tmp_path: Path) -> None:
+    # As prajjwal1/bert-tiny is on the hub: config.json without model_type, vocab.txt, pytorch_model.bin.
+    reference = AutoModel.from_pretrained(families["bert"]).eval()
+    values = json.loads((families["bert"] / "config.json").read_text())
+    kept = ("hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+            "num_hidden_layers", "vocab_size", "type_vocab_size")  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({name: values[name] for name in kept}))
+    shutil.copy(families["bert"] / "vocab.txt", tmp_path)
+    torch.save(reference.state_dict(), tmp_path / "pytorch_model.bin")
+    old = ModelConfig(name=str(tmp_path), quantization="none")
+    tokenizer, _ = load_tokenizer(old)
+    same, _ = load_tokenizer(ModelConfig(name=str(families["bert"]), quantization="none"))
+    text = (families["bert"] / "vocab.txt").read_text().split()[6]
+    assert tokenizer(text).input_ids == same(text).input_ids
+    assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+    stack = load_encoder(old, torch.device("cpu"))
+    ids = torch.tensor([[2, 7, 8, 3]])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    want = reference(input_ids=ids).last_hidden_state
+    assert torch.allclose(stack.run(stack.embed(ids, mask), mask, 0, 2), want, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
