@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,12 +38,14 @@ from numpy.typing import NDArray
 from fedtune.config.paths import cache_dir
 from fedtune.data.batches import micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
+from fedtune.errors import ResourceError
 from fedtune.models.classifier import AdaptedModel
 
 __all__ = ["FeatureStore", "Features", "Progress"]
 
 _log = logging.getLogger(__name__)
 _ENTRY = np.dtype([("digest", "<u8", 2), ("start", "<i8"), ("length", "<i8")])
+_GIGABYTE = 1 << 30  # what a run leaves free on the disk: its ledger and checkpoints are there too
 _FLUSH_TOKENS = 1 << 16  # at most a minute's work is lost when a process is killed
 
 Progress = Callable[[int, int], None]  # (texts done, texts to do)
@@ -108,16 +111,22 @@ class FeatureStore:
             end = int((known["start"] + known["length"]).max(initial=0))
             fresh = np.zeros(len(items), dtype=_ENTRY)
             values.seek(2 * self.width * end)
+            before = end
             for entry, (digest, rows) in zip(fresh, items, strict=True):
                 entry["digest"], entry["start"], entry["length"] = (
                     np.frombuffer(digest, "<u8"),
                     end,
                     len(rows),
                 )
-                values.write(np.ascontiguousarray(rows, dtype=np.float16).tobytes())
                 end += len(rows)
-            values.flush()
-            os.fsync(values.fileno())
+            try:
+                for _, rows in items:
+                    values.write(np.ascontiguousarray(rows, dtype=np.float16).tobytes())
+                values.flush()
+                os.fsync(values.fileno())
+            except OSError:
+                os.truncate(values.fileno(), 2 * self.width * before)  # gives a full disk back what it took
+                raise
             index.seek(_ENTRY.itemsize * len(known))
             index.write(fresh.tobytes())
             index.truncate()
@@ -177,7 +186,10 @@ class Features:
         micro_batch_tokens: int,
         progress: Progress | None = None,
     ) -> Features:
-        """The features of `corpus`, from the store; those that it lacks are computed and kept first."""
+        """The features of `corpus`, from the store; those that it lacks are computed and kept first.
+
+        Raises: ResourceError if they are gigabytes that neither the disk nor, instead, memory should take.
+        """
         width, pooled = model.base.encoder.width, model.first_layer == model.num_layers
         if model.first_layer == 0:
             return cls(corpus, None, False, width, 0)
@@ -190,6 +202,7 @@ class Features:
             store = _STORES[key] = FeatureStore(cache_dir() / "frozen_layers" / key, width)
         digests = _digests(corpus)
         missing = np.array([i for i, digest in enumerate(digests) if digest not in store], dtype=np.int64)
+        _check_space(store.folder, 2 * width * int(len(missing) if pooled else corpus.lengths[missing].sum()))
         _compute(store, model, corpus, missing, digests, pooled, micro_batch_tokens, progress)
         features = cls(corpus, [store.rows(digest) for digest in digests], pooled, width, model.first_layer)
         _RESIDENT[corpus] = (key, features)
@@ -227,6 +240,20 @@ class Features:
 
 _STORES: dict[str, FeatureStore] = {}
 _RESIDENT: weakref.WeakKeyDictionary[TokenizedCorpus, tuple[str, Features]] = weakref.WeakKeyDictionary()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raises ResourceError if `needed` bytes are over a gigabyte and would leave the disk less than one."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > _GIGABYTE and needed > free - _GIGABYTE:
+        raise ResourceError(
+            f"The outputs of the frozen layers for all texts would take {needed / 1e9:.1f} GB in {folder}, "
+            f"where {free / 1e9:.1f} GB are free. adapter=head needs a row a text and no more; with "
+            "adapter.layers=null nothing is kept; or lower data.max_length, or let FEDTUNE_HOME name a "
+            "folder on a larger disk."
+        )
 
 
 @torch.no_grad()

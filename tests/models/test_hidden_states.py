@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.errors import ResourceError
 from fedtune.models import hidden_states
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.hidden_states import Features, FeatureStore
@@ -140,6 +142,40 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_memory(
     assert [r.message for r in caplog.records].count(caplog.records[0].message) == 1
     assert "No space left" in caplog.text
     assert [len(rows) for rows in features.rows] == list(corpus.lengths)
+
+
+def test_a_disk_that_fills_is_given_back_what_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FeatureStore(tmp_path / "s", 4)
+    store.add([(b"a" * 16, np.ones((2, 4), np.float16))])
+    size = (tmp_path / "s" / "values.f16").stat().st_size
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store.add([(b"b" * 16, np.ones((500, 4), np.float16))])
+    assert (tmp_path / "s" / "values.f16").stat().st_size == size
+    assert store.rows(b"b" * 16).shape == (500, 4)  # in memory
+
+
+@pytest.mark.usefixtures("clean_cache")
+def test_gigabytes_that_the_disk_lacks_are_refused_before_any_is_computed(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_states, "_GIGABYTE", 100)
+    usage = type("Usage", (), {"free": 3000})
+    monkeypatch.setattr(hidden_states.shutil, "disk_usage", lambda _: usage)
+    model, corpus = load(tiny_bert, layers=1), random_corpus()
+    needed = 2 * 32 * int(corpus.lengths.sum())
+    assert needed > 3000
+    with pytest.raises(ResourceError, match=r"0\.0 GB are free.*adapter=head"):
+        Features.of(model, corpus, 64)
+    usage.free = needed + 101
+    assert Features.of(model, corpus, 64).rows
 
 
 def test_two_writers_do_not_overwrite_one_another(tmp_path: Path) -> None:
