@@ -54,7 +54,9 @@ def _title(config: DataConfig) -> str:
 
 def _load(config: DataConfig, split: str) -> Any:
     import datasets
+    import httpx
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     title = _title(config)
     try:
@@ -90,6 +92,13 @@ def _load(config: DataConfig, split: str) -> Any:
             f"The data set {title} has no data files: {str(error).rstrip('.')}. Check data.name and"
             " data.revision."
         ) from error
+    except HfHubHTTPError as error:
+        raise ResourceError(
+            f"The Hugging Face hub does not give the data set {title}: {error.response.status_code}"
+            f" {error.response.reason_phrase}. Try again later, or log in with 'hf auth login'."
+        ) from error
+    except httpx.HTTPError as error:  # the network went away on the way
+        raise _no_network(title) from error
     except OSError as error:
         raise ResourceError(
             f"The data set {title} cannot be kept in the local cache: {error}. Free some space, or let"

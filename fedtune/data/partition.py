@@ -112,6 +112,13 @@ def _check_natural(train: TokenizedCorpus, nodes: int | None, unit: str) -> list
                 "site, so no node alone could keep a promise to them. Use partition=iid or dirichlet, which "
                 "keep a person together, or privacy.unit=record."
             )
+    for site in map(str, sites):
+        if {"/", "\\", "\0"} & set(site) or site in (".", "..") or len(site.encode()) > 200:
+            raise PartitionError(
+                f"A site of {train.name!r} is called {site[:60]!r}, and a node's ledger is a file of its "
+                "name: it may hold no slash, backslash or zero byte, nor more than 200 bytes. Rename it in "
+                "the column that data.site names."
+            )
     return [str(site) for site in sites]
 
 

@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from fedtune.config.schema import DataConfig
@@ -152,6 +153,21 @@ def test_a_file_that_is_not_in_the_local_cache(monkeypatch: pytest.MonkeyPatch) 
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     monkeypatch.setattr(datasets, "load_dataset", raising(LocalEntryNotFoundError("not cached")))
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        load("a/b")
+
+
+def test_a_hub_that_refuses_is_not_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    response = httpx.Response(429, request=httpx.Request("GET", "https://example.org"))
+    monkeypatch.setattr(datasets, "load_dataset", raising(HfHubHTTPError("slow down", response=response)))
+    with pytest.raises(ResourceError, match="429 Too Many Requests.*Try again later"):
+        load("a/b")
+
+
+def test_a_network_that_goes_away_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", raising(httpx.ReadTimeout("nothing came")))
     with pytest.raises(ResourceError, match="cannot be reached"):
         load("a/b")
 

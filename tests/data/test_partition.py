@@ -126,6 +126,15 @@ def test_natural_with_another_number_of_nodes() -> None:
     assert len(make_shards(train, NATURAL, 3, 0)) == 3
 
 
+@pytest.mark.parametrize("name", ["Ward 3 / East", "../../x", "a\\b", "..", "x" * 201])
+def test_a_site_whose_ledger_could_not_have_its_name(name: str) -> None:
+    train = make_tokens(people=20, sites=3)
+    assert train.sites is not None
+    sites = np.where(train.sites == train.sites[0], name, train.sites)
+    with pytest.raises(PartitionError, match=r"ledger is a file of its name.*data\.site"):
+        make_shards(replace(train, sites=sites), NATURAL, None, 0)
+
+
 def test_natural_without_sites_deals_out_and_says_so() -> None:
     train = make_tokens()
     with pytest.warns(UserWarning, match="no site column"):
