@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.engines.local import Worker
-from fedtune.errors import FederationError, FedtuneError, ResourceError
+from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from fedtune.federation._flower import quiet
 
 if TYPE_CHECKING:
@@ -90,6 +90,13 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         raise ResourceError(
             "engine=ray needs the package ray, which is not installed. Install it with `pip install "
             "'fedtune[ray]'`, or use engine=local, which runs the same federation in this process."
+        )
+    from fedtune.models.encoder import select_device
+
+    if (device := select_device(config.device)).type != "cpu":
+        raise ConfigError(
+            f"engine=ray trains on processors only, and device={config.device} is {device.type} here. Say "
+            "device=cpu, or use engine=local, which trains on the accelerator in this process."
         )
     from flwr.simulation import run_simulation
 

@@ -4,7 +4,7 @@ The model is built the way anybody else would: the encoder that the run's adapte
 adapter through `peft.PeftModel.from_pretrained`. So what is predicted here is what a user of the saved
 adapter gets. Texts are cut to the run's `data.max_length` tokens, as in training.
 
-Does not do: serving (`fedtune.serving`), or explanations. Predictions are post-processing of the released
+Does not do: pairs of texts, serving, or explanations. Predictions are post-processing of the released
 adapter; the texts that are asked about are not protected by anything and go nowhere.
 """
 
@@ -31,7 +31,7 @@ def predict(run_dir: Path | str, texts: Sequence[str], *, device: str = "auto") 
 
     Raises:
         RecordError: `run_dir` is not a run folder, or its run is not finished.
-        DataError: there is no text, or one is empty.
+        DataError: there is no text, or one is empty; the run was trained on pairs of texts.
         ModelError, ResourceError: the encoder or adapter cannot be loaded.
     """
     finished = record.read(run_dir)
@@ -44,6 +44,12 @@ def predict(run_dir: Path | str, texts: Sequence[str], *, device: str = "auto") 
         )
     if not texts:
         raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
+    if pair := finished["config"]["data"].get("text_pair"):
+        raise DataError(
+            f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and fedtune predict "
+            "takes one text at a time: what it said of one alone would mean nothing. Load the adapter with "
+            "peft.PeftModel.from_pretrained, and give both texts to the tokenizer."
+        )
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             raise DataError(f"Text {number} of {len(texts)} is empty. Give a text with at least one word.")

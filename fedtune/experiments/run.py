@@ -282,7 +282,9 @@ def _failures(run_dir: Path, view: Display, tracker: Tracker) -> Iterator[None]:
             f"The run in {run_dir} stopped: {error.strerror} ({where}). What was checkpointed is kept; "
             f"make room or give permission, then go on with: {_resume_command(run_dir)}"
         ) from error
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):  # the second is torch's, of a GPU
+            raise
         raise ResourceError(
             f"The run in {run_dir} ran out of memory. Lower train.micro_batch_tokens, take a smaller "
             f"model or model.quantization=int8, then go on with: {_resume_command(run_dir)}"

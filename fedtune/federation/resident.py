@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.config.schema import Config
+from fedtune.errors import ModelError
 
 if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
@@ -123,6 +124,12 @@ class Workplace:
                     config.model, config.adapter, len(names), config.seed, config.device, names
                 )
                 slot.key = key
+            positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
+            if longest > positions:
+                raise ModelError(
+                    f"data.max_length is {longest}, and the encoder {self.config.model.name!r} has "
+                    f"{positions} positions. Set data.max_length={positions} or less."
+                )
             yield slot.model
 
     def warm(self, progress: Progress | None = None) -> None:

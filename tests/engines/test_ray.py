@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.ray import ConfiguredClientApp
-from fedtune.errors import CheckpointError, ResourceError
+from fedtune.errors import CheckpointError, ConfigError, ResourceError
 from fedtune.federation._flower import task_identity
 from fedtune.federation.evaluation import NodesEvaluation
 from fedtune.federation.node import ledger_of
@@ -32,6 +32,17 @@ def test_without_ray_the_error_says_how_to_install_it(
     )
     with pytest.raises(ResourceError, match=r"pip install 'fedtune\[ray\]'.*engine=local"):
         engines.run(tiny(engine__name="ray"), tmp_path)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_an_accelerator_that_ray_would_hide_is_refused(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr("fedtune.models.encoder.select_device", lambda name: torch.device("cuda"))
+    with pytest.raises(ConfigError, match=rf"device={device} is cuda here.*engine=local"):
+        engines.run(tiny(engine__name="ray", device=device), tmp_path)
 
 
 def test_what_a_worker_does_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,15 @@ def test_no_text_is_refused(finished: tuple[Path, str], texts: list[str]) -> Non
         predict(finished[0], texts)
 
 
+def test_a_model_of_pairs_does_not_judge_one_text(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "pairs")
+    written = json.loads((tmp_path / "pairs" / "record.json").read_text())
+    written["config"]["data"]["text_pair"] = "hypothesis"
+    (tmp_path / "pairs" / "record.json").write_text(json.dumps(written))
+    with pytest.raises(DataError, match=r"pairs of texts \(data\.text_pair=hypothesis\)"):
+        predict(tmp_path / "pairs", TEXTS)
+
+
 def test_folders_that_cannot_predict_say_why(finished: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="There is no"):
         predict(tmp_path / "nowhere", TEXTS)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_federation as tiny
+import torch
 from rich.console import Console
 
-from fedtune.errors import CheckpointError, ConfigError, ResourceError
+from fedtune.errors import CheckpointError, ConfigError, ModelError, ResourceError
 from fedtune.experiments import record as records
 from fedtune.experiments.run import Interrupted, run
 
@@ -151,6 +152,24 @@ def test_ctrl_c_before_the_first_round_says_that_nothing_was_kept(
     monkeypatch.setattr(resident, "workplace", interrupted)
     with pytest.raises(Interrupted, match="nothing to resume"):
         run(config(world, tmp_path / "run"), console=quiet())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_is_used_up_is_told_in_one_paragraph(
+    world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedtune.federation.resident.Workplace.warm", full)
+    with pytest.raises(ResourceError, match=r"ran out of memory.*micro_batch_tokens.*resume="):
+        run(config(world, tmp_path / "run", federation__num_rounds=1), console=quiet())
+
+
+def test_texts_longer_than_the_encoder_takes(world: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"data\.max_length is 40, .* has 32 positions"):
+        run(config(world, tmp_path / "run", data__max_length=40), console=quiet())
+    assert not list((tmp_path / "run").rglob("*.sqlite"))
 
 
 @pytest.mark.parametrize("where", ["save_pretrained", "statement", "record"])
