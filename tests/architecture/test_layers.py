@@ -54,7 +54,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "psutil": ("cost",),
     "flwr": ("federation", "engines"),
     "cryptography": ("federation", "engines"),
-    "httpx": ("engines",),  # what flwr speaks HTTP with
+    "huggingface_hub": ("data",),  # for its errors; datasets and transformers are what fetches
+    "httpx": ("data", "models", "engines"),  # what the hub and flwr speak HTTP with
     "uvicorn": ("engines",),  # what flwr's SuperLink is served by
     "ray": ("engines",),
     "scipy": ("privacy", "audit"),
