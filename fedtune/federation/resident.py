@@ -78,15 +78,6 @@ def config_of(text: str) -> Config:
     return config_from_json(text)
 
 
-@functools.lru_cache(maxsize=2)
-def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
-    """Loaded once a process: the runs of a sweep share it."""
-    from fedtune.config.schema import ModelConfig
-    from fedtune.models.encoder import load_tokenizer
-
-    return load_tokenizer(ModelConfig(name=name, revision=revision))
-
-
 class Workplace:
     """What a configuration works on: the prepared data, and the model when it is needed."""
 
@@ -97,8 +88,9 @@ class Workplace:
     def prepared(self) -> PreparedData:
         """Tokenized data and its shards. Raises: DataError, ModelError, ResourceError."""
         from fedtune.data.prepare import prepare
+        from fedtune.models.encoder import load_tokenizer
 
-        tokenizer, tokenizer_id = _tokenizer(self.config.model.name, self.config.model.revision)
+        tokenizer, tokenizer_id = load_tokenizer(self.config.model)
         if self.config.engine.name == "deployment":
             from fedtune.data.deployed import prepare_deployed
 

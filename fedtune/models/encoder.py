@@ -11,6 +11,7 @@ mode only, and a frozen encoder under DP noise gains nothing from more noise.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -119,11 +120,18 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
 def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
     """The tokenizer of the encoder, and a short id of it that changes whenever its tokens would.
 
+    Loaded once a process: the encoder asks it for its separator, and the runs of a sweep share it.
+
     Raises: ModelError, ResourceError.
     """
+    return _tokenizer(config.name, config.revision)
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
     from transformers import AutoTokenizer, BertTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, config)
+    tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, ModelConfig(name=name, revision=revision))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
