@@ -9,6 +9,9 @@ another column would make it new data with a fresh budget. For the same reason e
 remembers its `source`, the fingerprint of the whole before it was split and dealt out: with another seed or
 partition a node gets other records, but of the same people.
 
+That fingerprint and the digests are for caches and for ledgers of version 0.1. What a ledger is charged by
+is a shard's `identity`: every record and person by itself (`fedtune.privacy.identity`).
+
 Shapes: n records, t tokens in all.
 """
 
@@ -23,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from fedtune.privacy.identity import Identity, mark_of
 
 __all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of", "offsets_of", "take_tokens"]
 
@@ -157,6 +162,19 @@ class Corpus:
         joined = b"".join(_digest(record) for record in zip(self.texts, pairs, strict=True))
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
+    @cached_property
+    def marks(self) -> ByteArray:
+        """What a ledger knows each record by, before it is keyed: uint8 [n, 32], in record order; private.
+
+        Unlike `digests` they are of normalised texts (`privacy.identity.mark_of`).
+        """
+        if self.part_of is not None:
+            whole, rows = self.part_of
+            return whole.marks[rows]
+        pairs = self.pairs or (None,) * len(self.texts)
+        joined = b"".join(mark_of(record) for record in zip(self.texts, pairs, strict=True))
+        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
+
     def fingerprint(self) -> str:
         """SHA-256 over the sorted texts; order, labels, persons, sites and name do not count."""
         return self._fingerprint
@@ -173,9 +191,9 @@ class TokenizedCorpus:
     Fields: `input_ids` int32 [t], special tokens included, each record cut to the public `max_length`
     (may be memory-mapped and read-only); `offsets` int64 [n + 1], record i is
     `input_ids[offsets[i]:offsets[i + 1]]`; `pad_id`, the tokenizer's padding token; `digests` uint8
-    [n, 32], as in `Corpus`, private; `source`, the fingerprint of the whole corpus; the others as in
-    `Corpus`. Segment ids are not kept: a pair's second text is known to the encoder by the separator
-    alone.
+    [n, 32] and `marks` uint8 [n, 32], as in `Corpus`, private; `source`, the fingerprint of the whole
+    corpus; the others as in `Corpus`. Segment ids are not kept: a pair's second text is known to the encoder
+    by the separator alone.
     """
 
     name: str
@@ -186,6 +204,7 @@ class TokenizedCorpus:
     units: StrArray | None
     sites: StrArray | None
     digests: ByteArray
+    marks: ByteArray
     source: str
     pad_id: int = 0
 
@@ -225,6 +244,12 @@ class TokenizedCorpus:
         """Persons in this data; private, unlike a Shard's declared size."""
         return self._unit_codes[1]
 
+    @cached_property
+    def identity(self) -> Identity:
+        """The records and persons in this data, as a ledger takes them; private."""
+        persons = None if self.units is None else np.unique(self.units).tolist()
+        return Identity(self.marks, persons, self.source)
+
     def tokens(self, index: int) -> Int32Array:
         """Token ids of one record: int32 [its length], a view."""
         return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
@@ -242,6 +267,7 @@ class TokenizedCorpus:
             units=_take(self.units, rows),
             sites=_take(self.sites, rows),
             digests=self.digests[rows],
+            marks=self.marks[rows],
             source=self.source,
             pad_id=self.pad_id,
         )
@@ -254,9 +280,10 @@ class Shard:
     Fields: `node`, its name; `data`, private; `declared_size`, PUBLIC, in units of the plan (persons
     for `unit=person`, else records): its owner declares it, because the expected batch size and delta
     are computed from it and a size counted from the data would be a release (see `partition`);
-    `dataset` and `fingerprint`, by which the node's ledger knows this data: name and fingerprint of the whole
-    source, so that another seed or partition is not new data; `record_index` int64 [n],
-    the row of each record in the train corpus it was cut from.
+    `dataset`, the name of its data set; `fingerprint`, that of the whole source, private: for caches and
+    ledgers of version 0.1; `record_index` int64 [n], the row of each record in the train corpus it was cut
+    from; `whole`, the data of the shard that this is a part of (None: it is whole), so that what is trained
+    on and what is held out are charged together.
 
     Guarantee: shards made together are disjoint in records, so a federation's epsilon is the
     maximum over its nodes; for `unit=person` they are disjoint in persons too.
@@ -268,3 +295,9 @@ class Shard:
     fingerprint: str
     dataset: str
     record_index: Int64Array
+    whole: TokenizedCorpus | None = None
+
+    @property
+    def identity(self) -> Identity:
+        """Whose data a release from this shard touches: all of it, its held-out part included. Private."""
+        return (self.data if self.whole is None else self.whole).identity

@@ -86,6 +86,7 @@ def _nothing(data: DataConfig) -> TokenizedCorpus:
         units=None,
         sites=None,
         digests=np.zeros((0, 32), dtype=np.uint8),
+        marks=np.zeros((0, 32), dtype=np.uint8),
         source="",
     )
 

@@ -38,7 +38,7 @@ def is_held_out(data: TokenizedCorpus, share: float) -> npt.NDArray[np.bool_]:
 def hold_out(shard: Shard, share: float) -> tuple[Shard, Shard]:
     """(what is trained on, what is evaluated on) of `shard`; no unit is in both.
 
-    Name, data set and fingerprint stay, so that the ledger knows both parts as the same data. Declared
+    Both parts remember the whole, so that a release from either is charged to all of it. Declared
     sizes are the declared share of the declared size, never a count, and at least 1.
     """
     kept_out = is_held_out(shard.data, share)
@@ -55,6 +55,7 @@ def _part(shard: Shard, rows: npt.NDArray[np.int64], declared_size: int) -> Shar
         data=shard.data.subset(rows),
         record_index=shard.record_index[rows],
         declared_size=declared_size,
+        whole=shard.data if shard.whole is None else shard.whole,
     )
 
 

@@ -48,6 +48,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
         units=corpus.units,
         sites=corpus.sites,
         digests=corpus.digests,
+        marks=corpus.marks,
         source=corpus.source or corpus.fingerprint(),
         pad_id=int(getattr(tokenizer, "pad_token_id", 0) or 0),
     )

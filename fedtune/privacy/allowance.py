@@ -9,13 +9,13 @@ run does not fit as a whole, how far it does is found once, by bisection. Values
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedtune.errors import BudgetExhausted
-from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.cache import kept
-from fedtune.privacy.ledger_state import LedgerState
+from fedtune.privacy.ledger_state import LedgerState, charge_of
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = ["Allowance", "kept_epsilon"]
@@ -72,6 +72,32 @@ class Allowance:
                 of_owner=True,
             )
         return False
+
+    def check_run(
+        self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
+        plans: Sequence[ReleasePlan], made: Mapping[str, int], public: bool,
+    ) -> None:  # fmt: skip
+        """Raises `BudgetExhausted` if what is left of all `plans` of one run would exceed a budget.
+
+        `made`: how many releases the run has made, by purpose.
+        """
+        names = state.names_of(dataset, fingerprint)
+        if public and not state.is_private(names) and not (set(budgets.datasets) & names):
+            return
+        for budget in budgets.of(names):
+            before = state.terms(dataset, fingerprint)
+            after = before
+            for plan in plans:
+                done = made.get(plan.purpose, 0)
+                after = compose_terms(after, charge_of(plan, max(0, plan.num_rounds - done), done))
+            now, then = kept_epsilon(before, budget.delta), kept_epsilon(after, budget.delta)
+            if then > budget.epsilon:
+                raise BudgetExhausted(
+                    f"node '{node}' refuses the run before its first round: all of it would raise epsilon "
+                    f"from {now:.4g} to {then:.4g}, over its budget of {budget.epsilon:g} at delta "
+                    f"{budget.delta:g} for '{dataset}'. {_way_out(plans[0])}",
+                    of_owner=True,
+                )
 
     def _within(
         self, state: LedgerState, dataset: str, fingerprint: str, plan: ReleasePlan, budget: PrivacyBudget,

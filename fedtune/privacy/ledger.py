@@ -34,6 +34,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from fedtune.privacy.accounting import epsilon_rdp_of_terms
 from fedtune.privacy.allowance import Allowance, kept_epsilon
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, budgets_of, read_budgets, write_budgets
 from fedtune.privacy.chain import GENESIS, Chain, Row
+from fedtune.privacy.identity import Identity
 from fedtune.privacy.ledger_state import (
     LedgerState,
     Release,
@@ -127,7 +130,7 @@ class PrivacyLedger:
         self,
         *,
         dataset: str,
-        fingerprint: str,
+        fingerprint: str | Identity,
         node: str,
         run: str,
         round: int,
@@ -136,12 +139,14 @@ class PrivacyLedger:
     ) -> Reservation:
         """Writes down that one release of `plan` is about to be made, durably, before it returns.
 
-        Args: `dataset` and `fingerprint` say from what; `public`: its owner declared it public, so nothing
+        Args: `dataset` and `fingerprint` say from what (`fingerprint`: the data's identity, or the text by
+        which the ledger knows it); `public`: its owner declared it public, so nothing
         is refused (ignored where the same data was released as private before). Raises
         `BudgetExhausted` if the release would exceed the budget or the run's own plan, `SeparationError` if
         it comes too soon after the last one (dp_ftrl), `LedgerError` if it could not be written; then
         nothing may be released.
         """
+        fingerprint = _known_as(fingerprint)
         for name, value in (("dataset", dataset), ("fingerprint", fingerprint), ("node", node), ("run", run)):
             if not isinstance(value, str) or not value:
                 raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
@@ -176,6 +181,39 @@ class PrivacyLedger:
             row, after = self._written(connection, state, body, run)
         self._state = after
         return Reservation(row.seq, row.hash, node, run, round)
+
+    def check_run(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        node: str,
+        run: str,
+        plans: Sequence[ReleasePlan],
+        public: bool = False,
+    ) -> None:
+        """Whether a whole run fits, before its first release; charges and writes nothing.
+
+        Args: `plans`, one for each purpose of the run's releases (training, answers, sizes), each with all
+        the releases that it allows; what this run has released already counts as part of them; the others as
+        in `reserve`. Raises `BudgetExhausted` (`of_owner`) with the numbers if all of them together would
+        exceed a budget of this data, `LedgerError` if the ledger cannot be used.
+        """
+        fingerprint = _known_as(fingerprint)
+        state = self._current()
+        with self._chain.reading() as view:
+            rows = (
+                [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind == "reserved"]
+            )
+        made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
+        self._allowance.check_run(
+            self._budgets(state), state, dataset, fingerprint, node, plans, made, public
+        )
+
+    def head(self) -> tuple[int, str]:
+        """Number and hash of the last row; (0, 64 zeros) before the first."""
+        state = self._current()
+        return state.seq, state.hash
 
     def commit(self, reservation: Reservation) -> None:
         """Notes that the release came to its end. Raises `LedgerError` if it was never reserved here.
@@ -231,13 +269,14 @@ class PrivacyLedger:
         return [release for release in found if purpose in (None, release.purpose)]
 
     def epsilon(
-        self, *, dataset: str, fingerprint: str, delta: float | None = None, run: str | None = None
+        self, *, dataset: str, fingerprint: str | Identity, delta: float | None = None, run: str | None = None
     ) -> float:
         """Epsilon of everything this data was ever used for, or of one run's releases alone.
 
         `delta` None: the budget's, else the smallest that any of the releases was planned with. 0.0 before
         the first release, infinite if one had no noise. Unfinished reservations count.
         """
+        fingerprint = _known_as(fingerprint)
         state = self._current()
         if run is not None:
             part = LedgerState()
@@ -411,6 +450,10 @@ class PrivacyLedger:
                 raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
             state = state.with_row(row)
         return state
+
+
+def _known_as(fingerprint: str | Identity) -> str:
+    return fingerprint.fingerprint if isinstance(fingerprint, Identity) else fingerprint
 
 
 def _steps(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:

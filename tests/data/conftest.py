@@ -87,6 +87,7 @@ def make_tokens(**kwargs: Any) -> TokenizedCorpus:
         units=corpus.units,
         sites=corpus.sites,
         digests=corpus.digests,
+        marks=corpus.marks,
         source=corpus.fingerprint(),
     )
 

@@ -22,7 +22,7 @@ def shard_of(texts: list[str], units: list[str] | None, declared_size: int = 100
     data = TokenizedCorpus(
         name=corpus.name, input_ids=np.arange(n, dtype=np.int32), offsets=np.arange(n + 1),
         labels=corpus.labels, label_names=corpus.label_names, units=corpus.units, sites=None,
-        digests=corpus.digests, source=corpus.fingerprint(),
+        digests=corpus.digests, marks=corpus.marks, source=corpus.fingerprint(),
     )  # fmt: skip
     return Shard("clinic", data, declared_size, data.source, "made-up", np.arange(n, dtype=np.int64))
 

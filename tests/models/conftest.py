@@ -61,4 +61,5 @@ def random_corpus(n: int = 12, seed: int = 0, persons: int | None = None) -> Tok
         units=None if persons is None else np.array([f"p{i % persons}" for i in range(n)]),
         sites=None,
         digests=chance.integers(0, 256, size=(n, 32)).astype(np.uint8),
+        marks=chance.integers(0, 256, size=(n, 32)).astype(np.uint8),
     )
