@@ -54,7 +54,7 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
     server.add_argument(
         "--enrol", metavar="LINE", help="let a site in: what `fedtune node init` printed, or a file"
     )
-    server.add_argument("--revoke", metavar="SITE", help="let a site in no more")
+    server.add_argument("--revoke", metavar="SITE", help="let the key of a site in no more, ever")
     server.set_defaults(call=_server)
 
     node = commands.add_parser(
@@ -123,14 +123,14 @@ def _provision(arguments: argparse.Namespace, rest: list[str], debug: bool) -> i
 
 
 def _server(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.engines.deployment import provision
+    from fedtune.engines.deployment import enrolment
 
     if arguments.enrol is not None:
-        site, fingerprint = provision.enrol(arguments.folder, arguments.enrol)
+        site, fingerprint = enrolment.enrol(arguments.folder, arguments.enrol)
         print(f"enrolled {site}; compare the fingerprint of its key with the site: {fingerprint}")
         return 0
     if arguments.revoke is not None:
-        provision.revoke(arguments.folder, arguments.revoke)
+        enrolment.revoke(arguments.folder, arguments.revoke)
         print(f"revoked {arguments.revoke}; a running server lets it in no more")
         return 0
     from fedtune.engines.deployment.server import run_server

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from fedtune.config.files import replace_whole, sync_folder
 from fedtune.errors import CheckpointError, ResourceError
 
 __all__ = [
@@ -70,17 +71,6 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(_files(run_dir))
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable. Not possible on Windows, where it is also not needed."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _no_room(path: Path, error: OSError, size: int) -> ResourceError:
     return ResourceError(
         f"The checkpoint {path} of {size} bytes cannot be written: {error.strerror or error}. Free some "
@@ -94,19 +84,10 @@ def write_durably(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 
     Raises: ResourceError; what was there before is then as it was.
     """
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process that died, and may have had another mode
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(handle)
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        replace_whole(path, content, mode=mode)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _no_room(path, error, len(content)) from error
 
 
@@ -189,7 +170,7 @@ def next_attempt(run_dir: Path) -> int:
             except FileExistsError:
                 number += 1
                 continue
-            _sync_folder(folder)
+            sync_folder(folder)
             return number
     except OSError as error:
         raise _no_room(folder, error, 0) from error

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fedtune.engines.deployment.enrolment import enrol
 from fedtune.engines.deployment.operator import status
-from fedtune.engines.deployment.provision import enrol, provision
+from fedtune.engines.deployment.provision import provision
 from fedtune.engines.deployment.site import make_key, read_site
 from fedtune.errors import FedtuneError
 from fedtune.federation.audit_log import AuditLog

@@ -18,10 +18,12 @@ import pytest
 import yaml
 
 from fedtune import __version__
-from fedtune.engines.deployment import certificates, join, reach, server
-from fedtune.engines.deployment.provision import enrol, enrolled, provision, revoke
+from fedtune.engines.deployment import certificates, gate, join, reach, server
+from fedtune.engines.deployment.admission import Admission
+from fedtune.engines.deployment.enrolment import enrol, revoke
+from fedtune.engines.deployment.provision import provision, read_token
 from fedtune.engines.deployment.published import Board, checked, of_site, shown
-from fedtune.errors import ConfigError, FederationError
+from fedtune.errors import ConfigError, FederationError, ResourceError
 from tests.deployment.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
@@ -47,12 +49,12 @@ class Real:
         self.said: list[str] = []
         self.app = server._application(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
-        self.sync()
+        self.admission = Admission(self.state, self.folder, self.said.append)
+        self.admission.look()
         self.board = Board(self.folder / "published.json")
-        token = server.read_token(self.folder)
-        gate = server.Gate(self.app, token, lambda: server._registered(self.state), self.board)
+        self.gate = gate.Gate(self.app, read_token(self.folder), self.admission, self.board)
         self.config = uvicorn.Config(
-            gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
+            self.gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
             ssl_certfile=str(self.folder / "server.crt"), log_level="error",
         )  # fmt: skip
         self.config.load()
@@ -62,9 +64,6 @@ class Real:
         while not self.uvicorn.started:
             time.sleep(0.05)
 
-    def sync(self) -> None:
-        server._sync(self.state, server.enrolled(self.folder), {}, self.said.append)
-
     def site(self, name: str, **changes: Any) -> Any:
         return settings(
             self.root, site=name, server=self.address, ca=str(self.folder / "ca.crt"),
@@ -72,7 +71,7 @@ class Real:
         )  # fmt: skip
 
     def node_id(self, site: str) -> int:
-        return next(int(one.node_id) for one in server._registered(self.state) if one.name == site)
+        return next(int(one.node_id) for one in self.admission.nodes() if one.name == site)
 
     def request(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
         context = reach.tls_context(self.folder / "ca.crt")
@@ -198,16 +197,33 @@ def test_a_revoked_key_is_out_at_once_and_stays_out(real: Real) -> None:
     site, key = real.site("clinic-3"), real.keys["clinic-3"]
     join.check_in(site, key, print)
     revoke(real.folder, "clinic-3")
-    real.sync()
+    real.admission.look()
     assert "was revoked" in str(join.refusal(site, key))
-    enrol(real.folder, certificates.public_line(key, "clinic-3"))
-    real.sync()
-    assert "revoked before and stays so" in real.said[-1]
+    with pytest.raises(ConfigError, match="was revoked, and a key that was revoked stays so"):
+        enrol(real.folder, certificates.public_line(key, "clinic-3"))
+    (real.folder / "nodes" / "clinic-3.pub").write_text(certificates.public_line(key, "clinic-3") + "\n")
+    real.admission.look()  # a backup of nodes/ was put back, say
     assert "is not enrolled" in refused(site, key)
     new = certificates.make_node_key(real.root / "clinic-3.new")
     enrol(real.folder, certificates.public_line(new, "clinic-3"))
-    real.sync()
+    real.admission.look()
     join.check_in(site, new, print)
+
+
+def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
+    site, key, path = real.site("clinic-1"), real.keys["clinic-1"], real.folder / "nodes" / "clinic-1.pub"
+    line = path.read_text()
+    path.unlink()
+    real.admission.look()
+    with pytest.raises(ResourceError, match="does not let this site in now: the file with the key of site"):
+        join.check_in(site, key, pytest.fail)
+    assert "is missing at the server" in str(join.suspension(site, key))
+    named = {gate._NODE_KEY.decode(): base64.b64encode(certificates.public_key_of(key)).decode()}
+    assert real.request("POST", "/v1/fleet/pull-messages", content_length="0", **named)[0] == 503
+    path.write_text(line)
+    real.admission.look()
+    join.check_in(site, key, pytest.fail)
+    assert join.suspension(site, key) is None
 
 
 def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
@@ -242,55 +258,12 @@ def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Pat
     assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
 
 
-def test_a_broken_key_file_keeps_no_other_site_from_being_revoked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "federation.yaml").write_text(
-        yaml.safe_dump({"name": "trial", "server": "127.0.0.1:9", "sites": SITES})
-    )
-    folder = provision(tmp_path / "federation.yaml", tmp_path / "out").folder / "server"
-    lines = {}
-    for site in SITES:
-        lines[site] = certificates.public_line(certificates.make_node_key(tmp_path / f"{site}.key"), site)
-        enrol(folder, lines[site])
-    assert sorted(path.name for path in (folder / "nodes").iterdir()) == [f"{site}.pub" for site in SITES]
-    first = enrolled(folder)
-    steps: list[set[str]] = []
-    monkeypatch.setattr(server, "_sync", lambda state, wanted, known, say: steps.append(set(wanted)))
-    said: list[str] = []
-
-    def third_look(number: int) -> None:
-        if number == 3:
-            revoke(folder, "clinic-3")
-
-    (folder / "nodes" / "clinic-1.pub").write_text("")
-    revoke(folder, "clinic-2")
-    server._keep_in_step(None, folder, first, Looks(6, third_look), said.append, {})
-    # The site whose file is broken stays as it was: a revoked key is never let in again.
-    assert steps == [{"clinic-1", "clinic-3"}, {"clinic-1"}]
-    assert len(said) == 1 and "clinic-1.pub cannot be used" in said[0] and "--enrol" in said[0]
-
-    # A server that starts with it says so, and lets in the others.
-    enrol(folder, lines["clinic-3"])
-    (folder / "nodes" / "clinic-2.pub").write_bytes(b"\xff\xfe")
-
-    def far_enough(*_: Any) -> None:
-        raise FederationError("far enough")
-
-    monkeypatch.setattr(server, "_check_port", far_enough)
-    said.clear()
-    with pytest.raises(FederationError, match="far enough"):
-        server.run_server(folder, said.append)
-    assert ["clinic-1.pub" in said[0], "clinic-2.pub" in said[1], len(said)] == [True, True, 2]
-    assert "left out" in said[0] and set(enrolled(folder)) == {"clinic-3"}
-    enrol(folder, lines["clinic-1"])
-    assert set(enrolled(folder)) == {"clinic-1", "clinic-3"}, "enrolling mends it"
-
-
 def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:
-    status, said = real.request("POST", "/v1/fleet/push-object", content_length=str(2**40))
+    key = certificates.public_key_of(real.keys["clinic-1"])
+    named = {gate._NODE_KEY.decode(): base64.b64encode(key).decode()}
+    status, said = real.request("POST", "/v1/fleet/push-object", content_length=str(2**40), **named)
     assert status == 413 and str(2**40) in said["error"]
-    status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked")
+    status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked", **named)
     assert status == 411
 
 
@@ -331,7 +304,7 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
     copy = tmp_path / "server"
     shutil.copytree(real.folder, copy)
     assert {one["site"] for one in status(copy).sites} == set(SITES)
-    (copy / "operator.token").write_text("another\n")
+    (copy / "operator.token").write_text("a" * 43 + "\n")
     with pytest.raises(FederationError, match="does not know the operator's token"):
         status(copy)
 
@@ -381,7 +354,7 @@ def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path
     assert real.board.all().get("clinic-1") is None
     assert checked({**good, "unit": "<b>"}) is None and checked({**good, "more": 1}) is None
     assert checked([good]) is None and checked(good) == good
-    status, _ = real.request("GET", server.PUBLISHED_PATH)
+    status, _ = real.request("GET", gate.PUBLISHED_PATH)
     assert status == 403, "for whoever has the operator's token"
 
 

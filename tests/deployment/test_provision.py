@@ -12,7 +12,8 @@ from cryptography import x509
 
 from fedtune.cli import main
 from fedtune.engines.deployment import certificates
-from fedtune.engines.deployment.provision import enrol, enrolled, provision, revoke
+from fedtune.engines.deployment.enrolment import enrol, enrolled, revoke
+from fedtune.engines.deployment.provision import provision
 from fedtune.errors import ConfigError
 
 FEDERATION = {"name": "hospitals", "server": "127.0.0.1:9443", "sites": ["clinic-1", "clinic-2"]}

@@ -4,7 +4,8 @@ The authority signs the server's certificate, and nodes trust no other authority
 public keys: elliptic curve P-384, of which the private half is made at the site and stays there. So there
 is nothing secret in what is sent to a site, and revoking a node is forgetting its key.
 
-Private keys are written with mode 0600, and refused where others may read them.
+Secrets are written whole or not at all, with mode 0600, and refused where they are empty, torn, or readable
+by others.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedtune.config.files import create_whole, replace_whole
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = [
+    "check_authority",
     "check_server_certificate",
     "fingerprint",
     "load_private_key",
@@ -33,7 +36,9 @@ __all__ = [
     "make_server_certificate",
     "public_key_of",
     "public_line",
+    "public_line_of",
     "read_public_line",
+    "read_secret",
     "write_secret",
 ]
 
@@ -42,9 +47,9 @@ _EARLY = datetime.timedelta(minutes=5)  # a site's clock may be a little behind
 
 
 def write_secret(path: Path, content: bytes) -> None:
-    """Writes `content` to a new file that only its owner may read; refuses to replace one. Durable."""
+    """Writes `content` to a new file that only its owner may read, whole or not at all; replaces none."""
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        create_whole(path, content, mode=0o600)
     except FileExistsError as error:
         raise ConfigError(
             f"{path} exists already and is not replaced, for what it opens could then never be opened again. "
@@ -52,10 +57,29 @@ def write_secret(path: Path, content: bytes) -> None:
         ) from error
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+
+
+def read_secret(path: Path, missing: str) -> bytes:
+    """The content of a secret file. Raises ConfigError if it is missing (with the way out `missing`), if it
+    is empty, or if others may read it."""
+    try:
+        content = path.read_bytes()
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise ConfigError(missing) from error
+    except OSError as error:
+        raise ResourceError(f"The secret {path} cannot be read: {error.strerror}.") from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"{path} is secret and may be read by others (mode {stat.S_IMODE(mode):04o}), so it may be "
+            f"known to them. Run `chmod 600 {path}`, and make a new one if it may have been copied."
+        )
+    if not content.strip():
+        raise ConfigError(
+            f"{path} is empty (a full disk, perhaps), and an empty secret opens nothing and protects "
+            "nothing. Restore it from a backup; or remove it, and make it again as it was made."
+        )
+    return content
 
 
 def make_authority(folder: Path, name: str) -> None:
@@ -69,8 +93,27 @@ def make_authority(folder: Path, name: str) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
+    # The secret last: where it is, everything is.
+    replace_whole(folder / "ca.crt", certificate.public_bytes(serialization.Encoding.PEM))
     write_secret(folder / "ca.key", _private_bytes(key))
-    (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def check_authority(folder: Path) -> None:
+    """Raises ConfigError unless `folder` holds an authority's certificate and the key that belongs to it."""
+    out = (
+        f"Restore both from a backup. Only if no site has joined yet, remove {folder}, and `fedtune "
+        "provision` makes another authority, which no site of before trusts."
+    )
+    key = load_private_key(
+        folder / "ca.key",
+        f"The key of the authority that the sites trust, {folder / 'ca.key'}, is missing. {out}",
+    )
+    try:
+        certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"The certificate {folder / 'ca.crt'} cannot be read ({error}). {out}") from error
+    if certificate.public_key() != key.public_key():
+        raise ConfigError(f"{folder / 'ca.crt'} and {folder / 'ca.key'} do not belong together. {out}")
 
 
 def make_server_certificate(authority: Path, folder: Path, names: Sequence[str], days: int) -> None:
@@ -93,11 +136,8 @@ def make_server_certificate(authority: Path, folder: Path, names: Sequence[str],
         )
         .sign(ca_key, hashes.SHA384())
     )
-    new = folder / "server.key.new"
-    new.unlink(missing_ok=True)
-    write_secret(new, _private_bytes(key))
-    new.replace(folder / "server.key")
-    (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    replace_whole(folder / "server.key", _private_bytes(key), mode=0o600)
+    replace_whole(folder / "server.crt", certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def check_server_certificate(folder: Path) -> int:
@@ -143,28 +183,22 @@ def make_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
     return key
 
 
-def load_private_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """The key in `path`. Raises ConfigError if it is missing, no such key, or readable by others."""
-    try:
-        content = path.read_bytes()
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"There is no private key {path}. A site makes its own with `fedtune node init --config "
-            f"node.yaml`."
-        ) from error
-    except OSError as error:
-        raise ResourceError(f"The private key {path} cannot be read: {error.strerror}.") from error
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(
-            f"The private key {path} may be read by others (mode {stat.S_IMODE(mode):04o}), so it may "
-            f"be known to "
-            f"them. Run `chmod 600 {path}`, and make a new key if it may have been copied."
-        )
+def load_private_key(path: Path, missing: str | None = None) -> ec.EllipticCurvePrivateKey:
+    """The key in `path`. Raises ConfigError if it is missing (`missing` says so), torn, no such key, or
+    readable by others."""
+    content = read_secret(
+        path,
+        missing
+        or f"There is no private key {path}. A site makes its own with `fedtune node init --config "
+        "node.yaml`.",
+    )
     try:
         key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path} is no private key in PEM format without a password.") from error
+        raise ConfigError(
+            f"{path} is no private key in PEM format without a password, or only a part of one. Restore it "
+            "from a backup; or move it away, and make a new one as this one was made."
+        ) from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path} is no elliptic curve key. Make one with `fedtune node init`.")
     return key
@@ -177,7 +211,13 @@ def public_key_of(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def public_line(key: ec.EllipticCurvePrivateKey, site: str) -> str:
     """The public half as one line of OpenSSH's format, with the site's name as its comment."""
-    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public_line_of(public_key_of(key), site)
+
+
+def public_line_of(public_key: bytes, site: str) -> str:
+    """As `public_line`, of a public key in PEM."""
+    key = serialization.load_pem_public_key(public_key)
+    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return f"{line.decode()} {site}"
 
 

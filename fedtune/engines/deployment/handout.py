@@ -5,8 +5,11 @@ Nothing in an archive is secret. Its node.yaml is where a site's administrator b
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
+
+from fedtune.config.files import replace_whole
 
 __all__ = ["server_readme", "write_archive"]
 
@@ -19,15 +22,15 @@ def server_readme(name: str, address: str) -> str:
 def write_archive(path: Path, name: str, address: str, site: str, authority: str) -> None:
     """Writes SITE.zip: node.yaml, README.md and ca.crt, whose content `authority` is. Raises OSError."""
     fill = {"name": name, "address": address, "site": site}
-    temporary = path.with_suffix(".zip.new")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in (
             ("node.yaml", _NODE_YAML.format(**fill)),
             ("ca.crt", authority),
             ("README.md", _SITE_README.format(**fill)),
         ):
             archive.writestr(f"{site}/{name}", text)
-    temporary.replace(path)
+    replace_whole(path, buffer.getvalue())
 
 
 _SERVER_README = """\
@@ -38,11 +41,12 @@ nobody's code. `server.key` and `operator.token` are secret: whoever has the tok
 
     fedtune server DIR                       start, from this folder (DIR); Ctrl-C ends it
     fedtune server DIR --enrol 'LINE'        let a site in, by the line that its `fedtune node init` printed
-    fedtune server DIR --revoke SITE         let it in no more, at once
+    fedtune server DIR --revoke SITE         let its key in no more, at once and for good
     fedtune status DIR                       nodes and runs
     fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
 
-Compare a key's fingerprint with its site by telephone before you enrol it.
+Compare a key's fingerprint with its site by telephone before you enrol it. Only `--revoke` revokes: while a
+file in `nodes/` is missing or broken, its site is not let in, and when it is back, the site is too.
 The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, and a running
 server takes it up. Server and sites warn from 30 days before.
 """

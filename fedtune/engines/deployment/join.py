@@ -2,7 +2,7 @@
 
 Flower's SuperNode learns of a key that is not enrolled, of a key that is in use and of a clock that is off
 only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
-server (`server.Gate`) answers whom it knows by that key, whether such a node is connected, what time it is
+server (`gate`) answers whom it knows by that key, whether such a node is connected, what time it is
 and which fedtune it has. Only who holds a key learns anything about it. What a site publishes of its budget
 (`published`) goes the same way.
 """
@@ -14,7 +14,7 @@ import datetime
 import http.client
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune import __version__
 from fedtune.engines.deployment import certificates, published
+from fedtune.engines.deployment.admission import Admission
 from fedtune.engines.deployment.conversation import HEARTBEAT_SECONDS
 from fedtune.engines.deployment.provision import parse_address
 from fedtune.engines.deployment.reach import tls_context
 from fedtune.errors import FederationError, ResourceError
 from fedtune.federation.policy import SiteSettings
 
-__all__ = ["PATH", "answer", "as_enrolled", "check_in", "publish", "refusal"]
+__all__ = ["PATH", "answer", "as_enrolled", "check_in", "publish", "refusal", "suspension"]
 
 PATH = "/v1/fedtune/join"
 _KEY, _TIME, _SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
@@ -47,21 +48,20 @@ _NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
 
 @dataclass(frozen=True)
 class Welcome:
-    """What the server answers. `site` is None for a key that is not enrolled; `ahead` is in seconds."""
+    """What the server answers. `site` is None for a key that is not enrolled; `ahead` is in seconds;
+    `suspended` says why the key, which is enrolled, is not let in for now."""
 
     software: str
     site: str | None
     connected: bool
     ahead: float
+    suspended: str | None = None
 
 
 def answer(
-    headers: Mapping[bytes, bytes], nodes: Callable[[], Iterable[Any]], board: published.Board | None = None
+    headers: Mapping[bytes, bytes], admission: Admission, board: published.Board | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """The server's (HTTP status, answer); `nodes` gives Flower's NodeInfos that are registered.
-
-    What an enrolled site publishes is noted on `board`.
-    """
+    """The server's (HTTP status, answer). What an enrolled site publishes is noted on `board`."""
     try:
         given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
         key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
@@ -74,14 +74,19 @@ def answer(
     except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return 403, {"error": "This needs a request that is signed by a site's key."}
     public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    known = next((node for node in nodes() if bytes(node.public_key) == public), None)
-    if known and told and board is not None:
+    refused = admission.refusal(public)
+    suspended = refused[1] if refused is not None and refused[0] == 503 else None
+    known = next((node for node in admission.nodes() if bytes(node.public_key) == public), None)
+    if refused is not None and suspended is None:
+        known = None
+    if known and suspended is None and told and board is not None:
         board.note(known.name, published.checked(values))
     return 200, {
         "fedtune": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
         "site": known.name if known else None,
         "connected": known is not None and known.status == "online",
+        "suspended": suspended,
     }
 
 
@@ -93,13 +98,18 @@ def check_in(
 ) -> None:
     """Returns if the server lets this site in; waits `patience` seconds for one with its key to be gone.
 
-    Raises FederationError, which says what is wrong and who mends it.
+    Raises FederationError, which says what is wrong and who mends it; ResourceError if the server does not
+    answer, or has suspended this site: it may let it in later.
     """
     end, told = time.monotonic() + patience, False
     while True:
         welcome = _ask(site, key, timeout=10.0)
         if reason := _problem(site, key, welcome):
             raise FederationError(reason)
+        if welcome.suspended:
+            raise ResourceError(
+                f"The server {site.server} does not let this site in now: {welcome.suspended}."
+            )
         if not welcome.connected:
             return
         if time.monotonic() > end:
@@ -138,6 +148,11 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
         return message
     reason = f"It says that it is {str(name)[:100]!r}, and its key is enrolled for {site!r}: it has no part."
     return make_message(metadata=message.metadata, error=Error(_NOT_ITSELF, reason))
+
+
+def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
+    """Why the server does not let this site in for now; None if it does. Raises as `publish` does."""
+    return _ask(site, key, timeout=10.0).suspended
 
 
 def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
@@ -180,7 +195,14 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, to
         said = json.loads(body)
         ahead = (now - datetime.datetime.fromisoformat(said["time"])).total_seconds()
         name = said["site"]
-        return Welcome(str(said["fedtune"])[:40], name and str(name)[:100], said["connected"] is True, ahead)
+        software, suspended = str(said["fedtune"])[:40], said.get("suspended")
+        return Welcome(
+            software,
+            name and str(name)[:100],
+            said["connected"] is True,
+            ahead,
+            suspended and str(suspended)[:500],
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise FederationError(
             f"The server {site.server} does not answer as fedtune {__version__} does (HTTP status {status}): "

@@ -50,13 +50,16 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
 
 def _enter(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
     """Returns when the server is there and lets this site in; raises if it never will."""
+    said, at = "", 0.0
     while True:
         if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
             say(warning)
         try:
             return join.check_in(site, key, say)
-        except ResourceError as error:  # it went away in between
-            say(f"{error} Trying again.")
+        except ResourceError as error:  # it went away in between, or lets this site in later
+            if str(error) != said or time.monotonic() - at > 60.0:
+                say(f"{error} Trying again until it does.")
+                said, at = str(error), time.monotonic()
             time.sleep(5.0)
 
 
@@ -157,6 +160,8 @@ def _watch(
     while True:
         try:
             told = publish(site, key, log, told)
+            if reason := join.suspension(site, key):
+                say(f"the server does not let this site in for now: {reason}; asking again until it does")
         except FedtuneError as error:
             say(str(error))
         if ending.wait(60.0):

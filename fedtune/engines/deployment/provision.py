@@ -5,22 +5,24 @@
     DIR/sites/       SITE.zip              node.yaml, ca.crt, README.md: nothing in it is secret
 
 A site's key is made at the site (`fedtune node init`) and its public half enrolled at the server, as a
-file `nodes/SITE.pub`; removing that file revokes the node. Called again, `provision` keeps what there is
-and makes what is missing (a new site's archive); with `renew` it makes a new server certificate.
+file `nodes/SITE.pub` (`fedtune.engines.deployment.enrolment`). Called again, `provision` keeps what there is
+and makes what is missing (a new site's archive); with `renew` it makes a new server certificate. Each file
+appears whole or not at all, secrets readable by their owner only; what is there and empty, torn or another's
+is refused.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
-import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fedtune.config.files import replace_whole
 from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.handout import server_readme, write_archive
 from fedtune.errors import ConfigError, ResourceError
@@ -28,15 +30,16 @@ from fedtune.errors import ConfigError, ResourceError
 __all__ = [
     "Federation",
     "Provisioned",
-    "enrol",
-    "enrolled",
     "parse_address",
     "provision",
+    "read_token",
     "read_yaml",
-    "revoke",
 ]
 
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+TOKEN = "operator.token"
+_TOKEN_BYTES = 32
+_TOKEN_LENGTH = 43  # characters that 32 bytes have in base64 without padding
 _KEYS = {"name", "server", "sites", "certificate_names", "certificate_days"}
 
 
@@ -108,27 +111,33 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
     try:
         for one in (authority, server, server / "nodes", sites):
             one.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if (authority / "ca.key").exists():
+        # One whose key was never written (a full disk) and whose certificate nobody was given is made again.
+        given = (server / "ca.crt").exists() or any(sites.glob("*.zip"))
+        if given or (authority / "ca.key").exists():
+            certificates.check_authority(authority)
             kept.append("authority")
         else:
             certificates.make_authority(authority, federation.name)
             new.append("authority")
-        (server / "ca.crt").write_bytes((authority / "ca.crt").read_bytes())
+        replace_whole(server / "ca.crt", (authority / "ca.crt").read_bytes())
         if renew or not (server / "server.crt").exists():
             host = parse_address(federation.server)[0]
             names = dict.fromkeys([host, *federation.certificate_names, "localhost", "127.0.0.1"])
             certificates.make_server_certificate(authority, server, list(names), federation.certificate_days)
             new.append(f"server certificate for {', '.join(names)}, {federation.certificate_days} days")
         else:
+            certificates.load_private_key(server / "server.key")
             kept.append("server certificate")
-        if not (server / "operator.token").exists():
-            certificates.write_secret(server / "operator.token", secrets.token_urlsafe(32).encode() + b"\n")
+        if (server / TOKEN).exists():
+            read_token(server)
+        else:
+            certificates.write_secret(server / TOKEN, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n")
         described = {"name": federation.name, "server": federation.server, "sites": list(federation.sites)}
-        (server / "server.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
-        (server / "README.md").write_text(server_readme(federation.name, federation.server))
+        replace_whole(server / "server.yaml", yaml.safe_dump(described, sort_keys=False).encode())
+        replace_whole(server / "README.md", server_readme(federation.name, federation.server).encode())
         for site in federation.sites:
             archive = sites / f"{site}.zip"
-            if archive.exists():
+            if zipfile.is_zipfile(archive):  # one that is torn is made again: nothing in it is secret
                 kept.append(f"archive of {site}")
                 continue
             write_archive(
@@ -142,75 +151,22 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
     return Provisioned(folder, tuple(new), tuple(kept))
 
 
-def enrol(server: Path, line: str) -> tuple[str, str]:
-    """Enrols the public key in `line` (or in the file that `line` names): (site, fingerprint of the key).
-
-    Raises ConfigError for an unknown site, a key that another site uses, or a line that is none.
-    """
-    if "\n" not in line.strip() and len(line) < 1000 and " " not in line.strip() and Path(line).is_file():
-        line = Path(line).read_text()
-    key, site = certificates.read_public_line(line)
-    known = read_yaml(server / "server.yaml").get("sites", [])
-    if site not in known:
+def read_token(folder: Path) -> str:
+    """The operator's token of a server folder. Raises ConfigError unless it is one that `provision` wrote."""
+    path = folder / TOKEN
+    missing = (
+        f"There is no operator's token {path}. Name the server folder that `fedtune provision` made; if the "
+        "token is lost, `fedtune provision FEDERATION.yaml -o DIR` makes another."
+    )
+    text = certificates.read_secret(path, missing).strip()
+    if not re.fullmatch(rb"[A-Za-z0-9_-]{%d}" % _TOKEN_LENGTH, text):
         raise ConfigError(
-            f"The key is for site {site!r}, and the federation's sites are {', '.join(known)}. Add it to the "
-            "federation file and run `fedtune provision` again."
+            f"The operator's token {path} is torn or was changed: it has {len(text)} characters, and the one "
+            f"that `fedtune provision` wrote has {_TOKEN_LENGTH} of A-Z, a-z, 0-9, _ and -. Nobody is let in "
+            "by it. Remove it, make another with `fedtune provision FEDERATION.yaml -o DIR`, and start the "
+            "server again."
         )
-    for other, used in enrolled(server).items():
-        if used == key and other != site:
-            raise ConfigError(
-                f"The key of {site!r} is the key of {other!r} already. Each site makes its own with "
-                f"`fedtune node "
-                "init`; a private key must not be copied."
-            )
-    _replace(server / "nodes" / f"{site}.pub", line.strip() + "\n")
-    return site, certificates.fingerprint(key)
-
-
-def _replace(path: Path, text: str) -> None:
-    """In one step, so that a running server or a crash finds the whole of it or what was there before."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".enrol")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)  # nothing secret; the server may be another user than who enrols
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def revoke(server: Path, site: str) -> None:
-    """Forgets the key of `site`; a running server lets it in no more. Raises ConfigError if it has none."""
-    path = server / "nodes" / f"{site}.pub"
-    if not path.exists():
-        raise ConfigError(
-            f"No key of {site!r} is enrolled; enrolled are {', '.join(enrolled(server)) or 'none'}."
-        )
-    path.unlink()
-
-
-def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str, bytes]:
-    """Public keys (PEM) of the enrolled sites, by name.
-
-    A file that is no key is passed over, so that it keeps no other site from being let in or revoked;
-    `unreadable` is given what is wrong with it, and the way out, by the site's name.
-    """
-    found: dict[str, bytes] = {}
-    for path in sorted((server / "nodes").glob("*.pub")):
-        try:
-            found[path.stem] = certificates.read_public_line(path.read_text())[0]
-        except FileNotFoundError:
-            continue  # revoked since the folder was listed
-        except (ConfigError, OSError, UnicodeDecodeError) as error:
-            if unreadable is not None:
-                unreadable[path.stem] = (
-                    f"{path} cannot be used: {error} Enrol {path.stem} again (`fedtune server DIR --enrol "
-                    f"'LINE'`), or revoke it (`fedtune server DIR --revoke {path.stem}`)."
-                )
-    return found
+    return text.decode()
 
 
 def parse_address(address: str) -> tuple[str, int]:

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import replace_whole
 from fedtune.engines.deployment.site import open_ledger
 from fedtune.federation.policy import SiteSettings
 
@@ -85,7 +86,5 @@ class Board:
             if kept.get(site) == values:
                 return
             kept[site] = values
-            new = self._path.with_suffix(".new")
-            new.write_text(json.dumps({name: one for name, one in kept.items() if one is not None}))
-            new.chmod(0o600)
-            new.replace(self._path)
+            content = json.dumps({name: one for name, one in kept.items() if one is not None})
+            replace_whole(self._path, content.encode(), mode=0o600)

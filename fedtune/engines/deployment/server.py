@@ -2,117 +2,38 @@
 
 It relays messages between the process that submits a run (`submit`, which is the ServerApp) and the nodes,
 and runs nobody's code: there is no executor for apps in it. Nodes are let in by their enrolled keys
-(`nodes/SITE.pub`; a file that appears enrols, one that goes revokes, within seconds, whatever the others
-hold). Everything that is not for nodes needs the operator's token. The database keeps nodes, runs and
-messages over a crash. A certificate that was renewed is taken up without a restart.
+(`admission`: a file that appears enrols, one that is missing or broken suspends, within seconds; only
+`--revoke` revokes). What is open to whom is said by `gate`. The database keeps nodes, runs and messages over
+a crash. A certificate that was renewed is taken up without a restart.
 
 Uses Flower's internals (checked with 1.41): `create_app` and its lifespan, which `flower-superlink` uses.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hmac
-import json
 import logging
-import os
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.engines.deployment import certificates, join
-from fedtune.engines.deployment.provision import enrolled, parse_address, read_yaml
+from fedtune.engines.deployment import certificates
+from fedtune.engines.deployment.admission import Admission
+from fedtune.engines.deployment.gate import Gate
+from fedtune.engines.deployment.provision import parse_address, read_token, read_yaml
 from fedtune.engines.deployment.published import Board
 from fedtune.engines.deployment.reach import expiry_warning
 from fedtune.errors import ConfigError, ResourceError
 
-__all__ = ["PUBLISHED_PATH", "TOKEN_HEADER", "read_token", "run_server"]
+__all__ = ["run_server"]
 
 _log = logging.getLogger("fedtune.server")
-TOKEN_HEADER = "x-fedtune-operator"
-PUBLISHED_PATH = "/v1/fedtune/published"
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
 _BUSY_MILLISECONDS = "60000"
-# Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
-_MAX_BODY = 2**25
-
-
-class Gate:
-    """Lets nodes to their interface, and whoever has the operator's token to the others.
-
-    A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
-    who sent it. `nodes` gives Flower's NodeInfos of the enrolled sites, for `join`; `board` keeps what they
-    publish.
-    """
-
-    # A node registers itself where nobody enrols nodes; here only the operator does.
-    _CLOSED = ("/v1/fleet/register-node", "/v1/fleet/unregister-node")
-
-    def __init__(
-        self,
-        app: Any,
-        token: str,
-        nodes: Callable[[], Iterable[Any]] = tuple,
-        board: Board | None = None,
-    ) -> None:
-        self._app, self._token, self._nodes, self._board = app, token.encode(), nodes, board
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """ASGI."""
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        if scope["type"] != "http":
-            return None  # no websocket is spoken here
-        headers = dict(scope["headers"])
-        if scope["path"] == join.PATH:
-            # Asks the database, so not in the loop that serves everybody.
-            said = await asyncio.to_thread(join.answer, headers, self._nodes, self._board)
-            return await _respond(send, *said)
-        if not self._open(scope, headers):
-            return await _respond(send, 403, {"error": "This needs the operator's token."})
-        if scope["path"] == PUBLISHED_PATH:
-            return await _respond(send, 200, self._board.all() if self._board else {})
-        length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
-        if not length.isdigit():
-            return await _respond(send, 411, {"error": "A request has to say how long it is."})
-        if int(length) > _MAX_BODY:
-            error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."
-            return await _respond(send, 413, {"error": error})
-        await self._app(scope, receive, send)
-        return None
-
-    def _open(self, scope: Any, headers: dict[bytes, bytes]) -> bool:
-        path = scope["path"]
-        if path in self._CLOSED:
-            return False
-        if path.startswith("/v1/fleet/"):
-            return True
-        return hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token)
-
-
-async def _respond(send: Any, status: int, values: dict[str, Any]) -> None:
-    body = json.dumps(values).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def read_token(folder: Path) -> str:
-    """The operator's token of a server folder. Raises ConfigError."""
-    path = folder / "operator.token"
-    try:
-        return path.read_text().strip()
-    except OSError as error:
-        raise ConfigError(
-            f"The operator's token {path} cannot be read ({error.strerror}). Name the server folder "
-            f"that `fedtune "
-            "provision` made, as a user who may read it."
-        ) from error
 
 
 def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
@@ -130,23 +51,15 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     if warning := expiry_warning(days):
         say(warning)
     token = read_token(folder)
-    unreadable: dict[str, str] = {}
-    keys = enrolled(folder, unreadable)
-    for path in (folder / "nodes", *(folder / "nodes" / f"{site}.pub" for site in unreadable)):
-        if not os.access(path, os.R_OK):
-            # To leave a site out is to revoke its key for good; a wrong mode is no reason for that.
-            raise ConfigError(f"{path} may not be read by this user. Change its owner or mode.")
-    for why in unreadable.values():
-        say(f"{why} That site is left out, and the key that it had is revoked: it makes a new one.")
     _check_port(host, port)
     app = _application(folder, host, port)
-    state = app.state.linkstate_factory.state()
+    admission = Admission(app.state.linkstate_factory.state(), folder, say)
+    admitted = admission.look()
     ending = threading.Event()
-    _sync(state, keys, {}, say)
     import uvicorn
 
     config = uvicorn.Config(
-        Gate(app, token, lambda: _registered(state), Board(folder / "published.json")),
+        Gate(app, token, admission, Board(folder / "published.json")),
         host=host,
         port=port,
         ssl_keyfile=str(folder / "server.key"),
@@ -156,11 +69,10 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         timeout_graceful_shutdown=3,
     )
     config.load()
-    step = (state, folder, keys, ending, say, unreadable)
-    threading.Thread(target=_keep_in_step, args=step, daemon=True).start()
+    threading.Thread(target=admission.keep, args=(ending,), daemon=True).start()
     renewed = (_Certificate(folder, config.ssl), ending, say)
     threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
-    say(f"federation {name} on {host}:{port} (sites reach it as {address}); {len(keys)} sites enrolled")
+    say(f"federation {name} on {host}:{port} (sites reach it as {address}); {admitted} sites enrolled")
     try:
         uvicorn.Server(config).run()
     finally:
@@ -222,62 +134,6 @@ def _check_port(host: str, port: int) -> None:
                 f"federation "
                 "running? End it, or change the address in the federation file and provision again."
             ) from error
-
-
-def _registered(state: Any) -> list[Any]:
-    """Flower's NodeInfos of the sites that are enrolled."""
-    return [node for node in state.get_node_info() if node.status != "unregistered"]
-
-
-def _sync(state: Any, wanted: dict[str, bytes], known: dict[str, bytes], say: Callable[[str], None]) -> None:
-    """Registers keys that are new in `wanted`, and unregisters those that are gone from it."""
-    from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
-
-    registered = {bytes(node.public_key): node.node_id for node in _registered(state)}
-    for site, key in wanted.items():
-        if key in registered:
-            continue
-        try:
-            state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=site)
-        except ValueError:
-            if known.get(site) != key:
-                say(f"the key of {site} was revoked before and stays so; the site makes a new one")
-            continue
-        say(f"enrolled {site} ({certificates.fingerprint(key)})")
-    for key, node_id in registered.items():
-        if key not in wanted.values():
-            state.delete_node(NOOP_FLWR_AID, node_id)
-            say(f"revoked the key {certificates.fingerprint(key)}")
-
-
-def _keep_in_step(
-    state: Any,
-    folder: Path,
-    known: dict[str, bytes],
-    ending: threading.Event,
-    say: Callable[[str], None],
-    told: dict[str, str],
-) -> None:
-    """Looks every few seconds whether keys were enrolled or revoked.
-
-    A file that cannot be used keeps nothing else from being done. Its own site stays as it was, for a revoked
-    key is never let in again, and a file may be half written. `told`: what was said of such files already.
-    """
-    while not ending.wait(_SYNC_SECONDS):
-        try:
-            unreadable: dict[str, str] = {}
-            now = enrolled(folder, unreadable)
-            for site in unreadable:
-                if site not in told:
-                    say(f"{unreadable[site]} Until then that site stays as it was.")
-                if site in known:
-                    now[site] = known[site]
-            told = unreadable
-            if now != known:
-                _sync(state, now, known, say)
-                known = now
-        except Exception as error:  # the database is busy, say; the next look does it
-            _log.warning("keys could not be brought up to date: %s", error)
 
 
 def check_pair(folder: Path) -> None:

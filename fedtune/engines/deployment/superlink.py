@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.engines.deployment.provision import read_yaml
+from fedtune.engines.deployment.gate import PUBLISHED_PATH, TOKEN_HEADER
+from fedtune.engines.deployment.provision import read_token, read_yaml
 from fedtune.engines.deployment.published import checked
 from fedtune.engines.deployment.reach import check_server, tls_context
-from fedtune.engines.deployment.server import PUBLISHED_PATH, TOKEN_HEADER, read_token
 from fedtune.errors import FederationError
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class Server:
     @classmethod
     def of(cls, folder: Path) -> Server:
         """The server that a folder made by `fedtune provision` describes, which must answer."""
-        address = str(read_yaml(folder / "server.yaml").get("server"))
+        address, token = str(read_yaml(folder / "server.yaml").get("server")), read_token(folder)
         check_server(address, folder / "ca.crt")
-        return cls(folder, address, (folder / "ca.crt").read_bytes(), read_token(folder))
+        return cls(folder, address, (folder / "ca.crt").read_bytes(), token)
 
     @contextlib.contextmanager
     def asked(self, kind: Any, *interceptors: Any) -> Iterator[Any]:
