@@ -1,0 +1,1 @@
+"""Mutation testing of the privacy code: which small faults would no test notice? See `scripts/mutate`."""

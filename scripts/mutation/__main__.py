@@ -1,0 +1,78 @@
+"""python -m scripts.mutation [MODULE ...]: see `scripts/mutate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.mutation.record import write_record
+from scripts.mutation.runner import MutationRun, Source
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = [
+    "tests/privacy",
+    "tests/statistical",
+    "tests/training/test_dp_step.py",
+    "tests/regressions/test_pitfalls_privacy.py",
+    "tests/regressions/test_pitfalls_training.py",
+]
+# Tests of speed fail on a busy machine, mutant or not.
+LEFT_OUT = "not milliseconds and not seconds"
+
+
+def all_sources() -> list[Source]:
+    """`fedtune/privacy` and the training step."""
+    paths = [
+        *sorted((ROOT / "fedtune" / "privacy").rglob("*.py")),
+        ROOT / "fedtune" / "training" / "dp_step.py",
+    ]
+    return [
+        Source(".".join(path.relative_to(ROOT).with_suffix("").parts), path)
+        for path in paths
+        if path.name != "__init__.py"
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/mutate", description="Mutation testing of the privacy code."
+    )
+    parser.add_argument("modules", nargs="*", help="such as noise or plan; all by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="also what earlier runs have decided")
+    parser.add_argument("--alive", action="store_true", help="also those that have survived earlier runs")
+    parser.add_argument("--only", default="", help="mutants whose name holds this")
+    parser.add_argument("--tests", nargs="*", default=TESTS)
+    options = parser.parse_args(arguments)
+    sources = all_sources()
+    chosen = [s for s in sources if not options.modules or s.path.stem in options.modules]
+    unknown = set(options.modules) - {s.path.stem for s in sources}
+    if unknown:
+        print(f"There is no module {', '.join(sorted(unknown))}.", file=sys.stderr)
+        return 2
+    os.environ.pop("FEDTUNE_TEST_CACHE", None)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.dont_write_bytecode = True
+    os.chdir(ROOT)
+    state = ROOT / "build" / "mutation"
+    run = MutationRun(
+        chosen, options.jobs, state, options.again, options.alive, options.only, options.tests, LEFT_OUT
+    )
+    command = ["-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, *options.tests]
+    status = int(pytest.main(command, plugins=[run]))
+    if status not in (0, 5):
+        return status
+    if options.only or options.tests != TESTS:
+        return 0  # a part, for whoever is writing a test; no record
+    complaints = write_record(ROOT / "simulations" / "mutation", run, sources)
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,177 @@
+"""simulations/mutation/record.json and README.md: what was run, what survived, and why that may be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import platform
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scripts.mutation import operators
+from scripts.mutation.runner import MutationRun, Source
+
+__all__ = ["write_record"]
+
+_HEAD = """# Mutation testing
+
+Small faults are put into `fedtune/privacy` and `fedtune/training/dp_step.py`, one at a time, and the tests
+run: a fault that no test notices has survived. `scripts/mutate` makes this page and `record.json` again; it
+is not part of the usual run of CI. What survives is explained in `survivors.yaml`: `equivalent` cannot be
+noticed by any test (the program does the same), `accepted` could be, and the line says why it is left.
+"""
+
+
+def write_record(folder: Path, run: MutationRun, every: Sequence[Source]) -> list[str]:
+    """Writes both files; returns what is wrong with `survivors.yaml` or not explained there.
+
+    Modules that were not run keep what the record says of them, with the commit that it was measured at.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "record.json"
+    old = json.loads(path.read_text())["modules"] if path.exists() else {}
+    reasons = _reasons(folder / "survivors.yaml")
+    complaints, modules = [], {}
+    for source in every:
+        entry = old.get(source.name)
+        if source in run.sources:
+            entry = _entry(source, reasons, run)
+        if entry is None:
+            modules[source.name] = {"mutants": len(source.mutants()[1]), "tested": 0}
+            continue
+        entry["changed_since"] = entry["source"] != source.digest
+        modules[source.name] = entry
+        complaints += [f"not explained: {s['mutant']}" for s in entry["survivors"] if not s["why"]]
+    names = {m.name for s in run.sources for m in s.mutants()[1]}
+    dead = {m.name for s in run.sources for m in s.mutants()[1] if s.verdicts.get(m.name)}
+    ran = {s.name for s in run.sources}
+    for name in reasons:
+        if name.partition(":")[0] in ran and (name not in names or name in dead):
+            complaints.append(f"explained, but {'killed' if name in dead else 'not there'}: {name}")
+    record = {
+        "schema": 1,
+        "made_by": "scripts/mutate",
+        "tool": "scripts/mutation of this repository (no other tool): forked processes, one mutant each",
+        "operators": ast.get_docstring(ast.parse(Path(operators.__file__).read_text())),
+        "python": platform.python_version(),
+        "machine": {"processor": _processor(), "cores": run.cores},
+        "tests": run.described,
+        "total": _total(modules),
+        "modules": modules,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "README.md").write_text(_page(record))
+    return complaints
+
+
+def _reasons(path: Path) -> dict[str, tuple[str, str]]:
+    """Kind and reason by the mutant's name."""
+    found = {}
+    for group in yaml.safe_load(path.read_text()) or [] if path.exists() else []:
+        (kind,) = group.keys() & {"equivalent", "accepted"}
+        for name in group["mutants"]:
+            found[name] = (kind, group[kind])
+    return found
+
+
+def _entry(source: Source, reasons: dict[str, tuple[str, str]], run: MutationRun) -> dict[str, Any]:
+    mutants = [m for m in source.mutants()[1] if m.name in source.verdicts]
+    how = Counter(_how(source.verdicts[m.name]) for m in mutants)
+    alive = [m for m in mutants if not source.verdicts[m.name]]
+    survivors = []
+    for mutant in alive:
+        kind, why = reasons.get(mutant.name, ("", ""))
+        survivors.append({"mutant": mutant.name, "line": mutant.lines.start, "kind": kind, "why": why})
+    counted = Counter(s["kind"] for s in survivors)
+    return {
+        "source": source.digest,
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "mutants": len(source.mutants()[1]),
+        "tested": len(mutants),
+        "killed": len(mutants) - len(alive),
+        "of_which_timeout": how["timeout"],
+        "of_which_crash": how["crash"],
+        "survived": len(alive),
+        "equivalent": counted["equivalent"],
+        "accepted": counted["accepted"],
+        "unexplained": counted[""],
+        "not_reached_by_a_test": sum(not run.reaches(m) for m in alive),
+        "survivors": survivors,
+    }
+
+
+def _how(verdict: str) -> str:
+    return verdict[1 : verdict.index(")")] if verdict.startswith("(") else "test" if verdict else "alive"
+
+
+def _total(modules: dict[str, Any]) -> dict[str, Any]:
+    keys = ("mutants", "tested", "killed", "survived", "equivalent", "accepted", "unexplained")
+    total: dict[str, Any] = {k: sum(m.get(k, 0) for m in modules.values()) for k in keys}
+    total["killed_share"] = _share(total["killed"], total["tested"])
+    total["killed_share_without_equivalent"] = _share(total["killed"], total["tested"] - total["equivalent"])
+    total["modules_not_tested"] = [name for name, m in modules.items() if not m["tested"] and m["mutants"]]
+    total["modules_changed_since"] = [name for name, m in modules.items() if m.get("changed_since")]
+    return total
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _page(record: dict[str, Any]) -> str:
+    total = record["total"]
+    rows = [
+        "| module | mutants | killed | equivalent | accepted | not explained | share | measured at |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, m in record["modules"].items():
+        short = name.removeprefix("fedtune.")
+        if not m["tested"]:
+            rows.append(f"| {short} | {m['mutants']} | not run | | | | | |")
+            continue
+        rows.append(
+            f"| {short} | {m['tested']} | {m['killed']} | {m['equivalent']} | {m['accepted']} | "
+            f"{m['unexplained']} | {_percent(m['killed'], m['tested'])} | {m['commit']}, {m['date']} |"
+        )
+    rows.append(
+        f"| **all** | {total['tested']} | {total['killed']} | {total['equivalent']} | {total['accepted']} | "
+        f"{total['unexplained']} | **{_percent(total['killed'], total['tested'])}** "
+        f"({_percent(total['killed'], total['tested'] - total['equivalent'])} without the equivalent) | |"
+    )
+    missing = []
+    if total["modules_not_tested"]:
+        missing.append(f"Not run: {', '.join(total['modules_not_tested'])}.")
+    if total["modules_changed_since"]:
+        missing.append(f"Changed since they were measured: {', '.join(total['modules_changed_since'])}.")
+    machine, tests = record["machine"], record["tests"]
+    how = (
+        f"Tool: {record['tool']}. Python {record['python']}; "
+        f"{machine['processor']}, {machine['cores']} cores. "
+        f"Tests: {tests['used']} of {tests['collected']} in {', '.join(tests['folders'])}; left out: "
+        f"{tests['left_out']}."
+    )
+    return "\n".join(
+        [_HEAD, *rows, "", *missing, "", how, "", "## The faults", "", "```", record["operators"], "```", ""]
+    )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()

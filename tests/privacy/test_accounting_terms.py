@@ -1,0 +1,117 @@
+"""Reading events and merging steps: nothing is lost on the way to the accountant, and nothing counted free."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from fractions import Fraction
+
+import dp_accounting as dp
+import numpy as np
+import pytest
+
+from fedtune.errors import PrivacyError
+from fedtune.privacy import losses
+from fedtune.privacy.accounting import (
+    Term,
+    _key,
+    conversions,
+    delta_of,
+    deltas_of_terms,
+    epsilon_of,
+    terms_of,
+)
+from tests.privacy.test_accounting import analytic_gaussian
+
+FREE = [
+    dp.NoOpDpEvent(),
+    dp.PoissonSampledDpEvent(0.0, dp.GaussianDpEvent(1.0)),
+    dp.SelfComposedDpEvent(dp.GaussianDpEvent(1.0), 0),
+]
+
+
+@pytest.mark.parametrize("free", FREE)
+def test_what_is_free_does_not_hide_what_stands_beside_it(free: dp.DpEvent) -> None:
+    parts = [dp.GaussianDpEvent(2.0), free, dp.SelfComposedDpEvent(dp.GaussianDpEvent(3.0), 4)]
+    for order in itertools.permutations(parts):
+        assert terms_of(dp.ComposedDpEvent(list(order))) == {Term(1.0, 2.0): 1, Term(1.0, 3.0): 4}
+
+
+def test_counts_multiply_through_every_level() -> None:
+    inner = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(0.25, dp.GaussianDpEvent(2.0)), 3)
+    event = dp.SelfComposedDpEvent(dp.ComposedDpEvent([inner, inner, dp.GaussianDpEvent(5.0)]), 7)
+    assert terms_of(event) == {Term(0.25, 2.0): 42, Term(1.0, 5.0): 7}
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma"), [(math.nan, 1.0), (-0.1, 1.0), (1.1, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0)]
+)
+def test_steps_without_meaning_are_refused(rate: float, sigma: float) -> None:
+    # dp_accounting refuses some of them by itself; what it lets through must not get further.
+    event = dp.PoissonSampledDpEvent(0.5, dp.GaussianDpEvent(1.0))
+    object.__setattr__(event, "sampling_probability", rate)
+    object.__setattr__(event.event, "noise_multiplier", sigma)
+    with pytest.raises(PrivacyError, match="must lie in"):
+        terms_of(event)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_unsampled_steps_become_one_gaussian_with_a_hair_less_noise(replace: bool) -> None:
+    terms = {Term(1.0, 4.0, replace): 8, Term(1.0, 2.0, replace): 3, Term(0.5, 3.0, replace): 5}
+    merged = dict(_key(terms))
+    assert merged.pop(Term(0.5, 3.0, replace)) == 5
+    ((term, count),) = merged.items()
+    assert count == 1 and term.sample_rate == 1.0 and term.replace is replace
+    exact = 1 / (Fraction(8, 16) + Fraction(3, 4))  # of the square
+    relative = Fraction(term.noise_multiplier) ** 2 / exact - 1
+    assert -1e-11 < relative < -1e-13
+
+
+def test_only_like_steps_are_merged() -> None:
+    terms = {Term(1.0, 4.0): 8, Term(1.0, 2.0, True): 3, Term(0.5, 3.0): 5, Term(0.5, 2.0): 1, Term(0.2, 1.0): 0}
+    assert _key(terms) == tuple(sorted((t, c) for t, c in terms.items() if c))
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """Of a Gaussian mechanism, exactly (Balle and Wang 2018)."""
+    normal = [0.5 * math.erfc(-x / math.sqrt(2)) for x in (mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu)]
+    return normal[0] - math.exp(epsilon) * normal[1]
+
+
+@pytest.mark.parametrize("sigma", [0.7, 20.0, 1000.0])
+def test_delta_is_that_of_the_gaussian_mechanism(sigma: float) -> None:
+    mu = 1 / sigma
+    for epsilon in (0.0, mu, 3 * mu):
+        exact = gaussian_delta(mu, epsilon)
+        assert exact * (1 - 1e-9) <= delta_of(dp.GaussianDpEvent(sigma), epsilon) <= exact * (1 + 1e-4)
+
+
+def test_delta_is_never_more_than_one_nor_less_than_what_was_rounded() -> None:
+    assert delta_of(dp.GaussianDpEvent(0.01), 0.0) == 1.0
+    key = ((Term(1.0, 1.0), 1),)
+    slack = losses.rounding(key, losses.composed(key, 1e-3))
+    assert slack / 10 < delta_of(dp.GaussianDpEvent(1.0), 100.0) < 1e-9
+
+
+def test_the_curve_of_nothing_is_nothing() -> None:
+    assert deltas_of_terms({}, np.array([0.0, 1.0])).tolist() == [0.0, 0.0]
+    assert deltas_of_terms({Term(0.5, 1.0): 0}, np.array([0.0])).tolist() == [0.0]
+
+
+def test_conversions_of_mixed_and_of_absent_noise_say_what_they_are() -> None:
+    assert conversions(None).rho_is == conversions(None).mu_is == "exact"
+    mixed = conversions({Term(1.0, 4.0): 8, Term(0.5, 2.0): 3})
+    assert "upper bound" in mixed.rho_is and "not a bound" in mixed.mu_is
+    assert mixed.rho == pytest.approx(8 / 32 + 3 / 8)
+    assert mixed.mu == pytest.approx(math.sqrt(8 / 16 + 3 * 0.25 * math.expm1(1 / 4)))
+    # A replaced unit: twice the sensitivity, four times the square.
+    replaced = conversions({Term(1.0, 4.0, True): 8, Term(0.5, 2.0, True): 3})
+    assert replaced.rho == pytest.approx(4 * mixed.rho)
+    assert replaced.mu == pytest.approx(math.sqrt(4 * 8 / 16 + 3 * 0.25 * math.expm1(1.0)))
+    assert conversions({Term(1.0, 4.0, True): 8}).mu == pytest.approx(2 * math.sqrt(8) / 4)
+
+
+def test_different_unsampled_steps_cost_what_one_gaussian_costs() -> None:
+    event = dp.ComposedDpEvent([dp.GaussianDpEvent(4.0)] * 8 + [dp.GaussianDpEvent(2.0)] * 3)
+    exact = analytic_gaussian(math.sqrt(8 / 16 + 3 / 4), 1e-5)
+    assert exact * (1 - 1e-9) <= epsilon_of(event, 1e-5) <= exact * 1.002
