@@ -6,6 +6,7 @@ would hide a fault. A child gets an empty FEDTUNE_HOME and a temporary folder of
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import selectors
@@ -136,6 +137,7 @@ def _fork(child: Child, folder: Path) -> tuple[int, int]:
         return pid, read
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: whoever stops the run stops this too
         os.close(read)
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1, 2):

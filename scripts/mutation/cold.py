@@ -27,13 +27,20 @@ from typing import Any
 
 from scripts.mutation.operators import mutants_of
 
-__all__ = ["ColdServer"]
+__all__ = ["ColdServer", "import_libraries"]
 
 _LIBRARIES = (
-    "numpy", "scipy.stats", "scipy.special", "torch", "transformers", "peft",
+    "numpy", "scipy.stats", "scipy.special", "scipy.optimize", "torch", "transformers", "peft",
     "opacus.grad_sample", "opacus.accountants", "flwr.server", "flwr.clientapp", "flwr.serverapp",
-    "datasets", "dp_accounting", "omegaconf", "hydra", "hypothesis", "pytest", "cryptography",
+    "datasets", "dp_accounting", "dp_accounting.rdp", "dp_accounting.pld.privacy_loss_distribution",
+    "omegaconf", "hydra", "hypothesis", "pytest", "cryptography", "multiprocessing", "sqlite3",
 )  # fmt: skip
+
+
+def import_libraries() -> None:
+    """So that no child pays for it."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
 
 
 class ColdServer:
@@ -150,8 +157,7 @@ def main() -> None:
     sys.dont_write_bytecode = True
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
-    for name in _LIBRARIES:
-        importlib.import_module(name)
+    import_libraries()
     for line in sys.stdin:
         print(json.dumps({"failed": _serve(json.loads(line))}), file=answers, flush=True)
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from scripts.mutation.children import Child, Outcome, in_children
-from scripts.mutation.cold import ColdServer
+from scripts.mutation.cold import ColdServer, import_libraries
 from scripts.mutation.operators import Mutant, mutants_of
 
 __all__ = ["MutationRun", "Source"]
@@ -85,6 +85,7 @@ class MutationRun:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Measures what the tests reach, then runs the mutants of each module."""
         self.items = {item.nodeid: item for item in session.items}
+        import_libraries()
         self._reach(session.items)
         functions = self._functions()
         gc.collect()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from fractions import Fraction
 
@@ -14,11 +15,17 @@ from fedtune.errors import PrivacyError
 from fedtune.privacy import losses
 from fedtune.privacy.accounting import (
     Term,
+    _epsilon_rdp,
     _key,
+    _scale_guess,
     conversions,
     delta_of,
     deltas_of_terms,
     epsilon_of,
+    epsilon_of_terms,
+    epsilon_on_grid,
+    epsilon_rdp,
+    epsilon_rdp_of_terms,
     terms_of,
 )
 from tests.privacy.test_accounting import analytic_gaussian
@@ -44,7 +51,8 @@ def test_counts_multiply_through_every_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "sigma"), [(math.nan, 1.0), (-0.1, 1.0), (1.1, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0)]
+    ("rate", "sigma"),
+    [(math.nan, 1.0), (-0.1, 1.0), (1.1, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0)],
 )
 def test_steps_without_meaning_are_refused(rate: float, sigma: float) -> None:
     # dp_accounting refuses some of them by itself; what it lets through must not get further.
@@ -68,7 +76,13 @@ def test_unsampled_steps_become_one_gaussian_with_a_hair_less_noise(replace: boo
 
 
 def test_only_like_steps_are_merged() -> None:
-    terms = {Term(1.0, 4.0): 8, Term(1.0, 2.0, True): 3, Term(0.5, 3.0): 5, Term(0.5, 2.0): 1, Term(0.2, 1.0): 0}
+    terms = {
+        Term(1.0, 4.0): 8,
+        Term(1.0, 2.0, True): 3,
+        Term(0.5, 3.0): 5,
+        Term(0.5, 2.0): 1,
+        Term(0.2, 1.0): 0,
+    }
     assert _key(terms) == tuple(sorted((t, c) for t, c in terms.items() if c))
 
 
@@ -115,3 +129,80 @@ def test_different_unsampled_steps_cost_what_one_gaussian_costs() -> None:
     event = dp.ComposedDpEvent([dp.GaussianDpEvent(4.0)] * 8 + [dp.GaussianDpEvent(2.0)] * 3)
     exact = analytic_gaussian(math.sqrt(8 / 16 + 3 / 4), 1e-5)
     assert exact * (1 - 1e-9) <= epsilon_of(event, 1e-5) <= exact * 1.002
+
+
+def test_a_step_with_next_to_no_noise_has_finite_conversions() -> None:
+    assert conversions({Term(0.5, 0.01): 1}).mu == pytest.approx(0.5 * math.exp(250))
+    assert conversions({Term(0.5, 1 / math.sqrt(499)): 1}).mu == pytest.approx(0.5 * math.exp(249.5))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("sigma", [0.3, 30.0])
+@pytest.mark.parametrize("rate", [0.05, 1.0])
+def test_the_first_guess_is_the_less_of_two_closed_forms(rate: float, sigma: float, replace: bool) -> None:
+    """Gaussian DP's epsilon at delta, roughly, and zCDP's without sampling (Bun and Steinke 2016)."""
+    key = ((Term(rate, sigma, replace), 7),)
+    squared = (4 if replace else 1) / sigma**2
+    mu = math.sqrt(7 * (squared if rate == 1.0 else rate**2 * math.expm1(squared)))
+    rho, log = 7 * squared / 2, math.log(1e5)
+    by_mu, by_rho = mu * math.sqrt(2 * log) + mu**2 / 2, rho + 2 * math.sqrt(rho * log)
+    assert _scale_guess(key, 1e-5) == pytest.approx(min(by_mu, by_rho))
+
+
+def test_a_grid_that_says_nothing_leaves_it_to_renyi_dp() -> None:
+    terms = {Term(0.05, 1.0): 60}
+    assert epsilon_on_grid({}, 1e-5, 1e-2) == 0.0
+    assert epsilon_on_grid(terms, 1e-14, 1e-2) == epsilon_rdp_of_terms(terms, 1e-14)
+    slack = losses.rounding(_key(terms), losses.composed(_key(terms), 1e-2))
+    # From twice what is rounded on, the grid counts.
+    assert epsilon_on_grid(terms, 1.99 * slack, 1e-2) == epsilon_rdp_of_terms(terms, 1.99 * slack)
+    assert epsilon_on_grid(terms, 2.01 * slack, 1e-2) < epsilon_rdp_of_terms(terms, 2.01 * slack)
+
+
+def test_what_is_rounded_is_taken_off_delta() -> None:
+    terms = {Term(0.05, 1.0): 60}
+    key = _key(terms)
+    loss = losses.composed(key, 1e-2)
+    slack = losses.rounding(key, loss)
+    delta = 3 * slack
+    assert epsilon_on_grid(terms, delta, 1e-2) == losses.epsilon_at(loss, delta - slack)
+    assert losses.epsilon_at(loss, delta - slack) > losses.epsilon_at(loss, delta)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_renyi_dp_composes_every_step(rate: float, replace: bool) -> None:
+    """Against an accountant that is given the steps one by one; a replaced unit has half of the noise."""
+    accountant = dp.rdp.RdpAccountant()
+    for sigma, count in ((1.5, 3), (4.0, 2)):
+        step: dp.DpEvent = dp.GaussianDpEvent(sigma / 2 if replace else sigma)
+        if rate < 1.0 and not replace:
+            step = dp.PoissonSampledDpEvent(rate, step)
+        for _ in range(count):
+            accountant.compose(step)
+    terms = ((Term(rate, 1.5, replace), 3), (Term(rate, 4.0, replace), 2))
+    assert _epsilon_rdp(terms, 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+
+
+def test_nothing_costs_nothing_by_either_accountant() -> None:
+    assert epsilon_rdp(dp.NoOpDpEvent(), 1e-5) == 0.0
+    assert epsilon_rdp_of_terms({}, 1e-5) == epsilon_of_terms({}, 1e-5) == 0.0
+
+
+def test_the_log_level_of_others_is_left_as_it_was() -> None:
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        _epsilon_rdp(((Term(0.1, 1.23), 3),), 1e-5)
+        assert logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)
+
+
+@pytest.mark.parametrize("count", [8, 9])
+def test_many_different_steps_are_bounded_closely_too(count: int) -> None:
+    terms = {Term(0.05, 1.0 + i / 100): 5 for i in range(count)}
+    loss = losses.composed(_key(terms), 1e-3)
+    fine = losses.epsilon_at(loss, 1e-5)
+    assert fine * (1 - 1e-3) <= epsilon_of_terms(terms, 1e-5) <= fine * (1 + 6e-3)
