@@ -1,4 +1,4 @@
-"""Reading events and merging steps: nothing is lost on the way to the accountant, and nothing counted free."""
+"""Reading events and merging steps: nothing is lost on the way to the accountant, nothing counted free."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class Words:
         return drawn
 
 
-# Canonne, Kamath and Steinke 2020 in integers of Python. Numbers that are still undecided are treated in turn,
-# attempt by attempt, which is the order in which arrays take their bits.
+# Canonne, Kamath and Steinke 2020 in integers of Python. Numbers that are still undecided are treated in
+# turn, attempt by attempt, which is the order in which arrays take their bits.
 
 
 def bits(size: int, width: int, source: Words) -> list[int]:
