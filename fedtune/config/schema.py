@@ -98,7 +98,7 @@ class PrivacyConfig:
     bands: int | None = None  # dp_ftrl: rounds over which noise is correlated; None: min_separation
     min_separation: int = 1  # dp_ftrl: a client takes part at most once in so many rounds
     max_dropouts: int = 0  # trust=distributed: dropouts in a round that the noise still covers
-    max_colluders: int = 0  # trust=distributed: nodes that may collude with the server
+    max_colluders: int | None = None  # trust=distributed: nodes that may collude with the server; None: 1
 
 
 @dataclass

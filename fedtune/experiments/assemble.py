@@ -2,8 +2,10 @@
 
 From the plan that sampled and noised, the releases that the ledgers hold, the rounds that were done, the
 measured cost. Nothing is copied from a target: `privacy.epsilon` is accounted over the releases that were
-made, and is the maximum over the nodes (shards are disjoint), never an average. For `trust=none` epsilon is
-null, not infinity, for JSON has none; the same goes for a ledger whose data was ever used without noise.
+made. It is the largest over all who see the output (under `distributed` the other nodes, who know their own
+noise) and over the nodes whose data it protects (shards are disjoint), never an average. For `trust=none`
+epsilon is null, not infinity, for JSON has none; the same goes for a ledger whose data was ever used without
+noise.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from fedtune.cost.meter import Cost, EnergyReading
     from fedtune.cost.prices import Money
     from fedtune.federation.events import FederationResult, RoundSummary
+    from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["Metrics", "NodePrivacy", "RunFacts", "assemble"]
 
@@ -137,12 +140,8 @@ def assemble(
             "epsilon": _worst(one.epsilon for one in nodes) if private else None,
             "delta": plan.delta if private else None,
             "epsilon_rdp": _worst(one.epsilon_rdp for one in nodes) if private else None,
-            "epsilon_towards_nodes": plan.epsilon_towards_node(
-                max((one.releases for one in nodes), default=0),
-                max((one.answers for one in nodes), default=0),
-            )
-            if private and nodes
-            else None,
+            "epsilon_towards_server": _towards_server(plan, nodes),
+            "epsilon_towards_nodes": _worst(one.epsilon for one in nodes) if private else None,
             "target_epsilon": plan.target_epsilon,
             "per_node": [
                 {
@@ -212,6 +211,17 @@ def assemble(
     cleaned: dict[str, Any] = record.clean(made)
     record.validate(cleaned, "the record of this run")
     return cleaned
+
+
+def _towards_server(plan: PrivacyPlan, nodes: Sequence[NodePrivacy]) -> float | None:
+    """Epsilon towards the server alone: smaller under `distributed`, none where it sees raw updates."""
+    if plan.trust in ("central", "none"):
+        return None
+    worst = _worst(one.epsilon for one in nodes)
+    if plan.trust != "distributed" or worst is None:
+        return worst
+    releases, answers = max(one.releases for one in nodes), max(one.answers for one in nodes)
+    return min(worst, plan.epsilon_towards_server(releases, answers))
 
 
 def _round(summary: RoundSummary) -> dict[str, Any]:

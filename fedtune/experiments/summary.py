@@ -141,8 +141,11 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
     nodes = len(privacy["per_node"])
     whose = f"; the largest of {nodes} nodes" if nodes > 1 and privacy["trust"] == "local" else ""
     towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
+    server = privacy.get("epsilon_towards_server")
     if privacy["trust"] == "distributed" and None not in (towards, claimed) and towards > claimed:
-        whose = f"; towards another node {towards:.3f}"
+        whose = f"; towards another node {towards:.3f}"  # a record of an earlier version
+    elif privacy["trust"] == "distributed" and server is not None:
+        whose = f"; towards the server alone {server:.3f}"
     return (
         f"epsilon {epsilon} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
         f"trust {privacy['trust']}{whose} ({privacy['accountant']})"

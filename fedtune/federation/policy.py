@@ -66,6 +66,7 @@ class Permit:
     max_rounds: int = 200
     max_sample_rate: float = 0.5
     max_evaluations: int = 10  # noised answers about held-out data that a run may ask; 0: none
+    min_colluders: int = 1  # trust=distributed: nodes that may side with the server, which noise must cover
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class SiteSettings:
             raise ConfigError(
                 f"{where}: permit.max_evaluations is {settings.permit.max_evaluations}, below 0."
             )
+        if settings.permit.min_colluders < 0:
+            raise ConfigError(f"{where}: permit.min_colluders is {settings.permit.min_colluders}, below 0.")
         if settings.limits.threads < 1:
             raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
         for name in ("memory_gb", "message_seconds", "idle_seconds"):
@@ -266,6 +269,11 @@ class SiteSettings:
             )
         if not plan.max_grad_norm <= permit.max_grad_norm:
             yield f"max_grad_norm={plan.max_grad_norm:g} is above the permitted {permit.max_grad_norm:g}"
+        if plan.trust == "distributed" and max(1, plan.max_colluders) < permit.min_colluders:
+            yield (
+                f"privacy.max_colluders={plan.max_colluders} is below the least permitted, "
+                f"{permit.min_colluders}"
+            )
         if plan.trust != "central" and not plan.sample_rate <= permit.max_sample_rate:
             yield f"sample_rate={plan.sample_rate:g} is above the permitted {permit.max_sample_rate:g}"
 

@@ -92,7 +92,10 @@ def session_for(place: Place, plan: PrivacyPlan, names: Sequence[str], size: int
             "them."
         )
     left = plan.max_dropouts - missing
-    return Session(place.run, place.round, place.attempt, tuple(names), size, left, plan.max_colluders)
+    # Of two nodes, one that sides with the server knows the other's part of the sum whatever the masks are;
+    # its noise is full (`PrivacyPlan.honest_shares`).
+    colluders = 0 if len(names) == 2 and plan.max_colluders == 1 else plan.max_colluders
+    return Session(place.run, place.round, place.attempt, tuple(names), size, left, colluders)
 
 
 def answer_records(place: Place, **values: Any) -> RecordDict:

@@ -118,10 +118,12 @@ def validate(plan: PrivacyPlan) -> None:
             f"federation.weighting=declared does not fit privacy.trust={plan.trust}: the noise was sized for "
             "equal weights. Use federation.weighting=uniform."
         )
-    if plan.trust == "distributed" and plan.max_dropouts + plan.max_colluders >= plan.nodes:
+    if plan.trust == "distributed" and plan.honest_shares() < 1:
         raise PrivacyError(
             f"With {plan.nodes} nodes, privacy.max_dropouts={plan.max_dropouts} and privacy.max_colluders="
-            f"{plan.max_colluders} leave no honest node to add noise; their sum must be below {plan.nodes}."
+            f"{plan.max_colluders} leave no honest node to add noise: dropouts and colluders (one at least, "
+            f"for a node knows its own noise) must be fewer than {plan.nodes} together. Lower "
+            "privacy.max_dropouts or privacy.max_colluders, or use privacy.trust=local."
         )
     if plan.trust == "central" and plan.cohort_size > plan.declared_size:
         raise PrivacyError(

@@ -37,9 +37,9 @@ honest nodes add independent noise, and that and the reduction are post-processi
    std so large (r = 4) that t is below 1e-100: the plan's own event is the rigorous one, with nothing lost
    but the `inflation` of the noise, which is about a thousandth.
 
-Towards whom. `shares` counts the noise that the adversary does not know. The server knows none of its own; a
-node knows its share, so that a node that looks at the published sums faces h - 1 of the h shares, unless
-`max_colluders` counted with it (`PrivacyPlan.epsilon_towards_node`).
+Towards whom. `shares` counts the noise that the strongest observer does not know: of the nodes whose noise is
+in the sum one at least is taken off, for a node that looks at the published sums knows its own
+(`PrivacyPlan.honest_shares`).
 
 Approximations. FLOAT_MARGIN covers what float32 does to a clipped gradient and to the sum of a micro-batch
 (relative errors near 1e-5); that other units' gradients do not depend on who is in the batch with them is
@@ -98,8 +98,8 @@ class DiscreteMechanism:
     Everything follows from public numbers (`for_plan`), so that a node computes it and believes no server.
 
     `noise_multiplier`, `max_grad_norm`, `sample_rate`: the plan's. `nodes`: that take part. `shares`:
-    honest nodes whose noise is counted on, nodes - max_dropouts - max_colluders. `log2_std`: each node's
-    noise, in integer steps. `scale`: integer steps per unit of the gradient.
+    honest nodes whose noise is counted on (`PrivacyPlan.honest_shares`). `log2_std`: each node's noise,
+    in integer steps. `scale`: integer steps per unit of the gradient.
     """
 
     dimension: int
@@ -123,7 +123,7 @@ class DiscreteMechanism:
         return cls.design(
             dimension=dimension,
             nodes=plan.nodes,
-            shares=plan.nodes - plan.max_dropouts - plan.max_colluders,
+            shares=plan.honest_shares(),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             sample_rate=plan.sample_rate,

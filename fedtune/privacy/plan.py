@@ -10,12 +10,12 @@ One *release* is what one node publishes in one round. By trust model:
 
 - `local`: `local_steps` steps of DP-SGD (Abadi et al. 2016; Poisson sampling as in Mironov et al. 2019),
   full noise in each, so that what leaves the node is already private.
-- `distributed`: one step of DP-SGD over the union of all shards. Each node adds
-  `noise_share_multiplier` times the clipping norm; under secure aggregation only the sum is seen, and
-  its noise is sufficient as long as at most `max_dropouts` nodes are missing and at most `max_colluders`
-  give their noise away. A node knows its own share: towards it less is promised (`epsilon_towards_node`),
-  unless the plan counts with a colluder. Accounted as the continuous Gaussian; `fedtune.privacy.discrete`
-  says how far the discrete one is from it.
+- `distributed`: one step of DP-SGD over the union of all shards. Each node adds a share of the noise, and
+  under secure aggregation only the sum is seen. Everybody in it sees the model of every round and knows its
+  own share, so what is accounted is what the strongest observer cannot take off: the shares of
+  `honest_shares` nodes, with `max_dropouts` missing and `max_colluders` (one at least) known. Towards the
+  server alone less is lost (`epsilon_towards_server`). Accounted as the continuous Gaussian;
+  `fedtune.privacy.discrete` says how far the discrete one is from it.
 - `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
   2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
   network, sees who takes part. With `mechanism=dp_ftrl` the noise is correlated over rounds and the run is
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "ReleasePlan"]
 
-_VERSION = 1
+_VERSION = 2  # 1: distributed noise was counted towards the server alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,8 @@ class PrivacyPlan:
     local_steps: int  # noised steps a release; 1 for distributed and central
     num_rounds: int  # releases that a node agrees to, at most (resumed and retried ones included)
     noise_multiplier: float  # standard deviation of the accounted noise over its sensitivity, which is
-    # max_grad_norm (dp_ftrl: of the whole run, max_grad_norm times that of the strategy matrix)
+    # max_grad_norm (dp_ftrl: of the whole run, max_grad_norm times that of the strategy matrix);
+    # distributed: of the noise that the strongest observer does not know
     max_grad_norm: float  # L2 norm of one unit's contribution; infinite only without privacy
     declared_size: int  # units, public: of the node's shard (local), of all shards (distributed), clients
     delta: float  # 0.0 without privacy
@@ -84,7 +85,7 @@ class PrivacyPlan:
     weighting: str = "uniform"  # uniform | declared: how updates are averaged (local and none)
     nodes: int = 1  # distributed: nodes that share the noise; central: clients; else informative
     max_dropouts: int = 0  # distributed: nodes that may be missing from a sum
-    max_colluders: int = 0  # distributed: nodes that may tell the server their noise
+    max_colluders: int = 0  # distributed: nodes that may side with the server; the noise covers one at least
     cohort_size: int = 1  # central: updates in one aggregation
     training_sample_rate: float = 1.0  # central: record rate of the (not noised) steps on a client
     training_steps: int = 1  # central: steps on a client between two aggregations
@@ -270,8 +271,8 @@ class PrivacyPlan:
     def noise(self, size: int, entropy: Entropy) -> FloatArray:
         """Noise of one whole sum, float64 [size]; zeros without privacy.
 
-        For `distributed` this is what all nodes together add; one node adds `noise_share_std`. For dp_ftrl it
-        is white, and `fedtune.privacy.matrix.CorrelatedNoise` makes of it what is added.
+        For `distributed` this is what `honest_shares` nodes together add. For dp_ftrl it is white,
+        and `fedtune.privacy.matrix.CorrelatedNoise` makes of it what is added.
         """
         return entropy.gaussian(size, self.noise_std())
 
@@ -313,34 +314,27 @@ class PrivacyPlan:
 
     # --- distributed --------------------------------------------------------------------------------
 
-    def noise_share_multiplier(self) -> float:
-        """Standard deviation, over `max_grad_norm`, of the noise that one node adds (distributed).
+    def honest_shares(self) -> int:
+        """Shares of the noise in every accepted sum that its strongest observer does not know (distributed).
 
-        Variance sigma^2 / (nodes - max_dropouts - max_colluders): that many honest shares at least are in
-        every sum that is accepted, and they alone meet the plan.
+        All nodes but `max_dropouts` are in it. `max_colluders` tell the server theirs; a node that looks at
+        the result by itself knows its own. So one share at least is taken off, though no node colludes
+        (none where there is one node: it protects its data from others).
         """
-        honest = self.nodes - self.max_dropouts - self.max_colluders
-        return self.noise_multiplier / math.sqrt(honest)
+        return self.nodes - self.max_dropouts - max(min(1, self.nodes - 1), self.max_colluders)
 
-    def noise_share_std(self) -> float:
-        """Standard deviation of one node's noise, in units of the sum (distributed)."""
-        return self.noise_share_multiplier() * self.max_grad_norm if self.is_private() else 0.0
+    def epsilon_towards_server(self, releases: int | None = None, answers: int = 0) -> float:
+        """As `epsilon`, towards the server alone, with which no node sides; infinite if it sees raw updates.
 
-    def epsilon_towards_node(self, releases: int | None = None, answers: int = 0) -> float:
-        """As `epsilon`, towards one of the nodes instead of the server and everybody else.
-
-        Under `distributed` a node knows its own share of the noise in every sum and can take it off. Where
-        the plan counts with a colluder that is covered: a node by itself knows no more than one that sides
-        with the server. Else one share less is left, sigma * sqrt((h - 1) / h), where h honest shares are
-        counted on. Under the other trust models a node knows no noise, and it is `epsilon`.
+        Under `distributed` it knows no share of the noise: sigma * sqrt(1 + known / honest_shares).
         """
-        honest = self.nodes - self.max_dropouts
-        if self.trust != "distributed" or self.max_colluders > 0:
-            return self.epsilon(releases, answers)
-        if honest < 2:
+        if self.trust == "central":
             return math.inf
-        left = self.noise_multiplier * math.sqrt((honest - 1) / honest) * (1.0 - 1e-12)
-        return dataclasses.replace(self, noise_multiplier=left).epsilon(releases, answers)
+        if self.trust != "distributed":
+            return self.epsilon(releases, answers)
+        shares = self.nodes - self.max_dropouts
+        noise = self.noise_multiplier * math.sqrt(shares / self.honest_shares()) * (1.0 - 1e-12)
+        return dataclasses.replace(self, noise_multiplier=noise).epsilon(releases, answers)
 
     # --- central ------------------------------------------------------------------------------------
 
@@ -427,7 +421,13 @@ class PrivacyPlan:
             raise PrivacyError(f"A privacy plan is a JSON object, not {type(values).__name__}.")
         given = dict(values)
         version = given.pop("version", None)
-        if version != _VERSION or isinstance(version, bool):
+        if version == 1 and given.get("trust") == "distributed" and not isinstance(version, bool):
+            raise PrivacyError(
+                "This plan with privacy.trust=distributed was made by an earlier version of fedtune, which "
+                "counted the noise towards the server alone; towards another node it promises less than it "
+                "says. Start a new run."
+            )
+        if version not in (1, _VERSION) or isinstance(version, bool):
             raise PrivacyError(f"A privacy plan of version {version!r} cannot be read; this is {_VERSION}.")
         names = {field.name for field in dataclasses.fields(cls)}
         wrong = sorted(set(given) ^ names)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedtune.config.schema import Config
+from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.calibration import noise_multiplier_for
 from fedtune.privacy.checks import TRUSTS, number, whole
@@ -56,7 +56,7 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
         "weighting": federation.weighting,
         "nodes": nodes,
         "max_dropouts": privacy.max_dropouts if distributed else 0,
-        "max_colluders": privacy.max_colluders if distributed else 0,
+        "max_colluders": _colluders(privacy, nodes) if distributed else 0,
         "cohort_size": cohort,
         "training_sample_rate": train.sample_rate,
         "training_steps": train.local_steps,
@@ -128,6 +128,14 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             f"{error} The unit here is a client, and each of {nodes} takes part in {often} in sight of all."
         ) from error
     return _with_noise(common, noise)
+
+
+def _colluders(privacy: PrivacyConfig, nodes: int) -> int:
+    """`privacy.max_colluders`, or what can be had: one, unless dropouts leave secure aggregation too few
+    answers for that (it needs those of more than half of nodes and colluders together)."""
+    if privacy.max_colluders is not None:
+        return privacy.max_colluders
+    return 1 if nodes > 1 and (nodes + 1) // 2 + 1 <= nodes - privacy.max_dropouts else 0
 
 
 def _with_noise(common: Mapping[str, Any], noise_multiplier: float) -> PrivacyPlan:

@@ -12,7 +12,8 @@ node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.record
 `privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
 (null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
-`privacy.max_dropouts`, `privacy.max_colluders` and `privacy.epsilon_towards_nodes` (trust distributed),
+`privacy.max_dropouts`, `privacy.max_colluders`, `privacy.epsilon_towards_nodes` and
+`privacy.epsilon_towards_server` (trust distributed),
 `privacy.adaptive_clipping` (trust central), `privacy.matrix` ({num_rounds, bands, min_separation} of dp_ftrl,
 or null), `data.name`.
 What a record lacks is stated as unknown, never made up.
@@ -113,6 +114,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "delta": delta,
             "epsilon_rdp": privacy["epsilon_rdp"] if private else None,
             "epsilon_towards_nodes": privacy.get("epsilon_towards_nodes"),
+            "epsilon_towards_server": privacy.get("epsilon_towards_server"),
             "target_epsilon": privacy.get("target_epsilon"),
             "zcdp_rho": _finite(other.rho) if other else None,
             "zcdp_is": other.rho_is if other else None,

@@ -55,7 +55,8 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
     guess = 1.0 / (1.0 + math.exp(-epsilon))
     seen = {
         "local": "everything that ever left a node",
-        "distributed": "everything that the server received (sums over the nodes)",
+        "distributed": "everything that the server received (sums over the nodes)"
+        + (" and the noise of one of the other nodes" if _covers_a_node(privacy, epsilon) else ""),
         "central": "the finished model and every model on the way (but not what the server itself received)",
     }[privacy["trust"]]
     return (
@@ -70,9 +71,15 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
     )
 
 
+def _covers_a_node(privacy: Mapping[str, Any], epsilon: float) -> bool:
+    """Whether epsilon is towards the other nodes too: always, but in records of earlier versions."""
+    towards = privacy.get("epsilon_towards_nodes")
+    return bool(privacy.get("max_colluders")) or (towards is not None and towards <= epsilon)
+
+
 def _of_other_nodes(privacy: Mapping[str, Any], epsilon: float) -> str:
     towards = privacy.get("epsilon_towards_nodes")
-    if privacy["trust"] != "distributed" or towards is None or towards <= epsilon:
+    if privacy["trust"] != "distributed" or towards is None or _covers_a_node(privacy, epsilon):
         return ""
     return f" One of the nodes itself can learn somewhat more: towards it epsilon is {towards:.3g}."
 
@@ -146,7 +153,9 @@ def _limit(dropouts: int | None, colluders: int | None) -> str:
         f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
     )
     told = (
-        f"{colluders} may tell the server their noise" if colluders else "none may tell the server its noise"
+        f"{colluders} may tell the server their noise"
+        if colluders
+        else "none may help the server to unmask another's part"
     )
     return f"{missing} (one with more dropouts is discarded, and charged), and {told}."
 
@@ -161,18 +170,17 @@ def _answers(privacy: Mapping[str, Any]) -> list[str]:
 
 
 def _towards_nodes(privacy: Mapping[str, Any]) -> str:
-    epsilon = privacy.get("epsilon_towards_nodes")
-    if privacy.get("max_colluders"):
-        return (
-            "It knows its own share of the noise, which the noise covers: the guarantee holds towards it too."
-        )
     known = "It knows its own share of the noise and can take it off"
+    epsilon, towards = privacy["epsilon"], privacy.get("epsilon_towards_nodes")
     if epsilon is None:
-        return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
-    return (
-        f"{known}: **towards another node epsilon is {epsilon:.4g}** at the same delta "
-        "(privacy.max_colluders=1 covers this)."
-    )
+        return f"{known}."
+    if not _covers_a_node(privacy, epsilon):  # a record of an earlier version
+        if towards is None:
+            return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
+        return f"{known}: **towards another node epsilon is {towards:.4g}** at the same delta."
+    server = privacy.get("epsilon_towards_server")
+    alone = "" if server is None else f" Towards the server alone it is {server:.4g}."
+    return f"{known}, which epsilon above counts with: the guarantee holds towards it too.{alone}"
 
 
 def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:

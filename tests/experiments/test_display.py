@@ -278,8 +278,9 @@ def test_without_privacy_it_says_so(record: dict[str, Any]) -> None:
 def test_what_another_node_may_learn_is_shown(record: dict[str, Any]) -> None:
     record["privacy"] |= {"trust": "distributed", "epsilon": 2.0, "epsilon_towards_nodes": 2.75}
     assert "trust distributed; towards another node 2.750" in " ".join(printed(record).split())
-    record["privacy"]["epsilon_towards_nodes"] = 2.0  # a colluder was planned for
-    assert "towards" not in printed(record)
+    record["privacy"] |= {"epsilon_towards_nodes": 2.0, "epsilon_towards_server": 1.5}
+    shown = " ".join(printed(record).split())
+    assert "epsilon 2.000" in shown and "towards the server alone 1.500" in shown and "node 2" not in shown
 
 
 def test_reproducible_noise_is_shown(record: dict[str, Any]) -> None:

@@ -291,7 +291,7 @@ def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors
     "change",
     [
         {"noise_multiplier": 0.5}, {"sample_rate": 0.9}, {"max_grad_norm": 2.0}, {"max_dropouts": 0},
-        {"max_colluders": 1}, {"unit": "person"},
+        {"max_colluders": 0}, {"unit": "person"},
     ],
 )  # fmt: skip
 def test_a_node_refuses_another_plan_than_its_own_before_it_makes_keys(tiny: Make, vectors, change) -> None:

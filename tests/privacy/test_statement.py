@@ -177,10 +177,15 @@ def test_distributed_says_how_many_may_fail() -> None:
     text = statement_markdown(
         record("distributed", max_dropouts=0, max_colluders=0, epsilon_towards_nodes=3.4)
     )
-    assert "No node may drop out of a round" in text and "none may tell the server its noise" in text
+    assert "No node may drop out of a round" in text and "none may help the server to unmask" in text
     assert "**towards another node epsilon is 3.4** at the same delta" in text
     assert "towards it epsilon is 3.4" in first_paragraph(text)
     assert "by how much the record does not say" in statement_markdown(record("distributed"))
+    # Since epsilon is the largest over all who see the output, the smaller one stands beside it.
+    now = record("distributed", max_dropouts=0, max_colluders=0, epsilon=3.4, epsilon_towards_nodes=3.4)
+    text = statement_markdown({**now, "privacy": {**now["privacy"], "epsilon_towards_server": 2.1}})
+    assert "the guarantee holds towards it too. Towards the server alone it is 2.1." in text
+    assert "and the noise of one of the other nodes" in first_paragraph(text)
 
 
 def test_evaluation_under_secure_aggregation_is_not_called_a_sum() -> None:

@@ -15,4 +15,4 @@ def test_every_pitfall_has_a_test_that_bears_its_number() -> None:
         for name in re.findall(r"^def (test_(?:pitfall_)?\d\w*)", path.read_text(), re.MULTILINE)
         for number in re.findall(r"(?:^test_(?:pitfall_)?|_and_)(\d+)(?=_)", name)
     }
-    assert covered == set(range(1, BUGS + 1))
+    assert covered >= set(range(1, BUGS + 1))

@@ -238,10 +238,11 @@ def test_pitfall_21_a_repeated_round_is_charged_again_and_dropouts_leave_enough_
         release(ledger, local_plan(), round=3)  # failed, and asked again
     assert ledger.state().terms("d", "f") == {Term(0.05, 1.0): 10}
     plan = distributed_plan(nodes=10, max_dropouts=3, noise_multiplier=1.0)
-    share = plan.noise_share_multiplier()
-    assert math.sqrt(10 - 3) * share == pytest.approx(1.0)  # as much as promised, with three gone
+    share = 1.0 / math.sqrt(plan.honest_shares())
+    # as much as promised, with three gone and one that knows its own
+    assert math.sqrt(10 - 3 - 1) * share == pytest.approx(1.0)
     naive = 1.0 / math.sqrt(10)
-    assert math.sqrt(10 - 3) * naive < 0.84  # what shares for ten nodes would leave
+    assert math.sqrt(10 - 3 - 1) * naive < 0.78  # what shares for ten nodes would leave
 
 
 def test_pitfall_22_resuming_reuses_the_noise() -> None:

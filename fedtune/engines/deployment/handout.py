@@ -85,6 +85,7 @@ permit:
   max_rounds: 200
   max_sample_rate: 0.5
   max_evaluations: 10 # noised answers about held-out data that a run may ask; 0: none
+  min_colluders: 1 # trust=distributed: nodes that may side with the server without your data losing its noise
 
 # Back up the whole folder state/: ledger, what SQLite may keep beside it (-wal), budget file, audit log.
 ledger: state/ledger.sqlite # what this data has released, ever
