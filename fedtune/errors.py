@@ -19,11 +19,18 @@
     |-- RecordError              a record.json is missing, unfinished or of another schema
     `-- ResourceError            no disk space, no memory, no permission, no network, no such device
 
-Every message is one paragraph: what happened, to whom, the numbers, and the way out. Nothing here
-carries private data: messages may be shown to the server.
+Every message is one paragraph: what happened, to whom, the numbers, and the way out.
+
+A message is for the person at the keyboard, who owns the data that is there. Others (a server, whoever
+reads a record) are shown it only if it is made of public values alone, which `public` says: settings, plans,
+names, counts of messages. That is so for the kinds of errors that speak of nothing else, and never for those
+that may speak of data, of what its owner has spent, or of the owner's machine
+(`fedtune.privacy.publication.told`).
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 __all__ = [
     "AggregationAborted",
@@ -48,15 +55,31 @@ __all__ = [
 
 
 class FedtuneError(Exception):
-    """Base of all errors that fedtune raises on purpose; its text is fit to be shown to a person."""
+    """Base of all errors that fedtune raises on purpose; its text is fit to be shown to a person.
+
+    Args:
+        message: one paragraph.
+        public: whether it is made of public values alone; None: what is so for all errors of this kind.
+    """
+
+    of_public_values: ClassVar[bool] = False  # the safe side: a kind that says nothing is the owner's
+    in_public: ClassVar[str] = "it cannot go on"  # said in the place of a text that is the owner's
+
+    def __init__(self, message: str = "", *, public: bool | None = None) -> None:
+        super().__init__(message)
+        self.public = self.of_public_values if public is None else public
 
 
 class ConfigError(FedtuneError):
     """A setting is unknown, misspelt, or has a value that is not allowed."""
 
+    of_public_values = True
+
 
 class DataError(FedtuneError):
     """A data set, file, column, label or text is missing or unusable."""
+
+    in_public = "its data is missing or unusable"
 
 
 class PartitionError(DataError):
@@ -66,9 +89,13 @@ class PartitionError(DataError):
 class ModelError(FedtuneError):
     """An encoder or adapter is missing, unsupported or does not fit the data."""
 
+    in_public = "an encoder or adapter is missing, unsupported or does not fit"
+
 
 class PrivacyError(FedtuneError):
     """A privacy setting has no meaning, or promises what cannot be kept."""
+
+    of_public_values = True
 
 
 class CalibrationError(PrivacyError):
@@ -82,13 +109,11 @@ class PreflightError(PrivacyError):
 class BudgetExhausted(PrivacyError):
     """A release would go over a node's own budget, or over the plan it agreed to; nothing was released.
 
-    `of_owner`: the text tells what the data's owner has spent and allows, which a real site may
-    keep to itself.
+    What an owner allows and has spent is the owner's: such a text is not public.
     """
 
-    def __init__(self, message: str, *, of_owner: bool = False) -> None:
-        super().__init__(message)
-        self.of_owner = of_owner
+    of_public_values = False
+    in_public = "its owner's budget does not allow it"
 
 
 class SeparationError(PrivacyError):
@@ -98,6 +123,9 @@ class SeparationError(PrivacyError):
 class LedgerError(PrivacyError):
     """A privacy ledger is missing, unreadable, full, or was tampered with."""
 
+    of_public_values = False
+    in_public = "its privacy ledger cannot be used"
+
 
 class AuditError(PrivacyError):
     """An audit shows more leakage than is promised: code, plan or claim is wrong."""
@@ -105,6 +133,8 @@ class AuditError(PrivacyError):
 
 class FederationError(FedtuneError):
     """A federation cannot go on."""
+
+    of_public_values = True
 
 
 class UpdateRejected(FederationError):
@@ -125,3 +155,5 @@ class RecordError(FedtuneError):
 
 class ResourceError(FedtuneError):
     """The machine lacks something: disk space, memory, permission, network, or a device."""
+
+    in_public = "its machine lacks something (disk space, memory, permission, network or a device)"

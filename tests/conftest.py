@@ -50,3 +50,14 @@ def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
     monkeypatch.setenv("FEDTUNE_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def everything_published_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that the door does not know is left out at run time; here it is an error."""
+    from fedtune.privacy import publication
+
+    def undeclared(sink: str, path: str) -> None:
+        raise AssertionError(f"{path!r} is published through {sink!r} and not declared in publication.SINKS")
+
+    monkeypatch.setattr(publication, "report_undeclared", undeclared)

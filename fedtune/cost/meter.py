@@ -47,8 +47,8 @@ class Cost:
         energy_kwh: estimated energy of the whole machine, in kilowatt hours.
     """
 
-    seconds: float = 0.0
-    train_seconds: float = 0.0
+    seconds: float | None = 0.0
+    train_seconds: float | None = 0.0
     flops: int | None = 0
     peak_memory_bytes: int | None = 0
     peak_device_bytes: int = 0
@@ -60,8 +60,8 @@ class Cost:
         if not isinstance(other, Cost):
             return NotImplemented
         return Cost(
-            seconds=self.seconds + other.seconds,
-            train_seconds=self.train_seconds + other.train_seconds,
+            seconds=_sum(self.seconds, other.seconds),
+            train_seconds=_sum(self.train_seconds, other.train_seconds),
             flops=None if self.flops is None or other.flops is None else self.flops + other.flops,
             peak_memory_bytes=(
                 None
@@ -71,12 +71,12 @@ class Cost:
             peak_device_bytes=max(self.peak_device_bytes, other.peak_device_bytes),
             bytes_up=self.bytes_up + other.bytes_up,
             bytes_down=self.bytes_down + other.bytes_down,
-            energy_kwh=(
-                None
-                if self.energy_kwh is None or other.energy_kwh is None
-                else self.energy_kwh + other.energy_kwh
-            ),
+            energy_kwh=_sum(self.energy_kwh, other.energy_kwh),
         )
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one + other
 
 
 @dataclass(frozen=True)

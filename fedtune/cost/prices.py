@@ -71,7 +71,8 @@ def price(pricing: PricingConfig, cost: Cost, *, records: int | None = 0) -> Mon
         ConfigError: a price is missing, negative or not finite, or the book names no currency.
     """
     check(pricing)
-    compute = _part(pricing.device_hour, cost.train_seconds / _SECONDS_PER_HOUR)
+    hours = None if cost.train_seconds is None else cost.train_seconds / _SECONDS_PER_HOUR
+    compute = _part(pricing.device_hour, hours)
     network = _sum(
         _part(pricing.gigabyte_up, cost.bytes_up / _BYTES_PER_GIGABYTE),
         _part(pricing.gigabyte_down, cost.bytes_down / _BYTES_PER_GIGABYTE),

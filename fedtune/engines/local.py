@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import logging
 import os
 import queue
 import threading
@@ -31,7 +30,6 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.errors import FedtuneError
 from fedtune.federation._flower import (
     SERVER_NODE_ID,
     Run,
@@ -42,6 +40,7 @@ from fedtune.federation._flower import (
     set_message_id,
     task_identity,
 )
+from fedtune.federation.node import public_reason
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalGrid", "Worker", "run"]
 
-_log = logging.getLogger("fedtune.node")
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
 _CLIENT_RAISED = 2
 
@@ -253,13 +251,9 @@ class LocalGrid(Grid):
             answer = self._failed(
                 message, f"did not answer in {self._timeout:g} s (federation.round_timeout)"
             )
-        except FedtuneError as error:
-            answer = self._failed(message, f"{type(error).__name__}: {error}")
         except Exception as error:
-            # The type alone: another library's message may quote private text.
-            _log.warning("A client raised %s.", type(error).__name__)
-            _log.debug("traceback", exc_info=True)
-            answer = self._failed(message, f"raised {type(error).__name__}")
+            whose = f"partition {self._nodes[node_id]['partition-id']}"
+            answer = self._failed(message, public_reason(error, whose, context))
         set_message_id(answer, str(uuid4()))
         self.bytes_up += serialized_size(answer)
         self.client_seconds += inside[0]

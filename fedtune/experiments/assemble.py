@@ -107,7 +107,10 @@ def assemble(
     accountant: str | None,
     evaluation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of one run, fit for JSON. Raises `RecordError` if it would not pass `validate`."""
+    """All that is known of one run, fit for JSON and not yet for publication: `record.publish` splits it.
+
+    Raises `RecordError` if it would not pass `validate`.
+    """
     plan = result.plan
     private = plan.trust != "none"
     made = {
@@ -121,6 +124,7 @@ def assemble(
             "rounds": len(result.history),
             "cohort_size": config.federation.cohort_size or len(nodes),
             "dropped": [dataclasses.asdict(one) for one in result.dropped],
+            "unusable": [dataclasses.asdict(one) for one in result.unusable],
             "void_rounds": [one.round for one in result.history if one.void],
             "ended_early": result.ended_early,
             "notices": list(result.notices),
@@ -167,7 +171,7 @@ def assemble(
             "records_per_unit": plan.records_per_unit,
             "reproducible_noise": plan.reproducible_noise,
             "data_public": data["public"],
-            "cautions": [*plan.cautions(), *data["notes"], *result.notices],
+            "cautions": [*plan.cautions(), *(data["notes"] if data["public"] else ()), *result.notices],
             "max_dropouts": plan.max_dropouts,
             "max_colluders": plan.max_colluders,
             "adaptive_clipping": plan.adaptive_clipping,

@@ -58,7 +58,7 @@ class Progress:
             folder = Path(entry.path)
             if (folder / record.RECORD_NAME).exists():
                 try:
-                    self._learn(int(entry.name), record.read(folder))
+                    self._learn(int(entry.name), record.whole(folder))
                     self._seen.add(entry.name)
                 except RecordError:
                     continue
@@ -120,7 +120,8 @@ class Progress:
             parts.append(
                 f"epsilon {number(privacy['epsilon'])} (delta {privacy['delta']:.1e}, {privacy['adjacency']})"
             )
-        parts.append(duration(made["run"]["seconds"]))
+        if (seconds := made["run"]["seconds"]) is not None:
+            parts.append(duration(seconds))
         if money is not None and money["total"] is not None:
             parts.append(money_text(money["total"], money["currency"]))
         text = f"run {place} ({name}): {', '.join(parts)}"
@@ -134,7 +135,8 @@ class Progress:
         return seconds / max(1, min(self.workers, self.left or 1))
 
     def _learn(self, position: int, made: dict[str, Any]) -> None:
-        self.seconds.append(float(made["run"]["seconds"]))
+        if (seconds := made["run"]["seconds"]) is not None:
+            self.seconds.append(float(seconds))
         money = made["cost"]["money"]
         if money is not None and money["total"] is not None:
             self.amounts.append((float(money["total"]), str(money["currency"])))

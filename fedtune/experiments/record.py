@@ -2,7 +2,8 @@
 
 `read` refuses a file of another schema (both versions named), a half-written one, and one that lacks keys.
 `write` is atomic: a reader sees the whole record or none. NaN and infinities become null, since JSON has no
-numbers for them.
+numbers for them. A record is for publication: what depends on private records and was not charged is null in
+it (`fedtune.privacy.publication`), and lies in `local.json` beside it.
 
 Does not do: make a record (`fedtune.experiments.assemble`), judge it (`fedtune.experiments.frontier`) or put
 it in words (`fedtune.privacy.statement`).
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RecordError, ResourceError
+from fedtune.federation import owner
+from fedtune.privacy.publication import merge
+from fedtune.privacy.publication import publish as door
 
-__all__ = ["RECORD_NAME", "SCHEMA", "clean", "read", "validate", "write"]
+__all__ = ["RECORD_NAME", "SCHEMA", "clean", "publish", "read", "validate", "whole", "write"]
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
@@ -79,9 +83,37 @@ def clean(value: Any) -> Any:
     return str(value)
 
 
+def publish(made: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Writes what may be published of `made` to `record.json`, keeps the rest for the owner.
+
+    Returns the first part. Of data that is not declared public, `local.json` of the folder gets what was
+    measured or found in it (`fedtune.federation.owner`), and the record has null there.
+    Raises `ResourceError` if the disk does not take it.
+    """
+    published, own = _split(made)
+    owner.keep(run_dir, record=clean(own))
+    write(published, run_dir / RECORD_NAME)
+    return published
+
+
+def whole(run_dir: Path) -> dict[str, Any]:
+    """The record of a folder with what the folder keeps for the owner. Raises as `read` does."""
+    found: dict[str, Any] = merge(read(run_dir), owner.read(run_dir).get("record"))
+    return found
+
+
+def _split(made: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    data_public = made["privacy"].get("data_public") is True
+    published, own = door("record", made, public_data=data_public)
+    return clean(published), own
+
+
 def write(record: Mapping[str, Any], path: Path) -> None:
-    """Writes `record` to `path`, whole or not at all. Raises `ResourceError` if the disk does not take it."""
-    text = json.dumps(clean(record), indent=2, allow_nan=False) + "\n"
+    """Writes what may be published of `record` to `path`, whole or not at all.
+
+    Raises `ResourceError` if the disk does not take it.
+    """
+    text = json.dumps(_split(record)[0], indent=2, allow_nan=False) + "\n"
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import ResourceError
+from fedtune.errors import FederationError, ResourceError
 from fedtune.experiments import assemble, environment, history, record
+from fedtune.federation import owner
+from fedtune.federation.events import Judged
+from fedtune.privacy.publication import merge, publish
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from fedtune.experiments.display import Display
     from fedtune.experiments.trackers import Tracker
     from fedtune.federation.evaluation import NodesEvaluation
-    from fedtune.federation.events import FederationResult, Judge
+    from fedtune.federation.events import FederationResult, Judge, Observer, RoundSummary
     from fedtune.models.classifier import AdaptedModel
     from fedtune.training.evaluation import Evaluation
 
@@ -86,9 +89,10 @@ def run(
     tracker = trackers.open_tracker(config, run_dir)
     with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
         written = _work(config, run_dir, shown, meter, tracker, judge)
-    history.remember(written)
+    whole = _for_owner(written, run_dir)
+    history.remember(whole)
     if view is None:
-        summary(written, _shown(run_dir), console)
+        summary(whole, _shown(run_dir), console)
     return run_dir / record.RECORD_NAME
 
 
@@ -142,7 +146,7 @@ def _work(
         save_config(config, run_dir)
     view.working("loading tokenizer and data")
     from fedtune import engines
-    from fedtune.federation.events import Judged, Observers
+    from fedtune.federation.events import Observers
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
@@ -157,7 +161,7 @@ def _work(
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     place.warm(warming)
     view.working("calibrating the noise")
-    told = Observers(view, tracker)
+    told = Observers(_ForOwner(view, run_dir), tracker)
     result = engines.run(config, run_dir, told if judge is None else Judged(told, judge))
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
@@ -173,7 +177,8 @@ def finish(
     commit: tuple[str | None, bool | None] | None = None,
     tracker: Tracker | None = None,
 ) -> dict[str, Any]:
-    """Writes adapter, statement and, last of all, record of a federation that has ended; returns the record.
+    """Writes adapter, statement and, last of all, record of a federation that has ended; returns the record
+    as it is published.
 
     Flower's ServerApp calls this by name (the run config's `finish`), so that `flwr run` leaves what
     `fedtune run` does.
@@ -189,11 +194,13 @@ def finish(
     meter.stop()
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with place.using_model() as model:
-        written = _record(
+        made = _record(
             config, place.prepared, model, result, evaluation, meter, started, commit or environment.commit()
         )
+    owner.collect_reasons(run_dir)
+    written, _ = publish("record", made, public_data=place.prepared.public)
     statement = _write_statement(written, run_dir / STATEMENT)
-    record.write(written, run_dir / record.RECORD_NAME)
+    record.publish(made, run_dir)
     (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
     return written
 
@@ -263,6 +270,40 @@ def _write_statement(written: dict[str, Any], path: Path) -> str:
     return text
 
 
+class _ForOwner(Judged):
+    """Shows the person at the keyboard what is kept from everybody else: why an answer was lost."""
+
+    def __init__(self, view: Observer, run_dir: Path) -> None:
+        super().__init__(view, lambda summary: None)
+        self._run_dir, self._view = run_dir, view
+
+    def on_client(self, node: str, status: str) -> None:
+        """See `Observer`."""
+        self._view.on_client(node, owner.in_full(self._run_dir, status))
+
+    def on_round(self, summary: RoundSummary) -> str | None:
+        """See `Observer`."""
+        lost = [(node, owner.in_full(self._run_dir, reason)) for node, reason in summary.dropped]
+        return self._view.on_round(dataclasses.replace(summary, dropped=lost))
+
+
+def _for_owner(written: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The record with what only the owner of the data is told, for the terminal."""
+    whole: dict[str, Any] = merge(written, owner.read(run_dir).get("record"))
+    federation = dict(whole["federation"])
+    federation["dropped"] = [
+        {**one, "reason": owner.in_full(run_dir, one["reason"], one["round"])}
+        for one in federation["dropped"]
+    ]
+    federation["ended_early"] = owner.in_full(run_dir, federation["ended_early"] or "") or None
+    notes = [note for note in whole["data"]["notes"] or [] if note not in whole["privacy"]["cautions"]]
+    return {
+        **whole,
+        "federation": federation,
+        "privacy": {**whole["privacy"], "cautions": [*whole["privacy"]["cautions"], *notes]},
+    }
+
+
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -274,6 +315,8 @@ def _failures(run_dir: Path, view: Display, tracker: Tracker) -> Iterator[None]:
     except KeyboardInterrupt as error:
         view.close()
         raise Interrupted(_interrupted(run_dir)) from error
+    except FederationError as error:
+        raise type(error)(owner.in_full(run_dir, str(error)), public=False) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

@@ -45,7 +45,7 @@ class Run:
         epsilon: infinite without privacy, or where the record does not know.
         terms: by node, what its releases cost the accountant; None for a node without privacy.
         nodes_fixed: a record lies on the same node in every run (the natural partition).
-        fingerprints: of the data that was used.
+        dataset: the name of the data; runs on data of one name are taken to share records.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Run:
     pricing: PricingConfig
     terms: Mapping[str, Mapping[Term, int] | None]
     nodes_fixed: bool
-    fingerprints: frozenset[str]
+    dataset: str
     pruned: bool = False  # given up by a search: not comparable, but what it released is released
     key: str = field(repr=False, default="")  # equal for runs that differ in seed only
 
@@ -122,7 +122,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         pricing=_pricing(values["cost"]["pricing"]),
         terms=_terms(privacy),
         nodes_fixed=config["partition"]["name"] == "natural",
-        fingerprints=frozenset(str(one["fingerprint"]) for one in privacy.get("ledger") or []),
+        dataset=str(data.get("name") or settings["name"]),
         pruned=values["run"].get("status") == "pruned",
         key=key,
     )
@@ -165,14 +165,18 @@ def _cost(values: Mapping[str, Any], run: Mapping[str, Any]) -> Cost:
         return value
 
     return Cost(
-        seconds=float(run["seconds"]),
-        train_seconds=float(number("train_seconds") or 0.0),
+        seconds=_seconds(run["seconds"]),
+        train_seconds=number("train_seconds"),  # null of private data: what was measured stays with its owner
         flops=number("flops"),
         peak_memory_bytes=number("peak_memory_bytes"),
         bytes_up=number("bytes_up") or 0,
         bytes_down=number("bytes_down") or 0,
         energy_kwh=number("energy_kwh"),
     )
+
+
+def _seconds(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _records(unit: str, data: Mapping[str, Any]) -> int | None:

@@ -32,7 +32,7 @@ from fedtune.experiments import record
 from fedtune.experiments.progress import Progress
 from fedtune.experiments.pruning import Pruning
 from fedtune.experiments.search_result import closing
-from fedtune.experiments.search_settings import OBJECTIVES, Settings, kept_settings, settings_of
+from fedtune.experiments.search_settings import MEASURED, OBJECTIVES, Settings, kept_settings, settings_of
 from fedtune.experiments.study import distribution, has_record, number_of_values, open_study, same
 from fedtune.experiments.sweep_options import SweepOptions, meaningful, write_sweep
 from fedtune.federation.checkpoint import lock_folder
@@ -77,6 +77,7 @@ def begin_search(
     except ImportError as error:
         raise ConfigError("sweep=optuna needs optuna: pip install 'fedtune[optuna]'.") from error
     settings = settings_of(space.options if kept is None else kept_settings(kept), options)
+    _refuse_measured(settings, space)
     identity = {
         "searched": [str(axis) for axis in space.axes],
         "the same in all runs": sorted(space.fixed),
@@ -86,6 +87,20 @@ def begin_search(
         same(kept["search"].get("identity"), identity, space.folder)
     write_sweep(space.folder, overrides, [], search={**dataclasses.asdict(settings), "identity": identity})
     return Search(space, settings, identity, say, warn)
+
+
+def _refuse_measured(settings: Settings, space: Space) -> None:
+    """Raises ConfigError if trials of private data would be chosen by what is measured of them.
+
+    Which settings are tried next is published, and what a run takes depends on private records.
+    """
+    measured = [name for name in settings.objectives if name in MEASURED]
+    if measured and space.base is not None and not space.base.data.public:
+        raise ConfigError(
+            f"sweep.objectives={','.join(settings.objectives)} is not possible on data that is not declared "
+            f"public: {', '.join(measured)} would be measured, and what is measured depends on private "
+            f"records and is in no epsilon. Use {', '.join(n for n in OBJECTIVES if n not in MEASURED)}."
+        )
 
 
 class Search:

@@ -11,7 +11,7 @@ from fedtune.errors import CheckpointError, ConfigError
 from fedtune.experiments.pruning import PRUNERS
 from fedtune.experiments.sweep_options import SweepOptions
 
-__all__ = ["OBJECTIVES", "SAMPLERS", "Settings", "kept_settings", "settings_of"]
+__all__ = ["MEASURED", "OBJECTIVES", "SAMPLERS", "Settings", "kept_settings", "settings_of"]
 
 SAMPLERS = ("tpe", "nsga2", "random")
 
@@ -29,6 +29,9 @@ OBJECTIVES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "money": ("minimize", _money),
     "seconds": ("minimize", lambda made: made["cost"]["train_seconds"]),
 }
+
+# Those that are measured while private records are worked on, and so not published of private data.
+MEASURED = frozenset(["energy", "money", "seconds"])
 
 
 @dataclasses.dataclass(frozen=True)

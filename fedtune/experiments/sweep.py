@@ -41,6 +41,8 @@ from fedtune.experiments.sweep_options import (
     split_options,
     write_sweep,
 )
+from fedtune.federation import owner
+from fedtune.privacy.publication import publish, told
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -222,7 +224,7 @@ class Sweep:
             # Two live displays on one terminal would erase each other's lines.
             alone = os.getpid() == self.process
             path = self.start(self._config(job.config, folder), title, judge, alone)
-            made = record.read(path)
+            made = record.whole(path.parent)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
         self.progress.look()
         self.say(self.progress.line(self._place(job), self._name(job), made, before))
@@ -233,8 +235,13 @@ class Sweep:
         """Records the failure of a run, says it, and lets the sweep go on; returns its words."""
         text = self.describe(error)
         if job is not None and job.config.output:
-            values = {"error": text, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            save(Path(job.config.output) / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
+            folder, permitted = Path(job.config.output), job.config.data.public
+            said = text if permitted else told(error, job.config.data.name)
+            values = {"error": said, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            values, _ = publish("failure", values, public_data=permitted)
+            save(folder / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
+            if said != text:
+                owner.keep(folder, failure=text)
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text
@@ -254,7 +261,7 @@ class Sweep:
         if self.kept is None or not (folder / record.RECORD_NAME).exists():
             return None
         try:
-            return record.read(folder)
+            return record.whole(folder)
         except RecordError as error:
             self.warn(f"{folder} is run again: {error}")
             return None

@@ -1,8 +1,9 @@
 """A run told to TensorBoard, MLflow or Weights & Biases: the numbers of the record, while they come.
 
-From the beginning the configuration; after each round accuracy, loss, epsilon with its delta, bytes and
-seconds; at the end every number of the record by its own name, the record and the statement. Nothing else:
-what a tracker gets is what the server has, and folders of this machine are left out of it.
+From the beginning the configuration; after each round accuracy, loss, epsilon with its delta, bytes and, of
+data that is declared public, seconds; at the end every number of the record by its own name, the record and
+the statement. Nothing else: what a tracker gets has passed `fedtune.privacy.publication`, and folders of this
+machine are left out of it.
 
 A tracker cannot break a run: one that raises is told of once and switched off. One that is not installed is
 refused before the run begins. Nothing is sent anywhere (`fedtune.experiments.tracker_writers`).
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.errors import ConfigError
 from fedtune.experiments.frontier import flatten
 from fedtune.experiments.tracker_writers import WRITERS, Writer, import_library
+from fedtune.privacy.publication import publish
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -88,8 +90,9 @@ class Tracker:
 
     def on_round(self, summary: RoundSummary) -> None:
         """See `fedtune.federation.events.Observer`."""
-        values = {name: getattr(summary, name) for name in _ROUND}
-        values["delta"] = self._delta if summary.epsilon is not None else None
+        made = summary.to_json() | {"delta": self._delta if summary.epsilon is not None else None}
+        published, own = publish("round", made, public_data=self._config.data.public)
+        values: dict[str, Any] = {name: published[name] for name in (*_ROUND, "delta") if name not in own}
         values["dropped"] = len(summary.dropped)
         self._tell("round", summary.round, _numbers(values, "round/"))
 

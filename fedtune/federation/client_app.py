@@ -16,11 +16,10 @@ beginning: there is no state of round 1 that a restart, or a node that joins lat
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 
@@ -39,7 +38,6 @@ from fedtune.federation.node import (
 
 __all__ = ["app"]
 
-_log = logging.getLogger("fedtune.node")
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
@@ -65,9 +63,8 @@ def hello(message: Message, context: Context) -> Message:
         )
         return Message(answer.to_records(), reply_to=message)
     except Exception as error:
-        _log.debug("hello failed", exc_info=True)
         where = f"partition {context.node_config.get('partition-id')}"
-        return Message(Error(_CLIENT_RAISED, public_reason(error, where)), reply_to=message)
+        return Message(Error(_CLIENT_RAISED, public_reason(error, where, context)), reply_to=message)
 
 
 @app.train()
@@ -77,15 +74,14 @@ def train(message: Message, context: Context) -> Message:
     try:
         request = RoundRequest.from_records(message.content)
     except Exception as error:
-        _log.debug("request refused", exc_info=True)
-        return Message(Error(_CLIENT_RAISED, public_reason(error, "?")), reply_to=message)
-    reply = _answer(request, context)
+        return Message(Error(_CLIENT_RAISED, public_reason(error, "?", context)), reply_to=message)
+    answer = _answer(request, context)
     hold_back(context, arrived)
-    return Message(reply.to_records(), reply_to=message)
+    return Message(answer, reply_to=message)
 
 
-def _answer(request: RoundRequest, context: Context) -> RoundReply:
-    """The reply to a request; never raises."""
+def _answer(request: RoundRequest, context: Context) -> RecordDict:
+    """The reply to a request, as it leaves; never raises."""
     release: Release | None = None
     try:
         release = reserve_release(request, context)
@@ -93,8 +89,8 @@ def _answer(request: RoundRequest, context: Context) -> RoundReply:
         release.ledger.commit(release.reservation)
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
-        return failure_reply(request, context, release, error)
-    return RoundReply(
+        return failure_reply(request, context, release, error).to_records()
+    reply = RoundReply(
         node=release.shard.node,
         run=request.run,
         round=request.round,
@@ -104,6 +100,7 @@ def _answer(request: RoundRequest, context: Context) -> RoundReply:
         cost={"seconds": coarse_seconds(seconds)},
         update=update,
     )
+    return reply.to_records(public_data=release.config.data.public)
 
 
 def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.app.error import Error
 
-from fedtune.errors import FederationError, FedtuneError
+from fedtune.errors import FederationError
 from fedtune.federation import node as node_side
 from fedtune.federation import secagg_messages as wire
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Memory", "clipped_gradient_sum", "register"]
 
-_log = logging.getLogger("fedtune.node")
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _WHAT = "The server's request"
 
@@ -191,7 +189,7 @@ def _mask(message: Message, context: Context) -> RecordDict:
         steps=release.plan.local_steps,
         cost={"seconds": coarse_seconds(seconds)},
     )
-    return wire.mask_answer(place, reply, masked)
+    return wire.mask_answer(place, reply, masked, public_data=release.config.data.public)
 
 
 def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
@@ -202,10 +200,8 @@ def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Messag
         try:
             content: Any = work(message, context)
         except Exception as error:
-            if not isinstance(error, FedtuneError):
-                _log.error("A request of secure aggregation failed.", exc_info=error)
             where = f"partition {context.node_config.get('partition-id')}"
-            content = Error(_CLIENT_RAISED, node_side.public_reason(error, where))
+            content = Error(_CLIENT_RAISED, node_side.public_reason(error, where, context))
         if work is _mask:
             node_side.hold_back(context, arrived)
         return Message(content, reply_to=message)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import RecordDict
 
 from fedtune.errors import FederationError, UpdateRejected
-from fedtune.federation.messages import VERSION, only_records, read_config
+from fedtune.federation.messages import VERSION, only_records, read_config, through_door
 
 __all__ = ["EVALUATION_KEYS", "EvaluationReply"]
 
@@ -63,7 +63,7 @@ class EvaluationReply:
             "refusal": self.refusal or "",
             "error": (self.error or "")[:_MAX_TEXT],
         }
-        return RecordDict({"evaluation": ConfigRecord(values)})
+        return RecordDict({"evaluation": through_door("evaluation", values)})
 
     @classmethod
     def from_records(

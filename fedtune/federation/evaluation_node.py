@@ -13,7 +13,6 @@ take part in the training.
 
 from __future__ import annotations
 
-import logging
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_log = logging.getLogger("fedtune.node")
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
@@ -49,8 +47,7 @@ def _evaluate(message: Message, context: Context) -> Message:
     try:
         request = RoundRequest.from_records(message.content)
     except Exception as error:
-        _log.debug("request refused", exc_info=True)
-        return Message(Error(_CLIENT_RAISED, node_side.public_reason(error, "?")), reply_to=message)
+        return Message(Error(_CLIENT_RAISED, node_side.public_reason(error, "?", context)), reply_to=message)
     reply = _answer(request, context)
     node_side.hold_back(context, arrived)
     return Message(reply.to_records(), reply_to=message)

@@ -1,7 +1,8 @@
 """What a run tells while it goes on, and what it hands over at the end.
 
-The server loop calls an `Observer`; a live display, a log or a test is one. Everything in these
-objects is public: it was sent over the wire under the plan, or measured by the server itself. An
+The server loop calls an `Observer`; a live display, a log or a test is one. What is in these objects was sent
+over the wire under the plan, or measured by the server itself: who shows them to others than the owner of the
+data puts them through `fedtune.privacy.publication` first, which holds back what was measured. An
 observer must not change the run, but for one thing: `on_round` may say why the run should end here, as a
 search that gives up a bad trial does (`Judged`). One that raises is told of once and not called again.
 """
@@ -102,6 +103,7 @@ class FederationResult:
         adapter: float32 [P], the last state.
         history: one summary a round, resumed rounds included.
         dropped: every update that was lost, over all rounds.
+        unusable: every answer that counted as zero in a trusted server's sum; not for publication.
         releases: by node, how often it released (or may have released) something in this run.
         epsilon: the largest over the nodes, of this run alone; None where there is none.
         answers: by node, how often it answered (or may have) about held-out data in this run.
@@ -133,6 +135,7 @@ class FederationResult:
     ended_early: str | None = None
     notices: list[str] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)
+    unusable: list[Dropped] = field(default_factory=list)
 
 
 class Observer(Protocol):

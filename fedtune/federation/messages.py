@@ -5,15 +5,16 @@ ConfigRecord the rest. Whatever is received is treated as wrong until shown to b
 missing key, another type, shape, version, round or node, a NaN, an infinity or a norm above the limit
 is an error that names the node, the round and the numbers.
 
-What leaves a node is exactly what `HELLO_KEYS` and `REPLY_KEYS` list, and a test watches the wire:
+What leaves a node is exactly what `HELLO_KEYS` and `REPLY_KEYS` list, it passes the door that everything
+passes which is published (`fedtune.privacy.publication`), and a test watches the wire:
 the update, which the plan made private, and public numbers; and where evaluation is private, two noised
 counts (`fedtune.federation.evaluation_messages`). No shard size, no number of drawn
 examples, no histogram, no loss, no epsilon (the server can compute its own run's from the plan).
 
-Time is a channel too: how long a node computes depends on how many examples its Poisson batches held,
-and the server sees when an answer arrives. `coarse_seconds` rounds the *reported* time to a grid of
-25 percent steps, so that the message adds nothing to what the arrival shows. This is hygiene and no
-guarantee: the timing of answers is outside of epsilon, as the privacy statement says. For a node that
+Time is a channel too: how long a node computes depends on how many examples its Poisson batches held. A node
+reports no seconds of private data (0.0 stands for them), and of public data `coarse_seconds`, on a grid of
+25 percent steps. When an answer arrives the server sees all the same: the timing of answers is outside of
+epsilon, as the privacy statement says. For a node that
 minds, `answer-after` in its node configuration holds every answer back until that many seconds after
 the request came in (see `fedtune.federation.node.hold_back`).
 """
@@ -31,6 +32,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.publication import publish
 
 __all__ = [
     "COST_KEYS",
@@ -44,6 +46,7 @@ __all__ = [
     "coarse_seconds",
     "only_records",
     "read_config",
+    "through_door",
 ]
 
 VERSION = 1
@@ -122,6 +125,11 @@ def _vector(content: RecordDict, name: str, what: str) -> np.ndarray:
     return vector
 
 
+def through_door(sink: str, values: Mapping[str, Any], *, public_data: bool = False) -> ConfigRecord:
+    """A ConfigRecord of what may leave of `values` (`fedtune.privacy.publication`)."""
+    return ConfigRecord(publish(sink, values, public_data=public_data)[0])
+
+
 def only_records(content: RecordDict, allowed: set[str], what: str) -> None:
     """Raises FederationError if `content` has records beside the `allowed` ones."""
     if extra := sorted(set(content) - allowed):
@@ -149,20 +157,15 @@ class NodeHello:
 
     def to_records(self) -> RecordDict:
         """Inverse of `from_records`."""
-        return RecordDict(
-            {
-                "hello": ConfigRecord(
-                    {
-                        "version": VERSION,
-                        "node": self.node,
-                        "declared_size": self.declared_size,
-                        "shards": self.shards,
-                        "software": self.software,
-                        "idle": self.idle,
-                    }
-                )
-            }
-        )
+        values = {
+            "version": VERSION,
+            "node": self.node,
+            "declared_size": self.declared_size,
+            "shards": self.shards,
+            "software": self.software,
+            "idle": self.idle,
+        }
+        return RecordDict({"hello": through_door("hello", values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> NodeHello:
@@ -200,7 +203,8 @@ class RoundRequest:
             "attempt": self.attempt,
             "plan": json.dumps(self.plan.to_json(), sort_keys=True),
         }
-        return RecordDict({"adapter": _arrays("adapter", self.adapter), "request": ConfigRecord(values)})
+        adapter = _arrays("adapter", self.adapter)
+        return RecordDict({"adapter": adapter, "request": through_door("request", values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> RoundRequest:
@@ -245,8 +249,11 @@ class RoundReply:
     refusal: str | None = None
     error: str | None = None
 
-    def to_records(self) -> RecordDict:
-        """Inverse of `from_records`; sends nothing that is not in `REPLY_KEYS`."""
+    def to_records(self, *, public_data: bool = False) -> RecordDict:
+        """Inverse of `from_records`; sends nothing that is not in `REPLY_KEYS`.
+
+        Seconds are sent only if the node's owner has declared its data public (`public_data`).
+        """
         values: dict[str, Any] = {
             "version": VERSION,
             "node": self.node,
@@ -260,7 +267,7 @@ class RoundReply:
             "refusal": self.refusal or "",
             "error": (self.error or "")[:_MAX_TEXT],
         }
-        records: dict[str, Any] = {"reply": ConfigRecord(values)}
+        records: dict[str, Any] = {"reply": through_door("reply", values, public_data=public_data)}
         if self.update is not None:
             records["update"] = _arrays("update", self.update)
         return RecordDict(records)
@@ -303,22 +310,22 @@ class RoundReply:
 
 
 def check_update(update: np.ndarray, *, node: str, round: int, size: int, max_norm: float) -> float:
-    """The L2 norm of a usable update; raises UpdateRejected, naming node, round and numbers, for any other.
+    """The L2 norm of a usable update; raises UpdateRejected, naming node, round and limit, for any other.
 
-    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`.
+    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`. What
+    the update holds is not told: the reason goes into the record, and not every update is private by itself.
     """
     whose = f"Round {round} goes on without the update of node {node!r}:"
     if update.ndim != 1 or update.shape != (size,) or update.dtype != np.float32:
         raise UpdateRejected(
             f"{whose} it is {update.dtype}{list(update.shape)} and should be float32[{size}]."
         )
-    bad = int(size - np.isfinite(update).sum())
-    if bad:
-        raise UpdateRejected(f"{whose} {bad} of its {size} values are NaN or infinite.")
+    if not np.isfinite(update).all():
+        raise UpdateRejected(f"{whose} some of its {size} values are NaN or infinite.")
     norm = float(np.linalg.norm(update.astype(np.float64)))
     if norm > max_norm:
         raise UpdateRejected(
-            f"{whose} its norm is {norm:.4g}, over federation.max_update_norm={max_norm:g}. Lower the node's "
+            f"{whose} its norm is over federation.max_update_norm={max_norm:g}. Lower the node's "
             "learning rate, or raise the limit if such updates are meant."
         )
     return norm

@@ -9,12 +9,15 @@ that makes. The ledger may know more (a crash, a node that hung); if it knows le
 robbed of something and the node refuses. A message for an (attempt, round) that was answered before is
 refused too: one charge, one release (PITFALLS 21).
 
-What is told of a failure is the text of fedtune's own errors, which carry no private data, and of any
-other exception only its type: a library's message may quote a text. The node's own log has the rest.
+What is told of a failure is the text of an error that is made of public values, and of any other only its
+kind (`fedtune.privacy.publication.told`). The node's own log has the rest. What a real site has spent and
+may spend is its own: a server hears that the budget is exhausted, and the numbers only if the site publishes
+them (`publish_budget` in its file).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -26,7 +29,9 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedtune.errors import BudgetExhausted, FederationError, FedtuneError, LedgerError, PrivacyError
+from fedtune.federation import owner
 from fedtune.federation.messages import RoundReply, RoundRequest
+from fedtune.privacy.publication import told
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -187,7 +192,8 @@ class NodeMemory:
             raise LedgerError(
                 f"The ledger of node {node!r} shows {in_ledger} releases of run {self.run}, and the node "
                 f"remembers {self.releases}: the ledger has lost some. Restore it from a backup; nothing was "
-                "released."
+                "released.",
+                public=True,
             )
 
     def note(self, request: RoundRequest, releases: int) -> None:
@@ -208,15 +214,35 @@ class NodeMemory:
         )
 
 
-def public_reason(error: Exception, node: str) -> str:
-    """What may be told of a failure: our own text, or another's type alone.
+def public_reason(error: Exception, node: str, context: Context | None = None, round: int = 0) -> str:
+    """What may be told of an error that happened at `node`; the whole goes to the node's own log.
 
-    Text that can travel: what of it was quoted from a server's JSON may hold half a surrogate pair.
+    In a simulation that is the run folder's too, where the person at the keyboard reads it
+    (`fedtune.federation.owner`).
     """
-    if isinstance(error, FedtuneError):
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return said.encode(errors="replace").decode()
-    return f"Node {node!r} failed with {type(error).__name__}; its own log says more."
+    whole = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    expected = isinstance(error, FedtuneError)
+    _log.log(
+        logging.INFO if expected else logging.ERROR,
+        "Node %r gives no answer in round %d: %s",
+        node,
+        round,
+        whole,
+        exc_info=None if expected else error,
+    )
+    permitted, run_dir = False, None
+    if context is not None:
+        with contextlib.suppress(Exception):  # settings that cannot be read permit nothing
+            site = site_settings(context)
+            config = node_config(context)
+            if site is None:
+                permitted, run_dir = config.data.public, config.resume or config.output
+            else:
+                permitted = site.publish_budget and isinstance(error, BudgetExhausted)
+    said = told(error, node, permitted=permitted)
+    if run_dir is not None and said != whole:
+        owner.note_reason(Path(run_dir), node, round, said, whole)
+    return said
 
 
 @dataclass(frozen=True)
@@ -292,31 +318,9 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
 def failure_text(
     request: RoundRequest, context: Context, release: Release | None, error: Exception
 ) -> tuple[str, str]:
-    """(this node's name, what may be told of `error`); the rest goes to the node's own log.
-
-    What a real site has spent and may spend is its own: a server hears that the budget is exhausted, and the
-    numbers only if the site publishes them (`publish_budget` in its file).
-    """
+    """(this node's name, what may be told of `error`), as `public_reason` says."""
     node = release.shard.node if release else _name(context)
-    reason = told = public_reason(error, node)
-    site = site_settings(context)
-    secret = isinstance(error, BudgetExhausted) and error.of_owner
-    if secret and site is not None and not site.publish_budget:
-        told = (
-            f"{type(error).__name__}: node {node!r} refuses in round {request.round}: its owner's budget "
-            "does not allow it. The numbers are in the site's own log, for its administrator."
-        )
-    # The node's own log, which its owner reads, has what must not travel.
-    expected = isinstance(error, FedtuneError)
-    _log.log(
-        logging.INFO if expected else logging.ERROR,
-        "Node %r gives no answer in round %d: %s",
-        node,
-        request.round,
-        reason,
-        exc_info=None if expected else error,
-    )
-    return node, told
+    return node, public_reason(error, node, context, request.round)
 
 
 def failure_reply(

@@ -196,10 +196,10 @@ class SiteSettings:
         fingerprints that the ledger knows of this run's releases, and `fingerprint`, that of the data now.
         """
         problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
-        if changed := sorted({one for one in used if one != fingerprint}):
+        if any(one != fingerprint for one in used):
             problems.append(
-                f"its data has changed since this run began (fingerprint {changed[0][:12]} then, "
-                f"{fingerprint[:12]} now); start a new run"
+                "its data has changed since this run began, and what this run was charged to is not what it "
+                "would be trained on now; start a new run"
             )
         self._refuse(problems)
 

@@ -13,6 +13,7 @@ update that comes early is kept until those before it have come or are given up.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -44,6 +45,7 @@ __all__ = [
     "time_to_live",
 ]
 
+_log = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
 _GRACE_SECONDS = 300.0  # by which clocks may differ: a node that is further off may not join
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
@@ -81,6 +83,8 @@ class RoundOutcome:
         used: names of the nodes whose updates are in the aggregate.
         replies: every readable answer, without its update.
         dropped: (node, reason) of every update that is not in the aggregate.
+        unusable: (node, reason) of every answer that counts as zero in the aggregate (trust central). What
+            a raw update looked like is private: the reason is for whoever is trusted with it alone.
         next_plan: the plan of the rounds to come, where this one changed it (an adaptive norm).
     """
 
@@ -88,6 +92,7 @@ class RoundOutcome:
     used: list[str] = field(default_factory=list)
     replies: list[RoundReply] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    unusable: list[tuple[str, str]] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
     next_plan: PrivacyPlan | None = None
@@ -177,11 +182,13 @@ def reason_of(answer: Message) -> str:
 
 
 def collect(
-    grid: Grid, ask: RoundAsk, observer: Observer, outcome: RoundOutcome
+    grid: Grid, ask: RoundAsk, observer: Observer, outcome: RoundOutcome, *, raw: bool = False
 ) -> Iterator[tuple[NodeInfo, np.ndarray]]:
     """Asks every node for its update and yields the usable ones, float32 [P], in the order of `ask.nodes`.
 
-    All else goes to `outcome`: replies, bytes, and who was dropped and why.
+    All else goes to `outcome`: replies, bytes, and who was dropped and why. `raw`: updates are not private
+    when they come (trust central), so whether one is usable must not show. One that is not, or that its node
+    failed to make, is then an update of zeros, and `outcome.unusable` has the reason.
     """
     request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
     ttl = time_to_live(ask.timeout) if ask.deadline else None
@@ -203,7 +210,7 @@ def collect(
     for node_id, answer in exchange(grid, messages, ask.timeout, ask.stop, deadline=ask.deadline):
         node = waiting.pop(node_id)
         outcome.bytes_up += serialized_size(answer)
-        update = _usable(answer, node, ask, observer, outcome)
+        update = _usable(answer, node, ask, observer, outcome, raw)
         if update is not None:
             early[node.name] = update
             observer.on_client(node.name, "answered")
@@ -216,27 +223,35 @@ def collect(
 
 
 def _usable(
-    answer: Message, node: NodeInfo, ask: RoundAsk, observer: Observer, outcome: RoundOutcome
+    answer: Message, node: NodeInfo, ask: RoundAsk, observer: Observer, outcome: RoundOutcome, raw: bool
 ) -> np.ndarray | None:
-    """The update in an answer; None, and the node dropped, if there is no usable one."""
+    """The update in an answer; None, and the node dropped, if there is no usable one; `raw` as `collect`."""
     name = node.name
+
+    def lost(reason: str) -> np.ndarray | None:
+        if not raw:
+            _drop(name, reason, observer, outcome)
+            return None
+        outcome.unusable.append((name, reason))
+        _log.warning("An answer of node %r counts as zero in round %d: %s", name, ask.round, reason)
+        return np.zeros(ask.adapter.size, dtype=np.float32)
+
     if answer.has_error():
-        _drop(name, reason_of(answer), observer, outcome)
-        return None
+        return lost(reason_of(answer))
     try:
         reply = RoundReply.from_records(
             answer.content, node=name, run=ask.run, round=ask.round, attempt=ask.attempt
         )
         update, reply = reply.update, replace(reply, update=None)
         outcome.replies.append(reply)
-        if update is None:
-            status = "refused" if reply.refused else "dropped"
-            _drop(name, reply.refused or reply.error or "", observer, outcome, status)
+        if reply.refused:  # the node's own decision, before it read any data
+            _drop(name, reply.refused, observer, outcome, "refused")
             return None
+        if update is None:
+            return lost(reply.error or "")
         check_update(update, node=name, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm)
     except UpdateRejected as error:
-        _drop(name, str(error), observer, outcome)
-        return None
+        return lost(str(error))
     return update
 
 
@@ -308,7 +323,9 @@ class CentralRound:
 
     McMahan et al. 2018, with the norm following a private quantile (Andrew et al. 2021) where the plan
     says so. One node more or less changes the sum by at most `max_grad_norm`; the noise is the plan's,
-    and the divisor its public cohort size, however many answered. A node that was dropped counts as zero.
+    and the divisor its public cohort size, however many answered. A node that was dropped counts as zero,
+    and so does an answer that is unusable, or says that its node failed: the round is released all the same,
+    for whether it is must not depend on what one node's data did to its update.
     With dp_ftrl a round in which a node says that it was asked too soon is discarded: this server does not
     know all that was published (`fedtune.federation.correlated`).
     """
@@ -317,7 +334,7 @@ class CentralRound:
         """See `RoundProtocol`."""
         outcome = RoundOutcome()
         total = ClippedUpdates(ask.plan, ask.adapter.size)
-        for _, update in collect(grid, ask, observer, outcome):
+        for _, update in collect(grid, ask, observer, outcome, raw=True):
             total.add(update)
         if ask.plan.root() is not None:
             for reply in outcome.replies:

@@ -17,6 +17,7 @@ import numpy as np
 from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError
 from fedtune.federation import checkpoint as checkpoints
+from fedtune.federation import owner
 from fedtune.federation.checkpoint import Checkpoint
 from fedtune.federation.correlated import CorrelatedRounds
 from fedtune.federation.descent import server_optimizer
@@ -26,6 +27,7 @@ from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import RoundOutcome
 from fedtune.federation.strategies import Strategy
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.publication import merge, publish
 
 __all__ = ["RunState"]
 
@@ -47,6 +49,7 @@ class RunState:
     nodes: list[NodeInfo] = field(default_factory=list)
     history: list[RoundSummary] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    unusable: list[Dropped] = field(default_factory=list)  # counted as zero: not published
     releases: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
     evaluation: NodesEvaluation | None = None  # the last that nodes answered for
@@ -62,7 +65,7 @@ class RunState:
         """Checkpoints the state after `round`."""
         if self.correlated is not None:
             self.correlated.keep()  # first: noise that is in an adapter must be known to later rounds
-        meta = {
+        meta: dict[str, Any] = {
             "config": asdict(config),
             "plan": self.plan.to_json(),
             "strategy": self.strategy.name,
@@ -70,6 +73,7 @@ class RunState:
             "nodes": [[node.name, node.declared_size] for node in self.nodes],
             "history": [summary.to_json() for summary in self.history],
             "dropped": [asdict(one) for one in self.dropped],
+            "unusable": [asdict(one) for one in self.unusable],
             "releases": self.releases,
             "answers": self.answers,
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
@@ -80,6 +84,8 @@ class RunState:
             "notices": self.notices,
             "ended_early": self.ended_early,
         }
+        meta, own = publish("checkpoint", meta, public_data=config.data.public)
+        owner.keep(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
         checkpoints.save(
             run_dir, Checkpoint(self.run, self.round, self.adapter, self.strategy.state_dict(), meta)
         )
@@ -88,7 +94,7 @@ class RunState:
     def restore(cls, run_dir: Path, config: Config, attempt: int) -> RunState:
         """The state to go on from. Raises CheckpointError if it is another run's or unreadable."""
         saved, notices = checkpoints.load_latest(run_dir)
-        meta = saved.meta
+        meta = _with_local(saved, run_dir)
         try:
             _same_config(meta["config"], config)
             strategy = server_optimizer(config)
@@ -103,6 +109,7 @@ class RunState:
                 nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
                 history=[RoundSummary.from_json(one) for one in meta["history"]],
                 dropped=[Dropped(**one) for one in meta["dropped"]],
+                unusable=[Dropped(**one) for one in meta["unusable"]],
                 releases=dict(meta["releases"]),
                 answers=dict(meta["answers"]),
                 evaluation=None
@@ -173,6 +180,7 @@ class RunState:
             if reply.refusal == "BudgetExhausted" and node.name not in self.exhausted:
                 self.exhausted.append(node.name)
         self.dropped += [Dropped(node, self.round, reason) for node, reason in outcome.dropped]
+        self.unusable += [Dropped(node, self.round, reason) for node, reason in outcome.unusable]
 
     def info(self, config: Config, run_dir: Path) -> dict[str, Any]:
         """What `Observer.on_start` is told."""
@@ -222,6 +230,7 @@ class RunState:
             adapter=self.adapter.copy(),
             history=self.history,
             dropped=self.dropped,
+            unusable=self.unusable,
             releases={node.name: self.releases.get(node.name, 0) for node in self.nodes},
             epsilon=self.epsilon(),
             evaluation=evaluation,
@@ -235,6 +244,17 @@ class RunState:
             ended_early=self.ended_early,
             notices=self.notices,
         )
+
+
+def _with_local(saved: Checkpoint, run_dir: Path) -> dict[str, Any]:
+    """The checkpoint's facts with those that the folder keeps for the owner; without them, if they are of
+    another round or gone: measured times then begin anew."""
+    own = owner.read(run_dir).get("checkpoint") or {}
+    if not isinstance(own, dict) or own.get("run") != saved.run:
+        return saved.meta
+    merged: dict[str, Any] = merge(saved.meta, own.get("meta"))
+    history = merged.get("history")
+    return merged if isinstance(history, list) and len(history) == len(saved.meta["history"]) else saved.meta
 
 
 def _same_config(saved: dict[str, Any], config: Config) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, UpdateRejected
-from fedtune.federation.messages import REPLY_KEYS, RoundReply
+from fedtune.federation.messages import REPLY_KEYS, RoundReply, through_door
 from fedtune.federation.secure_aggregation import PublicKeys, Sealed, Session
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -106,7 +106,7 @@ def answer_records(place: Place, **values: Any) -> RecordDict:
         "round": place.round,
         "attempt": place.attempt,
     }
-    return RecordDict({_NAME: ConfigRecord({**fixed, "phase": place.phase, **values})})
+    return RecordDict({_NAME: through_door("secagg", {**fixed, "phase": place.phase, **values})})
 
 
 def take(
@@ -211,10 +211,13 @@ def split_mask_ask(content: RecordDict) -> tuple[RecordDict, RecordDict]:
     )
 
 
-def mask_answer(place: Place, reply: RoundReply, masked: np.ndarray) -> RecordDict:
-    """The masked vector, uint32 [P], with the public numbers of an ordinary reply."""
+def mask_answer(
+    place: Place, reply: RoundReply, masked: np.ndarray, *, public_data: bool = False
+) -> RecordDict:
+    """The masked vector, uint32 [P], with what an ordinary reply of such data tells."""
     vector = ArrayRecord({"masked": Array(np.ascontiguousarray(masked, dtype=np.uint32))})
-    return RecordDict({**reply.to_records(), **answer_records(place), "masked": vector})
+    head = reply.to_records(public_data=public_data)
+    return RecordDict({**head, **answer_records(place), "masked": vector})
 
 
 def read_mask_answer(

@@ -28,6 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 from fedtune.federation.events import FederationResult, RoundSummary
+from fedtune.privacy.publication import publish
 
 if TYPE_CHECKING:
     from fedtune.cost.meter import Meter
@@ -58,7 +59,7 @@ class _Log:
         epsilon = "none" if summary.epsilon is None else f"{summary.epsilon:.3f}"
         print(
             f"fedtune: round {summary.round}/{summary.num_rounds}: {summary.updates} updates, accuracy "
-            f"{accuracy}, epsilon {epsilon}, {summary.seconds:.1f} s",
+            f"{accuracy}, epsilon {epsilon}",
             flush=True,
         )
 
@@ -120,7 +121,7 @@ def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter
     from fedtune.federation.resident import workplace
 
     workplace(config).save(result.adapter, run_dir / "adapter")
-    history = {
+    history: dict[str, Any] = {
         "run": result.run,
         "epsilon": result.epsilon,
         "delta": result.plan.delta if result.plan.is_private() else None,
@@ -129,6 +130,7 @@ def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter
         "notices": result.notices,
         "rounds": [summary.to_json() for summary in result.history],
     }
+    history, _ = publish("history", history, public_data=config.data.public)
     (run_dir / "history.json").write_text(json.dumps(history, indent=2) + "\n")
     if not named:
         return

@@ -159,7 +159,8 @@ class AdaptedModel:
                 f"An adapter of shape {tuple(vector.shape)} does not fit this model, whose "
                 f"{self.adapter_config.name} adapter has {self.num_parameters} trainable parameters. Model, "
                 "adapter "
-                "and number of classes must be the same at the server and at every node."
+                "and number of classes must be the same at the server and at every node.",
+                public=True,
             )
         with torch.no_grad():
             self.theta.copy_(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)))

@@ -59,7 +59,8 @@ class Allowance:
                 raise BudgetExhausted(
                     f"node '{node}' refuses round {round}: the plan protects one {plan.unit}, and the "
                     f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
-                    f"privacy.unit={budget.unit}."
+                    f"privacy.unit={budget.unit}.",
+                    public=True,
                 )
             if self._within(state, dataset, fingerprint, plan, budget, left, made):
                 continue
@@ -68,8 +69,7 @@ class Allowance:
             raise BudgetExhausted(
                 f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
                 f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
-                f"{budget.delta:g} for '{dataset}'. {_way_out(plan)}",
-                of_owner=True,
+                f"{budget.delta:g} for '{dataset}'. {_way_out(plan)}"
             )
         return False
 

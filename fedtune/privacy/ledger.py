@@ -423,7 +423,9 @@ class PrivacyLedger:
             raise BudgetExhausted(
                 f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed:.0f} {what}, "
                 f"and {made} were made (rounds that were repeated or interrupted count, because they may "
-                "have been seen). Start a new run; its noise will be calibrated for its own number of rounds."
+                "have been seen). Start a new run; its noise will be calibrated for its own number of "
+                "rounds.",
+                public=True,
             )
         return made, int(agreed - made)
 

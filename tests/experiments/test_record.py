@@ -59,6 +59,7 @@ def build(**changes: Any) -> dict[str, Any]:
             "history", [RoundSummary(1, 2, 1.5, 0.7, 0.6, 4.0), RoundSummary(2, 2, 1.0, 0.8, 0.5, 7.5)]
         ),
         dropped=changes.pop("dropped", []),
+        unusable=changes.pop("unusable", []),
         notices=changes.pop("notices", []),
         ended_early=None,
     )
@@ -120,8 +121,10 @@ def test_what_was_dropped_is_named() -> None:
     assert made["federation"]["dropped"] == [{"node": "b", "round": 2, "reason": "NaN in its update"}]
 
 
-def test_notes_on_the_data_and_notices_of_the_run_become_cautions() -> None:
-    assert build(notices=["a notice"])["privacy"]["cautions"] == ["a note", "a notice"]
+def test_notices_of_the_run_become_cautions_and_notes_on_the_data_where_it_is_public() -> None:
+    assert build(notices=["a notice"])["privacy"]["cautions"] == ["a notice"]
+    data = {"name": "data", "public": True, "labels": ["n", "p"], "notes": ["a note"]}
+    assert build(notices=["a notice"], data=data)["privacy"]["cautions"] == ["a note", "a notice"]
 
 
 def test_the_audit_is_empty_until_there_was_one() -> None:
@@ -148,10 +151,21 @@ def test_clean_leaves_only_what_json_has() -> None:
 
 
 def test_written_and_read_again_it_is_the_same(tmp_path: Path) -> None:
-    made = build()
+    made = build(data={"name": "data", "public": True, "labels": ["n", "p"], "notes": ["a note"]})
     records.write(made, tmp_path / "deep" / "record.json")
     assert records.read(tmp_path / "deep") == records.read(tmp_path / "deep" / "record.json") == made
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["record.json"]
+
+
+def test_what_is_the_owners_of_private_data_is_kept_beside_the_record(tmp_path: Path) -> None:
+    made = build(unusable=[Dropped("b", 2, "its norm is over 100")])
+    assert records.publish(made, tmp_path) == records.read(tmp_path)
+    published = records.read(tmp_path)
+    assert published["run"]["seconds"] is None and published["cost"]["flops"] is None
+    assert published["data"]["notes"] is None and published["federation"]["unusable"] is None
+    assert all(one["seconds"] is None for one in published["metrics"]["by_round"])
+    assert records.whole(tmp_path) == made
+    assert (tmp_path / "local.json").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("found", [0, 2, "1", None, True, 1.5])
@@ -221,7 +235,7 @@ def test_a_writer_that_dies_leaves_the_old_record(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ResourceError, match="No space left on device"):
-        records.write(build() | {"other": 1}, path)
+        records.write(build(notices=["other"]), path)
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["record.json"]
 

@@ -150,8 +150,12 @@ def test_more_rounds_than_agreed_are_refused(tiny: Make) -> None:
     assert node.charged() == 2
 
 
-def test_a_budget_refuses_with_the_numbers(tiny: Make) -> None:
+def test_a_budget_refuses_and_the_numbers_stay_with_its_owner(
+    tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     from fedtune.privacy.ledger import PrivacyBudget
+
+    caplog.set_level("INFO", "fedtune.node")
 
     node = Node(private(tiny(), epsilon=8.0))
     shard = workplace(node.config).prepared.shards[0]
@@ -159,7 +163,11 @@ def test_a_budget_refuses_with_the_numbers(tiny: Make) -> None:
     reply = node.ask()
     assert reply.update is None
     assert reply.refusal == "BudgetExhausted"
-    assert "1" in (reply.refused or "")
+    assert reply.refused == (
+        f"BudgetExhausted: node '{node.name}' gives no answer, for its owner's budget does not allow it; its "
+        "own log says more."
+    )
+    assert "over its budget of 1 at delta" in caplog.text
     assert node.charged() == 0
 
 

@@ -43,9 +43,11 @@ def test_a_request_comes_back_as_it_was() -> None:
 
 
 def test_a_reply_comes_back_as_it_was() -> None:
-    got = read(reply().to_records())
+    got = read(reply().to_records(public_data=True))
     np.testing.assert_array_equal(got.update, VECTOR)
     assert (got.releases, got.steps, got.cost) == (2, 5, {"seconds": 1.25})
+    # How long it took depends on who was drawn: of private data it is not told.
+    assert read(reply().to_records()).cost == {"seconds": 0.0}
 
 
 def test_a_refusal_comes_back_as_it_was() -> None:
@@ -148,15 +150,15 @@ def test_exactly_one_of_update_refusal_and_error() -> None:
 @pytest.mark.parametrize(
     ("update", "says"),
     [
-        (np.full(3, np.nan, np.float32), "3 of its 3 values are NaN"),
-        (np.array([1, np.inf, 1], np.float32), "1 of its 3 values"),
-        (np.full(3, 1e30, np.float32), r"norm is 1.732e\+30, over federation.max_update_norm=10"),
+        (np.full(3, np.nan, np.float32), "some of its 3 values are NaN"),
+        (np.array([1, np.inf, 1], np.float32), "some of its 3 values"),
+        (np.full(3, 1e30, np.float32), "norm is over federation.max_update_norm=10"),
         (np.zeros(2, np.float32), r"float32\[2\] and should be float32\[3\]"),
         (np.zeros(3, np.float64), "float64"),
         (np.float32(1.0) * np.ones((), np.float32), "should be"),
     ],
 )
-def test_an_unusable_update_is_rejected_with_node_round_and_numbers(update: np.ndarray, says: str) -> None:
+def test_an_unusable_update_is_rejected_with_node_round_and_limit(update: np.ndarray, says: str) -> None:
     with pytest.raises(UpdateRejected, match=says) as caught:
         check_update(np.asarray(update), node="clinic", round=4, size=3, max_norm=10.0)
     assert "'clinic'" in str(caught.value)

@@ -30,7 +30,7 @@ from tests.fake_federation import (
 )
 
 BAD = {
-    "raise": "raised RuntimeError",
+    "raise": "failed with RuntimeError",
     "hang": r"did not answer in 1 s",
     "nan": "NaN or infinite",
     "infinity": "NaN or infinite",

@@ -32,6 +32,7 @@ from fedtune.engines.deployment.watch import Watch, processor_seconds
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.audit_log import AuditLog
 from fedtune.federation.policy import SiteSettings
+from fedtune.privacy.publication import told
 
 __all__ = ["Answers", "Worker", "WorkerDied"]
 
@@ -279,9 +280,10 @@ class Answers:
             self._apps.check(run.run_id)
             reply = self._ask(self._whole(message), run, context, task)
         except WorkerDied as error:
+            _log.warning("%s", error)  # how it ended may tell how much there was to do
             reason = (
-                f"Site '{self._site.site}' lost this round: {error}. If the release was reserved, it "
-                "stays charged; the next message starts another worker."
+                f"Site '{self._site.site}' lost this round: its worker ended. If the release was reserved, "
+                "it stays charged; the next message starts another worker."
             )
             reply = self._refusal(message, _APP_CRASHED, "worker died", reason)
         except FedtuneError as error:
@@ -340,6 +342,6 @@ class Answers:
             self._log.append(event, message=message.metadata.message_type, reason=reason)
         except ResourceError as error:  # it still carries nothing of the data, and the server waits for it
             _log.error("%s", error)
-            reason = f"{type(error).__name__}: {error}"
+            reason = told(error, self._site.site)
         _log.warning("%s", reason)
         return Message(Error(code, reason), reply_to=message)

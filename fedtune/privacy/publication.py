@@ -1,0 +1,372 @@
+"""The one door through which everything passes that is published: each field public, charged, or local.
+
+Noise protects what is released through it, and nothing else. A digest, a count, a duration or an error text
+that was computed from private records and written beside the noised model tells of those records exactly. So
+whatever leaves a node or a run (messages, record, checkpoint, what trackers get, history) is listed in
+`SINKS`, field by field, with one line that says why it may leave:
+
+    public    known without the data: settings, plans, names, sizes that an owner declared, counts of
+              messages; or computed from such values and from charged ones alone
+    charged   computed from private records by a mechanism that the ledger was charged for
+    local     depends on private records and was not charged: it stays with the owner
+
+`publish` splits values by these lists. On data that its owner has not declared public, a local field is blank
+in what is published and goes into the second part, which `RUN_DIR/local.json` keeps (mode 0600). On data
+declared public all fields pass. A field that is in no list passes never: it is left out, and
+`report_undeclared` says so (the tests make that an error).
+
+Texts pass too: `told` puts an exception into words for those who are not the data's owner. The text
+itself may go only where the error says that it is made of public values (`FedtuneError.public`); else
+they hear the kind of the error, and the owner's own log has the rest.
+
+Time itself cannot pass a door: when a message arrives is seen by whoever receives it. `EXPOSED` lists, for
+the statement, what can be seen of private data although it is neither noised nor charged.
+
+Pure: no torch, no Flower, no file.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedtune.errors import FedtuneError
+
+__all__ = ["EXPOSED", "SINKS", "Field", "charged", "local", "merge", "public", "publish", "told"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one field may leave. `blank`: what stands in a local field's place where the data is private."""
+
+    kind: Literal["public", "charged", "local"]
+    why: str
+    blank: Any = None
+
+
+def public(why: str) -> Field:
+    """A field that is known without the data."""
+    return Field("public", why)
+
+
+def charged(why: str) -> Field:
+    """A field that a charged mechanism released."""
+    return Field("charged", why)
+
+
+def local(why: str, blank: Any = None) -> Field:
+    """A field that stays with the owner of private data; `blank` is published in its place."""
+    return Field("local", why, blank)
+
+
+Fields = Mapping[str, Field]
+
+_SETTING = public("a setting, chosen before the data was read")
+_NAME = public("a name: of a node, a run, a data set or a version")
+_COUNT = public("a count of messages, rounds or releases")
+_BYTES = public("the size of what was sent, which whoever carries it sees")
+_PLAN = public("of the plan, which is made from settings and declared sizes")
+_EPSILON = public("computed from the plan and the number of releases")
+_REASON = public("in words of `told`, or of the server's own about public values")
+_QUALITY = charged("on a public test split, or from noised counts that were charged")
+_TIME = local("how long it took depends on what was drawn")
+_USED = local("what it took of the machine depends on what was drawn")
+_KEY = public("fresh randomness")
+
+_PLACE: Fields = {"version": _NAME, "run": _NAME, "round": _COUNT, "attempt": _COUNT}
+_ANSWER: Fields = {
+    **_PLACE,
+    "node": _NAME,
+    "refused": _REASON,
+    "refusal": public("the kind of the error"),
+    "error": _REASON,
+}
+_ROUND: Fields = {
+    "round": _COUNT,
+    "num_rounds": _SETTING,
+    "seconds": local(_TIME.why, blank=0.0),
+    "accuracy": _QUALITY,
+    "accuracy_error": _QUALITY,
+    "loss": _QUALITY,
+    "epsilon": _EPSILON,
+    "bytes_up": _BYTES,
+    "bytes_down": _BYTES,
+    "dropped": _REASON,
+    "updates": _COUNT,
+    "train_seconds": local(_TIME.why, blank=0.0),
+    "void": public("whether enough nodes answered; not what was in their answers"),
+}
+
+
+def _below(prefix: str, fields: Fields) -> dict[str, Field]:
+    return {f"{prefix}.{name}": field for name, field in fields.items()}
+
+
+_RUN: Fields = {
+    **dict.fromkeys(("id", "versions", "commit", "dirty", "engine"), _NAME),
+    "started": public("when a person started it"),
+    "seconds": _TIME,
+    "seed": _SETTING,
+    "hardware": public("the machine, not what it did"),
+    "status": public("finished, or given up on a released accuracy"),
+    "attempt": _COUNT,
+}
+_DATA: Fields = {
+    **dict.fromkeys(("name", "source", "only_site"), _SETTING),
+    "public": public("the owner's declaration"),
+    "labels": public("the declared label set"),
+    "declared_sizes": public("declared by the owners, or a count that was noised and charged"),
+    "test_records": public("of a public test split"),
+    "notes": local("what was found while reading the records"),
+}
+_FEDERATION: Fields = {
+    **dict.fromkeys(("nodes", "rounds", "cohort_size"), _COUNT),
+    "node_names": _NAME,
+    "dropped": _REASON,
+    "void_rounds": _ROUND["void"],
+    "ended_early": _REASON,
+    "notices": public("the server's own, about nodes, rounds and files of the run"),
+    "unusable": local("what a raw update looked like, where the server is trusted with it"),
+}
+_PRIVACY: Fields = {
+    **dict.fromkeys(
+        (
+            *("unit", "adjacency", "trust", "mechanism", "noise_multiplier", "max_grad_norm", "sample_rate"),
+            *("local_steps", "matrix", "accountant", "delta", "target_epsilon", "records_per_unit"),
+            *("reproducible_noise", "max_dropouts", "max_colluders", "adaptive_clipping", "evaluation_data"),
+            "evaluation",
+        ),
+        _PLAN,
+    ),
+    **dict.fromkeys(
+        ("epsilon", "epsilon_rdp", "epsilon_towards_nodes", "epsilon_towards_server", "per_node"), _EPSILON
+    ),
+    "steps": _COUNT,
+    "ledger": public("data set, releases and what they compose to, as the ledger has them"),
+    "ledger.*.fingerprint": local("a digest of private text: whoever guesses a record could test it"),
+    "data_public": public("the owner's declaration"),
+    "cautions": public("of the plan and of the server; notes about records are not among them"),
+    "audit": public("an attack on the mechanism with made-up gradients, or on public records"),
+}
+_METRICS: Fields = {
+    **dict.fromkeys(("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss"), _QUALITY),
+    **dict.fromkeys(("per_site", "evaluation"), _QUALITY),
+    "chance": public("one over the number of declared labels"),
+    "majority_rate": public("of a public test split"),
+    "num_records": public("of a public test split"),
+    **_below("by_round.*", _ROUND),
+    "by_round.*.seconds": _TIME,
+    "by_round.*.train_seconds": _TIME,
+}
+_COST: Fields = {
+    **dict.fromkeys(("seconds", "train_seconds"), _TIME),
+    **dict.fromkeys(("flops", "peak_memory_bytes", "peak_device_bytes"), _USED),
+    **dict.fromkeys(("energy_kwh", "energy", "carbon_kg"), _USED),
+    "flops_source": public("whether flops were counted, or expected from the plan"),
+    "peak_memory_note": public("what the peak covers"),
+    **dict.fromkeys(("encoder_bytes", "adapter_bytes", "num_parameters"), _SETTING),
+    **dict.fromkeys(("bytes_up", "bytes_down"), _BYTES),
+    "money.currency": _SETTING,
+    "money.network": public("bytes that were sent, times a price"),
+    "money.data": public("declared sizes, times a price"),
+    **dict.fromkeys(("money.compute", "money.energy", "money.total"), local("seconds, times a price")),
+    "pricing": _SETTING,
+}
+
+SINKS: Mapping[str, Fields] = {
+    # --- messages of a node ---
+    "hello": {
+        "version": _NAME,
+        "node": _NAME,
+        "software": _NAME,
+        "declared_size": public("declared by the owner, or a count that was noised and charged"),
+        "shards": public("how many the configuration makes"),
+        "idle": public("whether the configuration has a shard for it"),
+    },
+    "reply": {
+        **_ANSWER,
+        "releases": _COUNT,
+        "steps": _PLAN,
+        "seconds": local(_TIME.why, blank=0.0),
+        "update": charged("by the plan: noised by itself, masked in a noised sum, or for a trusted server"),
+    },
+    "evaluation": {
+        **_ANSWER,
+        "answers": _COUNT,
+        "right": charged("a noised count"),
+        "wrong": charged("a noised count"),
+    },
+    # --- messages of the server, and of secure aggregation, in both directions ---
+    "request": {**_PLACE, "plan": _PLAN, "adapter": charged("made of updates that were released before")},
+    "secagg": {
+        **_PLACE,
+        "phase": _NAME,
+        "plan": _PLAN,
+        "size": _PLAN,
+        "names": public("who was asked, or has answered"),
+        **dict.fromkeys(("sealing", "masking", "sealed", "seed_hashes", "key_hashes"), _KEY),
+        **dict.fromkeys(("seed", "shares"), _KEY),
+        "masked": charged("a noised share, masked, of a sum that the plan accounts for"),
+    },
+    # --- files of a run ---
+    "record": {
+        "schema": _NAME,
+        **_below("run", _RUN),
+        "config": _SETTING,
+        **_below("data", _DATA),
+        **_below("federation", _FEDERATION),
+        **_below("privacy", _PRIVACY),
+        **_below("metrics", _METRICS),
+        **_below("cost", _COST),
+        "artifacts": _NAME,
+    },
+    "checkpoint": {
+        "config": _SETTING,
+        "plan": _PLAN,
+        "strategy": _SETTING,
+        "attempt": _COUNT,
+        "nodes": public("names and declared sizes"),
+        **_below("history.*", _ROUND),
+        "dropped": _REASON,
+        "unusable": local(_FEDERATION["unusable"].why, blank=()),
+        "releases": _COUNT,
+        "answers": _COUNT,
+        "evaluation": _QUALITY,
+        "exhausted": public("nodes that said that their releases are used up"),
+        "seconds": local(_TIME.why, blank=0.0),
+        "train_seconds": local(_TIME.why, blank=0.0),
+        "flops": _USED,
+        "notices": _FEDERATION["notices"],
+        "ended_early": _REASON,
+    },
+    "history": {
+        "run": _NAME,
+        "epsilon": _EPSILON,
+        "delta": _PLAN,
+        "releases": _COUNT,
+        "ended_early": _REASON,
+        "notices": _FEDERATION["notices"],
+        **_below("rounds.*", _ROUND),
+    },
+    "failure": {
+        "error": _REASON,
+        "overrides": _SETTING,
+        "when": public("when it was noted"),
+    },
+    # --- what is told while a run goes on ---
+    "round": {**_ROUND, "delta": _PLAN},
+}
+
+EXPOSED: tuple[str, ...] = (
+    "When messages arrive and how long a run takes, as whoever receives them sees it: the time that a node "
+    "computes depends on what was drawn. Measured times are not in the record of private data.",
+    "That a node refuses, fails or does not answer, and the kind of the error. Its words are told only where "
+    "they are made of public values.",
+)
+
+
+@dataclass
+class _Branch:
+    """A point of a sink's tree of names: its own field, and what is declared below it."""
+
+    declared: Field | None = None
+    below: dict[str, _Branch] = field(default_factory=dict)
+
+
+@functools.cache
+def _tree(sink: str) -> _Branch:
+    root = _Branch()
+    for path, declared in SINKS[sink].items():
+        branch = root
+        for name in path.split("."):
+            branch = branch.below.setdefault(name, _Branch())
+        branch.declared = declared
+    return root
+
+
+def publish(sink: str, values: Mapping[str, Any], *, public_data: bool) -> tuple[dict[str, Any], Any]:
+    """(what may leave through `sink`, what stays with the owner), from nested `values`.
+
+    A declaration holds for everything below its name, unless a longer name says otherwise; `*` is any name or
+    place in a list. The second part has the shape of the first with the local fields alone; `merge` puts the
+    two together again. With `public_data` local fields pass too, and the second part is empty.
+
+    Raises:
+        KeyError: there is no such sink.
+    """
+    kept, own = _part(sink, "", values, _tree(sink), None, public_data)
+    return kept, own or {}
+
+
+def _part(
+    sink: str, path: str, value: Any, branch: _Branch | None, inherited: Field | None, public_data: bool
+) -> tuple[Any, Any]:
+    """(published, local) of one value; local is None or empty where nothing is."""
+    declared = inherited if branch is None or branch.declared is None else branch.declared
+    if branch is not None and branch.below:
+        if isinstance(value, Mapping):
+            kept, own = {}, {}
+            for name, item in value.items():
+                below = branch.below.get(name) or branch.below.get("*")
+                if below is None and declared is None:
+                    report_undeclared(sink, f"{path}.{name}".strip("."))
+                    continue
+                kept[name], mine = _part(sink, f"{path}.{name}", item, below, declared, public_data)
+                if mine is not None:
+                    own[name] = mine
+            return kept, own or None
+        if isinstance(value, (list, tuple)):
+            parts = [
+                _part(sink, f"{path}.*", item, branch.below.get("*"), declared, public_data) for item in value
+            ]
+            local_parts = [mine for _, mine in parts]
+            some = any(mine is not None for mine in local_parts)
+            return [item for item, _ in parts], local_parts if some else None
+        if value is None:
+            return None, None
+    if declared is None:
+        report_undeclared(sink, path.strip("."))
+        return None, None
+    if declared.kind == "local" and not public_data:
+        return declared.blank, value
+    return value, None
+
+
+def merge(published: Any, own: Any) -> Any:
+    """Both parts of `publish` in one again; where `own` has a value, it is the true one."""
+    if own is None:
+        return published
+    if isinstance(published, Mapping) and isinstance(own, Mapping):
+        names = [*published, *(name for name in own if name not in published)]
+        return {name: merge(published.get(name), own.get(name)) for name in names}
+    if isinstance(published, list) and isinstance(own, list) and len(published) == len(own):
+        return [merge(one, mine) for one, mine in zip(published, own, strict=True)]
+    return own
+
+
+def report_undeclared(sink: str, path: str) -> None:
+    """Says that a field was left out because `SINKS` does not have it; a mistake in the program."""
+    _log.error(
+        "'%s' is not declared in fedtune.privacy.publication for '%s' and is left out of it.", path, sink
+    )
+
+
+def told(error: Exception, whose: str, *, permitted: bool = False) -> str:
+    """What those who are not the owner of `whose` data may hear of an error; one line.
+
+    fedtune's own text where it is made of public values, or the owner permits it (the data is declared
+    public); else the kind alone: a library's message may quote a text, and fedtune's own may count records.
+    Half a surrogate pair, which a server's JSON can hold, is replaced.
+    """
+    kind = type(error).__name__
+    if isinstance(error, FedtuneError) and (error.public or permitted):
+        said = f"{kind}: {' '.join(str(error).split())}"
+        return said.encode(errors="replace").decode()
+    if isinstance(error, FedtuneError):
+        return f"{kind}: node {whose!r} gives no answer, for {error.in_public}; its own log says more."
+    return f"Node {whose!r} failed with {kind}; its own log says more."
