@@ -1,6 +1,7 @@
 """The table at the end of a run, and the small words for numbers that progress and reports share.
 
-Printed from the record alone, so that what a person reads is what the record says. Epsilon is never shown
+Printed from the record, so that what a person reads is what the record says, with what the run folder keeps
+for the owner of the data alone (`fedtune.experiments.record.whole`). Epsilon is never shown
 without delta, unit and adjacency; an estimate is called one, and what is unknown unknown. Fits 80 columns.
 """
 
@@ -42,7 +43,7 @@ def human_bytes(count: float | None) -> str:
 
 
 def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table at the end of a run, from its record alone. `run_dir`: as the person would type it."""
+    """Prints the table at the end of a run, from its record. `run_dir`: as the person would type it."""
     console = console or Console(highlight=False)
     privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
     facts = [
@@ -168,10 +169,16 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
 
 
 def _time_line(record: Mapping[str, Any]) -> str:
-    rounds = record["federation"]["rounds"]
+    rounds, took, trained = (
+        record["federation"]["rounds"],
+        record["run"]["seconds"],
+        record["cost"]["train_seconds"],
+    )
+    if took is None or trained is None:
+        return "kept by the owner of the data (local.json of the run folder)"
     return (
-        f"{duration(record['run']['seconds'])} for {rounds} round{'' if rounds == 1 else 's'}; nodes trained "
-        f"{duration(record['cost']['train_seconds'])} in all"
+        f"{duration(took)} for {rounds} round{'' if rounds == 1 else 's'}; nodes trained {duration(trained)} "
+        "in all"
     )
 
 
@@ -182,7 +189,7 @@ def _memory_line(cost: Mapping[str, Any]) -> str:
 
 def _energy_line(cost: Mapping[str, Any]) -> str:
     if cost["energy_kwh"] is None:
-        return str(cost.get("energy", {}).get("note", "not measured"))
+        return str((cost.get("energy") or {}).get("note", "not measured"))
     return f"{1000 * cost['energy_kwh']:.2f} Wh ({cost['energy']['note']})"
 
 

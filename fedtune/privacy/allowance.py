@@ -95,8 +95,7 @@ class Allowance:
                 raise BudgetExhausted(
                     f"node '{node}' refuses the run before its first round: all of it would raise epsilon "
                     f"from {now:.4g} to {then:.4g}, over its budget of {budget.epsilon:g} at delta "
-                    f"{budget.delta:g} for '{dataset}'. {_way_out(plans[0])}",
-                    of_owner=True,
+                    f"{budget.delta:g} for '{dataset}'. {_way_out(plans[0])}"
                 )
 
     def _within(

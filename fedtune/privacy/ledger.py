@@ -196,7 +196,7 @@ class PrivacyLedger:
 
         Args: `plans`, one for each purpose of the run's releases (training, answers, sizes), each with all
         the releases that it allows; what this run has released already counts as part of them; the others as
-        in `reserve`. Raises `BudgetExhausted` (`of_owner`) with the numbers if all of them together would
+        in `reserve`. Raises `BudgetExhausted` with the numbers if all of them together would
         exceed a budget of this data, `LedgerError` if the ledger cannot be used.
         """
         fingerprint = _known_as(fingerprint)
