@@ -87,7 +87,7 @@ class PrivacyConfig:
     trust: str = "local"  # local | distributed | central | none
     unit: str = "record"  # record | person | client
     epsilon: float | None = 8.0  # target over all rounds; None: use noise_multiplier
-    delta: float | None = None  # None: 1 / (2 n), n the largest declared shard (in units)
+    delta: float | None = None  # None: n^-1.1, at most 1e-3; n: units of the largest declared shard
     max_grad_norm: float = 1.0  # L2 norm that a unit's gradient (central: a node's update) is clipped to
     noise_multiplier: float | None = None  # std over max_grad_norm; None: calibrated to epsilon
     records_per_unit: int = 8  # unit=person: at most this many records of a person a step

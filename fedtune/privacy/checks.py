@@ -220,6 +220,6 @@ def _check_delta(delta: float, size: int, unit: str) -> None:
         )
         raise PrivacyError(
             f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as "
-            "declared: it would allow publishing somebody's data outright. Set it to 1/(2n) or less, or "
+            "declared: it would allow publishing somebody's data outright. Set it well below that, or "
             "leave it out." + hint
         )

@@ -211,9 +211,8 @@ class PrivacyPlan:
             found.append("Noise comes from `seed`: whoever knows it can subtract it. For simulations only.")
         if self.trust == "central" and self.declared_size < 100:
             found.append(
-                f"With {self.declared_size} clients no client hides among many: delta {self.delta:.3g} is "
-                "close to 1 / clients, and useful accuracy needs a large epsilon. unit=record or person with "
-                "trust=local or distributed promises more here."
+                f"With {self.declared_size} clients no client hides among many, and useful accuracy needs a "
+                "large epsilon. unit=record or person with trust=local or distributed promises more here."
             )
         if (root := self.root()) is not None and (ratio := root.error_ratio()) > 0.99:
             found.append(

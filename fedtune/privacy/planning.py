@@ -18,7 +18,7 @@ from fedtune.privacy.checks import TRUSTS, number, whole
 from fedtune.privacy.evaluation import evaluation_noise, evaluation_settings
 from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["make_plan"]
+__all__ = ["default_delta", "make_plan"]
 
 
 def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
@@ -26,12 +26,11 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
 
     Args: `config`, complete; `declared_sizes`, the public size of each node's shard in units of
     `privacy.unit` (records or persons; for unit=client only their number counts), without what is held out
-    for evaluation. Default delta is
-    1 / (2n), where n is the size of the largest shard (local), of all shards together (distributed) or
-    the number of clients (central), so that delta is below 1/n for every shard. For `local` the plan
-    holds the largest size; each node takes its own with `for_shard`. Raises `PrivacyError` or
-    `CalibrationError`, naming the setting; where one unit has all the data, a default delta
-    (it would be 0.5) is refused.
+    for evaluation. The default delta is that of `default_delta`, where n is the size of the largest shard
+    (local), of all shards together (distributed) or the number of clients (central), so that it is below 1/n
+    for every shard. For `local` the plan holds the largest size; each node takes its own with `for_shard`.
+    Raises `PrivacyError` or `CalibrationError`, naming the setting; where one unit has all the data, no
+    default delta is made.
     """
     privacy, train, federation = config.privacy, config.train, config.federation
     if not declared_sizes:
@@ -98,12 +97,11 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
     if declared == 1 and not central and privacy.delta is None:
         way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
         raise PrivacyError(
-            f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and the default "
-            "delta, 1/(2n), would be 0.5, which promises nothing. Choose a privacy.delta of your own (1e-5, "
-            f"say){way_out}."
+            f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and no delta can "
+            f"be chosen for you. Choose a privacy.delta of your own (1e-5, say){way_out}."
         )
     # What is declared is what is trained on; who is held out is promised the same.
-    delta = (1.0 - share) / (2.0 * declared) if privacy.delta is None else privacy.delta
+    delta = default_delta(declared / (1.0 - share)) if privacy.delta is None else privacy.delta
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
     common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
     # A plan with any noise first: it refuses every setting without meaning before time is spent.
@@ -128,6 +126,14 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             f"{error} The unit here is a client, and each of {nodes} takes part in {often} in sight of all."
         ) from error
     return _with_noise(common, noise)
+
+
+def default_delta(units: float) -> float:
+    """min(n^-1.1, 1e-3) for n `units`: below 1/n for every n above 1, and small where n is.
+
+    With a delta of 1/n a mechanism may publish one of n people outright (Dwork and Roth 2014, section 2.3).
+    """
+    return min(units**-1.1, 1e-3)
 
 
 def _colluders(privacy: PrivacyConfig, nodes: int) -> int:

@@ -45,7 +45,7 @@ COMMON = (
 _RECORD = ("privacy.unit=record", "privacy.delta=2.5e-5")
 # How 48 steps are spent. A distributed round is one step, and its optimizer lives on the server for all 48;
 # the pool takes them in one round, for a node's optimizer lives for a round. Local nodes meet 12 times.
-# 100 clients are central's own privacy unit, and there its delta is 1 / (2 x 100), fedtune's default.
+# 100 clients are central's own privacy unit, and there its delta is 1 / (2 x 100), once fedtune's default.
 ARRANGEMENTS: dict[str, tuple[str, ...]] = {
     "local": (
         "privacy=local",
@@ -65,6 +65,7 @@ ARRANGEMENTS: dict[str, tuple[str, ...]] = {
     ),
     "central": (
         "privacy=central",
+        "privacy.delta=0.005",
         "privacy.max_grad_norm=1",
         "partition=iid",
         "federation.nodes=100",

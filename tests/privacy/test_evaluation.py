@@ -255,8 +255,8 @@ def test_mutant_answers_that_are_not_charged_exceed_the_target() -> None:
 
 
 def test_delta_is_for_all_units_also_those_that_are_held_out() -> None:
-    plan = make_plan(asking(evaluation_share=0.5), [500])
-    assert plan.delta == pytest.approx(1.0 / 2000)
+    plan = make_plan(asking(evaluation_share=0.5), [5000])
+    assert plan.delta == pytest.approx(10_000**-1.1)
 
 
 def test_a_given_noise_needs_a_given_evaluation_epsilon() -> None:

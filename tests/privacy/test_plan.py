@@ -19,7 +19,7 @@ from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms, terms_of
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.planning import default_delta, make_plan
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 
 PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_plan(unit="person")]
@@ -398,11 +398,18 @@ def test_made_plans_keep_their_target(trust: str, target: float) -> None:
 
 
 def test_default_delta_is_a_delta_for_every_shard() -> None:
-    assert make_plan(config(), [900, 300]).delta == 1 / 1800
-    assert make_plan(config(trust="distributed"), [900, 300]).delta == 1 / 2400
-    assert make_plan(config(trust="central", unit="client"), [900, 300]).delta == 1 / 4
-    for size in (900, 300):
-        make_plan(config(), [900, 300]).for_shard(size)
+    assert make_plan(config(), [9000, 300]).delta == 9000**-1.1
+    assert make_plan(config(trust="distributed"), [9000, 3000]).delta == 12000**-1.1
+    assert make_plan(config(trust="central", unit="client"), [9000] * 8).delta == 1e-3
+    for size in (9000, 300):
+        make_plan(config(), [9000, 300]).for_shard(size)
+
+
+@pytest.mark.parametrize("units", [2, 8, 500, 533, 534, 1000, 25_000, 10**7])
+def test_the_default_delta_is_below_one_in_n_and_never_large(units: int) -> None:
+    delta = default_delta(units)
+    assert 0.0 < delta <= 1e-3 and delta < 1.0 / units
+    assert delta == (1e-3 if units < 534 else units**-1.1)
 
 
 def test_plans_come_from_public_sizes_alone() -> None:
@@ -441,7 +448,7 @@ def test_few_clients_are_said_to_be_few() -> None:
         ({"epsilon": math.nan}, "epsilon"),
         ({"epsilon": math.inf}, "epsilon"),
         ({"epsilon": True}, "epsilon"),
-        ({"epsilon": 1e-9}, "epsilon"),
+        ({"epsilon": 1e-9, "delta": 1e-6}, "epsilon"),
         ({"epsilon": None}, "neither"),
         ({"noise_multiplier": 1.0}, "both"),
         ({"epsilon": None, "noise_multiplier": 0.0}, "noise_multiplier"),
