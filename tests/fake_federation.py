@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from fedtune.config.schema import Config, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.engines.local import LocalGrid
 from fedtune.federation._flower import task_identity
+from fedtune.federation.agreement import Consent, Proposal
 from fedtune.federation.events import FederationResult, RoundSummary
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.server import run_rounds
@@ -47,6 +48,13 @@ def fake_app(behave: Behaviour = honest) -> ClientApp:
     def hello(message: Message, context: Context) -> Message:
         i = int(context.node_config["partition-id"])  # type: ignore[arg-type]
         answer = NodeHello(f"node-{i}", 100 * (i + 1), int(context.node_config["num-partitions"]), "fake")  # type: ignore[arg-type]
+        return Message(answer.to_records(), reply_to=message)
+
+    @app.query("propose")
+    def propose(message: Message, context: Context) -> Message:
+        i = int(context.node_config["partition-id"])  # type: ignore[arg-type]
+        proposal = Proposal.from_records(message.content)
+        answer = Consent(f"node-{i}", proposal.run, proposal.attempt)
         return Message(answer.to_records(), reply_to=message)
 
     @app.train()

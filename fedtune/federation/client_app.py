@@ -8,10 +8,11 @@ It reads its message and its Context and nothing else. The server proposes; the 
 4. `reserve` the release, durably, BEFORE training touches the data; or refuse, with the numbers;
 5. train, `commit`, and send the update with public numbers.
 
-Steps 2 to 4 are `fedtune.federation.node.reserve_release`. All of this happens for every message, from the
-beginning: there is no state of round 1 that a restart, or a node that joins late, could go on without
-(PITFALLS 3). Distributed rounds and questions about held-out data have messages of their own, in
-`fedtune.federation.distributed_node` and `fedtune.federation.evaluation_node`.
+Before the first round the whole run is proposed, and checked against settings and budget, without any charge
+(`fedtune.federation.agreement_node`). Steps 2 to 4 are `fedtune.federation.node.reserve_release`. All of this
+happens for every message, from the beginning: there is no state of round 1 that a restart, or a node that
+joins late, could go on without (PITFALLS 3). Distributed rounds and questions about held-out data have
+messages of their own, in `fedtune.federation.distributed_node` and `fedtune.federation.evaluation_node`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 
+from fedtune.federation.agreement_node import register as register_agreement
 from fedtune.federation.distributed_node import register as register_distributed
 from fedtune.federation.evaluation_node import register as register_evaluation
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
@@ -32,6 +34,7 @@ from fedtune.federation.node import (
     hold_back,
     node_config,
     own_shard,
+    owner_delta,
     public_reason,
     reserve_release,
 )
@@ -41,13 +44,14 @@ __all__ = ["app"]
 _CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 app = ClientApp()
+register_agreement(app)
 register_distributed(app)
 register_evaluation(app)
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Answers who this node is: name, declared size and software, all public."""
+    """Answers who this node is: name, declared size, software and the budget's delta, all public."""
     from fedtune import __version__
     from fedtune.federation.resident import workplace
 
@@ -60,6 +64,7 @@ def hello(message: Message, context: Context) -> Message:
             shards=len(workplace(config).prepared.shards),
             software=f"fedtune {__version__}",
             idle=shard is None,
+            delta=owner_delta(shard, config, context) if shard else 0.0,
         )
         return Message(answer.to_records(), reply_to=message)
     except Exception as error:

@@ -124,7 +124,7 @@ def greet(
         if hello.idle:
             idle += 1
         else:
-            nodes.append(NodeInfo(hello.node, node_id, hello.declared_size))
+            nodes.append(NodeInfo(hello.node, node_id, hello.declared_size, hello.delta or None))
     late = f"did not answer in {timeout:g} s (federation.round_timeout)"
     failed += [(node_id, late) for node_id in sorted(waiting)]
     if not nodes:

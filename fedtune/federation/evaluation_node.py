@@ -63,7 +63,7 @@ def _answer(request: RoundRequest, context: Context) -> EvaluationReply:
         release.ledger.commit(release.reservation)
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
-        node, reason = node_side.failure_text(request, context, release, error)
+        node, reason = node_side.failure_text(request.round, context, release, error)
         decided = isinstance(error, PrivacyError)
         return reply(
             node=node,

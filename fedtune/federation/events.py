@@ -49,11 +49,15 @@ class Dropped:
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What a node says of itself before the first round; all of it declared public by its owner."""
+    """What a node says of itself before the first round; all of it declared public by its owner.
+
+    `delta`: that of its owner's budget; None where there is none.
+    """
 
     name: str
     node_id: int
     declared_size: int
+    delta: float | None = None
 
 
 @dataclass

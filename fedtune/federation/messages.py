@@ -53,6 +53,7 @@ VERSION = 1
 COST_KEYS = ("seconds",)
 HELLO_KEYS: Mapping[str, type] = {
     "version": int, "node": str, "declared_size": int, "shards": int, "software": str, "idle": bool,
+    "delta": float,
 }  # fmt: skip
 REQUEST_KEYS: Mapping[str, type] = {"version": int, "run": str, "round": int, "attempt": int, "plan": str}
 REPLY_KEYS: Mapping[str, type] = {
@@ -146,7 +147,7 @@ class NodeHello:
     """Who a node is; all of it public.
 
     `declared_size` by its owner's declaration; `shards`: how many the federation has, by its configuration;
-    `idle`: this node has none of them.
+    `idle`: this node has none of them; `delta`: that of its owner's budget, 0.0 where none bounds this data.
     """
 
     node: str
@@ -154,6 +155,7 @@ class NodeHello:
     shards: int
     software: str
     idle: bool = False
+    delta: float = 0.0
 
     def to_records(self) -> RecordDict:
         """Inverse of `from_records`."""
@@ -164,6 +166,7 @@ class NodeHello:
             "shards": self.shards,
             "software": self.software,
             "idle": self.idle,
+            "delta": self.delta,
         }
         return RecordDict({"hello": through_door("hello", values)})
 

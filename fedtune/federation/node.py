@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NodeMemory",
+    "Permitted",
     "Release",
     "check_plan",
     "failure_reply",
@@ -50,7 +51,10 @@ __all__ = [
     "ledger_of",
     "node_config",
     "own_shard",
+    "owner_delta",
+    "permitted",
     "public_reason",
+    "releases_of",
     "reserve_release",
     "site_settings",
 ]
@@ -111,6 +115,17 @@ def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:
     return PrivacyLedger.open(state_dir() / "ledgers" / f"{node}.sqlite")
 
 
+def owner_delta(shard: Shard, config: Config, context: Context) -> float:
+    """Delta of the budget that the owner of `shard` has set, which is public; 0.0 where none bounds it."""
+    site = site_settings(context)
+    if config.data.public:
+        return 0.0
+    if site is not None:
+        return site.budget_delta
+    budget = ledger_of(shard.node, context).budget(dataset=shard.dataset)
+    return 0.0 if budget is None else budget.delta
+
+
 def check_plan(plan: PrivacyPlan, config: Config) -> None:
     """The node's own check of what the server proposes. Raises PrivacyError, with both values.
 
@@ -135,7 +150,9 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
         given = privacy.noise_multiplier
         noise = plan.noise_multiplier if given is None else given
         privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
-    mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes)
+    # A default delta may be any smaller one: the smallest of the sites' budgets'.
+    limit = plan.delta if plan.is_private() else None
+    mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes, limit)
     # An adaptive norm moves from round to round, at a price that the plan's event includes.
     free = {"target_epsilon", "evaluation_noise", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
     if plan.trust == "central":
@@ -261,12 +278,21 @@ class Release:
     count: int  # this run's releases for the same purpose in the ledger, this one included
 
 
-def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
-    """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
+@dataclass(frozen=True)
+class Permitted:
+    """A plan that this node may follow, as its settings say, and what it would follow it with."""
 
-    For every protocol: whoever lets anything about a shard leave the node calls this first. With `evaluation`
-    it is for an answer about what is held out, charged by the plan's own event for that. Raises
-    PrivacyError (of some kind) if the node refuses; nothing is charged then.
+    config: Config
+    shard: Shard
+    plan: PrivacyPlan  # as it is accounted for this shard
+    ledger: PrivacyLedger
+
+
+def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
+    """Whether this node's settings, its owner's file and its data permit what a server proposes; the budget
+    is not asked.
+
+    Raises PrivacyError (of some kind) if they do not, FederationError if the node has no part in the run.
     """
     from fedtune.federation.resident import config_of
 
@@ -274,28 +300,46 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     shard = own_shard(config, context)
     if shard is None:
         raise FederationError("This node holds no shard of this federation.")
-    check_plan(request.plan, config)
-    plan = request.plan.for_shard(shard.declared_size)
+    check_plan(proposed, config)
+    plan = proposed.for_shard(shard.declared_size)
     if plan.trust == "distributed" and plan.declared_size < shard.declared_size:
         # Delta follows from the size of the union, which this node's own part is in.
         raise PrivacyError(
             f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
             f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
         )
+    ledger = ledger_of(shard.node, context)
+    site = site_settings(context)
+    if site is not None:
+        asked = config_of(str(context.run_config.get("fedtune", "")))
+        used = [release.fingerprint for release in ledger.releases(run=run, node=shard.node)]
+        site.check(asked, proposed, used, shard.fingerprint)
+    return Permitted(config, shard, plan, ledger)
+
+
+def releases_of(plan: PrivacyPlan) -> list[ReleasePlan]:
+    """All that a run by `plan` may release of a shard, one for each purpose."""
+    answers = plan.evaluation()
+    return [plan] if answers is None else [plan, answers]
+
+
+def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
+    """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
+
+    For every protocol: whoever lets anything about a shard leave the node calls this first. With `evaluation`
+    it is for an answer about what is held out, charged by the plan's own event for that. Raises
+    PrivacyError (of some kind) if the node refuses; nothing is charged then.
+    """
+    own = permitted(request.plan, request.run, context)
+    config, shard, plan, ledger = own.config, own.shard, own.plan, own.ledger
     charged: ReleasePlan | None = plan.evaluation() if evaluation else plan
     if charged is None:
         raise PrivacyError(
             f"Node {shard.node!r} is asked about data that it holds out, and federation.evaluation is "
             f"{config.federation.evaluation}: no such answer is in the plan."
         )
-    ledger = ledger_of(shard.node, context)
-    site = site_settings(context)
-    if site is not None:
-        asked = config_of(str(context.run_config.get("fedtune", "")))
-        used = [release.fingerprint for release in ledger.releases(run=request.run, node=shard.node)]
-        site.check(asked, request.plan, used, shard.fingerprint)
-        if evaluation:
-            site.check_evaluation(request.plan)
+    if evaluation and (site := site_settings(context)) is not None:
+        site.check_evaluation(request.plan)
 
     mine = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
     memory = NodeMemory(context.state, request.run, "fedtune.answers" if evaluation else NodeMemory.NAME)
@@ -315,19 +359,17 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     return Release(config, shard, plan, training, ledger, reservation, count)
 
 
-def failure_text(
-    request: RoundRequest, context: Context, release: Release | None, error: Exception
-) -> tuple[str, str]:
+def failure_text(round: int, context: Context, release: Release | None, error: Exception) -> tuple[str, str]:
     """(this node's name, what may be told of `error`), as `public_reason` says."""
     node = release.shard.node if release else _name(context)
-    return node, public_reason(error, node, context, request.round)
+    return node, public_reason(error, node, context, round)
 
 
 def failure_reply(
     request: RoundRequest, context: Context, release: Release | None, error: Exception
 ) -> RoundReply:
     """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
-    node, reason = failure_text(request, context, release, error)
+    node, reason = failure_text(request.round, context, release, error)
     decided = isinstance(error, PrivacyError)
     return RoundReply(
         node=node,

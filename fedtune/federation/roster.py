@@ -2,8 +2,9 @@
 
 A round asks the nodes that are connected and free. With fewer than it needs it is not begun, for what it
 would ask is charged whether or not the round can be used: `wait_for` waits, and tells the observer for whom.
-A node that connects after the run began is greeted between two rounds, without waiting for it, and takes part
-from the first round after its answer.
+A node that connects after the run began is greeted between two rounds, without waiting for it; the run is
+proposed to it (all of it: what it would cost at most), and it takes part from the first round after it
+agreed.
 
 Under trust=distributed the plan's noise is shared out over the nodes of the beginning: these may leave and
 come back, and no other joins. In a simulation nobody comes later, so nobody is waited for.
@@ -19,6 +20,7 @@ from collections.abc import Collection, Sequence
 from flwr.app import Message, RecordDict
 
 from fedtune.errors import FederationError
+from fedtune.federation.agreement import PROPOSE, Consent, Proposal
 from fedtune.federation.cohort import pause
 from fedtune.federation.courier import Courier
 from fedtune.federation.events import Dropped, NodeInfo, Observer
@@ -40,6 +42,7 @@ class Roster:
         courier: the way to the nodes.
         nodes: those that have said who they are.
         failed: ids of nodes that could not; they are asked again when they come back.
+        proposal: what a node must agree to before its first round; None: nothing is asked.
         lives: nodes come and go (a real federation); False: those of the beginning are all there will be.
         closed: no node joins that was not there at the beginning.
         timeout: seconds that a node has to say who it is.
@@ -55,6 +58,7 @@ class Roster:
         nodes: Sequence[NodeInfo],
         failed: Collection[int] = (),
         *,
+        proposal: Proposal | None = None,
         lives: bool = False,
         closed: bool = False,
         timeout: float = 600.0,
@@ -66,6 +70,9 @@ class Roster:
         self.nodes = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
         self.dropped: list[Dropped] = []
         self._failed = set(failed)
+        self._proposal = proposal
+        self._agreed = {node.name for node in nodes if node.node_id}
+        self._asked: dict[int, NodeInfo] = {}  # nodes that have the proposal, by id
         self._here: set[int] = set()
 
     def look(self, round: int = 0) -> list[NodeInfo]:
@@ -73,6 +80,8 @@ class Roster:
         for question, answer in self._courier.late():
             if question.kind == _HELLO:
                 self._greeted(question.node_id, answer, round)
+            elif question.kind == PROPOSE:
+                self._answered(question.node_id, answer, round)
             else:
                 _log.info("A late answer of node id %d was dropped.", question.node_id)
         here = set(self._courier.get_node_ids())
@@ -144,10 +153,34 @@ class Roster:
                     "is shared out over the nodes of the beginning. It can take part in the next run."
                 )
         except FederationError as error:
-            self._failed.add(node_id)
-            self.dropped.append(Dropped(f"node id {node_id}", round, str(error)))
-            self._observer.on_client(f"node id {node_id}", f"dropped: {error}")
+            self._drop(node_id, f"node id {node_id}", round, str(error))
             return
-        self.nodes[hello.node] = NodeInfo(hello.node, node_id, hello.declared_size)
+        info = NodeInfo(hello.node, node_id, hello.declared_size)
+        if self._proposal is None or hello.node in self._agreed:
+            self._joined(info)
+            return
+        self._asked[node_id] = info
+        ttl = time_to_live(self._timeout)
+        records = self._proposal.to_records()
+        self._courier.push_messages(make_messages(records, PROPOSE, [info], round, ttl=ttl))
+
+    def _answered(self, node_id: int, answer: Message, round: int) -> None:
+        info = self._asked.pop(node_id, None)
+        if info is None or self._proposal is None:
+            return
+        consent = Consent.from_answer(answer, info.name, self._proposal)
+        if consent.refused is not None:
+            self._drop(node_id, info.name, round, consent.refused)
+            return
+        self._agreed.add(info.name)
+        self._joined(info)
+
+    def _joined(self, info: NodeInfo) -> None:
+        self.nodes[info.name] = info
         self.nodes = {name: self.nodes[name] for name in sorted(self.nodes)}
-        self._observer.on_client(hello.node, "joined")
+        self._observer.on_client(info.name, "joined")
+
+    def _drop(self, node_id: int, name: str, round: int, reason: str) -> None:
+        self._failed.add(node_id)
+        self.dropped.append(Dropped(name, round, reason))
+        self._observer.on_client(name, f"dropped: {reason}")

@@ -5,7 +5,9 @@ average whatever they are sent. In short:
 
     1  lock the run folder, take an attempt number, load the checkpoint (or write the first)
     2  greet the nodes: names and declared sizes
-    3  make the plan from public numbers (or take the checkpoint's), and the server optimizer
+    3  make the plan from public numbers (or take the checkpoint's), and propose the whole run to every node:
+    who
+       refuses is left out before anything is charged (`fedtune.federation.agreement`)
     for each round:
     4      wait until enough nodes are there; draw the cohort of those that are, from (seed, round), so that a
            resumed run draws the same (dp_ftrl: of those whose last round is long enough ago; and note durably
@@ -37,6 +39,7 @@ from flwr.serverapp import Grid
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation import checkpoint as checkpoints
+from fedtune.federation.agreement import Proposal, agree, check_enough, propose
 from fedtune.federation.cohort import draw_cohort, greet
 from fedtune.federation.correlated import CorrelatedRounds
 from fedtune.federation.courier import Courier
@@ -47,7 +50,6 @@ from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
 
 __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 
@@ -104,7 +106,8 @@ def run_rounds(
             None too, those that are there when no more come.
 
     Raises:
-        FederationError: no node can take part, or three rounds in a row had too few usable updates.
+        FederationError: no node can take part, too few agree to the run, or three rounds in a row had too few
+            usable updates.
         CheckpointError: nothing to resume, another run's folder, or a folder in use.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
@@ -240,24 +243,31 @@ def _begin(
     nodes, failed, notices = greet(
         courier, timeout, stop, expected, least=least, deadline=lives, observer=observer
     )
+    refused: list[Dropped] = []
+    ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
-        plan = make_plan(config, [node.declared_size for node in nodes])
+        run = secrets.token_hex(8)
+        plan, nodes, refused = agree(
+            courier, config, nodes, run, attempt, stop=stop, deadline=lives, observer=observer
+        )
         adapter, optimizer = server_side.initial(), server_optimizer(config)
-        state = RunState(secrets.token_hex(8), plan, adapter, optimizer, attempt, nodes=nodes)
+        state = RunState(run, plan, adapter, optimizer, attempt, nodes=nodes)
         if plan.root() is not None:
             state.correlated = CorrelatedRounds.start(run_dir, state.run, plan, adapter.size)
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
+        nodes, refused = _agreed_again(courier, state, config, nodes, stop, lives, observer)
         nodes = state.reunited(nodes)
     state.notices += notices
-    state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed]
+    state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed] + refused
     for notice in state.notices:
         _log.warning("%s", notice)
     roster = Roster(
         courier,
         nodes,
-        [node_id for node_id, _ in failed],
+        [node_id for node_id, _ in failed] + [ids[one.node] for one in refused],
+        proposal=Proposal(state.run, attempt, state.plan),
         lives=lives,
         closed=state.plan.trust == "distributed",
         timeout=timeout,
@@ -265,6 +275,32 @@ def _begin(
         stop=stop,
     )
     return state, roster
+
+
+def _agreed_again(
+    courier: Courier,
+    state: RunState,
+    config: Config,
+    nodes: Sequence[NodeInfo],
+    stop: threading.Event | None,
+    lives: bool,
+    observer: Observer,
+) -> tuple[list[NodeInfo], list[Dropped]]:
+    """Of a run that goes on: who of `nodes` agrees to what is left of it, and who does not."""
+    if state.round >= config.federation.num_rounds or state.ended_early is not None:
+        return list(nodes), []
+    answers = propose(
+        courier, Proposal(state.run, state.attempt, state.plan), nodes, config.federation.round_timeout, stop,
+        deadline=lives,
+    )  # fmt: skip
+    refused = [Dropped(one.node, state.round, one.refused) for one in answers if one.refused is not None]
+    for one in refused:
+        observer.on_client(one.node, f"refused: {one.reason}")
+    gone = {one.node for one in refused}
+    left = [node for node in nodes if node.name not in gone]
+    if refused:
+        check_enough(left, refused, len(nodes), config, _needed(state.plan, config))
+    return left, refused
 
 
 def _ask(

@@ -21,12 +21,15 @@ from fedtune.privacy.plan import PrivacyPlan
 __all__ = ["default_delta", "make_plan"]
 
 
-def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
+def make_plan(
+    config: Config, declared_sizes: Sequence[int], largest_delta: float | None = None
+) -> PrivacyPlan:
     """The plan of a run, its noise calibrated before any data is read.
 
     Args: `config`, complete; `declared_sizes`, the public size of each node's shard in units of
     `privacy.unit` (records or persons; for unit=client only their number counts), without what is held out
-    for evaluation. The default delta is that of `default_delta`, where n is the size of the largest shard
+    for evaluation; `largest_delta`, which a default delta is not to exceed (the smallest of the owners'
+    budgets'). The default delta is that of `default_delta`, where n is the size of the largest shard
     (local), of all shards together (distributed) or the number of clients (central), so that it is below 1/n
     for every shard. For `local` the plan holds the largest size; each node takes its own with `for_shard`.
     Raises `PrivacyError` or `CalibrationError`, naming the setting; where one unit has all the data, no
@@ -94,14 +97,15 @@ def make_plan(config: Config, declared_sizes: Sequence[int]) -> PrivacyPlan:
             "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
             "noise, privacy.noise_multiplier=null to choose the guarantee."
         )
-    if declared == 1 and not central and privacy.delta is None:
+    if declared == 1 and not central and privacy.delta is None and largest_delta is None:
         way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
         raise PrivacyError(
             f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and no delta can "
             f"be chosen for you. Choose a privacy.delta of your own (1e-5, say){way_out}."
         )
     # What is declared is what is trained on; who is held out is promised the same.
-    delta = default_delta(declared / (1.0 - share)) if privacy.delta is None else privacy.delta
+    limit = math.inf if largest_delta is None else largest_delta
+    delta = min(default_delta(declared / (1.0 - share)), limit) if privacy.delta is None else privacy.delta
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
     common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
     # A plan with any noise first: it refuses every setting without meaning before time is spent.

@@ -187,7 +187,9 @@ SINKS: Mapping[str, Fields] = {
         "declared_size": public("declared by the owner, or a count that was noised and charged"),
         "shards": public("how many the configuration makes"),
         "idle": public("whether the configuration has a shard for it"),
+        "delta": public("of the owner's budget, which the owner sets without looking at the data"),
     },
+    "consent": {name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},
     "reply": {
         **_ANSWER,
         "releases": _COUNT,
@@ -202,6 +204,7 @@ SINKS: Mapping[str, Fields] = {
         "wrong": charged("a noised count"),
     },
     # --- messages of the server, and of secure aggregation, in both directions ---
+    "proposal": {"version": _NAME, "run": _NAME, "attempt": _COUNT, "plan": _PLAN},
     "request": {**_PLACE, "plan": _PLAN, "adapter": charged("made of updates that were released before")},
     "secagg": {
         **_PLACE,

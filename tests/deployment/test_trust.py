@@ -1,8 +1,7 @@
-"""Whom a node trusts, and whom a server: TLS, tokens, sizes, and the worker's frames."""
+"""Whom a node trusts, and whom a server: TLS, and the worker's frames."""
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 import os
 import socket
@@ -11,13 +10,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedtune.engines.deployment import certificates, channel
 from fedtune.engines.deployment.reach import check_server
-from fedtune.engines.deployment.server import TOKEN_HEADER, Gate, _check_port
+from fedtune.engines.deployment.server import _check_port
 from fedtune.errors import ConfigError, FederationError, ResourceError
 
 
@@ -146,30 +144,3 @@ def test_frames_and_peers(tmp_path: Path) -> None:
         one.close()
         with pytest.raises(EOFError):
             channel.receive(other)
-
-
-@pytest.mark.parametrize(
-    ("path", "token", "status"),
-    [
-        ("/v1/fleet/pull-messages", None, 200),
-        ("/v1/fleet/register-node", "secret", 403),
-        ("/v1/control/start-run", None, 403),
-        ("/v1/control/start-run", "wrong", 403),
-        ("/v1/control/start-run", "secret", 200),
-        ("/v1/runtime/acquire-task", None, 403),
-        ("/docs", None, 403),
-    ],
-)
-def test_only_nodes_and_the_operator_are_let_in(path: str, token: str | None, status: int) -> None:
-    sent: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    headers = [] if token is None else [(TOKEN_HEADER.encode(), token.encode())]
-    scope = {"type": "http", "path": path, "headers": [*headers, (b"content-length", b"9")]}
-    asyncio.run(Gate(app, "secret")(scope, None, send))
-    assert sent[0]["status"] == status

@@ -177,10 +177,11 @@ def test_a_node_that_joins_late_takes_part_from_the_next_round(tmp_path: Path) -
             grid.away = set()
 
     watcher = Joins()
-    result = run(grid, real(num_rounds=3), tmp_path, watcher, expected=2)
-    # Greeted before round 2, while that goes on; asked in round 3.
-    assert [(round, node) for round, node in grid.asked if node == 2] == [(3, 2)]
-    np.testing.assert_allclose(result.adapter, mean(1, 0, 1) + mean(2, 0, 1) + mean(3, 0, 1, 2), rtol=1e-6)
+    result = run(grid, real(num_rounds=4), tmp_path, watcher, expected=2)
+    # Greeted before round 2 and proposed the run before round 3, while they go on; asked in round 4.
+    assert [(round, node) for round, node in grid.asked if node == 2] == [(4, 2)]
+    expected = mean(1, 0, 1) + mean(2, 0, 1) + mean(3, 0, 1) + mean(4, 0, 1, 2)
+    np.testing.assert_allclose(result.adapter, expected, rtol=1e-6)
     assert [node.name for node in result.nodes] == ["node-0", "node-1", "node-2"]
     assert ("node-2", "joined") in watcher.clients
 

@@ -26,7 +26,10 @@ from tests.tiny_federation import BAD, GOOD, OTHER, private
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.
 ALLOWED = {
-    "hello": {"version", "node", "declared_size", "shards", "software", "idle"},
+    # `delta`: of the owner's budget, chosen beforehand by the owner; 0 where there is none.
+    "hello": {"version", "node", "declared_size", "shards", "software", "idle", "delta"},
+    # Yes or no to the whole run, in words that say nothing of the data.
+    "consent": {"version", "node", "run", "attempt", "refused", "refusal"},
     "reply": {
         "version", "node", "run", "round", "attempt", "releases", "steps", "seconds", "refused", "refusal",
         "error",
@@ -68,7 +71,7 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
     config = tiny(federation__num_rounds=2)
     config = private(config) if privately else config
     sent = watch(config, tmp_path / "run")
-    assert len(sent) == 4 + 2 * 4
+    assert len(sent) == 4 + 4 + 2 * 4  # greetings, consents, two rounds
     prepared = workplace(config).prepared
     size = workplace(config).initial().size
     for message in sent:
@@ -94,16 +97,18 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
                 if isinstance(value, int) and not isinstance(value, bool):
                     assert value in public | declared, (name, key, value)
                 if isinstance(value, float):
-                    assert key == "seconds"
+                    assert key == "seconds" or (key == "delta" and value == 0.0)
                 if isinstance(value, str):
                     known = {shard.node for shard in prepared.shards} | {"", "fedtune 0.1.0"}
                     assert value in known or key in ("run", "software")
 
 
 def test_the_list_in_the_code_is_the_list_here() -> None:
+    from fedtune.federation.agreement import CONSENT_KEYS
     from fedtune.federation.evaluation_messages import EVALUATION_KEYS
     from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS
 
+    assert set(CONSENT_KEYS) == ALLOWED["consent"]
     assert set(EVALUATION_KEYS) == ALLOWED["evaluation"]
     assert set(HELLO_KEYS) == ALLOWED["hello"]
     assert set(REPLY_KEYS) == ALLOWED["reply"]
@@ -190,7 +195,7 @@ def test_of_other_data_only_the_noised_counts_differ(
         assert abs(noise[0]) > 0.01 * plan.scale  # ... under noise of the size of a unit
         assert all(int(str(mine[cell])) % plan.scale for cell in ("right", "wrong"))
     few, many = answers
-    assert len(few) == len(many) == 4 + 4 + 4
+    assert len(few) == len(many) == 4 + 4 + 4 + 4
     for one, other in zip(few, many, strict=True):
         differing = {key for key in one if one[key] != other[key]}
         if one["record"] == "evaluation":

@@ -219,7 +219,8 @@ def test_pitfall_18_weighted_samplers_change_the_inclusion_probability() -> None
 
 def test_pitfall_19_the_number_of_steps_is_fixed_before_data_is_read() -> None:
     parameters = inspect.signature(make_plan).parameters
-    assert list(parameters) == ["config", "declared_sizes"]  # public settings and public sizes
+    # Public settings, public sizes, and the delta of the owners' budgets, which they chose beforehand.
+    assert list(parameters) == ["config", "declared_sizes", "largest_delta"]
     assert make_plan(Config(), [1000]).steps() == Config().train.local_steps * Config().federation.num_rounds
 
 
