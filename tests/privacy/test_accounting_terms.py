@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy import losses
+from fedtune.privacy import accounting, losses
 from fedtune.privacy.accounting import (
     Term,
+    _epsilon,
     _epsilon_rdp,
     _key,
     _scale_guess,
@@ -206,3 +207,105 @@ def test_many_different_steps_are_bounded_closely_too(count: int) -> None:
     loss = losses.composed(_key(terms), 1e-3)
     fine = losses.epsilon_at(loss, 1e-5)
     assert fine * (1 - 1e-3) <= epsilon_of_terms(terms, 1e-5) <= fine * (1 + 6e-3)
+
+
+class Grids:
+    """Stands in for `losses`: the epsilon, rounding and points that each grid in turn is to give."""
+
+    def __init__(self, epsilons: list[float], rounding: float = 0.0, points: int = 1) -> None:
+        self._left, self._rounding, self._points = list(epsilons), rounding, points
+        self.intervals: list[float] = []
+        self.deltas: list[float] = []
+
+    def composed(self, key: object, interval: float) -> float:
+        self.intervals.append(interval)
+        return interval
+
+    def rounding(self, key: object, loss: float) -> float:
+        assert loss == self.intervals[-1]
+        return self._rounding
+
+    def epsilon_at(self, loss: float, delta: float) -> float:
+        self.deltas.append(delta)
+        return self._left.pop(0)
+
+    def points_of_one(self, key: object, interval: float) -> int:
+        return self._points
+
+
+def refined(
+    monkeypatch: pytest.MonkeyPatch, grids: Grids, kinds: int = 1, sigma: float = 1.0, delta: float = 1e-5
+) -> float:
+    monkeypatch.setattr(accounting, "losses", grids)
+    key = tuple((Term(0.05, sigma + i / 1000), 60) for i in range(kinds))
+    return _epsilon.__wrapped__(key, delta)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "epsilons", "grids", "result"),
+    [
+        (1, [2.0, 1.5, 1.0074, 1.0, 0.9], 4, 1.0),  # 15 times 5e-4 is the change that is worth no more
+        (1, [2.0, 1.5, 1.0076, 1.0, 0.9999, 0.9], 5, 0.9999),
+        (1, [40.0, 20.151, 20.0, 19.9], 4, 19.9),  # relative to what is there
+        (1, [40.0, 20.149, 20.0, 10.0], 3, 20.0),
+        (8, [2.0, 1.5, 1.0074, 1.0, 0.9], 4, 1.0),
+        (9, [2.0, 1.5, 1.074, 1.0, 0.9], 4, 1.0),  # ten times less exact where there are many steps
+        (9, [2.0, 1.5, 1.0755, 1.0, 0.9999, 0.9], 5, 0.9999),
+        (8, [2.0, 1.5, 1.07, 1.0, 0.9999, 0.9], 5, 0.9999),
+        (1, [2.0, 1.5, 1.6, 0.5], 3, 1.5),  # the least of them: each is an upper bound
+        (1, [0.0, 1.0], 1, 0.0),
+        (1, [2.0, 1.0, 0.5, 0.4999, 0.3], 4, 0.4999),
+        (1, [math.inf, 2.0, 1.9999, 1.0], 3, 1.9999),
+        (1, [2.0 * 0.5**i for i in range(9)], 7, 2.0 * 0.5**6),  # and then it is enough
+    ],
+)
+def test_the_grid_is_refined_until_that_changes_next_to_nothing(
+    monkeypatch: pytest.MonkeyPatch, kinds: int, epsilons: list[float], grids: int, result: float
+) -> None:
+    source = Grids(epsilons)
+    assert refined(monkeypatch, source, kinds) == result
+    assert len(source.intervals) == grids
+    first = source.intervals[0]
+    assert source.intervals == pytest.approx([first / 4**i for i in range(grids)])
+    key = tuple((Term(0.05, 1.0 + i / 1000), 60) for i in range(kinds))
+    assert first == pytest.approx(_scale_guess(key, 1e-5) / 300)
+
+
+@pytest.mark.parametrize(("points", "grids"), [(37_500, 2), (37_501, 1)])
+def test_a_grid_of_too_many_points_is_not_refined(
+    monkeypatch: pytest.MonkeyPatch, points: int, grids: int
+) -> None:
+    source = Grids([2.0, 1.9999, 1.0], points=points)
+    refined(monkeypatch, source)
+    assert len(source.intervals) == grids
+
+
+@pytest.mark.parametrize(("sigma", "first"), [(1e9, 1e-7), (0.01, 1.0)])
+def test_the_first_grid_is_neither_too_fine_nor_too_coarse(
+    monkeypatch: pytest.MonkeyPatch, sigma: float, first: float
+) -> None:
+    source = Grids([0.0])
+    refined(monkeypatch, source, sigma=sigma)
+    assert source.intervals == [first]
+
+
+def test_where_rounding_is_half_of_delta_the_grid_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_renyi = _epsilon_rdp(((Term(0.05, 1.0), 60),), 1e-5)
+    for rounding in (5e-6, 9e-6):
+        assert refined(monkeypatch, Grids([1.0], rounding=rounding), delta=1e-5) == by_renyi
+    source = Grids([1.0, 1.0], rounding=4.9e-6)
+    assert refined(monkeypatch, source, delta=1e-5) == 1.0
+    assert source.deltas == pytest.approx([5.1e-6, 5.1e-6])
+
+
+def test_renyi_dp_is_computed_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    real = dp.rdp.RdpAccountant.compose
+
+    def compose(self: dp.rdp.RdpAccountant, *arguments: object) -> object:
+        levels.append(logging.getLogger("absl").level)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(dp.rdp.RdpAccountant, "compose", compose)
+    _epsilon_rdp.__wrapped__(((Term(0.1, 1.2), 3),), 1e-5)
+    assert levels == [logging.ERROR]

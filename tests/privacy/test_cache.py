@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +43,33 @@ def test_a_file_moved_to_other_arguments_is_not_believed(monkeypatch: pytest.Mon
     second.write_text(first.read_text())
     monkeypatch.setattr(cache, "_memory", {})
     assert kept("test-move", [2], lambda: 2.0) == 2.0
+
+
+def test_another_home_gets_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept("test-home", [1], lambda: 1.0)
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
+    assert kept("test-home", [1], lambda: 2.0) == 2.0  # the number in memory belongs to the other home
+    (file,) = (tmp_path / "elsewhere").rglob("test-home/*.json")
+    assert json.loads(file.read_text())["value"] == 2.0
+
+
+def test_memory_is_asked_before_the_disk_and_does_not_grow_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "_memory", {str(i): 0.0 for i in range(10_000)})
+    kept("test-memory", [1], lambda: 1.0)
+    for file in (cache_dir() / "test-memory").iterdir():
+        file.unlink()
+    assert kept("test-memory", [1], lambda: 2.0) == 1.0
+    assert len(cache._memory) == 10_001
+    kept("test-memory", [2], lambda: 1.0)
+    assert len(cache._memory) == 1
+
+
+def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError("the folder is full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert kept("test-full", [1], lambda: 1.5) == 1.5
+    assert list((cache_dir() / "test-full").iterdir()) == []
