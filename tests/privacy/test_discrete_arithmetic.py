@@ -48,6 +48,7 @@ def grid(
         {"dimension": 300_000, "nodes": 100, "shares": 60, "expected_batch_size": 7_000.0},
         {"noise_multiplier": 0.3, "expected_batch_size": 30_000.0, "nodes": 40, "shares": 2},
         {"noise_multiplier": 900.0, "nodes": 2, "shares": 1, "max_grad_norm": 1e3},
+        {"max_grad_norm": 1e9},
         {"noise_multiplier": 0.2, "dimension": 4, "expected_batch_size": 3e5, "max_grad_norm": 1e-3},
     ],
 )
@@ -72,13 +73,63 @@ def test_the_grid_is_the_finest_whose_range_holds_every_sum(changes: dict[str, A
     assert made.noise_std(3) == pytest.approx(math.sqrt(3) * made.std / made.scale, rel=1e-14)
 
 
-def test_the_least_and_the_largest_noise_that_a_node_adds() -> None:
-    assert mechanism(expected_batch_size=1.0, nodes=1, shares=1, noise_multiplier=30.0).log2_std == 24
-    # 64 steps are enough for the argument (t below 1e-100), 32 are not asked of it.
-    lowest = mechanism(dimension=1, expected_batch_size=1e6, nodes=1, shares=1, noise_multiplier=0.04)
-    assert lowest.log2_std >= 6
+def fits(batch: float, **changes: Any) -> int | None:
+    """log2 of the noise that `grid` finds."""
+    made = {"dimension": 5_000, "nodes": 6, "shares": 4, "noise_multiplier": 1.1, **changes}
+    try:
+        return grid(made["dimension"], made["nodes"], made["shares"], made["noise_multiplier"], 0.5, batch)[0]
+    except AssertionError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "changes"),
+    [
+        (1e-3, 400.0, {"noise_multiplier": 4.0}),  # where units that were not expected are most
+        (100.0, 2_000.0, {}),
+        (
+            10.0,
+            600.0,
+            {"nodes": 3_000, "shares": 2, "noise_multiplier": 3.0},
+        ),  # where noise takes up the range
+        (1e4, 1e8, {"dimension": 1, "nodes": 1, "shares": 1, "noise_multiplier": 0.04}),  # where nothing fits
+    ],
+)
+def test_the_grid_changes_at_the_batch_size_of_the_formula(
+    low: float, high: float, changes: dict[str, Any]
+) -> None:
+    if fits(high, **changes) is not None:
+        high = next(b for b in np.geomspace(low, high, 500) if fits(b, **changes) != fits(low, **changes))
+    coarser = fits(high, **changes)
+    while high / low > 1 + 1e-7:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if fits(middle, **changes) == coarser else (middle, high)
+    assert mechanism(expected_batch_size=low, **changes).log2_std == fits(low, **changes)
+    if coarser is None:
+        assert fits(low, **changes) == 6  # 64 steps are enough for the argument: t is below 1e-100
+        with pytest.raises(PrivacyError, match="does not fit into 32 bits"):
+            mechanism(expected_batch_size=high, **changes)
+    else:
+        assert (
+            mechanism(expected_batch_size=high, **changes).log2_std == coarser < (fits(low, **changes) or 0)
+        )
+
+
+def test_where_no_grid_fits_none_is_made_up() -> None:
+    # One step per unit would look fine here: 64 steps of noise are 1.16 times the multiplier.
     with pytest.raises(PrivacyError, match="does not fit into 32 bits"):
-        mechanism(dimension=1, expected_batch_size=4e6, nodes=1, shares=1, noise_multiplier=0.04)
+        mechanism(dimension=1, nodes=1, shares=1, noise_multiplier=55.0, expected_batch_size=2e10)
+
+
+def test_most_noise_is_that_of_the_sampler() -> None:
+    assert mechanism(expected_batch_size=1.0, nodes=1, shares=1, noise_multiplier=30.0).log2_std == 24
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_what_has_no_meaning_is_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(PrivacyError, match=f"needs a finite {name} above 0"):
+        mechanism(**{name: value})
 
 
 def test_too_coarse_a_grid_is_refused_and_one_just_fine_enough_is_not() -> None:
@@ -114,9 +165,9 @@ def test_the_divergence_of_a_sum_is_one_term_for_each_further_share(shares: int)
 def test_slack_is_that_of_every_coordinate_in_every_round() -> None:
     made = dataclasses.replace(mechanism(), log2_std=-1)  # far too little noise: t is then not nothing
     t1, t2 = sum_divergence(0.5, 4), 2 * math.atanh(_unevenness(4.0))
-    assert made.slack(30) == pytest.approx(30 * 5_000 * (t1 + t2), rel=1e-12)
+    assert made.slack(30) == pytest.approx(30 * 5_000 * (t1 + t2), rel=1e-12, abs=0.0)
     sole = dataclasses.replace(mechanism(), shares=1)
-    assert sole.slack(30) == pytest.approx(30 * 5_000 * t2, rel=1e-12) and t2 > 0.0
+    assert sole.slack(30) == pytest.approx(30 * 5_000 * t2, rel=1e-12, abs=0.0) and t2 > 0.0
 
 
 def test_the_mechanism_of_a_plan_counts_on_honest_nodes_that_arrive() -> None:
