@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ import torch
 from torch import nn
 
 from fedtune.data.corpus import Shard
+from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.hidden_states import Features
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clipped_sum, per_example_gradients
+from fedtune.training import dp_step
+from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients
 from tests.training.conftest import load, make_plan, make_shard
 
 ADAPTERS = [
@@ -177,3 +182,130 @@ def test_hooks_are_gone_afterwards(tiny_bert: Path) -> None:
     assert not any(hasattr(p, "grad_sample") for p in model.parameters.values())
     for parameter in model.parameters.values():
         parameter.grad = None
+
+
+def clipped_by_hand(units: np.ndarray, clip: float) -> np.ndarray:
+    """Rows are units; one that is not finite is left out."""
+    total = np.zeros(units.shape[1])
+    for unit in units:
+        norm = float(np.linalg.norm(unit))
+        if math.isfinite(norm):
+            total += unit * min(1.0, clip / norm if norm else 1.0)
+    return total
+
+
+@pytest.mark.parametrize("broken", [[], [1], [0, 3], [0, 1, 2, 3]])
+def test_units_are_clipped_over_all_parameters_and_broken_ones_are_nothing(broken: list[int]) -> None:
+    units = np.random.default_rng(0).normal(size=(4, 7))
+    units[2] *= 1e-3  # below the bound: as it is
+    for row, value in zip(broken, (math.nan, math.inf, -math.inf, math.nan), strict=False):
+        units[row, row] = value
+    tensors = [torch.from_numpy(units[:, :3]), torch.from_numpy(units[:, 3:])]
+    kept = [t.clone() for t in tensors]
+    got = torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=0.5))).numpy()
+    assert got == pytest.approx(clipped_by_hand(units, 0.5), rel=1e-12, abs=1e-15)
+    assert all(torch.equal(t, k) or broken for t, k in zip(tensors, kept, strict=True))
+
+
+def test_a_large_unit_is_clipped_and_not_taken_for_a_broken_one() -> None:
+    """Its squares are beyond float32, its norm is not."""
+    units = np.array([[3e25, 4e25], [0.3, 0.0]], dtype=np.float32)
+    plan = make_plan(max_grad_norm=1.0)
+    by_parameter = [torch.from_numpy(units[:, :1]), torch.from_numpy(units[:, 1:])]
+    got = torch.cat(clip_and_sum(by_parameter, plan)).numpy()
+    assert got == pytest.approx([0.9, 0.8], rel=1e-6) and got.dtype == np.float32
+
+
+def test_a_parameter_without_its_gradients_stops_the_step(tiny_bert: Path) -> None:
+    model = load(tiny_bert)
+    name, first = next(iter(model.parameters.items()))
+    for sample in (None, torch.zeros(3, 1), torch.zeros(2, *first.shape)):
+        first.grad_sample = sample
+        with pytest.raises(RuntimeError, match=f"no per-example gradient for {name}"):
+            _collect(model, 3)
+
+
+def test_gradients_are_taken_once(tiny_bert: Path) -> None:
+    model = load(tiny_bert)
+    for parameter in model.parameters.values():
+        parameter.grad_sample = torch.arange(3.0 * parameter.numel()).reshape(3, *parameter.shape)
+        parameter.grad = torch.zeros_like(parameter)
+    collected = _collect(model, 3)
+    for parameter, taken in zip(model.parameters.values(), collected, strict=True):
+        assert torch.equal(taken, torch.arange(3.0 * parameter.numel()).reshape(3, -1))
+        assert parameter.grad_sample is None and parameter.grad is None
+
+
+def stateful(count: int) -> Any:
+    """Stands in for a model whose normalisation mixes examples; its last one is frozen."""
+    layers = [nn.Linear(4, 4), *(nn.BatchNorm1d(4) for _ in range(count)), nn.BatchNorm1d(4)]
+    for parameter in layers[-1].parameters():
+        parameter.requires_grad = False
+    layers[1].bias.requires_grad = False
+    return SimpleNamespace(base=nn.Sequential(nn.Sequential(*layers)))
+
+
+@pytest.mark.parametrize(
+    ("count", "named"),
+    [
+        (1, r"for '0.1' \(BatchNorm1d\): it keeps"),
+        (3, r"for '0.1' \(BatchNorm1d\), '0.2' \(BatchNorm1d\), '0.3' \(BatchNorm1d\): it keeps"),
+        (5, r"for '0.1' \(BatchNorm1d\), '0.2' \(BatchNorm1d\), '0.3' \(BatchNorm1d\): it keeps"),
+    ],
+)
+def test_layers_that_mix_examples_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, count: int, named: str
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(dp_step, "check_layers", checked.append)
+    model = stateful(count)
+    with pytest.raises(PreflightError, match=named), per_example_gradients(model):
+        pass
+    assert checked == [model]
+
+
+def test_a_refusal_without_such_a_layer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opacus import grad_sample
+
+    class Refusing(grad_sample.GradSampleHooks):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            raise NotImplementedError
+
+    monkeypatch.setattr(grad_sample, "GradSampleHooks", Refusing)
+    monkeypatch.setattr(dp_step, "check_layers", lambda model: None)
+    model = SimpleNamespace(base=nn.Linear(2, 2))
+    with (
+        pytest.raises(PreflightError, match="gradients for a layer of this model: it"),
+        per_example_gradients(model),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+def test_the_warning_of_every_lowest_layer_is_not_repeated(tiny_bert: Path) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with per_example_gradients(load(tiny_bert)):
+            warnings.warn("Full backward hook is firing when gradients are computed", stacklevel=1)
+            warnings.warn("another", stacklevel=1)
+    said = [str(one.message) for one in seen]
+    assert "another" in said and not any(text.startswith("Full backward") for text in said)
+
+
+def test_precision_is_automatic_unless_it_is_said(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    real = dp_step.autocast
+    monkeypatch.setattr(dp_step, "autocast", lambda device, how: asked.append(how) or real(device, how))
+    model, shard = load(tiny_bert), make_shard()
+    features = Features.of(model, shard.data, 64)
+    with per_example_gradients(model):
+        clipped_sum(model, features, np.array([0]), None, make_plan(), micro_batch_tokens=64)
+    assert asked == ["auto"]
+
+
+def test_the_work_of_a_step_is_counted_as_training(tiny_bert: Path) -> None:
+    model, shard = load(tiny_bert), make_shard()
+    counted: list[tuple[object, ...]] = []
+    real = model.flops.counting
+    model.flops.counting = lambda key: counted.append(key) or real(key)  # type: ignore[method-assign]
+    compute(model, shard, [0, 1], make_plan())
+    assert counted and all(kind == "train" for kind, *_ in counted)
