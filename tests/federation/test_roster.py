@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation import roster as roster_module
 from fedtune.federation._flower import task_identity
+from fedtune.federation.agreement import PROPOSE
 from fedtune.federation.checkpoint import load_latest
 from fedtune.federation.courier import Courier
 from fedtune.federation.events import FederationResult, NodeInfo
@@ -184,6 +185,31 @@ def test_a_node_that_joins_late_takes_part_from_the_next_round(tmp_path: Path) -
     np.testing.assert_allclose(result.adapter, expected, rtol=1e-6)
     assert [node.name for node in result.nodes] == ["node-0", "node-1", "node-2"]
     assert ("node-2", "joined") in watcher.clients
+
+
+def test_a_node_that_joins_late_and_does_not_agree_to_the_run_is_asked_nothing(tmp_path: Path) -> None:
+    class Unwilling(Field):
+        def _deliver(self, message: Message) -> Message:
+            answer = super()._deliver(message)
+            if message.metadata.message_type == PROPOSE and message.metadata.dst_node_id == 4:
+                values = {"version": 1, "node": "node-2", "run": "", "attempt": 1}
+                values |= {"run": str(message.content["proposal"]["run"])}
+                refused = {"refused": "BudgetExhausted: no", "refusal": "BudgetExhausted"}
+                answer.content = RecordDict({"consent": ConfigRecord({**values, **refused})})
+            return answer
+
+    grid = Unwilling()
+    grid.away = {2}
+
+    class Joins(Watcher):
+        def on_round(self, summary: Any) -> None:
+            super().on_round(summary)
+            grid.away = set()
+
+    result = run(grid, real(num_rounds=5), tmp_path, Joins(), expected=2)
+    assert not [node for _, node in grid.asked if node == 2]
+    assert [(one.node, one.reason) for one in result.dropped] == [("node-2", "BudgetExhausted: no")]
+    assert [node.name for node in result.nodes] == ["node-0", "node-1"]
 
 
 def test_who_took_part_before_a_crash_stays_in_the_books(tmp_path: Path) -> None:

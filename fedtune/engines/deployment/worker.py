@@ -163,10 +163,10 @@ def _audit(
     from fedtune.federation.audit_log import AuditLog
 
     kind = message.metadata.message_type
-    said = _config(reply, "reply") or _config(reply, "evaluation")
+    said = _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
     refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
-    asked = _config(message, "request")
+    asked = _config(message, "request") or _config(message, "proposal")
     if asked:
         plan = _plan(asked)
         keys = (
@@ -185,8 +185,9 @@ def _audit(
         values["left"] = {name: said.get(name) for name in ("right", "wrong")}  # noised, as they were sent
     if refused:
         values["reason"] = str(refused)[:2000]
-    after = before if kind == "query.hello" else _spent(context)
-    if kind != "query.hello":
+    charges = kind not in ("query.hello", "query.propose")
+    after = _spent(context) if charges else before
+    if charges:
         values |= {"before": before, "after": after}
     charged = after.get("releases", 0) > before.get("releases", 0)
     event = "refused" if refused else "released" if charged else "answered"
