@@ -199,6 +199,7 @@ def collect(
     waiting = {node.node_id: node for node in ask.nodes}
     early: dict[str, np.ndarray] = {}  # usable updates of nodes whose turn has not come
     turns = deque(ask.nodes)
+    sizes: list[int] = []
 
     def in_turn() -> Iterator[tuple[NodeInfo, np.ndarray]]:
         while turns and turns[0].node_id not in waiting:
@@ -209,8 +210,11 @@ def collect(
 
     for node_id, answer in exchange(grid, messages, ask.timeout, ask.stop, deadline=ask.deadline):
         node = waiting.pop(node_id)
-        outcome.bytes_up += serialized_size(answer)
         update = _usable(answer, node, ask, observer, outcome, raw)
+        if raw and update is not None:
+            sizes.append(serialized_size(answer))
+        else:
+            outcome.bytes_up += serialized_size(answer)
         if update is not None:
             early[node.name] = update
             observer.on_client(node.name, "answered")
@@ -219,6 +223,8 @@ def collect(
         reason = f"did not answer in {ask.timeout:g} s (federation.round_timeout)"
         _drop(node.name, reason, observer, outcome)
     waiting.clear()
+    # Each as the largest: a raw answer that is short for want of an update must not show in the sum.
+    outcome.bytes_up += len(sizes) * max(sizes, default=0)
     yield from in_turn()
 
 

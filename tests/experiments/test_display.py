@@ -233,7 +233,7 @@ def printed(record: dict[str, Any], folder: str = "outputs/x") -> str:
 
 def test_the_table_says_what_the_record_says(record: dict[str, Any]) -> None:
     record["metrics"]["per_site"]["site-1"]["accuracy"] = 0.1234
-    record["cost"]["energy_kwh"], record["cost"]["energy"]["note"] = 0.0012, "estimate by codecarbon"
+    record["cost"] |= {"energy_kwh": 0.0012, "energy": {"note": "estimate by codecarbon"}}
     text = printed(record)
     assert "site-1 10 12.3 %" in text
     assert "1.20 Wh (estimate by codecarbon)" in text
