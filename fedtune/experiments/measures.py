@@ -102,7 +102,7 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
                 releases=releases,
                 answers=answers,
                 dataset=None if shard is None else shard.dataset,
-                fingerprint=None if shard is None else shard.fingerprint,
+                fingerprint=None,
                 total_epsilon=total_epsilon,
                 total_releases=total_releases,
             )
@@ -116,23 +116,20 @@ def _ledger(
     """(this run's rounds, its answers about held-out data, epsilon over everything, releases in all) as the
     node's ledger knows them."""
     from fedtune.config.paths import state_dir
-    from fedtune.privacy.ledger import PrivacyLedger
+    from fedtune.privacy.ledger_state import Body
+    from fedtune.privacy.simulation import simulation_ledger
 
-    path = state_dir() / "ledgers" / f"{node}.sqlite"
-    if not path.exists():
+    ledger = simulation_ledger(state_dir() / "ledgers")
+    if not ledger.path.exists():
         return 0, 0, None, None
-    ledger = PrivacyLedger.open(path)
-    try:
-        mine = len(ledger.releases(run=run, node=node, purpose="training"))
-        answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
-        if shard is None:
-            return mine, answers, None, None
-        data = {"dataset": shard.dataset, "fingerprint": shard.fingerprint}
-        # From the running sum: to read every row of a long ledger would take longer with each run of a sweep.
-        made = ledger.state().releases_of(**data)
-        return mine, answers, ledger.epsilon(**data, delta=delta or None), made
-    finally:
-        ledger.close()
+    mine = len(ledger.releases(run=run, node=node, purpose="training"))
+    answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
+    if shard is None:
+        return mine, answers, None, None
+    data: dict[str, Any] = {"dataset": shard.dataset, "fingerprint": shard.identity}
+    # From the running sum: to read every row of a long ledger would take longer with each run of a sweep.
+    made = ledger.state().releases.get(Body(shard.dataset, ledger.known_as(shard.identity)), 0)
+    return mine, answers, ledger.epsilon(**data, delta=delta or None), made
 
 
 def metrics(evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus) -> Metrics:

@@ -105,14 +105,18 @@ def own_shard(config: Config, context: Context) -> Shard | None:
 
 
 def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:
-    """The node's own ledger, a file that outlives process and run. Raises: LedgerError, ResourceError."""
+    """The ledger that `node` charges, a file that outlives process and run.
+
+    A real node's is its own; all nodes of simulations share one. Raises: LedgerError, ResourceError.
+    """
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger import PrivacyLedger
+    from fedtune.privacy.simulation import simulation_ledger
 
     site = None if context is None else site_settings(context)
     if site is not None:
         return PrivacyLedger.open(Path(site.ledger), require_budget=True)
-    return PrivacyLedger.open(state_dir() / "ledgers" / f"{node}.sqlite")
+    return simulation_ledger(state_dir() / "ledgers")
 
 
 def owner_delta(shard: Shard, config: Config, context: Context) -> float:
@@ -312,8 +316,9 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
     site = site_settings(context)
     if site is not None:
         asked = config_of(str(context.run_config.get("fedtune", "")))
-        used = [release.fingerprint for release in ledger.releases(run=run, node=shard.node)]
-        site.check(asked, proposed, used, shard.fingerprint)
+        used = {release.fingerprint for release in ledger.releases(run=run, node=shard.node)}
+        # A run that began under version 0.1 has the fingerprint that was not keyed.
+        site.check(asked, proposed, used - {shard.fingerprint}, ledger.known_as(shard.identity))
     return Permitted(config, shard, plan, ledger)
 
 
@@ -346,11 +351,12 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     memory.check(request, shard.node, len(ledger.releases(**mine)))
     reservation = ledger.reserve(
         dataset=shard.dataset,
-        fingerprint=shard.fingerprint,
+        fingerprint=shard.identity,
         node=shard.node,
         run=request.run,
         round=request.round,
         plan=charged,
+        whole=releases_of(plan),
         public=config.data.public,
     )
     count = len(ledger.releases(**mine))

@@ -193,7 +193,8 @@ class SiteSettings:
         """Raises PrivacyError if this site does not permit what is asked; all that is wrong, at once.
 
         Args: `asked`, the run's configuration as the server sent it; `plan`, what it proposes; `used`,
-        fingerprints that the ledger knows of this run's releases, and `fingerprint`, that of the data now.
+        what the ledger knows the data of this run's releases by, and `fingerprint`, what it knows the data by
+        now; neither is told.
         """
         problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
         if any(one != fingerprint for one in used):

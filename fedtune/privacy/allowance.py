@@ -1,30 +1,44 @@
-"""Whether a node's owner allows one more release: the composed epsilon beside the budget.
+"""Whether a node's owner allows one more release: what every key was charged, beside the budget.
 
-Epsilon grows with every step, so a total that was found to fit certifies every smaller one. The first
-release of a run therefore accounts for the whole run, and the others find the answer known; where the
-run does not fit as a whole, how far it does is found once, by bisection. Values are kept on disk
-(`fedtune.privacy.cache`), so that another process need not even load the accountant.
+A budget is enforced by a filter that is proven for releases that are chosen while their results are seen, and
+one run that was fixed in advance may be admitted as a whole by its privacy loss distribution
+(`fedtune.privacy.filter`, which has the proof). Both are asked for every class of keys that the release would
+charge (`fedtune.privacy.accounts`): a release is allowed if it is allowed for all of them.
+
+Sums of Renyi divergences at one order take no time; the privacy loss distribution of a run's plan does, and
+is kept on disk (`fedtune.privacy.cache`), so that another process need not even load the accountant.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from fedtune.errors import BudgetExhausted
-from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounts import NEVER, Account, Domain
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.cache import kept
-from fedtune.privacy.ledger_state import LedgerState, charge_of
+from fedtune.privacy.filter import fits, order_of, renyi_budget, renyi_of_terms, spent
+from fedtune.privacy.ledger_state import Use, coarser, terms_of_plan
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
-__all__ = ["Allowance", "kept_epsilon"]
+__all__ = ["Allowance", "Asked", "kept_epsilon"]
 
-_WHAT = {"training": "round {}", "evaluation": "the evaluation after round {}"}
+_WHAT = {
+    "training": "round {}",
+    "evaluation": "the evaluation after round {}",
+    "run": "the run before its first round",
+}
 _WAY_OUT = {
     "training": "Lower federation.num_rounds or train.local_steps, or raise privacy.noise_multiplier.",
     "evaluation": "Lower federation.evaluation_epsilon or privacy.epsilon.",
 }
+_NO_FOLLOWER = "Its first run was admitted as a whole, as it was fixed in advance, and lets no other follow."
 
 
 def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
@@ -35,102 +49,149 @@ def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
     return kept("epsilon", [arguments, delta], lambda: epsilon_of_terms(terms, delta))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a run asks for.
+
+    Attributes:
+        run: its id.
+        plan: of the release; of several, the first.
+        steps: what is to be charged now, by unit of privacy; None where it has no noise.
+        planned: everything that the run's plan allows, as it was fixed before its first release.
+        what: `training`, `evaluation`, ... or `run`, for a refusal.
+    """
+
+    run: str
+    plan: ReleasePlan
+    steps: Mapping[str, Mapping[Term, int] | None]
+    planned: Mapping[Term, int] | None
+    what: str
+
+    def uses(self) -> dict[Use, int]:
+        """`steps` as a ledger counts them."""
+        found: dict[Use, int] = {}
+        for unit, terms in self.steps.items():
+            if terms is None:
+                found[Use(False, unit, False, 1.0, 0.0)] = 1
+            else:
+                found |= {
+                    Use(False, unit, True, t.sample_rate, t.noise_multiplier): n for t, n in terms.items()
+                }
+        return found
+
+
 class Allowance:
-    """What budgets allow; remembers totals that were found to fit."""
+    """What budgets allow; remembers which plans let no other run follow."""
 
     def __init__(self) -> None:
-        self._certified: dict[PrivacyBudget, dict[Term, int]] = {}
+        self._closing: dict[tuple[object, PrivacyBudget], bool] = {}
 
     def check(
-        self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
-        round: int, plan: ReleasePlan, left: int, public: bool, made: int = 0,
+        self, budgets: Budgets, account: Account, asked: Asked, *, dataset: str, node: str, round: int,
+        public: bool,
     ) -> bool:  # fmt: skip
-        """Raises `BudgetExhausted` if one more release of `plan` would exceed a budget of this data.
+        """Raises `BudgetExhausted` if what is asked would exceed a budget of this data.
 
-        `left`: how many releases the run may still make, this one included: they are accounted for ahead.
-        `made`: how many it has made.
         Returns whether the release counts as public: declared so, and never treated as private before.
         """
-        names = state.names_of(dataset, fingerprint)
-        if public and not state.is_private(names) and not (set(budgets.datasets) & names):
+        names = account.names
+        if public and not account.is_private and not (set(budgets.datasets) & names):
             return True
+        what = _WHAT.get(asked.what, f"its {asked.what} after round {{}}").format(round)
         for budget in budgets.of(names):
-            if budget.unit is not None and _finer(plan.unit, budget.unit):
+            if budget.unit is not None and coarser(budget.unit, asked.plan.unit):
                 raise BudgetExhausted(
-                    f"node '{node}' refuses round {round}: the plan protects one {plan.unit}, and the "
+                    f"node '{node}' refuses {what}: the plan protects one {asked.plan.unit}, and the "
                     f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
                     f"privacy.unit={budget.unit}.",
                     public=True,
                 )
-            if self._within(state, dataset, fingerprint, plan, budget, left, made):
-                continue
-            before = kept_epsilon(state.terms(dataset, fingerprint), budget.delta)
-            after = kept_epsilon(state.adding(dataset, fingerprint, plan, 1, made), budget.delta)
-            raise BudgetExhausted(
-                f"node '{node}' refuses {_WHAT[plan.purpose].format(round)}: it would raise epsilon from "
-                f"{before:.4g} to {after:.4g}, over its budget of {budget.epsilon:g} at delta "
-                f"{budget.delta:g} for '{dataset}'. {_way_out(plan)}"
-            )
+            for domain in account.charged_domains(asked.plan.unit):
+                place = self._refused(account, domain, asked, budget)
+                if place is not None:
+                    raise self._refusal(account, domain, place, asked, budget, dataset, node, what)
         return False
 
-    def check_run(
-        self, budgets: Budgets, state: LedgerState, dataset: str, fingerprint: str, node: str,
-        plans: Sequence[ReleasePlan], made: Mapping[str, int], public: bool,
-    ) -> None:  # fmt: skip
-        """Raises `BudgetExhausted` if what is left of all `plans` of one run would exceed a budget.
+    def _refused(self, account: Account, domain: Domain, asked: Asked, budget: PrivacyBudget) -> int | None:
+        """The class of keys that would be charged most over its budget; None if the release is allowed."""
+        order = order_of(budget.epsilon, budget.delta)
+        others = account.standing(
+            domain, asked.run, order, budget,
+            lambda run: any(
+                self._closes(terms_of_plan(one), budget) for one in account.state.plans[run].values()
+            ),
+        )  # fmt: skip
+        own = account.own(domain, asked.run, order)
+        finest = np.full(len(domain.sizes), min(UNITS.index(unit) for unit in asked.steps))
+        for standing in (others, own):
+            for unit, released in standing.units.items():
+                finest[released] = np.minimum(finest[released], UNITS.index(unit))
+        total = _at(finest, {(u, r): np.full(len(finest), v) for (u, r), v in _costs(asked, order).items()})
+        total += _at(finest, others.spent) + _at(finest, own.spent)
+        touched = others.first != NEVER
+        # Which run charged the class first; one that closed the account lets no other follow.
+        mine = ~touched | (own.first < others.first)
+        closed = np.where(mine, self._closes(asked.planned, budget), others.closed)
+        within = total <= renyi_budget(budget.epsilon, budget.delta, order)
+        allowed = np.where(
+            closed, ~touched & account.is_part(domain, asked.run, asked.uses(), asked.planned), within
+        )
+        if allowed.all():
+            return None
+        return int(np.argmax(np.where(allowed, -1.0, total)))
 
-        `made`: how many releases the run has made, by purpose.
-        """
-        names = state.names_of(dataset, fingerprint)
-        if public and not state.is_private(names) and not (set(budgets.datasets) & names):
-            return
-        for budget in budgets.of(names):
-            before = state.terms(dataset, fingerprint)
-            after = before
-            for plan in plans:
-                done = made.get(plan.purpose, 0)
-                after = compose_terms(after, charge_of(plan, max(0, plan.num_rounds - done), done))
-            now, then = kept_epsilon(before, budget.delta), kept_epsilon(after, budget.delta)
-            if then > budget.epsilon:
-                raise BudgetExhausted(
-                    f"node '{node}' refuses the run before its first round: all of it would raise epsilon "
-                    f"from {now:.4g} to {then:.4g}, over its budget of {budget.epsilon:g} at delta "
-                    f"{budget.delta:g} for '{dataset}'. {_way_out(plans[0])}"
-                )
-
-    def _within(
-        self, state: LedgerState, dataset: str, fingerprint: str, plan: ReleasePlan, budget: PrivacyBudget,
-        left: int, made: int,
-    ) -> bool:  # fmt: skip
-        """Whether one more release stays within `budget`.
-
-        Epsilon grows with every count, so a larger total that was found to fit certifies all below it. The
-        whole rest of the run is tried first: then the rest of the run asks no more.
-        """
-        wanted = state.adding(dataset, fingerprint, plan, 1, made)
-        if wanted is None:
+    def _closes(self, planned: Mapping[Term, int] | None, budget: PrivacyBudget) -> bool:
+        """Whether a run with this plan, the first of its data, is admitted whole because it was fixed in
+        advance, and lets no other follow: as `filter.admits` decides it."""
+        if planned is None:
             return False
-        known = self._certified.get(budget)
-        if known is not None and _covers(known, wanted):
-            return True
+        key = (frozenset(planned.items()), budget)
+        if key not in self._closing:
+            self._closing[key] = (
+                not fits(planned, budget.epsilon, budget.delta)
+                and kept_epsilon(planned, budget.delta) <= budget.epsilon
+            )
+        return self._closing[key]
 
-        def fits(releases: int) -> bool:
-            total = state.adding(dataset, fingerprint, plan, releases, made)
-            if total is None or kept_epsilon(total, budget.delta) > budget.epsilon:
-                return False
-            self._certified[budget] = total
-            return True
+    def _refusal(
+        self, account: Account, domain: Domain, place: int, asked: Asked, budget: PrivacyBudget, dataset: str,
+        node: str, what: str,
+    ) -> BudgetExhausted:  # fmt: skip
+        limit, delta = budget.epsilon, budget.delta
+        before = account.runs_of(domain, place)
+        after = account.runs_of(domain, place, adding=(asked.run, asked.uses(), asked.planned))
+        now = spent(before, delta, limit, fixed=kept_epsilon)
+        then = spent(after, delta, limit, fixed=kept_epsilon)
+        text = (
+            f"node '{node}' refuses {what}: it would raise epsilon from {now:.4g} to {then:.4g}, over its "
+            f"budget of {limit:g} at delta {delta:g} for '{dataset}'."
+        )
+        seen, records = account.seen(asked.run)
+        if seen:
+            text += f" {seen} of its {records} records were released before."
+        if len(after) > 1 and self._closes(after[0].planned, budget):
+            text += f" {_NO_FOLLOWER}"
+        return BudgetExhausted(f"{text} {_way_out(asked.plan)}")
 
-        if fits(left):
-            return True
-        if not fits(1):
-            return False
-        # How far the budget reaches, once, rather than an epsilon for every further release.
-        low, high = 1, left
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return True
+
+def _at(finest: Any, spent: Mapping[tuple[str, bool], Any]) -> Any:
+    """What was spent, [c]: as a replacement where the release's unit is coarser than the class's finest."""
+    total = np.zeros(len(finest))
+    for (unit, replaced), values in spent.items():
+        total += np.where((UNITS.index(unit) > finest) == replaced, values, 0.0)
+    return total
+
+
+def _costs(asked: Asked, order: int) -> dict[tuple[str, bool], float]:
+    """The Renyi divergence of what is asked, by unit and by whether it counts as a replacement."""
+    costs: dict[tuple[str, bool], float] = {}
+    for unit, terms in asked.steps.items():
+        for replaced in (False, True):
+            costs[unit, replaced] = math.inf
+            if terms is not None:
+                as_seen = {Term(t.sample_rate, t.noise_multiplier, replaced): n for t, n in terms.items()}
+                costs[unit, replaced] = renyi_of_terms(as_seen, order)
+    return costs
 
 
 def _way_out(plan: ReleasePlan) -> str:
@@ -138,12 +199,4 @@ def _way_out(plan: ReleasePlan) -> str:
         return "Without noise no budget is enough: choose privacy.trust=local, distributed or central."
     if plan.reproducible_noise:
         return "Noise from `seed` protects nobody: leave privacy.reproducible_noise out."
-    return _WAY_OUT[plan.purpose]
-
-
-def _finer(unit: str, than: str) -> bool:
-    return UNITS.index(unit) < UNITS.index(than)
-
-
-def _covers(large: Mapping[Term, int], small: Mapping[Term, int]) -> bool:
-    return all(large.get(term, 0) >= count for term, count in small.items())
+    return _WAY_OUT.get(plan.purpose, _WAY_OUT["training"])

@@ -2,6 +2,10 @@
 
 Each function returns a `Report`: text for a terminal, JSON values for a program, and an exit status. Where
 files lie is an argument, printing is the command line's; nothing here changes a ledger but `set_budget`.
+
+Simulations share one ledger (`fedtune.privacy.simulation`). A node's name (`--node`) selects the ledger that
+a real node keeps in the same folder, or else what a simulated node of that name released; a budget belongs to
+data and not to a simulated node, so one that is set with its name holds for the data on all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import Any
 from fedtune.errors import LedgerError
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.ledger_state import Body
+from fedtune.privacy.simulation import NAME, ledgers_in
 
 __all__ = ["Report", "find_ledgers", "history", "main", "set_budget", "show", "verify"]
 
@@ -29,26 +35,37 @@ class Report:
     status: int = 0
 
 
-def find_ledgers(folder: Path, node: str | None = None) -> list[Path]:
-    """The ledgers in `folder`, by node name. Raises `LedgerError` if `node` is given and has none."""
-    found = sorted(folder.glob("*.sqlite")) if folder.is_dir() else []
+def find_ledgers(folder: Path, node: str | None = None) -> tuple[list[Path], str | None]:
+    """The ledgers in `folder` to be read for `node`, and the simulated node that alone is meant in them.
+
+    Raises `LedgerError` if `node` is given and neither has a ledger nor released anything in a simulation.
+    """
+    found = ledgers_in(folder)
     if node is None:
-        return found
-    mine = [path for path in found if path.stem == node]
-    if not mine:
-        known = ", ".join(path.stem for path in found) or "none"
-        raise LedgerError(f"There is no ledger of node '{node}' in {folder}. Known nodes: {known}.")
-    return mine
+        return [ledger.path for ledger in found], None
+    for ledger in found:
+        if ledger.path.stem == node:
+            return [ledger.path], None
+    released = {release.node for ledger in found if ledger.path.stem == NAME for release in ledger.releases()}
+    if node in released:
+        return [folder / f"{NAME}.sqlite"], node
+    known = sorted(released | {ledger.path.stem for ledger in found} - {NAME})
+    raise LedgerError(
+        f"There is no ledger of node '{node}' in {folder}, and no simulated node of that name has released "
+        f"anything. Known nodes: {', '.join(known) or 'none'}."
+    )
 
 
-def show(paths: list[Path], dataset: str | None = None) -> Report:
+def show(paths: list[Path], dataset: str | None = None, node: str | None = None) -> Report:
     """What each data set has spent, and of how much.
 
-    JSON: a list of {dataset, fingerprint, epsilon, delta, budget_epsilon, releases, unfinished, node, unit,
-    public}. `epsilon` is composed over all releases of the same data under any of its names; null where one
-    had no noise. `budget_epsilon` is null where the owner has set none.
+    JSON: a list of {dataset, fingerprint, epsilon, delta, budget_epsilon, releases, unfinished, node, nodes,
+    unit, public}, one for each set of records that was released from under one name. `fingerprint` is the
+    ledger's own keyed id of these records, which says nothing to anybody else. `epsilon` is composed over all
+    releases of any of them, whatever they were called: the worst over its records and persons; null where one
+    had no noise. `budget_epsilon` is null where the owner has set none, `node` where there are several.
     """
-    entries = [entry for path in paths for entry in _entries(PrivacyLedger.open(path))]
+    entries = [entry for path in paths for entry in _entries(PrivacyLedger(path), node)]
     if dataset is not None:
         entries = [entry for entry in entries if entry["dataset"] == dataset]
     if not entries:
@@ -57,7 +74,7 @@ def show(paths: list[Path], dataset: str | None = None) -> Report:
     header = ("node", "data set", "fingerprint", "unit", "epsilon", "budget", "delta", "releases")
     lines = [
         (
-            entry["node"] or "-",
+            _nodes(entry["nodes"]),
             entry["dataset"],
             (entry["fingerprint"] or "-")[:12],
             entry["unit"] or "-",
@@ -69,8 +86,10 @@ def show(paths: list[Path], dataset: str | None = None) -> Report:
         for entry in entries
     ]
     note = (
-        "Epsilon is an upper bound, composed over all releases of the data under any of its names. "
-        "Unfinished releases count as spent."
+        "Epsilon is an upper bound for whichever record or person of the data has spent most, over all its "
+        "releases under any name and cut. Over one run, fixed in advance, it is that of its privacy loss "
+        "distribution; over several, chosen one after another, the Renyi number, which is larger. Unfinished "
+        "releases count as spent."
     )
     return Report(_table([header, *lines]) + "\n\n" + note, entries)
 
@@ -83,19 +102,18 @@ def set_budget(
     ledger = PrivacyLedger(path)
     ledger.set_budget(budget, dataset=dataset)
     ledger.close()
+    where = "Every simulation" if path.stem == NAME else f"Node '{path.stem}'"
     whose = f"'{dataset}'" if dataset else "every data set without a budget of its own"
     asked = f", protecting every {unit}" if unit else ""
-    text = (
-        f"Node '{path.stem}': {whose} may spend epsilon {epsilon:g} at delta {delta:g}{asked}, in all, ever."
-    )
+    text = f"{where}: {whose} may spend epsilon {epsilon:g} at delta {delta:g}{asked}, in all, ever."
     return Report(text, {"node": path.stem, "dataset": dataset, **budget.to_json()})
 
 
-def history(paths: list[Path], dataset: str | None = None) -> Report:
+def history(paths: list[Path], dataset: str | None = None, node: str | None = None) -> Report:
     """Every release, oldest first, with what it was. JSON: a list of objects."""
     entries = []
     for path in paths:
-        for release in PrivacyLedger.open(path).releases(dataset=dataset):
+        for release in PrivacyLedger(path).releases(dataset=dataset, node=node):
             steps = release.steps
             entries.append(
                 {
@@ -162,7 +180,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Runs `arguments.action` (show, set, history or verify) and prints; returns the exit status.
 
     Reads `node`, `dataset`, `json`, and for set `epsilon`, `delta` and `unit`; those that are missing count
-    as not given. `set` without `node` sets the budget of every node that has a ledger.
+    as not given. `set` without `node` sets the budget of simulations, and of every node with a ledger there.
     """
     from fedtune.config.paths import state_dir
 
@@ -174,11 +192,11 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.action == "set":
         report = _set(folder, node, dataset, given("epsilon"), given("delta"), given("unit"))
     else:
-        paths = find_ledgers(folder, node)
+        paths, only = find_ledgers(folder, node)
         if arguments.action == "show":
-            report = show(paths, dataset)
+            report = show(paths, dataset, only)
         elif arguments.action == "history":
-            report = history(paths, dataset)
+            report = history(paths, dataset, only)
         else:
             report = verify(paths)
     print(json.dumps(report.json, indent=2, allow_nan=False) if given("json") else report.text)
@@ -189,52 +207,52 @@ def _set(
     folder: Path, node: str | None, dataset: str | None, epsilon: Any, delta: Any, unit: str | None
 ) -> Report:
     PrivacyBudget(epsilon, delta, unit)  # refuse before the first file is touched
-    if node is not None:
-        if node in ("", ".", "..") or "/" in node or "\\" in node:
-            raise LedgerError(f"'{node}' is no name of a node.")
-        paths = [folder / f"{node}.sqlite"]
-    else:
-        paths = find_ledgers(folder)
-        if not paths:
-            raise LedgerError(
-                f"There is no ledger in {folder} yet. Name the node whose budget it is: fedtune budget set "
-                "--node NODE --epsilon E --delta D."
-            )
+    if node is not None and (node in ("", ".", "..") or "/" in node or "\\" in node):
+        raise LedgerError(f"'{node}' is no name of a node.")
+    own = [ledger.path for ledger in ledgers_in(folder) if ledger.path.stem != NAME]
+    paths = [path for path in own if path.stem == node] if node is not None else own
+    if node is None or not paths:
+        paths = [folder / f"{NAME}.sqlite", *paths]
     reports = [set_budget(p, epsilon=epsilon, delta=delta, dataset=dataset, unit=unit) for p in paths]
     return Report("\n".join(report.text for report in reports), [report.json for report in reports])
 
 
-def _entries(ledger: PrivacyLedger) -> list[dict[str, Any]]:
+def _entries(ledger: PrivacyLedger, node: str | None) -> list[dict[str, Any]]:
     state = ledger.state()
     budgets = ledger.budgets()
-    unfinished: dict[tuple[str, str], int] = {}
-    public: dict[tuple[str, str], bool] = {}
+    unfinished: dict[Body, int] = {}
+    public: dict[Body, bool] = {}
     for release in ledger.releases():
-        pair = (release.dataset, release.fingerprint)
-        unfinished[pair] = unfinished.get(pair, 0) + (not release.committed)
-        public[pair] = public.get(pair, True) and release.public
+        body = Body(release.dataset, release.fingerprint)
+        unfinished[body] = unfinished.get(body, 0) + (not release.committed)
+        public[body] = public.get(body, True) and release.public
     entries = []
-    for (dataset, fingerprint), count in sorted(state.releases.items()):
-        found = budgets.of(state.names_of(dataset, fingerprint))
+    for body, count in sorted(state.releases.items()):
+        nodes = sorted(state.nodes[body])
+        if node is not None and node not in nodes:
+            continue
+        account = ledger.account(dataset=body.dataset, fingerprint=body.fingerprint)
+        found = budgets.of(account.names)
         budget = found[0] if found else None
-        delta = budget.delta if budget else state.smallest_delta(dataset, fingerprint)
-        epsilon = ledger.epsilon(dataset=dataset, fingerprint=fingerprint, delta=delta)
-        pair = (dataset, fingerprint)
+        delta = budget.delta if budget else account.smallest_delta
+        epsilon = ledger.epsilon(dataset=body.dataset, fingerprint=body.fingerprint, delta=delta)
         entries.append(
             {
-                "dataset": dataset,
-                "fingerprint": fingerprint,
+                "dataset": body.dataset,
+                "fingerprint": body.fingerprint,
                 "epsilon": epsilon if math.isfinite(epsilon) else None,
                 "delta": delta,
                 "budget_epsilon": budget.epsilon if budget else None,
                 "releases": count,
-                "unfinished": unfinished.get(pair, 0),
-                "node": state.node,
-                "unit": state.unit_of(dataset, fingerprint),
-                "public": public.get(pair, False),
+                "unfinished": unfinished[body],
+                "node": nodes[0] if len(nodes) == 1 else None,
+                "nodes": nodes,
+                "unit": account.unit(),
+                "public": public[body],
             }
         )
-    known = {dataset for dataset, _ in state.releases}
+    known = {body.dataset for body in state.releases}
+    whose = [] if ledger.path.stem == NAME else [state.node or ledger.path.stem]
     for name, budget in sorted(budgets.datasets.items()):
         if name not in known:
             entries.append(
@@ -246,12 +264,17 @@ def _entries(ledger: PrivacyLedger) -> list[dict[str, Any]]:
                     "budget_epsilon": budget.epsilon,
                     "releases": 0,
                     "unfinished": 0,
-                    "node": state.node or ledger.path.stem,
+                    "node": whose[0] if whose else None,
+                    "nodes": whose,
                     "unit": budget.unit,
                     "public": False,
                 }
             )
     return entries
+
+
+def _nodes(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{len(names)} nodes"
 
 
 def _noise(entry: dict[str, Any]) -> str:

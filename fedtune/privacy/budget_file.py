@@ -14,15 +14,23 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedtune.errors import LedgerError, PrivacyError
+from fedtune.privacy.secret import write_whole
 
-__all__ = ["Budgets", "PrivacyBudget", "budgets_of", "read_budgets", "write_budgets"]
+__all__ = [
+    "Budgets",
+    "PrivacyBudget",
+    "budgets_in_force",
+    "budgets_of",
+    "read_budgets",
+    "strictest",
+    "write_budgets",
+]
 
 _VERSION = 1
 _UNITS = ("record", "person", "client")
@@ -111,6 +119,53 @@ def read_budgets(path: Path, *, anew: bool = False) -> Budgets | None:
         raise _unusable(path, str(error)) from error
 
 
+def budgets_in_force(path: Path, ledger: Path, *, was_set: bool, required: bool) -> Budgets:
+    """The budgets in `path` that a release must keep. Raises `LedgerError` where there must be some.
+
+    Args: `was_set`, whether the ledger has heard of a budget; `required`, whether nothing may be released
+    without one (a real node).
+    """
+    found = read_budgets(path)
+    if found is None and was_set:
+        raise LedgerError(
+            f"The budget file {path} is missing, but a budget was set before. No release is made without it. "
+            "Restore the file, or set a budget anew: fedtune budget set --epsilon E --delta D; at a site, "
+            "start the node again, which sets what node.yaml names."
+        )
+    if found is None and required:
+        raise LedgerError(
+            f"There is no budget file {path}, and this node releases nothing before its owner has said what "
+            "may be spent. Run: fedtune budget set --epsilon E --delta D; at a site, start the node, which "
+            "sets what node.yaml names."
+        )
+    if required and not was_set:
+        raise LedgerError(
+            f"There is a budget file {path}, but the privacy ledger {ledger} never heard of a budget: it is "
+            "gone, or another. No release is made, for what was spent before would be forgotten. Restore the "
+            "ledger from a backup; at a site, `fedtune node proof --config node.yaml` shows what is there."
+        )
+    return found or Budgets(None, {})
+
+
+def strictest(one: Budgets, other: Budgets) -> Budgets:
+    """Budgets that keep both: for each name the smaller epsilon, the smaller delta and the coarser unit."""
+
+    def both(name: str | None) -> PrivacyBudget | None:
+        found = [b.datasets.get(name, b.default) if name is not None else b.default for b in (one, other)]
+        kept = [budget for budget in found if budget is not None]
+        if not kept:
+            return None
+        units = [budget.unit for budget in kept if budget.unit is not None]
+        return PrivacyBudget(
+            min(budget.epsilon for budget in kept),
+            min(budget.delta for budget in kept),
+            max(units, key=_UNITS.index) if units else None,
+        )
+
+    names = sorted({*one.datasets, *other.datasets})
+    return Budgets(both(None), {name: budget for name in names if (budget := both(name)) is not None})
+
+
 def write_budgets(path: Path, budgets: Budgets) -> None:
     """Replaces the file in one step, readable and writable by its owner only."""
     content = {
@@ -119,17 +174,7 @@ def write_budgets(path: Path, budgets: Budgets) -> None:
         "datasets": {name: budget.to_json() for name, budget in sorted(budgets.datasets.items())},
     }
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".budget")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
     except OSError as error:
         raise LedgerError(
             f"The budget file {path} cannot be written: {error}. The old budget stands."

@@ -13,6 +13,9 @@ the last rows in the `-wal` file until the next row is written; a backup is of t
 SQLite's lock first (`BEGIN IMMEDIATE`) and wait for one another. A connection is never carried over a fork,
 and threads of one process take turns.
 
+Beside the log lie the keys of each set of records that releases were made from (`fedtune.privacy.identity`),
+written in the transaction of the row that names the set and holds the digest of its keys.
+
 Reading is incremental: a reader that knows the log up to some row verifies and reads only what came after.
 The clock is written down for people and never used: rows are ordered by their number.
 """
@@ -38,7 +41,10 @@ __all__ = ["GENESIS", "Chain", "Row"]
 
 GENESIS = "0" * 64  # what the first row names as its predecessor
 _BUSY_SECONDS = 60.0
-_APPLICATION_ID = 0x66746C67  # 'ftlg': tells a ledger from any other SQLite file
+_APPLICATION_ID = 0x66746C68  # 'ftlh': tells a ledger from any other SQLite file
+_OLD_APPLICATION_ID = (
+    0x66746C67  # of version 0.1, which knew no keys: it must not write to this file any more
+)
 
 _SCHEMA = (
     "CREATE TABLE log (seq INTEGER PRIMARY KEY AUTOINCREMENT, time TEXT NOT NULL, kind TEXT NOT NULL, "
@@ -47,6 +53,12 @@ _SCHEMA = (
     "CREATE INDEX log_by_kind ON log (kind, seq)",
     "CREATE TRIGGER log_is_not_edited BEFORE UPDATE ON log BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER log_is_not_cut BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+)
+# Beside the log: the keys of each set that a row of the log names, with their digest.
+_SET_SCHEMA = (
+    "CREATE TABLE sets (id TEXT PRIMARY KEY, records BLOB NOT NULL, persons BLOB)",
+    "CREATE TRIGGER sets_are_not_edited BEFORE UPDATE ON sets BEGIN SELECT RAISE(ABORT, 'append-only'); END",
+    "CREATE TRIGGER sets_are_not_cut BEFORE DELETE ON sets BEGIN SELECT RAISE(ABORT, 'append-only'); END",
 )
 _inherited: list[sqlite3.Connection] = []  # kept from the collector, which would close them
 _COLUMNS = "seq, time, kind, run, body, previous, hash"
@@ -80,6 +92,7 @@ class Chain:
             connection = self._connected(create=True)
             connection.execute("BEGIN IMMEDIATE")
             try:
+                self._upgrade(connection)
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
@@ -179,9 +192,10 @@ class Chain:
         elif counter < last:
             problems.append(f"row {last} was added without the ledger's counter")
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
-        if set(_SCHEMA) - found:
+        schema = {*_SCHEMA, *(_SET_SCHEMA if self._has_sets(connection) else ())}
+        if schema - found:
             problems.append("the locks against editing were taken off the table")
-        if found - {*_SCHEMA, "CREATE TABLE sqlite_sequence(name,seq)"}:
+        if found - {*schema, "CREATE TABLE sqlite_sequence(name,seq)"}:
             problems.append("there is something in the file that a ledger does not have")
         return rows, problems
 
@@ -196,9 +210,55 @@ class Chain:
         query = f"SELECT {_COLUMNS} FROM log WHERE kind = ? ORDER BY seq DESC LIMIT ?"
         return [self.checked(raw) for raw in connection.execute(query, (kind, count))][::-1]
 
+    # --- sets of keys -------------------------------------------------------------------------------
+
+    def add_set(
+        self, connection: sqlite3.Connection, name: str, records: bytes, persons: bytes | None
+    ) -> None:
+        """Keeps the keys of a set, within the caller's transaction, which appends the row that names it."""
+        connection.execute(
+            "INSERT INTO sets (id, records, persons) VALUES (?, ?, ?)", (name, records, persons)
+        )
+
+    def set_of(self, connection: sqlite3.Connection, name: str) -> tuple[bytes, bytes | None] | None:
+        """The keys of records and persons of set `name` as they were kept; None if there are none."""
+        if not self._has_sets(connection):
+            return None
+        found = connection.execute("SELECT records, persons FROM sets WHERE id = ?", (name,)).fetchone()
+        return None if found is None else (bytes(found[0]), None if found[1] is None else bytes(found[1]))
+
+    def set_names(self, connection: sqlite3.Connection) -> set[str]:
+        """The names of all sets whose keys are kept."""
+        if not self._has_sets(connection):
+            return set()
+        return {str(name) for (name,) in connection.execute("SELECT id FROM sets")}
+
+    def _has_sets(self, connection: sqlite3.Connection) -> bool:
+        return bool(connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID)
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        """Makes a file of version 0.1 one of this version, within the caller's transaction; rows stay."""
+        if not self._has_sets(connection):
+            for statement in _SET_SCHEMA:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+
+    def is_old(self) -> bool:
+        """Whether the file is a ledger that version 0.1 wrote, and this version has not written to."""
+        with self.reading() as connection:
+            return connection is not None and not self._has_sets(connection)
+
     def _counter(self, connection: sqlite3.Connection) -> int:
         found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
         return int(found[0]) if found else 0
+
+    def ends(self, connection: sqlite3.Connection) -> tuple[str, int, str]:
+        """Hash of the first row, number and hash of the last; of an empty log (GENESIS, 0, GENESIS)."""
+        first, last = (
+            connection.execute(f"SELECT seq, hash FROM log ORDER BY seq {order} LIMIT 1").fetchone()
+            for order in ("ASC", "DESC")
+        )
+        return (GENESIS, 0, GENESIS) if first is None else (str(first[1]), int(last[0]), str(last[1]))
 
     def hash_of(self, connection: sqlite3.Connection, seq: int) -> str | None:
         """Hash of row `seq`; None if there is no such row."""
@@ -302,7 +362,7 @@ class Chain:
         try:
             # Another process may have been first; the lock is ours now, so look again.
             if not self._is_ledger(connection):
-                for statement in _SCHEMA:
+                for statement in (*_SCHEMA, *_SET_SCHEMA):
                     connection.execute(statement)
                 connection.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             connection.execute("COMMIT")
@@ -315,7 +375,7 @@ class Chain:
         # In this order: tables and identity are committed together, perhaps by another process just now.
         (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (found,) = connection.execute("PRAGMA application_id").fetchone()
-        if found == _APPLICATION_ID:
+        if found in (_APPLICATION_ID, _OLD_APPLICATION_ID):
             return True
         if found != 0 or objects:
             raise LedgerError(

@@ -1,67 +1,82 @@
-"""What one node has released from its data so far, and whether it may release more.
+"""What a node has released from its data so far, and whether it may release more.
 
 The protocol is reserve, train, commit. `reserve` writes the release down, durably, before data is
 touched, or refuses; `commit` notes that it came to an end. A reservation that was never committed counts as
 spent, because nobody knows how far it got. So the ledger may show more than was released, never less.
 
 It stores releases with the parameters of their event, never an epsilon: epsilon does not add up. What the
-data has cost is composed anew from all releases (`fedtune.privacy.accounting`). A release whose noise came
-from `seed` (`privacy.reproducible_noise`, for simulations) is written down as one without noise.
+data has cost is composed anew from all releases. A release whose noise came from `seed`
+(`privacy.reproducible_noise`, for simulations) is written down as one without noise.
 
-Data is known by name and by fingerprint. Releases whose name *or* fingerprint agree are composed, and so
-are those that are linked through a third: the same records under a new name, or the old name after one
-record was changed, find the budget where it was. Records that are copied into data with a new name and
-a new fingerprint cannot be recognised; that stays with the owner.
+One account for one body of data. A release is charged to every record that it touched, and to every person if
+its unit is a person or a client, by keys that only this node can make (`fedtune.privacy.identity`). What data
+has spent is the worst over its keys of all that each was ever charged, and the strictest budget of any name
+under which one of them was released holds. So neither a new name, nor another file, nor another cut into
+shards, nor next month's export of the same people finds a fresh budget. Units of privacy, equal texts at
+several nodes, and rows of version 0.1, which knew no keys: `fedtune.privacy.accounts`.
 
-Units. A release that protects persons or clients also says something about a single record: one record
-changed replaces its person by another, so for a finer unit such a release counts as a replacement, at
-twice the sensitivity. A release that protects records says nothing about persons. The epsilon of data
-that was used with several units is that of the finest.
+Budgets stop by a filter that is proven for releases chosen while results are seen (`fedtune.privacy.filter`).
+`epsilon` over one run, which was fixed in advance, is that of its privacy loss distribution; over several
+runs it is the Renyi number, which is larger. A run is held to its plan: what a release adds never changes.
 
-Adaptivity. Composition by loss distributions is proven for mechanisms whose parameters were fixed before
-their outputs were seen; each run is such a mechanism (its plan is made before data is read). That an owner
-or a server may choose the parameters of the next run after seeing the last one is proven to be harmless for
-Renyi DP (Feldman and Zrnic 2021) and not, as yet, for this tighter composition. `epsilon_rdp` is there for
-whoever wants that.
+Purposes. A release is made for training, for evaluation, for a size (`plan.purpose`). All compose; how many a
+run's plan allows is counted for each by itself.
 
-Purposes. A release is made for training or for evaluation (`plan.purpose`). Both compose; what a run's plan
-allows is counted for each by itself.
-
-One ledger is one node's: it is bound to the node that first reserves. Several processes may share it.
+A real node has a ledger of its own, bound to the node that first reserves. All nodes of simulations share one
+(`fedtune.privacy.simulation`), because another partition of the same data makes other nodes. Several
+processes may share a ledger.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import secrets
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
-from fedtune.privacy.accounting import epsilon_rdp_of_terms
-from fedtune.privacy.allowance import Allowance, kept_epsilon
-from fedtune.privacy.budget_file import Budgets, PrivacyBudget, budgets_of, read_budgets, write_budgets
-from fedtune.privacy.chain import GENESIS, Chain, Row
-from fedtune.privacy.identity import Identity
+from fedtune.errors import LedgerError, PrivacyError
+from fedtune.privacy.accounting import Term, compose_terms
+from fedtune.privacy.accounts import Account
+from fedtune.privacy.allowance import Allowance, Asked, kept_epsilon
+from fedtune.privacy.budget_file import (
+    Budgets,
+    PrivacyBudget,
+    budgets_in_force,
+    budgets_of,
+    read_budgets,
+    write_budgets,
+)
+from fedtune.privacy.chain import GENESIS, Chain
+from fedtune.privacy.filter import spent
+from fedtune.privacy.identity import Identity, KeySet, keyed
+from fedtune.privacy.key_sets import KeySets
 from fedtune.privacy.ledger_state import (
+    RELEASED,
     LedgerState,
+    Pen,
+    Planned,
     Release,
+    added_up,
     charge_of,
+    is_wrong_summary,
     purpose_of,
     release_of,
     state_of,
+    terms_of_plan,
 )
-from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
+from fedtune.privacy.plan import ReleasePlan
+from fedtune.privacy.run_counts import RunCounts, steps_of
+from fedtune.privacy.secret import check_of, check_secret, make_secret, read_secret
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
 
-_KEPT_OPEN = 128  # ledgers that one process holds open: a simulation has one for each node
-_opened: dict[tuple[str, bool, int], PrivacyLedger] = {}
-_KEPT_RUNS = 16  # whose releases a process keeps count of
-_SNAPSHOT_EVERY = 256  # rows between two summaries: what a new process reads at most, twice over
+_KEPT_OPEN = 16  # ledgers that one process holds open
+_opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
+_NO_SECRET = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True)
@@ -75,49 +90,47 @@ class Reservation:
     round: int
 
 
-@dataclass
-class _Counted:
-    """Releases that one node made in one run for one purpose, up to row `seq`."""
-
-    seq: int = 0
-    rounds: list[int] = field(default_factory=list)  # of each release
-    agreed: float = math.inf  # the fewest that a plan allowed
-
-
 class PrivacyLedger:
     """The ledger in one file. Objects are cheap; several, in several processes, may use one file.
 
     Guarantees: (1) when `reserve` has returned, the release is on the disk; (2) no release is reserved that
-    would raise the composed epsilon over the owner's budget, nor more or closer releases of one run than its
-    plan says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
+    would take a key over the owner's budget, nor more, closer or other releases of one run than its plan
+    says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
+
+    Wherever data is asked for, `fingerprint` is its `Identity`, or the text by which the ledger knows it: the
+    id that it gave the data's keys, or, for data without keys, any name of it.
     """
 
-    def __init__(self, path: Path, *, require_budget: bool = False) -> None:
+    def __init__(self, path: Path, *, require_budget: bool = False, shared: bool = False) -> None:
         self.path = path
         self.budget_path = path.with_suffix(".budget.json")
+        self.secret_path = path.with_suffix(".key")
         self._require_budget = require_budget
+        self._shared = shared
         self._chain = Chain(path)
+        self._sets = KeySets(self._chain)
         self._state = LedgerState()
         self._allowance = Allowance()
-        self._counted: dict[tuple[str, str, str], _Counted] = {}
+        self._runs = RunCounts(self._chain)
 
     @classmethod
-    def open(cls, path: Path, *, require_budget: bool = False) -> PrivacyLedger:
+    def open(cls, path: Path, *, require_budget: bool = False, shared: bool = False) -> PrivacyLedger:
         """The ledger at `path`; the file is made by the first reservation.
 
         With `require_budget` (a real node) nothing is released before the owner has set a budget; without
-        (a simulation) data that has none is recorded and not refused. Raises `LedgerError` if there is a
-        file that is no ledger, cannot be trusted or cannot be read.
+        (a simulation) data that has none is recorded and not refused. `shared`: of several nodes. Raises
+        `LedgerError` if there is a file that is no ledger, cannot be trusted or cannot be read, or if its
+        secret is missing, damaged or another.
         """
         # One object a file and process: it holds the connection, and knows the rows that it has read.
-        key = (str(Path(path).absolute()), require_budget, os.getpid())
+        key = (str(Path(path).absolute()), require_budget, shared, os.getpid())
         ledger = _opened.get(key)
         if ledger is None:
-            ledger = cls(Path(path), require_budget=require_budget)
+            ledger = cls(Path(path), require_budget=require_budget, shared=shared)
             while len(_opened) >= _KEPT_OPEN:
                 _opened.pop(next(iter(_opened))).close()
             _opened[key] = ledger
-        ledger._current()
+        ledger._secret(ledger._current())
         return ledger
 
     def close(self) -> None:
@@ -135,51 +148,64 @@ class PrivacyLedger:
         run: str,
         round: int,
         plan: ReleasePlan,
+        whole: Sequence[ReleasePlan] = (),
         public: bool = False,
     ) -> Reservation:
         """Writes down that one release of `plan` is about to be made, durably, before it returns.
 
-        Args: `dataset` and `fingerprint` say from what (`fingerprint`: the data's identity, or the text by
-        which the ledger knows it); `public`: its owner declared it public, so nothing
-        is refused (ignored where the same data was released as private before). Raises
-        `BudgetExhausted` if the release would exceed the budget or the run's own plan, `SeparationError` if
-        it comes too soon after the last one (dp_ftrl), `LedgerError` if it could not be written; then
-        nothing may be released.
+        Args: `dataset` and `fingerprint` say from what (see the class); `whole`: the plans of all releases of
+        the run, one for each purpose, by which it may be admitted as one that was fixed in advance (default:
+        `plan` alone); `public`: its owner declared the data public, so nothing is refused (ignored where a
+        key of it was released as private before). Raises `BudgetExhausted` if the release would exceed a
+        budget or the run's own plan, `SeparationError` if it comes too soon after the last one (dp_ftrl),
+        `PrivacyError` if it is another than the run's first ones were, `LedgerError` if it could not be
+        written; then nothing may be released.
         """
-        fingerprint = _known_as(fingerprint)
-        for name, value in (("dataset", dataset), ("fingerprint", fingerprint), ("node", node), ("run", run)):
-            if not isinstance(value, str) or not value:
+        data = fingerprint if isinstance(fingerprint, Identity) else str(fingerprint or "")
+        for name, value in (("dataset", dataset), ("fingerprint", data), ("node", node), ("run", run)):
+            if not isinstance(value, str | Identity) or not value:
                 raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
         if isinstance(round, bool) or not isinstance(round, int) or round < 0:
             raise PrivacyError(f"round must be a whole number of 0 or more, not {round!r}.")
-        # Accounting may take a second. It is done here first, so that it is known already when it is asked
-        # for again below, where other processes wait for the lock.
+        planned = _planned(whole or (plan,))
+        # Keys and accounting may take a second. They are made here first, so that they are known already when
+        # they are asked for again below, where other processes wait for the lock.
+        known = self._keys(data, register=True)
+        named = (_as_json(planned),) if whole else None
+
+        def allowed(connection: Any, state: LedgerState) -> tuple[int, bool]:
+            made = self._runs.made(connection, plan, named, node=node, run=run, round=round)
+            steps = {plan.unit: charge_of(plan, 1, made)}
+            asked = Asked(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
+            account = self._sets.account(connection, state, dataset, known)
+            return made, self._allowance.check(
+                self._budgets(state), account, asked, dataset=dataset, node=node, round=round, public=public
+            )
+
         state = self._current()
         with self._chain.reading() as view:
-            made, left = self._releases_left(view, plan, node, run, round)
-        self._allowance.check(
-            self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public, made
-        )
-        with self._chain.writing() as connection:
-            state = self._caught_up(connection)
-            if state.node is not None and state.node != node:
+            allowed(view, state)
+        with self.writing() as pen:
+            state = pen.state
+            if state.node is not None and state.node != node and not self._shared:
                 raise LedgerError(
                     f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
                     "it for a release. Two nodes with one ledger would spend one another's budget: give each "
                     "its own file."
                 )
-            made, left = self._releases_left(connection, plan, node, run, round)
-            public = self._allowance.check(
-                self._budgets(state), state, dataset, fingerprint, node, round, plan, left, public, made
-            )
+            made, public = allowed(pen.connection, state)
+            if isinstance(known, KeySet) and known.id not in state.sets:
+                pen.write("set", self._sets.add(pen.connection, known, state))
             body = {
-                "dataset": dataset, "fingerprint": fingerprint, "node": node, "round": round,
-                "public": bool(public), "trust": plan.trust, "unit": plan.unit, "delta": plan.delta,
-                "num_rounds": plan.num_rounds, "reproducible_noise": plan.reproducible_noise,
-                "purpose": plan.purpose, "steps": _steps(plan, made),
+                "dataset": dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
+                "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
+                "delta": plan.delta, "num_rounds": plan.num_rounds,
+                "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
+                "steps": steps_of(plan, made),
             }  # fmt: skip
-            row, after = self._written(connection, state, body, run)
-        self._state = after
+            if node not in state.plans.get(run, {}):
+                body["planned"] = _as_json(planned)
+            row = pen.write("reserved", body, run=run)
         return Reservation(row.seq, row.hash, node, run, round)
 
     def check_run(
@@ -199,16 +225,40 @@ class PrivacyLedger:
         in `reserve`. Raises `BudgetExhausted` with the numbers if all of them together would
         exceed a budget of this data, `LedgerError` if the ledger cannot be used.
         """
-        fingerprint = _known_as(fingerprint)
-        state = self._current()
+        known = self._keys(fingerprint)
+        state, asked = self._asked(node, run, plans)
         with self._chain.reading() as view:
-            rows = (
-                [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind == "reserved"]
-            )
-        made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
-        self._allowance.check_run(
-            self._budgets(state), state, dataset, fingerprint, node, plans, made, public
+            account = self._sets.account(view, state, dataset, known)
+        self._allowance.check(
+            self._budgets(state), account, asked, dataset=dataset, node=node, round=0, public=public
         )
+
+    def outlook(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        node: str,
+        run: str,
+        plans: Sequence[ReleasePlan],
+        delta: float,
+        epsilon: float | None = None,
+    ) -> tuple[float, float]:
+        """(epsilon now, epsilon after all of `plans`) at `delta`, over everything this data was used for.
+
+        `epsilon`: that of the owner's budget; then the second number is above it where `check_run` refuses.
+        """
+        known = self._keys(fingerprint)
+        state, asked = self._asked(node, run, plans)
+        with self._chain.reading() as view:
+            account = self._sets.account(view, state, dataset, known)
+        adding = (run, asked.uses(), asked.planned)
+        now, then = account.histories(), account.histories(adding=adding, unit=plans[0].unit)
+        both = (
+            max((spent(one, delta, epsilon, fixed=kept_epsilon) for one in runs), default=0.0)
+            for runs in (now, then)
+        )
+        return next(both), next(both)
 
     def head(self) -> tuple[int, str]:
         """Number and hash of the last row; (0, 64 zeros) before the first."""
@@ -220,26 +270,39 @@ class PrivacyLedger:
 
         A second commit of the same reservation changes nothing. Without any, the release counts all the same.
         """
-        with self._chain.writing() as connection:
-            state = self._caught_up(connection)
-            if self._chain.hash_of(connection, reservation.seq) != reservation.hash:
+        with self.writing() as pen:
+            if self._chain.hash_of(pen.connection, reservation.seq) != reservation.hash:
                 raise LedgerError(
                     f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
                     f"'{reservation.run}', round {reservation.round}: was it made in another file?"
                 )
-            for row in self._chain.run_rows(connection, reservation.run, after=reservation.seq):
+            for row in self._chain.run_rows(pen.connection, reservation.run, after=reservation.seq):
                 if row.kind == "committed" and row.body["reservation"] == reservation.seq:
                     return
-            body = {"reservation": reservation.seq}
-            row = self._chain.append(connection, "committed", body, run=reservation.run, previous=state.hash)
-        self._state = state.with_row(row)
+            pen.write("committed", {"reservation": reservation.seq}, run=reservation.run)
+
+    @contextmanager
+    def writing(self) -> Iterator[Pen]:
+        """A transaction that holds the writer's lock, begun after every row that there is.
+
+        What its pen wrote is durable when the block ends, and gone if it raises. Raises `LedgerError`.
+        """
+        with self._chain.writing() as connection:
+            pen = Pen(self._chain, connection, self._caught_up(connection).copy())
+            yield pen
+        self._state = pen.state
 
     # --- asking -------------------------------------------------------------------------------------
 
     @property
     def node(self) -> str | None:
-        """The node that this ledger belongs to; None before the first reservation."""
+        """The node that released first: whose ledger this is, if it is not shared; None before that."""
         return self._current().node
+
+    def known_as(self, fingerprint: str | Identity) -> str:
+        """The text by which this ledger knows data. Local to the node: never to be sent or published."""
+        known = self._keys(fingerprint)
+        return known.id if isinstance(known, KeySet) else known
 
     def releases(
         self,
@@ -250,7 +313,10 @@ class PrivacyLedger:
         node: str | None = None,
         purpose: str | None = None,
     ) -> list[Release]:
-        """All releases that agree with what is given, oldest first, unfinished ones included."""
+        """All releases that agree with what is given, oldest first, unfinished ones included.
+
+        Those of version 0.1 that were taken over count as finished.
+        """
         with self._chain.reading() as connection:
             if connection is None:
                 return []
@@ -262,46 +328,40 @@ class PrivacyLedger:
         done = {row.body["reservation"] for row in rows if row.kind == "committed"}
         wanted = {"dataset": dataset, "fingerprint": fingerprint, "node": node}
         found = [
-            release_of(row, committed=row.seq in done)
+            release_of(row, committed=row.seq in done or row.kind == "imported")
             for row in rows
-            if row.kind == "reserved" and all(v is None or row.body[k] == v for k, v in wanted.items())
+            if row.kind in RELEASED and all(v is None or row.body[k] == v for k, v in wanted.items())
         ]
         return [release for release in found if purpose in (None, release.purpose)]
 
+    def account(self, *, dataset: str, fingerprint: str | Identity) -> Account:
+        """Everything that this data was ever charged; see `fedtune.privacy.accounts`."""
+        state, known = self._current(), self._keys(fingerprint)
+        with self._chain.reading() as view:
+            return self._sets.account(view, state, dataset, known)
+
     def epsilon(
-        self, *, dataset: str, fingerprint: str | Identity, delta: float | None = None, run: str | None = None
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        delta: float | None = None,
+        run: str | None = None,
     ) -> float:
         """Epsilon of everything this data was ever used for, or of one run's releases alone.
 
-        `delta` None: the budget's, else the smallest that any of the releases was planned with. 0.0 before
-        the first release, infinite if one had no noise. Unfinished reservations count.
+        Of one run it is that of its privacy loss distribution, as it was fixed in advance; of several it is
+        the Renyi number (`fedtune.privacy.filter.spent`), larger and proven for runs that were chosen one
+        after another. `delta` None: the budget's, else the smallest that any of the releases was planned
+        with. 0.0 before the first release, infinite if one had no noise. Unfinished reservations count.
         """
-        fingerprint = _known_as(fingerprint)
-        state = self._current()
-        if run is not None:
-            part = LedgerState()
-            with self._chain.reading() as connection:
-                rows = [] if connection is None else list(self._chain.run_rows(connection, run))
-            for row in rows:
-                if row.kind == "reserved":
-                    part = part.counting(row)
-            state = part
-        names = state.names_of(dataset, fingerprint)
-        terms = state.terms(dataset, fingerprint)
-        if terms is None:
-            return math.inf
-        if not terms:
-            return 0.0
+        account = self.account(dataset=dataset, fingerprint=fingerprint)
         if delta is None:
             budgets = read_budgets(self.budget_path) if run is None else None
-            found = budgets.of(names) if budgets else []
-            delta = found[0].delta if found else state.smallest_delta(dataset, fingerprint)
-        return kept_epsilon(terms, delta)
-
-    def epsilon_rdp(self, *, dataset: str, fingerprint: str, delta: float) -> float:
-        """As `epsilon` over everything, by Renyi DP: larger, and proven for parameters chosen as one goes."""
-        terms = self._current().terms(dataset, fingerprint)
-        return math.inf if terms is None else epsilon_rdp_of_terms(terms, delta)
+            found = budgets.of(account.names) if budgets else []
+            delta = found[0].delta if found else account.smallest_delta
+        histories = account.histories(run)
+        return max((spent(runs, delta, fixed=kept_epsilon) for runs in histories), default=0.0)
 
     # --- budgets ------------------------------------------------------------------------------------
 
@@ -310,27 +370,22 @@ class PrivacyLedger:
 
         The others stay as they are; where the file is lost or damaged, as the ledger's own rows say.
         """
-        with self._chain.writing() as connection:
-            state = self._caught_up(connection)
-            old = read_budgets(self.budget_path, anew=True)
-            if old is None:
-                rows = self._chain.latest_of_kind(connection, "budget", state.seq)
-                old = budgets_of(row.body for row in rows)
+        with self.writing() as pen:
+            old = self.stored_budgets(pen.connection, pen.state)
             if dataset is None:
                 new = Budgets(budget, old.datasets)
             else:
                 new = Budgets(old.default, {**old.datasets, dataset: budget})
-            body = {"dataset": dataset, **budget.to_json()}
-            row = self._chain.append(connection, "budget", body, run=None, previous=state.hash)
+            pen.write("budget", {"dataset": dataset, **budget.to_json()})
             # Under the lock, so that no reservation sees the row without the file.
             write_budgets(self.budget_path, new)
-        self._state = state.with_row(row)
 
-    def budget(self, *, dataset: str, fingerprint: str | None = None) -> PrivacyBudget | None:
+    def budget(self, *, dataset: str, fingerprint: str | Identity | None = None) -> PrivacyBudget | None:
         """The strictest budget that this data must keep, or None."""
-        state = self._current()
-        names = state.names_of(dataset, fingerprint) if fingerprint else {dataset}
-        found = self._budgets(state).of(names)
+        names = {dataset}
+        if fingerprint is not None:
+            names = self.account(dataset=dataset, fingerprint=fingerprint).names
+        found = self._budgets(self._current()).of(names)
         return found[0] if found else None
 
     def budgets(self) -> Budgets:
@@ -341,93 +396,69 @@ class PrivacyLedger:
         """The releases so far, added up."""
         return self._current()
 
+    def stored_budgets(self, connection: Any, state: LedgerState) -> Budgets:
+        """What the budget file says; where it is lost or damaged, what the rows up to `state` say."""
+        stored = read_budgets(self.budget_path, anew=True)
+        if stored is None:
+            rows = self._chain.latest_of_kind(connection, "budget", state.seq)
+            stored = budgets_of(row.body for row in rows)
+        return stored
+
     def verify(self) -> tuple[int, list[str]]:
         """Reads the whole file: how many rows it has, and what is wrong with them (nothing: it is whole)."""
         with self._chain.reading() as connection:
             if connection is None:
                 return 0, []
             rows, problems = self._chain.audit(connection)
-        state = LedgerState()
-        open_reservations: set[int] = set()
-        for row in rows:
-            if row.kind == "summary" and row.body != state.to_json():
-                problems.append(f"row {row.seq} sums the rows before it up wrongly")
-            if row.kind == "reserved":
-                open_reservations.add(row.seq)
-            if row.kind == "committed" and row.body.get("reservation") not in open_reservations:
-                problems.append(
-                    f"row {row.seq} finishes release {row.body.get('reservation')}, which nothing began"
-                )
-            try:
-                state = state.with_row(row)
-            except (KeyError, TypeError, ValueError):
-                problems.append(f"row {row.seq} is not what a ledger writes")
+            state, wrong = added_up(rows)
+            problems += wrong + self._sets.problems(connection, state)
         return len(rows), problems
 
     # --- inside -------------------------------------------------------------------------------------
 
+    def _secret(self, state: LedgerState) -> bytes | None:
+        """The ledger's secret; None where it has none yet. Raises `LedgerError` if it is not what it was."""
+        secret = read_secret(self.secret_path)
+        return secret if state.secret is None else check_secret(self.secret_path, secret, state.secret)
+
+    def _keys(self, data: str | Identity, *, register: bool = False) -> KeySet | str:
+        """Data as the ledger knows it. `register`: it is to be released, so a secret is made if need be."""
+        if not isinstance(data, Identity):
+            return data
+        state = self._current()
+        secret = self._secret(state)
+        if state.secret is None and register:
+            with self.writing() as pen:
+                secret = self._secret(pen.state) or make_secret(self.secret_path)
+                if pen.state.secret is None:
+                    pen.write("secret", {"check": check_of(secret)})
+        # Without a secret there are no keys yet that these could agree with.
+        return keyed(data, secret or _NO_SECRET)
+
+    def _asked(self, node: str, run: str, plans: Sequence[ReleasePlan]) -> tuple[LedgerState, Asked]:
+        """What is left of `plans` in a run that may have begun."""
+        state = self._current()
+        with self._chain.reading() as view:
+            rows = [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind in RELEASED]
+        made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
+        steps: dict[str, dict[Term, int] | None] = {}
+        for plan in plans:
+            done = made[plan.purpose]
+            further = charge_of(plan, max(0, plan.num_rounds - done), done)
+            steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
+        return state, Asked(run, plans[0], steps, self._planned(state, run, node, _planned(plans)), "run")
+
+    def _planned(
+        self, state: LedgerState, run: str, node: str, planned: dict[Term, int] | None
+    ) -> dict[Term, int] | None:
+        """The run's whole plan as the node's first release named it; before that, as it is named now."""
+        known = state.plans.get(run, {})
+        return terms_of_plan(known[node]) if node in known else planned
+
     def _budgets(self, state: LedgerState) -> Budgets:
-        found = read_budgets(self.budget_path)
-        if found is None and state.has_budget:
-            raise LedgerError(
-                f"The budget file {self.budget_path} is missing, but a budget was set before. No release is "
-                "made without it. Restore the file, or set a budget anew: fedtune budget set --epsilon E "
-                "--delta D; at a site, start the node again, which sets what node.yaml names."
-            )
-        if found is None and self._require_budget:
-            raise LedgerError(
-                f"There is no budget file {self.budget_path}, and this node releases nothing before its "
-                "owner has said what may be spent. Run: fedtune budget set --epsilon E --delta D; at a site, "
-                "start the node, which sets what node.yaml names."
-            )
-        if self._require_budget and not state.has_budget:
-            raise LedgerError(
-                f"There is a budget file {self.budget_path}, but the privacy ledger {self.path} never heard "
-                "of a budget: it is gone, or another. No release is made, for what was spent before would be "
-                "forgotten. Restore the ledger from a backup; at a site, `fedtune node proof --config "
-                "node.yaml` shows what is there."
-            )
-        return found or Budgets(None, {})
-
-    def _written(
-        self, connection: Any, state: LedgerState, body: dict[str, Any], run: str
-    ) -> tuple[Row, LedgerState]:
-        """Adds a reserved row after the rows of `state`, and a summary where it is time for one."""
-        row = self._chain.append(connection, "reserved", body, run=run, previous=state.hash)
-        after = state.with_row(row)
-        if row.seq % _SNAPSHOT_EVERY == 0:
-            summary = self._chain.append(connection, "summary", after.to_json(), run=None, previous=row.hash)
-            after = after.with_row(summary)
-        return row, after
-
-    def _releases_left(
-        self, connection: Any, plan: ReleasePlan, node: str, run: str, round: int
-    ) -> tuple[int, int]:
-        """Releases of the run so far, and how many more it may make, this one included."""
-        # Only rows that this process has not counted yet: those before them are proven by the chain, whose
-        # last known row is looked at before every reservation.
-        key = (run, node, plan.purpose)
-        if key not in self._counted and len(self._counted) >= _KEPT_RUNS:
-            self._counted.clear()
-        counted = self._counted.setdefault(key, _Counted())
-        for row in () if connection is None else self._chain.run_rows(connection, run, after=counted.seq):
-            if row.kind == "reserved" and row.body["node"] == node and purpose_of(row) == plan.purpose:
-                counted.rounds.append(row.body["round"])
-                counted.agreed = min(counted.agreed, row.body["num_rounds"])
-            counted.seq = row.seq
-        made, agreed = len(counted.rounds), min(counted.agreed, plan.num_rounds)
-        if isinstance(plan, PrivacyPlan):
-            plan.check_round(node, run, round, counted.rounds)
-        if made >= agreed:
-            what = "releases" if plan.purpose == "training" else "answers about held-out data"
-            raise BudgetExhausted(
-                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed:.0f} {what}, "
-                f"and {made} were made (rounds that were repeated or interrupted count, because they may "
-                "have been seen). Start a new run; its noise will be calibrated for its own number of "
-                "rounds.",
-                public=True,
-            )
-        return made, int(agreed - made)
+        return budgets_in_force(
+            self.budget_path, self.path, was_set=state.has_budget, required=self._require_budget
+        )
 
     def _current(self) -> LedgerState:
         with self._chain.reading() as connection:
@@ -444,26 +475,25 @@ class PrivacyLedger:
             # From the last summary but one, so that the last is checked against the rows that it sums up.
             summaries = self._chain.latest_of_kind(connection, "summary", 2)
             if summaries:
-                state = state_of(summaries[0])
+                state = state_of(summaries[0]) or state
         elif self._chain.hash_of(connection, state.seq) != state.hash:
             raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
+        after = state
         for row in self._chain.rows(connection, state.seq, state.hash):
-            if row.kind == "summary" and row.body != state.to_json():
+            if after is state:
+                after = state.copy()
+            if is_wrong_summary(row, after):
                 raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
-            state = state.with_row(row)
-        return state
+            after.add(row)
+        return after
 
 
-def _known_as(fingerprint: str | Identity) -> str:
-    return fingerprint.fingerprint if isinstance(fingerprint, Identity) else fingerprint
+def _planned(plans: Sequence[ReleasePlan]) -> dict[Term, int] | None:
+    """Everything that the plans of one run allow."""
+    return compose_terms(*(charge_of(plan, plan.num_rounds) for plan in plans))
 
 
-def _steps(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:
-    """What the release after `made` others of its run adds to the account."""
-    terms = charge_of(plan, 1, made)
-    if terms is None:
+def _as_json(planned: dict[Term, int] | None) -> Planned:
+    if planned is None:
         return None
-    return [
-        {"sample_rate": term.sample_rate, "noise_multiplier": term.noise_multiplier, "count": count}
-        for term, count in sorted(terms.items())
-    ]
+    return [[term.sample_rate, term.noise_multiplier, count] for term, count in sorted(planned.items())]

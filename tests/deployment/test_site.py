@@ -113,7 +113,7 @@ def test_only_a_node_that_starts_sets_the_budget(
         "train.sample_rate=0.3", "privacy.delta=1e-3", "privacy.epsilon=40", "federation.num_rounds=3",
     ]  # fmt: skip
     path = tmp_path / "state" / "ledger.sqlite"
-    raised = yaml.safe_load(node.read_text()) | {"budget": {"epsilon": 70.0, "delta": 1e-3}}
+    raised = yaml.safe_load(node.read_text()) | {"budget": {"epsilon": 100.0, "delta": 1e-3}}
     node.write_text(yaml.safe_dump(raised))
     dry_run = ["node", "--config", node, "--dry-run", *asked]
     # Before the first start: nothing is made that a start would take for its own.
@@ -124,9 +124,9 @@ def test_only_a_node_that_starts_sets_the_budget(
     site = Site(tmp_path, model)
     assert site.ask(round=1)["update"]
     rows, budget = PrivacyLedger(path).verify(), path.with_suffix(".budget.json").read_bytes()
-    assert command(*dry_run) == 0 and " of 70" in capsys.readouterr().out
+    assert command(*dry_run) == 0 and " of 100" in capsys.readouterr().out
     assert command("node", "--config", node, "proof") == 0
-    assert "budget epsilon 70 " in capsys.readouterr().out
+    assert "budget epsilon 100 " in capsys.readouterr().out
     assert PrivacyLedger(path).verify() == rows and path.with_suffix(".budget.json").read_bytes() == budget
     assert open_ledger(site.settings).budgets().default == site.settings.budget
 
@@ -191,15 +191,15 @@ def test_the_proof_says_all_that_is_wrong_with_damaged_books(
     open_ledger(made.settings).close()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("DROP TRIGGER log_is_not_edited")
-        connection.execute("UPDATE log SET body = replace(body, '0.3', '0.2') WHERE seq = 2")
-        connection.execute("UPDATE log SET time = '2020' WHERE seq = 4")
+        connection.execute("UPDATE log SET body = replace(body, '0.3', '0.2') WHERE seq = 4")
+        connection.execute("UPDATE log SET time = '2020' WHERE seq = 6")
         connection.commit()
     log.write_bytes(b"3\nno line\n" + log.read_bytes())
     with pytest.raises(LedgerError):
         PrivacyLedger(path).state()
     assert command("node", "--config", node, "proof") == 1
     said = capsys.readouterr().out
-    assert "ledger: row 2 was changed" in said and "ledger: row 4 was changed" in said
+    assert "ledger: row 4 was changed" in said and "ledger: row 6 was changed" in said
     assert "audit log: line 2 is no entry" in said and "2 answers" in said
     path.write_bytes(b"no database at all" * 100)
     assert command("node", "--config", node, "proof") == 1

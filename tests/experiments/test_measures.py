@@ -13,8 +13,8 @@ from fedtune.config.paths import state_dir
 from fedtune.cost.meter import EnergyReading
 from fedtune.experiments import measures
 from fedtune.federation.events import NodeInfo
-from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.simulation import simulation_ledger
 from fedtune.training.evaluation import score
 
 PLAN = PrivacyPlan(
@@ -29,20 +29,17 @@ def result(plan: PrivacyPlan = PLAN, names: tuple[str, ...] = ("a", "b"), **rele
 
 
 def shard(node: str) -> Any:
-    return SimpleNamespace(node=node, declared_size=100, dataset="data", fingerprint=f"print-{node}")
+    return SimpleNamespace(node=node, declared_size=100, dataset="data", identity=f"print-{node}")
 
 
 def reserve(node: str, run: str, rounds: int, plan: Any = PLAN) -> None:
-    """Releases in the ledger of `node`, reserved and never committed: the node crashed each time."""
-    folder = state_dir() / "ledgers"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    ledger = PrivacyLedger.open(folder / f"{node}.sqlite")
+    """Releases of `node` in the ledger, reserved and never committed: the node crashed each time."""
+    ledger = simulation_ledger(state_dir() / "ledgers")
     for round in range(1, rounds + 1):
         ledger.reserve(
             dataset="data", fingerprint=f"print-{node}", node=node, run=run, round=round,
             plan=plan if plan.purpose == "evaluation" else plan.for_shard(100), public=True,
         )  # fmt: skip
-    ledger.close()
 
 
 def test_the_larger_of_two_counts_is_charged_whoever_counted() -> None:

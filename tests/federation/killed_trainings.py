@@ -100,7 +100,7 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the victim ended by itself"
-        ledger = PrivacyLedger(ledger_of(node.name).path)
+        ledger = PrivacyLedger(ledger_of(node.name).path, shared=True)
         shown = {(one.run, one.round): one.committed for one in ledger.releases()}
         assert ledger.verify()[1] == []
         ledger.close()

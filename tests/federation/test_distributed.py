@@ -106,7 +106,7 @@ class Bench:
             return self.grid.pull_messages(list(self.grid._pending))[0]
 
     def charged(self) -> dict[str, int]:
-        return {node.name: len(ledger_of(node.name).releases(run="r")) for node in self.nodes}
+        return {node.name: len(ledger_of(node.name).releases(run="r", node=node.name)) for node in self.nodes}
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_the_release_is_charged_before_data_is_touched(tiny: Make, monkeypatch: 
     charged: list[int] = []
 
     def touch(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
-        charged.append(len(ledger_of(release.shard.node).releases(run="r")))
+        charged.append(len(ledger_of(release.shard.node).releases(run="r", node=release.shard.node)))
         raise RuntimeError("killed while it read private text")
 
     monkeypatch.setattr(distributed_node, "clipped_gradient_sum", touch)
@@ -277,12 +277,19 @@ def test_a_preflight_that_fails_stops_a_node_in_a_distributed_round_too(
 
 def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors) -> None:
     bench = Bench(distributed(tiny()), SIZE)
-    ledger_of("site-1").set_budget(PrivacyBudget(epsilon=0.01, delta=1e-4))
+    # All simulated nodes share one ledger: of them only site-1 has records that were used before.
+    spent = workplace(bench.config).prepared.shards[1]
+    ledger = ledger_of("site-1")
+    ledger.reserve(
+        dataset=spent.dataset, fingerprint=spent.identity, node="site-1", run="earlier", round=1,
+        plan=dataclasses.replace(bench.plan, num_rounds=1, noise_multiplier=0.05),
+    )  # fmt: skip
+    ledger.set_budget(PrivacyBudget(epsilon=20.0, delta=1e-4))
     outcome = bench.round()
     expect_sum(bench, outcome, vectors, ["site-0", "site-2", "site-3"])
     ((name, reason),) = outcome.dropped
     assert name == "site-1"
-    assert "its owner's budget does not allow it" in reason and "0.01" not in reason
+    assert "its owner's budget does not allow it" in reason and "20" not in reason
     assert [r.refusal for r in outcome.replies] == [None, "BudgetExhausted", None, None]
     assert bench.charged()["site-1"] == 0
 

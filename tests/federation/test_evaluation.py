@@ -72,7 +72,7 @@ def test_an_answer_is_noised_and_charged_by_its_own_event(tiny: Make) -> None:
     assert node.ask().releases == 1
     held = workplace(node.config).prepared.held_out[0]
     spent = ledger_of(node.name).epsilon(
-        dataset=held.dataset, fingerprint=held.fingerprint, delta=node.plan.delta
+        dataset=held.dataset, fingerprint=held.identity, delta=node.plan.delta
     )
     assert spent == pytest.approx(node.plan.epsilon(1, 1))
 

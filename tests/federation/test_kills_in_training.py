@@ -15,6 +15,7 @@ from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation.node import ledger_of
 from fedtune.privacy.accounting import Term
+from tests.privacy.charges import charged
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -51,7 +52,7 @@ def test_kills_in_real_trainings_leave_nothing_uncharged(
     releases = ledger.releases()
     assert len(releases) == found["shown"]
     (first, *_) = releases
-    terms = ledger.state().terms(first.dataset, first.fingerprint)
+    terms = charged(ledger, first.dataset, first.fingerprint)
     assert terms == {Term(0.3, 5.0): 2 * len(releases)}
 
 

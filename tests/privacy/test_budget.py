@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from fedtune.config.paths import state_dir
-from fedtune.errors import LedgerError, PrivacyError
+from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy import budget
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.simulation import simulation_ledger
 from tests.privacy.plans import local_plan, public_plan
 
 
@@ -151,7 +152,8 @@ def test_set_writes_the_owners_file(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_budget_can_be_set_before_the_first_release(capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "set", epsilon=3.0, delta=1e-6, node="new", dataset="visits")
     (entry,) = run(capsys, "show")[1]
-    assert (entry["node"], entry["dataset"], entry["epsilon"], entry["releases"]) == ("new", "visits", 0.0, 0)
+    # No node of that name has a ledger of its own: the budget belongs to the data of every simulation.
+    assert (entry["node"], entry["dataset"], entry["epsilon"], entry["releases"]) == (None, "visits", 0.0, 0)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,13 @@ def test_an_unknown_node_is_named_with_the_known_ones() -> None:
         budget.main(Namespace(action="show", node="b"))
 
 
-def test_setting_where_nobody_is_asks_for_a_name() -> None:
-    with pytest.raises(LedgerError, match="--node"):
-        budget.main(Namespace(action="set", epsilon=1.0, delta=1e-5))
+def test_simulations_have_a_budget_before_their_first_release(capsys: pytest.CaptureFixture[str]) -> None:
+    run(capsys, "set", epsilon=1.0, delta=1e-5)
+    assert read_budgets(folder() / "simulation.budget.json") == Budgets(PrivacyBudget(1.0, 1e-5), {})
+    with pytest.raises(BudgetExhausted, match="budget of 1"):
+        simulation_ledger(folder()).reserve(
+            dataset="visits", fingerprint="f", node="a", run="r", round=0, plan=local_plan()
+        )
 
 
 def test_budgets_survive_the_file(tmp_path: Path) -> None:

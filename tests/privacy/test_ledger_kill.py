@@ -17,6 +17,7 @@ from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
+from tests.privacy.charges import charged
 from tests.privacy.plans import local_plan
 
 PLAN = local_plan(num_rounds=10_000, noise_multiplier=4.0)
@@ -87,7 +88,7 @@ def check(path: Path, witness: Path) -> None:
     problems = ledger.verify()[1]
     assert problems == []
     # What is composed is at least what left, too.
-    steps = (ledger.state().terms("visits", "f1") or {}).get(Term(0.05, 4.0), 0)
+    steps = (charged(ledger, "visits", "f1") or {}).get(Term(0.05, 4.0), 0)
     assert steps == 5 * len(shown) >= 5 * len(released(witness))
     ledger.close()
 

@@ -56,7 +56,9 @@ def noise_alone(config: Config) -> Config:
     return config
 
 
-def ask(config: Config, *, round: int, attempt: int = 1, state: RecordDict | None = None) -> RoundReply:
+def ask(
+    config: Config, *, round: int, attempt: int = 1, state: RecordDict | None = None, run: str = "run"
+) -> RoundReply:
     """One message to node 0 of a tiny federation, in a Context that is new unless `state` is given."""
     place = workplace(config)
     plan = make_plan(config, [shard.declared_size for shard in place.prepared.shards])
@@ -65,10 +67,10 @@ def ask(config: Config, *, round: int, attempt: int = 1, state: RecordDict | Non
         1, 2, {"partition-id": 0, "num-partitions": 4}, RecordDict() if state is None else state,
         {"fedtune": to_json(config)},
     )  # fmt: skip
-    request = RoundRequest("run", round, attempt, plan, place.initial())
+    request = RoundRequest(run, round, attempt, plan, place.initial())
     with task_identity(1):
         answer = app(Message(request.to_records(), 2, "train"), context)
-    return RoundReply.from_records(answer.content, node=node, run="run", round=round, attempt=attempt)
+    return RoundReply.from_records(answer.content, node=node, run=run, round=round, attempt=attempt)
 
 
 def test_pitfall_2_the_accountant_does_not_start_afresh_every_round(
@@ -84,9 +86,9 @@ def test_pitfall_2_the_accountant_does_not_start_afresh_every_round(
     assert epsilons[0] < 0.9 * epsilons[2] <= 0.9 * 8.0
     # And the node's own books say the same, although each message came in by itself.
     ledger = ledger_of("site-0")
-    assert len(ledger.releases(run=result.run)) == 3
+    assert len(ledger.releases(run=result.run, node="site-0")) == 3
     (shard, *_) = workplace(config).prepared.shards
-    epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint, delta=result.plan.delta)
+    epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.identity, delta=result.plan.delta)
     assert epsilon == pytest.approx(epsilons[2], rel=1e-6)
 
 
@@ -186,12 +188,12 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
     assert not np.allclose(updates[0], updates[1])
     # Where noise is reproducible by wish, the seed tells it anyway: a resumed simulation ends alike.
     config.privacy.reproducible_noise = True
-    one, two = (ask(config, round=1, attempt=attempt).update for attempt in (3, 4))
+    one, two = (ask(config, round=1, attempt=attempt, run="simulated").update for attempt in (3, 4))
     assert np.array_equal(one, two)
     # So no such run is taken for a private one: the node's books count its releases as without noise.
     (shard, *_) = workplace(config).prepared.shards
-    data = {"dataset": shard.dataset, "fingerprint": shard.fingerprint}
-    charged = [release.steps for release in ledger_of("site-0").releases(run="run")]
+    data = {"dataset": shard.dataset, "fingerprint": shard.identity}
+    charged = [release.steps for release in ledger_of("site-0").releases()]
     assert [steps is None for steps in charged] == [False, False, True, True]
     assert ledger_of("site-0").epsilon(**data, delta=1e-5) == math.inf
     # And the server's attempt rises with every start of a run, even of one that died before its first round.

@@ -187,8 +187,6 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     Raises DataError, ModelError or ResourceError if the node could not take part at all.
     """
     from fedtune.federation.resident import workplace
-    from fedtune.privacy.accounting import compose_terms
-    from fedtune.privacy.ledger import kept_epsilon
     from fedtune.privacy.planning import make_plan
 
     try:
@@ -209,12 +207,16 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
             site.check_evaluation(plan)
         except PrivacyError as error:
             refusals.append(str(error))
-    state, delta = ledger.state(), site.budget.delta
-    before = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint, delta=delta)
-    terms = state.adding(shard.dataset, shard.fingerprint, mine, plan.num_rounds)
-    if about is not None:
-        terms = compose_terms(terms, about.terms(about.num_rounds))
-    after = kept_epsilon(terms, delta)
+    delta = site.budget.delta
+    before, after = ledger.outlook(
+        dataset=shard.dataset,
+        fingerprint=shard.identity,
+        node=shard.node,
+        run="dry run",
+        plans=[mine] if about is None else [mine, about],
+        delta=delta,
+        epsilon=site.budget.epsilon,
+    )
     if after > site.budget.epsilon and not site.data.public:
         refusals.append(
             f"all {plan.num_rounds} rounds would raise epsilon from {before:.4g} to {after:.4g}, over "
@@ -224,7 +226,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     lines: list[tuple[str, Any]] = [
         ("site", f"{site.site} of {site.federation}"),
         ("data", f"{shard.dataset}: {shard.data.num_records} records here, {shard.declared_size} declared"),
-        ("fingerprint", shard.fingerprint[:16]),
+        ("fingerprint", ledger.known_as(shard.identity)[:12]),
         ("mechanism", f"trust={plan.trust}, unit={plan.unit}"),
         ("model", f"{asked.model.name} with {asked.adapter.name}"),
         ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),

@@ -144,11 +144,11 @@ def _spent(context: Context) -> dict[str, Any]:
         shard = node.own_shard(node.node_config(context), context)
         assert shard is not None
         ledger = node.ledger_of(shard.node, context)
-        epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.fingerprint)
+        epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.identity)
         return {
             "releases": len(ledger.releases(dataset=shard.dataset)),
             "epsilon": epsilon if epsilon != float("inf") else None,
-            "fingerprint": shard.fingerprint[:16],
+            "fingerprint": ledger.known_as(shard.identity)[:12],
         }
     except Exception as error:  # the answer itself will say why the node cannot work
         return {"problem": node.public_reason(error, "this node")}
