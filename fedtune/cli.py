@@ -326,14 +326,15 @@ def _show_config(overrides: list[str], extra_dirs: list[Path]) -> int:
 
 
 def _statement(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.experiments import record
-    from fedtune.privacy import statement
+    from fedtune.experiments import record, statements
+    from fedtune.privacy.statement import statement_json
 
     finished = record.read(arguments.run_dir)
     if arguments.json:
-        _print_json(statement.statement_json(finished))
+        _print_json(statement_json(finished))
     else:
-        print(statement.statement_markdown(finished).rstrip())
+        folder = arguments.run_dir if arguments.run_dir.is_dir() else arguments.run_dir.parent
+        print(statements.page(finished, folder).rstrip())
     return OK
 
 

@@ -297,7 +297,7 @@ def finished(fake: Callable[..., None]) -> None:
     fake(
         "fedtune.privacy.statement",
         statement_json=lambda record: {"unit": "record", **record},
-        statement_markdown=lambda record: f"# Statement\n\nepsilon {record['epsilon']}\n",
+        statement_markdown=lambda record, image: f"# Statement\n\nepsilon {record['epsilon']}\n",
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import AuditError, RecordError
-from fedtune.experiments import record
+from fedtune.experiments import record, statements
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,15 +139,12 @@ def check(found: Mapping[str, Any]) -> None:
 
 def _keep(folder: Path, found: dict[str, Any], figure: bytes) -> None:
     """Writes record, statement and figure. The record is read anew: an audit may have taken minutes."""
-    from fedtune.privacy.statement import statement_markdown
-
     written = record.read(folder)
     written["privacy"]["audit"] = found
     written["artifacts"]["audit"] = FIGURE
     (folder / FIGURE).write_bytes(figure)
     record.write(written, folder / record.RECORD_NAME)
-    statement = folder / written["artifacts"]["statement"]
-    statement.write_text(statement_markdown(written), encoding="utf-8")
+    statements.write(written, folder / written["artifacts"]["statement"])
 
 
 def _progress(console: Console | None, what: str) -> Any:

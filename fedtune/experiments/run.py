@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import FederationError, ResourceError
-from fedtune.experiments import assemble, environment, history, record
+from fedtune.experiments import assemble, environment, history, record, statements
 from fedtune.federation import owner
 from fedtune.federation.events import Judged
 from fedtune.privacy.publication import merge, publish
@@ -199,7 +199,7 @@ def finish(
         )
     owner.collect_reasons(run_dir)
     written, _ = publish("record", made, public_data=place.prepared.public)
-    statement = _write_statement(written, run_dir / STATEMENT)
+    statement = statements.write(written, run_dir / STATEMENT)
     record.publish(made, run_dir)
     (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
     return written
@@ -260,14 +260,6 @@ def _record(
         accountant=measures.accountant(result.plan),
         evaluation=measures.evaluation_facts(result.plan),
     )
-
-
-def _write_statement(written: dict[str, Any], path: Path) -> str:
-    from fedtune.privacy.statement import statement_markdown
-
-    text = statement_markdown(written)
-    path.write_text(text, encoding="utf-8")
-    return text
 
 
 class _ForOwner(Judged):

@@ -154,11 +154,14 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
 
 
 def ledger_line(privacy: Mapping[str, Any]) -> str:
-    """What the data's other uses add up to, this run included; empty if there were none."""
+    """What the data's other uses add up to, this run included; empty if there were none, and the nodes say
+    so."""
     mine = {one["node"]: one["releases"] for one in privacy["per_node"]}
-    others = [one for one in privacy.get("ledger", []) if (one["releases"] or 0) > mine.get(one["node"], 0)]
+    entries = privacy.get("ledger", [])
+    others = [one for one in entries if (one["releases"] or 0) > mine.get(one["node"], 0)]
     if not others:
-        return ""
+        silent = [str(one["node"]) for one in entries if one["releases"] is None]
+        return f"earlier uses of the data are unknown here: {', '.join(silent)} did not say" if silent else ""
     worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
     if worst["epsilon"] is None:
         return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"

@@ -7,8 +7,8 @@ names the layers around epsilon that NIST SP 800-226 asks about (mechanism, trus
 security, exposure while collecting). The first paragraph is for a reader who knows no mathematics.
 
 Keys of the record that are used when they are there (DESIGN section 9 has those that always are):
-`privacy.ledger` (a list of {node, dataset, fingerprint, releases, epsilon, delta}: everything that each
-node's ledger knows of the same data), `privacy.target_epsilon`, `privacy.records_per_unit`,
+`privacy.ledger` (a list of {node, dataset, releases, epsilon, delta}: everything that each node's ledger
+knows of the same data; null where it did not say), `privacy.target_epsilon`, `privacy.records_per_unit`,
 `privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
 (null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
@@ -27,10 +27,18 @@ from typing import Any
 
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting import Term, conversions
+from fedtune.privacy.filter import FILTER
 from fedtune.privacy.matrix import BandedRoot
-from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees, strength
+from fedtune.privacy.statement_strength import (
+    curve_of,
+    strength,
+    strength_facts,
+    strength_picture,
+    strength_table,
+)
+from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees
 
-__all__ = ["statement_json", "statement_markdown"]
+__all__ = ["statement_json", "statement_markdown", "statement_picture"]
 
 
 def statement_json(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,8 +52,16 @@ def statement_json(record: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def statement_markdown(record: Mapping[str, Any]) -> str:
-    """The statement as Markdown, first a paragraph in plain words."""
+def statement_picture(record: Mapping[str, Any]) -> str | None:
+    """The trade-off curve of the statement as an SVG picture; None where nothing is promised or trained."""
+    privacy = record["privacy"]
+    curve = curve_of(privacy, _terms(privacy))
+    return None if curve is None else strength_picture(privacy, curve)
+
+
+def statement_markdown(record: Mapping[str, Any], image: str | None = None) -> str:
+    """The statement as Markdown, first a paragraph in plain words. `image`: where what `statement_picture`
+    gives lies, beside the statement."""
     facts = statement_json(record)
     parts = [
         "# Privacy statement",
@@ -54,6 +70,7 @@ def statement_markdown(record: Mapping[str, Any]) -> str:
         *[f"**Caution.** {caution}" for caution in facts["cautions"]],
         "## The guarantee",
         _bullets(_guarantee(facts)),
+        *(_strength(facts, image) if facts["strength"] else ()),
         "## Who sees what",
         _bullets(facts["trust"]["sees"]),
         "## How it was done",
@@ -86,10 +103,11 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     delta = privacy["delta"] if private else None
     terms = _terms(privacy) if private and epsilon is not None else None
     other = conversions(terms) if terms is not None else None
+    curve = curve_of(privacy, terms)
     return {
         "schema": 1,
         "run": {"id": run["id"], "started": run["started"], "engine": run["engine"]},
-        "summary": outline(record, epsilon, delta),
+        "summary": outline(record, epsilon, delta, curve),
         "cautions": _cautions(record, epsilon),
         "private": epsilon is not None,
         "unit": {"name": unit, "meaning": UNITS[unit], "records_at_most": privacy.get("records_per_unit")},
@@ -120,8 +138,9 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "zcdp_is": other.rho_is if other else None,
             "gdp_mu": _finite(other.mu) if other else None,
             "gdp_is": other.mu_is if other else None,
-            "strength": strength(epsilon),
+            "strength": strength(privacy, curve),
         },
+        "strength": strength_facts(privacy, curve),
         "per_node": [dict(entry) for entry in privacy["per_node"]],
         "other_uses": [dict(entry) for entry in privacy.get("ledger") or []],
         "covered": covered(record, epsilon),
@@ -194,6 +213,12 @@ def _cautions(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         )
     if epsilon is not None and epsilon > 10.0:
         found.append(f"Epsilon {epsilon:.3g} is above 10: by itself hardly a protection (see below).")
+    column = (record["config"].get("data") or {}).get("unit")
+    if privacy["unit"] == "record" and column and privacy["trust"] != "none":
+        found.append(
+            f"The data names persons (`data.unit={column}`), and yet `privacy.unit=record` was chosen: what "
+            "is promised is for one text, and less for a person who has several (see What is not covered)."
+        )
     if privacy.get("data_public"):
         found.append("The owner declared this data public: ledgers recorded the releases and refused none.")
     if record["run"]["dirty"]:
@@ -212,13 +237,19 @@ def _guarantee(facts: Mapping[str, Any]) -> list[str]:
     lines += [
         f"**Epsilon {accounting['epsilon']:.4g} at delta {accounting['delta']:.3g}**, "
         f"{accounting['kind']} ({accounting['accountant']}); the largest over all nodes, since their data is "
-        "disjoint.",
+        "disjoint. It is that of one run whose plan was fixed before its first release.",
         f"By Renyi DP, a looser method and independent code: epsilon {_shown(accounting['epsilon_rdp'])}.",
         f"As zero-concentrated DP: rho {_shown(accounting['zcdp_rho'])} ({accounting['zcdp_is']}). As "
         f"Gaussian DP: mu {_shown(accounting['gdp_mu'])} ({accounting['gdp_is']}).",
         accounting["strength"],
     ]
     return lines
+
+
+def _strength(facts: Mapping[str, Any], image: str | None) -> list[str]:
+    above, rows, below = strength_table(facts)
+    shown = [f"![What an attacker can find out, at most]({image})"] if image else []
+    return ["## How strong that is", above, _table(rows), below, *shown]
 
 
 def _mechanism(facts: Mapping[str, Any]) -> list[str]:
@@ -280,21 +311,31 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
             "The record does not say what else this data was used for. The guarantee above is this run's "
             "alone; ask each node for `fedtune budget show`."
         )
-    rows = [("node", "data set", "fingerprint", "releases in all", "epsilon in all", "delta")]
+    rows = [("node", "data set", "releases in all", "epsilon in all", "delta")]
     rows += [
         (
-            str(use["node"]), str(use["dataset"]), str(use["fingerprint"])[:12], _shown(use["releases"]),
-            "infinite" if use["epsilon"] is None and use["releases"] else _shown(use["epsilon"]),
+            str(use["node"]), _known(use["dataset"]), _known(use["releases"]),
+            "infinite" if use["epsilon"] is None and use["releases"] else _known(use["epsilon"]),
             _shown(use["delta"]),
         )
         for use in uses
     ]  # fmt: skip
-    note = (
+    notes = [
         "Composed over everything that each node's ledger knows this data was ever used for, this run "
         "included, under any of its names: earlier runs, interrupted and repeated rounds. These, and not the "
-        "run's own, are the numbers that a person in the data should be told."
-    )
-    return _table(rows) + "\n\n" + note
+        "run's own, are the numbers that a person in the data should be told.",
+        "Several runs together are counted by Renyi DP, and so are budgets enforced: by a "
+        f"{FILTER}, which is proven for runs whose settings are chosen after looking at the results of "
+        "earlier ones. A single run that was fixed in advance may be admitted as a whole by its own epsilon; "
+        "then no other may follow it.",
+    ]
+    if any(use["releases"] is None for use in uses):
+        notes.insert(
+            0,
+            "**Unknown**: that node's ledger lies with the node, which did not say. Earlier uses of its data "
+            "are not in any number on this page; ask its owner for `fedtune budget show`.",
+        )
+    return "\n\n".join([_table(rows), *notes])
 
 
 def _audit(audit: Any) -> str:
@@ -343,6 +384,11 @@ def _shown(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _known(value: Any) -> str:
+    """As `_shown`, where null says that it is not known."""
+    return "unknown" if value is None else _shown(value)
 
 
 def _bullets(lines: list[str]) -> str:

@@ -9,7 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["UNITS", "covered", "not_covered", "outline", "sees", "strength"]
+from fedtune.privacy.statement_strength import percent, strength, was_trained
+from fedtune.privacy.strength import TradeOff
+
+__all__ = ["UNITS", "covered", "not_covered", "outline", "sees"]
 
 UNITS = {
     "record": "one text with its label",
@@ -18,7 +21,9 @@ UNITS = {
 }
 
 
-def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | None) -> str:
+def outline(
+    record: Mapping[str, Any], epsilon: float | None, delta: float | None, curve: TradeOff | None
+) -> str:
     """The first paragraph: no symbol that is not explained on the spot."""
     privacy, federation = record["privacy"], record["federation"]
     nodes = federation["nodes"]
@@ -27,6 +32,12 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
     what = f"{kind} (`{name}`)" if name else kind
     holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
     trained = f"A text classifier was trained on {what} that {holders}"
+    if not was_trained(privacy):
+        return (
+            f"**Nothing was trained.** No node released anything (each refused, or none answered): the "
+            f"{what} that {holders} were not used, and the model is as it was before. There is nothing whose "
+            "protection could be called strong or weak."
+        )
     if epsilon is None or delta is None:
         return (
             f"{trained}, **without any privacy guarantee**. No noise was added: from what left the nodes, "
@@ -64,8 +75,8 @@ def outline(record: Mapping[str, Any], epsilon: float | None, delta: float | Non
         f"outcome is at most {times} times as likely (that is what *epsilon* {epsilon:.3g} says), except for "
         f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
         f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
-        f"{_percent(guess)} sure. "
-        + strength(epsilon)
+        f"{percent(guess)} sure. "
+        + strength(privacy, curve)
         + _of_other_nodes(privacy, epsilon)
         + _in_all(privacy, epsilon)
     )
@@ -86,30 +97,24 @@ def _of_other_nodes(privacy: Mapping[str, Any], epsilon: float) -> str:
 
 def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:
     """What a reader who stops after the first paragraph must know: how else the data was used."""
-    used = [one for one in privacy.get("ledger") or [] if one.get("releases")]
+    entries = privacy.get("ledger") or []
+    used = [one for one in entries if one.get("releases")]
     if any(one["epsilon"] is None for one in used):
         return (
             " **The same data was also used without secret noise** (see Other uses): over all its uses there "
             "is no guarantee."
         )
     total = max((float(one["epsilon"]) for one in used), default=0.0)
+    unknown = (
+        " **What else the same data was used for is not known here**: in all, epsilon may be larger."
+        if any(one.get("releases") is None for one in entries)
+        else ""
+    )
     if total <= 1.005 * epsilon:
-        return ""
-    return f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}.**"
-
-
-def strength(epsilon: float | None) -> str:
-    """How strong an epsilon is, by the tiers of Ponomareva et al. 2023, section 5.2."""
-    if epsilon is None:
-        return "There is no protection."
-    if epsilon <= 1.0:
-        return "This is a strong protection (epsilon of at most 1)."
-    if epsilon <= 10.0:
-        return (
-            "This is a moderate protection (epsilon between 1 and 10): the usual range for trained models, "
-            "weak as a worst case, and in practice much harder to break than the worst case says."
-        )
-    return "This is a weak protection at best (epsilon above 10): the guarantee by itself excludes little."
+        return unknown
+    return (
+        f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}.**{unknown}"
+    )
 
 
 def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
@@ -222,9 +227,9 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "Choice of settings. If this run was picked among several because its result was good, the choice "
         "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
         "other uses below count all runs that the ledgers know.",
-        "Runs whose settings were chosen after looking at earlier private runs: the totals below compose "
-        "them as if they had been planned together, which is proven for Renyi DP and not for the tighter "
-        "method used here.",
+        "Runs whose settings were chosen after looking at earlier private runs: this run's epsilon is that "
+        "of a run fixed in advance. Over all of them the node's budget holds, whose filter is proven for "
+        "that; a total that no budget bounds is that of runs that were planned together.",
         "Side channels: the time a node takes, memory, power, logs on the node itself.",
         "Security and exposure: who may read the data where it lies, how it was collected, the transport "
         "(TLS) and the nodes' own machines.",
@@ -269,12 +274,3 @@ def _times(epsilon: float) -> str:
 
 def _odds(delta: float) -> str:
     return f"1 in {1.0 / delta:,.0f}" if delta > 0 else "0"
-
-
-def _percent(share: float) -> str:
-    percent = 100.0 * share
-    if percent >= 99.995:
-        return "more than 99.99 percent"
-    digits = 1 if percent < 99 else 2
-    # Upwards: a bound that is rounded down is none.
-    return f"{math.ceil(percent * 10**digits) / 10**digits:.{digits}f} percent"

@@ -188,7 +188,7 @@ def test_a_full_disk_is_told_in_one_paragraph(
 
         monkeypatch.setattr(AdaptedModel, "save", full)
     elif where == "statement":
-        monkeypatch.setattr("fedtune.experiments.run._write_statement", full)
+        monkeypatch.setattr("fedtune.experiments.statements.write", full)
     else:
         monkeypatch.setattr(records.os, "fsync", full)
     folder = tmp_path / "run"
