@@ -6,9 +6,9 @@ and only after noise that was calibrated before any data was read.
 
 The guarantee, which every record and every statement repeats with the numbers filled in:
 
-* **Unit of privacy**: what is protected as one whole. `privacy.unit=record`: one text with its
-  label. `person`: everything that shares one value of the data's unit column. `client`: all that
-  one node holds.
+* **Unit of privacy**: what is protected as one whole. `privacy.unit=person`, the default where the
+  data has a unit column: everything that shares one value of it. `record`: one text with its
+  label. `client`: all that one node holds.
 * **Adjacency**: add or remove one unit. Two data sets are neighbours if one is the other with one
   unit more. (`client`: all that one client holds is replaced by nothing, for their list is public.)
 * **Who is trusted with what**: `privacy.trust=local`: nobody but the node itself; what it sends is
@@ -33,7 +33,7 @@ The guarantee, which every record and every statement repeats with the numbers f
 Not covered: what was not done through this node's ledger; a person whose records lie on several
 nodes (their epsilons add up); the choice of settings by looking at results of private runs, except
 as each of those runs is itself in the ledger; and what the owner declares public: data set name,
-label set, declared sizes, maximum length, and the test split.
+label set, declared sizes, maximum length, and a test split that is declared so.
 
 Heavy libraries are imported when they are needed, never by `import fedtune`.
 """

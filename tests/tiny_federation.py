@@ -53,27 +53,32 @@ def make_model(folder: Path) -> Path:
 
 
 def make_data(folder: Path, n: int = 160) -> Path:
-    """train.csv with text, label and site; the label is decided by one word."""
+    """train.csv and test.csv (a quarter of all) with text, label and site; one word decides the label."""
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(3)
-    with (folder / "train.csv").open("w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["text", "label", "site"])
-        for i in range(n):
-            label = i % 2
-            words = [*chance.choices(OTHER, k=chance.randint(2, 6)), chance.choice(GOOD if label else BAD)]
-            chance.shuffle(words)
-            writer.writerow([" ".join(words), "positive" if label else "negative", f"site-{i % 4}"])
+    for split, rows in (("train", n - n // 4), ("test", n // 4)):
+        with (folder / f"{split}.csv").open("w", newline="") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["text", "label", "site"])
+            for i in range(rows):
+                label = i % 2
+                words = chance.choices(OTHER, k=chance.randint(2, 6))
+                words.append(chance.choice(GOOD if label else BAD))
+                chance.shuffle(words)
+                writer.writerow([" ".join(words), "positive" if label else "negative", f"site-{i % 4}"])
     return folder
 
 
 def make_config(model: Path, data: Path, **changes: Any) -> Config:
-    """A complete configuration; `changes` are `section__field=value` or top-level fields."""
+    """A complete configuration; `changes` are `section__field=value` or top-level fields.
+
+    Of its private data the owner has declared a test split public, and the size.
+    """
     config = Config(
         device="cpu",
         data=DataConfig(
             source="files", name="made-up", path=str(data), site="site", labels=["negative", "positive"],
-            test_fraction=0.25, max_length=16,
+            test_split="test", test_public=True, declared_size=120, max_length=16,
         ),
         partition=PartitionConfig(name="natural"),
         model=ModelConfig(name=str(model), quantization="none"),

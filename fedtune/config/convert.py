@@ -16,6 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Union
 
+from fedtune.config.choices import public_test, resolved
 from fedtune.config.schema import Config
 from fedtune.config.values import check_value, nearest
 from fedtune.errors import ConfigError
@@ -81,7 +82,8 @@ def config_from_json(text: str) -> Config:
 
 
 def from_dict(values: object, where: str = "the configuration") -> Config:
-    """A checked Config from nested dictionaries; `where` names their origin in messages.
+    """A checked Config from nested dictionaries, every `auto` resolved; `where` names their origin in
+    messages.
 
     Raises `ConfigError` for an unknown key, a wrong type or a value that is not allowed.
     """
@@ -89,6 +91,7 @@ def from_dict(values: object, where: str = "the configuration") -> Config:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a mapping of settings, not {type(values).__name__}.")
     _fill(config, values, "", where)
+    config = resolved(config)
     check_together(config)
     return config
 
@@ -128,8 +131,8 @@ def check_together(config: Config) -> None:
         raise ConfigError(
             f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with {privacy.trust}."
         )
-    if federation.evaluation == "private":
-        _check_private_evaluation(config)
+    _check_unit(config)
+    _check_evaluation(config)
     if privacy.mechanism == "dp_ftrl" and privacy.trust != "central":
         raise ConfigError(
             f"privacy.mechanism=dp_ftrl works with privacy.trust=central only, not with {privacy.trust}: a "
@@ -152,6 +155,45 @@ def check_together(config: Config) -> None:
             f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
             "Lower federation.min_updates."
         )
+
+
+def _check_unit(config: Config) -> None:
+    data = config.data
+    # A real site names its own columns, and opinions knows its persons.
+    if config.privacy.unit != "person" or data.unit is not None or data.source == "opinions":
+        return
+    if config.engine.name == "deployment" or config.privacy.trust == "central":
+        return
+    raise ConfigError(
+        f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
+        "Name it in data.unit, or use privacy.unit=record."
+    )
+
+
+def _check_evaluation(config: Config) -> None:
+    data, evaluation = config.data, config.federation.evaluation
+    if data.test_public and data.test_split is None:
+        raise ConfigError(
+            "data.test_public=true says that a test split is public, and data.test_split names none. Name it "
+            "(data.test_split=test), or leave data.test_public out."
+        )
+    if evaluation == "public" and not public_test(data):
+        split = "test" if data.test_split is None else data.test_split
+        raise ConfigError(
+            f"federation.evaluation=public would evaluate on {data.name!r} without noise, and its owner has "
+            "declared neither all of it nor a test split public: what is held out of private data is "
+            "private. Leave federation.evaluation out (nodes then answer with noised counts, inside "
+            "epsilon), or, if it is true, declare a test split: "
+            f"data.test_split={split} data.test_public=true."
+        )
+    if evaluation == "held_out" and config.privacy.trust != "none":
+        raise ConfigError(
+            "federation.evaluation=held_out evaluates on private data without noise, which only a run "
+            f"without privacy does (privacy.trust=none), and privacy.trust is {config.privacy.trust}. Leave "
+            "federation.evaluation out, or use private or none."
+        )
+    if evaluation == "private":
+        _check_private_evaluation(config)
 
 
 def _check_private_evaluation(config: Config) -> None:

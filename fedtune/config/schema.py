@@ -42,10 +42,11 @@ class DataConfig:
     unit: str | None = None  # column that names the person a record belongs to
     site: str | None = None  # column that names the site a record comes from
     only_site: str | None = None  # train on this site's records alone; the test split stays whole
-    declared_size: int | None = None  # a real site's public size, in units of privacy; its node.yaml sets it
+    declared_size: int | None = None  # public: about how many units of privacy there are (shared out evenly)
     train_split: str = "train"  # hub, files: name of the split to train on
-    test_split: str | None = None  # None: hold out `test_fraction` of the persons (or records)
-    test_fraction: float = 0.15  # share of the persons (or records) held out for testing
+    test_split: str | None = None  # evaluation=public: None: hold out `test_fraction` of public data
+    test_public: bool = False  # the test split is declared public by its owner: evaluated on without noise
+    test_fraction: float = 0.15  # share of the persons (or records) held out where there is no test split
     max_length: int = 64  # tokens; longer texts are cut. Public: never derived from the texts
     labels: list[str] | None = None  # public label set, in order; None: as the source declares it
     public: bool = False  # declared public by its owner: the ledger records, and does not refuse
@@ -85,7 +86,7 @@ class PrivacyConfig:
     """What is promised to whom; see `fedtune.privacy.plan`."""
 
     trust: str = "local"  # local | distributed | central | none
-    unit: str = "record"  # record | person | client
+    unit: str = "auto"  # auto | record | person | client; auto: person where data.unit names them
     epsilon: float | None = 8.0  # target over all rounds; None: use noise_multiplier
     delta: float | None = None  # None: n^-1.1, at most 1e-3; n: units of the largest declared shard
     max_grad_norm: float = 1.0  # L2 norm that a unit's gradient (central: a node's update) is clipped to
@@ -130,8 +131,8 @@ class FederationConfig:
     max_update_norm: float = 100.0  # an update with a larger L2 norm is rejected
     weighting: str = "uniform"  # uniform | declared (public sizes)
     round_timeout: float = 600.0  # seconds until a node that does not answer is given up
-    evaluation: str = "public"  # public | private | none: the test split, or data that nodes hold out
-    evaluate_every: int = 1  # evaluation=public: rounds between evaluations on the test split
+    evaluation: str = "auto"  # auto | public | private | held_out | none; auto: no private data without noise
+    evaluate_every: int = 1  # evaluation=public, held_out: rounds between evaluations on the test split
     evaluation_rounds: int = 1  # evaluation=private: rounds in which nodes are asked; the last is one
     evaluation_share: float = 0.2  # evaluation=private: a node's persons (or records) held out for it
     evaluation_epsilon: float | None = None  # all answers, inside privacy.epsilon; None: a quarter of it

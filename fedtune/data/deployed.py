@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.choices import tests_openly
 from fedtune.config.schema import Config, DataConfig
 from fedtune.data.columns import Columns, build_corpus
 from fedtune.data.corpus import Corpus, Shard, TokenizedCorpus
@@ -37,7 +38,7 @@ def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> Prepa
         return _site(config, config.data.only_site, tokenizer, tokenizer_id)
     if config.data.source != "files":
         return dataclasses.replace(prepare(config, tokenizer, tokenizer_id), shards=[])
-    if config.federation.evaluation != "public":
+    if not tests_openly(config):
         nothing = _nothing(config.data)
         return PreparedData(nothing, nothing, [], nothing.label_names, config.data.public, ())
     split = "test_split" if config.data.test_split else "train_split"
@@ -63,8 +64,10 @@ def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> Prepa
         rows = np.arange(train.num_records, dtype=np.int64)
         shard = Shard(site, train, size, train.source, config.data.name, rows)
     else:
-        # Uncut: how much is held out follows from the size that the site declares, below.
-        uncut = dataclasses.replace(config.federation, evaluation="public")
+        # Not cut for private evaluation: how much is held out follows from the size that the site declares,
+        # below. The test part that the server has of public data is not among it.
+        cut = config.data.public
+        uncut = dataclasses.replace(config.federation, evaluation="public" if cut else "none")
         whole = prepare(dataclasses.replace(config, federation=uncut), tokenizer, tokenizer_id)
         train = whole.train
         shard = whole.shards[0]

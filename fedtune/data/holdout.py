@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from fedtune.data.corpus import Shard, TokenizedCorpus
 
-__all__ = ["hold_out", "is_held_out"]
+__all__ = ["hold_out", "is_held_out", "parts_of"]
 
 
 def is_held_out(data: TokenizedCorpus, share: float) -> npt.NDArray[np.bool_]:
@@ -42,11 +42,17 @@ def hold_out(shard: Shard, share: float) -> tuple[Shard, Shard]:
     sizes are the declared share of the declared size, never a count, and at least 1.
     """
     kept_out = is_held_out(shard.data, share)
-    held = max(1, round(shard.declared_size * share))
+    trained, held = parts_of(shard.declared_size, share)
     return (
-        _part(shard, np.flatnonzero(~kept_out), max(1, shard.declared_size - held)),
+        _part(shard, np.flatnonzero(~kept_out), trained),
         _part(shard, np.flatnonzero(kept_out), held),
     )
+
+
+def parts_of(declared_size: int, share: float) -> tuple[int, int]:
+    """The sizes to declare of what is trained on and of what is held out, of a whole of `declared_size`."""
+    held = max(1, round(declared_size * share))
+    return max(1, declared_size - held), held
 
 
 def _part(shard: Shard, rows: npt.NDArray[np.int64], declared_size: int) -> Shard:

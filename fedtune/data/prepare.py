@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.choices import resolved, tests_openly
 from fedtune.config.schema import Config
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.files import state_of
@@ -39,7 +40,9 @@ _lock = threading.Lock()
 class PreparedData:
     """Everything a simulation needs to know about its data.
 
-    Fields: `train` and `test`, tokenised; `shards`, one a node, cut from `train`: what may be trained on;
+    Fields: `train` and `test`, tokenised (`test` is empty unless the server evaluates without noise);
+    `shards`, one a node, cut from `train`: what may be trained on. Where `data.declared_size` is not set
+    their sizes are counts, which are private with private data: a node tells `fedtune.federation.sizes` what;
     `label_names`, public; `public`, whether the owner declared the data public; `notes`, what was decided
     while loading and belongs into the record; `held_out`, one a shard where evaluation is private: what is
     evaluated on and not in `shards` (else empty).
@@ -70,6 +73,7 @@ def prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     The same object is returned for equal settings: treat its arrays as read-only.
     Raises as `load_corpus`, `tokenize` and `make_shards` do.
     """
+    config = resolved(config)
     key = _key(config, tokenizer_id)
     # One lock for all: two threads that need the same data should not both make it.
     with _lock:
@@ -92,7 +96,7 @@ def clear_cache() -> None:
 
 
 def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
-    train, test = load_corpus(config.data, config.seed)
+    train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
     tokens = tokenize(train, tokenizer, tokenizer_id, config.data.max_length)
     if config.data.only_site is not None:
         tokens = _one_site(tokens, config.data.only_site)
@@ -101,9 +105,14 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         shards = make_shards(
             tokens, config.partition, config.federation.nodes, config.seed, config.privacy.unit
         )
+    if (total := config.data.declared_size) is not None:
+        each = max(1, round(total / len(shards)))
+        shards = [dataclasses.replace(shard, declared_size=each) for shard in shards]
     prepared = PreparedData(
         train=tokens,
-        test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length),
+        test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length)
+        if test.num_records
+        else tokens.subset([]),
         shards=shards,
         label_names=train.label_names,
         public=config.data.public,
@@ -135,6 +144,7 @@ def _key(config: Config, tokenizer_id: str) -> str:
         dataclasses.asdict(config.data),
         dataclasses.asdict(config.partition),
         config.federation.nodes,
+        tests_openly(config),
         config.federation.evaluation == "private" and config.federation.evaluation_share,
         config.seed,
         config.privacy.unit,

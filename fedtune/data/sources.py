@@ -1,12 +1,14 @@
 """load_corpus: the train and the test Corpus of a data configuration, from `opinions`, `hub` or `files`.
 
-The test part is by person: no person is on both sides. Where the data has no test split (or none is
-named), `test_fraction` of the persons of each site are held out, drawn with `seed` and nothing else.
-A named test split that shares persons with the train split is refused, not repaired.
+There is a test part only where the server evaluates without noise: on what its owner declared public, or in a
+run without privacy (`fedtune.config.choices`). Else all of the data is trained on, and nodes hold out what
+they answer about. The test part is by person: no person is on both sides. Where no test split is named,
+`test_fraction` of the persons of each site are held out, drawn with `seed` and nothing else. A named test
+split that shares persons with the train split is refused, not repaired.
 
 The label set is public, always: `data.labels`, else what the source declares (a hub data set's class
 names, a label file beside the files). Only if there is neither is it taken from the training labels,
-and then a note says so. The test part is taken to be public too: metrics on it are not charged.
+and then a note says so.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from fedtune.errors import DataError
 __all__ = ["hold_out", "load_corpus"]
 
 
-def load_corpus(config: DataConfig, seed: int) -> tuple[Corpus, Corpus]:
+def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple[Corpus, Corpus]:
     """(train, test), with equal `label_names`; what was decided on the way is in `notes`.
 
+    `testing` False: nothing is held out or read to test on, `train` is all there is, and `test` is empty.
     Raises `DataError` for data that is missing or unusable, `ResourceError` for what the machine lacks.
     """
     if config.source == "opinions":
@@ -34,15 +37,16 @@ def load_corpus(config: DataConfig, seed: int) -> tuple[Corpus, Corpus]:
         whole = load_opinions()
         if config.name != whole.name:
             whole = replace(whole, name=config.name)  # a new object, which is hashed anew
-        return hold_out(whole, config.test_fraction, seed)
+        return hold_out(whole, config.test_fraction, seed) if testing else (whole, whole.subset([]))
     if config.source == "hub":
         from fedtune.data.hub import read_split
 
-        tables = [read_split(config, split) for split in (config.train_split, config.test_split) if split]
+        splits = [config.train_split, *([config.test_split] if testing and config.test_split else [])]
+        tables = [read_split(config, split) for split in splits]
         declared = tables[0].class_names
         notes: list[str] = []
     elif config.source == "files":
-        tables, declared, notes = _read_files(config)
+        tables, declared, notes = _read_files(config, testing)
     else:
         raise DataError(f"There is no data source {config.source!r}; choose opinions, hub or files.")
     columns = _columns(config)
@@ -57,7 +61,14 @@ def load_corpus(config: DataConfig, seed: int) -> tuple[Corpus, Corpus]:
         )
     corpora = [build_corpus(config.name, table, columns, labels) for table in tables]
     train = corpora[0]
-    if len(corpora) == 1:
+    if config.test_split is not None and not testing and not (config.test_public or config.public):
+        notes.append(
+            f"data.test_split={config.test_split} is not used: nobody declared it public, so the model is "
+            "not evaluated on it without noise. If it is public: data.test_public=true."
+        )
+    if not testing:
+        test = train.subset([])
+    elif len(corpora) == 1:
         train, test = hold_out(train, config.test_fraction, seed)
     else:
         test = corpora[1]
@@ -102,21 +113,22 @@ def _columns(config: DataConfig) -> Columns:
     )
 
 
-def _read_files(config: DataConfig) -> tuple[list[Table], tuple[str, ...] | None, list[str]]:
+def _read_files(config: DataConfig, testing: bool) -> tuple[list[Table], tuple[str, ...] | None, list[str]]:
     from fedtune.data.files import beside, find_split, list_splits, read_table
 
     paths = [find_split(config, "train_split")]
     notes = []
-    if config.test_split is not None:
+    if config.test_split is not None and testing:
         paths.append(find_split(config, "test_split"))
-    else:
+    elif config.test_split is None:
         unused = [
             path.name for split, path in list_splits(config).items() if split in ("test", "validation", "dev")
         ]
         if unused:
             notes.append(
-                f"{' and '.join(unused)} beside {paths[0].name} is not used: data.test_split is null, so "
-                f"{config.test_fraction:.0%} of {paths[0].name} is held out. Set data.test_split to use it."
+                f"{' and '.join(unused)} beside {paths[0].name} is not used: data.test_split is null"
+                + (f", so {config.test_fraction:.0%} of {paths[0].name} is held out" if testing else "")
+                + ". To test on it: data.test_split, and data.test_public=true if it is declared public."
             )
     return [read_table(path, _columns(config)) for path in paths], beside(paths[0]), notes
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import os
 import queue
 import threading
@@ -277,7 +278,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     grid = LocalGrid(
         app,
         num_nodes,
-        {"fedtune": to_json(config)},
+        {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
         timeout=config.federation.round_timeout,
         on_abandoned=forget,
     )

@@ -13,6 +13,7 @@ then goes on with a new thread and a new model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -121,7 +122,9 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     server_app.main()(main)
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     client_app = ConfiguredClientApp(
-        {"fedtune": to_json(config)}, environment, config.federation.round_timeout
+        {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
+        environment,
+        config.federation.round_timeout,
     )
     cores = os.cpu_count() or 1
     backend: dict[str, Any] = {

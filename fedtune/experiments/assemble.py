@@ -28,6 +28,7 @@ __all__ = ["Metrics", "NodePrivacy", "RunFacts", "assemble"]
 
 _EVALUATED_ON = {
     "public": "public test split; not covered by the guarantee",
+    "held_out": "held-out part of data that nobody declared public, without noise: this run has no privacy",
     "private": "data that the nodes hold out; two noised counts an answer, inside epsilon",
     "none": "none: the model was not evaluated",
 }
@@ -106,6 +107,7 @@ def assemble(
     mechanism: str,
     accountant: str | None,
     evaluation: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All that is known of one run, fit for JSON and not yet for publication: `record.publish` splits it.
 
@@ -177,6 +179,7 @@ def assemble(
             "adaptive_clipping": plan.adaptive_clipping,
             "evaluation_data": _EVALUATED_ON[metrics.evaluation["data"]],
             "evaluation": None if evaluation is None else dict(evaluation),
+            "sizes": None if sizes is None else dict(sizes),
             "audit": None,
         },
         "metrics": {

@@ -99,7 +99,7 @@ def plan_of(finished: Mapping[str, Any]) -> tuple[Config, PrivacyPlan, int]:
             delta=privacy["delta"],
         )
         # What is audited is the training; what evaluation costs beside it only adds to the claim.
-        federation = dataclasses.replace(config.federation, evaluation="public")
+        federation = dataclasses.replace(config.federation, evaluation="none")
         training = dataclasses.replace(config, privacy=chosen, federation=federation)
         plan = make_plan(training, list(sizes.values()))
         size = sizes.get(most["node"], plan.declared_size)

@@ -81,11 +81,11 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
         "submit",
         help="run over the sites of a real federation",
         description="Starts a run at the server and shows it; record.json, adapter/ and statement.md are "
-        "written here. Settings as of `fedtune run`; data.* describe the public test split, since each site "
-        "has data of its own; federation.evaluation=private needs none. Exit status 0 only if the "
-        "run succeeded.",
-        epilog="examples:\n  fedtune submit DIR/server data=files data.name=visits data.path=PUBLIC "
-        "data.labels=[no,yes]\n"
+        "written here. Settings as of `fedtune run`; data.* describe what the server tests on, since each "
+        "site has data of its own: a split that is declared public (data.test_split=test "
+        "data.test_public=true). Without one the sites answer with noised counts about what they hold out. "
+        "Exit status 0 only if the run succeeded.",
+        epilog="examples:\n  fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]\n"
         "  fedtune submit DIR/server resume=RUN_DIR              go on after a crash",
         formatter_class=formatter,
     )

@@ -37,6 +37,7 @@ __all__ = [
     "mechanism",
     "metrics",
     "node_privacy",
+    "size_facts",
 ]
 
 _MECHANISMS = {
@@ -80,24 +81,25 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     after a resume are kept: what they released is released. Where the ledger is on another machine, what it
     knows of other uses is null.
     """
-    from fedtune.privacy.accounting import epsilon_of, epsilon_rdp
+    from fedtune.privacy.accounting import epsilon_of_terms, epsilon_rdp_of_terms
 
     held = {shard.node: shard for shard in shards}
     sizes = {node.name: node.declared_size for node in result.nodes}
     found = []
     for name in sorted({*held, *sizes}):
         shard = held.get(name)
-        plan = result.plan.for_shard(sizes[name] if shard is None else shard.declared_size)
+        plan = result.plan.for_shard(sizes.get(name, 1))
         in_ledger, in_answers, total_epsilon, total_releases = _ledger(name, shard, result.run, plan.delta)
         releases = max(in_ledger, result.releases.get(name, 0))
         answers = max(in_answers, result.answers.get(name, 0))
-        event = plan.event(releases, answers)
+        # A node that was never greeted has told no size either.
+        terms = plan.everything(releases, answers) if name in sizes else plan.terms(releases, answers)
         private = plan.is_private()
         found.append(
             NodePrivacy(
                 node=name,
-                epsilon=epsilon_of(event, plan.delta) if private else None,
-                epsilon_rdp=epsilon_rdp(event, plan.delta) if private else None,
+                epsilon=epsilon_of_terms(terms, plan.delta) if private else None,
+                epsilon_rdp=epsilon_rdp_of_terms(terms, plan.delta) if private else None,
                 delta=plan.delta if private else None,
                 releases=releases,
                 answers=answers,
@@ -132,11 +134,14 @@ def _ledger(
     return mine, answers, ledger.epsilon(**data, delta=delta or None), made
 
 
-def metrics(evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus) -> Metrics:
+def metrics(
+    evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus, data: str = "public"
+) -> Metrics:
     """Quality, as it was measured.
 
-    On the public test split with what guessing its commonest label would give. Of nodes' noised counts an
-    accuracy and its standard error is all there is. None: it was not evaluated.
+    On a test part (`data`: public, or held_out in a run without privacy) with what guessing its commonest
+    label would give. Of nodes' noised counts an accuracy and its standard error is all there is. None: it was
+    not evaluated.
     """
     from fedtune.federation.evaluation import NodesEvaluation
 
@@ -146,7 +151,7 @@ def metrics(evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorp
         return _noised(evaluation)
     counts = Counter(np.asarray(test.labels).tolist())
     total = sum(counts.values())
-    sizes = {} if test.sites is None else Counter(np.asarray(test.sites).tolist())
+    sizes = {} if test.sites is None or data != "public" else Counter(np.asarray(test.sites).tolist())
     per_site = {
         site: {"accuracy": accuracy, "num_records": sizes.get(site)}
         for site, accuracy in evaluation.per_site.items()
@@ -158,9 +163,9 @@ def metrics(evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorp
         f1_macro=evaluation.f1_macro,
         loss=evaluation.loss,
         per_site=per_site,
-        num_records=total,
-        majority_rate=max(counts.values()) / total if total else None,
-        evaluation={"data": "public"},
+        num_records=total if data == "public" else None,  # else how much is held out is private
+        majority_rate=max(counts.values()) / total if total and data == "public" else None,
+        evaluation={"data": data},
     )
 
 
@@ -202,18 +207,27 @@ def evaluation_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
     }
 
 
-def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
-    """What was trained and tested on, in public numbers: declared sizes, never the real ones of a shard.
+def size_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """How nodes told their sizes, by the plan; None where they told none with noise."""
+    sizing = plan.sizing()
+    if sizing is None:
+        return None
+    return {
+        "mechanism": f"the number of {sizing.unit}s, with exact discrete Gaussian noise, once",
+        "noise_multiplier": sizing.noise_multiplier,
+        "epsilon": sizing.epsilon(),
+        "delta": sizing.delta,
+    }
 
-    A real federation's server holds no shards, and knows what the nodes said of themselves.
-    """
-    declared = {node.name: node.declared_size for node in result.nodes} if not data.shards else {}
+
+def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
+    """What was trained and tested on, in public numbers: the sizes that nodes told, never the real ones."""
     return {
         "name": config.data.name,
         "source": config.data.source,
         "public": data.public,
         "labels": list(data.label_names),
-        "declared_sizes": declared or {shard.node: shard.declared_size for shard in data.shards},
+        "declared_sizes": {node.name: node.declared_size for node in result.nodes},
         "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
         "only_site": config.data.only_site,
         "notes": list(data.notes),

@@ -3,7 +3,7 @@
     1. save the configuration (a run that is killed can then be resumed)
     2. tokenizer and data: fetched, tokenised, cut into shards (a simulation holds all shards; a node its own)
     3. the federation: the plan is calibrated from public sizes before any shard is trained on, then rounds
-    4. evaluation of the last adapter: on the public test split, by the nodes on their own data, or not at all
+    4. evaluation of the last adapter: on a test part, by the nodes on their own data, or not at all
     5. adapter in PEFT's format, statement, and last of all record.json: a folder with a record is finished
 
 Everything that trains, accounts or sends is elsewhere; this module only puts the parts in order, and reads
@@ -75,12 +75,14 @@ def run(
     """
     from rich.console import Console
 
+    from fedtune.config.choices import resolved
     from fedtune.cost import prices
     from fedtune.cost.meter import Meter
     from fedtune.experiments import trackers
     from fedtune.experiments.display import Display
     from fedtune.experiments.summary import summary
 
+    config = resolved(config)
     prices.check(config.pricing)
     trackers.check(config)
     console = console or Console(highlight=False)
@@ -183,12 +185,13 @@ def finish(
     Flower's ServerApp calls this by name (the run config's `finish`), so that `flwr run` leaves what
     `fedtune run` does.
     """
+    from fedtune.config.choices import tests_openly
     from fedtune.experiments.trackers import open_tracker
     from fedtune.federation.resident import workplace
 
     place = workplace(config)
     evaluation = result.evaluation
-    if evaluation is None and config.federation.evaluation == "public":
+    if evaluation is None and tests_openly(config):
         evaluation = place.evaluate(result.adapter)
     place.save(result.adapter, run_dir / ADAPTER)
     meter.stop()
@@ -245,7 +248,7 @@ def _record(
         ),
         result=result,
         nodes=measures.node_privacy(data.shards, result),
-        metrics=measures.metrics(evaluation, data.test),
+        metrics=measures.metrics(evaluation, data.test, config.federation.evaluation),
         data=measures.data_facts(config, data, result),
         cost=cost,
         energy=energy,
@@ -259,6 +262,7 @@ def _record(
         mechanism=measures.mechanism(result.plan),
         accountant=measures.accountant(result.plan),
         evaluation=measures.evaluation_facts(result.plan),
+        sizes=measures.size_facts(result.plan),
     )
 
 

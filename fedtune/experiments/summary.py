@@ -105,6 +105,9 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
     )
     if metrics.get("majority_rate") is not None:
         table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
+    if evaluation["data"] == "held_out":
+        said = "Held out of data that nobody declared public, and not noised: this run has no privacy."
+        return Group(table, Text(said, style="dim"))
     if not noised:
         return table
     return Group(table, Text(_noise_line(evaluation), style="dim"))

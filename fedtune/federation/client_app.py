@@ -30,6 +30,7 @@ from fedtune.federation.evaluation_node import register as register_evaluation
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.node import (
     Release,
+    declare_size,
     failure_reply,
     hold_back,
     node_config,
@@ -38,6 +39,7 @@ from fedtune.federation.node import (
     public_reason,
     reserve_release,
 )
+from fedtune.federation.sizes import greeting_size
 
 __all__ = ["app"]
 
@@ -57,10 +59,11 @@ def hello(message: Message, context: Context) -> Message:
 
     try:
         config = node_config(context)
+        declare_size(config, context)
         shard = own_shard(config, context)
         answer = NodeHello(
             node=shard.node if shard else "",
-            declared_size=shard.declared_size if shard else 0,
+            declared_size=greeting_size(config, shard) if shard else 0,
             shards=len(workplace(config).prepared.shards),
             software=f"fedtune {__version__}",
             idle=shard is None,

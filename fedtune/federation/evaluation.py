@@ -1,4 +1,4 @@
-"""The server's side of evaluation: on the public test split, by the nodes on their own data, or not at all.
+"""The server's side of evaluation: by itself on a test part, by the nodes on their own data, or not at all.
 
 `evaluator_for` chooses by `federation.evaluation`. Where nodes answer, the server sums their noised counts
 and divides them: it never learns how much anybody holds out, and what it makes of the counts costs no more
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import PrivacyError, UpdateRejected
 from fedtune.federation._flower import serialized_size
@@ -117,13 +118,13 @@ class Evaluator(Protocol):
 
 
 def evaluator_for(plan: PrivacyPlan, config: Config, score: Callable[[np.ndarray], Any]) -> Evaluator:
-    """As `federation.evaluation` says; `score` evaluates an adapter on the public test split."""
-    federation = config.federation
+    """As `federation.evaluation` says; `score` evaluates an adapter on the test part."""
+    federation = resolved(config).federation
     if federation.evaluation == "none":
         return NoEvaluator()
     if federation.evaluation == "private":
         return NodesEvaluator(plan, federation.num_rounds)
-    return PublicEvaluator(score, federation.evaluate_every)
+    return OpenEvaluator(score, federation.evaluate_every)
 
 
 class NoEvaluator:
@@ -140,8 +141,8 @@ class NoEvaluator:
         """Nothing."""
 
 
-class PublicEvaluator:
-    """On the server, on public data; costs no privacy."""
+class OpenEvaluator:
+    """On the server, without noise: on public data, which costs no privacy, or in a run that has none."""
 
     def __init__(self, score: Callable[[np.ndarray], Any], every: int) -> None:
         self._score, self._every = score, max(1, every)

@@ -28,10 +28,13 @@ from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
+from fedtune.config.choices import resolved
 from fedtune.errors import BudgetExhausted, FederationError, FedtuneError, LedgerError, PrivacyError
 from fedtune.federation import owner
 from fedtune.federation.messages import RoundReply, RoundRequest
+from fedtune.federation.sizes import sized, tell_size
 from fedtune.privacy.publication import told
+from fedtune.privacy.sizes import size_plan
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -45,6 +48,7 @@ __all__ = [
     "Permitted",
     "Release",
     "check_plan",
+    "declare_size",
     "failure_reply",
     "failure_text",
     "hold_back",
@@ -86,7 +90,8 @@ def node_config(context: Context) -> Config:
 
 
 def own_shard(config: Config, context: Context) -> Shard | None:
-    """This node's shard; None if the federation has fewer shards than nodes and this one is spare.
+    """This node's shard, with the size that it tells; None if the federation has fewer shards than nodes and
+    this one is spare.
 
     Raises: DataError, ModelError, ResourceError; FederationError if Flower gave the node no place.
     """
@@ -101,7 +106,22 @@ def own_shard(config: Config, context: Context) -> Shard | None:
             "'partition-id=N num-partitions=M', N from 0 to M-1."
         )
     shards = workplace(config).prepared.shards
-    return shards[position] if position < len(shards) else None
+    return sized(config, context, shards[position]) if position < len(shards) else None
+
+
+def declare_size(config: Config, context: Context) -> None:
+    """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
+
+    Raises: BudgetExhausted, LedgerError, and as `own_shard` does.
+    """
+    from fedtune.federation.resident import workplace
+
+    position = context.node_config.get("partition-id")
+    if size_plan(config) is None or type(position) is not int:
+        return
+    data = workplace(config).prepared
+    if 0 <= position < len(data.shards):
+        tell_size(config, context, data, position, ledger_of(data.shards[position].node, context))
 
 
 def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:
@@ -140,6 +160,7 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     from fedtune.privacy.evaluation import evaluation_epsilon
     from fedtune.privacy.planning import make_plan
 
+    config = resolved(config)
     privacy, federation, nodes = config.privacy, config.federation, plan.nodes
     if federation.evaluation == "private" and plan.is_private():
         # What the configuration says, before the target that it may be a part of is taken out below.
@@ -324,8 +345,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
 
 def releases_of(plan: PrivacyPlan) -> list[ReleasePlan]:
     """All that a run by `plan` may release of a shard, one for each purpose."""
-    answers = plan.evaluation()
-    return [plan] if answers is None else [plan, answers]
+    return [plan, *(one for one in (plan.evaluation(), plan.sizing()) if one is not None)]
 
 
 def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:

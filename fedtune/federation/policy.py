@@ -23,7 +23,7 @@ from typing import Any
 from fedtune.config.schema import Config, DataConfig, PartitionConfig
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.plan import UNITS, PrivacyPlan
 
 __all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
 
@@ -100,8 +100,13 @@ class SiteSettings:
 
     @property
     def budget(self) -> PrivacyBudget:
-        """The owner's budget. Raises PrivacyError if it has no meaning."""
-        return PrivacyBudget(self.budget_epsilon, self.budget_delta, self.budget_unit)
+        """The owner's budget. Raises PrivacyError if it has no meaning.
+
+        Where the data names persons they are what it protects, unless the file says `unit: record` in words:
+        a server cannot choose a finer promise than the data allows.
+        """
+        unit = "person" if self.budget_unit is None and self.data.unit is not None else self.budget_unit
+        return PrivacyBudget(self.budget_epsilon, self.budget_delta, unit)
 
     def to_json(self) -> str:
         """One line; `from_json` reads it back to equal settings."""
@@ -263,6 +268,13 @@ class SiteSettings:
             yield "reproducible noise is for simulations only"
         if plan.trust == "none":
             return
+        if (unit := self.budget.unit) is not None and UNITS.index(plan.unit) < UNITS.index(unit):
+            yield f"privacy.unit={plan.unit} is finer than the site's budget allows: set privacy.unit={unit}"
+        if plan.unit == "person" and self.data.unit is None and self.data.source == "files":
+            yield (
+                "privacy.unit=person asks it to protect persons, and its file names no column that says "
+                "whose record is whose (data.unit)"
+            )
         if not plan.noise_multiplier >= permit.min_noise_multiplier:
             yield (
                 f"noise_multiplier={plan.noise_multiplier:.4g} is below the least permitted, "

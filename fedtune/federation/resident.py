@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import ModelError
 
@@ -146,7 +147,7 @@ class Workplace:
                 Features.of(model, corpus, self.config.train.micro_batch_tokens, forward)
             behind += corpus.num_records
 
-    # What the server needs of its own; all of it from the public test split.
+    # What the server needs of its own; of the data, only what it may evaluate on without noise.
 
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]: the same for the same configuration."""
@@ -154,7 +155,7 @@ class Workplace:
             return np.array(model.initial, dtype=np.float32)
 
     def evaluate(self, adapter: np.ndarray) -> Any:
-        """`Evaluation` of `adapter` on the public test split."""
+        """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""
         from fedtune.training.evaluation import evaluate
 
         with self.using_model() as model:
@@ -173,14 +174,18 @@ _workplaces: dict[str, Workplace] = {}
 
 def workplace(config: Config) -> Workplace:
     """The Workplace of a configuration; the last one is kept, so every node of a process shares it."""
+    config = resolved(config)
     relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
     if config.engine.name == "deployment" and config.data.path:
         from fedtune.data.files import state_of
 
         # A node lives for months: a file that was replaced must be read again, and then refused.
         relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
-    if config.federation.evaluation == "private":
-        relevant.append({"held out": config.federation.evaluation_share})
+    evaluation = config.federation.evaluation
+    relevant.append(
+        {"held out": config.federation.evaluation_share if evaluation == "private" else evaluation}
+    )
+    relevant.append({"unit": config.privacy.unit})
     key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
     if key not in _workplaces:
         _workplaces.clear()

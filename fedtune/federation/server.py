@@ -26,7 +26,6 @@ checkpoint is as good as any.
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation import checkpoint as checkpoints
@@ -49,12 +49,16 @@ from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Obser
 from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
+from fedtune.federation.sizes import run_number
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
+from fedtune.privacy.sizes import size_plan
 
 __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 
 _log = logging.getLogger(__name__)
 MAX_VOID_ROUNDS = 3
+_ANY_SIZE = 1000
 
 # Seconds and FLOPs that clients have used in this process; None if the engine cannot see them.
 Usage = Callable[[], tuple[float, int]]
@@ -111,7 +115,7 @@ def run_rounds(
         CheckpointError: nothing to resume, another run's folder, or a folder in use.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    told = SafeObserver(observer)
+    config, told = resolved(config), SafeObserver(observer)
     with checkpoints.lock_folder(run_dir):
         try:
             return _run(grid, config, run_dir, told, server_side, protocol, usage, stop, expected_nodes)
@@ -238,6 +242,11 @@ def _begin(
     if config.resume is not None and not there:
         checkpoints.load_latest(run_dir)  # raises, with the way out
     attempt = checkpoints.next_attempt(run_dir)
+    run = run_number(run_dir)  # before the greeting: a simulated node may tell its size then, and is charged
+    if config.resume is None and expected and size_plan(config) is not None:
+        # A run that could not be planned must not have charged anybody for a size. What it comes to does not
+        # matter: noise and delta do not follow from it.
+        make_plan(config, [_ANY_SIZE] * expected)
     timeout = config.federation.round_timeout
     least = max(1, config.federation.min_updates) if lives else 0
     nodes, failed, notices = greet(
@@ -246,7 +255,6 @@ def _begin(
     refused: list[Dropped] = []
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
-        run = secrets.token_hex(8)
         plan, nodes, refused = agree(
             courier, config, nodes, run, attempt, stop=stop, deadline=lives, observer=observer
         )

@@ -87,6 +87,7 @@ def validate(plan: PrivacyPlan) -> None:
             f"privacy.bands={plan.bands} and privacy.min_separation={plan.min_separation} are settings of "
             f"privacy.mechanism=dp_ftrl, and this plan's is {plan.mechanism}. Leave them out."
         )
+    _validate_sizes(plan)
     if plan.trust == "none":
         _validate_evaluation(plan)
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
@@ -102,7 +103,8 @@ def validate(plan: PrivacyPlan) -> None:
         )
     if math.isinf(norm):
         raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
-    _check_delta(delta, plan.declared_size, plan.unit)
+    _validate_evaluation(plan)
+    _check_delta(delta, plan)
     if (plan.trust == "central") != (plan.unit == "client"):
         raise PrivacyError(
             f"privacy.trust={plan.trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped "
@@ -131,7 +133,6 @@ def validate(plan: PrivacyPlan) -> None:
             "are."
         )
     _validate_adaptive(plan)
-    _validate_evaluation(plan)
     if plan.mechanism == "dp_ftrl":
         _validate_correlated(plan)
 
@@ -207,19 +208,32 @@ def _validate_evaluation(plan: PrivacyPlan) -> None:
         raise PrivacyError(f"evaluation_noise must be finite and above 0, not {noise}.")
 
 
-def _check_delta(delta: float, size: int, unit: str) -> None:
+def _validate_sizes(plan: PrivacyPlan) -> None:
+    noise = number(plan.size_noise, "size_noise")
+    if not 0.0 <= noise < math.inf:
+        raise PrivacyError(f"size_noise must be finite and 0 or more, not {noise}.")
+    if noise and plan.trust not in ("local", "distributed"):
+        raise PrivacyError(
+            f"A plan with trust={plan.trust} has sizes told with noise ({noise:g}): it needs none."
+        )
+
+
+def _check_delta(delta: float, plan: PrivacyPlan) -> None:
     if not 0.0 < delta < 1.0:
         raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
-    if delta >= 1.0 / size:
-        hint = (
-            f" With {size} clients a delta below {1.0 / size:.3g} is all that is asked for, but so few "
-            "clients can hardly hide one another: for data like these unit=record or person with trust=local "
-            "or distributed is the stronger choice."
-            if unit == "client"
-            else ""
-        )
-        raise PrivacyError(
-            f"privacy.delta={delta:g} is not below 1/n = {1.0 / size:.3g}, with n = {size} units ({unit}) as "
-            "declared: it would allow publishing somebody's data outright. Set it well below that, or "
-            "leave it out." + hint
-        )
+    most = plan.most_units()
+    if delta < 1.0 / most:
+        return
+    hint = (
+        f" With {most:.0f} clients a delta below {1.0 / most:.3g} is all that is asked for, but so few "
+        "clients can hardly hide one another: for data like these unit=record or person with trust=local "
+        "or distributed is the stronger choice."
+        if plan.unit == "client"
+        else ""
+    )
+    told = "as declared" if not plan.size_noise else "at most: a size that was told with noise may be too low"
+    raise PrivacyError(
+        f"privacy.delta={delta:g} is not below 1/n = {1.0 / most:.3g}, with n = {most:.0f} units "
+        f"({plan.unit}) {told}: it would allow publishing somebody's data outright. Set it well below "
+        "that, or leave it out." + hint
+    )

@@ -37,10 +37,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.config.choices import resolved
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import Term
 from fedtune.privacy.calibration import noise_multiplier_for
-from fedtune.privacy.exact import MAX_LOG2_STD, discrete_gaussian
+from fedtune.privacy.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
 from fedtune.privacy.noise import Entropy
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ __all__ = [
 
 DEFAULT_PART = 0.25  # of privacy.epsilon: Gaussians compose by squares, so training hardly feels it
 _STD = 2**MAX_LOG2_STD  # of the noise, in steps; a power of two, as exact sampling wants it
-_ROUNDING = 4.0  # r of the argument: what lies between the discrete and the continuous Gaussian
 _CLEAR = 4.0  # a count below so many standard deviations of its noise says nothing
 
 
@@ -89,8 +89,7 @@ class EvaluationPlan:
         """Steps that one unit's vote has: the L2 sensitivity of the two cells."""
         if not self.is_private():
             return _STD
-        # A hair below, so that float rounding cannot take the multiplier under the plan's.
-        return math.floor(math.sqrt(_STD**2 - _ROUNDING**2) / self.noise_multiplier * (1.0 - 1e-12))
+        return steps_of_one(self.noise_multiplier)
 
     @property
     def noise_std(self) -> float:
@@ -188,7 +187,7 @@ def estimate(right: float, wrong: float, answers: int, noise_std: float) -> Esti
 
 def evaluation_settings(config: Config) -> tuple[float, int]:
     """(share of the units that is held out, answers a node), both 0 where evaluation is not private."""
-    federation = config.federation
+    federation = resolved(config).federation
     if federation.evaluation != "private":
         return 0.0, 0
     return federation.evaluation_share, min(federation.evaluation_rounds, federation.num_rounds)

@@ -11,6 +11,7 @@ Not hidden: the time that it takes, which depends on what is drawn.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,12 +20,23 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from fedtune.privacy.noise import Entropy
 
-__all__ = ["MAX_LOG2_STD", "discrete_gaussian"]
+__all__ = ["MAX_LOG2_STD", "discrete_gaussian", "steps_of_one"]
 
 MAX_LOG2_STD = 24  # squares of what is drawn fit into 63 bits
 
+_ROUNDING = 4.0  # r of the argument in `discrete`: what lies between the discrete and the continuous Gaussian
+
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+
+def steps_of_one(noise_multiplier: float) -> int:
+    """Steps into which one unit is cut, so that noise of 2^24 steps is a Gaussian of `noise_multiplier`.
+
+    A hair below, so that float rounding cannot take the multiplier under the plan's.
+    """
+    std = 2**MAX_LOG2_STD
+    return math.floor(math.sqrt(std**2 - _ROUNDING**2) / noise_multiplier * (1.0 - 1e-12))
 
 
 def _bits(size: int, width: int, entropy: Entropy) -> npt.NDArray[np.uint32] | npt.NDArray[np.uint64]:

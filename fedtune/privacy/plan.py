@@ -28,7 +28,8 @@ plan does not do: bound the records of a person (`records_per_unit` is applied w
 or keep books (`fedtune.privacy.ledger`).
 
 Where nodes answer questions about data that they hold out, the plan owns that mechanism too
-(`PrivacyPlan.evaluation`, `fedtune.privacy.evaluation`): its answers are inside the target epsilon.
+(`PrivacyPlan.evaluation`, `fedtune.privacy.evaluation`): its answers are inside the target epsilon. So is
+what nodes tell of their size, where no owner declares it (`PrivacyPlan.sizing`, `fedtune.privacy.sizes`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from fedtune.privacy.checks import TRUSTS, UNITS, validate, whole
 from fedtune.privacy.evaluation import EvaluationPlan
 from fedtune.privacy.matrix import BandedRoot
 from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
+from fedtune.privacy.sizes import SizePlan, largest
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -95,6 +97,7 @@ class PrivacyPlan:
     evaluation_share: float = 0.0  # of a node's units, held out to be evaluated on; 0.0: none
     evaluation_answers: int = 0  # answers about them that a node agrees to, at most
     evaluation_noise: float = 0.0  # of one answer: standard deviation over its sensitivity
+    size_noise: float = 0.0  # standard deviation, in units, of the sizes that nodes told; 0.0: declared ones
     mechanism: str = "gaussian"  # gaussian | dp_ftrl (central): independent or correlated noise
     bands: int = 1  # dp_ftrl: rounds over which noise is correlated
     min_separation: int = 1  # dp_ftrl: rounds between two participations of a client, at least
@@ -114,6 +117,12 @@ class PrivacyPlan:
             return float(self.cohort_size)
         return self.sample_rate * self.declared_size
 
+    def most_units(self) -> float:
+        """Units that the guarantee may be about, at most: what is held out, and what a size that was told
+        with noise may hide, included. Delta must be below one over it."""
+        told = self.declared_size / (1.0 - self.evaluation_share)
+        return largest(told, self.size_noise, self.nodes if self.trust == "distributed" else 1)
+
     def steps(self, releases: int | None = None) -> int:
         """Accounted steps in `releases` releases (default: `num_rounds`)."""
         return self.local_steps * (self.num_rounds if releases is None else releases)
@@ -130,9 +139,10 @@ class PrivacyPlan:
             root.check(node, run, round, earlier)
 
     def terms(self, releases: int, answers: int = 0, *, after: int = 0) -> dict[Term, int] | None:
-        """`event` in the accountant's own form: steps with counts; None without privacy.
+        """What rounds and answers cost in the accountant's own form: steps with counts; None without privacy.
 
-        `after`: releases that one run has made of this data before these (only dp_ftrl asks).
+        Without what a node told of its size before the first (`sizing`). `after`: releases that one run has
+        made of this data before these (only dp_ftrl asks).
         """
         if isinstance(releases, bool) or releases < 0:
             raise PrivacyError(f"releases must be 0 or more, not {releases!r}.")
@@ -149,10 +159,11 @@ class PrivacyPlan:
         return compose_terms({Term(rate, self.noise_multiplier): self.steps(releases)}, answered)
 
     def event(self, releases: int, answers: int = 0) -> DpEvent:
-        """What `releases` rounds and `answers` answers of this plan cost one unit, for the accountant."""
+        """What `releases` rounds and `answers` answers of this plan, and the size that was told before them,
+        cost one unit, for the accountant."""
         import dp_accounting as dp
 
-        terms = self.terms(releases, answers)
+        terms = self.everything(releases, answers)
         if terms is None:
             return dp.NonPrivateDpEvent()
         if (root := self.root()) is not None:
@@ -165,15 +176,33 @@ class PrivacyPlan:
             parts.append(dp.SelfComposedDpEvent(step, count))
         return parts[0] if len(parts) == 1 else dp.ComposedDpEvent(parts)
 
+    def everything(self, releases: int, answers: int = 0) -> dict[Term, int] | None:
+        """`event` in the accountant's own form: `terms`, and the size that the node told before."""
+        sizing = self.sizing()
+        return compose_terms(self.terms(releases, answers), {} if sizing is None else sizing.terms(1))
+
     def epsilon(self, releases: int | None = None, answers: int = 0) -> float:
         """Upper bound on epsilon, at the plan's delta, of `releases` rounds and `answers` answers about
-        held-out data; by default of all that the plan allows."""
+        held-out data; by default of all that the plan allows. A size that was told with noise is in it."""
         from fedtune.privacy.accounting import epsilon_of_terms
 
         if releases is None:
             releases, answers = self.num_rounds, self.evaluation_answers
-        terms = self.terms(releases, answers)
+        terms = self.everything(releases, answers)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
+
+    def sizing(self) -> SizePlan | None:
+        """How a node told its size, before there was a plan; None where its owner declared it."""
+        if self.size_noise == 0.0:
+            return None
+        return SizePlan(
+            trust=self.trust,
+            unit=self.unit,
+            noise_multiplier=self.size_noise,
+            delta=self.delta,
+            reproducible_noise=self.reproducible_noise,
+            seed=self.seed,
+        )
 
     def evaluation(self) -> EvaluationPlan | None:
         """How a node may answer about its held-out units; None where it may not."""
@@ -438,4 +467,4 @@ class PrivacyPlan:
 
 
 # What a release is made by, as far as a ledger reads it.
-ReleasePlan = PrivacyPlan | EvaluationPlan
+ReleasePlan = PrivacyPlan | EvaluationPlan | SizePlan

@@ -11,12 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CalibrationError, PrivacyError
+from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.calibration import noise_multiplier_for
 from fedtune.privacy.checks import TRUSTS, number, whole
 from fedtune.privacy.evaluation import evaluation_noise, evaluation_settings
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.sizes import DELTA, SIZE_NOISE, largest, size_noise
 
 __all__ = ["default_delta", "make_plan"]
 
@@ -31,10 +34,12 @@ def make_plan(
     for evaluation; `largest_delta`, which a default delta is not to exceed (the smallest of the owners'
     budgets'). The default delta is that of `default_delta`, where n is the size of the largest shard
     (local), of all shards together (distributed) or the number of clients (central), so that it is below 1/n
-    for every shard. For `local` the plan holds the largest size; each node takes its own with `for_shard`.
+    for every shard; where sizes are told with noise (`fedtune.privacy.sizes`), which is in the epsilon, it is
+    a constant. For `local` the plan holds the largest size; each node takes its own with `for_shard`.
     Raises `PrivacyError` or `CalibrationError`, naming the setting; where one unit has all the data, no
     default delta is made.
     """
+    config = resolved(config)
     privacy, train, federation = config.privacy, config.train, config.federation
     if not declared_sizes:
         raise PrivacyError("A plan needs the declared size of at least one node.")
@@ -69,7 +74,8 @@ def make_plan(
         "min_separation": privacy.min_separation,
     }
     share, answers = evaluation_settings(config)
-    common |= {"evaluation_share": share, "evaluation_answers": answers}
+    told = size_noise(config)
+    common |= {"evaluation_share": share, "evaluation_answers": answers, "size_noise": told}
     if privacy.unit == "person":
         whole(privacy.records_per_unit, "privacy.records_per_unit")
     if privacy.trust == "none":
@@ -97,15 +103,19 @@ def make_plan(
             "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
             "noise, privacy.noise_multiplier=null to choose the guarantee."
         )
-    if declared == 1 and not central and privacy.delta is None and largest_delta is None:
+    if declared == 1 and not told and not central and privacy.delta is None and largest_delta is None:
         way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
         raise PrivacyError(
             f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and no delta can "
             f"be chosen for you. Choose a privacy.delta of your own (1e-5, say){way_out}."
         )
-    # What is declared is what is trained on; who is held out is promised the same.
+    # What is declared is what is trained on; who is held out is promised the same. Of sizes that were told
+    # with noise no part of the mechanism may follow: it would then be chosen after a release was seen.
+    default = DELTA if told else default_delta(declared / (1.0 - share))
     limit = math.inf if largest_delta is None else largest_delta
-    delta = min(default_delta(declared / (1.0 - share)), limit) if privacy.delta is None else privacy.delta
+    delta = min(default, limit) if privacy.delta is None else privacy.delta
+    if told:
+        _check_told(privacy.delta, delta, privacy.epsilon, largest(declared / (1.0 - share), told, nodes))
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
     common |= {"max_grad_norm": privacy.max_grad_norm, "delta": delta, "target_epsilon": privacy.epsilon}
     # A plan with any noise first: it refuses every setting without meaning before time is spent.
@@ -118,7 +128,7 @@ def make_plan(
     else:
         ((term, steps),) = (draft.terms(draft.num_rounds) or {}).items()
         rate = term.sample_rate
-    also = draft.terms(0, answers)
+    also = draft.everything(0, answers)
     try:
         noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
     except CalibrationError as error:
@@ -146,6 +156,23 @@ def _colluders(privacy: PrivacyConfig, nodes: int) -> int:
     if privacy.max_colluders is not None:
         return privacy.max_colluders
     return 1 if nodes > 1 and (nodes + 1) // 2 + 1 <= nodes - privacy.max_dropouts else 0
+
+
+def _check_told(given: float | None, delta: float, target: float | None, most: float) -> None:
+    """What is asked of a run whose sizes are told with noise. Raises PrivacyError, CalibrationError."""
+    way_out = "Declare a size, which is then public: data.declared_size=N, about how many there are in all"
+    if given is None and most**-1.1 < delta:
+        raise PrivacyError(
+            f"There may be {most:,.0f} units, and the default delta of {delta:g}, which is fixed before any "
+            f"size is told, is too large for so many. Set privacy.delta (below {most**-1.1:.1g}). "
+            f"Or: {way_out}."
+        )
+    cost = epsilon_of_terms({Term(1.0, SIZE_NOISE): 1}, delta)
+    if target is not None and cost >= target:
+        raise CalibrationError(
+            f"Nobody declared how much data each node has, and to tell it with noise costs epsilon "
+            f"{cost:.2g}, which leaves nothing of privacy.epsilon={target:g} for training. {way_out}."
+        )
 
 
 def _with_noise(common: Mapping[str, Any], noise_multiplier: float) -> PrivacyPlan:

@@ -73,7 +73,9 @@ _BYTES = public("the size of what was sent, which whoever carries it sees")
 _PLAN = public("of the plan, which is made from settings and declared sizes")
 _EPSILON = public("computed from the plan and the number of releases")
 _REASON = public("in words of `told`, or of the server's own about public values")
-_QUALITY = charged("on a public test split, or from noised counts that were charged")
+_QUALITY = charged(
+    "on a public test split, or from noised counts that were charged; of a run without privacy, as it is"
+)
 _TIME = local("how long it took depends on what was drawn")
 _USED = local("what it took of the machine depends on what was drawn")
 _KEY = public("fresh randomness")
@@ -140,6 +142,7 @@ _PRIVACY: Fields = {
             *("local_steps", "matrix", "accountant", "delta", "target_epsilon", "records_per_unit"),
             *("reproducible_noise", "max_dropouts", "max_colluders", "adaptive_clipping", "evaluation_data"),
             "evaluation",
+            "sizes",
         ),
         _PLAN,
     ),

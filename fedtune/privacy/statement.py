@@ -10,7 +10,8 @@ Keys of the record that are used when they are there (DESIGN section 9 has those
 `privacy.ledger` (a list of {node, dataset, releases, epsilon, delta}: everything that each node's ledger
 knows of the same data; null where it did not say), `privacy.target_epsilon`, `privacy.records_per_unit`,
 `privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
-(null, or how nodes answered about data that they hold out), `privacy.audit` ({epsilon_lower, confidence,
+(null, or how nodes answered about data that they hold out), `privacy.sizes` (null, or how they told their
+sizes), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
 `privacy.max_dropouts`, `privacy.max_colluders`, `privacy.epsilon_towards_nodes` and
 `privacy.epsilon_towards_server` (trust distributed),
@@ -110,7 +111,12 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "summary": outline(record, epsilon, delta, curve),
         "cautions": _cautions(record, epsilon),
         "private": epsilon is not None,
-        "unit": {"name": unit, "meaning": UNITS[unit], "records_at_most": privacy.get("records_per_unit")},
+        "unit": {
+            "name": unit,
+            "meaning": UNITS[unit],
+            "records_at_most": privacy.get("records_per_unit"),
+            "persons_named": _persons_named(record),
+        },
         "adjacency": privacy["adjacency"],
         "trust": {"model": trust, "sees": sees(trust, privacy)},
         "mechanism": {
@@ -155,6 +161,11 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _persons_named(record: Mapping[str, Any]) -> bool:
+    """Whether the data says whose record is whose, so that persons could have been protected."""
+    return ((record.get("config") or {}).get("data") or {}).get("unit") is not None
+
+
 def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
     """The steps as the accountant had them, from the record's own numbers."""
     noise, steps = privacy["noise_multiplier"], privacy["steps"]
@@ -165,6 +176,8 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
         return BandedRoot(**privacy["matrix"]).merged(float(noise), most)
     rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
     terms = {Term(rate, float(noise)): int(steps)}
+    if sizes := privacy.get("sizes"):
+        terms[Term(1.0, float(sizes["noise_multiplier"]))] = 1
     about = privacy.get("evaluation")
     answers = max((int(one.get("answers", 0)) for one in privacy["per_node"]), default=0)
     if about and answers:
@@ -231,6 +244,11 @@ def _guarantee(facts: Mapping[str, Any]) -> list[str]:
     lines = [f"Unit of privacy: {unit['name']}: {unit['meaning']}."]
     if unit["name"] == "person" and unit["records_at_most"]:
         lines.append(f"At most {unit['records_at_most']} records of a person enter one step.")
+    if unit["name"] == "record" and unit["persons_named"]:
+        lines.append(
+            "The data names persons, and single records were chosen as the unit all the same "
+            "(privacy.unit=record): what is promised here is not promised to a person with several records."
+        )
     lines.append(f"Adjacency: {facts['adjacency']}.")
     if accounting["epsilon"] is None:
         return [*lines, "Epsilon: none. There is no guarantee; formally, epsilon is infinite."]

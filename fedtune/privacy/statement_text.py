@@ -207,6 +207,12 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
             "Evaluation: accuracy comes from noised counts that the nodes release about units that are held "
             "out of training, and these are charged. No size, loss or label count of a shard leaves a node."
         )
+    if sizes := record["privacy"].get("sizes"):
+        lines.append(
+            "Sizes: nobody declared how much data each node has, so each told it once, with noise (standard "
+            f"deviation {sizes['noise_multiplier']:g} {unit}s), and that is charged. Expected batches follow "
+            "from it; the noise does not."
+        )
     if record["privacy"].get("adaptive_clipping"):
         lines.append(
             "The clipping norm follows a noised quantile of the update norms, which is paid for in epsilon."
@@ -219,9 +225,10 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     privacy = record["privacy"]
     evaluation = privacy.get("evaluation_data") or "the record does not say whose data the metrics come from"
     unnoised = f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised."
+    sizes = "" if privacy.get("sizes") else "the declared sizes, "
     lines = [
-        "What the owners declare public: the name of the data set, the label set, the declared sizes, the "
-        "maximum length, who takes part.",
+        f"What the owners declare public: the name of the data set, the label set, {sizes}the maximum "
+        "length, who takes part.",
         *([] if privacy.get("evaluation") and epsilon is not None else [unnoised]),
         "The pretrained encoder: what it has learnt from its own training data.",
         "Choice of settings. If this run was picked among several because its result was good, the choice "

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.benchmarks.common import write
 
-WORDS = ("privacy.epsilon=1,2,4,8", "seed=0,1,2,3,4")
+WORDS = ("privacy.unit=record", "privacy.epsilon=1,2,4,8", "seed=0,1,2,3,4")
 
 # `fedtune run -m` itself, with a display that looks at the clock. A run starts when the one before it has
 # returned, trains from `on_start` on, and its rounds end with the last `on_round`; evaluation is in a round.

@@ -36,7 +36,16 @@ def _federation(*overrides: str) -> dict[str, Any]:
     """Runs a federation in a process of its own; returns its peak memory, memory by round, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", _MEMORY, str(Path(folder) / "run"), *overrides],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-c",
+                _MEMORY,
+                str(Path(folder) / "run"),
+                "privacy.unit=record",
+                *overrides,
+            ],
             capture_output=True,
             text=True,
             check=False,

@@ -252,7 +252,8 @@ class Federation:
     def start_submit(self, name: str, *overrides: str) -> Kept:
         """Starts `fedtune submit`, whose run folder is `runs/NAME`, and returns at once."""
         settings = [
-            "data=files", "data.name=trial", "data.labels=[negative,positive]", "data.test_split=test",
+            "data=files", "data.name=trial", "data.labels=[negative,positive]",
+            "data.test_split=test", "data.test_public=true",
             f"data.path={self.root / 'public'}", f"model.name={self.setup.model}",
             "train.precision=fp32", "device=cpu",
             *self.setup.settings, *overrides, f"hydra.run.dir={self.root / 'runs' / name}",

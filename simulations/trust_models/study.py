@@ -109,7 +109,7 @@ class Cell:
         words = ARRANGEMENTS[self.arrangement]
         if self.epsilon is None:
             how = [word for word in words if not word.startswith("privacy")]
-            return [*COMMON, "privacy=none", *how, seed]
+            return [*COMMON, "privacy=none", "privacy.unit=record", *how, seed]  # sampled as with privacy
         return [*COMMON, *words, f"privacy.epsilon={self.epsilon}", seed]
 
 

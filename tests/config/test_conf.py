@@ -55,6 +55,11 @@ def test_schema_defaults_are_those_of_conf() -> None:
     # A price has no default worth writing into code, and data is private until a page says that it is public.
     for group in ("data", "pricing"):
         composed.pop(group), schema.pop(group)
+    # What `auto` becomes follows from the data, which is another one here.
+    assert (composed["privacy"]["unit"], composed["federation"]["evaluation"]) == ("person", "public")
+    assert (schema["privacy"]["unit"], schema["federation"]["evaluation"]) == ("auto", "auto")
+    for values in (composed, schema):
+        values["privacy"].pop("unit"), values["federation"].pop("evaluation")
     assert composed == schema
 
 

@@ -146,6 +146,7 @@ class Federation:
         return [
             "data=files", "data.name=made-up", "data.labels=[negative,positive]", "data.site=site",
             "data.max_length=16", f"data.path={self.root / data}", "data.test_split=test",
+            "data.test_public=true",
             f"model.name={self.model}", "model.quantization=none", "adapter=lora", "adapter.rank=2",
             "train.sample_rate=0.3", "train.local_steps=2", "train.precision=fp32", "device=cpu",
             "federation.round_timeout=150", *more,

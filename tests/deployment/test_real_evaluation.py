@@ -36,7 +36,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 def settings(federation: Federation, folder: Path, *more: str) -> list[str]:
     """Of a run that has no public test data at all."""
     kept = [
-        one for one in federation.settings("public") if not one.startswith(("data.path=", "data.test_split="))
+        one
+        for one in federation.settings("public")
+        if not one.startswith(("data.path=", "data.test_split=", "data.test_public="))
     ]
     return [
         *kept, "federation.evaluation=private", "federation.evaluation_share=0.25", "federation.num_rounds=2",

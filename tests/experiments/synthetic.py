@@ -16,7 +16,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.schema import Config, PricingConfig
+from fedtune.config.choices import resolved
+from fedtune.config.schema import Config, DataConfig, PricingConfig
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 
 DELTA = 5.555555555555556e-05
@@ -59,7 +60,7 @@ def make_record(
     **settings: Any,
 ) -> dict[str, Any]:
     """One whole record. `settings` are further dotted settings, with '__' for the dot."""
-    config = Config(seed=seed, output="/somewhere", pricing=pricing)
+    config = resolved(Config(seed=seed, output="/somewhere", pricing=pricing, data=DataConfig(public=True)))
     config.data.name = dataset
     config.data.unit, config.data.site, config.data.public = "unit", "site", public
     config.model.quantization, config.adapter.name = quantization, adapter

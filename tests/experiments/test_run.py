@@ -98,7 +98,8 @@ def test_without_privacy_epsilon_is_null_and_the_run_learns(world: dict[str, Pat
 
 
 def test_a_site_alone_is_tested_on_all_sites(world: dict[str, Path], tmp_path: Path) -> None:
-    made = records.read(run(config(world, tmp_path / "run", data__only_site="site-2"), console=quiet()))
+    alone = config(world, tmp_path / "run", data__only_site="site-2", data__declared_size=30)
+    made = records.read(run(alone, console=quiet()))
     assert made["federation"]["node_names"] == ["site-2"]
     assert len(made["metrics"]["per_site"]) == 4
     assert sum(row["num_records"] for row in made["metrics"]["per_site"].values()) == 40

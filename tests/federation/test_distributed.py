@@ -554,14 +554,15 @@ def test_messages_are_read_back_as_they_were_written_or_refused() -> None:
 def with_persons(folder: Path, n: int = 160) -> Path:
     """The tiny data with a person for every two or three records of a site."""
     tiny_federation.make_data(folder, n)
-    path = folder / "train.csv"
-    with path.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    with path.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, [*rows[0], "person"])
-        writer.writeheader()
-        for i, row in enumerate(rows):
-            writer.writerow({**row, "person": f"{row['site']}-{i // 10}"})
+    for split in ("train", "test"):
+        path = folder / f"{split}.csv"
+        with path.open(newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, [*rows[0], "person"])
+            writer.writeheader()
+            for i, row in enumerate(rows):
+                writer.writerow({**row, "person": f"{split} {row['site']}-{i // 10}"})
     return folder
 
 

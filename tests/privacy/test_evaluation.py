@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.config.schema import Config, FederationConfig, PrivacyConfig, TrainConfig
+from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.privacy.accounting import epsilon_of
 from fedtune.privacy.budget_file import PrivacyBudget
@@ -45,6 +45,7 @@ def asking(epsilon: float | None = 8.0, **changes: object) -> Config:
         **changes,
     }
     return Config(
+        data=DataConfig(declared_size=1000),  # else sizes are noised, and paid for
         privacy=PrivacyConfig(trust=trust, epsilon=epsilon, noise_multiplier=given),  # type: ignore[arg-type]
         train=TrainConfig(sample_rate=0.1, local_steps=2),
         federation=FederationConfig(**settings),  # type: ignore[arg-type]

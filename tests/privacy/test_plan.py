@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from fedtune.config.schema import Config
+from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms, terms_of
 from fedtune.privacy.noise import Entropy
@@ -26,7 +26,8 @@ PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_
 
 
 def config(**privacy: Any) -> Config:
-    made = Config()
+    made = Config(data=DataConfig(declared_size=1000))  # else sizes are noised, and paid for
+    made.federation.evaluation = "none"
     for name, value in privacy.items():
         part, _, field = name.rpartition("__")
         setattr(getattr(made, part or "privacy"), field, value)
@@ -461,7 +462,7 @@ def test_few_clients_are_said_to_be_few() -> None:
         ({"max_grad_norm": math.inf}, "max_grad_norm"),
         ({"unit": "person", "records_per_unit": 0}, "records_per_unit"),
         ({"unit": "client"}, "client"),
-        ({"trust": "central"}, "client"),
+        ({"trust": "central", "unit": "record"}, "client"),
         ({"trust": "secret"}, "trust"),
         ({"trust": "none", "noise_multiplier": 1.0}, "noise_multiplier"),
         ({"trust": "distributed", "max_dropouts": 1, "max_colluders": 1}, "honest"),

@@ -73,7 +73,7 @@ data:
 budget: # over everything that this data is ever used for
   epsilon: 8.0
   delta: 1.0e-5
-  unit: null # person: refuse runs that protect single records only
+  unit: null # the least that a run must protect; null: person where data.unit names them. record: in words
 
 permit:
   trust: [local, distributed] # mechanisms: local | distributed | central | none

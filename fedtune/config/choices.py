@@ -1,0 +1,67 @@
+"""What `auto` means: the safe choice that follows from what the owner of the data has declared.
+
+One place, so that messages, plan, record and whoever reads a configuration see the choice and never the word.
+`resolved` is called wherever a `Config` comes in (the loader, JSON from a server, Python); it changes nothing
+that was chosen in words, so it may be called as often as one likes.
+
+`privacy.unit`: a client under trust=central; else a person, where `data.unit` says whose record is whose;
+else a record.
+
+`federation.evaluation`, so that no data is evaluated on without noise that its owner has not declared public:
+
+- `public` where all the data is (`data.public`), or a test split is named and declared (`data.test_public`);
+- `held_out` without privacy (trust=none): what is held out of private data is evaluated on as it is, for
+  such a run promises nothing; no other run may do that;
+- `none` under trust=central, where no noise but the clients' own hides what one client tells; and where the
+  noise is given (`privacy.noise_multiplier`) and it is not said what answers may cost;
+- else `private`: nodes answer with noised counts, inside epsilon.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fedtune.config.schema import Config, DataConfig
+
+__all__ = ["AUTO", "public_test", "resolved", "tests_openly"]
+
+AUTO = "auto"
+
+
+def resolved(config: Config) -> Config:
+    """`config` with a choice in place of every `auto`; `config` itself where there is none."""
+    privacy, federation = config.privacy, config.federation
+    if privacy.unit == AUTO:
+        privacy = dataclasses.replace(privacy, unit=_unit(config))
+    if federation.evaluation == AUTO:
+        federation = dataclasses.replace(federation, evaluation=_evaluation(config))
+    if privacy is config.privacy and federation is config.federation:
+        return config
+    return dataclasses.replace(config, privacy=privacy, federation=federation)
+
+
+def public_test(data: DataConfig) -> bool:
+    """Whether there is something to test on that the owner declared public."""
+    return data.public or (data.test_public and data.test_split is not None)
+
+
+def tests_openly(config: Config) -> bool:
+    """Whether the model is evaluated by the server, without noise: then there is a test part, else none is
+    taken off the data."""
+    return resolved(config).federation.evaluation in ("public", "held_out")
+
+
+def _unit(config: Config) -> str:
+    if config.privacy.trust == "central":
+        return "client"
+    return "record" if config.data.unit is None else "person"
+
+
+def _evaluation(config: Config) -> str:
+    privacy = config.privacy
+    if public_test(config.data):
+        return "public"
+    if privacy.trust == "none":
+        return "held_out"
+    given = privacy.epsilon is None and config.federation.evaluation_epsilon is None
+    return "none" if privacy.trust == "central" or given else "private"

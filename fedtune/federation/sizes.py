@@ -1,0 +1,139 @@
+"""What a node tells of its size where no owner declared one: asked once a run, charged before it is counted.
+
+Only in a simulation of private data (`fedtune.privacy.sizes` says where and by what mechanism). What was told
+is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a run that is
+resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
+the node, and 1 is told.
+
+The release is charged to the run, whose number a simulation's server writes into the folder (`run_number`)
+before it greets the nodes: the ledger then sees one run, fixed before its first release.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context
+
+from fedtune.data.holdout import parts_of
+from fedtune.errors import FederationError
+from fedtune.privacy.sizes import size_plan
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.data.corpus import Shard
+    from fedtune.data.prepare import PreparedData
+    from fedtune.privacy.ledger import PrivacyLedger
+
+__all__ = ["greeting_size", "run_number", "sized", "tell_size"]
+
+_RUN = "run_number"
+
+
+def run_number(run_dir: Path) -> str:
+    """The number of the run in `run_dir`: that which was drawn for it, or a new one."""
+    path = run_dir / _RUN
+    try:
+        if known := path.read_text(encoding="ascii").strip():
+            return known
+    except FileNotFoundError:
+        pass
+    run = secrets.token_hex(8)
+    _write(path, run)
+    return run
+
+
+def tell_size(
+    config: Config, context: Context, data: PreparedData, position: int, ledger: PrivacyLedger
+) -> None:
+    """Reserves, counts and keeps what the node at `position` tells, unless this run has it already.
+
+    Raises: BudgetExhausted if the owner's budget does not allow it; nothing is counted then. LedgerError.
+    """
+    shard, plan = data.shards[position], size_plan(config)
+    if plan is None:
+        return
+    folder = _folder(config, context, shard.node)
+    path = _path(folder, shard.node)
+    if path.exists():
+        return
+    reservation = ledger.reserve(
+        dataset=shard.dataset,
+        fingerprint=shard.fingerprint,
+        node=shard.node,
+        run=run_number(folder),
+        round=0,
+        plan=plan,
+        public=config.data.public,
+    )
+    # Held-out units are units of the shard: their parts share none, so the counts add up.
+    parts = [part.data for part in (shard, *data.held_out[position : position + 1])]
+    units = sum(part.num_units if plan.unit == "person" else part.num_records for part in parts)
+    path.parent.mkdir(exist_ok=True)
+    _write(path, json.dumps({"node": shard.node, "told": plan.told(units, plan.entropy(shard.node))}))
+    ledger.commit(reservation)
+
+
+def sized(config: Config, context: Context, shard: Shard) -> Shard:
+    """`shard` with the size that its node told in this run in place of its count.
+
+    Raises FederationError if it told none yet, which it does when it is greeted.
+    """
+    if size_plan(config) is None:
+        return shard
+    path = _path(_folder(config, context, shard.node), shard.node)
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["told"]
+        whole = told if type(told) is int and told >= 1 else None
+    except FileNotFoundError as error:
+        raise FederationError(
+            f"Node {shard.node!r} has not told its size in this run ({path} is missing), and the plan "
+            "follows from it. Start a new run, or declare a size: data.declared_size=N, about how many "
+            "records (or persons) there are in all."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = None
+    if whole is None:
+        raise FederationError(
+            f"{path} does not hold the size that node {shard.node!r} told. Start a new run."
+        )
+    if config.federation.evaluation == "private":
+        whole = parts_of(whole, config.federation.evaluation_share)[0]
+    return dataclasses.replace(shard, declared_size=whole)
+
+
+def greeting_size(config: Config, shard: Shard) -> int:
+    """The size that a node tells when it is greeted: its shard's, or 1 where it may not leave the node."""
+    simulated = config.engine.name != "deployment"
+    hidden = config.privacy.trust == "central" and simulated and config.data.declared_size is None
+    return 1 if hidden and not config.data.public else shard.declared_size
+
+
+def _folder(config: Config, context: Context, node: str) -> Path:
+    """The run's folder, which in a simulation is on the same machine."""
+    chosen = config.resume or str(context.run_config.get("output", "")) or config.output
+    if not chosen:
+        raise FederationError(
+            f"Node {node!r} does not know the run's folder, where it would keep the size that it tells. Give "
+            "data.declared_size=N, about how many records (or persons) there are in all."
+        )
+    return Path(chosen)
+
+
+def _path(folder: Path, node: str) -> Path:
+    return folder / "sizes" / f"{node}.json"
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, durably: what was told must not be asked for a second time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
