@@ -67,10 +67,14 @@ def mechanism(plan: PrivacyPlan) -> str:
 
 
 def accountant(plan: PrivacyPlan) -> str | None:
-    """What epsilon was computed with; None where there is none."""
+    """What epsilon was computed with; None where there is none.
+
+    fedtune composes privacy loss distributions itself (`fedtune.privacy.losses`); its tests hold that to
+    dp-accounting's own composition.
+    """
     if plan.trust == "none":
         return None
-    return f"PLD (dp-accounting {metadata.version('dp-accounting')})"
+    return f"PLD (fedtune {metadata.version('fedtune')}, checked against dp-accounting)"
 
 
 def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[NodePrivacy]:

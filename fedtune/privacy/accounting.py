@@ -2,9 +2,10 @@
 
 An event says what was done (`dp_accounting.DpEvent`: a Poisson-sampled Gaussian, so many times); this
 module says what it costs. Epsilon comes from the privacy loss distribution of the composed event
-(Koskela et al. 2020; Doroshenko et al. 2022), and everything that is approximate is rounded to the safe
-side: losses are discretized pessimistically, truncated mass counts as infinite loss, and what the FFT may
-have rounded away is taken off delta before epsilon is read. So a result is an upper bound for the event,
+(Koskela et al. 2020; Doroshenko et al. 2022), which fedtune composes itself (`fedtune.privacy.losses`; tests
+hold that to dp_accounting's composition). Everything that is approximate is rounded to the safe side: losses
+are discretized pessimistically, truncated mass counts as infinite loss, and what the FFT may have rounded
+away is taken off delta before epsilon is read. So a result is an upper bound for the event,
 never an estimate. The grid starts coarse and is refined until that changes the result by less than
 about 0.05 percent; a typical DP-SGD run (rate 0.05, 60 steps) takes a tenth of a second.
 
@@ -12,7 +13,8 @@ Adjacency is add-or-remove one unit, unless a term says `replace`: such a term c
 unit is coarser than the one that is asked about (see `fedtune.privacy.ledger`).
 
 What it does not do: it knows nothing of how the noise was made, and does not account the rounding of
-floating-point arithmetic in training.
+floating-point arithmetic in training. And its epsilon is that of steps that were fixed in advance; for what
+is chosen on the way, and for when a budget is spent, see `fedtune.privacy.filter`.
 """
 
 from __future__ import annotations

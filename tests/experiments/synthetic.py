@@ -129,7 +129,7 @@ def make_record(
             "sample_rate": SAMPLE_RATE,
             "local_steps": STEPS,
             "steps": STEPS * ROUNDS,
-            "accountant": "PLD (dp-accounting 0.6.0)" if private else None,
+            "accountant": "PLD (fedtune 0.1.0, checked against dp-accounting)" if private else None,
             "epsilon": spent,
             "delta": DELTA if private else None,
             "epsilon_rdp": spent * 1.2 if spent is not None else None,

@@ -112,7 +112,9 @@ def test_without_privacy_there_is_no_accountant() -> None:
     assert measures.accountant(none) is None and measures.mechanism(none) == "none"
     (a,) = measures.node_privacy([shard("a")], result(none, ("a",), a=3))
     assert a.epsilon is None and a.epsilon_rdp is None and a.releases == 3
-    assert "PLD" in str(measures.accountant(PLAN)) and "record" in measures.mechanism(PLAN)
+    named = str(measures.accountant(PLAN))
+    assert named.startswith("PLD (fedtune ") and "checked against dp-accounting" in named
+    assert "record" in measures.mechanism(PLAN)
 
 
 def test_the_energy_of_a_resumed_run_is_unknown_and_not_that_of_its_last_session() -> None:

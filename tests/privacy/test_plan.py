@@ -386,6 +386,19 @@ def test_a_plan_that_was_spoilt_on_the_way_is_refused(spoil: Any) -> None:
         PrivacyPlan.from_json(spoil(local_plan().to_json()))
 
 
+def test_averages_lie_on_a_grid_far_below_the_noise() -> None:
+    """Killed by this: an average that is not rounded, or rounded by another scale than the noise's."""
+    for plan in (local_plan(noise_multiplier=1.7, max_grad_norm=0.3), central_plan(noise_multiplier=0.9)):
+        exponent = math.floor(math.log2(plan.noise_std())) - 30
+        raw = 0.1 + plan.noise(500, Entropy.system())
+        steps = plan.average(raw) * plan.expected_batch_size() / 2.0**exponent
+        assert np.max(np.abs(steps - np.round(steps))) < 1e-4
+        coarser = steps / 2.0
+        assert np.max(np.abs(coarser - np.round(coarser))) > 0.4
+    none = public_plan()
+    assert np.array_equal(none.average(raw), raw / none.expected_batch_size())
+
+
 # --- make_plan ---------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ def record(trust: str = "local", unit: str = "record", **privacy: Any) -> dict[s
             "max_grad_norm": 0.7 if private else None,
             "sample_rate": 0.05,
             "steps": 60,
-            "accountant": "PLD (dp-accounting 0.6.0)" if private else None,
+            "accountant": "PLD (fedtune 0.1.0, checked against dp-accounting)" if private else None,
             "epsilon": 2.857 if private else None,
             "delta": 1e-5 if private else None,
             "epsilon_rdp": 3.368 if private else None,
@@ -72,7 +72,7 @@ def test_it_answers_everything_that_is_asked_of_a_dp_result() -> None:
         "Noise multiplier (standard deviation over clipping norm): 1;",
         "clipping norm (L2): 0.7",
         "accounted steps: 60",
-        "PLD (dp-accounting 0.6.0)",  # type of accounting
+        "PLD (fedtune 0.1.0, checked against dp-accounting)",  # type of accounting
         "upper bound",
         "epsilon 3.368",  # RDP beside it
         "zero-concentrated DP: rho 30",

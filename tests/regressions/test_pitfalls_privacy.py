@@ -263,18 +263,31 @@ def test_pitfall_22_resuming_reuses_the_noise() -> None:
     assert any("subtract" in caution for caution in simulated.cautions())
 
 
+def off_grid(values: np.ndarray, grid: float) -> float:
+    """How far, in steps of `grid`, the worst of `values` lies from a whole number of them."""
+    steps = values / grid
+    return float(np.max(np.abs(steps - np.round(steps))))
+
+
+def test_pitfall_42_a_test_that_cannot_fail() -> None:
+    """Rounding noise was tested with a relative tolerance of 1e-5 on numbers near 1e9: all numbers passed."""
+    raw = Entropy.system().gaussian(2000, 1.0)
+    assert np.allclose(raw * 2.0**30, np.round(raw * 2.0**30), atol=1e-3)  # nothing was rounded here
+    assert off_grid(raw, 2.0**-30) > 0.4
+    assert off_grid(on_grid(raw, 1.0), 2.0**-30) == 0.0
+
+
 def test_pitfall_23_ordinary_generators_and_floating_point_noise() -> None:
     """Noise comes from the operating system, and its low bits, which tell the value, are rounded away."""
     plan = local_plan()
     values = np.array([0.0, 0.1])  # neighbours: which of them lies under the noise?
-    grid = 2.0**-30 * plan.expected_batch_size()
     for value in values:
-        shown = plan.average(value + plan.noise(2000, Entropy.system())) * plan.expected_batch_size()
-        steps = shown / 2.0**-30
-        assert np.allclose(steps, np.round(steps), atol=1e-3)
-    assert grid < 1e-6
-    raw = values[1] + plan.noise(2000, Entropy.system())
-    assert not np.array_equal(raw, on_grid(raw, plan.noise_std()))
+        raw = value + plan.noise(2000, Entropy.system())
+        shown = plan.average(raw) * plan.expected_batch_size()
+        # An absolute tolerance: there are near 1e9 steps, and relative to that every number is a whole one.
+        assert off_grid(shown, 2.0**-30) < 1e-5
+        assert off_grid(raw, 2.0**-30) > 0.4  # the mutant: the average without its grid
+        assert np.max(np.abs(shown - raw)) <= 2.0**-31 * 1.001  # and no more is rounded than that
     for node in ast.walk(ast.parse(Path(noise.__file__).read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
             # The only numpy generator is Philox, in `reproducible`.
