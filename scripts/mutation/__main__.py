@@ -45,6 +45,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="also what earlier runs have decided")
     parser.add_argument("--alive", action="store_true", help="also those that have survived earlier runs")
+    parser.add_argument(
+        "--enough", type=float, default=20.0, help="seconds of tests that a mutant must survive at most"
+    )
     parser.add_argument("--only", default="", help="mutants whose name holds this")
     parser.add_argument("--tests", nargs="*", default=TESTS)
     options = parser.parse_args(arguments)
@@ -60,7 +63,15 @@ def main(arguments: list[str]) -> int:
     os.chdir(ROOT)
     state = ROOT / "build" / "mutation"
     run = MutationRun(
-        chosen, options.jobs, state, options.again, options.alive, options.only, options.tests, LEFT_OUT
+        chosen,
+        options.jobs,
+        state,
+        options.again,
+        options.alive,
+        options.only,
+        options.enough,
+        options.tests,
+        LEFT_OUT,
     )
     command = ["-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, *options.tests]
     status = int(pytest.main(command, plugins=[run]))

@@ -31,7 +31,6 @@ from scripts.mutation.operators import Mutant, mutants_of
 __all__ = ["MutationRun", "Source"]
 
 _LONGEST = 15.0  # seconds: tests that take longer under the tracer are left out
-_ENOUGH = 20.0  # seconds of tests, as measured under the tracer, that a mutant must survive at most
 
 
 @dataclass
@@ -67,17 +66,19 @@ class MutationRun:
         again: bool,
         alive: bool,
         only: str,
+        enough: float,
         folders: list[str],
         left_out: str,
     ) -> None:
         self.sources, self.jobs, self.state = sources, jobs, state
         self.again, self.alive, self.only = again, alive, only
-        self.folders, self.left_out = folders, left_out
+        self.folders, self.left_out, self.enough = folders, left_out, enough
         self.cores = len(os.sched_getaffinity(0))
         self.seconds: dict[str, float] = {}
         self.lines: dict[str, dict[str, frozenset[int]]] = {}
         self.unfit: dict[str, str] = {}
         self.kills: Counter[tuple[str, str]] = Counter()
+        self.hints: dict[str, str] = {}  # what killed a mutant in an earlier run, of other code perhaps
         self.cold = ColdServer()
         state.mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +106,7 @@ class MutationRun:
             "collected": len(self.items),
             "used": len(self.seconds),
             "left_out": f"tests of speed (-k {self.left_out!r}) and those marked slow; {slow} of over "
-            f"{_LONGEST:.0f} s, {skipped} skipped; at most {_ENOUGH:.0f} s of tests a mutant, its own "
+            f"{_LONGEST:.0f} s, {skipped} skipped; at most {self.enough:g} s of tests a mutant, its own "
             "module's first",
             "failing_without_a_mutant": sorted(
                 name for name, why in self.unfit.items() if why not in ("slow", "skipped")
@@ -181,15 +182,20 @@ class MutationRun:
         chosen, seconds = [], 0.0
         for name in reached:
             seconds += self.seconds[name]
-            if seconds > _ENOUGH:
+            if seconds > self.enough:
                 break
             chosen.append(name)
+        killer = self.hints.get(mutant.name, "")
+        if killer in reached:
+            chosen = [killer, *(name for name in chosen if name != killer)]
         return chosen
 
     def _test(self, source: Source, functions: dict[tuple[str, str, int], list[FunctionType]]) -> None:
         tree, mutants = source.mutants()
         mutants = [m for m in mutants if self.only in m.name]
         stored = self.state / f"{source.name}-{source.digest}.json"
+        for path in sorted(self.state.glob(f"{source.name}-*.json"), key=lambda p: p.stat().st_mtime):
+            self.hints |= {name: killer for name, killer in json.loads(path.read_text()).items() if killer}
         if stored.exists():
             source.verdicts = json.loads(stored.read_text())
         known = {} if self.again else source.verdicts

@@ -7,10 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from dp_accounting.pld.pld_pmf import DensePLDPmf
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from scipy import optimize, stats
 
 from fedtune.privacy import losses
-from fedtune.privacy.losses import composed, points_of_one, rounding
+from fedtune.privacy.losses import composed, epsilon_at, points_of_one, rounding
 from fedtune.privacy.step_losses import Step, step_distribution
 
 COIN = np.array([0.9, 0.0, 0.1])
@@ -140,3 +142,51 @@ def test_losses_are_where_the_sum_of_all_steps_is(mix: list[tuple[Step, int]]) -
             moments.append((mean, float(part._probs @ (at - mean) ** 2)))
         assert moments[0] == pytest.approx((30 * moments[1][0], 30 * moments[1][1]), rel=1e-6)
     assert loss._symmetric == (mix[0][0][0] == 1.0)
+
+
+def by_bisection(first: int, interval: float, probs: np.ndarray, infinite: float, delta: float) -> float:
+    """The least epsilon of 0 or more at which the divergence of these losses is at most `delta`."""
+    at = (first + np.arange(len(probs))) * interval
+
+    def divergence(epsilon: float) -> float:
+        return infinite + float(np.maximum(probs * (1.0 - np.exp(epsilon - at)), 0.0).sum())
+
+    if infinite > delta:
+        return math.inf
+    if divergence(0.0) <= delta:
+        return 0.0
+    low, high = 0.0, max(float(at[-1]), 0.0)
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if divergence(middle) > delta else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize("first", [-7, -3, -1, 0, 1, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_epsilon_is_where_the_divergence_is_delta(first: int, size: int) -> None:
+    random = np.random.default_rng(100 * size + first + 10)
+    for infinite in (0.0, 0.1):
+        probs = random.dirichlet(np.ones(size)) * (1 - infinite)
+        loss = PrivacyLossDistribution(DensePLDPmf(0.5, first, probs, infinite, True))
+        for delta in (1e-6, 0.01, 0.1, 0.11, 0.15, 0.3, 0.6):
+            expected = by_bisection(first, 0.5, probs, infinite, delta)
+            assert epsilon_at(loss, delta) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_epsilon_is_that_of_the_worse_direction() -> None:
+    worse = DensePLDPmf(0.5, 0, np.array([0.2, 0.8]), 0.0, True)
+    better = DensePLDPmf(0.5, 0, np.array([0.8, 0.2]), 0.0, True)
+    for loss in (PrivacyLossDistribution(worse, better), PrivacyLossDistribution(better, worse)):
+        assert epsilon_at(loss, 0.01) == epsilon_at(PrivacyLossDistribution(worse), 0.01)
+        assert epsilon_at(loss, 0.01) > epsilon_at(PrivacyLossDistribution(better), 0.01) > 0.0
+
+
+def test_one_sampled_step_among_plain_ones_makes_two_directions() -> None:
+    plain: tuple[Step, int] = ((1.0, 5.0, False), 3)
+    sampled: tuple[Step, int] = ((0.3, 1.0, False), 3)
+    for mix in ([plain, sampled], [sampled, plain], [sampled]):
+        loss = composed(mix, 1e-2)
+        assert not loss._symmetric
+        assert loss._pmf_add.get_delta_for_epsilon(0.5) != loss._pmf_remove.get_delta_for_epsilon(0.5)
+    assert composed([plain, plain], 1e-2)._symmetric
