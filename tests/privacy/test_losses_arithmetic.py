@@ -190,3 +190,27 @@ def test_one_sampled_step_among_plain_ones_makes_two_directions() -> None:
         assert not loss._symmetric
         assert loss._pmf_add.get_delta_for_epsilon(0.5) != loss._pmf_remove.get_delta_for_epsilon(0.5)
     assert composed([plain, plain], 1e-2)._symmetric
+
+
+@pytest.mark.parametrize("counts", [(10, 0), (3, 2), (1, 7), (15, 16)])
+def test_the_one_transform_is_the_convolution_of_all_steps(counts: tuple[int, int]) -> None:
+    """Slow and obviously right: one step after the other. Infinite losses are those of any step."""
+    steps = [
+        (DensePLDPmf(0.5, -1, np.array([0.5, 0.4]), 0.1, True), counts[0]),
+        (DensePLDPmf(0.5, 2, np.array([0.2, 0.3, 0.45]), 0.05, True), counts[1]),
+    ]
+    steps = [(step, count) for step, count in steps if count]
+    whole, first, finite = np.array([1.0]), 0, 1.0
+    for step, count in steps:
+        for _ in range(count):
+            whole = np.convolve(whole, step._probs)
+            first += step._lower_loss
+            finite *= 1.0 - step._infinity_mass
+    made = losses._convolved(steps, 0.5)
+    assert made._discretization == 0.5 and made._pessimistic_estimate is True
+    assert made._infinity_mass == pytest.approx(1.0 - finite + losses.TAIL, rel=1e-12)
+    skipped = made._lower_loss - first
+    assert skipped >= 0 and skipped + made.size <= len(whole)
+    assert made._probs == pytest.approx(whole[skipped : skipped + made.size], abs=1e-15)
+    assert whole[:skipped].sum() + whole[skipped + made.size :].sum() <= losses.TAIL
+    assert (made._probs >= 0.0).all()
