@@ -31,6 +31,11 @@ from scripts.mutation.operators import Mutant, mutants_of
 __all__ = ["MutationRun", "Source"]
 
 _LONGEST = 15.0  # seconds: tests that take longer under the tracer are left out
+# Whose tests are a module's own, where the file is not called as the module.
+_OWN = {
+    "allowance": "ledger", "budget_file": "ledger", "chain": "ledger", "ledger_state": "ledger",
+    "checks": "plan", "planning": "plan", "step_losses": "losses", "statement_text": "statement",
+}  # fmt: skip
 
 
 @dataclass
@@ -177,7 +182,8 @@ class MutationRun:
         module = mutant.module
         reached = [n for n, lines in self.lines.items() if module in lines and (
             mutant.cold or not lines[module].isdisjoint(mutant.lines))]  # fmt: skip
-        own, where = f"/test_{module.rpartition('.')[2]}", f"{module}:{mutant.where}"
+        short = module.rpartition(".")[2]
+        own, where = f"/test_{_OWN.get(short, short)}", f"{module}:{mutant.where}"
         reached.sort(key=lambda n: (-self.kills[where, n], own not in n, self.seconds[n]))
         chosen, seconds = [], 0.0
         for name in reached:
