@@ -16,7 +16,7 @@ from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.filter import Charge, spent
 from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise
+from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise, _down
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -430,3 +430,48 @@ def test_the_command_line_refuses_them_by_name(wrong: list[str]) -> None:
 
     with pytest.raises(ConfigError, match="privacy.mechanism=dp_ftrl"):
         load(wrong)
+
+
+@pytest.mark.parametrize(
+    ("value", "down"),
+    [
+        (1.23456789019, 1.234567890),
+        (9.9999999999, 9.999999999),
+        (98765.43210987, 98765.43210),
+        (0.00123456789199, 0.001234567891),
+        (123456789019.0, 123456789000.0),
+        (10.0, 10.0),
+        (0.5, 0.5),
+    ],
+)
+def test_a_charge_has_ten_digits_and_is_rounded_down(value: float, down: float) -> None:
+    assert _down(value) == pytest.approx(down, rel=1e-15)
+    assert _down(value) <= value
+
+
+def test_what_is_merged_is_rounded_down_and_nothing_is_nothing() -> None:
+    root = BandedRoot(40, 20, 10)
+    exact = 1.7 * root.sensitivity() / root.sensitivity(2)
+    assert root.merged(1.7, 2) == {Term(1.0, _down(exact)): 1} and _down(exact) < exact
+    assert root.merged(1.7, 0) == {} and root.terms(1.7, 0) == {}
+    assert root.merged(1.7, 9) == root.merged(1.7, 4)
+
+
+def test_rounds_far_apart_are_let_pass_in_either_order() -> None:
+    root = BandedRoot(40, 10, 10)
+    root.check("a", "r", 1, [30])
+    root.check("a", "r", 40, [30])
+    for round, earlier in ((21, [30]), (39, [30])):
+        with pytest.raises(SeparationError, match="it took part in round 30"):
+            root.check("a", "r", round, earlier)
+
+
+def test_rows_of_rounds_that_were_left_out_are_zero() -> None:
+    source = CorrelatedNoise(BandedRoot(9, 4, 1), 2)
+    assert source.rows().shape == (0, 2)
+    source.next(1, np.ones(2))
+    source.next(3, np.ones(2))
+    rows = source.rows()
+    assert rows.shape == (3, 2) and rows.dtype == np.float64
+    assert rows[1].tolist() == [0.0, 0.0] and rows[2].tolist() == [1.0, 1.0]
+    assert rows[0] == pytest.approx(np.full(2, 1.0 - 3 / 8))

@@ -101,7 +101,8 @@ def test_distributions_are_called_by_name() -> None:
 def test_the_least_that_is_allowed_and_the_first_that_is_not() -> None:
     assert TrialCount(1.0, 0.0).mean == 1.0
     for mean, shape in ((0.999, 1.0), (2.0, -0.001), (True, 1.0), (2.0, False)):
-        with pytest.raises(PrivacyError, match="must be [01] or more"):
+        name = "shape" if mean == 2.0 else "mean"
+        with pytest.raises(PrivacyError, match=f"The {name} of the number of trials must be [01] or more"):
             TrialCount(mean, shape)
     with pytest.raises(PrivacyError, match="must be finite"):
         TrialCount(math.inf, 1.0)
