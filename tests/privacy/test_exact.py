@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from fedtune.privacy.exact import (
     _exp_minus_one,
     _one_in,
     discrete_gaussian,
+    steps_of_one,
 )
 
 
@@ -163,3 +166,9 @@ def test_discrete_gaussian(size: int, log2_std: int) -> None:
 def test_a_size_below_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="size be 0 or more"):
         discrete_gaussian(-1, 5, Words())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.3, 1.0, 4.0, 77.7, 1000.0])
+def test_a_unit_has_as_many_steps_as_the_noise_covers(noise: float) -> None:
+    exact = math.sqrt(2**48 - 16) / noise  # the r of the argument is 4
+    assert steps_of_one(noise) == math.floor(exact * (1 - 1e-12)) <= exact
