@@ -2,8 +2,9 @@
 
 1. The chosen run alone. What its record says; not the whole truth once it was chosen by looking at others
    that used the same private data.
-2. All runs composed. Always an upper bound for everything that these records used, and for publishing all of
-   their results. It does not know of runs outside of the report; the nodes' ledgers do.
+2. All runs composed, by Renyi DP as the nodes' ledgers do (`fedtune.privacy.filter`): an upper bound for
+   everything that these records used, and for publishing all of their results. It does not know of runs
+   outside of the report; the nodes' ledgers do.
 3. The best of a random number of trials, where a sweep was made that way (`sweep.private_selection=true`)
    and nothing but its best run is published: `fedtune.privacy.selection`.
 
@@ -28,12 +29,11 @@ from typing import Any
 from fedtune.errors import PrivacyError
 from fedtune.experiments.runs import Run
 from fedtune.experiments.sweep_options import changes_mechanism
-from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.accounting import Term, compose_terms
+from fedtune.privacy.filter import least_epsilon
 from fedtune.privacy.selection import TrialCount, epsilon_best_of
 
 __all__ = ["Tuning", "composed_terms", "search_words", "tuning_of"]
-
-_MOST_TERMS = 24  # distinct steps that are composed exactly; more are rounded to the safe side first
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,11 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
     rivals = [run for run in runs if run.task == chosen.task and _same_data(run, chosen)]
     private = [run for run in rivals if math.isfinite(run.epsilon) and run.unit == chosen.unit]
     composed = max(
-        (epsilon_of_terms(_coarse(terms), chosen.delta) for terms in composed_terms(private).values()),
+        (
+            least_epsilon(terms, chosen.delta)
+            for node, terms in composed_terms(private).items()
+            if sum(_used(run, node) for run in private) > 1  # else one run's own number, below
+        ),
         default=0.0,
     )
     best_of, trials = _selection(private, chosen, sweeps)
@@ -87,7 +91,7 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
         adjacency=chosen.adjacency,
         runs=len(private),
         alone=chosen.epsilon,
-        # One run's record was accounted more finely than a coarse composition can be.
+        # Where every node's part of the data was used by one run, it is that run's own number.
         composed=max(composed, max(run.epsilon for run in private)) if len(private) > 1 else chosen.epsilon,
         without_privacy=sum(run.trust == "none" or math.isinf(run.epsilon) for run in rivals),
         public=all(run.public for run in rivals),
@@ -113,8 +117,8 @@ def search_words(tuning: Tuning) -> str:
         decided.append(f"gave up {tuning.given_up} of them early")
     if decided:
         text += (
-            f" The search also {' and '.join(decided)} after outputs were seen, which is proven to be "
-            "harmless for Renyi DP (Feldman and Zrnic 2021) and not, as yet, for this tighter composition."
+            f" The search also {' and '.join(decided)} after outputs were seen. A node's budget is proven to "
+            "hold for that (Feldman and Zrnic 2021); this total is proven for what was planned together."
         )
     return text
 
@@ -126,6 +130,11 @@ def composed_terms(runs: Sequence[Run]) -> dict[str, dict[Term, int] | None]:
     anywhere = compose_terms(*(_busiest(run) for run in loose))
     nodes = dict.fromkeys(node for run in fixed for node in run.terms) or {"any node": None}
     return {node: compose_terms(anywhere, *(run.terms.get(node, {}) for run in fixed)) for node in nodes}
+
+
+def _used(run: Run, node: str) -> bool:
+    """Whether `run` may have released a record of `node`."""
+    return bool(run.terms.get(node, {})) if run.nodes_fixed else any(run.terms.values())
 
 
 def _busiest(run: Run) -> Mapping[Term, int] | None:
@@ -144,25 +153,6 @@ def _same_data(run: Run, other: Run) -> bool:
     Safe: data of one name is counted as the same although it may have changed.
     """
     return not run.dataset or not other.dataset or run.dataset == other.dataset
-
-
-def _coarse(terms: Mapping[Term, int] | None) -> Mapping[Term, int] | None:
-    """Fewer kinds of steps, by rounding noise down and rates up: never less epsilon, and far faster."""
-    digits = 4
-    while terms is not None and len(terms) > _MOST_TERMS and digits > 0:
-        rounded: dict[Term, int] = {}
-        for term, count in terms.items():
-            noise = _round(term.noise_multiplier, digits, math.floor)
-            rate = min(1.0, _round(term.sample_rate, digits, math.ceil))
-            kept = Term(rate, noise, term.replace)
-            rounded[kept] = rounded.get(kept, 0) + count
-        terms, digits = rounded, digits - 1
-    return terms
-
-
-def _round(value: float, digits: int, how: Any) -> float:
-    scale = 10.0 ** (digits - 1 - math.floor(math.log10(value)))
-    return float(how(value * scale) / scale)
 
 
 def _selection(

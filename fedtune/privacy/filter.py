@@ -62,7 +62,17 @@ import numpy as np
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
 
-__all__ = ["FILTER", "Charge", "admits", "fits", "order_of", "renyi_budget", "renyi_of_terms", "spent"]
+__all__ = [
+    "FILTER",
+    "Charge",
+    "admits",
+    "fits",
+    "least_epsilon",
+    "order_of",
+    "renyi_budget",
+    "renyi_of_terms",
+    "spent",
+]
 
 FILTER = "Renyi filter at one order (Feldman and Zrnic 2021; Lecuyer 2021)"  # as a statement names it
 
@@ -142,7 +152,7 @@ def spent(
     total = compose_terms(counted, *(run.charged for run in others))
     if total is None:
         return math.inf
-    least = _least(tuple(sorted(total.items())), float(delta))
+    least = least_epsilon(total, delta)
     if budget is None:
         return least
     # Orders are whole numbers, and where they change the least epsilon may lie a hair off the budget's own.
@@ -165,6 +175,18 @@ def _is_part(charged: Terms | None, planned: Terms | None) -> bool:
     if charged is None or planned is None:
         return False
     return all(planned.get(term, 0) >= count for term, count in charged.items())
+
+
+def least_epsilon(terms: Terms | None, delta: float) -> float:
+    """The least epsilon, up to a part in 10,000 above it, whose filter admits `terms` at `delta`.
+
+    An upper bound on epsilon by Renyi DP at one order: what several runs together are shown by. Infinite
+    without noise.
+    """
+    if terms is None:
+        return math.inf
+    counted = {Term(*term): int(count) for term, count in terms.items() if count}
+    return _least(tuple(sorted(counted.items())), float(delta)) if counted else 0.0
 
 
 @lru_cache(maxsize=4096)
@@ -229,7 +251,6 @@ def _renyi(term: Term, order: int) -> float:
 
 @lru_cache(maxsize=4096)
 def _least(terms: tuple[tuple[Term, int], ...], delta: float) -> float:
-    """The least epsilon, up to a part in 10,000 above it, whose filter admits `terms`."""
     low, high = 1e-3, 1.0
     total = dict(terms)
     while not fits(total, high, delta):
