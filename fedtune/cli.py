@@ -165,6 +165,11 @@ def _parser() -> _Parser:
     )
     _add_folders(report)
     report.add_argument("--output", metavar="FOLDER", type=Path, help="where to (default: the first DIR)")
+    report.add_argument(
+        "--local",
+        action="store_true",
+        help="show also times, energy and prices that depend on private records: for their owner alone",
+    )
     report.set_defaults(call=_report)
 
     plan = commands.add_parser(
@@ -356,7 +361,7 @@ def _report(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.experiments.report import report
 
     folders, prices = _folders_and_prices([*arguments.words, *rest])
-    made = report(folders, prices, arguments.output)
+    made = report(folders, prices, arguments.output, local=arguments.local)
     print(made.text)
     print()
     for path in (made.page, made.picture, made.csv, made.parquet):

@@ -371,14 +371,16 @@ def test_report(
 ) -> None:
     seen: list[Any] = []
 
-    def report(folders: list[Path], prices: list[str], output: Path | None) -> Any:
-        seen.append((folders, prices, output))
+    def report(folders: list[Path], prices: list[str], output: Path | None, *, local: bool) -> Any:
+        seen.append((folders, prices, output, local))
         return types.SimpleNamespace(text="what to choose", page="1", picture="2", csv="3", parquet="4")
 
     fake("fedtune.experiments.report", report=report)
     assert call("report", *words) == 0
-    assert seen == [([Path("a"), Path("b")], ["pricing=edge"], Path("c"))]
-    assert capsys.readouterr().out == "what to choose\n\n1\n2\n3\n4\n"
+    assert call("report", *words, "--local") == 0
+    expected = ([Path("a"), Path("b")], ["pricing=edge"], Path("c"))
+    assert seen == [(*expected, False), (*expected, True)]
+    assert capsys.readouterr().out == 2 * "what to choose\n\n1\n2\n3\n4\n"
 
 
 def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ class Collection:
     sweeps: dict[Path, dict[str, Any]] = field(default_factory=dict)
 
 
-def collect(folders: Sequence[Path]) -> Collection:
+def collect(folders: Sequence[Path], *, local: bool = False) -> Collection:
     """All finished runs below `folders` (a folder, or a record.json itself), oldest first.
+
+    `local`: with what their folders keep for the owner of the data alone; what is made of it must not be
+    published.
 
     Raises:
         RecordError: a folder does not exist, or no usable record lies below any of them.
@@ -69,7 +72,8 @@ def collect(folders: Sequence[Path]) -> Collection:
             unfinished.append(str(path.parent))
         else:
             try:
-                run = run_of(record.read(path), path, shared)
+                made = record.whole(path.parent) if local and path.name == record.RECORD_NAME else None
+                run = run_of(made or record.read(path), path, shared)
             except RecordError as error:
                 problems.append(str(error))
                 continue
@@ -95,6 +99,12 @@ def collect(folders: Sequence[Path]) -> Collection:
         found.notes.append(
             f"{pruned} runs were given up by a search before their end (pruned): they are in no chart and no "
             "table, and count among the runs that used the data."
+        )
+    if held := sum(run.cost.seconds is None for run in found.runs):
+        found.notes.append(
+            f"{held:,} of these runs used data that is not declared public: their times, energy, memory and "
+            "the prices of them depend on private records, so they are '-' here and lie in local.json of the "
+            "run folders; `fedtune report --local` shows them to the owner of the data."
         )
     if twice:
         found.notes.append(f"{twice} further copies of the same runs (equal run.id) were left out.")

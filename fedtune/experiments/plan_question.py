@@ -149,7 +149,7 @@ def plan(folders: Sequence[Path], prices: Sequence[str], wish: Wish) -> tuple[st
     from fedtune.experiments.repricing import book, parse
 
     chosen = parse(prices)
-    found = collect(folders)
+    found = collect(folders, local=True)  # answered on the terminal, to the owner of the data
     using = book(found.runs, chosen)
     points = points_of(found.runs, using)
     if wish.money is not None and using.currency is None:

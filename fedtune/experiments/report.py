@@ -27,6 +27,10 @@ from fedtune.experiments.repricing import book, parse
 
 __all__ = ["Report", "report"]
 
+_FOR_OWNERS = (
+    "Not for publication: this page shows times, energy and prices that depend on private records and are in "
+    "no guarantee. Make it without --local for others."
+)
 _SCRIPTS = ("util.js", "axes.js", "points.js", "lines.js", "parallel.js", "table.js", "page.js")
 
 
@@ -41,11 +45,18 @@ class Report:
     text: str
 
 
-def report(folders: Sequence[Path], prices: Sequence[str] = (), output: Path | None = None) -> Report:
+def report(
+    folders: Sequence[Path],
+    prices: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    local: bool = False,
+) -> Report:
     """Writes the report of all runs below `folders` into `output` (default: the first of them).
 
     Args:
         prices: `pricing=NAME` and single prices; empty: each run by its own book.
+        local: show also what depends on private records and was not charged, on a page that says so.
 
     Raises:
         RecordError: no usable record below `folders`.
@@ -53,14 +64,19 @@ def report(folders: Sequence[Path], prices: Sequence[str] = (), output: Path | N
         ResourceError: the report cannot be written.
     """
     chosen = parse(prices)
-    found = collect(folders)
+    found = collect(folders, local=local)
+    if local:
+        found.notes.insert(0, _FOR_OWNERS)
     using = book(found.runs, chosen)
     points = points_of(found.runs, using)
     names = varied(points)
     data = page_data(found, points, names, using)
     data["command"] = " ".join(["fedtune", "report", *(shlex.quote(str(f)) for f in folders), *prices])
+    if local:
+        data["command"] += " --local"
     data["made"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     data["version"] = __version__
+    data["local"] = local
     target = output or _folder_of(folders[0])
     files = Report(
         target / "report.html",
@@ -102,7 +118,8 @@ def page(data: dict[str, Any]) -> str:
 
 def _title(data: dict[str, Any]) -> str:
     runs = sum(len(point["runs"]) for point in data["points"])
-    return f"{data['groups'][0]['name']}: {runs} runs"
+    mark = " (not for publication)" if data.get("local") else ""
+    return f"{data['groups'][0]['name']}: {runs} runs{mark}"
 
 
 def _folder_of(folder: Path) -> Path:

@@ -42,6 +42,23 @@ def numbers(page: Path) -> Any:
     return json.loads(found.group(1))
 
 
+# --- what is the owner's of private data ---------------------------------------------------------
+
+
+def test_times_and_prices_of_private_data_are_shown_to_their_owner_alone(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    published = report([finished[0]], output=tmp_path / "published")
+    (point,) = numbers(published.page)["points"]
+    assert not {"train_seconds", "seconds", "flops", "peak_memory_bytes"} & set(point["cost"])
+    assert "bytes" in point["cost"]
+    assert "not declared public" in published.text and "--local" in published.text
+    own = report([finished[0]], output=tmp_path / "own", local=True)
+    (point,) = numbers(own.page)["points"]
+    assert {"train_seconds", "seconds", "flops"} <= set(point["cost"])
+    assert "Not for publication" in own.text and "(not for publication)</title>" in own.page.read_text()
+
+
 # --- files ---------------------------------------------------------------------------------------
 
 
