@@ -12,7 +12,7 @@ import csv
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,23 +93,17 @@ def content_of(message: Message) -> bytes:
     return b"\n".join(parts)
 
 
-@contextmanager
-def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
-    """The mechanisms' outputs are constants until the block ends; yields the list that messages go to."""
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
+    """What the mechanisms of a node release becomes a constant; the work that it is made of is still done.
 
-    from fedtune.data import partition
-    from fedtune.engines import local
-    from fedtune.experiments import report, run, trackers
-    from fedtune.federation import distributed_node, rounds, secagg_crypto, secure_aggregation, server
+    `patch` sets an attribute, as `setattr` does.
+    """
+    from fedtune.federation import distributed_node
     from fedtune.privacy.evaluation import EvaluationPlan
-    from fedtune.privacy.plan import PrivacyPlan
     from fedtune.training import local as training
 
-    sent: list[bytes] = []
     train, clipped = training.train_locally, distributed_node.clipped_gradient_sum
-    deliver, answer = local.LocalGrid._deliver, EvaluationPlan.answer
-    empty_run, numbers = local.empty_run, itertools.count(1)
+    answer = EvaluationPlan.answer
 
     def constant_update(*args: Any, **options: Any) -> training.LocalResult:
         made = train(*args, **options)
@@ -123,6 +117,26 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     def constant_counts(self: EvaluationPlan, *args: Any) -> tuple[int, int]:
         answer(self, *args)
         return 40 * round(self.scale), 10 * round(self.scale)
+
+    patch(training, "train_locally", constant_update)
+    patch(distributed_node, "clipped_gradient_sum", constant_sum)
+    patch(EvaluationPlan, "answer", constant_counts)
+
+
+@contextmanager
+def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """The mechanisms' outputs are constants until the block ends; yields the list that messages go to."""
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    from fedtune.data import partition
+    from fedtune.engines import local
+    from fedtune.experiments import report, run, trackers
+    from fedtune.federation import rounds, secagg_crypto, secure_aggregation, server
+    from fedtune.privacy.plan import PrivacyPlan
+
+    sent: list[bytes] = []
+    deliver, empty_run = local.LocalGrid._deliver, local.empty_run
+    numbers = itertools.count(1)
 
     def constant_release(self: Any, *args: Any) -> tuple[np.ndarray, PrivacyPlan]:
         return np.full(self._total.size, 0.001), self._plan
@@ -149,9 +163,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
             now = staticmethod(lambda zone=None: _Then())
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train_locally", constant_update)
-        patch.setattr(distributed_node, "clipped_gradient_sum", constant_sum)
-        patch.setattr(EvaluationPlan, "answer", constant_counts)
+        hold_node_still(patch.setattr)
         patch.setattr(partition, "round_size", lambda size: 20)  # declared, and not counted
         patch.setattr(PrivacyPlan, "noise", lambda self, size, entropy: np.zeros(size))
         patch.setattr(PrivacyPlan, "adapt_clip", lambda self, *args: self)

@@ -8,6 +8,7 @@ digest, a count, a measured time or an exact norm that somebody adds to any of t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,7 +213,6 @@ def test_a_label_that_does_not_exist_is_told_to_the_owner_alone(
 
 
 LEAKS = {
-    "a digest": ("record", "privacy.ledger.*.fingerprint"),
     "measured work": ("record", "cost.flops"),
     "measured time": ("record", "metrics.by_round.*.seconds"),
     "notes on records": ("record", "data.notes"),
@@ -241,3 +241,20 @@ def test_the_comparison_finds_a_leak(
         assert differences(one, other) != []
     finally:
         publication._tree.cache_clear()
+
+
+def test_the_comparison_finds_a_digest(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unsalted digest in a field that is rightly public (PITFALLS 31)."""
+    from fedtune.experiments import measures
+
+    facts = measures.data_facts
+
+    def with_digest(config, data, result):  # type: ignore[no-untyped-def]
+        digest = hashlib.sha256(data.train.input_ids.tobytes()).hexdigest()
+        return {**facts(config, data, result), "source": digest[:12]}
+
+    monkeypatch.setattr(measures, "data_facts", with_digest)
+    config = settings(model, tmp_path, "local", "record")
+    one = run_once(config, rows(), tmp_path / "home-0", monkeypatch)
+    other = run_once(config, another_text(rows()), tmp_path / "home-1", monkeypatch)
+    assert [text for text in differences(one, other) if text.startswith("record.json")]
