@@ -128,11 +128,11 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """The mechanisms' outputs are constants until the block ends; yields the list that messages go to."""
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-    from fedtune.data import partition
     from fedtune.engines import local
     from fedtune.experiments import report, run, trackers
-    from fedtune.federation import rounds, secagg_crypto, secure_aggregation, server
+    from fedtune.federation import rounds, secagg_crypto, secure_aggregation, sizes
     from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.privacy.sizes import SizePlan
 
     sent: list[bytes] = []
     deliver, empty_run = local.LocalGrid._deliver, local.empty_run
@@ -164,13 +164,13 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 
     with monkeypatch.context() as patch:
         hold_node_still(patch.setattr)
-        patch.setattr(partition, "round_size", lambda size: 20)  # declared, and not counted
+        patch.setattr(SizePlan, "told", lambda self, units, entropy: 20)  # a noised count, charged
         patch.setattr(PrivacyPlan, "noise", lambda self, size, entropy: np.zeros(size))
         patch.setattr(PrivacyPlan, "adapt_clip", lambda self, *args: self)
         patch.setattr(rounds.ClippedUpdates, "release", constant_release)
         patch.setattr(local.LocalGrid, "_deliver", watched)
         patch.setattr(local, "empty_run", lambda run_id: empty_run(2**55))  # its length is in bytes_up
-        patch.setattr(server.secrets, "token_hex", lambda size: "ab" * size)
+        patch.setattr(sizes.secrets, "token_hex", lambda size: "ab" * size)
         patch.setattr(secagg_crypto, "new_key_pair", key_pair)
         patch.setattr(secagg_crypto.secrets, "randbelow", lambda limit: next(numbers))
         patch.setattr(secure_aggregation.secrets, "token_bytes", key)
