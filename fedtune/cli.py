@@ -158,18 +158,13 @@ def _parser() -> _Parser:
         help="all runs below some folders on one page, with the frontier",
         description="Writes report.html (one file, no network), frontier.png, frontier.csv and "
         "frontier.parquet from every record.json below the folders. Nothing is run again.",
-        epilog="examples:\n  fedtune report multirun\n"
-        "  fedtune report multirun outputs pricing=edge    what the same runs cost elsewhere\n"
-        "  fedtune report multirun pricing.device_hour=0.2 --output FOLDER",
+        epilog="examples:\n  fedtune report multirun\n  fedtune report multirun outputs pricing=edge    what "
+        "the same runs cost elsewhere\n  fedtune report multirun pricing.device_hour=0.2 --output FOLDER",
         formatter_class=raw,
     )
     _add_folders(report)
     report.add_argument("--output", metavar="FOLDER", type=Path, help="where to (default: the first DIR)")
-    report.add_argument(
-        "--local",
-        action="store_true",
-        help="show also times, energy and prices that depend on private records: for their owner alone",
-    )
+    report.add_argument("--local", action="store_true", help="with times and prices of private data")
     report.set_defaults(call=_report)
 
     plan = commands.add_parser(

@@ -269,10 +269,13 @@ SINKS: Mapping[str, Fields] = {
 }
 
 EXPOSED: tuple[str, ...] = (
-    "When messages arrive and how long a run takes, as whoever receives them sees it: the time that a node "
-    "computes depends on what was drawn. Measured times are not in the record of private data.",
-    "That a node refuses, fails or does not answer, and the kind of the error. Its words are told only where "
-    "they are made of public values.",
+    "Time: when messages arrive and how long a run takes is seen by whoever receives them or looks on, and "
+    "the time that a node computes depends on what was drawn. No record of private data has measured times.",
+    "Failures: that a node refuses, fails or does not answer is seen, and the kind of the error is told; its "
+    "words only where they are made of settings, plans and names.",
+    "Books: whether a budget allows a run depends on which records were used before, so a refusal tells that "
+    "some were, and so does what a record says of other uses of the same data.",
+    "Names: sites, and with them the number of nodes, are taken from the data's site column as they stand.",
 )
 
 

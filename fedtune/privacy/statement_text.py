@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedtune.privacy.publication import EXPOSED
 from fedtune.privacy.statement_strength import percent, strength, was_trained
 from fedtune.privacy.strength import TradeOff
 
@@ -238,6 +239,7 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "of a run fixed in advance. Over all of them the node's budget holds, whose filter is proven for "
         "that; a total that no budget bounds is that of runs that were planned together.",
         "Side channels: the time a node takes, memory, power, logs on the node itself.",
+        *EXPOSED,
         "Security and exposure: who may read the data where it lies, how it was collected, the transport "
         "(TLS) and the nodes' own machines.",
         "Facts about whole groups: that most people write so and so may be learnt, and is meant to be.",
