@@ -67,13 +67,19 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
         "  fedtune node --config node.yaml --dry-run       what a run would do, and whether it is permitted\n"
         "  fedtune node --config node.yaml --dry-run privacy.epsilon=2 federation.num_rounds=20\n"
         "  fedtune node --config node.yaml                 join; Ctrl-C leaves\n"
-        "  fedtune node proof --config node.yaml           what has left this site; are the books whole",
+        "  fedtune node proof --config node.yaml           what has left this site; are the books whole\n"
+        "  fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept\n"
+        "  fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on",
         formatter_class=formatter,
     )
     node.add_argument(
-        "words", metavar="init | proof | NAME=VALUE", nargs="*", help="of a proposed run, with --dry-run"
+        "words",
+        metavar="init | proof | accept | NAME=VALUE",
+        nargs="*",
+        help="of a proposed run, with --dry-run",
     )
     node.add_argument("--config", metavar="node.yaml", type=Path, required=True)
+    node.add_argument("--against", metavar="HEAD", help="with proof: a head that an earlier proof printed")
     node.add_argument("--dry-run", action="store_true", help="show what a run would do here; train nothing")
     node.set_defaults(call=_node)
 
@@ -143,7 +149,7 @@ def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.engines.deployment.site import read_site
 
     words = [*arguments.words, *rest]
-    site = read_site(arguments.config, with_data=words not in (["init"], ["proof"]))
+    site = read_site(arguments.config, with_data=words not in (["init"], ["proof"], ["accept"]))
     if words[:1] == ["init"] and len(words) == 1:
         from fedtune.engines.deployment.site import make_key
 
@@ -154,9 +160,14 @@ def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     if words == ["proof"]:
         from fedtune.engines.deployment.site import proof
 
-        text, whole = proof(site)
+        text, whole = proof(site, arguments.against)
         print(text)
         return 0 if whole else 1
+    if words == ["accept"]:
+        from fedtune.engines.deployment.site import accept
+
+        print(accept(site))
+        return 0
     if arguments.dry_run:
         return _dry_run(site, words)
     if words:

@@ -267,6 +267,11 @@ class Chain:
         found = connection.execute("SELECT hash FROM log WHERE seq = ?", (seq,)).fetchone()
         return None if found is None else str(found[0])
 
+    def last(self, connection: sqlite3.Connection) -> tuple[int, str]:
+        """Number and hash of the last row; (0, GENESIS) before the first."""
+        found = connection.execute("SELECT seq, hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
+        return (0, GENESIS) if found is None else (int(found[0]), str(found[1]))
+
     def checked(self, raw: tuple[Any, ...]) -> Row:
         """`raw` as a Row, or `LedgerError` naming it if its content does not give its hash."""
         seq, time, kind, run, text, previous, digest = raw

@@ -207,6 +207,96 @@ def test_the_proof_says_all_that_is_wrong_with_damaged_books(
     assert "ledger: The privacy ledger" in said and "audit log: line 2 is no entry" in said
 
 
+def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
+    node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue 10, item 3: an older ledger beside a newer audit log; and an audit log that is cut or gone."""
+    from fedtune.engines.deployment.site import books_of, check_books, read_site
+
+    site = read_site(node)
+    ledger = open_ledger(site, setting=True)
+    books_of(site).append("answered", message="query.hello")
+    check_books(site)
+    ledger.close()
+    old = tmp_path / "old.sqlite"
+    old.write_bytes(Path(site.ledger).read_bytes())
+    open_ledger(site).reserve(**RELEASE)
+    books_of(site).append("released", message="train")
+    assert command("node", "proof", "--config", node) == 0
+    said = capsys.readouterr().out
+    assert "each is what the other knows" in said
+    head = said.split("head ")[1].split()[0]
+    assert command("node", "proof", "--config", node, "--against", head) == 0
+    assert "go on from the head that was kept" in capsys.readouterr().out
+    assert command("node", "proof", "--config", node, "--against", "L1") == 2
+    assert "is no head of books" in capsys.readouterr().err
+
+    whole, log = Path(site.ledger).read_bytes(), Path(site.audit_log).read_text()
+    open_ledger(site).close()
+    Path(site.ledger).write_bytes(old.read_bytes())
+    with pytest.raises(LedgerError, match="rolled back or cut"):
+        check_books(site)
+    assert command("node", "proof", "--config", node, "--against", head) == 1
+    said = capsys.readouterr().out
+    assert (
+        "rolled back or cut" in said and "the head that was kept names row" in said and "\nhead " not in said
+    )
+    assert command("node", "accept", "--config", node) != 0
+    assert "forget what was spent" in capsys.readouterr().err.replace(
+        "would be forgotten", "forget what was spent"
+    )
+
+    Path(site.ledger).write_bytes(whole)
+    check_books(site)
+    Path(site.audit_log).unlink()
+    with pytest.raises(LedgerError, match="cut, rotated or removed"):
+        check_books(site)
+    assert command("node", "accept", "--config", node) == 0
+    assert "noted in both books" in capsys.readouterr().out
+    check_books(site)
+    assert command("node", "proof", "--config", node) == 0
+    assert "was accepted there by the owner" in capsys.readouterr().out
+    Path(site.audit_log).write_text(log)  # the lines turn up again: then the note is gone
+    assert command("node", "proof", "--config", node) == 1
+
+
+def test_the_books_of_version_0_1_are_taken_up_and_a_log_that_is_gone_is_named(node: Path) -> None:
+    from fedtune.engines.deployment.site import books_of, check_books, read_site
+    from fedtune.federation.audit_log import AuditLog
+
+    site = read_site(node)
+    open_ledger(site, setting=True).reserve(**RELEASE)
+    with pytest.raises(LedgerError, match="There is no audit log .*tells of releases"):
+        check_books(site)
+    AuditLog(Path(site.audit_log)).append("released", message="train")
+    check_books(site)
+    books_of(site).append("answered", message="query.hello")
+    check_books(site)
+
+
+def test_a_ledger_that_is_wound_back_while_the_node_runs_is_found_before_the_next_answer(
+    tmp_path: Path, model: Path
+) -> None:
+    site = Site(tmp_path, model)
+    path = Path(site.settings.ledger)
+
+    def let_go() -> None:
+        for require_budget in (True, False):
+            PrivacyLedger.open(path, require_budget=require_budget).close()
+
+    assert site.ask(round=1)["update"]
+    let_go()
+    old = path.read_bytes()
+    assert site.ask(round=2)["update"]
+    let_go()
+    path.with_name("other").write_bytes(old)
+    path.with_name("other").replace(path)
+    for _ in range(2):
+        answer = site.ask(round=3)
+        assert not answer["update"] and "LedgerError" in str(answer["error"])
+    assert site.log()[-1]["event"] == "refused" and len(PrivacyLedger(path).releases()) == 1
+
+
 @pytest.mark.parametrize("name", ["memory_gb", "message_seconds", "idle_seconds"])
 @pytest.mark.parametrize("limit", [0, -1.0])
 def test_a_limit_of_nothing_is_refused(name: str, limit: float, tmp_path: Path) -> None:

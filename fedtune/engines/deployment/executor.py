@@ -30,7 +30,7 @@ from fedtune.engines.deployment import channel
 from fedtune.engines.deployment.thin import Apps
 from fedtune.engines.deployment.watch import Watch, processor_seconds
 from fedtune.errors import FederationError, FedtuneError, ResourceError
-from fedtune.federation.audit_log import AuditLog
+from fedtune.federation.books import Books
 from fedtune.federation.policy import SiteSettings
 from fedtune.privacy.publication import told
 
@@ -243,7 +243,7 @@ class Answers:
 
     def __init__(self, state: Any, store: Any, site: SiteSettings, worker: Worker, apps: Apps) -> None:
         self._state, self._store, self._site, self._worker, self._apps = state, store, site, worker, apps
-        self._log = AuditLog(Path(site.audit_log))
+        self._books = Books(Path(site.ledger), Path(site.audit_log))
 
     def __call__(self) -> bool:
         """Answers what is pending. False if there was nothing that could be answered."""
@@ -339,7 +339,7 @@ class Answers:
         from flwr.app.error import Error
 
         try:
-            self._log.append(event, message=message.metadata.message_type, reason=reason)
+            self._books.append(event, message=message.metadata.message_type, reason=reason)
         except ResourceError as error:  # it still carries nothing of the data, and the server waits for it
             _log.error("%s", error)
             reason = told(error, self._site.site)

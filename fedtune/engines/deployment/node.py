@@ -19,10 +19,10 @@ from typing import Any
 from fedtune.engines.deployment import certificates, channel, join, published
 from fedtune.engines.deployment.executor import Answers, Worker
 from fedtune.engines.deployment.reach import check_server, expiry_warning, wait_for_server
-from fedtune.engines.deployment.site import open_ledger
+from fedtune.engines.deployment.site import check_books, open_ledger
 from fedtune.engines.deployment.thin import Apps
 from fedtune.errors import FederationError, FedtuneError, ResourceError
-from fedtune.federation.audit_log import AuditLog
+from fedtune.federation.books import Books
 from fedtune.federation.policy import SiteSettings
 
 __all__ = ["run_node"]
@@ -38,6 +38,7 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
     """
     key = certificates.load_private_key(Path(site.key))
     open_ledger(site, setting=True)
+    check_books(site)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
     _enter(site, key, say)
     worker = Worker(site)
@@ -77,7 +78,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
             say(f"joined {site.server} as {site.site}")
             joined.set()
 
-    said, apps, log = _Capture(), Apps(), AuditLog(Path(site.audit_log))
+    said, apps, log = _Capture(), Apps(), Books(Path(site.ledger), Path(site.audit_log))
     store = ObjectStoreFactory().store()
     state = State(store)
     answer = Answers(state, store, site, worker, apps)
@@ -114,7 +115,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
         ending.set()
 
 
-def guard(connection: Any, apps: Apps, log: AuditLog) -> Any:
+def guard(connection: Any, apps: Apps, log: Books) -> Any:
     """Flower's connection (eight functions), with the app of a run judged before Flower reads it, and a
     message that grows beyond `channel.MAX_FRAME` bytes given up while it arrives."""
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
@@ -148,7 +149,7 @@ def _watch(
     site: SiteSettings,
     key: Any,
     worker: Worker,
-    log: AuditLog,
+    log: Books,
     ending: threading.Event,
     say: Callable[[str], None],
 ) -> None:
@@ -177,7 +178,7 @@ def _watch(
             say(f"{error} Trying again.")
 
 
-def publish(site: SiteSettings, key: Any, log: AuditLog, told: Any) -> dict[str, Any]:
+def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, Any]:
     """Tells the server what the owner publishes, unless it is what was `told` before; what it knows now.
 
     The log says so before it leaves, once the server is known to be there: while it is away nothing leaves,

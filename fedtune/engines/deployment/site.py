@@ -12,14 +12,25 @@ from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.provision import parse_address, read_yaml
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
 from fedtune.federation.audit_log import AuditLog
+from fedtune.federation.books import Books
 from fedtune.federation.policy import SiteSettings
+from fedtune.privacy.ledger import PrivacyLedger
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.privacy.evaluation import EvaluationPlan
-    from fedtune.privacy.ledger import PrivacyLedger
 
-__all__ = ["DryRun", "dry_run", "make_key", "open_ledger", "proof", "read_site"]
+__all__ = [
+    "DryRun",
+    "accept",
+    "books_of",
+    "check_books",
+    "dry_run",
+    "make_key",
+    "open_ledger",
+    "proof",
+    "read_site",
+]
 
 _T = TypeVar("_T")
 
@@ -70,8 +81,6 @@ def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:
     Only a node that starts does that: whoever tries another node.yaml (a dry run, a proof) changes nothing
     for the node that runs, and makes no file. A ledger that is gone is not begun anew.
     """
-    from fedtune.privacy.ledger import PrivacyLedger
-
     path = Path(site.ledger)
     if setting:
         ledger = PrivacyLedger.open(path)
@@ -104,13 +113,64 @@ def _lost(site: SiteSettings, ledger: PrivacyLedger) -> str | None:
     )
 
 
-def proof(site: SiteSettings) -> tuple[str, bool]:
+def books_of(site: SiteSettings) -> Books:
+    """The site's ledger and audit log."""
+    return Books(Path(site.ledger), Path(site.audit_log))
+
+
+def check_books(site: SiteSettings) -> None:
+    """Raises LedgerError if the ledger or the audit log is not what the other knows, or not whole."""
+    books = books_of(site)
+    if wrong := [*_unlike(site, books), *_torn(books)]:
+        raise LedgerError(f"{' '.join(wrong[:3])} `fedtune node proof --config node.yaml` says all of it.")
+
+
+def _unlike(site: SiteSettings, books: Books) -> list[str]:
+    """What one book knows otherwise than the other says, or would if it were there."""
+    ledger, log = books.problems()
+    if not log and not books.log.head().number and PrivacyLedger.open(books.ledger).releases():
+        log = [
+            f"There is no audit log {books.log.path}, and the privacy ledger tells of releases: it was moved "
+            "or removed. Put it back. If it is gone for good, say so: `fedtune node accept --config "
+            "node.yaml`."
+        ]
+    return [*ledger, *log]
+
+
+def _torn(books: Books) -> list[str]:
+    """What is wrong with the audit log by itself."""
+    found = books.log.verify(after=books.accepted()[0])
+    if not found:
+        return []
+    return [
+        f"The audit log {books.log.path} was changed or damaged: {'; '.join(found[:3])}. Restore it from a "
+        "backup; if there is none, say so: `fedtune node accept --config node.yaml`."
+    ]
+
+
+def accept(site: SiteSettings) -> str:
+    """Has the owner accept what the audit log lost, in both books; what was accepted, for a person.
+
+    Raises LedgerError for a ledger that lost something.
+    """
+    books = books_of(site)
+    if lost := _lost(site, PrivacyLedger.open(books.ledger)):
+        raise LedgerError(lost)
+    missing = _unlike(site, books)
+    found = books.accept() or missing
+    if missing and not books.log.head().number:
+        books.append("accepted", problems=missing)
+    if not found:
+        return "Nothing is wrong with the books; nothing was accepted."
+    return "\n".join([*found, "accepted, and noted in both books; the node may start"])
+
+
+def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
     """What has left this site, from its ledger and audit log, for a person; and whether both are whole.
 
-    Of books that are damaged it says all that is wrong and what can still be read.
+    Of books that are damaged it says all that is wrong and what can still be read. `against`: a head that was
+    kept elsewhere, from which these books must go on. Raises ConfigError if that is no head.
     """
-    from fedtune.privacy.ledger import PrivacyLedger
-
     # Not `open_ledger`, which refuses one that is damaged: here all that is wrong is wanted.
     ledger, log = PrivacyLedger(Path(site.ledger), require_budget=True), AuditLog(Path(site.audit_log))
     wrong: list[str] = []
@@ -124,7 +184,12 @@ def proof(site: SiteSettings) -> tuple[str, bool]:
 
     rows, problems = asked("ledger", ledger.verify) or (0, [])
     wrong += [f"ledger: {one}" for one in problems]
-    wrong += [f"audit log: {one}" for one in asked("audit log", log.verify) or []]
+    books = books_of(site)
+    since = (asked("audit log", books.accepted) or (0, 0))[0]
+    wrong += [f"audit log: {one}" for one in asked("audit log", lambda: log.verify(after=since)) or []]
+    wrong += asked("ledger and audit log", lambda: _unlike(site, books)) or []
+    if against is not None:
+        wrong += asked("ledger and audit log", lambda: books.against(against)) or []
     lines = [f"site {site.site}, budget epsilon {site.budget.epsilon:g} at delta {site.budget.delta:g}"]
     if not ledger.path.exists():
         lines.append(f"there is no ledger yet: {ledger.path} is made when the node starts")
@@ -157,7 +222,14 @@ def proof(site: SiteSettings) -> tuple[str, bool]:
         lines.append("  " + said.rstrip().encode(errors="replace").decode())
     ledger.close()
     # Several questions may have met the same.
-    lines += dict.fromkeys(wrong) or [f"ledger ({rows} rows) and audit log are whole"]
+    lines += dict.fromkeys(wrong) or [
+        f"ledger ({rows} rows) and audit log are whole, and each is what the other knows"
+        + ("" if against is None else "; they go on from the head that was kept")
+    ]
+    if since:
+        lines.append(f"what was wrong before line {since} of the audit log was accepted there by the owner")
+    if not wrong:
+        lines.append(f"head {books.head()} (file it elsewhere; later: fedtune node proof --against HEAD)")
     return "\n".join(lines), not wrong
 
 

@@ -24,6 +24,7 @@ import resource
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune import __version__
@@ -32,6 +33,7 @@ from fedtune.engines.deployment import channel
 if TYPE_CHECKING:
     from flwr.app import Context, Message
 
+    from fedtune.federation.books import Books
     from fedtune.federation.policy import SiteSettings
 
 __all__ = ["answer", "main"]
@@ -76,6 +78,7 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
 
     from fedtune.errors import ResourceError
     from fedtune.federation._flower import act_as, deserialize, serialize
+    from fedtune.federation.books import Books
     from fedtune.federation.client_app import app
     from fedtune.federation.node import public_reason
 
@@ -83,15 +86,18 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
     proto.ParseFromString(context)
     received, its_context = deserialize(message), context_from_proto(proto)
     act_as(header["task"], header["run"], header["node"])
-    before = _spent(its_context)
+    books = Books(Path(site.ledger), Path(site.audit_log))
+    before: dict[str, Any] = {}
     try:
+        books.check()
+        before = _spent(its_context)
         reply = app(received, its_context)
     except Exception as error:  # a message of a kind that nobody answers, for instance
         _log.exception("a message could not be answered")
         reply = _failure(received, public_reason(error, site.site))
     data = serialize(reply)
     try:
-        _audit(site, received, reply, its_context, before, len(data))
+        _audit(books, received, reply, its_context, before, len(data))
     except ResourceError as error:  # what is not in the log does not leave; what was charged stays charged
         _log.error("%s (%s)", error, site.audit_log)
         data = serialize(_failure(received, public_reason(error, site.site)))
@@ -155,13 +161,9 @@ def _spent(context: Context) -> dict[str, Any]:
 
 
 def _audit(
-    site: SiteSettings, message: Message, reply: Message, context: Context, before: dict[str, Any], size: int
+    books: Books, message: Message, reply: Message, context: Context, before: dict[str, Any], size: int
 ) -> None:
     """One line for a message and its answer. It is written before the answer leaves this process."""
-    from pathlib import Path
-
-    from fedtune.federation.audit_log import AuditLog
-
     kind = message.metadata.message_type
     said = _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
     refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
@@ -191,7 +193,7 @@ def _audit(
         values |= {"before": before, "after": after}
     charged = after.get("releases", 0) > before.get("releases", 0)
     event = "refused" if refused else "released" if charged else "answered"
-    AuditLog(Path(site.audit_log)).append(event, **values)
+    books.append(event, **values)
     _log.info("%s %s%s", event, kind, f": {refused}" if refused else "")
 
 
