@@ -159,7 +159,8 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
 def ledger_line(privacy: Mapping[str, Any]) -> str:
     """What the data's other uses add up to, this run included; empty if there were none, and the nodes say
     so."""
-    mine = {one["node"]: one["releases"] for one in privacy["per_node"]}
+    told = 1 if privacy.get("sizes") else 0
+    mine = {one["node"]: one["releases"] + one.get("answers", 0) + told for one in privacy["per_node"]}
     entries = privacy.get("ledger", [])
     others = [one for one in entries if (one["releases"] or 0) > mine.get(one["node"], 0)]
     if not others:

@@ -112,16 +112,23 @@ def own_shard(config: Config, context: Context) -> Shard | None:
 def declare_size(config: Config, context: Context) -> None:
     """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
 
-    Raises: BudgetExhausted, LedgerError, and as `own_shard` does.
+    What the whole run will release is known before, for no part of it follows from a size that is told so.
+    Raises: BudgetExhausted if the owner's budget does not allow all of that, and then nothing is charged;
+    PrivacyError, LedgerError, and as `own_shard` does.
     """
     from fedtune.federation.resident import workplace
+    from fedtune.privacy.planning import make_plan
 
     position = context.node_config.get("partition-id")
     if size_plan(config) is None or type(position) is not int:
         return
     data = workplace(config).prepared
-    if 0 <= position < len(data.shards):
-        tell_size(config, context, data, position, ledger_of(data.shards[position].node, context))
+    if not 0 <= position < len(data.shards):
+        return
+    shard = data.shards[position]
+    limit = owner_delta(shard, config, context) or None
+    plan = make_plan(config, [1] * len(data.shards), limit)
+    tell_size(config, context, data, position, ledger_of(shard.node, context), releases_of(plan))
 
 
 def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:

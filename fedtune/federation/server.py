@@ -58,7 +58,6 @@ __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 
 _log = logging.getLogger(__name__)
 MAX_VOID_ROUNDS = 3
-_ANY_SIZE = 1000
 
 # Seconds and FLOPs that clients have used in this process; None if the engine cannot see them.
 Usage = Callable[[], tuple[float, int]]
@@ -246,7 +245,7 @@ def _begin(
     if config.resume is None and expected and size_plan(config) is not None:
         # A run that could not be planned must not have charged anybody for a size. What it comes to does not
         # matter: noise and delta do not follow from it.
-        make_plan(config, [_ANY_SIZE] * expected)
+        make_plan(config, [1] * expected)
     timeout = config.federation.round_timeout
     least = max(1, config.federation.min_updates) if lives else 0
     nodes, failed, notices = greet(

@@ -15,8 +15,9 @@ import dataclasses
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fedtune.data.corpus import Shard
     from fedtune.data.prepare import PreparedData
     from fedtune.privacy.ledger import PrivacyLedger
+    from fedtune.privacy.plan import ReleasePlan
 
 __all__ = ["greeting_size", "run_number", "sized", "tell_size"]
 
@@ -49,11 +51,17 @@ def run_number(run_dir: Path) -> str:
 
 
 def tell_size(
-    config: Config, context: Context, data: PreparedData, position: int, ledger: PrivacyLedger
+    config: Config,
+    context: Context,
+    data: PreparedData,
+    position: int,
+    ledger: PrivacyLedger,
+    whole: Sequence[ReleasePlan],
 ) -> None:
     """Reserves, counts and keeps what the node at `position` tells, unless this run has it already.
 
-    Raises: BudgetExhausted if the owner's budget does not allow it; nothing is counted then. LedgerError.
+    `whole`: the plans of all that the run may release. Raises BudgetExhausted if the owner's budget does not
+    allow it all; nothing is counted or charged then. LedgerError.
     """
     shard, plan = data.shards[position], size_plan(config)
     if plan is None:
@@ -62,15 +70,15 @@ def tell_size(
     path = _path(folder, shard.node)
     if path.exists():
         return
-    reservation = ledger.reserve(
-        dataset=shard.dataset,
-        fingerprint=shard.fingerprint,
-        node=shard.node,
-        run=run_number(folder),
-        round=0,
-        plan=plan,
-        public=config.data.public,
-    )
+    release: dict[str, Any] = {
+        "dataset": shard.dataset,
+        "fingerprint": shard.identity,
+        "node": shard.node,
+        "run": run_number(folder),
+        "public": config.data.public,
+    }
+    ledger.check_run(**release, plans=whole)
+    reservation = ledger.reserve(**release, round=0, plan=plan, whole=whole)
     # Held-out units are units of the shard: their parts share none, so the counts add up.
     parts = [part.data for part in (shard, *data.held_out[position : position + 1])]
     units = sum(part.num_units if plan.unit == "person" else part.num_records for part in parts)

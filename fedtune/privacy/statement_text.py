@@ -206,7 +206,8 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     if record["privacy"].get("evaluation"):
         lines.append(
             "Evaluation: accuracy comes from noised counts that the nodes release about units that are held "
-            "out of training, and these are charged. No size, loss or label count of a shard leaves a node."
+            "out of training, and these are charged. No loss or label count of a shard leaves a node, and no "
+            "size but as it is said here."
         )
     if sizes := record["privacy"].get("sizes"):
         lines.append(
