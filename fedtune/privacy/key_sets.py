@@ -32,7 +32,7 @@ class KeySets:
         self._chain = chain
         self._pools = {"record": Pool(), "person": Pool()}
         self._members: dict[str, dict[str, Membership]] = {}
-        self._accounts: dict[tuple[str, str], tuple[tuple[int, int], Account]] = {}
+        self._accounts: dict[tuple[str, str, str], tuple[tuple[int, int], Account]] = {}
 
     def account(
         self, connection: sqlite3.Connection | None, state: LedgerState, dataset: str, data: KeySet | str
@@ -43,12 +43,14 @@ class KeySets:
         """
         name = data.id if isinstance(data, KeySet) else data
         version = (len(state.releases), len(state.sets))
-        kept = self._accounts.get((dataset, name))
+        # Equal keys may have other fingerprints of version 0.1, which saw every space.
+        asked = (dataset, name, data.fingerprint if isinstance(data, KeySet) else "")
+        kept = self._accounts.get(asked)
         if kept is None or kept[0] != version:
             account = self._account(connection, state, dataset, name, data)
             while len(self._accounts) >= _KEPT:
                 self._accounts.pop(next(iter(self._accounts)))
-            self._accounts[dataset, name] = kept = (version, account)
+            self._accounts[asked] = kept = (version, account)
         return dataclasses.replace(kept[1], state=state)
 
     def add(self, connection: sqlite3.Connection, keys: KeySet, state: LedgerState) -> dict[str, object]:

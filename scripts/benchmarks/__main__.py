@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from scripts.benchmarks import aggregation, calibration, ledger, report, sweep, system, training
+from scripts.benchmarks import aggregation, calibration, identity, ledger, report, sweep, system, training
 from scripts.benchmarks.table import write_table
 
 BENCHMARKS = {
@@ -15,6 +15,7 @@ BENCHMARKS = {
     "startup": system.startup,
     "aggregation": aggregation.aggregation,
     "ledger": ledger.ledger,
+    "identity": identity.identity,
     "sweep": sweep.sweep,
     "calibration": calibration.calibration,
     "report": report.report,

@@ -18,11 +18,10 @@ EARLIER, REPEATS = 10_000, 100
 def _fill(book: PrivacyLedger, run: str, count: int) -> None:
     """`count` further releases like the last one, each a row that the ledger's own code chains to the one
     before it, in one transaction: ten thousand durable ones would take minutes and measure the disk."""
-    with book._chain.writing() as connection:
-        state = book._caught_up(connection)
-        (last,) = book._chain.latest_of_kind(connection, "reserved", 1)
+    with book.writing() as pen:
+        (last,) = book._chain.latest_of_kind(pen.connection, "reserved", 1)
         for _ in range(count):
-            _, state = book._written(connection, state, last.body, run)
+            pen.write("reserved", last.body, run=run)
 
 
 def ledger() -> None:

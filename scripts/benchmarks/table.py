@@ -33,6 +33,13 @@ def _figure(record: dict[str, Any]) -> str:
             f"{name}: {one['seconds']} s (processor {one['processor_seconds']} s), {one['page_megabytes']} MB"
             for name, one in record["sizes"].items()
         )
+    if "register_seconds" in record:
+        return (
+            f"{record['register_seconds']} s, {record['megabytes']} MB on the disk and "
+            f"{record['peak_megabytes']} MB of memory; the next export {record['next_export_seconds']} s; "
+            f"a later release {record['release_ms_median']} ms; the first of a new cut after "
+            f"{record['sweep_runs']} others at most {record['sweep_first_ms_max']} ms"
+        )
     if "ratio_peak" in record:
         return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
     figure = f"{record['ratio_median']}x"

@@ -15,6 +15,7 @@ import pytest
 from fedtune.errors import BudgetExhausted
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.privacy.identity import Identity, keyed
 from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
 from tests.privacy.charges import charged
@@ -137,6 +138,41 @@ def test_kills_do_not_get_past_the_budget(tmp_path: Path) -> None:
     with pytest.raises(BudgetExhausted):
         victim(path, witness, "last", local_plan(num_rounds=41, noise_multiplier=4.0))
     assert 0 < len(released(witness)) <= len(PrivacyLedger(path).releases()) == 40
+
+
+def test_a_kill_while_a_large_set_is_registered_leaves_all_of_it_or_nothing(tmp_path: Path) -> None:
+    path, chance = tmp_path / "clinic.sqlite", np.random.default_rng(0)
+    held = [
+        Identity(chance.integers(0, 256, (200_000, 32)).astype(np.uint8), None, f"old-{i}") for i in range(12)
+    ]
+    PrivacyLedger(path).reserve(
+        dataset="first", fingerprint=held[0], node="clinic", run="first", round=0, plan=PLAN
+    )
+    secret = path.with_suffix(".key").read_bytes()
+    moments, finished = random.Random(4), 0
+    for i in range(1, len(held)):
+        keyed(held[i], secret)  # what takes long, and writes nothing, is done before
+        child = os.fork()
+        if child == 0:
+            try:
+                PrivacyLedger(path).reserve(
+                    dataset="d", fingerprint=held[i], node="clinic", run=f"run-{i}", round=0, plan=PLAN
+                )
+            finally:
+                os._exit(1)
+        time.sleep(moments.uniform(0.0, 0.25))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        ledger = PrivacyLedger(path)
+        assert ledger.verify()[1] == []
+        released = {release.run for release in ledger.releases()}
+        known = set(ledger.state().sets)
+        assert (f"run-{i}" in released) == (ledger.known_as(held[i]) in known)
+        assert len(known) == len(released)
+        finished += f"run-{i}" in released
+        ledger.close()
+    assert 0 < finished < len(held) - 1
+    assert path.with_suffix(".key").read_bytes() == secret
 
 
 def test_the_witness_would_convict_a_ledger_that_forgets(tmp_path: Path) -> None:
