@@ -63,6 +63,7 @@ _SYMMETRIC = {
     "isclose",
     "multiply",
     "add",
+    "logaddexp",
 }
 _PROSE = {"print", "warn", "debug", "info", "warning", "error", "exception", "critical", "log"}
 _PLAIN = (ast.Compare, ast.BoolOp, ast.Constant)
