@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.mutation.record import write_record
-from scripts.mutation.runner import MutationRun, Source
+from scripts.mutation.runner import MutationRun, Options, Source
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = [
@@ -62,17 +62,10 @@ def main(arguments: list[str]) -> int:
     sys.dont_write_bytecode = True
     os.chdir(ROOT)
     state = ROOT / "build" / "mutation"
-    run = MutationRun(
-        chosen,
-        options.jobs,
-        state,
-        options.again,
-        options.alive,
-        options.only,
-        options.enough,
-        options.tests,
-        LEFT_OUT,
+    how = Options(
+        options.jobs, options.again, options.alive, options.only, options.enough, options.tests, LEFT_OUT
     )
+    run = MutationRun(chosen, sources, state, how)
     command = ["-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, *options.tests]
     status = int(pytest.main(command, plugins=[run]))
     if status not in (0, 5):

@@ -30,6 +30,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["Mutant", "mutants_of"]
 
@@ -164,7 +165,7 @@ class _Finder:
             return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        targets: list[Any] = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(t, ast.Name) and t.id in ("__all__", "__slots__") for t in targets):
             return
         yield from self.removal(block, index, targets, place)
@@ -203,7 +204,7 @@ class _Finder:
         yield from self.statements(node, _Place(where, place.outermost or (where, first)))
 
     def removal(
-        self, block: list[ast.stmt], index: int, targets: list[ast.expr | None], place: _Place
+        self, block: list[ast.stmt], index: int, targets: list[Any], place: _Place
     ) -> Iterator[Mutant]:
         node = block[index]
         new: ast.stmt = ast.Pass()
@@ -241,7 +242,7 @@ class _Finder:
                         yield from self.fields(one, place)
 
     def expression(
-        self, owner: ast.AST, slot: str | list[ast.expr], index: int | None, place: _Place
+        self, owner: ast.AST, slot: str | list[Any], index: int | None, place: _Place
     ) -> Iterator[Mutant]:
         node: ast.expr = getattr(owner, slot) if isinstance(slot, str) else slot[index or 0]
 
@@ -311,7 +312,7 @@ def _replacements(owner: ast.AST, node: ast.expr) -> Iterator[tuple[str, ast.exp
         yield from _of_call(owner, node)
 
 
-def _other(value: object) -> object:
+def _other(value: object) -> bool | int | float | str | None:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

@@ -28,7 +28,7 @@ from scripts.mutation.children import Child, Outcome, in_children
 from scripts.mutation.cold import ColdServer, import_libraries
 from scripts.mutation.operators import Mutant, mutants_of
 
-__all__ = ["MutationRun", "Source"]
+__all__ = ["MutationRun", "Options", "Source"]
 
 _LONGEST = 15.0  # seconds: tests that take longer under the tracer are left out
 # Whose tests are a module's own, where the file is not called as the module.
@@ -60,24 +60,38 @@ class Source:
         return tree, mutants_of(tree, self.name)
 
 
-class MutationRun:
-    """Takes pytest's place after collection. `state`: folder in which results are kept between runs."""
+@dataclass
+class Options:
+    """How to run.
 
-    def __init__(
-        self,
-        sources: list[Source],
-        jobs: int,
-        state: Path,
-        again: bool,
-        alive: bool,
-        only: str,
-        enough: float,
-        folders: list[str],
-        left_out: str,
-    ) -> None:
-        self.sources, self.jobs, self.state = sources, jobs, state
-        self.again, self.alive, self.only = again, alive, only
-        self.folders, self.left_out, self.enough = folders, left_out, enough
+    Attributes:
+        jobs: mutants at a time.
+        again: decide all of them anew.
+        alive: decide those anew that have survived.
+        only: part of the names of those that are run.
+        enough: seconds of tests that a mutant must survive at most.
+        tests: files and folders.
+        left_out: what pytest's `-k` keeps.
+    """
+
+    jobs: int
+    again: bool
+    alive: bool
+    only: str
+    enough: float
+    tests: list[str]
+    left_out: str
+
+
+class MutationRun:
+    """Takes pytest's place after collection.
+
+    Runs the mutants of `sources`; what tests reach is measured for `every` module. `state`: folder in which
+    results are kept between runs.
+    """
+
+    def __init__(self, sources: list[Source], every: list[Source], state: Path, options: Options) -> None:
+        self.sources, self.every, self.state, self.options = sources, every, state, options
         self.cores = len(os.sched_getaffinity(0))
         self.seconds: dict[str, float] = {}
         self.lines: dict[str, dict[str, frozenset[int]]] = {}
@@ -107,12 +121,14 @@ class MutationRun:
         slow = sum(why == "slow" for why in self.unfit.values())
         skipped = sum(why == "skipped" for why in self.unfit.values())
         return {
-            "folders": self.folders,
+            "folders": self.options.tests,
             "collected": len(self.items),
             "used": len(self.seconds),
-            "left_out": f"tests of speed (-k {self.left_out!r}) and those marked slow; {slow} of over "
-            f"{_LONGEST:.0f} s, {skipped} skipped; at most {self.enough:g} s of tests a mutant, its own "
-            "module's first",
+            "left_out": (
+                f"tests of speed (-k {self.options.left_out!r}) and those marked slow; {slow} of over "
+                f"{_LONGEST:.0f} s, {skipped} skipped; at most {self.options.enough:g} s of tests a mutant, "
+                "its own module's first"
+            ),
             "failing_without_a_mutant": sorted(
                 name for name, why in self.unfit.items() if why not in ("slow", "skipped")
             ),
@@ -126,12 +142,24 @@ class MutationRun:
 
     def _reach(self, items: list[pytest.Item]) -> None:
         """Runs each test alone, traced, in a child: what it reaches, and whether it passes at all."""
-        files = {str(source.path): source for source in self.sources}
-        modules = hashlib.sha256("".join(s.digest for s in self.sources).encode()).hexdigest()[:16]
-        stored = self.state / f"reach-{modules}.json"
+        files = {str(source.path): source for source in self.every}
+        modules = {source.name: source.digest for source in self.every}
+        stored = self.state / "reach.json"
         known: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
         digests = {str(i.path): hashlib.sha256(i.path.read_bytes()).hexdigest()[:16] for i in items}
-        wanted = [i for i in items if known.get(i.nodeid, {}).get("file") != digests[str(i.path)]]
+
+        def is_known(item: pytest.Item) -> bool:
+            """Whether neither the test nor a module that it reached has changed, and all are known."""
+            one = known.get(item.nodeid)
+            if (
+                one is None
+                or one["file"] != digests[str(item.path)]
+                or not modules.keys() <= one["modules"].keys()
+            ):
+                return False
+            return all(one["modules"][m] == modules.get(m, one["modules"][m]) for m in one["lines"])
+
+        wanted = [item for item in items if not is_known(item)]
         count = 0
 
         def done(child: Child, outcome: Outcome) -> None:
@@ -144,13 +172,16 @@ class MutationRun:
                 "failed": outcome.failed or outcome.error or ("" if outcome.passed else "skipped"),
                 "seconds": outcome.seconds.get(name, 99.0),
                 "lines": {files[f].name: n for f, n in lines.items() if n},
+                "modules": modules,
             }
             if count % 50 == 0:
                 _say(f"  reached by tests: {count} of {len(wanted)}")
                 stored.write_text(json.dumps(known))
 
         trace = frozenset(files)
-        in_children((Child(i.nodeid, [i], lambda: None, trace=trace) for i in wanted), self.jobs, done)
+        in_children(
+            (Child(i.nodeid, [i], lambda: None, trace=trace) for i in wanted), self.options.jobs, done
+        )
         stored.write_text(json.dumps(known))
         for name in self.items:
             one = known[name]
@@ -188,7 +219,7 @@ class MutationRun:
         chosen, seconds = [], 0.0
         for name in reached:
             seconds += self.seconds[name]
-            if seconds > self.enough:
+            if seconds > self.options.enough:
                 break
             chosen.append(name)
         killer = self.hints.get(mutant.name, "")
@@ -198,14 +229,14 @@ class MutationRun:
 
     def _test(self, source: Source, functions: dict[tuple[str, str, int], list[FunctionType]]) -> None:
         tree, mutants = source.mutants()
-        mutants = [m for m in mutants if self.only in m.name]
+        mutants = [m for m in mutants if self.options.only in m.name]
         stored = self.state / f"{source.name}-{source.digest}.json"
         for path in sorted(self.state.glob(f"{source.name}-*.json"), key=lambda p: p.stat().st_mtime):
             self.hints |= {name: killer for name, killer in json.loads(path.read_text()).items() if killer}
         if stored.exists():
             source.verdicts = json.loads(stored.read_text())
-        known = {} if self.again else source.verdicts
-        wanted = [m for m in mutants if m.name not in known or (self.alive and not known[m.name])]
+        known = {} if self.options.again else source.verdicts
+        wanted = [m for m in mutants if m.name not in known or (self.options.alive and not known[m.name])]
         _say(f"{source.name}: {len(mutants)} mutants, {len(wanted)} to run")
         started, count, slow = time.monotonic(), 0, []
 
@@ -243,7 +274,7 @@ class MutationRun:
             else:
                 verdict(child.key, outcome.failed)
 
-        in_children(children(), self.jobs, done)
+        in_children(children(), self.options.jobs, done)
         for mutant in slow:
             tests = self._chosen(mutant)
             request = {
