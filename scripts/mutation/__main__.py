@@ -52,8 +52,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tests", nargs="*", default=TESTS)
     options = parser.parse_args(arguments)
     sources = all_sources()
-    chosen = [s for s in sources if not options.modules or s.path.stem in options.modules]
-    unknown = set(options.modules) - {s.path.stem for s in sources}
+    by_name = {s.path.stem: s for s in sources}
+    chosen = [by_name[name] for name in options.modules if name in by_name] or sources
+    unknown = set(options.modules) - by_name.keys()
     if unknown:
         print(f"There is no module {', '.join(sorted(unknown))}.", file=sys.stderr)
         return 2
