@@ -11,7 +11,7 @@ from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 from scipy import optimize, stats
 
-from fedtune.privacy import losses
+from fedtune.privacy import losses, step_losses
 from fedtune.privacy.losses import composed, epsilon_at, points_of_one, rounding
 from fedtune.privacy.step_losses import Step, step_distribution
 
@@ -214,3 +214,16 @@ def test_the_one_transform_is_the_convolution_of_all_steps(counts: tuple[int, in
     assert made._probs == pytest.approx(whole[skipped : skipped + made.size], abs=1e-15)
     assert whole[:skipped].sum() + whole[skipped + made.size :].sum() <= losses.TAIL
     assert (made._probs >= 0.0).all()
+
+
+def test_divergences_that_rounding_made_rise_are_taken_for_flat() -> None:
+    rising, flat = np.array([0.5, 0.5 + 1e-9, 0.2, 0.0]), np.array([0.5, 0.5, 0.2, 0.0])
+    made, wanted = (step_losses._connected(-1, 0.5, divergences) for divergences in (rising, flat))
+    assert made._probs.tolist() == wanted._probs.tolist() and made._lower_loss == -1
+
+
+@pytest.mark.parametrize("step", [(1.0, 2.0, False), (0.3, 2.0, False), (1e-3, 0.5, False)])
+def test_the_width_is_that_of_the_wider_direction(step: Step) -> None:
+    loss = step_distribution(step, 1e-3)
+    sizes = [part.size for part in (loss._pmf_remove, loss._pmf_add)]
+    assert step_losses.width(step) == pytest.approx((max(sizes) - 1) * 1e-3, abs=2e-3)

@@ -475,3 +475,12 @@ def test_rows_of_rounds_that_were_left_out_are_zero() -> None:
     assert rows.shape == (3, 2) and rows.dtype == np.float64
     assert rows[1].tolist() == [0.0, 0.0] and rows[2].tolist() == [1.0, 1.0]
     assert rows[0] == pytest.approx(np.full(2, 1.0 - 3 / 8))
+
+
+def test_every_charge_is_rounded_down() -> None:
+    root = BandedRoot(40, 20, 10)
+    squares = [root.sensitivity(k) ** 2 for k in range(5)]
+    for k in range(4):
+        exact = 1.7 * root.sensitivity() / math.sqrt(squares[k + 1] - squares[k])
+        ((term, count),) = root.terms(1.7, 1, after=k).items()
+        assert count == 1 and term.noise_multiplier == _down(exact) < exact
