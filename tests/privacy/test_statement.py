@@ -168,28 +168,6 @@ def test_a_large_epsilon_is_called_weak_and_a_small_one_strong() -> None:
     assert "from epsilon and delta alone" in weak and "from this run's own trade-off curve" not in weak
 
 
-@pytest.mark.parametrize(("epsilon", "delta"), [(0.996, 1 / 8), (3.0, 1 / 6), (8.0, 1 / 6)])
-def test_38_epsilon_is_not_graded_without_delta(epsilon: float, delta: float) -> None:
-    text = statement_markdown(record("central", "client", epsilon=epsilon, delta=delta))
-    assert "strong" not in first_paragraph(text) and "moderate" not in first_paragraph(text)
-    assert "weak protection" in first_paragraph(text)
-
-
-def test_38_nothing_is_praised_where_nothing_was_trained() -> None:
-    refused = [{"node": node, "epsilon": 0.0, "delta": 1e-5, "releases": 0, "answers": 0} for node in "ab"]
-    for trust in ("local", "none"):
-        made = record(trust, per_node=refused)
-        if trust == "local":
-            made["privacy"]["epsilon"] = 0.0
-        text = statement_markdown(made)
-        assert first_paragraph(text).startswith("**Nothing was trained.**")
-        for word in ("strong protection", "moderate protection", "weak protection", "How strong that is"):
-            assert word not in text
-        assert statement_json(made)["strength"] is None and statement_picture(made) is None
-    refused[0]["answers"] = 1  # an answer about held-out data is a release too
-    assert "Nothing was trained" not in statement_markdown(record(per_node=refused))
-
-
 @pytest.mark.parametrize(
     "change", [{"reproducible_noise": True}, {"audit": {"violated": True}}, {"epsilon": None}]
 )
@@ -210,20 +188,6 @@ def test_strength_is_a_table_of_what_is_recognised_and_a_picture() -> None:
     image = statement_picture(record(unit="person"))
     assert image is not None and image.startswith("<svg") and "at most 7 of 1,000 persons in it" in image
     assert "A moderate protection: epsilon 2.857 at delta 1e-05; add or remove one person" in image
-
-
-def test_35_unknown_earlier_spending_is_written_as_unknown() -> None:
-    """A real node keeps its ledger to itself; 1.214 was printed with 'none' beside it, and 8.286 was true."""
-    silent = {"node": "north", "dataset": None, "releases": None, "epsilon": None, "delta": 1e-5}
-    text = statement_markdown(record(ledger=[silent]))
-    assert "| north | unknown | unknown | unknown | 1e-05 |" in text and "**Unknown**" in text
-    assert "is not known here" in first_paragraph(text)
-    assert "| none" not in text.split("## Other uses")[1].split("## Audit")[0]
-    known = {"node": "south", "dataset": "d", "releases": 40, "epsilon": 8.286, "delta": 1e-5}
-    both = first_paragraph(statement_markdown(record(ledger=[silent, known])))
-    assert "epsilon is 8.29" in both and "is not known here" in both
-    unnoised = statement_markdown(record(ledger=[{**known, "epsilon": None}]))
-    assert "| 40 | infinite |" in unnoised
 
 
 def test_record_privacy_where_the_data_names_persons_is_said_to_be_a_choice() -> None:

@@ -1,24 +1,35 @@
 """Promises that said more than was kept; numbers as in PITFALLS.
 
-36: epsilon was stated towards the one who sees least.
+35: unknown earlier spending was printed as none. 36: epsilon was stated towards the one who sees least. 37: a
+budget was enforced by composing what was chosen adaptively as if it had been fixed (the adversary who breaks
+that is in tests/privacy/test_filter.py). 38: epsilon was graded without delta.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import optimize, stats
 
 from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
-from fedtune.errors import PrivacyError
+from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.federation.policy import Permit, SiteData, SiteSettings
-from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.discrete import DiscreteMechanism
+from fedtune.privacy.filter import fits
+from fedtune.privacy.ledger import PrivacyLedger
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
+from fedtune.privacy.statement import statement_json, statement_markdown, statement_picture
+from tests.privacy.charges import charged
+from tests.privacy.plans import local_plan
+from tests.privacy.test_statement import first_paragraph, record
+from tests.regressions.test_pitfalls_privacy import release
 
 
 def distributed(nodes: int, **privacy: object) -> PrivacyPlan:
@@ -27,7 +38,7 @@ def distributed(nodes: int, **privacy: object) -> PrivacyPlan:
     config = Config(
         privacy=PrivacyConfig(**settings),  # type: ignore[arg-type]
         train=TrainConfig(sample_rate=settings.pop("sample_rate", 0.1)),  # type: ignore[arg-type]
-        federation=FederationConfig(num_rounds=12),
+        federation=FederationConfig(num_rounds=12, evaluation="none"),
     )
     return make_plan(config, [1000] * nodes)
 
@@ -65,7 +76,7 @@ def test_36_by_the_closed_form_of_one_step_without_sampling(nodes: int) -> None:
     config = Config(
         privacy=PrivacyConfig(trust="distributed", epsilon=8.0, delta=1e-4),
         train=TrainConfig(sample_rate=1.0),
-        federation=FederationConfig(num_rounds=1),
+        federation=FederationConfig(num_rounds=1, evaluation="none"),
     )
     plan = make_plan(config, [1000] * nodes)
     known = 1
@@ -113,3 +124,70 @@ def test_36_a_site_can_demand_more_colluders_than_the_default() -> None:
         site(2).check(asked, distributed(4))
     local = make_plan(Config(privacy=PrivacyConfig(epsilon=8.0, delta=1e-4)), [1000])
     site(2).check(asked, local)  # nothing is shared out there
+
+
+# --- 35 ----------------------------------------------------------------------------------------------
+
+
+def test_35_unknown_earlier_spending_is_written_as_unknown() -> None:
+    """A real node keeps its ledger to itself; 1.214 was printed with 'none' beside it, and 8.286 was true."""
+    silent = {"node": "north", "dataset": None, "releases": None, "epsilon": None, "delta": 1e-5}
+    text = statement_markdown(record(ledger=[silent]))
+    assert "| north | unknown | unknown | unknown | 1e-05 |" in text and "**Unknown**" in text
+    assert "is not known here" in first_paragraph(text)
+    assert "| none" not in text.split("## Other uses")[1].split("## Audit")[0]
+    known = {"node": "south", "dataset": "d", "releases": 40, "epsilon": 8.286, "delta": 1e-5}
+    both = first_paragraph(statement_markdown(record(ledger=[silent, known])))
+    assert "epsilon is 8.29" in both and "is not known here" in both
+    unnoised = statement_markdown(record(ledger=[{**known, "epsilon": None}]))
+    assert "| 40 | infinite |" in unnoised
+
+
+# --- 37 ----------------------------------------------------------------------------------------------
+
+
+def test_37_what_is_chosen_after_a_look_is_not_composed_as_if_it_had_been_fixed(tmp_path: Path) -> None:
+    """The composed privacy loss distribution of both runs fits the budget; the proven filter says no."""
+    first = local_plan(sample_rate=1.0, local_steps=1, num_rounds=4, noise_multiplier=6.0)
+    second = local_plan(sample_rate=0.1, local_steps=1, num_rounds=1, noise_multiplier=0.8)
+    ledger = PrivacyLedger(tmp_path / "n.sqlite")
+    both = compose_terms(first.terms(4), second.terms(1))
+    limit = 1.02 * epsilon_of_terms(both, 1e-5)
+    assert not fits(both, limit, 1e-5)
+    ledger.set_budget(PrivacyBudget(limit, 1e-5))
+    for round in range(1, 5):
+        release(ledger, first, round=round)
+    with pytest.raises(BudgetExhausted, match="over its budget"):
+        release(ledger, second, run="run-2")
+    assert charged(ledger, "d", "f") == first.terms(4)  # and nothing was charged for what was refused
+    # one run that is fixed in advance, of the very same steps, is admitted whole
+    alone = PrivacyLedger(tmp_path / "m.sqlite")
+    alone.set_budget(PrivacyBudget(1.02 * epsilon_of_terms(first.terms(4), 1e-5), 1e-5))
+    assert not fits(first.terms(4), 1.02 * epsilon_of_terms(first.terms(4), 1e-5), 1e-5)
+    for round in range(1, 5):
+        release(alone, first, round=round)
+
+
+# --- 38 ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(0.996, 1 / 8), (3.0, 1 / 6), (8.0, 1 / 6)])
+def test_38_epsilon_is_not_graded_without_delta(epsilon: float, delta: float) -> None:
+    text = statement_markdown(record("central", "client", epsilon=epsilon, delta=delta))
+    assert "strong" not in first_paragraph(text) and "moderate" not in first_paragraph(text)
+    assert "weak protection" in first_paragraph(text)
+
+
+def test_38_nothing_is_praised_where_nothing_was_trained() -> None:
+    refused = [{"node": node, "epsilon": 0.0, "delta": 1e-5, "releases": 0, "answers": 0} for node in "ab"]
+    for trust in ("local", "none"):
+        made = record(trust, per_node=refused)
+        if trust == "local":
+            made["privacy"]["epsilon"] = 0.0
+        text = statement_markdown(made)
+        assert first_paragraph(text).startswith("**Nothing was trained.**")
+        for word in ("strong protection", "moderate protection", "weak protection", "How strong that is"):
+            assert word not in text
+        assert statement_json(made)["strength"] is None and statement_picture(made) is None
+    refused[0]["answers"] = 1  # an answer about held-out data is a release too
+    assert "Nothing was trained" not in statement_markdown(record(per_node=refused))
