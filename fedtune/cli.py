@@ -186,10 +186,11 @@ def _parser() -> _Parser:
     budget = commands.add_parser(
         "budget",
         help="what each data set has spent, and what its owner allows",
-        description="Reads the nodes' privacy ledgers, which remember every release that was ever made.",
+        description="Reads the privacy ledgers, which remember every release that was ever made. All simulated "
+        "nodes share one, which knows records and persons again, however data is called or cut.",
         epilog="examples:\n  fedtune budget show                             epsilon so far, of what budget\n"
-        "  fedtune budget set --epsilon 3 --delta 1e-5     for every node that has a ledger\n"
-        "  fedtune budget set --node clinic-3 --dataset visits --epsilon 3 --delta 1e-5\n"
+        "  fedtune budget set --epsilon 3 --delta 1e-5     for all data without a budget of its own\n"
+        "  fedtune budget set --dataset visits --epsilon 3 --delta 1e-5\n"
         "  fedtune budget history --dataset opinions       every release, with its parameters\n"
         "  fedtune budget verify                           was a ledger edited?",
         formatter_class=raw,
@@ -198,12 +199,15 @@ def _parser() -> _Parser:
     actions = budget.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
     for name, text in (
         ("show", "what each data set has spent, and of how much"),
-        ("set", "allow a node's data so much epsilon, in all, ever"),
+        ("set", "allow data so much epsilon, in all, ever"),
         ("history", "every release, oldest first"),
         ("verify", "read every row; exit status 1 if one was edited, moved or removed"),
     ):
         action = actions.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
-        action.add_argument("--node", help="this node's ledger only; left out: all of them")
+        action.add_argument(
+            "--node",
+            help="a node with a ledger of its own there, or what a simulated node released; left out: all",
+        )
         if name != "verify":
             action.add_argument("--dataset", help="this data set only")
         if name == "set":
