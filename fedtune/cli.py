@@ -186,8 +186,7 @@ def _parser() -> _Parser:
     budget = commands.add_parser(
         "budget",
         help="what each data set has spent, and what its owner allows",
-        description="Reads the privacy ledgers, which remember every release that was ever made. All simulated "
-        "nodes share one, which knows records and persons again, however data is called or cut.",
+        description="Reads the ledgers, which remember every release. All simulated nodes share one.",
         epilog="examples:\n  fedtune budget show                             epsilon so far, of what budget\n"
         "  fedtune budget set --epsilon 3 --delta 1e-5     for all data without a budget of its own\n"
         "  fedtune budget set --dataset visits --epsilon 3 --delta 1e-5\n"
@@ -204,10 +203,7 @@ def _parser() -> _Parser:
         ("verify", "read every row; exit status 1 if one was edited, moved or removed"),
     ):
         action = actions.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
-        action.add_argument(
-            "--node",
-            help="a node with a ledger of its own there, or what a simulated node released; left out: all",
-        )
+        action.add_argument("--node", help="a node with its own ledger, or a simulated one; left out: all")
         if name != "verify":
             action.add_argument("--dataset", help="this data set only")
         if name == "set":

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import replace_whole
 from fedtune.errors import LedgerError, PrivacyError
-from fedtune.privacy.secret import write_whole
 
 __all__ = [
     "Budgets",
@@ -174,7 +174,8 @@ def write_budgets(path: Path, budgets: Budgets) -> None:
         "datasets": {name: budget.to_json() for name, budget in sorted(budgets.datasets.items())},
     }
     try:
-        write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        replace_whole(path, (json.dumps(content, indent=2) + "\n").encode(), mode=0o600)
     except OSError as error:
         raise LedgerError(
             f"The budget file {path} cannot be written: {error}. The old budget stands."

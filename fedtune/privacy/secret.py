@@ -13,12 +13,12 @@ import hmac
 import os
 import secrets
 import stat
-import tempfile
 from pathlib import Path
 
+from fedtune.config.files import create_whole
 from fedtune.errors import LedgerError
 
-__all__ = ["check_of", "check_secret", "make_secret", "read_secret", "write_whole"]
+__all__ = ["check_of", "check_secret", "make_secret", "read_secret"]
 
 _BYTES = 32
 
@@ -58,7 +58,8 @@ def make_secret(path: Path) -> bytes:
     """Writes a new secret to `path`, where there must be none. Raises `LedgerError` if it cannot."""
     secret = secrets.token_bytes(_BYTES)
     try:
-        write_whole(path, secret)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_whole(path, secret)
     except OSError as error:
         raise LedgerError(
             f"The ledger's secret {path} cannot be written ({error}). Nothing was released."
@@ -79,26 +80,6 @@ def check_secret(path: Path, secret: bytes | None, check: str) -> bytes:
             f"was released before would be known again. No release is made. {_way_out(path)}"
         )
     return secret
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step, durably, readable and writable by its owner only. Raises OSError."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".new")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def _way_out(path: Path) -> str:
