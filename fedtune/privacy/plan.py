@@ -50,6 +50,7 @@ from fedtune.privacy.evaluation import EvaluationPlan
 from fedtune.privacy.matrix import BandedRoot
 from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
 from fedtune.privacy.sizes import SizePlan, largest
+from fedtune.privacy.strength import caution, trade_off
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -249,8 +250,10 @@ class PrivacyPlan:
                 f"{ratio:.2f} times the error of independent noise: it helps where clients take part rarely "
                 "(privacy.min_separation)."
             )
-        if self.target_epsilon is not None and self.target_epsilon > 10.0:
-            found.append(f"An epsilon of {self.target_epsilon:g} is, taken by itself, hardly a protection.")
+        if self.is_private():
+            terms, epsilon = self.everything(self.num_rounds, self.evaluation_answers), self.epsilon()
+            weak = caution(trade_off(terms, epsilon, self.delta), epsilon, self.delta)
+            found += [] if weak is None else [weak]
         return found
 
     # --- what the plan does -------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from fedtune.privacy.statement_strength import (
     strength_table,
 )
 from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees
+from fedtune.privacy.strength import WEAK, TradeOff, caution
 
 __all__ = ["statement_json", "statement_markdown", "statement_picture"]
 
@@ -109,7 +110,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "schema": 1,
         "run": {"id": run["id"], "started": run["started"], "engine": run["engine"]},
         "summary": outline(record, epsilon, delta, curve),
-        "cautions": _cautions(record, epsilon),
+        "cautions": _cautions(record, epsilon, curve),
         "private": epsilon is not None,
         "unit": {
             "name": unit,
@@ -203,7 +204,7 @@ def _sampling(privacy: Mapping[str, Any]) -> str:
     )
 
 
-def _cautions(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+def _cautions(record: Mapping[str, Any], epsilon: float | None, curve: TradeOff | None) -> list[str]:
     privacy = record["privacy"]
     found = [str(text) for text in privacy.get("cautions") or []]
     if privacy["reproducible_noise"]:
@@ -224,14 +225,9 @@ def _cautions(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         found.append(
             "The record gives no epsilon although privacy was asked for: treat the run as not private."
         )
-    if epsilon is not None and epsilon > 10.0:
-        found.append(f"Epsilon {epsilon:.3g} is above 10: by itself hardly a protection (see below).")
-    column = (record["config"].get("data") or {}).get("unit")
-    if privacy["unit"] == "record" and column and privacy["trust"] != "none":
-        found.append(
-            f"The data names persons (`data.unit={column}`), and yet `privacy.unit=record` was chosen: what "
-            "is promised is for one text, and less for a person who has several (see What is not covered)."
-        )
+    weak = None if curve is None else caution(curve, float(privacy["epsilon"]), float(privacy["delta"]))
+    if weak is not None and not any(text.startswith(WEAK) for text in found):
+        found.append(weak)
     if privacy.get("data_public"):
         found.append("The owner declared this data public: ledgers recorded the releases and refused none.")
     if record["run"]["dirty"]:

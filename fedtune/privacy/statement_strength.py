@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from fedtune.privacy.accounting import Term
-from fedtune.privacy.strength import WRONG, TradeOff, grade, trade_off
+from fedtune.privacy.strength import WRONG, TradeOff, grade, percent, trade_off
 from fedtune.privacy.strength_picture import picture
 
 __all__ = [
     "curve_of",
-    "percent",
     "strength",
     "strength_facts",
     "strength_picture",
@@ -101,12 +99,3 @@ def strength_picture(privacy: Mapping[str, Any], curve: TradeOff) -> str:
         f"{privacy['delta']:.3g}; {privacy['adjacency']}"
     )
     return picture(curve, _UNITS[privacy["unit"]], promise)
-
-
-def percent(share: float) -> str:
-    """`share` in percent, rounded up: a bound that is rounded down is none."""
-    value = 100.0 * share
-    if value >= 99.995:
-        return "more than 99.99 percent"
-    digits = 1 if 1.0 <= value < 99.0 else 2
-    return f"{math.ceil(round(value * 10**digits, 9)) / 10**digits:.{digits}f} percent"

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtune.privacy.publication import EXPOSED
-from fedtune.privacy.statement_strength import percent, strength, was_trained
-from fedtune.privacy.strength import TradeOff
+from fedtune.privacy.statement_strength import strength, was_trained
+from fedtune.privacy.strength import TradeOff, percent
 
 __all__ = ["UNITS", "covered", "not_covered", "outline", "sees"]
 

@@ -27,13 +27,14 @@ import numpy as np
 
 from fedtune.privacy.accounting import Term, deltas_of_terms, epsilon_of_terms
 
-__all__ = ["WRONG", "TradeOff", "grade", "trade_off"]
+__all__ = ["WEAK", "WRONG", "TradeOff", "caution", "grade", "percent", "trade_off"]
 
 WRONG = (0.001, 0.01, 0.1)  # shares of those not in the data that an attacker is wrong about, as shown
 
 # The largest share found at WRONG[0], advantage and delta that a word is used for. By them a typical run
 # (Gaussian noise, delta 1e-5) is strong up to an epsilon of about 1.7 and moderate up to about 9; one pair
 # without its curve, up to 1 and 3.
+WEAK = "A weak protection at best"
 _GRADES = (("strong", 0.004, 0.5, 1e-3), ("moderate", 0.1, 0.95, 1e-2))
 
 
@@ -85,3 +86,22 @@ def grade(curve: TradeOff, delta: float) -> str:
         if found <= most_found and advantage <= most_advantage and delta <= most_delta:
             return word
     return "weak"
+
+
+def caution(curve: TradeOff, epsilon: float, delta: float) -> str | None:
+    """What a person should know who relies on a guarantee that is graded weak; None if it is not."""
+    if grade(curve, delta) != "weak":
+        return None
+    return (
+        f"{WEAK}, epsilon {epsilon:.4g} at delta {delta:.3g}: an attacker who is wrong about 1 in 1,000 of "
+        f"those not in the data may recognise {percent(curve.found(WRONG[0]))} of those in it."
+    )
+
+
+def percent(share: float) -> str:
+    """`share` in percent, rounded up: a bound that is rounded down is none."""
+    value = 100.0 * share
+    if value >= 99.995:
+        return "more than 99.99 percent"
+    digits = 1 if 1.0 <= value < 99.0 else 2
+    return f"{math.ceil(round(value * 10**digits, 9)) / 10**digits:.{digits}f} percent"

@@ -446,8 +446,8 @@ def test_no_privacy_ignores_the_default_target() -> None:
 
 
 def test_few_clients_are_said_to_be_few() -> None:
-    (caution,) = make_plan(config(trust="central", unit="client"), [900, 300, 400, 500]).cautions()
-    assert "4 clients" in caution
+    few, weak = make_plan(config(trust="central", unit="client"), [900, 300, 400, 500]).cautions()
+    assert "4 clients" in few and "weak protection" in weak  # at epsilon 8 and delta 1e-3, not sampled
     with pytest.raises(PrivacyError, match="4 clients"):
         make_plan(config(trust="central", unit="client", delta=0.3), [900, 300, 400, 500])
     with pytest.raises(CalibrationError, match="unit here is a client"):

@@ -270,11 +270,16 @@ def test_neighbours_are_said_in_words() -> None:
     ("make", "words"),
     [
         (lambda: local_plan(), []),
-        (lambda: local_plan(target_epsilon=10.0), []),
-        (lambda: local_plan(target_epsilon=10.5), ["An epsilon of 10.5 is"]),
+        # not by epsilon alone (3.6 and 26 here): by what an attacker may recognise
+        (lambda: local_plan(noise_multiplier=0.9, target_epsilon=99.0), []),
+        (lambda: local_plan(noise_multiplier=0.4), ["A weak protection at best, epsilon "]),
+        (lambda: local_plan(noise_multiplier=8.0, delta=9e-4), []),
         (lambda: local_plan(reproducible_noise=True), ["Noise comes from `seed`"]),
-        (lambda: central_plan(declared_size=100), []),
-        (lambda: central_plan(declared_size=99), ["With 99 clients no client hides among many"]),
+        (lambda: central_plan(declared_size=100, noise_multiplier=4.0), []),
+        (
+            lambda: central_plan(declared_size=99, noise_multiplier=4.0),
+            ["With 99 clients no client hides among many"],
+        ),
         (lambda: local_plan(declared_size=99), []),
         (lambda: ftrl(), []),
         (lambda: ftrl(bands=1), ["dp_ftrl with 1 bands"]),

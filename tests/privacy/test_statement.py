@@ -162,7 +162,11 @@ def test_reproducible_noise_is_the_first_caution() -> None:
 def test_a_large_epsilon_is_called_weak_and_a_small_one_strong() -> None:
     assert "strong protection" in statement_markdown(record(epsilon=0.9))
     weak = statement_markdown(record(epsilon=14.0))
-    assert "weak protection" in weak and "above 10" in weak and "more than a million" in weak
+    assert "**Caution.** A weak protection at best, epsilon 14 at delta 1e-05" in weak
+    assert "This is a weak protection at best" in weak and "more than a million" in weak
+    # once: the plan has said it already
+    said = record(epsilon=14.0, cautions=["A weak protection at best, epsilon 13.9 at delta 1e-05: ..."])
+    assert statement_markdown(said).count("**Caution.** A weak protection") == 1
     assert "more than 99.99 percent" in weak
     # 14 is more than the record's steps cost, so that they are not all: their curve would promise too much
     assert "from epsilon and delta alone" in weak and "from this run's own trade-off curve" not in weak
@@ -188,16 +192,6 @@ def test_strength_is_a_table_of_what_is_recognised_and_a_picture() -> None:
     image = statement_picture(record(unit="person"))
     assert image is not None and image.startswith("<svg") and "at most 7 of 1,000 persons in it" in image
     assert "A moderate protection: epsilon 2.857 at delta 1e-05; add or remove one person" in image
-
-
-def test_record_privacy_where_the_data_names_persons_is_said_to_be_a_choice() -> None:
-    for unit, column, said in (
-        ("record", "author", True),
-        ("record", None, False),
-        ("person", "author", False),
-    ):
-        made = {**record(unit=unit), "config": {"data": {"unit": column}}}
-        assert ("privacy.unit=record` was chosen" in statement_markdown(made)) == said
 
 
 def test_the_statement_says_how_budgets_stop() -> None:

@@ -135,7 +135,7 @@ def test_pitfall_09_heuristics_sold_as_privacy() -> None:
     assert Config().privacy.epsilon is not None and Config().privacy.epsilon <= 10
     config = Config()
     config.privacy.epsilon = 100.0
-    assert any("hardly a protection" in caution for caution in make_plan(config, [1000]).cautions())
+    assert any("A weak protection at best" in caution for caution in make_plan(config, [1000]).cautions())
     assert "without any privacy guarantee" in statement_markdown(record("none"))
 
 
