@@ -55,6 +55,9 @@ def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatte
         "--enrol", metavar="LINE", help="let a site in: what `fedtune node init` printed, or a file"
     )
     server.add_argument("--revoke", metavar="SITE", help="let the key of a site in no more, ever")
+    server.add_argument(
+        "--accept-restore", metavar="SITE", help="let in a site whose books were restored from a backup"
+    )
     server.set_defaults(call=_server)
 
     node = commands.add_parser(
@@ -138,6 +141,13 @@ def _server(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     if arguments.revoke is not None:
         enrolment.revoke(arguments.folder, arguments.revoke)
         print(f"revoked {arguments.revoke}; a running server lets it in no more")
+        return 0
+    if arguments.accept_restore is not None:
+        from fedtune.engines.deployment.heads import Heads
+
+        kept, restored = Heads(arguments.folder).accept(arguments.accept_restore)
+        site = arguments.accept_restore
+        print(f"accepted, and noted in heads.log: {site} goes on from {restored}, not from {kept}")
         return 0
     from fedtune.engines.deployment.server import run_server
 

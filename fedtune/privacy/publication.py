@@ -192,6 +192,10 @@ SINKS: Mapping[str, Fields] = {
         "idle": public("whether the configuration has a shard for it"),
         "delta": public("of the owner's budget, which the owner sets without looking at the data"),
     },
+    "join": {
+        "budget": public("what is left of it: only where the owner chose that it be published"),
+        "head": public("how many rows and lines the books have, and hashes of rows that hold no text"),
+    },
     "consent": {name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},
     "reply": {
         **_ANSWER,

@@ -226,6 +226,60 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     assert join.suspension(site, key) is None
 
 
+def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
+    real: Real, tmp_path: Path
+) -> None:
+    """Ledger and log were restored together from a backup of before a run: they agree with one another."""
+    from fedtune.engines.deployment.node import _enter
+    from fedtune.engines.deployment.site import books_of
+    from fedtune.privacy.ledger import PrivacyLedger
+    from tests.privacy.plans import local_plan
+
+    state = tmp_path / "state"
+    site = real.site("clinic-2", ledger=str(state / "l.sqlite"), audit_log=str(state / "a.jsonl"))
+    key, books = real.keys["clinic-2"], books_of(site)
+
+    def release(run: str) -> None:
+        ledger = PrivacyLedger(Path(site.ledger), require_budget=True)  # as a process of its own
+        ledger.reserve(
+            dataset="d", fingerprint="f", node="clinic-2", run=run, round=1, plan=local_plan(num_rounds=3)
+        )
+        ledger.close()
+        books.append("released", run=run)
+
+    PrivacyLedger(Path(site.ledger)).set_budget(site.budget)
+    release("one")
+    copies = {path: path.read_bytes() for path in state.iterdir() if path.is_file()}
+    _enter(site, key, pytest.fail)
+    release("two")
+    _enter(site, key, pytest.fail)
+    kept = real.admission.heads.kept("clinic-2")
+    assert kept == books.head()
+
+    for path in state.iterdir():
+        path.unlink()
+    for path, content in copies.items():
+        path.write_bytes(content)
+    assert books.problems() == ([], [])
+    with pytest.raises(FederationError, match="went back: the server keeps head.*--accept-restore clinic-2"):
+        _enter(site, key, pytest.fail)
+    refused = real.admission.refusal(certificates.public_key_of(key))
+    assert refused is not None and refused[0] == 503 and "went back" in refused[1]
+    real.admission.heads.accept("clinic-2")
+    _enter(site, key, pytest.fail)
+    assert real.admission.refusal(certificates.public_key_of(key)) is None
+
+    # Grown again to more rows than the server knows, by a node that did not ask: it finds that by itself.
+    real.admission.heads._known["clinic-2"] = {"head": kept, "back": None}
+    (real.folder / "heads.json").write_text(json.dumps({"clinic-2": {"head": kept, "back": None}}))
+    for number in range(4):
+        release(f"more-{number}")
+    with pytest.raises(FederationError, match="has another row there, and the head that was kept names row"):
+        _enter(site, key, pytest.fail)
+    (real.folder / "heads.json").unlink()
+    real.admission.heads.look()
+
+
 def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
     assert real.config.ssl is not None
     served = server._Certificate(real.folder, real.config.ssl)

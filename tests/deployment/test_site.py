@@ -208,10 +208,11 @@ def test_the_proof_says_all_that_is_wrong_with_damaged_books(
 
 
 def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
-    node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue 10, item 3: an older ledger beside a newer audit log; and an audit log that is cut or gone."""
-    from fedtune.engines.deployment.site import books_of, check_books, read_site
+    from fedtune.engines.deployment.node import run_node
+    from fedtune.engines.deployment.site import books_of, check_books, make_key, read_site
 
     site = read_site(node)
     ledger = open_ledger(site, setting=True)
@@ -236,6 +237,11 @@ def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
     Path(site.ledger).write_bytes(old.read_bytes())
     with pytest.raises(LedgerError, match="rolled back or cut"):
         check_books(site)
+    make_key(site)
+    monkeypatch.setattr("fedtune.engines.deployment.node.open_ledger", lambda *_, **__: None)
+    monkeypatch.setattr("fedtune.engines.deployment.node._enter", lambda *_: pytest.fail("it asks to join"))
+    with pytest.raises(LedgerError, match="rolled back or cut"):
+        run_node(site, print)
     assert command("node", "proof", "--config", node, "--against", head) == 1
     said = capsys.readouterr().out
     assert (

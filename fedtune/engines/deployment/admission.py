@@ -20,6 +20,7 @@ from typing import Any
 
 from fedtune.engines.deployment import certificates
 from fedtune.engines.deployment.enrolment import enrolled, note_revoked, requests, revoked
+from fedtune.engines.deployment.heads import Heads
 from fedtune.errors import FedtuneError
 
 __all__ = ["Admission"]
@@ -36,10 +37,14 @@ class Admission:
         state: Flower's LinkState.
         folder: the server folder.
         say: tells the operator.
+
+    Attributes:
+        heads: what is kept of the sites' books; a site whose books went back is not let in either.
     """
 
     def __init__(self, state: Any, folder: Path, say: Callable[[str], None]) -> None:
         self._state, self._folder, self._say = state, folder, say
+        self.heads = Heads(folder)
         self._admitted: dict[bytes, str] = {}  # site, by public key (PEM)
         self._suspended: dict[bytes, str] = {}  # reason, by public key (PEM)
         self._told: set[str] = set()
@@ -51,9 +56,14 @@ class Admission:
     def refusal(self, key: bytes) -> tuple[int, str] | None:
         """(HTTP status, reason) if the node with this public key (PEM) is not let in now; else None."""
         if key in self._admitted:
-            return None
+            back = self.heads.reason(self._admitted[key])
+            return None if back is None else (503, back)
         reason = self._suspended.get(key)
         return (403, _NOT_ENROLLED) if reason is None else (503, reason)
+
+    def site_of(self, key: bytes) -> str | None:
+        """The site that a public key (PEM) is enrolled for now; None for one that is not let in."""
+        return self._admitted.get(key)
 
     def of_request(self, header: bytes) -> tuple[int, str] | None:
         """As `refusal`, for the key that a request to Flower's node interface names in its header."""
@@ -67,6 +77,7 @@ class Admission:
 
         Raises ConfigError, and changes nothing, if the record of revoked keys cannot be read.
         """
+        self.heads.look()
         out = revoked(self._folder)
         registered = {bytes(node.public_key): node for node in self.nodes()}
         for site, path in requests(self._folder).items():
@@ -95,7 +106,10 @@ class Admission:
         for site, reason in broken.items():
             if reason not in self._told and all(node.name != site for node in registered.values()):
                 self._say(f"{reason} Until then that site is not let in.")
-        self._told = set(broken.values())
+        back = {why for site in admitted.values() if (why := self.heads.reason(site)) is not None}
+        for why in back - self._told:
+            self._say(f"not let in: {why}")
+        self._told = {*broken.values(), *back}
         return len(admitted)
 
     def keep(self, ending: threading.Event) -> None:

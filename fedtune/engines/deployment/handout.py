@@ -42,6 +42,7 @@ nobody's code. `server.key` and `operator.token` are secret: whoever has the tok
     fedtune server DIR                       start, from this folder (DIR); Ctrl-C ends it
     fedtune server DIR --enrol 'LINE'        let a site in, by the line that its `fedtune node init` printed
     fedtune server DIR --revoke SITE         let its key in no more, at once and for good
+    fedtune server DIR --accept-restore SITE let in a site whose ledger and log were restored from a backup
     fedtune status DIR                       nodes and runs
     fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
 
@@ -122,6 +123,9 @@ With `publish_budget: true`, also how much of your budget is left.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
 `state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
 
-Back up the whole folder `state/` after each run: the ledger with what SQLite may keep beside it (`-wal`), its
-budget file, the audit log. A ledger restored from before a run does not know what that run released.
+Back up the whole folder `state/` after each run: the ledger with its secret and what SQLite may keep beside
+it (`-wal`), its budget file, the audit log. A ledger restored from before a run does not know what that run
+released. The log notices, and so does the server, which is told the head of both (two numbers, two hashes):
+the node does not start. `fedtune node proof --config node.yaml` prints the head for you to file, and checks
+one that you filed (`--against HEAD`).
 """

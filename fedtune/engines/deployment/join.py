@@ -4,7 +4,7 @@ Flower's SuperNode learns of a key that is not enrolled, of a key that is in use
 only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
 server (`gate`) answers whom it knows by that key, whether such a node is connected, what time it is
 and which fedtune it has. Only who holds a key learns anything about it. What a site publishes of its budget
-(`published`) goes the same way.
+(`published`), and the head of its books (`heads`), go the same way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import datetime
 import http.client
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fedtune.engines.deployment.provision import parse_address
 from fedtune.engines.deployment.reach import tls_context
 from fedtune.errors import FederationError, ResourceError
 from fedtune.federation.policy import SiteSettings
+from fedtune.privacy.publication import publish as door
 
 __all__ = ["PATH", "answer", "as_enrolled", "check_in", "publish", "refusal", "suspension"]
 
@@ -43,25 +45,31 @@ _AHEAD, _BEHIND = 5.0, 305.0
 # A node that died without a word counts as connected until it has missed two heartbeats.
 _LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
+_TELLING = threading.Lock()
 _NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
 
 
 @dataclass(frozen=True)
 class Welcome:
     """What the server answers. `site` is None for a key that is not enrolled; `ahead` is in seconds;
-    `suspended` says why the key, which is enrolled, is not let in for now."""
+    `suspended` says why the key, which is enrolled, is not let in for now, `back` that its books went back;
+    `kept` is the head of them that the server had.
+    """
 
     software: str
     site: str | None
     connected: bool
     ahead: float
     suspended: str | None = None
+    kept: str | None = None
+    back: str | None = None
 
 
 def answer(
     headers: Mapping[bytes, bytes], admission: Admission, board: published.Board | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """The server's (HTTP status, answer). What an enrolled site publishes is noted on `board`."""
+    """The server's (HTTP status, answer). What an enrolled site tells is noted: what it publishes on `board`,
+    the head of its books with `admission`."""
     try:
         given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
         key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
@@ -74,19 +82,27 @@ def answer(
     except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return 403, {"error": "This needs a request that is signed by a site's key."}
     public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    told_of = values if isinstance(values, dict) else {}
+    site = admission.site_of(public)
+    kept = None if site is None else admission.heads.kept(site)
+    if site is not None and isinstance(told_of.get("head"), str):
+        admission.heads.note(site, told_of["head"])
+    back = None if site is None else admission.heads.reason(site)
     refused = admission.refusal(public)
     suspended = refused[1] if refused is not None and refused[0] == 503 else None
     known = next((node for node in admission.nodes() if bytes(node.public_key) == public), None)
     if refused is not None and suspended is None:
         known = None
-    if known and suspended is None and told and board is not None:
-        board.note(known.name, published.checked(values))
+    if site is not None and "budget" in told_of and board is not None:
+        board.note(site, published.checked(told_of["budget"]))
     return 200, {
         "fedtune": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
         "site": known.name if known else None,
         "connected": known is not None and known.status == "online",
-        "suspended": suspended,
+        "suspended": suspended if back is None else None,
+        "kept": kept,
+        "back": back,
     }
 
 
@@ -95,15 +111,18 @@ def check_in(
     key: ec.EllipticCurvePrivateKey,
     say: Callable[[str], None],
     patience: float = _LEFT_SECONDS,
-) -> None:
-    """Returns if the server lets this site in; waits `patience` seconds for one with its key to be gone.
+    head: Callable[[], str] | None = None,
+) -> str | None:
+    """The head of this site's books that the server keeps, if it lets this site in; waits `patience` seconds
+    for one with its key to be gone.
 
-    Raises FederationError, which says what is wrong and who mends it; ResourceError if the server does not
-    answer, or has suspended this site: it may let it in later.
+    `head` gives that of its books now, which the server is told. Raises FederationError, which says what is
+    wrong (also that the books went back) and who mends it; ResourceError if the server does not answer, or
+    has suspended this site: it may let it in later.
     """
     end, told = time.monotonic() + patience, False
     while True:
-        welcome = _ask(site, key, timeout=10.0)
+        welcome = _tell(site, key, head) if head is not None else _ask(site, key, timeout=10.0)
         if reason := _problem(site, key, welcome):
             raise FederationError(reason)
         if welcome.suspended:
@@ -111,7 +130,7 @@ def check_in(
                 f"The server {site.server} does not let this site in now: {welcome.suspended}."
             )
         if not welcome.connected:
-            return
+            return welcome.kept
         if time.monotonic() > end:
             raise FederationError(
                 f"Another node with the key of site '{site.site}' (fingerprint {_print(key)}) is connected "
@@ -127,11 +146,24 @@ def check_in(
         time.sleep(min(_ASK_SECONDS, patience / 4))
 
 
-def publish(site: SiteSettings, key: ec.EllipticCurvePrivateKey, values: dict[str, Any] | None) -> int:
-    """Tells the server what this site publishes (None: nothing any more); bytes told."""
-    told = json.dumps(values).encode()
-    _ask(site, key, timeout=10.0, told=told)
-    return len(told)
+def publish(
+    site: SiteSettings,
+    key: ec.EllipticCurvePrivateKey,
+    values: dict[str, Any] | None,
+    head: Callable[[], str] | None = None,
+) -> None:
+    """Tells the server what this site publishes (None: nothing any more), and the head of its books."""
+    _tell(site, key, head, budget=values)
+
+
+def _tell(
+    site: SiteSettings, key: ec.EllipticCurvePrivateKey, head: Callable[[], str] | None, **values: Any
+) -> Welcome:
+    """Tells the server `values`, and the head as it is at that moment."""
+    with _TELLING:  # of two threads that tell a head, the later one must have the later head
+        told = values if head is None else {**values, "head": head()}
+        text = json.dumps(door("join", told, public_data=False)[0])
+        return _ask(site, key, timeout=10.0, told=text.encode())
 
 
 def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
@@ -196,12 +228,15 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, to
         ahead = (now - datetime.datetime.fromisoformat(said["time"])).total_seconds()
         name = said["site"]
         software, suspended = str(said["fedtune"])[:40], said.get("suspended")
+        kept, back = (said.get(key) and str(said[key])[:1000] for key in ("kept", "back"))
         return Welcome(
             software,
             name and str(name)[:100],
             said["connected"] is True,
             ahead,
             suspended and str(suspended)[:500],
+            kept,
+            back,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FederationError(
@@ -217,6 +252,8 @@ def _problem(site: SiteSettings, key: ec.EllipticCurvePrivateKey, welcome: Welco
             f"The server {site.server} runs fedtune {welcome.software}, and this node fedtune {__version__}. "
             f"They must be the same: install `fedtune=={welcome.software}` here, or {__version__} there."
         )
+    if welcome.back is not None:
+        return f"The server {site.server} does not let this site in: {welcome.back}."
     if welcome.site is None:
         return (
             f"The key of site '{site.site}' (fingerprint {_print(key)}) is not enrolled at {site.server}, or "

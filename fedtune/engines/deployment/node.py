@@ -19,7 +19,7 @@ from typing import Any
 from fedtune.engines.deployment import certificates, channel, join, published
 from fedtune.engines.deployment.executor import Answers, Worker
 from fedtune.engines.deployment.reach import check_server, expiry_warning, wait_for_server
-from fedtune.engines.deployment.site import check_books, open_ledger
+from fedtune.engines.deployment.site import books_of, check_books, open_ledger
 from fedtune.engines.deployment.thin import Apps
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.books import Books
@@ -55,8 +55,12 @@ def _enter(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
     while True:
         if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
             say(warning)
+        books = books_of(site)
         try:
-            return join.check_in(site, key, say)
+            kept = join.check_in(site, key, say, head=books.head)
+            if kept is not None and (lost := books.against(kept)):
+                raise FederationError(f"{' '.join(lost)} The server keeps head {kept}.")
+            return
         except ResourceError as error:  # it went away in between, or lets this site in later
             if str(error) != said or time.monotonic() - at > 60.0:
                 say(f"{error} Trying again until it does.")
@@ -179,19 +183,20 @@ def _watch(
 
 
 def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, Any]:
-    """Tells the server what the owner publishes, unless it is what was `told` before; what it knows now.
+    """Tells the server what the owner publishes, and the head of the books, unless it is what was `told`
+    before; what it knows now.
 
     The log says so before it leaves, once the server is known to be there: while it is away nothing leaves,
     and a line each minute would say otherwise. An owner who publishes nothing has that told once: what the
     server kept of a time when it was otherwise is taken down.
     """
-    now = {"published": published.of_site(site)}
-    if now != told:
-        if now["published"] is not None:
+    books, values = books_of(site), published.of_site(site)
+    if told is None or (values, books.head()) != (told["published"], told["head"]):
+        if values is not None and (told is None or values != told["published"]):
             check_server(site.server, Path(site.ca))
-            log.append("published", message="budget", **now["published"])
-        join.publish(site, key, now["published"])
-    return now
+            log.append("published", message="budget", **values)
+        join.publish(site, key, values, books.head)
+    return {"published": values, "head": books.head()}
 
 
 class _Capture(logging.Handler):
