@@ -71,6 +71,10 @@ class Progress:
         """Runs with a record."""
         return len(self._seen)
 
+    def is_finished(self, position: int) -> bool:
+        """Whether the run at `position` has a record."""
+        return str(position) in self._seen
+
     @property
     def left(self) -> int:
         """Runs that neither finished nor failed."""
@@ -110,7 +114,9 @@ class Progress:
     def line(self, place: str, name: str, made: dict[str, Any], before: bool) -> str:
         """One finished run, and where the sweep stands."""
         privacy, accuracy, money = made["privacy"], made["metrics"]["accuracy"], made["cost"]["money"]
-        parts = ["accuracy unknown" if accuracy is None else f"accuracy {percent(accuracy)}"]
+        hidden = (made["metrics"].get("evaluation") or {}).get("data") == "private"
+        unknown = "accuracy hidden by the noise" if hidden else "accuracy unknown"
+        parts = [unknown if accuracy is None else f"accuracy {percent(accuracy)}"]
         if made["run"].get("status") == "pruned":
             rounds, asked = made["federation"]["rounds"], made["config"]["federation"]["num_rounds"]
             parts.insert(0, f"given up after {rounds} of {asked} rounds")

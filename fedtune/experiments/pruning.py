@@ -1,8 +1,9 @@
 """Giving up a bad trial of a search early: its accuracy after each round, against the other trials' then.
 
-The accuracy is that of an adapter which the nodes have released, on the public test split, so that looking
-at it costs no privacy; what the run had released until then stays released, and its record and the ledgers
-keep it.
+The accuracy is that of an adapter which the nodes have released, on public test data, so that looking at it
+costs no privacy, or from noised counts that the nodes were charged for (`federation.evaluation`); in rounds
+without either nothing is given up. What the run had released until then stays released, and its record and
+the ledgers keep it.
 
 A `Pruning` is a few words, because the run that it judges may be made in another process than the search:
 both open the study, a journal file in the sweep's folder. Does not do: prune for several objectives, of

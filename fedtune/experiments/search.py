@@ -27,6 +27,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.choices import resolved
 from fedtune.errors import ConfigError, RecordError
 from fedtune.experiments import record
 from fedtune.experiments.progress import Progress
@@ -40,6 +41,7 @@ from fedtune.federation.checkpoint import lock_folder
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from fedtune.config.schema import Config
     from fedtune.config.search import Axis, Space
 
 __all__ = ["Search", "begin_search"]
@@ -78,6 +80,8 @@ def begin_search(
         raise ConfigError("sweep=optuna needs optuna: pip install 'fedtune[optuna]'.") from error
     settings = settings_of(space.options if kept is None else kept_settings(kept), options)
     _refuse_measured(settings, space)
+    if space.base is not None and "accuracy" in settings.objectives:
+        _refuse_blind(space.base)
     identity = {
         "searched": [str(axis) for axis in space.axes],
         "the same in all runs": sorted(space.fixed),
@@ -100,6 +104,18 @@ def _refuse_measured(settings: Settings, space: Space) -> None:
             f"sweep.objectives={','.join(settings.objectives)} is not possible on data that is not declared "
             f"public: {', '.join(measured)} would be measured, and what is measured depends on private "
             f"records and is in no epsilon. Use {', '.join(n for n in OBJECTIVES if n not in MEASURED)}."
+        )
+
+
+def _refuse_blind(base: Config) -> None:
+    """Raises `ConfigError` for a search by an accuracy that no run will have: each would be charged."""
+    if resolved(base).federation.evaluation == "none":
+        raise ConfigError(
+            "sweep.objectives=accuracy cannot be used where no run is evaluated (federation.evaluation=none, "
+            "as it is by default for private data under trust=central or with a given noise_multiplier): "
+            "every run would be charged and none could be compared. Declare public test data "
+            "(data.test_split=test data.test_public=true), set federation.evaluation=private with "
+            "federation.evaluation_epsilon, or search for something else (sweep.objectives)."
         )
 
 

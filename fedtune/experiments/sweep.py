@@ -33,6 +33,7 @@ from fedtune.experiments.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.experiments.export import save
 from fedtune.experiments.history import Expected, History, timeless
 from fedtune.experiments.progress import Progress
+from fedtune.experiments.spending import dearest, spending
 from fedtune.experiments.sweep_options import (
     SweepOptions,
     draw_trials,
@@ -172,7 +173,9 @@ class Sweep:
         assert self.progress is not None
         self.progress.workers = workers
         known = History()
-        self.say(self._opening([None if one is None else known.expected(one) for one in configs]))
+        opening = self._opening([None if one is None else known.expected(one) for one in configs])
+        cost = spending([one for i, one in enumerate(configs) if not self.progress.is_finished(i)])
+        self.say(f"{opening}. {cost[:1].upper()}{cost[1:]}." if cost else opening)
 
     def search(self, space: Space) -> Searcher:
         """Told what is to be searched; returns the one who chooses the runs."""
@@ -188,7 +191,9 @@ class Sweep:
         self.progress = search.progress
         alike = all(timeless(axis.name) for axis in space.axes)
         one = History().expected(space.base) if alike and space.base is not None else None
-        self.say(f"{self._opening([one] * search.progress.left)}. {search.opening()}")
+        left = search.progress.left
+        cost = spending([dearest(space.base, space.axes)] * left, most=True)
+        self.say(f"{self._opening([one] * left)}. {search.opening()}{f': {cost}' if cost else ''}")
         return search
 
     def _refuse_another(self, folder: Path) -> None:
