@@ -22,7 +22,9 @@ from fedtune.data.columns import Columns, Table, build_corpus, derive_labels, mi
 from fedtune.data.corpus import Corpus
 from fedtune.errors import DataError
 
-__all__ = ["hold_out", "load_corpus"]
+__all__ = ["LABELS_TAKEN", "hold_out", "load_corpus"]
+
+LABELS_TAKEN = "The label set"  # how the note begins that says that nobody declared one
 
 
 def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple[Corpus, Corpus]:
@@ -56,7 +58,7 @@ def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple
     if labels is None:
         labels = derive_labels(tables[0], columns.label)
         notes.append(
-            f"The label set ({len(labels)} labels) was taken from the training data itself, which no epsilon"
+            f"{LABELS_TAKEN} ({len(labels)} labels) was taken from the training data itself, which no epsilon"
             " covers: declare it in data.labels."
         )
     corpora = [build_corpus(config.name, table, columns, labels) for table in tables]

@@ -32,6 +32,10 @@ _EVALUATED_ON = {
     "private": "data that the nodes hold out; two noised counts an answer, inside epsilon",
     "none": "none: the model was not evaluated",
 }
+_LABELS_TAKEN = (
+    "Nobody declared the label set (data.labels), so it was taken from the training records, which no "
+    "epsilon covers: that each of these labels occurs among them is told exactly."
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def assemble(
     encoder_bytes: int,
     adapter_bytes: int,
     num_parameters: int,
+    expected_flops: float | None = None,
     artifacts: Mapping[str, str],
     mechanism: str,
     accountant: str | None,
@@ -173,7 +178,12 @@ def assemble(
             "records_per_unit": plan.records_per_unit,
             "reproducible_noise": plan.reproducible_noise,
             "data_public": data["public"],
-            "cautions": [*plan.cautions(), *(data["notes"] if data["public"] else ()), *result.notices],
+            "cautions": [
+                *plan.cautions(),
+                *([] if data.get("labels_declared", True) else [_LABELS_TAKEN]),
+                *(data["notes"] if data["public"] else ()),
+                *result.notices,
+            ],
             "max_dropouts": plan.max_dropouts,
             "max_colluders": plan.max_colluders,
             "adaptive_clipping": plan.adaptive_clipping,
@@ -198,7 +208,12 @@ def assemble(
         "cost": {
             "seconds": cost.seconds,
             "train_seconds": cost.train_seconds,
-            "flops": cost.flops,
+            # Of private data what the plan expects; what was counted depends on who was drawn.
+            "flops": cost.flops if data["public"] else expected_flops,
+            "flops_counted": cost.flops,
+            "flops_source": "counted"
+            if data["public"]
+            else "expected: data.max_length tokens a record, the plan's records a step",
             "peak_memory_bytes": cost.peak_memory_bytes,
             "peak_memory_note": memory_note,
             "peak_device_bytes": cost.peak_device_bytes,

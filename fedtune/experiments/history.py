@@ -100,9 +100,7 @@ def remember(made: Mapping[str, Any]) -> None:
         "seconds": made["run"]["seconds"],
         "in_rounds": sum(rounds),
         "records": _bought(made),
-        "cost": {
-            name: cost[name] for name in ("train_seconds", "flops", "bytes_up", "bytes_down", "energy_kwh")
-        },
+        "cost": {name: cost[name] for name in ("train_seconds", "bytes_up", "bytes_down", "energy_kwh")},
     }
     try:
         path = state_dir() / NAME

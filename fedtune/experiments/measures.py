@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedtune.cost.meter import EnergyReading
+from fedtune.data.sources import LABELS_TAKEN
 from fedtune.experiments.assemble import Metrics, NodePrivacy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
     from fedtune.federation.evaluation import NodesEvaluation
     from fedtune.federation.events import FederationResult
+    from fedtune.models.classifier import AdaptedModel
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.training.evaluation import Evaluation
 
@@ -34,6 +36,7 @@ __all__ = [
     "data_facts",
     "energy_of_run",
     "evaluation_facts",
+    "expected_flops",
     "mechanism",
     "metrics",
     "node_privacy",
@@ -224,6 +227,25 @@ def size_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
     }
 
 
+def expected_flops(config: Config, result: FederationResult, model: AdaptedModel) -> float | None:
+    """Operations that training should have taken, from settings and told sizes; None where those do not say.
+
+    Of a person at most `records_per_unit` records enter a step, and as many are counted. Under trust=central
+    no size leaves a node.
+    """
+    from fedtune.training.expected import flops_of_record
+
+    plan = result.plan
+    if plan.trust == "central":
+        return None
+    records = 0.0
+    for node in result.nodes:
+        releases = result.releases.get(node.name, 0)
+        records += releases * plan.local_steps * plan.sample_rate * node.declared_size
+    each = flops_of_record(model, plan, config.data.max_length, config.train)
+    return each * records * (plan.records_per_unit if plan.unit == "person" else 1)
+
+
 def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
     """What was trained and tested on, in public numbers: the sizes that nodes told, never the real ones."""
     return {
@@ -231,6 +253,7 @@ def data_facts(config: Config, data: PreparedData, result: FederationResult) -> 
         "source": config.data.source,
         "public": data.public,
         "labels": list(data.label_names),
+        "labels_declared": not any(note.startswith(LABELS_TAKEN) for note in data.notes),
         "declared_sizes": {node.name: node.declared_size for node in result.nodes},
         "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
         "only_site": config.data.only_site,

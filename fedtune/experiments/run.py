@@ -258,6 +258,7 @@ def _record(
         encoder_bytes=model.encoder_bytes,
         adapter_bytes=model.adapter_bytes,
         num_parameters=model.num_parameters,
+        expected_flops=None if data.public else measures.expected_flops(config, result, model),
         artifacts={"adapter": ADAPTER, "statement": STATEMENT},
         mechanism=measures.mechanism(result.plan),
         accountant=measures.accountant(result.plan),

@@ -121,7 +121,8 @@ _RUN: Fields = {
 _DATA: Fields = {
     **dict.fromkeys(("name", "source", "only_site"), _SETTING),
     "public": public("the owner's declaration"),
-    "labels": public("the declared label set"),
+    "labels": public("the declared label set; else a caution says that it was taken from the records"),
+    "labels_declared": public("whether the owner declared the label set"),
     "declared_sizes": public("declared by the owners, or a count that was noised and charged"),
     "test_records": public("of a public test split"),
     "notes": local("what was found while reading the records"),
@@ -168,7 +169,8 @@ _METRICS: Fields = {
 }
 _COST: Fields = {
     **dict.fromkeys(("seconds", "train_seconds"), _TIME),
-    **dict.fromkeys(("flops", "peak_memory_bytes", "peak_device_bytes"), _USED),
+    "flops": public("counted where the data is public, else expected from settings and told sizes"),
+    **dict.fromkeys(("flops_counted", "peak_memory_bytes", "peak_device_bytes"), _USED),
     **dict.fromkeys(("energy_kwh", "energy", "carbon_kg"), _USED),
     "flops_source": public("whether flops were counted, or expected from the plan"),
     "peak_memory_note": public("what the peak covers"),

@@ -161,7 +161,7 @@ def test_what_is_the_owners_of_private_data_is_kept_beside_the_record(tmp_path: 
     made = build(unusable=[Dropped("b", 2, "its norm is over 100")])
     assert records.publish(made, tmp_path) == records.read(tmp_path)
     published = records.read(tmp_path)
-    assert published["run"]["seconds"] is None and published["cost"]["flops"] is None
+    assert published["run"]["seconds"] is None and published["cost"]["flops_counted"] is None
     assert published["data"]["notes"] is None and published["federation"]["unusable"] is None
     assert all(one["seconds"] is None for one in published["metrics"]["by_round"])
     assert records.whole(tmp_path) == made

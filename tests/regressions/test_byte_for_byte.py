@@ -213,7 +213,7 @@ def test_a_label_that_does_not_exist_is_told_to_the_owner_alone(
 
 
 LEAKS = {
-    "measured work": ("record", "cost.flops"),
+    "measured work": ("record", "cost.flops_counted"),
     "measured time": ("record", "metrics.by_round.*.seconds"),
     "notes on records": ("record", "data.notes"),
     "seconds of a node": ("reply", "seconds"),
