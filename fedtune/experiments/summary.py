@@ -159,10 +159,17 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
 def ledger_line(privacy: Mapping[str, Any]) -> str:
     """What the data's other uses add up to, this run included; empty if there were none, and the nodes say
     so."""
-    told = 1 if privacy.get("sizes") else 0
-    mine = {one["node"]: one["releases"] + one.get("answers", 0) + told for one in privacy["per_node"]}
+    # By epsilon and not by releases: a ledger counts releases of this very shard, and epsilon over its keys,
+    # however they were cut into shards before.
+    mine = {one["node"]: one["epsilon"] or 0.0 for one in privacy["per_node"]}
     entries = privacy.get("ledger", [])
-    others = [one for one in entries if (one["releases"] or 0) > mine.get(one["node"], 0)]
+    others = [
+        one
+        for one in entries
+        if privacy["trust"] != "none"
+        and one["releases"]
+        and (one["epsilon"] is None or one["epsilon"] > 1.005 * mine.get(one["node"], 0.0))
+    ]
     if not others:
         silent = [str(one["node"]) for one in entries if one["releases"] is None]
         return f"earlier uses of the data are unknown here: {', '.join(silent)} did not say" if silent else ""
@@ -171,7 +178,7 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
         return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"
     return (
         f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
-        f"{worst['delta']:.2e} ({worst['releases']} releases of {worst['node']})"
+        f"{worst['delta']:.2e} ({worst['node']})"
     )
 
 

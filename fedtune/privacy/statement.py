@@ -325,7 +325,7 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
             "The record does not say what else this data was used for. The guarantee above is this run's "
             "alone; ask each node for `fedtune budget show`."
         )
-    rows = [("node", "data set", "releases in all", "epsilon in all", "delta")]
+    rows = [("node", "data set", "releases of this shard", "epsilon over all uses", "delta")]
     rows += [
         (
             str(use["node"]), _known(use["dataset"]), _known(use["releases"]),

@@ -175,7 +175,7 @@ def test_pitfall_11_tuning_leaks(tmp_path: Path) -> None:
     assert total == spent([Charge({Term(0.05, 1.0): 15}, None)] * 5, 1e-5)
     assert total > epsilon_of_terms({Term(0.05, 1.0): 75}, 1e-5) > best
     text = statement_markdown(record())
-    assert "Choice of settings" in text and "releases in all" in text
+    assert "Choice of settings" in text and "epsilon over all uses" in text
 
 
 def test_pitfall_15_division_by_the_drawn_batch_size() -> None:
