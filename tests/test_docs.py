@@ -1,0 +1,45 @@
+"""What docs/ says of the code is true: its tables and links are compared with it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fedtune.privacy.publication import EXPOSED, SINKS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_or_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for named in re.findall(r"`((?:tests|conf|scripts|simulations|deploy|docs)/[\w./-]+)`", text):
+        assert (ROOT / named).exists(), named
+    for named in re.findall(r"`((?:privacy|federation|training|experiments)/\w+\.py)`", text):
+        assert (ROOT / "fedtune" / named).exists(), named
+
+
+def test_all_that_leaves_a_node_is_in_the_page_for_the_privacy_officer() -> None:
+    """Its table of what leaves a site names each field of a node's messages with its kind, and no other."""
+    block = PROMISES[PROMISES.index("<!-- what leaves a site -->") : PROMISES.index("<!-- end -->")]
+    rows = re.findall(r"^\| (\w+) \| (public|charged|local) \| (.+?) \|", block, re.MULTILINE)
+    said = {(sink, kind): set(re.findall(r"`([^`]+)`", names)) for sink, kind, names in rows}
+    real: dict[tuple[str, str], set[str]] = {}
+    for sink, fields in SINKS.items():
+        for name, field in fields.items():
+            real.setdefault((sink, field.kind), set()).add(name)
+    messages = {key: names for key, names in real.items() if key[0] in {sink for sink, _ in said}}
+    assert said == messages
+    assert {"hello", "reply", "evaluation", "secagg"} <= {sink for sink, _ in said}
+
+
+def test_what_can_be_seen_unnoised_is_in_the_page_for_the_privacy_officer() -> None:
+    flat = " ".join(PROMISES.split())
+    for sentence in EXPOSED:
+        assert " ".join(sentence.split()) in flat
