@@ -75,6 +75,16 @@ def test_a_lost_torn_or_other_secret_is_refused_with_the_way_out(used: Path, con
     reserve(used, "run-2")
 
 
+@pytest.mark.parametrize("content", [b"", b"short", bytes(32)])
+def test_a_torn_secret_is_not_begun_with(tmp_path: Path, content: bytes) -> None:
+    key = tmp_path / "ledger.key"
+    key.write_bytes(content)
+    key.chmod(0o600)
+    with pytest.raises(LedgerError, match="torn"):
+        reserve(tmp_path / "ledger.sqlite")
+    assert key.read_bytes() == content and PrivacyLedger(tmp_path / "ledger.sqlite").releases() == []
+
+
 def test_a_secret_that_others_may_read_is_refused(used: Path) -> None:
     key = used.with_suffix(".key")
     for mode in (0o644, 0o640, 0o602):
