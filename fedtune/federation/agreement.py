@@ -41,6 +41,7 @@ PROPOSE = "query.propose"
 PROPOSAL_KEYS: Mapping[str, type] = {"version": int, "run": str, "attempt": int, "plan": str}
 CONSENT_KEYS: Mapping[str, type] = {
     "version": int, "node": str, "run": str, "attempt": int, "refused": str, "refusal": str,
+    "last_round": int,
 }  # fmt: skip
 _MAX_TEXT = 2000
 
@@ -82,13 +83,18 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Consent:
-    """A node's answer to a proposal: it agrees, or `refused` says why not (`refusal`: by which exception)."""
+    """A node's answer to a proposal: it agrees, or `refused` says why not (`refusal`: by which exception).
+
+    `last_round`: the last round of this run that the node was asked for and charged, as its ledger has it; 0:
+    none. A server whose books know less was wound back.
+    """
 
     node: str
     run: str
     attempt: int
     refused: str | None = None
     refusal: str | None = None
+    last_round: int = 0
 
     def to_records(self) -> RecordDict:
         """Inverse of `from_records`; sends nothing that is not in `CONSENT_KEYS`."""
@@ -99,6 +105,7 @@ class Consent:
             "attempt": self.attempt,
             "refused": (self.refused or "")[:_MAX_TEXT],
             "refusal": self.refusal or "",
+            "last_round": self.last_round,
         }
         return RecordDict({"consent": through_door("consent", values)})
 
@@ -117,7 +124,7 @@ class Consent:
         except FederationError as error:
             return cls(node, proposal.run, proposal.attempt, str(error), type(error).__name__)
         refused, refusal = (values[key] or None for key in ("refused", "refusal"))
-        return cls(node, proposal.run, proposal.attempt, refused, refusal)
+        return cls(node, proposal.run, proposal.attempt, refused, refusal, values["last_round"])
 
 
 def propose(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.app.error import Error
 
-from fedtune.errors import PrivacyError
+from fedtune.errors import LedgerError, PrivacyError
 from fedtune.federation import node as node_side
 from fedtune.federation.agreement import Consent, Proposal
 
@@ -44,8 +44,18 @@ def _answer(proposal: Proposal, context: Context) -> Consent:
         node = _check(proposal, context)
     except Exception as error:
         name, reason = node_side.failure_text(0, context, None, error)
-        return Consent(name, proposal.run, proposal.attempt, reason, type(error).__name__)
-    return Consent(node, proposal.run, proposal.attempt)
+        last = _last_round(proposal.run, name, context)
+        return Consent(name, proposal.run, proposal.attempt, reason, type(error).__name__, last)
+    return Consent(node, proposal.run, proposal.attempt, last_round=_last_round(proposal.run, node, context))
+
+
+def _last_round(run: str, node: str, context: Context) -> int:
+    """The last round of a run that this node has charged; 0 if it has none, or its ledger cannot be read."""
+    try:
+        made = node_side.ledger_of(node, context).releases(run=run, node=node)
+    except LedgerError:
+        return 0
+    return max((one.round for one in made), default=0)
 
 
 def _check(proposal: Proposal, context: Context) -> str:

@@ -13,9 +13,14 @@ Two files beside the checkpoint, both replaced whole and synced:
   that is repeated by mistake the same noise on other data, and their difference is the data. If it is lost,
   later rounds take nothing back: accuracy, and no privacy (`fedtune.privacy.matrix` says why).
 
-A run folder that was copied, or restored from a backup, begins rounds anew without knowing. The nodes notice:
-their ledgers refuse a second participation within `min_separation` rounds, and a round that any node refuses
-so is discarded whole (`fedtune.federation.rounds.CentralRound`).
+A run folder that was wound back (a copy, a backup) would begin rounds anew with another cohort, whose nodes
+do not know of the first time, and take back noise that was taken back before: those whose updates that noise
+covers would be published twice under it. So the last round that was begun stands in two other places too, and
+a folder that knows less is refused (`behind`): in fedtune's state folder on this machine (`rounds/RUN.json`,
+written before `rounds.json`), and in the nodes' ledgers, which tell it when the run is proposed to them
+again. What may still slip through is a folder that was wound back, on another machine, while every node that
+knows better is away; their ledgers refuse a second participation within `min_separation` rounds, and a round
+that any node refuses so is discarded whole (`fedtune.federation.rounds.CentralRound`).
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.config.paths import state_dir
 from fedtune.errors import CheckpointError
 from fedtune.federation.checkpoint import write_durably
 from fedtune.federation.events import NodeInfo
@@ -45,6 +51,7 @@ class CorrelatedRounds:
         assert root is not None, "only a plan with mechanism dp_ftrl has correlated rounds"
         self._book = run_dir / "checkpoint" / "rounds.json"
         self._secret = run_dir / "checkpoint" / "noise.secret"
+        self._anchor = state_dir() / "rounds" / f"{run}.json"
         self._run, self._root, self._size = run, root, size
         self._kept = 0  # round of the noise that is on the disk
         self.round = 0
@@ -65,8 +72,8 @@ class CorrelatedRounds:
     ) -> tuple[CorrelatedRounds, list[str]]:
         """The books that a run was stopped with, and a notice if its noise is lost.
 
-        Raises CheckpointError if `rounds.json` is missing or another run's: without it nobody knows which
-        rounds were published.
+        Raises CheckpointError if `rounds.json` is missing or another run's (without it nobody knows which
+        rounds were published), or this machine knows that later rounds were begun.
         """
         books = cls(run_dir, run, plan, size)
         try:
@@ -92,7 +99,19 @@ class CorrelatedRounds:
                     "later rounds cannot take it back: the result is less accurate, its privacy as promised."
                 )
         books.round = max(books.round, books.noise.round)
+        books.behind(books._begun(), "this machine")
         return books, notices
+
+    def behind(self, round: int, who: str) -> None:
+        """Raises CheckpointError if `who` knows that a later round than these books' was begun: `round`."""
+        if round <= self.round:
+            return
+        raise CheckpointError(
+            f"The run folder {self._book.parents[1]} was wound back, by a backup or a copy: it knows of "
+            f"round {self.round}, and {who} of round {round} of this run. With dp_ftrl a round is published "
+            "once, and noise that was taken back once must not be taken back again. Go on in the newest copy "
+            "of the folder, or start a new run; what was released stays charged."
+        )
 
     def able(self, nodes: Sequence[NodeInfo], round: int) -> list[NodeInfo]:
         """Those of `nodes` that may be asked in `round`."""
@@ -102,6 +121,7 @@ class CorrelatedRounds:
     def begin(self, round: int, cohort: Sequence[NodeInfo]) -> None:
         """Notes, durably, that `cohort` is about to be asked in `round`. Raises ResourceError."""
         self.asked |= {node.name: round for node in cohort}
+        write_durably(self._anchor, json.dumps({"round": round}).encode())
         values = {"run": self._run, "round": round, "asked": self.asked}
         write_durably(self._book, json.dumps(values).encode())
         self.round = round
@@ -119,6 +139,18 @@ class CorrelatedRounds:
     def finish(self) -> None:
         """Forgets the noise: no round is to come."""
         self._secret.unlink(missing_ok=True)
+
+    def _begun(self) -> int:
+        """The last round of this run that was begun on this machine; 0 if it knows of none."""
+        try:
+            return int(json.loads(self._anchor.read_text(encoding="utf-8"))["round"])
+        except FileNotFoundError:
+            return 0  # the folder was moved here
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._anchor} cannot be read ({type(error).__name__}), and it says which rounds of this "
+                "run were begun. Restore it, or start a new run."
+            ) from error
 
     def _restore(self) -> None:
         with np.load(self._secret, allow_pickle=False) as arrays:

@@ -50,6 +50,7 @@ class Roster:
     Attributes:
         nodes: every node that ever took part, by name, whether or not it is there.
         dropped: nodes that came and could not take part, with the reason, until somebody takes them.
+        last_rounds: of nodes that were proposed the run, the last round of it that each says it has charged.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Roster:
         self._lives, self._closed, self._timeout = lives, closed, timeout
         self.nodes = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
         self.dropped: list[Dropped] = []
+        self.last_rounds: dict[str, int] = {}
         self._failed = set(failed)
         self._proposal = proposal
         self._agreed = {node.name for node in nodes if node.node_id}
@@ -169,6 +171,7 @@ class Roster:
         if info is None or self._proposal is None:
             return
         consent = Consent.from_answer(answer, info.name, self._proposal)
+        self.last_rounds[info.name] = consent.last_round
         if consent.refused is not None:
             self._drop(node_id, info.name, round, consent.refused)
             return

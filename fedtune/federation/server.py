@@ -157,6 +157,8 @@ def _run(
         round_started = time.monotonic()
         state.round += 1
         if state.correlated is not None:
+            for name, last in roster.last_rounds.items():
+                state.correlated.behind(last, f"node '{name}'")
             free = state.correlated.able(free, state.round)
         cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
         if state.correlated is not None:
@@ -300,6 +302,9 @@ def _agreed_again(
         courier, Proposal(state.run, state.attempt, state.plan), nodes, config.federation.round_timeout, stop,
         deadline=lives,
     )  # fmt: skip
+    if state.correlated is not None:
+        for answer in answers:
+            state.correlated.behind(answer.last_round, f"node '{answer.node}'")
     refused = [Dropped(one.node, state.round, one.refused) for one in answers if one.refused is not None]
     for one in refused:
         observer.on_client(one.node, f"refused: {one.reason}")

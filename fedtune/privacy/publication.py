@@ -198,7 +198,10 @@ SINKS: Mapping[str, Fields] = {
         "budget": public("what is left of it: only where the owner chose that it be published"),
         "head": public("how many rows and lines the books have, and hashes of rows that hold no text"),
     },
-    "consent": {name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},
+    "consent": {
+        **{name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},
+        "last_round": public("the last round of this run that the server asked for"),
+    },
     "reply": {
         **_ANSWER,
         "releases": _COUNT,

@@ -164,6 +164,7 @@ class Answers(LocalGrid):
 
 def consent(**changes: Any) -> RecordDict:
     values = {"version": 1, "node": "node-1", "run": "r", "attempt": 1, "refused": "", "refusal": ""}
+    values["last_round"] = 0
     return RecordDict({"consent": ConfigRecord({**values, **changes})})
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CheckpointError, SeparationError
+from fedtune.federation import checkpoint
+from fedtune.federation.agreement import Consent
 from fedtune.federation.correlated import CorrelatedRounds
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.messages import RoundReply, RoundRequest
@@ -64,6 +66,7 @@ class Stops(Watcher):
 
 def config(resume: Path | None = None, **privacy: Any) -> Config:
     made = fake_config(num_rounds=ROUNDS, cohort_size=COHORT)
+    made.data.test_split, made.data.test_public = "test", True  # what the adapters are looked at through
     values = {
         "trust": "central", "unit": "client", "epsilon": None, "noise_multiplier": 1.0,
         "mechanism": "dp_ftrl", "bands": 3, "min_separation": 3, "max_grad_norm": 0.5,
@@ -143,13 +146,93 @@ def test_a_round_that_was_begun_is_never_begun_again(tmp_path: Path) -> None:
     assert max(result.releases.values()) == 3
 
 
-def test_a_folder_restored_from_a_backup_publishes_no_round_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["between rounds", "in a round", "noise drawn, not saved", "saved"])
+def test_a_folder_restored_from_a_backup_of_any_phase_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Issue 10, item 8: a round replayed with another cohort would take the same noise back again."""
+    nodes, copies = Nodes(), []
+
+    def copy(*_: Any) -> None:
+        if not copies:
+            copies.append(shutil.copytree(tmp_path / "a", tmp_path / "b"))
+
+    class Copies(Stops):
+        def on_round(self, summary: Any) -> None:
+            if phase == "between rounds" and summary.round == 3:
+                copy()
+            super().on_round(summary)
+
+        def on_client(self, node: str, status: str) -> None:
+            if phase == "in a round" and len(self.rounds) == 3 and status == "answered":
+                copy()
+
+    save, keep = checkpoint.save, CorrelatedRounds.keep
+
+    def kept(books: CorrelatedRounds) -> None:
+        if phase == "noise drawn, not saved" and books.round == 4:
+            copy()
+        keep(books)
+
+    def saved(run_dir: Path, state: Any) -> Path:
+        path = save(run_dir, state)
+        if phase == "saved" and state.round == 4:
+            copy()
+        return path
+
+    monkeypatch.setattr(CorrelatedRounds, "keep", kept)
+    monkeypatch.setattr(checkpoint, "save", saved)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", nodes, Copies(5))
+    asked = list(nodes.asked)
+    with pytest.raises(CheckpointError, match=r"was wound back.*this machine of round 5.*newest copy"):
+        run(tmp_path / "b", nodes, resume=tmp_path / "b")
+    assert nodes.asked == asked, "nobody was asked"
+    assert run(tmp_path / "a", nodes, resume=tmp_path / "a").history[-1].round == ROUNDS
+
+
+def test_a_node_that_knows_a_later_round_has_a_wound_back_folder_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, which has no note of its own."""
+    nodes = Nodes()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", nodes, Stops(3))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", nodes, Stops(5), resume=tmp_path / "a")
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
+    consent = Consent.from_answer
+
+    def tells(answer: Any, node: str, proposal: Any) -> Consent:
+        return replace(consent(answer, node, proposal), last_round=max(nodes.rounds.get(int(node[5:]), [0])))
+
+    monkeypatch.setattr(Consent, "from_answer", tells)
+    with pytest.raises(CheckpointError, match=r"was wound back.*node 'node-\d' of round [45]"):
+        run(tmp_path / "b", nodes, resume=tmp_path / "b")
+
+
+def test_a_note_of_rounds_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    nodes = Nodes()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, nodes, Stops(2))
+    (note,) = (Path(os.environ["FEDTUNE_HOME"]) / "state" / "rounds").glob("*.json")
+    note.write_text("")
+    with pytest.raises(CheckpointError, match="which rounds of this run were begun"):
+        run(tmp_path, nodes, resume=tmp_path)
+
+
+def test_a_folder_restored_from_a_backup_publishes_no_round_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody tells of the later rounds, the nodes' ledgers still do, when they are asked."""
     nodes, side = Nodes(), FakeServerSide(SIZE)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", nodes, Stops(3))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", nodes, Stops(5), resume=tmp_path / "a")
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
     result = run(tmp_path / "b", nodes, side=side, resume=tmp_path / "b")
     assert [one.round for one in result.history if one.void] == [4, 5]
     np.testing.assert_array_equal(side.evaluated[0], side.evaluated[1])  # rounds 4 and 5: nothing published

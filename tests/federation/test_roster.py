@@ -194,7 +194,7 @@ def test_a_node_that_joins_late_and_does_not_agree_to_the_run_is_asked_nothing(t
             if message.metadata.message_type == PROPOSE and message.metadata.dst_node_id == 4:
                 values = {"version": 1, "node": "node-2", "run": "", "attempt": 1}
                 values |= {"run": str(message.content["proposal"]["run"])}
-                refused = {"refused": "BudgetExhausted: no", "refusal": "BudgetExhausted"}
+                refused = {"refused": "BudgetExhausted: no", "refusal": "BudgetExhausted", "last_round": 0}
                 answer.content = RecordDict({"consent": ConfigRecord({**values, **refused})})
             return answer
 

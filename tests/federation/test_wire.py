@@ -28,8 +28,8 @@ from tests.tiny_federation import BAD, GOOD, OTHER, private
 ALLOWED = {
     # `delta`: of the owner's budget, chosen beforehand by the owner; 0 where there is none.
     "hello": {"version", "node", "declared_size", "shards", "software", "idle", "delta"},
-    # Yes or no to the whole run, in words that say nothing of the data.
-    "consent": {"version", "node", "run", "attempt", "refused", "refusal"},
+    # Yes or no to the whole run, in words that say nothing of the data; which round the server asked last.
+    "consent": {"version", "node", "run", "attempt", "refused", "refusal", "last_round"},
     "reply": {
         "version", "node", "run", "round", "attempt", "releases", "steps", "seconds", "refused", "refusal",
         "error",
