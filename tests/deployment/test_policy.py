@@ -187,3 +187,23 @@ def test_a_log_of_the_time_before_its_lines_were_ascii_is_still_whole(tmp_path: 
     log.append("refused", reason="\ud800")
     assert log.verify() == []
     assert [one["reason"] for one in log.entries()] == ["x", "Gef\u00e4hrlich", "\ud800"]
+
+
+def test_a_site_whose_data_names_persons_refuses_record_privacy_by_default() -> None:
+    """A server cannot choose the finer promise: the budget is for persons, unless the file says otherwise."""
+    named = {**VALUES["data"], "unit": "patient"}
+    assert site().budget.unit is None
+    assert site(data=named).budget.unit == "person"
+    assert site(data=named, budget_unit="record").budget.unit == "record"  # the owner's choice, in words
+    config = asked(unit="record")
+    with pytest.raises(PrivacyError, match=r"finer than the site's budget allows: set privacy\.unit=person"):
+        site(data=named).check(config, plan_of(config))
+    site(data=named, budget_unit="record").check(config, plan_of(config))
+    persons = asked(unit="person")
+    site(data=named).check(persons, plan_of(persons))
+
+
+def test_a_site_whose_file_names_no_persons_does_not_promise_to_protect_them() -> None:
+    persons = asked(unit="person")
+    with pytest.raises(PrivacyError, match="names no column that says whose record is whose"):
+        site().check(persons, plan_of(persons))
