@@ -28,6 +28,7 @@ import torch
 
 from fedtune.audit.canaries import GradientCanaries, Scores
 from fedtune.audit.mechanism import rate_of, released_sum
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import DataError
@@ -150,6 +151,11 @@ def watch(
 
     Raises `DataError`, `ModelError`, `PreflightError` or `UpdateRejected` as a run does.
     """
+    if resolved(config).federation.evaluation != "public":
+        raise DataError(
+            "An audit of the model trains on test data that is declared public, and this run has none: it "
+            "would train on private records, uncharged. Audit the mechanism instead (leave --model out)."
+        )
     place = workplace(config)
     public = InputCanaries.draw(
         place.prepared.test, min(canaries, _INPUT_CANARIES), _BACKGROUND, plan.declared_size, rng

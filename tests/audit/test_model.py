@@ -163,3 +163,12 @@ def test_without_privacy_mislabelled_records_leave_their_mark(config: Any) -> No
         scores = found.inputs["loss"]
         gaps.append(scores[found.inputs_included].mean() - scores[~found.inputs_included].mean())
     assert np.mean(gaps) > 0.0
+
+
+def test_private_data_that_was_held_out_is_not_trained_on(config: Any) -> None:
+    """A run without privacy tests on private data: an audit would train on it, and charge nobody."""
+    held = dataclasses.replace(config.data, test_split=None, test_public=False)
+    free = dataclasses.replace(config.privacy, trust="none", epsilon=None)
+    undeclared = dataclasses.replace(config, data=held, privacy=free)
+    with pytest.raises(DataError, match="declared public, and this run has none"):
+        watch(undeclared, plan_of(config), 1, 10, np.random.default_rng(0))
