@@ -192,7 +192,13 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
     from fedtune.config.loader import load
     from fedtune.engines.deployment.site import dry_run
 
-    asked = load(overrides)
+    # What a run of this site's data asks by default, and not one of the data that `fedtune run` simulates.
+    words = ["engine.name=deployment"]
+    if not any(word.startswith("data=") for word in overrides):
+        words.append(f"data={site.data.source}")
+    if site.data.unit is not None and not any(word.startswith("data.unit=") for word in overrides):
+        words.append("data.unit='" + site.data.unit.replace("'", "\\'") + "'")
+    asked = load([*words, *overrides])
     if not any(word.startswith("data.name=") for word in overrides):
         asked.data.name = site.data.name
     done = dry_run(site, asked)
