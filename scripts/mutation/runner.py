@@ -250,7 +250,7 @@ class MutationRun:
                 _say(f"  survived, line {mutant.lines.start}: {mutant.where}: {mutant.kind}: "
                      f"{mutant.before} -> {mutant.after}")  # fmt: skip
             if count % 100 == 0 or count == len(wanted):
-                alive = sum(not source.verdicts.get(m.name) for m in wanted[:count])
+                alive = sum(source.verdicts.get(m.name) == "" for m in wanted)
                 _say(f"  {count} of {len(wanted)}, {alive} alive, {time.monotonic() - started:.0f} s")
             if count % 20 == 0:
                 stored.write_text(json.dumps(source.verdicts))

@@ -125,7 +125,8 @@ def test_what_is_released_besides_is_counted_with_every_step(monkeypatch: pytest
 
 def test_a_target_below_what_the_most_noise_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        CalibrationError, match=r"the smallest that can be reached is 3, at noise multiplier 1000"
+        CalibrationError,
+        match="meets epsilon 2 at delta 1e-05: .* that can be reached is 3, at noise multiplier 1000",
     ):
         searched(monkeypatch, lambda sigma: 3.0)
     # Only a grid says so, and the accountant itself does not: found after all.
@@ -137,8 +138,48 @@ def test_a_target_below_what_the_most_noise_gives_is_refused(monkeypatch: pytest
     assert 0.98 * 2.0 <= 0.79 * 2.5 * (1000.0 / sigma) ** 0.1 <= 2.0
 
 
+def apart(
+    monkeypatch: pytest.MonkeyPatch, grids: Callable[[float], float], exactly: Callable[[float], float]
+) -> tuple[float, list[float]]:
+    """Where a search ends whose grids say another epsilon than the accountant, and what that was asked."""
+    formula, asked = Formula(grids), []
+
+    def epsilon_of_terms(terms: Mapping[Term, int], delta: float) -> float:
+        asked.append(next(reversed(terms)).noise_multiplier)
+        return exactly(asked[-1])
+
+    formula.epsilon_of_terms = epsilon_of_terms  # type: ignore[method-assign]
+    monkeypatch.setattr(calibration, "accounting", formula)
+    return noise_multiplier_for(2.0, 1e-5, sample_rate=0.05, steps=60, use_cache=False), asked
+
+
+def test_without_a_slope_the_search_supposes_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grids say that no noise is enough; the accountant, that less than the most is."""
+    sigma, asked = apart(
+        monkeypatch, lambda s: 2.5 * (1000.0 / s) ** 0.5, lambda s: 1.8 * (1000.0 / s) ** 0.5
+    )
+    assert 0.98 * 2.0 <= 1.8 * (1000.0 / sigma) ** 0.5 <= 2.0
+    # Half of what is missing at each step, where it supposes a slope of 1 and there is one of 1/2.
+    log = math.log(1000.0)
+    expected = [1000.0, 1000.0]
+    for _ in range(3):
+        log -= _GOAL - math.log(0.9 * (1000.0 / math.exp(log)) ** 0.5)
+        expected.append(math.exp(log))
+    assert asked == pytest.approx(expected)
+
+
+def test_noise_beyond_the_most_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CalibrationError, match="No noise multiplier lands"):
+        apart(monkeypatch, lambda s: 2.0 * 900.0 / s, lambda s: 3.0 * 900.0 / s)
+    with pytest.raises(CalibrationError, match="No noise multiplier lands"):
+        apart(monkeypatch, lambda s: 2.0 * 0.06 / s, lambda s: 1.0 * 0.06 / s)
+
+
 def test_a_target_above_what_the_least_noise_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CalibrationError, match=r"the least allowed, 0.05, which gives 1 with"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"epsilon 2 at delta 1e-05 needs less noise than the least allowed, 0.05, which gives 1 with",
+    ):
         searched(monkeypatch, lambda sigma: 1.0)
 
 
@@ -181,7 +222,7 @@ def line(slope: float, zero: float) -> Callable[[float], float]:
     return lambda x: -slope * (x - zero)
 
 
-@pytest.mark.parametrize("start", [-2.9, 0.0, 2.0, 6.0])
+@pytest.mark.parametrize("start", [-3.0, -2.9, 0.0, 2.0, 6.0, 7.0])
 @pytest.mark.parametrize("slope", [0.2, 1.0, 30.0])
 def test_points_on_both_sides_the_second_near_the_goal(start: float, slope: float) -> None:
     above, below = _between(line(slope, 1.3), start, -3.0, 7.0, step=0.15, near=0.05)
@@ -235,9 +276,9 @@ def test_a_leap_is_closed_in_on_and_then_left() -> None:
         ({"sample_rate": math.nan}, "^sample_rate must be a finite"),
         ({"target_epsilon": 0.0}, "above 0"),
         ({"target_epsilon": -1}, "above 0"),
-        ({"delta": 0.0}, "between 0 and 1"),
-        ({"delta": 1.0}, "between 0 and 1"),
-        ({"delta": 1.5}, "between 0 and 1"),
+        ({"delta": 0.0}, "privacy.delta must lie strictly between 0 and 1, not 0.0"),
+        ({"delta": 1.0}, "privacy.delta must lie strictly between 0 and 1, not 1.0"),
+        ({"delta": 1.5}, "privacy.delta must lie strictly between 0 and 1, not 1.5"),
         ({"sample_rate": 0.0}, r"a probability in \(0, 1\]"),
         ({"sample_rate": 1.5}, r"a probability in \(0, 1\]"),
         ({"steps": 0}, "whole number of 1 or more"),
