@@ -121,6 +121,7 @@ def test_accuracy_is_known_from_four_standard_deviations_on() -> None:
     hidden = estimate(np.nextafter(least, 0.0), 0.0, 3, 2.5)
     assert hidden.accuracy is hidden.standard_error is None and hidden.units < least
     assert estimate(-1e-9, 0.0, 1, 0.0).accuracy is None
+    assert estimate(0.25, 0.25, 1, 0.0).accuracy == 0.5
 
 
 def asking(epsilon: float | None = 8.0, **changes: Any) -> Config:
@@ -135,6 +136,10 @@ def asking(epsilon: float | None = 8.0, **changes: Any) -> Config:
 def test_settings_of_an_evaluation_that_is_not_private_are_nothing() -> None:
     assert evaluation_settings(asking(evaluation="public", evaluation_share=0.3)) == (0.0, 0)
     assert evaluation_settings(asking(evaluation="none")) == (0.0, 0)
+    chosen = asking(evaluation="auto", evaluation_share=0.3)  # of private data: private
+    assert evaluation_settings(chosen) == (0.3, 2)
+    chosen.data.public = True
+    assert evaluation_settings(chosen) == (0.0, 0)
     assert evaluation_settings(asking(evaluation_share=0.3)) == (0.3, 2)
     assert evaluation_settings(asking(evaluation_share=0.3, evaluation_rounds=12)) == (0.3, 10)
 
