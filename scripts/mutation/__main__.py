@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.mutation.record import write_record
+from scripts.mutation.record import write_page, write_record
 from scripts.mutation.runner import MutationRun, Options, Source
 
 ROOT = Path(__file__).resolve().parents[2]
+RECORD = ROOT / "simulations" / "mutation"
 TESTS = [
     "tests/privacy",
     "tests/statistical",
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
         "--enough", type=float, default=20.0, help="seconds of tests that a mutant must survive at most"
     )
     parser.add_argument("--only", default="", help="mutants whose name holds this")
+    parser.add_argument("--page", action="store_true", help="only write the page from the record anew")
     parser.add_argument("--tests", nargs="*", default=TESTS)
     options = parser.parse_args(arguments)
     sources = all_sources()
@@ -63,6 +65,8 @@ def main(arguments: list[str]) -> int:
     sys.dont_write_bytecode = True
     os.chdir(ROOT)
     state = ROOT / "build" / "mutation"
+    if options.page:
+        return _page(sources)
     how = Options(
         options.jobs, options.again, options.alive, options.only, options.enough, options.tests, LEFT_OUT
     )
@@ -73,7 +77,12 @@ def main(arguments: list[str]) -> int:
         return status
     if options.only or options.tests != TESTS:
         return 0  # a part, for whoever is writing a test; no record
-    complaints = write_record(ROOT / "simulations" / "mutation", run, sources)
+    write_record(RECORD, run)
+    return _page(sources)
+
+
+def _page(sources: list[Source]) -> int:
+    complaints = write_page(RECORD, sources)
     for complaint in complaints:
         print(complaint, file=sys.stderr)
     return 1 if complaints else 0

@@ -17,7 +17,7 @@ import yaml
 from scripts.mutation import operators
 from scripts.mutation.runner import MutationRun, Source
 
-__all__ = ["write_record"]
+__all__ = ["write_page", "write_record"]
 
 _HEAD = """# Mutation testing
 
@@ -28,43 +28,49 @@ noticed by any test (the program does the same), `accepted` could be, and the li
 """
 
 
-def write_record(folder: Path, run: MutationRun, every: Sequence[Source]) -> list[str]:
-    """Writes both files; returns what is wrong with `survivors.yaml` or not explained there.
-
-    Modules that were not run keep what the record says of them, with the commit that it was measured at.
-    """
+def write_record(folder: Path, run: MutationRun) -> None:
+    """Puts what `run` has found into `record.json`; what is said there of other modules stays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "record.json"
-    old = json.loads(path.read_text())["modules"] if path.exists() else {}
-    reasons = _reasons(folder / "survivors.yaml")
-    complaints, modules = [], {}
-    for source in every:
-        entry = old.get(source.name)
-        if source in run.sources:
-            entry = _entry(source, reasons, run)
-        if entry is None:
-            modules[source.name] = {"mutants": len(source.mutants()[1]), "tested": 0}
-            continue
-        entry["changed_since"] = entry["source"] != source.digest
-        modules[source.name] = entry
-        complaints += [f"not explained: {s['mutant']}" for s in entry["survivors"] if not s["why"]]
-    names = {m.name for s in run.sources for m in s.mutants()[1]}
-    dead = {m.name for s in run.sources for m in s.mutants()[1] if s.verdicts.get(m.name)}
-    ran = {s.name for s in run.sources}
-    for name in reasons:
-        if name.partition(":")[0] in ran and (name not in names or name in dead):
-            complaints.append(f"explained, but {'killed' if name in dead else 'not there'}: {name}")
-    record = {
+    record = json.loads(path.read_text()) if path.exists() else {"modules": {}}
+    record |= {
         "schema": 1,
         "made_by": "scripts/mutate",
-        "tool": "scripts/mutation of this repository (no other tool): forked processes, one mutant each",
+        "tool": "scripts/mutation of this repository, no other tool: a forked process a mutant",
         "operators": ast.get_docstring(ast.parse(Path(operators.__file__).read_text())),
         "python": platform.python_version(),
         "machine": {"processor": _processor(), "cores": run.cores},
         "tests": run.described,
-        "total": _total(modules),
-        "modules": modules,
     }
+    record["modules"] |= {source.name: _entry(source, run) for source in run.sources}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def write_page(folder: Path, every: Sequence[Source]) -> list[str]:
+    """Adds the reasons of `survivors.yaml` to `record.json` and writes README.md.
+
+    Returns what is not explained, or explained and no survivor. A module that has changed since it was
+    measured is named as such.
+    """
+    path = folder / "record.json"
+    record = json.loads(path.read_text())
+    reasons, used, complaints = _reasons(folder / "survivors.yaml"), set(), []
+    modules: dict[str, Any] = {}
+    for source in every:
+        entry = record["modules"].get(source.name) or {"mutants": len(source.mutants()[1]), "tested": 0}
+        modules[source.name] = entry
+        if not entry["tested"]:
+            continue
+        entry["changed_since"] = entry["source"] != source.digest
+        for survivor in entry["survivors"]:
+            survivor["kind"], survivor["why"] = reasons.get(survivor["mutant"], ("", ""))
+            used.add(survivor["mutant"])
+            if not survivor["why"]:
+                complaints.append(f"not explained: {survivor['mutant']}")
+        counted = Counter(s["kind"] for s in entry["survivors"])
+        entry |= {kind: counted[kind] for kind in ("equivalent", "accepted")} | {"unexplained": counted[""]}
+    complaints += [f"explained, and no survivor: {name}" for name in reasons if name not in used]
+    record |= {"modules": modules, "total": _total(modules)}
     path.write_text(json.dumps(record, indent=1) + "\n")
     (folder / "README.md").write_text(_page(record))
     return complaints
@@ -80,30 +86,23 @@ def _reasons(path: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _entry(source: Source, reasons: dict[str, tuple[str, str]], run: MutationRun) -> dict[str, Any]:
-    mutants = [m for m in source.mutants()[1] if m.name in source.verdicts]
+def _entry(source: Source, run: MutationRun) -> dict[str, Any]:
+    every = source.mutants()[1]
+    mutants = [m for m in every if m.name in source.verdicts]
     how = Counter(_how(source.verdicts[m.name]) for m in mutants)
     alive = [m for m in mutants if not source.verdicts[m.name]]
-    survivors = []
-    for mutant in alive:
-        kind, why = reasons.get(mutant.name, ("", ""))
-        survivors.append({"mutant": mutant.name, "line": mutant.lines.start, "kind": kind, "why": why})
-    counted = Counter(s["kind"] for s in survivors)
     return {
         "source": source.digest,
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "mutants": len(source.mutants()[1]),
+        "mutants": len(every),
         "tested": len(mutants),
         "killed": len(mutants) - len(alive),
         "of_which_timeout": how["timeout"],
         "of_which_crash": how["crash"],
         "survived": len(alive),
-        "equivalent": counted["equivalent"],
-        "accepted": counted["accepted"],
-        "unexplained": counted[""],
         "not_reached_by_a_test": sum(not run.reaches(m) for m in alive),
-        "survivors": survivors,
+        "survivors": [{"mutant": m.name, "line": m.lines.start} for m in alive],
     }
 
 
@@ -129,6 +128,11 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
+def _tested(module: dict[str, Any]) -> str:
+    whole = module["mutants"] == module["tested"]
+    return str(module["tested"]) if whole else f"{module['tested']} of {module['mutants']}"
+
+
 def _page(record: dict[str, Any]) -> str:
     total = record["total"]
     rows = [
@@ -140,8 +144,9 @@ def _page(record: dict[str, Any]) -> str:
         if not m["tested"]:
             rows.append(f"| {short} | {m['mutants']} | not run | | | | | |")
             continue
+        changed = " (changed since)" if m["changed_since"] else ""
         rows.append(
-            f"| {short} | {m['tested']} | {m['killed']} | {m['equivalent']} | {m['accepted']} | "
+            f"| {short}{changed} | {_tested(m)} | {m['killed']} | {m['equivalent']} | {m['accepted']} | "
             f"{m['unexplained']} | {_percent(m['killed'], m['tested'])} | {m['commit']}, {m['date']} |"
         )
     rows.append(
