@@ -149,15 +149,11 @@ class MutationRun:
         digests = {str(i.path): hashlib.sha256(i.path.read_bytes()).hexdigest()[:16] for i in items}
 
         def is_known(item: pytest.Item) -> bool:
-            """Whether neither the test nor a module that it reached has changed, and all are known."""
+            """Whether neither the test nor any module that it reached has changed."""
             one = known.get(item.nodeid)
-            if (
-                one is None
-                or one["file"] != digests[str(item.path)]
-                or not modules.keys() <= one["modules"].keys()
-            ):
+            if one is None or one["file"] != digests[str(item.path)]:
                 return False
-            return all(one["modules"][m] == modules.get(m, one["modules"][m]) for m in one["lines"])
+            return all(one["modules"].get(module) == modules.get(module) for module in one["lines"])
 
         wanted = [item for item in items if not is_known(item)]
         count = 0
