@@ -157,7 +157,7 @@ def _scaled(run: Mapping[str, Any], config: Config) -> Expected:
 
     cost = Cost(
         seconds=seconds,
-        train_seconds=float(scaled("train_seconds") or 0.0),
+        train_seconds=scaled("train_seconds"),
         flops=None,
         peak_memory_bytes=None,
         bytes_up=int(scaled("bytes_up") or 0),

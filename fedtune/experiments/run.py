@@ -229,7 +229,10 @@ def _record(
         bytes_up=result.bytes_up,
         bytes_down=result.bytes_down,
     )
-    cost = dataclasses.replace(cost, energy_kwh=energy.kwh)
+    # Nodes of private data report no seconds: 0.0 is then unknown, and so is what they would cost.
+    unknown = result.train_seconds == 0.0 and not data.public
+    trained = None if unknown else result.train_seconds
+    cost = dataclasses.replace(cost, train_seconds=trained, energy_kwh=energy.kwh)
     return assemble.assemble(
         config=config,
         facts=assemble.RunFacts(

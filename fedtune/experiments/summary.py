@@ -188,12 +188,10 @@ def _time_line(record: Mapping[str, Any]) -> str:
         record["run"]["seconds"],
         record["cost"]["train_seconds"],
     )
-    if took is None or trained is None:
+    if took is None:
         return "kept by the owner of the data (local.json of the run folder)"
-    return (
-        f"{duration(took)} for {rounds} round{'' if rounds == 1 else 's'}; nodes trained {duration(trained)} "
-        "in all"
-    )
+    text = f"{duration(took)} for {rounds} round{'' if rounds == 1 else 's'}"
+    return text if trained is None else f"{text}; nodes trained {duration(trained)} in all"
 
 
 def _memory_line(cost: Mapping[str, Any]) -> str:

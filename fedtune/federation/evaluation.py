@@ -75,7 +75,10 @@ class NodesEvaluation:
     ) -> NodesEvaluation:
         """From each node's (right, wrong) in units, with noise `noise_std` in each."""
         scores = []
-        for node, (right, wrong) in sorted(counts.items()):
+        # By name: the order of arrival depends on how long each node computed, and would show in the last
+        # digits of the sums.
+        counts = dict(sorted(counts.items()))
+        for node, (right, wrong) in counts.items():
             one = estimate(right, wrong, 1, noise_std)
             scores.append(NodeScore(node, right, wrong, one.accuracy, one.standard_error))
         right, wrong = (sum(cells) for cells in zip((0.0, 0.0), *counts.values(), strict=True))

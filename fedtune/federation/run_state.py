@@ -74,8 +74,9 @@ class RunState:
             "history": [summary.to_json() for summary in self.history],
             "dropped": [asdict(one) for one in self.dropped],
             "unusable": [asdict(one) for one in self.unusable],
-            "releases": self.releases,
-            "answers": self.answers,
+            # By name, and not in the order of arrival, which tells who computed for how long.
+            "releases": dict(sorted(self.releases.items())),
+            "answers": dict(sorted(self.answers.items())),
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
             "exhausted": self.exhausted,
             "seconds": self.seconds,
@@ -179,6 +180,7 @@ class RunState:
             self.releases[node.name] = max(known, reply.releases)
             if reply.refusal == "BudgetExhausted" and node.name not in self.exhausted:
                 self.exhausted.append(node.name)
+        outcome.dropped.sort()
         self.dropped += [Dropped(node, self.round, reason) for node, reason in outcome.dropped]
         self.unusable += [Dropped(node, self.round, reason) for node, reason in outcome.unusable]
 

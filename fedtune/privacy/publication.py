@@ -78,7 +78,7 @@ _QUALITY = charged(
 )
 _TIME = local("how long it took depends on what was drawn")
 _USED = local("what it took of the machine depends on what was drawn")
-_KEY = public("fresh randomness")
+_KEY = public("fresh randomness, or made of it alone")
 
 _PLACE: Fields = {"version": _NAME, "run": _NAME, "round": _COUNT, "attempt": _COUNT}
 _ANSWER: Fields = {
