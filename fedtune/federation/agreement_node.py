@@ -64,12 +64,6 @@ def _check(proposal: Proposal, context: Context) -> str:
     own = node_side.permitted(proposal.plan, proposal.run, context)
     plans = node_side.releases_of(own.plan)
     if site is not None:
-        if own.plan.is_private() and own.plan.delta > site.budget_delta and not own.config.data.public:
-            raise PrivacyError(
-                f"The proposed delta is {own.plan.delta:g}, and the budget of site '{site.site}' is at delta "
-                f"{site.budget_delta:g}: its epsilon is not promised at a larger one. Set privacy.delta to "
-                "that or less, or leave it out, and the smallest of the sites' is taken."
-            )
         try:
             site.check_evaluation(proposal.plan)
         except PrivacyError:  # it takes part in the training and answers no questions

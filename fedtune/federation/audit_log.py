@@ -114,7 +114,7 @@ class AuditLog:
                 continue
             try:
                 entry = json.loads(line)
-                named, says = entry.get("previous"), entry.get("line", number)
+                named = entry.get("previous")
             except (ValueError, AttributeError):
                 problems.append(f"line {number} is no entry")
             else:
@@ -122,8 +122,6 @@ class AuditLog:
                     problems.append(f"line {number} does not say which line it follows")
                 elif named != _hash(before):
                     problems.append(f"line {number} does not follow the line before it")
-                if says != number:
-                    problems.append(f"line {number} says that it is line {says}: there were others")
             before = line
         return problems
 

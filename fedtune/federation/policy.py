@@ -275,6 +275,12 @@ class SiteSettings:
                 "privacy.unit=person asks it to protect persons, and its file names no column that says "
                 "whose record is whose (data.unit)"
             )
+        if not self.data.public and plan.is_private() and plan.delta > self.budget_delta:
+            yield (
+                f"its delta is {plan.delta:g}, and the budget is at delta {self.budget_delta:g}, whose "
+                "epsilon is not promised at a larger one (set privacy.delta to that or less, or leave it "
+                "out: then the smallest of the sites' is taken)"
+            )
         if not plan.noise_multiplier >= permit.min_noise_multiplier:
             yield (
                 f"noise_multiplier={plan.noise_multiplier:.4g} is below the least permitted, "

@@ -73,7 +73,7 @@ data:
 
 budget: # over everything that this data is ever used for
   epsilon: 8.0
-  delta: 1.0e-5
+  delta: 1.0e-5 # PUBLIC: a run whose delta is above it is refused, and one that sets none takes it
   unit: null # the least that a run must protect; null: person where data.unit names them. record: in words
 
 permit:
@@ -117,11 +117,13 @@ The machine opens connections to {address} and accepts none.
 4. `fedtune node --config node.yaml` joins. Ctrl-C leaves; start it again and you are the same node.
 
 What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
-added here), and public numbers (site name, declared size, steps, seconds). No text, label, count or loss. A
-run with `federation.evaluation=private` also gets two noised counts, if `permit.max_evaluations` allows it.
-With `publish_budget: true`, also how much of your budget is left.
+added here), and public numbers (site name, declared size, the budget's delta, steps, how many entries your
+ledger and log have). No text, label, count or loss. A run with `federation.evaluation=private` also gets two
+noised counts, if `permit.max_evaluations` allows it. With `publish_budget: true`, also how much of your
+budget is left.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
-`state/ledger.sqlite` is the proof. The node runs the fedtune that you installed, and refuses all other code.
+`state/ledger.sqlite` is what the budget is counted by, and each names the other's last entry. The node runs
+the fedtune that you installed, and refuses all other code.
 
 Back up the whole folder `state/` after each run: the ledger with its secret and what SQLite may keep beside
 it (`-wal`), its budget file, the audit log. A ledger restored from before a run does not know what that run

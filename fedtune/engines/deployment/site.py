@@ -266,7 +266,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     except DataError as error:
         # The reason that the server is not told; here is its owner.
         raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
-    plan = make_plan(asked, [shard.declared_size])
+    plan = make_plan(asked, [shard.declared_size], None if site.data.public else site.budget_delta)
     ledger = open_ledger(site)
     refusals: list[str] = []
     try:
@@ -303,7 +303,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
         ("model", f"{asked.model.name} with {asked.adapter.name}"),
         ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),
         ("steps", f"{plan.num_rounds} rounds of {plan.local_steps}, sample_rate={plan.sample_rate:g}"),
-        ("leaves", "per round one array, the adapter's change; name, declared size, steps, seconds"),
+        ("leaves", "per round one array, the adapter's change; name, declared size, steps"),
         *([] if about is None else [("held out", _held_out(about))]),
         ("epsilon now", f"{before:.4g} at delta {delta:g}"),
         ("epsilon after", f"{after:.4g} of {site.budget.epsilon:g}"),
