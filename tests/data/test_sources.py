@@ -117,3 +117,17 @@ def test_opinions_has_four_sites_on_both_sides(real_sdist: Path, monkeypatch: py
     assert set(test.sites) == {"movies", "products", "editorials", "tweets"}
     assert not set(train.units) & set(test.units)
     assert load_corpus(DataConfig(name="renamed"), 0)[0].fingerprint() == train.fingerprint()
+
+
+def test_nothing_is_cut_off_where_nothing_is_tested_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedtune.data import opinions
+    from fedtune.data.corpus import Corpus
+
+    texts = tuple(f"text {i}" for i in range(20))
+    labels = np.arange(20, dtype=np.int64) % 2
+    whole = Corpus("opinions", texts, None, labels, ("a", "b"))
+    monkeypatch.setattr(opinions, "load_opinions", lambda: whole)
+    train, test = load_corpus(DataConfig(source="opinions"), 0, testing=False)
+    assert (train.num_records, test.num_records) == (20, 0)
+    train, test = load_corpus(DataConfig(source="opinions"), 0)
+    assert (train.num_records, test.num_records) == (17, 3)
