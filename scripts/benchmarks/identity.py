@@ -87,13 +87,13 @@ def _sweep(folder: Path) -> dict[str, object]:
         )
         node_of = chance.integers(0, NODES, SWEEP_RECORDS)
         parts = [Identity(whole.records[node_of == i], None, "whole") for i in range(NODES)]
-        for round in range(3):
+        for number in range(3):
             for i, part in enumerate(parts):
                 asked = {"fingerprint": part, "node": f"node-{i}", "run": f"run-{run}", "plan": plan}
                 start = time.perf_counter()
-                book.reserve(dataset="opinions", round=round, **asked)
+                book.reserve(dataset="opinions", round=number, **asked)
                 took = 1000 * (time.perf_counter() - start)
-                (others if round else first).append(took)
+                (others if number else first).append(took)
     last = {"dataset": "opinions", "fingerprint": book.releases()[-1].fingerprint}
     return {
         "sweep_runs": SWEEP_RUNS,

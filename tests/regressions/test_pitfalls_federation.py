@@ -15,6 +15,7 @@ from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
+from fedtune.errors import FederationError
 from fedtune.federation._flower import task_identity
 from fedtune.federation.client_app import app
 from fedtune.federation.cohort import greet
@@ -23,6 +24,7 @@ from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, Roun
 from fedtune.federation.node import ledger_of
 from fedtune.federation.resident import workplace
 from fedtune.federation.rounds import PlainRound, RoundAsk
+from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.planning import make_plan
 from tests import tiny_federation
 from tests.fake_federation import (
@@ -268,3 +270,22 @@ def test_pitfall_30_what_a_node_sends_is_one_flat_array_whatever_it_was_made_of(
         sent = RoundReply("a", "r", 1, 1, update=update).to_records()["update"]["update"]
         assert sent.shape == (update.size,)
         assert sent.dtype == "float32"
+
+
+def test_pitfall_33_another_partition_of_spent_data_is_refused_before_its_first_round(
+    private: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Each node had a ledger by its name, so that other names found a fresh budget: 7.967, again 7.967."""
+    config = private(federation__num_rounds=2)
+    first = engines.run(config, tmp_path / "natural")
+    assert first.epsilon is not None and 7.0 < first.epsilon <= 8.0
+    again = private(federation__num_rounds=2, partition__name="iid", federation__nodes=3, seed=1)
+    shards = workplace(again).prepared.shards
+    ledger = ledger_of("node-0")
+    ledger.set_budget(PrivacyBudget(8.0, first.plan.delta), dataset=shards[0].dataset)
+    spent = ledger.epsilon(dataset=shards[0].dataset, fingerprint=shards[0].identity, delta=first.plan.delta)
+    assert spent == pytest.approx(first.epsilon, rel=1e-6)
+    before = len(ledger.releases())
+    with pytest.raises(FederationError):
+        engines.run(again, tmp_path / "iid")
+    assert len(ledger.releases()) == before  # nothing was charged, for nothing was released
