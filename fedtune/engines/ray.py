@@ -154,6 +154,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         raise FederationError(
             f"Ray or Flower's simulation failed: {type(result).__name__}: "
             f"{' '.join(str(result).split())[:300]}. Try engine=local, or fewer processor cores a node by "
-            "engine.cpus_per_node."
+            "engine.cpus_per_node.",
+            public=False,  # what a library says may quote a text
         ) from result
     return result

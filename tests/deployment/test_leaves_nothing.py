@@ -21,6 +21,7 @@ from tests.byte_for_byte import Left, differences
 from tests.deployment.real_federation import SITES, Federation, write
 from tests.tiny_federation import one_thread
 
+_LEFT_OUT = ("local.json", ".lock", "server-run")  # the owner's; a lock; Flower's random number of the run
 CONSTANT = Path(__file__).parent / "constant"
 
 
@@ -86,7 +87,7 @@ def left(federation: Federation, name: str, *more: str) -> Left:
             path.unlink()
     found.messages.sort()
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name in ("local.json", ".lock"):
+        if not path.is_file() or path.name in _LEFT_OUT:
             continue
         content = path.read_bytes()
         if path.suffix == ".ckpt":
