@@ -93,7 +93,7 @@ def _entry(source: Source, run: MutationRun) -> dict[str, Any]:
     alive = [m for m in mutants if not source.verdicts[m.name]]
     return {
         "source": source.digest,
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git("log", "-1", "--format=%h", "--abbrev=10", "--", str(source.path)),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "mutants": len(every),
         "tested": len(mutants),
@@ -136,7 +136,7 @@ def _tested(module: dict[str, Any]) -> str:
 def _page(record: dict[str, Any]) -> str:
     total = record["total"]
     rows = [
-        "| module | mutants | killed | equivalent | accepted | not explained | share | measured at |",
+        "| module | mutants | killed | equivalent | accepted | not explained | share | module as of, measured |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, m in record["modules"].items():
