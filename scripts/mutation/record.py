@@ -136,7 +136,7 @@ def _tested(module: dict[str, Any]) -> str:
 def _page(record: dict[str, Any]) -> str:
     total = record["total"]
     rows = [
-        "| module | mutants | killed | equivalent | accepted | not explained | share | module as of, measured |",
+        "| module | mutants | killed | equivalent | accepted | not explained | share | as of, on |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, m in record["modules"].items():
