@@ -309,3 +309,28 @@ def test_what_is_kept_is_kept_for_all_of_the_arguments(monkeypatch: pytest.Monke
     more = [*plain, [[0.5, 2.0, True, 1], [1.0, 7.0, False, 3]]]
     assert keys == [plain, more, more]
     assert [type(part) for part in keys[0]] == [str, float, float, float, int]
+
+
+@pytest.mark.parametrize("epsilon", [1.96, 2.0])
+def test_both_ends_of_the_range_are_in_it(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
+    _, asked = apart(monkeypatch, lambda s: 2.0 * 30.0 / s, lambda s: epsilon)
+    assert len(asked) == 1
+    with pytest.raises(CalibrationError, match="No noise multiplier lands"):
+        apart(
+            monkeypatch, lambda s: 2.0 * 30.0 / s, lambda s: math.nextafter(epsilon, 100 * (epsilon - 1.98))
+        )
+
+
+def test_a_target_that_only_the_most_noise_meets_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    sigma, _ = apart(monkeypatch, lambda s: 3.0, lambda s: 2.0)
+    assert sigma == pytest.approx(1000.0)
+
+
+def test_values_exactly_at_a_limit() -> None:
+    assert _between(lambda x: 0.0, 7.0, -3.0, 7.0, step=0.15, near=0.05) == (None, (-3.0, 0.0))
+    assert len(places(cliff(0.3, 0.5, _GOAL - 0.05), 0.0, 0.15, 0.05)) == 2
+    assert len(places(cliff(5e-10, 1e-12, -5.0), 0.0, 1e-9, 0.05)) == 3
+    met = _between(
+        lambda x: {0.0: 0.5, 0.55: -5.0}.get(round(x, 9), 0.0), 0.0, -3.0, 7.0, step=0.15, near=0.05
+    )
+    assert met == ((0.0, 0.5), (pytest.approx(0.275), 0.0))

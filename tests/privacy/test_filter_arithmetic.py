@@ -187,6 +187,7 @@ def test_one_run_is_shown_by_its_distribution_where_its_plan_fits() -> None:
     assert spent([Charge(SMALL, LARGE), nothing], DELTA, fixed=fixed) == 0.4
     for budget in (None, 1.0, 2.0):
         assert spent([Charge(SMALL, LARGE)], DELTA, budget, fixed=fixed) == 0.4
+        assert spent([Charge({Term(1.0, 1.0): 0, **SMALL}, LARGE)], DELTA, budget, fixed=fixed) == 0.4
     # A plan that does not fit the budget: as the filter counts it.
     counted = spent([Charge(SMALL, LARGE)], DELTA, 0.99, fixed=fixed)
     assert counted == pytest.approx(least_epsilon(SMALL, DELTA)) and counted != 0.4
