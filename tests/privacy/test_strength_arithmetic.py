@@ -8,7 +8,7 @@ import pytest
 
 from fedtune.privacy import strength
 from fedtune.privacy.accounting import Term, epsilon_of_terms
-from fedtune.privacy.strength import WRONG, TradeOff, grade, trade_off
+from fedtune.privacy.strength import WRONG, TradeOff, caution, grade, percent, trade_off
 
 
 class Known(TradeOff):
@@ -88,3 +88,37 @@ def test_a_pair_that_is_a_hundredth_above_its_steps_is_taken_alone() -> None:
         assert trade_off(unknown, epsilon, 1e-5) == TradeOff(((epsilon, 1e-5),), own=False)
     assert not trade_off(terms, epsilon / 0.9899, 1e-5).own
     assert not trade_off(terms, math.inf, 1e-5).own
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (0.0, "0.00 percent"),
+        (0.001, "0.10 percent"),
+        (0.009999, "1.00 percent"),
+        (0.01, "1.0 percent"),
+        (0.0123, "1.3 percent"),
+        (0.07, "7.0 percent"),  # 7.000000000000001 in floats is no reason to round up
+        (0.123456, "12.4 percent"),
+        (0.98999, "99.0 percent"),
+        (0.99, "99.00 percent"),
+        (0.99994, "100.00 percent"),
+        (0.99995, "more than 99.99 percent"),
+        (1.0, "more than 99.99 percent"),
+    ],
+)
+def test_a_bound_in_percent_is_rounded_up(share: float, said: str) -> None:
+    assert percent(share) == said
+
+
+def test_a_caution_names_what_may_be_recognised() -> None:
+    said = caution(Known(0.1234, 0.99), 9.87654, 1e-5)
+    assert said is not None
+    assert said.startswith("A weak protection at best, epsilon 9.877 at delta 1e-05: an attacker")
+    assert said.endswith("may recognise 12.4 percent of those in it.")
+    assert caution(Known(0.1, 0.95), 9.0, 1e-5) is None
+
+
+def test_a_curve_of_its_own_says_so() -> None:
+    terms = {Term(1.0, 30.0): 1}
+    assert trade_off(terms, epsilon_of_terms(terms, 1e-5), 1e-5).own is True
