@@ -27,7 +27,8 @@ from fedtune.privacy.witness import Head, ledger_head, ledger_row, note_witness,
 __all__ = ["Books", "parts_of"]
 
 _SHORT = 24  # hex digits of a hash in a head that people copy: 96 bits
-_HEAD = re.compile(rf"L(\d+)-([0-9a-f]{{{_SHORT}}})\.A(\d+)-([0-9a-f]{{{_SHORT}}})")
+_NUMBER = "[0-9]{1,18}"  # SQLite holds no larger one
+_HEAD = re.compile(rf"L({_NUMBER})-([0-9a-f]{{{_SHORT}}})\.A({_NUMBER})-([0-9a-f]{{{_SHORT}}})")
 _RESTORE = (
     "Restore the newest copy of the whole folder that holds both. Where there is none, what was released "
     "since is known to nobody: do not use this data for another run."

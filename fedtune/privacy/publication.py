@@ -197,6 +197,7 @@ SINKS: Mapping[str, Fields] = {
     "join": {
         "budget": public("what is left of it: only where the owner chose that it be published"),
         "head": public("how many rows and lines the books have, and hashes of rows that hold no text"),
+        "lost": public("that the books do not go on from the head that the server keeps"),
     },
     "consent": {
         **{name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},

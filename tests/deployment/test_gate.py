@@ -88,6 +88,32 @@ def test_neither_the_token_nor_a_nodes_key_opens_anything_else(path: str) -> Non
     assert ask(path, token=TOKEN.encode(), node=True) == (403, False)
 
 
+def passed(*headers: tuple[bytes, bytes]) -> list[str]:
+    """What came through of a node's request with these headers."""
+    behind = Behind()
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST", "headers": list(headers)}
+    asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+    return behind.asked
+
+
+def test_a_request_that_names_two_keys_is_let_to_nothing() -> None:
+    """The gate would look at the last of them and Flower at the first: a suspended node would be let in."""
+    length, mine = (b"content-length", b"0"), (gate._NODE_KEY, base64.b64encode(NODE))
+    assert passed(length, mine)
+    assert not passed(length, (gate._NODE_KEY, base64.b64encode(b"suspended")), mine)
+    assert not passed(length, mine, (gate._NODE_KEY, base64.b64encode(b"suspended")))
+
+
+def test_a_request_in_chunks_has_no_size_whatever_length_it_names() -> None:
+    mine = (gate._NODE_KEY, base64.b64encode(NODE))
+    assert not passed(mine, (b"content-length", b"5"), (b"transfer-encoding", b"chunked"))
+    assert not passed(mine, (b"transfer-encoding", b"chunked"))
+
+
 def test_flowers_header_with_a_nodes_key_is_the_one_that_is_read() -> None:
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 

@@ -24,6 +24,7 @@ from fedtune.engines.deployment.enrolment import enrol, revoke
 from fedtune.engines.deployment.provision import provision, read_token
 from fedtune.engines.deployment.published import Board, checked, of_site, shown
 from fedtune.errors import ConfigError, FederationError, ResourceError
+from fedtune.federation.books import Books
 from tests.deployment.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
@@ -274,8 +275,15 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     (real.folder / "heads.json").write_text(json.dumps({"clinic-2": {"head": kept, "back": None}}))
     for number in range(4):
         release(f"more-{number}")
-    with pytest.raises(FederationError, match="has another row there, and the head that was kept names row"):
-        _enter(site, key, pytest.fail)
+    for _ in range(2):  # and finds it again when it is started again: what is kept is what was kept
+        with pytest.raises(FederationError, match="has another row there, and the head that was kept names"):
+            _enter(site, key, pytest.fail)
+        assert real.admission.heads.kept("clinic-2") == kept
+        assert "--accept-restore clinic-2" in str(join.suspension(site, key))
+    join.publish(site, key, None, books)  # nor does a node that is running take its place
+    assert real.admission.heads.kept("clinic-2") == kept
+    real.admission.heads.accept("clinic-2")
+    _enter(site, key, pytest.fail)
     (real.folder / "heads.json").unlink()
     real.admission.heads.look()
 
@@ -403,8 +411,9 @@ def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_p
 def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path: Path) -> None:
     stranger = certificates.make_node_key(tmp_path / "node.key")
     good = {"epsilon_left": 1.0, "epsilon": 2.0, "delta": 1e-5, "unit": "record"}
-    join.publish(real.site("clinic-1"), stranger, good)
-    join.publish(real.site("clinic-1"), real.keys["clinic-1"], {**good, "epsilon": float("inf")})
+    books = Books(tmp_path / "ledger.sqlite", tmp_path / "audit.jsonl")
+    join.publish(real.site("clinic-1"), stranger, good, books)
+    join.publish(real.site("clinic-1"), real.keys["clinic-1"], {**good, "epsilon": float("inf")}, books)
     assert real.board.all().get("clinic-1") is None
     assert checked({**good, "unit": "<b>"}) is None and checked({**good, "more": 1}) is None
     assert checked([good]) is None and checked(good) == good

@@ -49,8 +49,9 @@ class Gate:
     """Lets enrolled nodes to what nodes may call, and whoever has the operator's token to what operators may.
 
     A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
-    who sent it. `board` keeps what sites publish. Raises ConfigError for an empty token, which would be
-    everybody's.
+    who sent it. One that comes in chunks, whatever length it names beside, has no size; one that names two
+    keys is let to nothing, for the gate would read the one and Flower the other. `board` keeps what sites
+    publish. Raises ConfigError for an empty token, which would be everybody's.
     """
 
     def __init__(self, app: Any, token: str, admission: Admission, board: Board | None = None) -> None:
@@ -70,7 +71,8 @@ class Gate:
             said = await asyncio.to_thread(join.answer, headers, self._admission, self._board)
             return await _respond(send, *said)
         if path in FOR_NODES:
-            refused = self._admission.of_request(headers.get(_NODE_KEY, b""))
+            keys = [value for name, value in scope["headers"] if name == _NODE_KEY]
+            refused = self._admission.of_request(keys[0] if len(keys) == 1 else b"")
         elif path in FOR_OPERATORS or path == PUBLISHED_PATH:
             refused = None if self._knows(headers) else (403, "This needs the operator's token.")
         else:
@@ -80,7 +82,7 @@ class Gate:
         if path == PUBLISHED_PATH:
             return await _respond(send, 200, self._board.all() if self._board else {})
         length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
-        if not length.isdigit():
+        if not length.isdigit() or b"transfer-encoding" in headers:
             return await _respond(send, 411, {"error": "A request has to say how long it is."})
         if int(length) > _MAX_BODY:
             error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."

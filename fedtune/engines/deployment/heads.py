@@ -4,8 +4,9 @@ copies.
 A site's ledger and audit log name one another's heads (`fedtune.federation.books`), which shows nothing if
 both were restored together from an older backup. So a node tells the server the head of its books when it
 joins and within a minute of each change, in a request signed by its key. The server keeps the highest
-(`heads.json`), and does not let in a node whose head went back, or is another at the same place. It also
-tells the node what it has, and the node refuses to start with books that do not go on from there.
+(`heads.json`), and does not let in a node whose head went back, or is another at the same place. Before a
+node tells its head, it asks what the server keeps; one whose books do not go on from there (they went back
+and have grown since) says so and is not let in either, now or when it starts again.
 
 A restore that is meant is acknowledged by the operator (`fedtune server DIR --accept-restore SITE`), which is
 noted in `heads.log`: what the site released since its backup is then counted by nobody but whoever reads
@@ -60,15 +61,19 @@ class Heads:
             f"nobody, the operator acknowledges it with `fedtune server DIR --accept-restore {site}`"
         )
 
-    def note(self, site: str, head: str) -> None:
-        """Keeps the head that a site told, or that it went back. Ignores what is no head."""
+    def note(self, site: str, head: str, lost: bool = False) -> None:
+        """Keeps the head that a site told, or that it went back. Ignores what is no head.
+
+        `lost`: the site says itself that its books do not go on from the head that is kept, which a number
+        that has grown since does not show.
+        """
         try:
             new = parts_of(head)
         except ConfigError:
             return
         with self._changing() as known:
             kept = known.get(site, {}).get("head")
-            back = kept is not None and _went_back(parts_of(kept), new)
+            back = kept is not None and (lost or _went_back(parts_of(kept), new))
             known[site] = {"head": kept, "back": head} if back else {"head": head, "back": None}
 
     def accept(self, site: str) -> tuple[str, str]:

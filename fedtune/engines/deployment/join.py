@@ -31,6 +31,7 @@ from fedtune.engines.deployment.conversation import HEARTBEAT_SECONDS
 from fedtune.engines.deployment.provision import parse_address
 from fedtune.engines.deployment.reach import tls_context
 from fedtune.errors import FederationError, ResourceError
+from fedtune.federation.books import Books
 from fedtune.federation.policy import SiteSettings
 from fedtune.privacy.publication import publish as door
 
@@ -86,7 +87,7 @@ def answer(
     site = admission.site_of(public)
     kept = None if site is None else admission.heads.kept(site)
     if site is not None and isinstance(told_of.get("head"), str):
-        admission.heads.note(site, told_of["head"])
+        admission.heads.note(site, told_of["head"], told_of.get("lost") is True)
     back = None if site is None else admission.heads.reason(site)
     refused = admission.refusal(public)
     suspended = refused[1] if refused is not None and refused[0] == 503 else None
@@ -111,26 +112,30 @@ def check_in(
     key: ec.EllipticCurvePrivateKey,
     say: Callable[[str], None],
     patience: float = _LEFT_SECONDS,
-    head: Callable[[], str] | None = None,
-) -> str | None:
-    """The head of this site's books that the server keeps, if it lets this site in; waits `patience` seconds
-    for one with its key to be gone.
+    books: Books | None = None,
+) -> None:
+    """Returns if the server lets this site in; waits `patience` seconds for one with its key to be gone.
 
-    `head` gives that of its books now, which the server is told. Raises FederationError, which says what is
-    wrong (also that the books went back) and who mends it; ResourceError if the server does not answer, or
-    has suspended this site: it may let it in later.
+    `books`: held to the head that the server keeps of them, before it is told the one that they have now.
+    Raises FederationError, which says what is wrong (also that the books went back) and who mends it;
+    ResourceError if the server does not answer, or has suspended this site: it may let it in later.
     """
     end, told = time.monotonic() + patience, False
     while True:
-        welcome = _tell(site, key, head) if head is not None else _ask(site, key, timeout=10.0)
+        if books is None:
+            welcome, lost = _ask(site, key, timeout=10.0), list[str]()
+        else:
+            welcome, lost = _tell(site, key, books)
         if reason := _problem(site, key, welcome):
-            raise FederationError(reason)
+            raise FederationError(" ".join([reason, *lost]))
+        if lost:
+            raise FederationError(f"{' '.join(lost)} The server keeps head {welcome.kept}.")
         if welcome.suspended:
             raise ResourceError(
                 f"The server {site.server} does not let this site in now: {welcome.suspended}."
             )
         if not welcome.connected:
-            return welcome.kept
+            return
         if time.monotonic() > end:
             raise FederationError(
                 f"Another node with the key of site '{site.site}' (fingerprint {_print(key)}) is connected "
@@ -150,20 +155,27 @@ def publish(
     site: SiteSettings,
     key: ec.EllipticCurvePrivateKey,
     values: dict[str, Any] | None,
-    head: Callable[[], str] | None = None,
+    books: Books,
 ) -> None:
     """Tells the server what this site publishes (None: nothing any more), and the head of its books."""
-    _tell(site, key, head, budget=values)
+    _tell(site, key, books, budget=values)
 
 
 def _tell(
-    site: SiteSettings, key: ec.EllipticCurvePrivateKey, head: Callable[[], str] | None, **values: Any
-) -> Welcome:
-    """Tells the server `values`, and the head as it is at that moment."""
+    site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books, **values: Any
+) -> tuple[Welcome, list[str]]:
+    """Tells the server `values`, and the head of the books as it is at that moment: (its answer, what the
+    books lack of the head that it keeps).
+
+    What it keeps is asked first: a head that went back and has grown since would take the place of the one
+    that is kept, and nothing would be known of it any more.
+    """
     with _TELLING:  # of two threads that tell a head, the later one must have the later head
-        told = values if head is None else {**values, "head": head()}
+        kept = _ask(site, key, timeout=10.0).kept
+        lost = [] if kept is None else books.against(kept)
+        told = {**values, "head": books.head(), **({"lost": True} if lost else {})}
         text = json.dumps(door("join", told, public_data=False)[0])
-        return _ask(site, key, timeout=10.0, told=text.encode())
+        return _ask(site, key, timeout=10.0, told=text.encode()), lost
 
 
 def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
@@ -184,7 +196,8 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
 
 def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
     """Why the server does not let this site in for now; None if it does. Raises as `publish` does."""
-    return _ask(site, key, timeout=10.0).suspended
+    welcome = _ask(site, key, timeout=10.0)
+    return welcome.suspended or welcome.back
 
 
 def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:

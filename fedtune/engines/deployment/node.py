@@ -55,12 +55,8 @@ def _enter(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
     while True:
         if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
             say(warning)
-        books = books_of(site)
         try:
-            kept = join.check_in(site, key, say, head=books.head)
-            if kept is not None and (lost := books.against(kept)):
-                raise FederationError(f"{' '.join(lost)} The server keeps head {kept}.")
-            return
+            return join.check_in(site, key, say, books=books_of(site))
         except ResourceError as error:  # it went away in between, or lets this site in later
             if str(error) != said or time.monotonic() - at > 60.0:
                 say(f"{error} Trying again until it does.")
@@ -195,7 +191,7 @@ def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, An
         if values is not None and (told is None or values != told["published"]):
             check_server(site.server, Path(site.ca))
             log.append("published", message="budget", **values)
-        join.publish(site, key, values, books.head)
+        join.publish(site, key, values, books)
     return {"published": values, "head": books.head()}
 
 
