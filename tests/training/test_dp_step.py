@@ -205,6 +205,9 @@ def test_units_are_clipped_over_all_parameters_and_broken_ones_are_nothing(broke
     got = torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=0.5))).numpy()
     assert got == pytest.approx(clipped_by_hand(units, 0.5), rel=1e-12, abs=1e-15)
     assert all(torch.equal(t, k) or broken for t, k in zip(tensors, kept, strict=True))
+    # A person's summed gradient comes as one tensor of all parameters.
+    (whole,) = clip_and_sum([torch.from_numpy(units)], make_plan(max_grad_norm=0.5))
+    assert whole.numpy() == pytest.approx(got, rel=1e-12, abs=1e-15)
 
 
 def test_a_large_unit_is_clipped_and_not_taken_for_a_broken_one() -> None:
