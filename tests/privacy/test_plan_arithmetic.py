@@ -60,6 +60,8 @@ def test_what_is_not_said_is_harmless() -> None:
         lambda: local_plan(evaluation_answers=1, evaluation_share=0.9, evaluation_noise=1e-9),
         lambda: public_plan(evaluation_answers=1, evaluation_share=0.001),
         lambda: public_plan(weighting="declared", local_steps=7),
+        lambda: local_plan(size_noise=1e-9),
+        lambda: distributed_plan(size_noise=20.0),
     ],
 )
 def test_the_last_value_that_is_allowed(make: Callable[[], PrivacyPlan]) -> None:
@@ -83,6 +85,10 @@ def test_the_last_value_that_is_allowed(make: Callable[[], PrivacyPlan]) -> None
             lambda: local_plan(evaluation_answers=-1),
             "^federation.evaluation_rounds must be a whole number of 0",
         ),
+        (lambda: local_plan(size_noise=math.nan), "^size_noise must be a number"),
+        (lambda: local_plan(size_noise=-1e-9), "^size_noise must be finite and 0 or more"),
+        (lambda: local_plan(size_noise=math.inf), "^size_noise must be finite and 0 or more"),
+        (lambda: central_plan(size_noise=20.0), "A plan with trust=central has sizes told with noise"),
         (lambda: local_plan(training_steps=0), "training_steps must be a whole number of 1 or more"),
         (lambda: local_plan(max_dropouts=-1), "privacy.max_dropouts must be a whole number of 0 or more"),
         (lambda: local_plan(max_colluders=-1), "privacy.max_colluders must be a whole number of 0 or more"),
