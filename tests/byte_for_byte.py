@@ -77,6 +77,13 @@ class Left:
     local: str = ""  # local.json
 
 
+def _as_text(value: Any) -> Any:
+    """Bytes as hexadecimal digits, so that as many bytes are as long a text, whatever they are."""
+    if isinstance(value, bytes):
+        return f"bytes {value.hex()}"
+    return [_as_text(one) for one in value] if isinstance(value, list) else value
+
+
 def content_of(message: Message) -> bytes:
     """All that a message says, but for Flower's own numbers of it."""
     head = [message.metadata.message_type, message.metadata.group_id, message.metadata.dst_node_id]
@@ -89,7 +96,8 @@ def content_of(message: Message) -> bytes:
                 parts.append(f"{name}.{key} {array.dtype} {array.shape} ".encode() + array.data)
         else:
             assert isinstance(record, ConfigRecord)
-            parts.append(f"{name} {sorted(dict(record).items())}".encode())
+            items = [(key, _as_text(value)) for key, value in sorted(dict(record).items())]
+            parts.append(f"{name} {items}".encode())
     return b"\n".join(parts)
 
 

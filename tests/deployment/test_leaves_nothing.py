@@ -81,7 +81,7 @@ def left(federation: Federation, name: str, *more: str) -> Left:
         if path.is_file():
             content = public_of_time(path.read_bytes(), run)
             if b"secagg" in content:  # fresh keys, and what they mask
-                content = re.sub(rb"b'(?:[^'\\]|\\.)*'|b\"(?:[^\"\\]|\\.)*\"", b"KEY", content)
+                content = re.sub(rb"'bytes [0-9a-f]*'", b"KEY", content)
                 content = re.sub(rb"masked\.masked [^\n]*\n?.*", b"MASKED", content, flags=re.DOTALL)
             found.messages.append(content)
             path.unlink()
