@@ -1,8 +1,9 @@
 """How many releases a run has made for each purpose, and whether one more is still the run that began.
 
 A run is held to the plan of its first release: no more releases than it allows, none sooner, and
-each with the rate, noise and steps that it began with. Only so may a run be accounted as one that was
-fixed in advance (`fedtune.privacy.filter`).
+each for the unit of privacy and with the rate, noise and steps that it began with. Only so may a run be
+accounted as one that was fixed in advance (`fedtune.privacy.filter`): the same noise for another unit is
+another promise.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class _Counted:
     agreed: float = math.inf  # the fewest that a plan allowed
     steps: Any = None  # what the first of them added to the account
     planned: tuple[Planned] | None = None  # the whole run's plan as its first release named it
+    unit: str | None = None  # of privacy, of the node's first release in the run, for whatever purpose
 
 
 class RunCounts:
@@ -61,6 +63,12 @@ class RunCounts:
                 "rounds.",
                 public=True,
             )
+        if counted.unit not in (None, plan.unit):
+            raise PrivacyError(
+                f"node '{node}' refuses round {round} of run '{run}': it is asked for a release that protects "
+                f"one {plan.unit} (privacy.unit), and the run began with releases that protect one "
+                f"{counted.unit}. Start a new run."
+            )
         other_steps = made > 0 and counted.steps != steps_of(plan, 0)
         if other_steps or (planned is not None and counted.planned not in (None, planned)):
             raise PrivacyError(
@@ -79,6 +87,8 @@ class RunCounts:
         counted = self._counted.setdefault(key, _Counted())
         for row in () if connection is None else self._chain.run_rows(connection, run, after=counted.seq):
             if row.kind in RELEASED:
+                if row.body["node"] == node:
+                    counted.unit = counted.unit or row.body["unit"]
                 if row.body["node"] == node and "planned" in row.body:
                     counted.planned = (row.body["planned"],)
                 if row.body["node"] == node and purpose_of(row) == purpose:
