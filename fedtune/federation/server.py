@@ -49,7 +49,7 @@ from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Obser
 from fedtune.federation.roster import Roster
 from fedtune.federation.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.run_state import RunState
-from fedtune.federation.sizes import run_number
+from fedtune.federation.sizes import new_run_number, run_number
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.sizes import size_plan
@@ -243,7 +243,8 @@ def _begin(
     if config.resume is not None and not there:
         checkpoints.load_latest(run_dir)  # raises, with the way out
     attempt = checkpoints.next_attempt(run_dir)
-    run = run_number(run_dir)  # before the greeting: a simulated node may tell its size then, and is charged
+    # Before the greeting: a simulated node may tell its size then, and is charged.
+    run = new_run_number(run_dir) if config.resume is None else run_number(run_dir)
     if config.resume is None and expected and size_plan(config) is not None:
         # A run that could not be planned must not have charged anybody for a size. What it comes to does not
         # matter: noise and delta do not follow from it.

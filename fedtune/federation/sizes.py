@@ -5,16 +5,21 @@ is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has o
 resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
 the node, and 1 is told.
 
-The release is charged to the run, whose number a simulation's server writes into the folder (`run_number`)
-before it greets the nodes: the ledger then sees one run, fixed before its first release.
+The release is charged to the run, whose number a simulation's server writes into the folder before it greets
+the nodes (`new_run_number`): the ledger then sees one run, fixed before its first release. A run that begins
+anew in a folder where an earlier one ended before its first checkpoint has another number, and its nodes tell
+their sizes again: its partition or its unit may be another, and the ledger counts what the nodes of *one* run
+release as releases of different people's data.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,21 +37,27 @@ if TYPE_CHECKING:
     from fedtune.privacy.ledger import PrivacyLedger
     from fedtune.privacy.plan import ReleasePlan
 
-__all__ = ["greeting_size", "run_number", "sized", "tell_size"]
+__all__ = ["greeting_size", "new_run_number", "run_number", "sized", "tell_size"]
 
-_RUN = "run_number"
+_RUN, _SIZES = "run_number", "sizes"
 
 
 def run_number(run_dir: Path) -> str:
     """The number of the run in `run_dir`: that which was drawn for it, or a new one."""
-    path = run_dir / _RUN
     try:
-        if known := path.read_text(encoding="ascii").strip():
+        if known := (run_dir / _RUN).read_text(encoding="ascii").strip():
             return known
     except FileNotFoundError:
         pass
+    return new_run_number(run_dir)
+
+
+def new_run_number(run_dir: Path) -> str:
+    """Draws the number of a run that begins in `run_dir`, and forgets what sizes an earlier one was told."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(run_dir / _SIZES)
     run = secrets.token_hex(8)
-    _write(path, run)
+    _write(run_dir / _RUN, run)
     return run
 
 
@@ -134,7 +145,7 @@ def _folder(config: Config, context: Context, node: str) -> Path:
 
 
 def _path(folder: Path, node: str) -> Path:
-    return folder / "sizes" / f"{node}.json"
+    return folder / _SIZES / f"{node}.json"
 
 
 def _write(path: Path, text: str) -> None:

@@ -53,6 +53,7 @@ __all__ = [
 FloatArray = npt.NDArray[np.float64]
 
 _TOLERANCE = 5e-4  # relative width of the discretization error at which refining stops
+_MEANINGLESS = 1e5  # epsilon from about which on a closed form says as much as any composition
 _MAX_POINTS = 150_000  # of one step's privacy loss distribution
 
 
@@ -248,9 +249,13 @@ def _scale_guess(key: Terms, delta: float) -> float:
     """A rough epsilon, for choosing the grid only: any value gives a valid, if slower or looser, bound."""
     mu = math.sqrt(_squared_mu(key))
     guess = mu * math.sqrt(2.0 * math.log(1.0 / delta)) + mu * mu / 2.0
-    unsampled = sum(c * (4.0 if t.replace else 1.0) / (2.0 * t.noise_multiplier**2) for t, c in key)
-    limit = unsampled + 2.0 * math.sqrt(unsampled * math.log(1.0 / delta))
-    return min(guess, limit)
+    return min(guess, _unsampled(key, delta))
+
+
+def _unsampled(key: Terms, delta: float) -> float:
+    """Upper bound on epsilon that counts no sampling (Bun and Steinke 2016, Proposition 1.3)."""
+    rho = sum(c * (4.0 if t.replace else 1.0) / (2.0 * t.noise_multiplier**2) for t, c in key)
+    return rho + 2.0 * math.sqrt(rho * math.log(1.0 / delta))
 
 
 def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) -> float:
@@ -268,7 +273,10 @@ def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) ->
 def _epsilon(key: Terms, delta: float) -> float:
     if not key:
         return 0.0
-    interval = min(max(_scale_guess(key, delta) / 300.0, 1e-7), 1.0)
+    scale = _scale_guess(key, delta)
+    if scale > _MEANINGLESS:
+        return _unsampled(key, delta) * (1.0 + 1e-9)
+    interval = min(max(scale / 300.0, 1e-7), 1.0)
     best, previous = math.inf, math.inf
     # With many different steps every grid costs seconds, and half a percent is not worth them.
     tolerance = _TOLERANCE if len(key) <= 8 else 10.0 * _TOLERANCE

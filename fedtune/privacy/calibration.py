@@ -187,6 +187,7 @@ def _interval(target_epsilon: float, least: float, more: float, steps: int) -> f
 
 def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """Noise multiplier in the central limit (Bu et al. 2020): where the search starts, nothing more."""
+    target_epsilon = min(max(target_epsilon, 1e-6), 1e6)
     tail = math.sqrt(2.0 * math.log(1.0 / delta))
     mu = math.sqrt(tail * tail + 2.0 * target_epsilon) - tail  # of mu^2/2 + mu*tail = epsilon
     if sample_rate == 1.0:

@@ -21,6 +21,10 @@ TRUSTS = ("local", "distributed", "central", "none")
 MECHANISMS = ("gaussian", "dp_ftrl")
 UNITS = ("record", "person", "client")  # from the finest to the coarsest
 
+# What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
+_NOISE = (1e-6, 1e6)
+_MOST_STEPS = 10**9
+
 
 def number(value: Any, name: str) -> float:
     """`value` as a float; `PrivacyError` naming it if it is no number (infinity is one)."""
@@ -101,6 +105,7 @@ def validate(plan: PrivacyPlan) -> None:
             f"privacy.noise_multiplier must be finite and above 0, not {noise}. For a run without noise, say "
             "so: privacy.trust=none."
         )
+    _validate_extent(plan)
     if math.isinf(norm):
         raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
     _validate_evaluation(plan)
@@ -135,6 +140,24 @@ def validate(plan: PrivacyPlan) -> None:
     _validate_adaptive(plan)
     if plan.mechanism == "dp_ftrl":
         _validate_correlated(plan)
+
+
+def _validate_extent(plan: PrivacyPlan) -> None:
+    least, most = _NOISE
+    for name, value in (
+        ("privacy.noise_multiplier", plan.noise_multiplier),
+        ("evaluation_noise", plan.evaluation_noise or 1.0),
+    ):
+        if not least <= value <= most:
+            raise PrivacyError(
+                f"{name} is {value:g}, and must lie between {least:g} and {most:g}: with less nobody is "
+                "protected (privacy.trust=none says so), with more nothing is learnt."
+            )
+    if (steps := plan.steps() + plan.evaluation_answers) > _MOST_STEPS:
+        raise PrivacyError(
+            f"The plan has {steps:,} noised steps, and no more than {_MOST_STEPS:,} are accounted for. Lower "
+            "federation.num_rounds or train.local_steps."
+        )
 
 
 def _validate_correlated(plan: PrivacyPlan) -> None:

@@ -65,8 +65,8 @@ class RunCounts:
             )
         if counted.unit not in (None, plan.unit):
             raise PrivacyError(
-                f"node '{node}' refuses round {round} of run '{run}': it is asked for a release that protects "
-                f"one {plan.unit} (privacy.unit), and the run began with releases that protect one "
+                f"node '{node}' refuses round {round} of run '{run}': it is asked for a release that "
+                f"protects one {plan.unit} (privacy.unit), and the run began with releases that protect one "
                 f"{counted.unit}. Start a new run."
             )
         other_steps = made > 0 and counted.steps != steps_of(plan, 0)

@@ -30,6 +30,7 @@ from fedtune.privacy.accounting import Term, deltas_of_terms, epsilon_of_terms
 __all__ = ["WEAK", "WRONG", "TradeOff", "caution", "grade", "percent", "trade_off"]
 
 WRONG = (0.001, 0.01, 0.1)  # shares of those not in the data that an attacker is wrong about, as shown
+_LARGEST = 10_000.0  # epsilon from which on a curve says nothing more than one pair
 
 # The largest share found at WRONG[0], advantage and delta that a word is used for. By them a typical run
 # (Gaussian noise, delta 1e-5) is strong up to an epsilon of about 1.7 and moderate up to about 9; one pair
@@ -67,11 +68,11 @@ class TradeOff:
 def trade_off(terms: Mapping[Term, int] | None, epsilon: float, delta: float) -> TradeOff:
     """The trade-off curve of `terms`, a run's steps, or of the one pair (`epsilon`, `delta`) promised.
 
-    The pair alone is taken where the steps are not known (None), or cost less than the pair: then they are
-    not all that was released.
+    The pair alone is taken where the steps are not known (None), or cost less than the pair (then they are
+    not all that was released), or where epsilon is absurd.
     """
     pair = ((float(epsilon), float(delta)),)
-    if not terms or not math.isfinite(epsilon) or epsilon_of_terms(terms, delta) < 0.99 * epsilon:
+    if not terms or not epsilon < _LARGEST or epsilon_of_terms(terms, delta) < 0.99 * epsilon:
         return TradeOff(pair, own=False)
     # Up to where delta is next to nothing.
     epsilons = np.concatenate([np.linspace(0.0, 1.0, 40), np.geomspace(1.02, max(3.0 * epsilon, 12.0), 120)])

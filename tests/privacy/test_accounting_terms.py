@@ -280,7 +280,7 @@ def test_a_grid_of_too_many_points_is_not_refined(
     assert len(source.intervals) == grids
 
 
-@pytest.mark.parametrize(("sigma", "first"), [(1e9, 1e-7), (0.01, 1.0)])
+@pytest.mark.parametrize(("sigma", "first"), [(1e9, 1e-7), (0.03, 1.0)])
 def test_the_first_grid_is_neither_too_fine_nor_too_coarse(
     monkeypatch: pytest.MonkeyPatch, sigma: float, first: float
 ) -> None:

@@ -1,13 +1,17 @@
-"""What a server, a restored folder or an absurd number may try on a ledger and a plan, as a reviewer tried it."""
+"""What a server, a restored folder or an absurd number may try on a ledger and a plan."""
 
 from __future__ import annotations
 
+import math
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedtune.errors import PrivacyError
+from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.privacy.calibration import noise_multiplier_for
 from fedtune.privacy.ledger import PrivacyLedger
 from tests.privacy.identities import identity
 from tests.privacy.plans import local_plan
@@ -38,3 +42,49 @@ def test_a_run_that_began_by_person_goes_on_by_person(tmp_path: Path) -> None:
         release("record", 2)
     release("person", 2)
     assert len(ledger.releases()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"noise_multiplier": 1e-9}, "noise_multiplier is 1e-09"),
+        ({"noise_multiplier": 1e-300}, "noise_multiplier is 1e-300"),
+        ({"noise_multiplier": 1e300}, "noise_multiplier is 1e[+]300"),
+        ({"evaluation_share": 0.1, "evaluation_answers": 1, "evaluation_noise": 1e-9}, "evaluation_noise is"),
+        ({"num_rounds": 10**12}, "5,000,000,000,000 noised steps"),
+    ],
+)
+def test_a_plan_that_no_accountant_can_bound_is_refused(changes: dict[str, Any], what: str) -> None:
+    """These ended in a MemoryError of exabytes, a division by zero or an overflow."""
+    with pytest.raises(PrivacyError, match=what):
+        local_plan(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_multiplier": 1e-6},
+        {"noise_multiplier": 1e-3},
+        {"noise_multiplier": 1e-3, "sample_rate": 1.0},
+        {"noise_multiplier": 1e6},
+        {"num_rounds": 10**6, "local_steps": 1000},
+    ],
+)
+def test_the_least_and_the_most_that_a_plan_may_ask_have_an_epsilon(
+    changes: dict[str, Any],
+) -> None:
+    plan = local_plan(**changes)
+    epsilon = plan.epsilon()
+    # Without sampling: Bun and Steinke 2016, Proposition 1.3.
+    rho = plan.steps() / (2.0 * plan.noise_multiplier**2)
+    assert 0.0 <= epsilon <= (rho + 2.0 * math.sqrt(rho * math.log(1.0 / plan.delta))) * 1.001
+    assert (plan.cautions() == []) == (epsilon < 10.0)
+    ledger = PrivacyLedger(Path(tempfile.mkdtemp()) / "site.sqlite")
+    ledger.set_budget(PrivacyBudget(1e308, plan.delta))
+    ledger.reserve(dataset="visits", fingerprint=identity("ab"), node="n", run="r", round=1, plan=plan)
+
+
+@pytest.mark.parametrize("target", [1e-300, 1e-12, 1e6, 1e308])
+def test_an_absurd_target_is_refused_in_a_sentence(target: float) -> None:
+    with pytest.raises(CalibrationError, match="epsilon"):
+        noise_multiplier_for(target, DELTA, sample_rate=0.1, steps=48, use_cache=False)

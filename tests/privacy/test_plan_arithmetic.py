@@ -57,7 +57,7 @@ def test_what_is_not_said_is_harmless() -> None:
         lambda: ftrl(num_rounds=10, cohort_size=20),
         lambda: ftrl(num_rounds=10, bands=10, min_separation=2),
         lambda: distributed_plan(max_dropouts=3 - 1),
-        lambda: local_plan(evaluation_answers=1, evaluation_share=0.9, evaluation_noise=1e-9),
+        lambda: local_plan(evaluation_answers=1, evaluation_share=0.9, evaluation_noise=1e-6),
         lambda: public_plan(evaluation_answers=1, evaluation_share=0.001),
         lambda: public_plan(weighting="declared", local_steps=7),
         lambda: local_plan(size_noise=1e-9),

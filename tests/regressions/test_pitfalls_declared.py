@@ -17,10 +17,11 @@ from rich.console import Console
 
 from fedtune.config.convert import to_json
 from fedtune.config.loader import load
-from fedtune.config.schema import Config, DataConfig, PrivacyConfig
+from fedtune.config.schema import Config, DataConfig, PartitionConfig, PrivacyConfig
 from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, FederationError
 from fedtune.experiments import record
 from fedtune.experiments.run import run
+from fedtune.federation import server
 from fedtune.federation.node import ledger_of
 from fedtune.federation.resident import Workplace, workplace
 from fedtune.privacy.budget_file import PrivacyBudget
@@ -166,6 +167,33 @@ def test_19_a_resumed_run_goes_on_with_the_size_that_it_has(parts: tuple[Path, P
     assert {path.name: path.read_text() for path in (tmp_path / "run" / "sizes").iterdir()} == kept
     assert second["data"]["declared_sizes"] == first["data"]["declared_sizes"]
     assert len(ledger_of("site-0").releases(purpose="size")) == 4  # one a node, once
+
+
+def test_19_a_run_that_begins_anew_in_a_folder_tells_its_sizes_anew(
+    parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It kept the number of the run that ended before its first checkpoint. With another partition its sizes
+    were then those of "other nodes of one run", which are other people's data, and charged to nobody; with
+    another unit, the count of records was taken for that of persons."""
+
+    def stopped(*_: object, **__: object) -> Any:
+        raise FederationError("stopped after the greeting")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "agree", stopped)
+        with pytest.raises(FederationError, match="stopped after the greeting"):
+            finish(undeclared(parts), tmp_path / "run")
+    config = undeclared(parts)
+    config.partition = PartitionConfig(name="iid")
+    config.federation.nodes = 3
+    made = finish(config, tmp_path / "run")
+    rows = ledger_of("site-0").releases(purpose="size")
+    assert len(rows) == 4 + 3 and {one.run == made["run"]["id"] for one in rows[:4]} == {False}
+    assert {one.run for one in rows[4:]} == {made["run"]["id"]}
+    assert {path.stem for path in (tmp_path / "run" / "sizes").iterdir()} == {one.node for one in rows[4:]}
+    # All that any record was charged: both sizes, and the run.
+    total = max(one["epsilon"] for one in made["privacy"]["ledger"])
+    assert total > made["privacy"]["epsilon"]
 
 
 def test_19_a_budget_that_does_not_hold_the_run_is_not_spent_on_a_size(
