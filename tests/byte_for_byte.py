@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,10 +179,10 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         patch.setattr(rounds.ClippedUpdates, "release", constant_release)
         patch.setattr(local.LocalGrid, "_deliver", watched)
         patch.setattr(local, "empty_run", lambda run_id: empty_run(2**55))  # its length is in bytes_up
-        patch.setattr(sizes.secrets, "token_hex", lambda size: "ab" * size)
+        patch.setattr(sizes, "secrets", SimpleNamespace(token_hex=lambda size: "ab" * size))
         patch.setattr(secagg_crypto, "new_key_pair", key_pair)
-        patch.setattr(secagg_crypto.secrets, "randbelow", lambda limit: next(numbers))
-        patch.setattr(secure_aggregation.secrets, "token_bytes", key)
+        patch.setattr(secagg_crypto, "secrets", SimpleNamespace(randbelow=lambda limit: next(numbers)))
+        patch.setattr(secure_aggregation, "secrets", SimpleNamespace(token_bytes=key))
         patch.setattr(run, "datetime", Clock)
         patch.setattr(report, "datetime", Clock)
         patch.setitem(trackers.WRITERS, "tensorboard", KeptTracker)
