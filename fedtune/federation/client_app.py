@@ -36,6 +36,7 @@ from fedtune.federation.node import (
     node_config,
     own_shard,
     owner_delta,
+    place_of,
     public_reason,
     reserve_release,
 )
@@ -71,8 +72,8 @@ def hello(message: Message, context: Context) -> Message:
         )
         return Message(answer.to_records(), reply_to=message)
     except Exception as error:
-        where = f"partition {context.node_config.get('partition-id')}"
-        return Message(Error(_CLIENT_RAISED, public_reason(error, where, context)), reply_to=message)
+        reason = public_reason(error, place_of(context), context)
+        return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
 
 
 @app.train()

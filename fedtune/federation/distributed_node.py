@@ -200,8 +200,8 @@ def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Messag
         try:
             content: Any = work(message, context)
         except Exception as error:
-            where = f"partition {context.node_config.get('partition-id')}"
-            content = Error(_CLIENT_RAISED, node_side.public_reason(error, where, context))
+            reason = node_side.public_reason(error, node_side.place_of(context), context)
+            content = Error(_CLIENT_RAISED, reason)
         if work is _mask:
             node_side.hold_back(context, arrived)
         return Message(content, reply_to=message)

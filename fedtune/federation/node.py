@@ -57,6 +57,7 @@ __all__ = [
     "own_shard",
     "owner_delta",
     "permitted",
+    "place_of",
     "public_reason",
     "releases_of",
     "reserve_release",
@@ -422,7 +423,13 @@ def _name(context: Context) -> str:
         shard = own_shard(node_config(context), context)
     except Exception:
         shard = None
-    return shard.node if shard else f"partition {context.node_config.get('partition-id')}"
+    return shard.node if shard else place_of(context)
+
+
+def place_of(context: Context) -> str:
+    """What to call a node whose data cannot be read: its site, or its place in a simulation."""
+    site = site_settings(context)
+    return site.site if site is not None else f"partition {context.node_config.get('partition-id')}"
 
 
 def _charged(node: str, run: str, context: Context) -> int:

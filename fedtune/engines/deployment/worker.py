@@ -76,7 +76,7 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
     from flwr.common.serde import context_from_proto, context_to_proto
     from flwr.proto.message_pb2 import Context as ProtoContext
 
-    from fedtune.errors import ResourceError
+    from fedtune.errors import FedtuneError, ResourceError
     from fedtune.federation._flower import act_as, deserialize, serialize
     from fedtune.federation.books import Books
     from fedtune.federation.client_app import app
@@ -92,8 +92,9 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
         books.check()
         before = _spent(its_context)
         reply = app(received, its_context)
-    except Exception as error:  # a message of a kind that nobody answers, for instance
-        _log.exception("a message could not be answered")
+    except Exception as error:  # books that disagree; a message of a kind that nobody answers
+        known = isinstance(error, FedtuneError)
+        _log.error("a message could not be answered: %s", error, exc_info=None if known else error)
         reply = _failure(received, public_reason(error, site.site))
     data = serialize(reply)
     try:
