@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message
 from flwr.app.error import Error
 
-from fedtune.errors import LedgerError, PrivacyError
+from fedtune.errors import LedgerError
 from fedtune.federation import node as node_side
 from fedtune.federation.agreement import Consent, Proposal
 
@@ -62,18 +62,12 @@ def _check(proposal: Proposal, context: Context) -> str:
     """This node's name. Raises PrivacyError (of some kind) if the run may not be done here."""
     site = node_side.site_settings(context)
     own = node_side.permitted(proposal.plan, proposal.run, context)
-    plans = node_side.releases_of(own.plan)
-    if site is not None:
-        try:
-            site.check_evaluation(proposal.plan)
-        except PrivacyError:  # it takes part in the training and answers no questions
-            plans = [plan for plan in plans if plan.purpose != "evaluation"]
     own.ledger.check_run(
         dataset=own.shard.dataset,
         fingerprint=own.shard.identity,
         node=own.shard.node,
         run=proposal.run,
-        plans=plans,
+        plans=node_side.releases_of(own.plan, site),
         public=own.config.data.public,
     )
     return own.shard.node

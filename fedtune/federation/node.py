@@ -351,9 +351,19 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
     return Permitted(config, shard, plan, ledger)
 
 
-def releases_of(plan: PrivacyPlan) -> list[ReleasePlan]:
-    """All that a run by `plan` may release of a shard, one for each purpose."""
-    return [plan, *(one for one in (plan.evaluation(), plan.sizing()) if one is not None)]
+def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[ReleasePlan]:
+    """All that a run by `plan` may release of a shard, one for each purpose.
+
+    A real site whose owner permits no such answers (`site`) trains and answers none: they are not among its
+    releases, when it agrees to the run and in each round alike.
+    """
+    answers = plan.evaluation()
+    if answers is not None and site is not None:
+        try:
+            site.check_evaluation(plan)
+        except PrivacyError:
+            answers = None
+    return [plan, *(one for one in (answers, plan.sizing()) if one is not None)]
 
 
 def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
@@ -384,7 +394,7 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
         run=request.run,
         round=request.round,
         plan=charged,
-        whole=releases_of(plan),
+        whole=releases_of(plan, site_settings(context)),
         public=config.data.public,
     )
     count = len(ledger.releases(**mine))

@@ -14,6 +14,7 @@ update that comes early is kept until those before it have come or are given up.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -48,6 +49,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
 _GRACE_SECONDS = 300.0  # by which clocks may differ: a node that is further off may not join
+_OF_FLOWER = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # flwr 1.41, its simulation's vce_api
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
 
@@ -176,9 +178,15 @@ def exchange(
 
 
 def reason_of(answer: Message) -> str:
-    """Why a message carries an error instead of content, in one line."""
-    reason = answer.error.reason or f"error code {answer.error.code}"
-    return " ".join(str(reason).split())[:500]
+    """Why a message carries an error instead of content, in one line.
+
+    In its own words only where a node put them: Flower's simulation puts the text of whatever ended a worker
+    there, which nobody has looked at.
+    """
+    reason = " ".join(str(answer.error.reason or f"error code {answer.error.code}").split())
+    if found := _OF_FLOWER.match(reason):
+        return f"its worker failed with {found[1]}; the log of the engine says more"
+    return reason[:500]
 
 
 def collect(

@@ -74,6 +74,23 @@ def test_a_folder_that_is_gone_for_four_seconds_suspends_and_comes_back(
     assert books.let_in() == set(SITES) and revoked(books.folder) == {}
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_key_under_another_sites_name_lets_nobody_in_by_that_name(books: Books, renamed: bool) -> None:
+    """A file that was copied: what the server keeps of clinic-1's books would go under the other name."""
+    line = books.lines["clinic-1"]
+    copied = line.replace("clinic-1", "clinic-2") if renamed else line
+    (books.folder / "nodes" / "clinic-2.pub").write_text(copied + "\n")
+    broken: dict[str, str] = {}
+    enrolled(books.folder, broken)
+    books.admission.look()
+    assert books.admission.site_of(books.keys["clinic-1"]) in (None, "clinic-1")
+    assert books.let_in() == ({"clinic-3"} if renamed else {"clinic-1", "clinic-3"})
+    assert ("also that of clinic-1" if renamed else "holds the key of site 'clinic-1'") in broken["clinic-2"]
+    enrol(books.folder, books.lines["clinic-2"])
+    books.admission.look()
+    assert books.let_in() == set(SITES) and revoked(books.folder) == {}
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"ecdsa-sha2-nistp384 AAAA clinic-1\n"])
 def test_one_broken_file_at_start_suspends_its_site_alone(books: Books, content: bytes) -> None:
     (books.folder / "nodes" / "clinic-1.pub").write_bytes(content)

@@ -97,3 +97,21 @@ def test_answers_about_held_out_data_are_part_of_the_run(tmp_path: Path, model: 
 
     assert answer(tmp_path / "asks", 10).refusal == "BudgetExhausted"
     assert answer(tmp_path / "none", 0).refused is None
+
+
+def test_a_site_that_answers_nothing_is_asked_round_by_round_for_what_it_agreed_to(
+    tmp_path: Path, model: Path
+) -> None:
+    """It agrees to the training alone, and each round is held to the same: not to answers it never gives."""
+    from fedtune.federation.messages import RoundRequest
+
+    site = Site(tmp_path, model, budget_epsilon=50.0, budget_delta=1e-3, permit={"max_evaluations": 0})
+    site.config.federation.evaluation = "private"
+    site.config.privacy.epsilon, site.config.privacy.delta = 8.0, 1e-3
+    plan = make_plan(site.config, [SIZE])
+    poor = dataclasses.replace(site.settings, budget_epsilon=plan.epsilon(plan.num_rounds, 0) * 1.0001)
+    PrivacyLedger.open(Path(site.settings.ledger)).set_budget(poor.budget)
+    assert propose(site, plan).refused is None
+    for round in range(1, plan.num_rounds + 1):
+        content = site.send(RoundRequest("r", round, 1, plan, site.start()).to_records()).content
+        assert "update" in content, (round, content["reply"])

@@ -53,6 +53,21 @@ BAD = {
 }
 
 
+def test_what_ended_a_worker_is_told_by_its_kind_alone() -> None:
+    """Flower's simulation answers with whatever text the exception has; nobody has looked at that."""
+    from flwr.app import Message
+    from flwr.app.error import Error
+
+    with task_identity(1):
+        asked = Message(RecordDict(), 7, "query.hello")
+        texts = [
+            "<class 'ray.exceptions.OutOfMemoryError'>:<'pid 17 used 3.21GB for the film was awful'>",
+            "no",
+        ]
+        said = [rounds.reason_of(Message(Error(0, text), reply_to=asked)) for text in texts]
+    assert said == ["its worker failed with OutOfMemoryError; the log of the engine says more", "no"]
+
+
 @pytest.mark.parametrize("how", BAD)
 def test_a_bad_node_costs_its_own_update_and_the_record_names_it(tmp_path: Path, how: str) -> None:
     config = fake_config(num_rounds=1, round_timeout=1.0 if how == "hang" else 30.0)

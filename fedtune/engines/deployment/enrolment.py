@@ -83,22 +83,34 @@ def revoke(server: Path, site: str) -> None:
 def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str, bytes]:
     """Public keys (PEM) of the enrolled sites, by name.
 
-    A file that is no key is passed over, so that it keeps no other site from being let in or revoked;
-    `unreadable` is given what is wrong with it, and the way out, by the site's name.
+    A file that is no key, or holds another site's (a copy: that site's books would be kept under this name),
+    is passed over, so that it keeps no other site from being let in or revoked; `unreadable` is given what is
+    wrong with it, and the way out, by the site's name.
     """
     found: dict[str, bytes] = {}
+    wrong: dict[str, object] = {}
     for path in sorted((server / "nodes").glob("*.pub")):
         try:
-            found[path.stem] = certificates.read_public_line(path.read_text())[0]
+            key, site = certificates.read_public_line(path.read_text())
         except FileNotFoundError:
             continue  # gone since the folder was listed
         except (ConfigError, OSError, UnicodeDecodeError) as error:
-            if unreadable is not None:
-                unreadable[path.stem] = (
-                    f"{path} cannot be used: {error} Enrol {path.stem} again (`fedtune server DIR --enrol "
-                    f"'LINE'`), or revoke it (`fedtune server DIR --revoke {path.stem}`)."
-                )
-    return found
+            wrong[path.stem] = error
+            continue
+        if site == path.stem:
+            found[site] = key
+        else:
+            wrong[path.stem] = f"it holds the key of site {site!r}."
+    for site, key in found.items():
+        if others := [other for other, used in found.items() if used == key and other != site]:
+            wrong.setdefault(site, f"the key in it is also that of {', '.join(others)}.")
+    if unreadable is not None:
+        for site, why in wrong.items():
+            unreadable[site] = (
+                f"{server / 'nodes' / f'{site}.pub'} cannot be used: {why} Enrol {site} again (`fedtune "
+                f"server DIR --enrol 'LINE'`), or revoke it (`fedtune server DIR --revoke {site}`)."
+            )
+    return {site: key for site, key in found.items() if site not in wrong}
 
 
 def revoked(server: Path) -> dict[bytes, str]:
