@@ -11,7 +11,7 @@ import dp_accounting as dp
 import numpy as np
 import pytest
 
-from fedtune.errors import PrivacyError
+from fedtune.errors import PrivacyError, SeparationError
 from fedtune.privacy.accounting import Term
 from fedtune.privacy.checks import number, whole
 from fedtune.privacy.evaluation import EvaluationPlan
@@ -307,3 +307,18 @@ def test_cautions_are_given_where_they_are_due(make: Callable[[], PrivacyPlan], 
     found = make().cautions()
     assert len(found) == len(words)
     assert all(text.startswith(start) for text, start in zip(found, words, strict=True))
+
+
+def test_the_most_units_are_those_held_out_too_and_what_noise_may_hide() -> None:
+    assert local_plan().most_units() == 1000.0
+    held = local_plan(evaluation_share=0.2, evaluation_answers=1, evaluation_noise=4.0)
+    assert held.most_units() == pytest.approx(1000.0 / 0.8)
+    assert local_plan(size_noise=20.0, nodes=9).most_units() == pytest.approx(1000.0 + 5 * 20.0)
+    assert distributed_plan(size_noise=20.0, nodes=9).most_units() == pytest.approx(1000.0 + 5 * 20.0 * 3)
+
+
+def test_a_round_too_soon_names_node_and_run() -> None:
+    ftrl().check_round("clinic", "run-7", 20, [1])
+    central_plan().check_round("clinic", "run-7", 2, [1])
+    with pytest.raises(SeparationError, match="node 'clinic' refuses round 5 of run 'run-7'"):
+        ftrl().check_round("clinic", "run-7", 5, [1])
