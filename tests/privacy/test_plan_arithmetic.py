@@ -270,9 +270,9 @@ def test_a_client_of_a_trusted_server_trains_without_privacy() -> None:
         max_grad_norm=math.inf, declared_size=500, delta=0.0, seed=3,
     )  # fmt: skip
     for make in (central_plan, distributed_plan, local_plan, public_plan):
-        with pytest.raises(PrivacyError, match="declared_size"):
+        with pytest.raises(PrivacyError, match="^declared_size must be"):
             make().for_shard(0)
-    with pytest.raises(PrivacyError, match="declared_size"):
+    with pytest.raises(PrivacyError, match="^declared_size must be"):
         plan.training_plan(0)
     assert central_plan().for_shard(3) == central_plan()
     assert public_plan().for_shard(3).declared_size == 3
@@ -322,3 +322,15 @@ def test_a_round_too_soon_names_node_and_run() -> None:
     central_plan().check_round("clinic", "run-7", 2, [1])
     with pytest.raises(SeparationError, match="node 'clinic' refuses round 5 of run 'run-7'"):
         ftrl().check_round("clinic", "run-7", 5, [1])
+
+
+def test_towards_the_server_the_shares_of_all_that_arrive_count() -> None:
+    plan = distributed_plan(nodes=6, max_dropouts=2, noise_multiplier=0.9)
+    assert plan.honest_shares() == 3
+    towards = dataclasses.replace(plan, noise_multiplier=0.9 * math.sqrt(4 / 3)).epsilon()
+    assert plan.epsilon_towards_server() == pytest.approx(towards, rel=1e-6) and towards < plan.epsilon()
+
+
+def test_the_quantile_is_paid_for_at_any_noise() -> None:
+    plan = central_plan(adaptive_clipping=True, noise_multiplier=0.8, quantile_noise=1.5)
+    assert plan.update_noise_multiplier() == pytest.approx((0.8**-2 - 3.0**-2) ** -0.5, rel=1e-12)
