@@ -25,6 +25,9 @@ Small faults are put into `fedtune/privacy` and `fedtune/training/dp_step.py`, o
 run: a fault that no test notices has survived. `scripts/mutate` makes this page and `record.json` again; it
 is not part of the usual run of CI. What survives is explained in `survivors.yaml`: `equivalent` cannot be
 noticed by any test (the program does the same), `accepted` could be, and the line says why it is left.
+
+A verdict belongs to the text of its module: as long as that stays, a mutant that was killed is not run again
+(`--again` runs all), so that verdicts of one page may be of several runs, and of earlier versions of the tests.
 """
 
 
