@@ -27,7 +27,7 @@ is not part of the usual run of CI. What survives is explained in `survivors.yam
 noticed by any test (the program does the same), `accepted` could be, and the line says why it is left.
 
 A verdict belongs to the text of its module: as long as that stays, a mutant that was killed is not run again
-(`--again` runs all), so that verdicts of one page may be of several runs, and of earlier versions of the tests.
+(`--again` runs all), so that one page may hold verdicts of several runs and of earlier versions of the tests.
 """
 
 
