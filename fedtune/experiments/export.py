@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import replace_whole
 from fedtune.errors import ResourceError
 from fedtune.experiments.commands import command
 from fedtune.experiments.frontier import COSTS, Point
@@ -65,16 +66,16 @@ def _columns(table: Sequence[dict[str, Any]]) -> list[str]:
     return [*(name for name in names if name != "command"), "command"]
 
 
-def write_csv(table: Sequence[dict[str, Any]], path: Path) -> None:
+def write_csv(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
     """Writes `table` as CSV (RFC 4180, UTF-8). Raises `ResourceError` if the disk does not take it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(table), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    save(path, text.getvalue().encode())
+    save(path, text.getvalue().encode(), mode=mode)
 
 
-def write_parquet(table: Sequence[dict[str, Any]], path: Path) -> None:
+def write_parquet(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
     """Writes `table` as Parquet. Raises `ResourceError` if the disk does not take it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -82,16 +83,17 @@ def write_parquet(table: Sequence[dict[str, Any]], path: Path) -> None:
     columns = {name: [row.get(name) for row in table] for name in _columns(table)}
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer)
-    save(path, buffer.getvalue())
+    save(path, buffer.getvalue(), mode=mode)
 
 
-def save(path: Path, content: bytes) -> None:
-    """Writes `content` to `path`, whole or not at all. Raises `ResourceError` with the way out."""
-    temporary = path.with_name(f".{path.name}.part")
+def save(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Writes `content` to `path`, whole or not at all, readable as `mode` and the umask say.
+
+    Raises `ResourceError` with the way out.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        replace_whole(path, content, mode=mode)
     except OSError as error:
         raise ResourceError(
             f"Cannot write {path}: {error.strerror or error}. Choose another folder with --output FOLDER."

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedtune.config.convert import to_dict
+from fedtune.config.files import replace_whole
 from fedtune.config.paths import state_dir
 from fedtune.config.schema import Config
 from fedtune.cost.meter import Cost
@@ -106,8 +108,10 @@ def remember(made: Mapping[str, Any]) -> None:
         path = state_dir() / NAME
         if path.exists() and path.stat().st_size > _MOST_BYTES:
             lines = path.read_text(encoding="utf-8").splitlines()[-_MOST_LINES // 2 :]
-            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        with path.open("a", encoding="utf-8") as file:
+            replace_whole(path, ("\n".join(lines) + "\n").encode(), mode=0o600)
+        # Measured times of private runs are among it: for the owner alone.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except (OSError, FedtuneError):
         return

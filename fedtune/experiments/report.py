@@ -56,7 +56,8 @@ def report(
 
     Args:
         prices: `pricing=NAME` and single prices; empty: each run by its own book.
-        local: show also what depends on private records and was not charged, on a page that says so.
+        local: show also what depends on private records and was not charged, on a page that says so, in files
+            of their own (`local-report.html` and so on) that only their owner can read.
 
     Raises:
         RecordError: no usable record below `folders`.
@@ -78,19 +79,21 @@ def report(
     data["version"] = __version__
     data["local"] = local
     target = output or _folder_of(folders[0])
+    # For the owner alone: never in the place of what may be published, and readable by nobody else.
+    prefix, mode = ("local-", 0o600) if local else ("", 0o666)
     files = Report(
-        target / "report.html",
-        target / "frontier.png",
-        target / "frontier.csv",
-        target / "frontier.parquet",
+        target / f"{prefix}report.html",
+        target / f"{prefix}frontier.png",
+        target / f"{prefix}frontier.csv",
+        target / f"{prefix}frontier.parquet",
         _summary(found, points, data),
     )
     table = export.rows(points, names, using.currency)
-    export.write_csv(table, files.csv)
-    export.write_parquet(table, files.parquet)
+    export.write_csv(table, files.csv, mode=mode)
+    export.write_parquet(table, files.parquet, mode=mode)
     main = [point for point in points if point.group == data["groups"][0]["name"]]
-    export.save(files.picture, figure.draw(main, names, _small_print(main, data)))
-    export.save(files.page, page(data).encode())
+    export.save(files.picture, figure.draw(main, names, _small_print(main, data)), mode=mode)
+    export.save(files.page, page(data).encode(), mode=mode)
     return files
 
 

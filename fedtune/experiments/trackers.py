@@ -2,8 +2,8 @@
 
 From the beginning the configuration; after each round accuracy, loss, epsilon with its delta, bytes and, of
 data that is declared public, seconds; at the end every number of the record by its own name, the record and
-the statement. Nothing else: what a tracker gets has passed `fedtune.privacy.publication`, and folders of this
-machine are left out of it.
+the statement. A tracker's files say of each when it was told. Nothing else: what a tracker gets has passed
+`fedtune.privacy.publication`, and folders of this machine are left out of it.
 
 A tracker cannot break a run: one that raises is told of once and switched off. One that is not installed is
 refused before the run begins. Nothing is sent anywhere (`fedtune.experiments.tracker_writers`).

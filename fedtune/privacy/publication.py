@@ -280,7 +280,8 @@ SINKS: Mapping[str, Fields] = {
 
 EXPOSED: tuple[str, ...] = (
     "Time: when messages arrive and how long a run takes is seen by whoever receives them or looks on, and "
-    "the time that a node computes depends on what was drawn. No record of private data has measured times.",
+    "the time that a node computes depends on what was drawn. No record of private data has measured times; "
+    "the files of a tracker (tracker.name) keep the moment at which each round was told.",
     "Failures: that a node refuses, fails or does not answer is seen, and the kind of the error is told; its "
     "words only where they are made of settings, plans and names.",
     "Books: whether a budget allows a run depends on which records were used before, so a refusal tells that "

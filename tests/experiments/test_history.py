@@ -96,14 +96,17 @@ def test_what_the_file_holds_is_no_data_and_no_result() -> None:
     remember(made())
     line = json.loads((state_dir() / NAME).read_text())
     assert set(line) == {"kind", "machine", "rounds", "seconds", "in_rounds", "records", "cost"}
+    assert (state_dir() / NAME).stat().st_mode & 0o077 == 0, "times of private runs are their owner's"
 
 
 def test_a_full_disk_costs_the_estimate_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "open", full)
-    remember(made())
+    with monkeypatch.context() as patch:
+        patch.setattr("fedtune.experiments.history.os.open", full)
+        remember(made())
+    assert not (state_dir() / NAME).exists()
 
 
 def test_the_opening_says_what_is_known_and_what_is_not() -> None:

@@ -53,9 +53,12 @@ def test_times_and_prices_of_private_data_are_shown_to_their_owner_alone(
     assert not {"train_seconds", "seconds", "peak_memory_bytes"} & set(point["cost"])
     assert {"bytes", "flops"} <= set(point["cost"])
     assert "not declared public" in published.text and "--local" in published.text
-    own = report([finished[0]], output=tmp_path / "own", local=True)
+    own = report([finished[0]], output=tmp_path / "published", local=True)
     (point,) = numbers(own.page)["points"]
     assert {"train_seconds", "seconds", "flops"} <= set(point["cost"])
+    files = (own.page, own.picture, own.csv, own.parquet)
+    assert all(path.name.startswith("local-") and not path.stat().st_mode & 0o077 for path in files)
+    assert not {"train_seconds", "seconds"} & set(numbers(published.page)["points"][0]["cost"])
     assert "Not for publication" in own.text and "(not for publication)</title>" in own.page.read_text()
 
 
