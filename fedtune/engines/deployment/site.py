@@ -258,6 +258,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
 
     Raises DataError, ModelError or ResourceError if the node could not take part at all.
     """
+    from fedtune.federation.node import releases_of
     from fedtune.federation.resident import workplace
     from fedtune.privacy.planning import make_plan
 
@@ -285,15 +286,15 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
         fingerprint=shard.identity,
         node=shard.node,
         run="dry run",
-        plans=[mine] if about is None else [mine, about],
+        plans=releases_of(mine, site),
         delta=delta,
         epsilon=site.budget.epsilon,
     )
     if after > site.budget.epsilon and not site.data.public:
         refusals.append(
             f"all {plan.num_rounds} rounds would raise epsilon from {before:.4g} to {after:.4g}, over "
-            f"the budget of "
-            f"{site.budget.epsilon:g} at delta {delta:g}; the node would stop taking part on the way"
+            f"the budget of {site.budget.epsilon:g} at delta {delta:g}; the node would refuse it before its "
+            "first round"
         )
     lines: list[tuple[str, Any]] = [
         ("site", f"{site.site} of {site.federation}"),
