@@ -87,7 +87,8 @@ def show(paths: list[Path], dataset: str | None = None, node: str | None = None)
     ]
     note = (
         "Epsilon is an upper bound for whichever record or person of the data has spent most, over all its "
-        "releases under any name and cut. Over one run, fixed in advance, it is that of its privacy loss "
+        "releases under any name and cut, for one unit added or removed (a client: all that it holds "
+        "replaced by nothing), at the delta beside it. Over one run, fixed in advance, it is that of its privacy loss "
         "distribution; over several, chosen one after another, the Renyi number, which is larger. Unfinished "
         "releases count as spent."
     )
@@ -209,6 +210,11 @@ def _set(
     PrivacyBudget(epsilon, delta, unit)  # refuse before the first file is touched
     if node is not None and (node in ("", ".", "..") or "/" in node or "\\" in node):
         raise LedgerError(f"'{node}' is no name of a node.")
+    if dataset == "":
+        raise LedgerError(
+            "--dataset is an empty text, and no budget was set. Name the data set as data.name does, or "
+            "leave --dataset out to set the budget of every data set without its own."
+        )
     own = [ledger.path for ledger in ledgers_in(folder) if ledger.path.stem != NAME]
     paths = [path for path in own if path.stem == node] if node is not None else own
     if node is None or not paths:

@@ -56,6 +56,7 @@ from fedtune.privacy.identity import Identity, KeySet, keyed
 from fedtune.privacy.key_sets import KeySets
 from fedtune.privacy.ledger_state import (
     RELEASED,
+    TOWARDS,
     LedgerState,
     Pen,
     Planned,
@@ -203,6 +204,8 @@ class PrivacyLedger:
                 "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
                 "steps": steps_of(plan, made),
             }  # fmt: skip
+            if plan.trust == "distributed" and plan.purpose == "training":
+                body[TOWARDS] = "everybody"  # whoever sees the result and knows some of the noise included
             if node not in state.plans.get(run, {}):
                 body["planned"] = _as_json(planned)
             row = pen.write("reserved", body, run=run)

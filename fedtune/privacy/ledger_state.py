@@ -7,6 +7,7 @@ rows. Which records the data sets share is not here but in the sets of keys (`fe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = [
     "RELEASED",
+    "TOWARDS",
     "Body",
     "Charge",
     "Imported",
@@ -43,6 +45,8 @@ Planned = (
 )  # [sample_rate, noise_multiplier, count] of each kind of step; None: unnoised
 
 _SNAPSHOT_EVERY = 256  # rows between two summaries at least; more where a summary is longer than that
+TOWARDS = "towards"  # key of a row of trust=distributed: towards whom its noise counts
+_LEAST_SHARE = math.sqrt(0.5) * (1.0 - 1e-12)
 RELEASED = ("reserved", "imported")  # kinds of rows that are releases: made here, or in a ledger of before
 
 
@@ -170,7 +174,7 @@ class LedgerState:
         charge, charges = Charge(said["node"], body), dict(self.runs.get(run, {}))
         tally = charges.get(charge, Tally(row.seq, {}))
         counted = dict(tally.uses)
-        for use, steps in _uses(bool(said["public"]), said["unit"], said["steps"]):
+        for use, steps in _uses(bool(said["public"]), said["unit"], _steps_of(said)):
             counted[use] = counted.get(use, 0) + steps
         charges[charge] = Tally(tally.first, counted)
         self.runs[run] = charges
@@ -377,9 +381,28 @@ def planned_in(said: dict[str, Any]) -> Planned:
     """
     if "planned" in said:
         return [list(step) for step in said["planned"]] if said["planned"] is not None else None
-    if said["steps"] is None:
+    steps = _steps_of(said)
+    if steps is None:
         return None
-    return [[s["sample_rate"], s["noise_multiplier"], s["count"] * said["num_rounds"]] for s in said["steps"]]
+    return [[s["sample_rate"], s["noise_multiplier"], s["count"] * said["num_rounds"]] for s in steps]
+
+
+def _steps_of(said: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The noised steps of a row as they are charged.
+
+    Version 0.1 wrote down the noise of trust=distributed towards the server. Another node knows its own share
+    of it, and is left with (h - 1) / h of the variance if h nodes add noise: half, at worst. How many there
+    were such a row does not say.
+    """
+    steps: list[dict[str, Any]] | None = said["steps"]
+    old = (
+        said["trust"] == "distributed"
+        and said.get("purpose", "training") == "training"
+        and TOWARDS not in said
+    )
+    if steps is None or not old:
+        return steps
+    return [{**step, "noise_multiplier": step["noise_multiplier"] * _LEAST_SHARE} for step in steps]
 
 
 def terms_of_plan(planned: Planned) -> dict[Term, int] | None:

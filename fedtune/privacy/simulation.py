@@ -6,7 +6,8 @@ name the node. A real node, whose data is its own, has its own ledger (`ledger` 
 
 Version 0.1 kept one ledger for each simulated node in the same folder. They are taken over when they are
 first met (`take_over`): their releases count for all records of data with the same name or content.
-They stay where they are, and the ledger remembers how far it has read each.
+They stay where they are, and the ledger remembers how far it has read each. What they say of
+trust=distributed is charged as another node sees it (`fedtune.privacy.ledger_state`).
 """
 
 from __future__ import annotations

@@ -149,6 +149,13 @@ def test_set_writes_the_owners_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert read_budgets(folder() / "b.budget.json") == Budgets(PrivacyBudget(3.0, 1e-6), {})
 
 
+def test_an_empty_name_sets_no_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    """It set the budget of the data set called '' and said that it was everybody's."""
+    with pytest.raises(LedgerError, match="--dataset is an empty text, and no budget was set"):
+        run(capsys, "set", dataset="", epsilon=3.0, delta=1e-5)
+    assert not folder().exists() or not list(folder().iterdir())
+
+
 def test_a_budget_can_be_set_before_the_first_release(capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "set", epsilon=3.0, delta=1e-6, node="new", dataset="visits")
     (entry,) = run(capsys, "show")[1]

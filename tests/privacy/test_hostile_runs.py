@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from fedtune.errors import CalibrationError, PrivacyError
+from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget_file import PrivacyBudget
 from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.chain import GENESIS, Chain
 from fedtune.privacy.ledger import PrivacyLedger
 from tests.privacy.identities import identity
-from tests.privacy.plans import local_plan
+from tests.privacy.plans import distributed_plan, local_plan
 
 DELTA = 1e-5
 
@@ -88,3 +90,28 @@ def test_the_least_and_the_most_that_a_plan_may_ask_have_an_epsilon(
 def test_an_absurd_target_is_refused_in_a_sentence(target: float) -> None:
     with pytest.raises(CalibrationError, match="epsilon"):
         noise_multiplier_for(target, DELTA, sample_rate=0.1, steps=48, use_cache=False)
+
+
+@pytest.mark.parametrize("purpose", ["training", "evaluation"])
+def test_distributed_rows_of_0_1_are_charged_as_another_node_sees_them(tmp_path: Path, purpose: str) -> None:
+    """They name the noise towards the server; another of two honest nodes knows half of its variance. Answers
+    about held-out data are each node's own, noise included."""
+    plan = distributed_plan(num_rounds=4)
+    old = {
+        "dataset": "visits", "fingerprint": "1f" * 32, "node": "clinic", "round": 1, "public": False,
+        "trust": "distributed", "unit": "record", "delta": DELTA, "num_rounds": 4,
+        "reproducible_noise": False, "purpose": purpose,
+        "steps": [{"sample_rate": 0.05, "noise_multiplier": 1.0, "count": 3}],
+    }  # fmt: skip
+    chain = Chain(tmp_path / "clinic.sqlite")
+    with chain.writing() as connection:
+        chain.append(connection, "reserved", old, run="old", previous=GENESIS)
+    chain.close()
+    noise = math.sqrt(0.5) if purpose == "training" else 1.0
+    ledger = PrivacyLedger(tmp_path / "clinic.sqlite")
+    found = ledger.epsilon(dataset="visits", fingerprint="1f" * 32, delta=DELTA)
+    assert found == pytest.approx(epsilon_of_terms({Term(0.05, noise): 3}, DELTA), rel=1e-6)
+    # This version's plans count with that themselves.
+    new = PrivacyLedger(tmp_path / "new.sqlite")
+    new.reserve(dataset="visits", fingerprint="f", node="clinic", run="new", round=1, plan=plan)
+    assert new.epsilon(dataset="visits", fingerprint="f", delta=DELTA) == plan.epsilon(1)
