@@ -3,7 +3,8 @@
 What is asked is what every round of the run will be asked again, in advance: is the plan the one that this
 node's own configuration makes; does its owner's file permit it; does its ledger have room for all that the
 run may release, answers about held-out data included where it gives them. A real site also refuses a plan
-whose delta is above that of its owner's budget, since epsilon at a larger delta is not what the owner allowed.
+whose delta is above that of its owner's budget, since epsilon at a larger delta is not what its owner
+allowed.
 """
 
 from __future__ import annotations

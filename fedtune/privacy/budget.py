@@ -88,9 +88,9 @@ def show(paths: list[Path], dataset: str | None = None, node: str | None = None)
     note = (
         "Epsilon is an upper bound for whichever record or person of the data has spent most, over all its "
         "releases under any name and cut, for one unit added or removed (a client: all that it holds "
-        "replaced by nothing), at the delta beside it. Over one run, fixed in advance, it is that of its privacy loss "
-        "distribution; over several, chosen one after another, the Renyi number, which is larger. Unfinished "
-        "releases count as spent."
+        "replaced by nothing), at the delta beside it. Over one run, fixed in advance, it is that of its "
+        "privacy loss distribution; over several, chosen one after another, the Renyi number, which is "
+        "larger. Unfinished releases count as spent."
     )
     return Report(_table([header, *lines]) + "\n\n" + note, entries)
 
