@@ -56,7 +56,6 @@ from fedtune.privacy.identity import Identity, KeySet, keyed
 from fedtune.privacy.key_sets import KeySets
 from fedtune.privacy.ledger_state import (
     RELEASED,
-    TOWARDS,
     LedgerState,
     Pen,
     Planned,
@@ -68,6 +67,7 @@ from fedtune.privacy.ledger_state import (
     release_of,
     state_of,
     terms_of_plan,
+    towards,
 )
 from fedtune.privacy.plan import ReleasePlan
 from fedtune.privacy.run_counts import RunCounts, steps_of
@@ -202,10 +202,8 @@ class PrivacyLedger:
                 "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
                 "delta": plan.delta, "num_rounds": plan.num_rounds,
                 "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
-                "steps": steps_of(plan, made),
+                "steps": steps_of(plan, made), **towards(plan),
             }  # fmt: skip
-            if plan.trust == "distributed" and plan.purpose == "training":
-                body[TOWARDS] = "everybody"  # whoever sees the result and knows some of the noise included
             if node not in state.plans.get(run, {}):
                 body["planned"] = _as_json(planned)
             row = pen.write("reserved", body, run=run)

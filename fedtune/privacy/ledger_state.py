@@ -18,7 +18,6 @@ from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = [
     "RELEASED",
-    "TOWARDS",
     "Body",
     "Charge",
     "Imported",
@@ -38,6 +37,7 @@ __all__ = [
     "release_of",
     "state_of",
     "terms_of_plan",
+    "towards",
 ]
 
 Planned = (
@@ -45,7 +45,7 @@ Planned = (
 )  # [sample_rate, noise_multiplier, count] of each kind of step; None: unnoised
 
 _SNAPSHOT_EVERY = 256  # rows between two summaries at least; more where a summary is longer than that
-TOWARDS = "towards"  # key of a row of trust=distributed: towards whom its noise counts
+_TOWARDS = "towards"  # key of a row of trust=distributed: towards whom its noise counts
 _LEAST_SHARE = math.sqrt(0.5) * (1.0 - 1e-12)
 RELEASED = ("reserved", "imported")  # kinds of rows that are releases: made here, or in a ledger of before
 
@@ -387,6 +387,12 @@ def planned_in(said: dict[str, Any]) -> Planned:
     return [[s["sample_rate"], s["noise_multiplier"], s["count"] * said["num_rounds"]] for s in steps]
 
 
+def towards(plan: ReleasePlan) -> dict[str, str]:
+    """For a row of trust=distributed: its noise counts towards those, too, who know some of it."""
+    shared = plan.trust == "distributed" and plan.purpose == "training"
+    return {_TOWARDS: "everybody"} if shared else {}
+
+
 def _steps_of(said: dict[str, Any]) -> list[dict[str, Any]] | None:
     """The noised steps of a row as they are charged.
 
@@ -398,7 +404,7 @@ def _steps_of(said: dict[str, Any]) -> list[dict[str, Any]] | None:
     old = (
         said["trust"] == "distributed"
         and said.get("purpose", "training") == "training"
-        and TOWARDS not in said
+        and _TOWARDS not in said
     )
     if steps is None or not old:
         return steps
