@@ -61,6 +61,7 @@ REPLY_KEYS: Mapping[str, type] = {
     "seconds": float, "refused": str, "refusal": str, "error": str,
 }  # fmt: skip
 _MAX_TEXT = 2000
+_LEAST_DELTA = 1e-30
 
 
 def coarse_seconds(seconds: float) -> float:
@@ -183,6 +184,12 @@ class NodeHello:
             raise FederationError(
                 f"{what}: the name {values['node'][:50]!r} or the declared size {values['declared_size']} is "
                 "unusable."
+            )
+        if values["delta"] and not _LEAST_DELTA <= values["delta"] < 1.0:
+            # The smallest of all is the run's: what cannot be accounted for would end it for everybody.
+            raise FederationError(
+                f"{what}: the delta of the budget of {values['node'][:50]!r} is {values['delta']:g}, and it "
+                f"should be below 1 and at least {_LEAST_DELTA:g}."
             )
         return cls(**values)
 

@@ -65,6 +65,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger("fedtune.node")
+_MOST_NODES = 1_000_000  # a plan is made from as many sizes: a server that names more would fill the memory
 
 
 def site_settings(context: Context) -> SiteSettings | None:
@@ -170,6 +171,11 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
 
     config = resolved(config)
     privacy, federation, nodes = config.privacy, config.federation, plan.nodes
+    if nodes > _MOST_NODES:
+        raise PrivacyError(
+            f"The server proposes a plan for {nodes:,} nodes, and this node makes none for more than "
+            f"{_MOST_NODES:,}."
+        )
     if federation.evaluation == "private" and plan.is_private():
         # What the configuration says, before the target that it may be a part of is taken out below.
         federation = dataclasses.replace(federation, evaluation_epsilon=evaluation_epsilon(config))

@@ -74,6 +74,13 @@ def test_a_run_over_the_budget_is_refused_whole_without_its_numbers_and_logged(
     assert entry["asked"]["num_rounds"] == plan.num_rounds and "before" not in entry
 
 
+def test_a_plan_for_more_nodes_than_memory_holds_is_refused(tmp_path: Path, model: Path) -> None:
+    """A plan is made from a size for each node: a server that names 10^12 of them asks for terabytes."""
+    site = Site(tmp_path, model)
+    answer = propose(site, site.plan(nodes=10**12))
+    assert answer.refusal == "PrivacyError" and "for 1,000,000,000,000 nodes" in str(answer.refused)
+
+
 def test_what_the_owners_file_does_not_permit_is_refused_before_round_1(tmp_path: Path, model: Path) -> None:
     site = Site(tmp_path, model, permit={"max_rounds": 2})
     answer = propose(site, site.plan())

@@ -64,6 +64,11 @@ def test_a_greeting_without_a_size_is_refused_unless_the_node_is_idle() -> None:
     with pytest.raises(FederationError, match="declared size 0"):
         NodeHello.from_records(NodeHello("a", 0, 4, "x").to_records())
     assert NodeHello.from_records(NodeHello("", 0, 4, "x", idle=True).to_records()).idle
+    for delta in (5e-324, 1e-300, 1.0, 3.0):  # the smallest delta of all is the run's
+        with pytest.raises(FederationError, match="delta of the budget of 'a'"):
+            NodeHello.from_records(NodeHello("a", 10, 4, "x", delta=delta).to_records())
+    for delta in (0.0, 1e-12):
+        assert NodeHello.from_records(NodeHello("a", 10, 4, "x", delta=delta).to_records()).delta == delta
 
 
 @pytest.mark.parametrize("adapter", [np.array([np.nan], np.float32), np.array([np.inf], np.float32)])
