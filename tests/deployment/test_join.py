@@ -288,6 +288,55 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     real.admission.heads.look()
 
 
+def signed(real: Real, site: str, told: bytes, when: datetime.datetime) -> dict[str, str]:
+    """The headers of a site's request, as signed at `when`."""
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, stamp = real.keys[site], when.isoformat().encode()
+    public = key.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    signature = key.sign(join._signed(stamp, told), ec.ECDSA(hashes.SHA256()))
+    return {
+        join._KEY: base64.b64encode(public).decode(), join._TIME: stamp.decode(),
+        join._SIGNATURE: base64.b64encode(signature).decode(), join._PUBLISHED: told.decode(),
+    }  # fmt: skip
+
+
+def test_what_an_old_request_tells_is_not_taken(real: Real) -> None:
+    """Repeated by somebody, a head of before would show a site's books as gone back, and lock it out."""
+    now = datetime.datetime.now(datetime.UTC)
+
+    def tell(row: int, when: datetime.datetime) -> int:
+        told = json.dumps({"head": f"L{row}-{'a' * 24}.A{row}-{'b' * 24}"}).encode()
+        return real.request("GET", join.PATH, **signed(real, "clinic-2", told, when))[0]
+
+    try:
+        assert tell(5, now) == 200
+        assert tell(3, now - datetime.timedelta(days=1)) == tell(9, now + datetime.timedelta(days=1)) == 200
+        assert str(real.admission.heads.kept("clinic-2")).startswith("L5-")
+        assert real.admission.heads.reason("clinic-2") is None
+    finally:
+        (real.folder / "heads.json").unlink()
+        real.admission.heads.look()
+
+
+def test_what_the_server_cannot_read_or_keep_is_answered_in_words(real: Real) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    status, said = real.request("GET", join.PATH, **signed(real, "clinic-2", b"[" * 20_000, now))
+    assert status == 403 and "signed by a site's key" in said["error"]
+    (real.folder / "heads.json").write_text("{")
+    try:
+        with pytest.raises(ResourceError, match=r"cannot answer now \(HTTP status 503\); its operator"):
+            join.publish(
+                real.site("clinic-2"), real.keys["clinic-2"], None, Books(real.root / "l", real.root / "a")
+            )
+    finally:
+        (real.folder / "heads.json").unlink()
+        real.admission.heads.look()
+
+
 def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
     assert real.config.ssl is not None
     served = server._Certificate(real.folder, real.config.ssl)

@@ -13,6 +13,7 @@ import base64
 import datetime
 import http.client
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from fedtune.engines.deployment.admission import Admission
 from fedtune.engines.deployment.conversation import HEARTBEAT_SECONDS
 from fedtune.engines.deployment.provision import parse_address
 from fedtune.engines.deployment.reach import tls_context
-from fedtune.errors import FederationError, ResourceError
+from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.books import Books
 from fedtune.federation.policy import SiteSettings
 from fedtune.privacy.publication import publish as door
@@ -47,6 +48,7 @@ _AHEAD, _BEHIND = 5.0, 305.0
 _LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
 _TELLING = threading.Lock()
+_log = logging.getLogger("fedtune.server")
 _NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
 
 
@@ -70,7 +72,8 @@ def answer(
     headers: Mapping[bytes, bytes], admission: Admission, board: published.Board | None = None
 ) -> tuple[int, dict[str, Any]]:
     """The server's (HTTP status, answer). What an enrolled site tells is noted: what it publishes on `board`,
-    the head of its books with `admission`."""
+    the head of its books with `admission`; nothing of a request that is old, which may be one of before that
+    somebody repeats."""
     try:
         given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
         key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
@@ -80,14 +83,20 @@ def answer(
         told = headers.get(_PUBLISHED.encode(), b"")
         key.verify(signature, _signed(given[_TIME], told), ec.ECDSA(hashes.SHA256()))
         values = json.loads(told) if told else None
-    except (KeyError, ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        signed_at = datetime.datetime.fromisoformat(given[_TIME].decode())
+        ahead = (signed_at - _now()).total_seconds()
+    except (KeyError, ValueError, TypeError, RecursionError, InvalidSignature, UnsupportedAlgorithm):
         return 403, {"error": "This needs a request that is signed by a site's key."}
     public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    told_of = values if isinstance(values, dict) else {}
+    told_of = values if isinstance(values, dict) and -_BEHIND < ahead < _AHEAD else {}
     site = admission.site_of(public)
     kept = None if site is None else admission.heads.kept(site)
     if site is not None and isinstance(told_of.get("head"), str):
-        admission.heads.note(site, told_of["head"], told_of.get("lost") is True)
+        try:
+            admission.heads.note(site, told_of["head"], told_of.get("lost") is True)
+        except (ConfigError, OSError) as error:
+            _log.error("the head of site %s cannot be kept: %s", site, error)
+            return 503, {"error": "The server cannot keep the head of this site's books now."}
     back = None if site is None else admission.heads.reason(site)
     refused = admission.refusal(public)
     suspended = refused[1] if refused is not None and refused[0] == 503 else None
@@ -234,6 +243,11 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, to
         raise ResourceError(f"The server {site.server} does not answer ({error}).") from error
     finally:
         connection.close()
+    if status in (500, 503):
+        raise ResourceError(
+            f"The server {site.server} cannot answer now (HTTP status {status}); its operator's own log says "
+            "why."
+        )
     try:
         if status != 200:
             raise ValueError
