@@ -24,7 +24,10 @@ from fedtune.errors import DataError
 
 __all__ = ["LABELS_TAKEN", "hold_out", "load_corpus"]
 
-LABELS_TAKEN = "The label set"  # how the note begins that says that nobody declared one
+LABELS_TAKEN = (  # a note of the data, and a caution of the run
+    "Nobody declared the label set, so it was taken from the training data itself, which no epsilon covers: "
+    "that each of these labels occurs there is told exactly. Declare it: data.labels=[FIRST,SECOND]."
+)
 
 
 def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple[Corpus, Corpus]:
@@ -57,10 +60,7 @@ def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple
     labels = tuple(config.labels) if config.labels else declared
     if labels is None:
         labels = derive_labels(tables[0], columns.label)
-        notes.append(
-            f"{LABELS_TAKEN} ({len(labels)} labels) was taken from the training data itself, which no epsilon"
-            " covers: declare it in data.labels."
-        )
+        notes.append(LABELS_TAKEN)
     corpora = [build_corpus(config.name, table, columns, labels) for table in tables]
     train = corpora[0]
     if config.test_split is not None and not testing and not (config.test_public or config.public):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fedtune.data.sources import LABELS_TAKEN
 from fedtune.experiments import record
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ _EVALUATED_ON = {
     "private": "data that the nodes hold out; two noised counts an answer, inside epsilon",
     "none": "none: the model was not evaluated",
 }
-_LABELS_TAKEN = (
-    "Nobody declared the label set (data.labels), so it was taken from the training records, which no "
-    "epsilon covers: that each of these labels occurs among them is told exactly."
-)
 
 
 @dataclass(frozen=True)
@@ -178,12 +175,16 @@ def assemble(
             "records_per_unit": plan.records_per_unit,
             "reproducible_noise": plan.reproducible_noise,
             "data_public": data["public"],
-            "cautions": [
-                *plan.cautions(),
-                *([] if data.get("labels_declared", True) else [_LABELS_TAKEN]),
-                *(data["notes"] if data["public"] else ()),
-                *result.notices,
-            ],
+            "cautions": list(
+                dict.fromkeys(
+                    [
+                        *plan.cautions(),
+                        *([] if data.get("labels_declared", True) else [LABELS_TAKEN]),
+                        *(data["notes"] if data["public"] else ()),
+                        *result.notices,
+                    ]
+                )
+            ),
             "max_dropouts": plan.max_dropouts,
             "max_colluders": plan.max_colluders,
             "adaptive_clipping": plan.adaptive_clipping,

@@ -253,7 +253,7 @@ def data_facts(config: Config, data: PreparedData, result: FederationResult) -> 
         "source": config.data.source,
         "public": data.public,
         "labels": list(data.label_names),
-        "labels_declared": not any(note.startswith(LABELS_TAKEN) for note in data.notes),
+        "labels_declared": LABELS_TAKEN not in data.notes,
         "declared_sizes": {node.name: node.declared_size for node in result.nodes},
         "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
         "only_site": config.data.only_site,

@@ -62,9 +62,11 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     paths = [("record", str(run_dir / "record.json"))]
     paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
     folder = shlex.quote(str(run_dir))
-    commands = [f'predict {folder} "your text"', f"statement {folder}", "budget show"]
+    commands = [f'predict {folder} "your text"', f"statement {folder}"]
     if privacy["trust"] != "none":
-        commands.insert(2, f"audit {folder}")
+        commands.append(f"audit {folder}")
+    if record["run"]["engine"] != "deployment":  # there the ledgers lie with the sites
+        commands.append("budget show")
 
     for part in (_sites(record["metrics"]), _facts(facts, notes), _facts(paths, [])):
         console.print()

@@ -208,7 +208,7 @@ def check_enough(
     more = f" (and {len(refused) - 8} others)" if len(refused) > 8 else ""
     raise FederationError(
         f"{len(left)} of {asked} nodes agreed to the run, and a round needs {least} "
-        f"(federation.min_updates={config.federation.min_updates}). It was refused before its next round, "
-        f"and nothing was charged for that. {reasons}{more} Ask for less (privacy.epsilon, "
+        f"(federation.min_updates={config.federation.min_updates}). It was refused before a round "
+        f"began, and nothing was charged for that. {reasons}{more} Ask for less (privacy.epsilon, "
         "federation.num_rounds), or have the owners allow more."
     )

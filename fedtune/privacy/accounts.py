@@ -156,7 +156,7 @@ class Account:
         return _finest(found) if found else None
 
     def seen(self, run: str | None = None) -> tuple[int, int]:
-        """How many of its records were released before (by other runs than `run`), and how many it has."""
+        """How many of its records were used before (by other runs than `run`), and how many it has."""
         domain = self.domains[0]
         touched = np.zeros(len(domain.sizes), dtype=np.bool_)
         for _, line in self.lines(domain, but=run):

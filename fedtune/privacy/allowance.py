@@ -39,6 +39,7 @@ _WAY_OUT = {
     "evaluation": "Lower federation.evaluation_epsilon or privacy.epsilon.",
 }
 _NO_FOLLOWER = "Its first run was admitted as a whole, as it was fixed in advance, and lets no other follow."
+_SPENT = "Nothing is left: use other data, or its owner allows more."
 
 
 def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
@@ -168,9 +169,11 @@ class Allowance:
         )
         seen, records = account.seen(asked.run)
         if seen:
-            text += f" {seen} of its {records} records were released before."
+            text += f" {seen} of its {records} records were used before."
         if len(after) > 1 and self._closes(after[0].planned, budget):
-            text += f" {_NO_FOLLOWER}"
+            return BudgetExhausted(f"{text} {_NO_FOLLOWER} {_SPENT}")
+        if len(after) > 1 and now >= limit:
+            return BudgetExhausted(f"{text} {_SPENT}")
         return BudgetExhausted(f"{text} {_way_out(asked.plan)}")
 
 

@@ -283,9 +283,10 @@ def _mechanism(facts: Mapping[str, Any]) -> list[str]:
 def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
     if about is None:
         return []
+    often = "once" if about["answers"] == 1 else f"at most {about['answers']} times"
     return [
-        f"Evaluation: each node holds out a share of {about['share']:g} of its units and at most "
-        f"{about['answers']} times releases {about['mechanism']} (noise multiplier "
+        f"Evaluation: each node holds out a share of {about['share']:g} of its units and {often} "
+        f"releases {about['mechanism']} (noise multiplier "
         f"{_shown(about['noise_multiplier'])}, one vote a {about['unit']}). By itself that is epsilon "
         f"{_shown(about['epsilon'])}; it is composed with training into the epsilon above, as if both were "
         "about the same units.",
@@ -323,7 +324,7 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
     if not uses:
         return (
             "The record does not say what else this data was used for. The guarantee above is this run's "
-            "alone; ask each node for `fedtune budget show`."
+            "alone; ask each node's owner what else it was used for."
         )
     rows = [("node", "data set", "releases of this shard", "epsilon over all uses", "delta")]
     rows += [
@@ -334,10 +335,13 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
         )
         for use in uses
     ]  # fmt: skip
-    notes = [
+    composed = (
         "Composed over everything that each node's ledger knows this data was ever used for, this run "
         "included, under any of its names: earlier runs, interrupted and repeated rounds. These, and not the "
-        "run's own, are the numbers that a person in the data should be told.",
+        "run's own, are the numbers that a person in the data should be told."
+    )
+    notes = [
+        *([composed] if any(use["releases"] is not None for use in uses) else []),
         "Several runs together are counted by Renyi DP, and so are budgets enforced: by a "
         f"{FILTER}, which is proven for runs whose settings are chosen after looking at the results of "
         "earlier ones. A single run that was fixed in advance may be admitted as a whole by its own epsilon; "
@@ -347,7 +351,7 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
         notes.insert(
             0,
             "**Unknown**: that node's ledger lies with the node, which did not say. Earlier uses of its data "
-            "are not in any number on this page; ask its owner for `fedtune budget show`.",
+            "are not in any number on this page; ask its owner for `fedtune node proof --config node.yaml`.",
         )
     return "\n\n".join([_table(rows), *notes])
 

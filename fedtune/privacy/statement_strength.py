@@ -86,8 +86,8 @@ def strength_table(facts: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]]
     ]
     rows += [(f"1 in {round(1 / one['wrong']):,}", percent(one["found"])) for one in about["found"]]
     below = (
-        "By guessing, both would be the same. His largest advantage over that (recognised less wrong, "
-        f"wherever it is largest) is {percent(about['advantage'])}."
+        "By guessing, both would be the same. The largest difference between the two, at whatever the "
+        f"attacker chooses to be wrong about, is {percent(about['advantage'])} (the attacker's advantage)."
     )
     return above, rows, below
 

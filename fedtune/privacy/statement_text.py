@@ -47,8 +47,8 @@ def outline(
         )
     whom = {
         "record": "any single text",
-        "person": "everything that any one person contributed",
-        "client": "everything that any one node holds",
+        "person": "what any one person contributed",
+        "client": "what any one node holds",
     }[privacy["unit"]]
     audit = privacy.get("audit")
     if isinstance(audit, Mapping) and audit.get("violated"):
@@ -159,11 +159,11 @@ def _limit(dropouts: int | None, colluders: int | None) -> str:
         f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
     )
     told = (
-        f"{colluders} may tell the server their noise"
+        f"{colluders} {'node' if colluders == 1 else 'nodes'} may tell the server what noise they added"
         if colluders
         else "none may help the server to unmask another's part"
     )
-    return f"{missing} (one with more dropouts is discarded, and charged), and {told}."
+    return f"{missing} (a round with more dropouts is discarded, and charged all the same), and {told}."
 
 
 def _answers(privacy: Mapping[str, Any]) -> list[str]:
@@ -194,6 +194,7 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     if epsilon is None:
         return ["Nothing: there is no guarantee."]
     unit = record["privacy"]["unit"]
+    norm = "" if record["privacy"].get("adaptive_clipping") else "clipping norm, "
     lines = [
         "Training: every step of every round, including rounds that failed, were repeated after a crash, or "
         "whose result was thrown away.",
@@ -201,7 +202,7 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "free.",
         f"Whatever anybody computes from them later, together with anything they know from elsewhere. Each "
         f"{unit} of the training data is covered.",
-        "The step count, clipping norm, sampling rate and noise were fixed before any data was read.",
+        f"The step count, {norm}sampling rate and noise were fixed before any data was read.",
     ]
     if record["privacy"].get("evaluation"):
         lines.append(
@@ -236,6 +237,8 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "Choice of settings. If this run was picked among several because its result was good, the choice "
         "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
         "other uses below count all runs that the ledgers know.",
+        "Uses of the same data that went through no ledger: by other programs, or by people. They are in no "
+        "number on this page.",
         "Runs whose settings were chosen after looking at earlier private runs: this run's epsilon is that "
         "of a run fixed in advance. Over all of them the node's budget holds, whose filter is proven for "
         "that; a total that no budget bounds is that of runs that were planned together.",

@@ -95,7 +95,7 @@ def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
     assert site.ask(round=1)["update"] and site.ask(round=2)["update"]
     assert command("node", "--config", node, "proof") == 0
     said = capsys.readouterr().out
-    assert "2 releases, epsilon" in said and "audit log are whole" in said
+    assert "2 releases, epsilon" in said and "audit log are whole" in said and " round 2" in said
     assert f"2 answers, {sum(one['bytes_out'] for one in site.log())} bytes left this site" in said
     path = Path(site.settings.audit_log)
     first = f'"bytes_out": {site.log()[0]["bytes_out"]}'
@@ -222,9 +222,11 @@ def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
     old = tmp_path / "old.sqlite"
     old.write_bytes(Path(site.ledger).read_bytes())
     open_ledger(site).reserve(**RELEASE)
+    books_of(site).append("answered", message="query.propose", run="0123456789abcdef", round=None)
     books_of(site).append("released", message="train")
     assert command("node", "proof", "--config", node) == 0
     said = capsys.readouterr().out
+    assert "run 01234567" in said and "round" not in said, "before round 1 there is no round to name"
     assert "each is what the other knows" in said
     head = said.split("head ")[1].split()[0]
     assert command("node", "proof", "--config", node, "--against", head) == 0
@@ -258,7 +260,8 @@ def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
     with pytest.raises(LedgerError, match="cut, rotated or removed"):
         check_books(site)
     assert command("node", "accept", "--config", node) == 0
-    assert "noted in both books" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "noted in both books" in said and f"--accept-restore {site.site}`" in said
     check_books(site)
     assert command("node", "proof", "--config", node) == 0
     assert "was accepted there by the owner" in capsys.readouterr().out

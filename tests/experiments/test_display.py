@@ -241,6 +241,12 @@ def test_the_table_says_what_the_record_says(record: dict[str, Any]) -> None:
     assert "fedtune statement outputs/x" in text
 
 
+def test_who_submitted_is_not_sent_to_ledgers_that_lie_with_the_sites(record: dict[str, Any]) -> None:
+    assert "fedtune budget show" in printed(record)
+    record["run"]["engine"] = "deployment"
+    assert "fedtune budget show" not in printed(record)
+
+
 def test_a_folder_with_a_blank_is_quoted(record: dict[str, Any]) -> None:
     assert "fedtune statement 'my runs/x'" in printed(record, "my runs/x")
 

@@ -14,6 +14,7 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.cost.meter import Cost, EnergyReading
+from fedtune.data.sources import LABELS_TAKEN
 from fedtune.errors import RecordError, ResourceError
 from fedtune.experiments import record as records
 from fedtune.experiments.assemble import Metrics, NodePrivacy, RunFacts, assemble
@@ -85,6 +86,15 @@ def build(**changes: Any) -> dict[str, Any]:
         "accountant": "PLD",
     }
     return assemble(**(parts | changes))
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_label_set_that_nobody_declared_is_cautioned_of_once(public: bool) -> None:
+    data = {"name": "data", "public": public, "labels": ["n", "p"], "notes": [LABELS_TAKEN]}
+    made = build(data={**data, "labels_declared": False})
+    assert made["privacy"]["cautions"].count(LABELS_TAKEN) == 1
+    # The terminal shows a note of the data only where the cautions do not have the same words.
+    assert sum("label set" in text for text in {*made["privacy"]["cautions"], *data["notes"]}) == 1
 
 
 def test_it_has_every_key_of_the_contract() -> None:

@@ -145,8 +145,15 @@ def test_pitfall_33_another_cut_of_spent_data_finds_no_fresh_budget(ledger: Priv
     iid = [identity(range(0, 90, 2)), identity(range(1, 90, 2))]
     for shard in iid:
         assert ledger.epsilon(dataset="visits", fingerprint=shard, delta=DELTA) == alone
-        with pytest.raises(BudgetExhausted, match="45 of its 45 records were released before"):
+        with pytest.raises(BudgetExhausted, match="45 of its 45 records were used before"):
             release(ledger, shard, plan, node="node-0", run="run-2")
+    little = local_plan(num_rounds=1, noise_multiplier=50.0)
+    for limit, why in ((8.0, "lets no other follow. "), (2.0, "used before. ")):  # closed; lowered afterwards
+        ledger.set_budget(PrivacyBudget(limit, DELTA), dataset="visits")
+        with pytest.raises(BudgetExhausted) as refusal:
+            release(ledger, iid[0], little, node="node-0", run="run-2")
+        # To advise a smaller run would be wrong.
+        assert str(refusal.value).endswith(f"{why}Nothing is left: use other data, or its owner allows more.")
     twice = compose_terms(plan.terms(12), plan.terms(12))
     assert epsilon_of_terms(twice, DELTA) > 10.0
 
@@ -188,8 +195,9 @@ def test_pitfall_33_a_monthly_export_starts_at_what_its_persons_have_spent(
         ledger.check_run(dataset="2026-02", fingerprint=february, node="clinic", run="run-2", plans=[plan])
     text = " ".join(str(refusal.value).split())
     assert "over its budget of 8 at delta 1e-05 for '2026-02'" in text
-    assert "180 of its 200 records were released before" in text
+    assert "180 of its 200 records were used before" in text
     assert not refusal.value.public  # the owner's alone
+    assert text.endswith("or raise privacy.noise_multiplier."), "a smaller run fits"
     # Those who are new have all of their budget.
     new = export(tmp_path / "new.csv", ["person", "text", "label"], rows(200, 220))
     ledger.check_run(dataset="2026-02", fingerprint=new, node="clinic", run="run-2", plans=[plan])

@@ -209,7 +209,9 @@ def test_central_claims_no_amplification() -> None:
 
 def test_distributed_says_how_many_may_fail() -> None:
     text = statement_markdown(record("distributed", max_dropouts=2, max_colluders=1))
-    assert "2 of the nodes may drop out of a round" in text and "1 may tell the server their noise" in text
+    assert (
+        "2 of the nodes may drop out of a round" in text and "1 node may tell the server what noise" in text
+    )
     assert "the guarantee holds towards it too" in text and "honest but curious" in text
     text = statement_markdown(
         record("distributed", max_dropouts=0, max_colluders=0, epsilon_towards_nodes=3.4)
@@ -281,6 +283,33 @@ def test_uses_without_noise_are_infinite_and_unknown_uses_are_unknown() -> None:
     ]
     assert "| infinite |" in statement_markdown(record(ledger=ledger))
     assert "does not say what else" in statement_markdown(record(ledger=None))
+
+
+def test_what_no_ledger_knows_is_told_of_and_whom_to_ask() -> None:
+    assert "Uses of the same data that went through no ledger" in statement_markdown(record())
+    unknown = {"node": "north", "dataset": None, "releases": None, "epsilon": None, "delta": 1e-5}
+    text = statement_markdown(record(ledger=[unknown]))
+    assert "ask its owner for `fedtune node proof" in text, "`budget show` does not read a site's ledger"
+    assert "Composed over everything" not in text, "nothing that is known was composed"
+
+
+def test_a_clipping_norm_that_follows_the_data_is_not_called_fixed_before() -> None:
+    fixed = "The step count, clipping norm, sampling rate and noise were fixed before any data was read"
+    assert fixed in statement_markdown(record())
+    text = statement_markdown(record("central", "client", adaptive_clipping=True))
+    assert fixed not in text and "step count, sampling rate and noise were fixed" in text
+
+
+def test_one_answer_is_given_once_and_two_at_most_twice() -> None:
+    about = {
+        "mechanism": "two counts",
+        "unit": "record",
+        "share": 0.2,
+        "noise_multiplier": 2.0,
+        "epsilon": 2.0,
+    }
+    assert "and once releases two" in statement_markdown(record(evaluation={**about, "answers": 1}))
+    assert "at most 2 times releases two" in statement_markdown(record(evaluation={**about, "answers": 2}))
 
 
 def test_names_cannot_break_the_table() -> None:

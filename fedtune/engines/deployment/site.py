@@ -162,7 +162,14 @@ def accept(site: SiteSettings) -> str:
         books.append("accepted", problems=missing)
     if not found:
         return "Nothing is wrong with the books; nothing was accepted."
-    return "\n".join([*found, "accepted, and noted in both books; the node may start"])
+    return "\n".join(
+        [
+            *found,
+            "accepted, and noted in both books; the node may start. If the server, which may know the longer "
+            "log, refuses it, its operator lets it in: "
+            f"`fedtune server DIR --accept-restore {site.site}`",
+        ]
+    )
 
 
 def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
@@ -217,7 +224,9 @@ def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
         time, event, message, reason, run = (
             str(one.get(name, "")) for name in ("time", "event", "message", "reason", "run")
         )
-        about = f"run {run[:8]} round {one.get('round')}" if run else ""
+        about = f"run {run[:8]}" if run else ""
+        if one.get("round") is not None:
+            about += f" round {one['round']}"
         said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
         lines.append("  " + said.rstrip().encode(errors="replace").decode())
     ledger.close()
