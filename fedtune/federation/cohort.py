@@ -125,6 +125,7 @@ def greet(
             idle += 1
         else:
             nodes.append(NodeInfo(hello.node, node_id, hello.declared_size, hello.delta or None))
+    failed.sort()  # not as they came: how long a node took depends on its data
     late = f"did not answer in {timeout:g} s (federation.round_timeout)"
     failed += [(node_id, late) for node_id in sorted(waiting)]
     if not nodes:

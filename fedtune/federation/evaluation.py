@@ -224,6 +224,8 @@ class NodesEvaluator:
         for node in waiting.values():
             state.answers[node.name] = state.answers.get(node.name, 0) + 1
             lost(node, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
+        # By name, for a checkpoint must not say who answered first.
+        state.answers = dict(sorted(state.answers.items()))
         found = NodesEvaluation.of(ask.round, counts, missing, self._about.noise_std)
         state.evaluation = found
         if summary is not None:

@@ -13,7 +13,7 @@ import pytest
 from fedtune.config.convert import check_together, to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
-from fedtune.errors import ConfigError, PrivacyError, UpdateRejected
+from fedtune.errors import ConfigError, FederationError, PrivacyError, UpdateRejected
 from fedtune.federation._flower import task_identity
 from fedtune.federation.client_app import app
 from fedtune.federation.evaluation import NodesEvaluation
@@ -293,3 +293,38 @@ def test_it_works_under_secure_aggregation(tiny: Make, tmp_path: Path) -> None:
     assert len(found.nodes) == 4
     assert result.epsilon == pytest.approx(result.plan.epsilon(1, 1))
     assert result.plan.epsilon() <= 8.0
+
+
+def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a node answers depends on what it computed (PITFALLS 26)."""
+    import json
+    from types import SimpleNamespace
+    from typing import cast
+
+    from flwr.app import Message, RecordDict
+    from flwr.app.error import Error
+
+    from fedtune.federation import cohort, evaluation
+    from fedtune.federation.events import NodeInfo, NullObserver
+
+    nodes, kept = [NodeInfo("a", 1, 80), NodeInfo("b", 2, 80)], []
+    about = SimpleNamespace(num_rounds=1, noise_std=1.0, scale=1)
+    plan = cast(Any, SimpleNamespace(evaluation=lambda: about, to_json=dict))
+    for order in (nodes, nodes[::-1]):
+        with task_identity(1):
+            asked = [(node.node_id, Message(RecordDict(), node.node_id, "query.evaluate")) for node in order]
+            came = [(name, Message(Error(2, f"no {name}"), reply_to=one)) for name, one in asked]
+        grid = cast(Any, SimpleNamespace(get_node_ids=lambda: [1, 2]))
+        for module in (evaluation, cohort):
+            monkeypatch.setattr(module, "exchange", lambda *_, came=came, **__: iter(came))
+            monkeypatch.setattr(module, "make_messages", lambda *_, **__: [])
+        state = cast(
+            Any, SimpleNamespace(adapter=np.zeros(3, np.float32), answers={}, history=[], nodes=nodes)
+        )
+        ask = cast(Any, SimpleNamespace(run="r", round=1, attempt=1, plan=plan, nodes=nodes, timeout=1.0,
+                                        stop=None, deadline=False))  # fmt: skip
+        found = evaluation.NodesEvaluator(plan, 1).evaluate(grid, ask, state, NullObserver())
+        with pytest.raises(FederationError) as refused:
+            cohort.greet(grid, 1.0, expected=2)
+        kept.append(json.dumps([state.answers, found.to_json(), str(refused.value)]))
+    assert kept[0] == kept[1]
