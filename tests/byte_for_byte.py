@@ -132,6 +132,17 @@ def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
     patch(EvaluationPlan, "answer", constant_counts)
 
 
+def hold_server_still(patch: Callable[[Any, str, Any], None]) -> None:
+    """What a trusted server releases becomes a constant, whatever it was sent; `patch` as above."""
+    from fedtune.federation import rounds
+    from fedtune.privacy.plan import PrivacyPlan
+
+    def constant_release(self: Any, *args: Any) -> tuple[np.ndarray, PrivacyPlan]:
+        return np.full(self._total.size, 0.001), self._plan
+
+    patch(rounds.ClippedUpdates, "release", constant_release)
+
+
 @contextmanager
 def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     """The mechanisms' outputs are constants until the block ends; yields the list that messages go to."""
@@ -139,16 +150,13 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 
     from fedtune.engines import local
     from fedtune.experiments import report, run, trackers
-    from fedtune.federation import rounds, secagg_crypto, secure_aggregation, sizes
+    from fedtune.federation import secagg_crypto, secure_aggregation, sizes
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.privacy.sizes import SizePlan
 
     sent: list[bytes] = []
     deliver, empty_run = local.LocalGrid._deliver, local.empty_run
     numbers = itertools.count(1)
-
-    def constant_release(self: Any, *args: Any) -> tuple[np.ndarray, PrivacyPlan]:
-        return np.full(self._total.size, 0.001), self._plan
 
     def watched(self: Any, message: Message) -> Message:
         sent.append(content_of(message))
@@ -173,10 +181,10 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 
     with monkeypatch.context() as patch:
         hold_node_still(patch.setattr)
+        hold_server_still(patch.setattr)
         patch.setattr(SizePlan, "told", lambda self, units, entropy: 20)  # a noised count, charged
         patch.setattr(PrivacyPlan, "noise", lambda self, size, entropy: np.zeros(size))
         patch.setattr(PrivacyPlan, "adapt_clip", lambda self, *args: self)
-        patch.setattr(rounds.ClippedUpdates, "release", constant_release)
         patch.setattr(local.LocalGrid, "_deliver", watched)
         patch.setattr(local, "empty_run", lambda run_id: empty_run(2**55))  # its length is in bytes_up
         patch.setattr(sizes, "secrets", SimpleNamespace(token_hex=lambda size: "ab" * size))

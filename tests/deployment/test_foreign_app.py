@@ -282,11 +282,12 @@ def test_a_message_that_is_too_large_is_given_up_while_it_comes(
 
 
 def test_a_full_disk_does_not_keep_the_server_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fedtune.federation.audit_log.os.write", full)
     reply = Delivery(tmp_path, ATTACKS["noise"]()).deliver()
-    assert reply.has_error() and "audit log cannot be written" in str(reply.error.reason)
+    assert reply.has_error() and "ResourceError" in str(reply.error.reason)
+    assert "audit log cannot be written (No space left on device)" in caplog.text  # the site's own log

@@ -38,9 +38,10 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         for site in SITES:
             path = made.root / site / "node.yaml"
             node = yaml.safe_load(path.read_text())
-            node["data"]["public"] = False
-            node["permit"]["trust"] = ["local", "distributed"]
-            node["budget"] = {"epsilon": 500, "delta": 1e-3}
+            # Where persons are asked for, each text is one: the data names no others.
+            node["data"] |= {"public": False, "unit": "text"}
+            node["permit"]["trust"] = ["local", "distributed", "central"]
+            node["budget"] = {"epsilon": 500, "delta": 1e-3, "unit": "record"}
             path.write_text(yaml.safe_dump(node))
             (made.root / "kept" / site).mkdir(parents=True)
             kept = {"FEDTUNE_TEST_KEPT": str(made.root / "kept" / site)}
@@ -60,8 +61,8 @@ def settings(federation: Federation, *more: str) -> list[str]:
         if not one.startswith(("data.path=", "data.test_split=", "data.test_public="))
     ]
     return [
-        *kept, "federation.evaluation=private", "federation.evaluation_share=0.25", "federation.num_rounds=2",
-        f"hydra.run.dir={federation.root / 'run'}", "privacy.epsilon=20", "privacy.delta=1e-3", *more,
+        *kept, "federation.num_rounds=2", f"hydra.run.dir={federation.root / 'run'}", "privacy.epsilon=20",
+        "privacy.delta=1e-3", *more,
     ]  # fmt: skip
 
 
@@ -100,11 +101,17 @@ def left(federation: Federation, name: str, *more: str) -> Left:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("trust", ["local", "distributed"])
-def test_other_records_at_a_site_leave_the_same_bytes(federation: Federation, trust: str) -> None:
-    more = [f"privacy.trust={trust}"]
+@pytest.mark.parametrize(
+    ("trust", "unit"),
+    [("local", "record"), ("local", "person"), ("distributed", "record"), ("central", "client")],
+)
+def test_other_records_at_a_site_leave_the_same_bytes(federation: Federation, trust: str, unit: str) -> None:
+    """Without `none`: a site with private data permits no run without privacy."""
+    more = [f"privacy.trust={trust}", f"privacy.unit={unit}", "data.unit=text"]
+    if trust != "central":
+        more += ["federation.evaluation=private", "federation.evaluation_share=0.25"]
     path = federation.root / "data" / SITES[0] / "train.csv"
-    before = left(federation, f"submit-{trust}-0", *more)
+    before = left(federation, f"submit-{trust}-{unit}-0", *more)
     assert {"record.json", "statement.md"} <= set(before.files) and len(before.messages) >= 3 * 3
     rows = [dict(zip(("text", "label", "site"), line.split(","), strict=True))
             for line in path.read_text().splitlines()[1:]]  # fmt: skip
@@ -112,7 +119,7 @@ def test_other_records_at_a_site_leave_the_same_bytes(federation: Federation, tr
     rows[0]["text"] = " ".join(["film"] * 300)
     write(path, [*rows, {"text": "", "label": "positive", "site": SITES[0]}, rows[1] | {"text": "so sad"}])
     try:
-        after = left(federation, f"submit-{trust}-1", *more)
+        after = left(federation, f"submit-{trust}-{unit}-1", *more)
     finally:
         path.write_bytes(original)
     found = differences(before, after)

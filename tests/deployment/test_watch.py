@@ -320,7 +320,7 @@ def test_the_log_says_that_the_budget_was_published_when_it_leaves_and_not_befor
             raise ResourceError("The server does not answer.")
         return 99.0
 
-    def leaves(site: object, key: object, values: object) -> None:
+    def leaves(site: object, key: object, values: object, books: object) -> None:
         answers()
         left.append((values, [one["event"] for one in log.entries()]))
 

@@ -2,8 +2,8 @@
 
 Python imports this by itself where its folder is in PYTHONPATH. In a site's worker it does what
 `tests.byte_for_byte.hold_node_still` says, and writes each message and each answer into a file. In the
-process that submits a run it makes the size of a message that of its content, for the random numbers that
-Flower gives a run take one byte more or less.
+process that submits a run it makes what a trusted server releases a constant, and the size of a message that
+of its content, for the random numbers that Flower gives a run take one byte more or less.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def _worker(folder: Path) -> None:
 
 def _server() -> None:
     from fedtune.federation import _flower
-    from tests.byte_for_byte import content_of
+    from tests.byte_for_byte import content_of, hold_server_still
 
+    # First, for what is imported next takes the function as it finds it.
     _flower.serialized_size = lambda message: len(content_of(message))
+    hold_server_still(setattr)
 
 
 if _KEPT and "fedtune.engines.deployment.worker" in sys.orig_argv:
