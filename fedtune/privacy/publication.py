@@ -286,7 +286,8 @@ EXPOSED: tuple[str, ...] = (
     "words only where they are made of settings, plans and names.",
     "Books: whether a budget allows a run depends on which records were used before, so a refusal tells that "
     "some were, and so does what a record says of other uses of the same data.",
-    "Names: sites, and with them the number of nodes, are taken from the data's site column as they stand.",
+    "Names: sites, and with them the number of nodes, are told as they stand: in a simulation those of the "
+    "data's site column, else those of the federation's file.",
 )
 
 

@@ -382,6 +382,11 @@ def _audit(audit: Any) -> str:
 def _transparency(facts: Mapping[str, Any]) -> list[str]:
     transparency = facts["transparency"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(transparency["versions"].items()))
+    books = (
+        "`fedtune node proof --config node.yaml` checks, at each site, its books"
+        if facts["run"]["engine"] == "deployment"
+        else "`fedtune budget verify` checks the ledgers"
+    )
     return [
         f"Code: fedtune, open source, commit {transparency['commit'] or 'unknown'}"
         + (" with uncommitted changes" if transparency["dirty"] else "")
@@ -390,7 +395,7 @@ def _transparency(facts: Mapping[str, Any]) -> list[str]:
         "The sampler, the noise and the accounted event come from one object (`fedtune.privacy.plan`); its "
         "tests hold it to closed forms and to independent accountants.",
         "`record.json` holds every number above; `fedtune statement` makes this page from it again; "
-        "`fedtune budget verify` checks the ledgers.",
+        f"{books}.",
     ]
 
 

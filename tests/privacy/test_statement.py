@@ -291,6 +291,10 @@ def test_what_no_ledger_knows_is_told_of_and_whom_to_ask() -> None:
     text = statement_markdown(record(ledger=[unknown]))
     assert "ask its owner for `fedtune node proof" in text, "`budget show` does not read a site's ledger"
     assert "Composed over everything" not in text, "nothing that is known was composed"
+    made = record()
+    assert "`fedtune budget verify` checks" in statement_markdown(made)
+    made["run"]["engine"] = "deployment"
+    assert "budget verify" not in statement_markdown(made)
 
 
 def test_a_clipping_norm_that_follows_the_data_is_not_called_fixed_before() -> None:
