@@ -59,6 +59,7 @@ class NodePrivacy:
     Attributes:
         epsilon: over this run's releases; None for trust none.
         total_epsilon: composed over all releases of this data that the ledger knows, this run's included.
+        total_unit: what that is about: the finest unit that any of them protects.
     """
 
     node: str
@@ -70,6 +71,7 @@ class NodePrivacy:
     fingerprint: str | None
     total_epsilon: float | None = None
     total_releases: int | None = None
+    total_unit: str | None = None
     answers: int = 0  # of `releases` beside: about held-out data
 
 
@@ -169,6 +171,7 @@ def assemble(
                     "releases": one.total_releases,
                     "epsilon": one.total_epsilon,
                     "delta": one.delta if private else None,
+                    "unit": one.total_unit,
                 }
                 for one in nodes
             ],

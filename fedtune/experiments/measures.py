@@ -96,7 +96,7 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     for name in sorted({*held, *sizes}):
         shard = held.get(name)
         plan = result.plan.for_shard(sizes.get(name, 1))
-        in_ledger, in_answers, total_epsilon, total_releases = _ledger(name, shard, result.run, plan.delta)
+        in_ledger, in_answers, total = _ledger(name, shard, result.run, plan.delta)
         releases = max(in_ledger, result.releases.get(name, 0))
         answers = max(in_answers, result.answers.get(name, 0))
         # A node that was never greeted has told no size either.
@@ -112,8 +112,9 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
                 answers=answers,
                 dataset=None if shard is None else shard.dataset,
                 fingerprint=None,
-                total_epsilon=total_epsilon,
-                total_releases=total_releases,
+                total_epsilon=total[0],
+                total_releases=total[1],
+                total_unit=total[2],
             )
         )
     return found
@@ -121,24 +122,24 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
 
 def _ledger(
     node: str, shard: Shard | None, run: str, delta: float
-) -> tuple[int, int, float | None, int | None]:
-    """(this run's rounds, its answers about held-out data, epsilon over everything, releases in all) as the
-    node's ledger knows them."""
+) -> tuple[int, int, tuple[float | None, int | None, str | None]]:
+    """(this run's rounds, its answers about held-out data, (epsilon over everything, releases in all, the
+    unit that this epsilon is about)) as the node's ledger knows them."""
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger_state import Body
     from fedtune.privacy.simulation import simulation_ledger
 
     ledger = simulation_ledger(state_dir() / "ledgers")
     if not ledger.path.exists():
-        return 0, 0, None, None
+        return 0, 0, (None, None, None)
     mine = len(ledger.releases(run=run, node=node, purpose="training"))
     answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
     if shard is None:
-        return mine, answers, None, None
+        return mine, answers, (None, None, None)
     data: dict[str, Any] = {"dataset": shard.dataset, "fingerprint": shard.identity}
     # From the running sum: to read every row of a long ledger would take longer with each run of a sweep.
     made = ledger.state().releases.get(Body(shard.dataset, ledger.known_as(shard.identity)), 0)
-    return mine, answers, ledger.epsilon(**data, delta=delta or None), made
+    return mine, answers, (ledger.epsilon(**data, delta=delta or None), made, ledger.account(**data).unit())
 
 
 def metrics(

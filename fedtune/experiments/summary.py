@@ -178,9 +178,10 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
     worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
     if worst["epsilon"] is None:
         return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"
+    about = f" for one {worst['unit']}" if worst.get("unit") else ""
     return (
         f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
-        f"{worst['delta']:.2e} ({worst['node']})"
+        f"{worst['delta']:.2e}{about} ({worst['node']})"
     )
 
 

@@ -7,9 +7,9 @@ names the layers around epsilon that NIST SP 800-226 asks about (mechanism, trus
 security, exposure while collecting). The first paragraph is for a reader who knows no mathematics.
 
 Keys of the record that are used when they are there (DESIGN section 9 has those that always are):
-`privacy.ledger` (a list of {node, dataset, releases, epsilon, delta}: everything that each node's ledger
-knows of the same data; null where it did not say), `privacy.target_epsilon`, `privacy.records_per_unit`,
-`privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
+`privacy.ledger` (a list of {node, dataset, releases, epsilon, delta, unit}: everything that each node's
+ledger knows of the same data; null where it did not say), `privacy.target_epsilon`,
+`privacy.records_per_unit`, `privacy.data_public`, `privacy.evaluation_data`, `privacy.evaluation`
 (null, or how nodes answered about data that they hold out), `privacy.sizes` (null, or how they told their
 sizes), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
@@ -37,7 +37,7 @@ from fedtune.privacy.statement_strength import (
     strength_picture,
     strength_table,
 )
-from fedtune.privacy.statement_text import UNITS, covered, not_covered, outline, sees
+from fedtune.privacy.statement_text import UNITS, covered, finer_units, not_covered, outline, sees
 from fedtune.privacy.strength import WEAK, TradeOff, caution
 
 __all__ = ["statement_json", "statement_markdown", "statement_picture"]
@@ -326,12 +326,12 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
             "The record does not say what else this data was used for. The guarantee above is this run's "
             "alone; ask each node's owner what else it was used for."
         )
-    rows = [("node", "data set", "releases of this shard", "epsilon over all uses", "delta")]
+    rows = [("node", "data set", "releases of this shard", "epsilon over all uses", "delta", "for one")]
     rows += [
         (
             str(use["node"]), _known(use["dataset"]), _known(use["releases"]),
             "infinite" if use["epsilon"] is None and use["releases"] else _known(use["epsilon"]),
-            _shown(use["delta"]),
+            _shown(use["delta"]), _known(use.get("unit")),
         )
         for use in uses
     ]  # fmt: skip
@@ -347,6 +347,13 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
         "earlier ones. A single run that was fixed in advance may be admitted as a whole by its own epsilon; "
         "then no other may follow it.",
     ]
+    if finer := finer_units({"ledger": uses, "unit": facts["unit"]["name"]}):
+        notes.insert(
+            1,
+            f"They are for one {finer[0]}, which is all that some of these runs protected. For one "
+            f"{facts['unit']['name']} there is no total: what protects a {finer[0]} says little of who has "
+            "many.",
+        )
     if any(use["releases"] is None for use in uses):
         notes.insert(
             0,

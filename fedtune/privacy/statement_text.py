@@ -13,7 +13,7 @@ from fedtune.privacy.publication import EXPOSED
 from fedtune.privacy.statement_strength import strength, was_trained
 from fedtune.privacy.strength import TradeOff, percent
 
-__all__ = ["UNITS", "covered", "not_covered", "outline", "sees"]
+__all__ = ["UNITS", "covered", "finer_units", "not_covered", "outline", "sees"]
 
 UNITS = {
     "record": "one text with its label",
@@ -105,17 +105,33 @@ def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:
             " **The same data was also used without secret noise** (see Other uses): over all its uses there "
             "is no guarantee."
         )
-    total = max((float(one["epsilon"]) for one in used), default=0.0)
+    largest = max(used, key=lambda one: float(one["epsilon"]), default=None)
+    total, delta = (float(largest["epsilon"]), largest.get("delta")) if largest else (0.0, None)
+    at = "" if delta is None else f" at delta {delta:.3g}"
     unknown = (
         " **What else the same data was used for is not known here**: in all, epsilon may be larger."
         if any(one.get("releases") is None for one in entries)
         else ""
     )
+    if finer := finer_units(privacy):
+        return (
+            f" **Other runs on the same data protected single {finer[0]}s only.** Over all uses that are "
+            f"known epsilon is {total:.3g}{at} for one {finer[0]}; for one {privacy['unit']} they promised "
+            f"nothing, and what is said here is this run's alone.{unknown}"
+        )
     if total <= 1.005 * epsilon:
         return unknown
     return (
-        f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}.**{unknown}"
+        f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}{at}.**"
+        f"{unknown}"
     )
+
+
+def finer_units(privacy: Mapping[str, Any]) -> list[str]:
+    """Units finer than the run's that other runs on its data protected; the total over all uses is theirs."""
+    order = list(UNITS)
+    found = {one.get("unit") for one in privacy.get("ledger") or []}
+    return [unit for unit in order[: order.index(privacy["unit"])] if unit in found]
 
 
 def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
@@ -202,7 +218,8 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "free.",
         f"Whatever anybody computes from them later, together with anything they know from elsewhere. Each "
         f"{unit} of the training data is covered.",
-        f"The step count, {norm}sampling rate and noise were fixed before any data was read.",
+        f"The step count, {norm}sampling rate and noise were fixed by settings and by what is declared "
+        "public, not by any record.",
     ]
     if record["privacy"].get("evaluation"):
         lines.append(

@@ -256,6 +256,8 @@ def test_other_uses_of_the_data_are_told(record: dict[str, Any]) -> None:
     # no more releases of this very shard; what was used before was cut otherwise
     record["privacy"]["ledger"][1] |= {"epsilon": 23.456}
     assert "over all uses of the same data, earlier runs included: epsilon 23.456 at delta" in printed(record)
+    record["privacy"]["ledger"][1] |= {"unit": "record"}
+    assert re.search(r"epsilon 23\.456 at delta \S+ for one record", printed(record))
     record["privacy"]["ledger"][2] |= {"releases": 9, "epsilon": None}
     assert "one was without noise" in printed(record)
 

@@ -249,6 +249,20 @@ def test_the_first_paragraph_tells_of_other_uses() -> None:
     assert "no guarantee" in first_paragraph(without)
 
 
+def test_a_total_over_runs_that_protected_less_is_not_said_to_be_about_more() -> None:
+    """Runs that protect single records promise nothing to a person; 'epsilon is 9.3' was said of persons."""
+    used = {"node": "n", "dataset": "visits", "releases": 9, "epsilon": 9.3, "delta": 1e-5, "unit": "record"}
+    text = statement_markdown(record(unit="person", ledger=[used]))
+    assert (
+        "protected single records only.** Over all uses that are known epsilon is 9.3 at delta 1e-05 for one "
+        "record; for one person they promised nothing" in first_paragraph(text)
+    )
+    assert "| 9.3 | 1e-05 | record |" in text and "For one person there is no total" in text
+    same = statement_markdown(record(unit="person", ledger=[{**used, "unit": "person"}]))
+    assert "that are known, epsilon is 9.3 at delta 1e-05.**" in first_paragraph(same)
+    assert "no total" not in same and "| 9.3 | 1e-05 | person |" in same
+
+
 def test_the_first_paragraph_of_a_simulation_with_noise_from_the_seed_promises_nothing() -> None:
     text = first_paragraph(statement_markdown(record(reproducible_noise=True)).replace("**Caution.**", "#"))
     assert "protects nobody" in text
@@ -298,7 +312,7 @@ def test_what_no_ledger_knows_is_told_of_and_whom_to_ask() -> None:
 
 
 def test_a_clipping_norm_that_follows_the_data_is_not_called_fixed_before() -> None:
-    fixed = "The step count, clipping norm, sampling rate and noise were fixed before any data was read"
+    fixed = "The step count, clipping norm, sampling rate and noise were fixed by settings"
     assert fixed in statement_markdown(record())
     text = statement_markdown(record("central", "client", adaptive_clipping=True))
     assert fixed not in text and "step count, sampling rate and noise were fixed" in text
