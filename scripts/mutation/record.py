@@ -106,6 +106,7 @@ def _entry(source: Source, run: MutationRun) -> dict[str, Any]:
         "survived": len(alive),
         "not_reached_by_a_test": sum(not run.reaches(m) for m in alive),
         "survivors": [{"mutant": m.name, "line": m.lines.start} for m in alive],
+        "tests": run.described,
     }
 
 
@@ -166,8 +167,8 @@ def _page(record: dict[str, Any]) -> str:
     how = (
         f"Tool: {record['tool']}. Python {record['python']}; "
         f"{machine['processor']}, {machine['cores']} cores. "
-        f"Tests: {tests['used']} of {tests['collected']} in {', '.join(tests['folders'])}; left out: "
-        f"{tests['left_out']}."
+        f"Tests of the last run: {tests['used']} of {tests['collected']} in {', '.join(tests['folders'])}; "
+        f"left out: {tests['left_out']}. An entry in `record.json` names its own, where they were noted."
     )
     return "\n".join(
         [_HEAD, *rows, "", *missing, "", how, "", "## The faults", "", "```", record["operators"], "```", ""]
