@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedtune.errors import BudgetExhausted, PrivacyError
+from fedtune.errors import BudgetExhausted, PrivacyError, SeparationError
 from fedtune.privacy import run_counts
 from fedtune.privacy.chain import Row
 from fedtune.privacy.run_counts import RunCounts, steps_of
-from tests.privacy.plans import local_plan, public_plan
+from tests.privacy.plans import central_plan, local_plan, public_plan
 
 PLAN = local_plan(num_rounds=3)
 WHOLE: Any = ([[0.05, 1.0, 15]],)
@@ -133,6 +133,17 @@ def test_counts_of_so_many_runs_are_kept(
     assert books.read == [1, 2]  # once each, and kept
     assert made(counts, run="c") == 1 and len(counts._counted) == 1
     assert made(counts, run="a") == 1 and books.read == [1, 2, 3, 1]
+
+
+def test_correlated_noise_holds_rounds_apart_and_is_charged_with_the_first(
+    books: Books, counts: RunCounts
+) -> None:
+    plan = central_plan(mechanism="dp_ftrl", num_rounds=40, bands=10, min_separation=10, cohort_size=20)
+    books.add(unit="client", steps=steps_of(plan, 0), num_rounds=plan.num_rounds)
+    assert counts.made(object(), plan, None, node="n", run="r", round=10) == 1
+    assert counts.made(object(), plan, None, node="another", run="r", round=3) == 0
+    with pytest.raises(SeparationError, match="'n'.*'r'"):
+        counts.made(object(), plan, None, node="n", run="r", round=9)
 
 
 def test_steps_as_a_row_names_them() -> None:
