@@ -32,7 +32,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.publication import publish
+from fedtune.privacy.publication import one_line, publish
 
 __all__ = [
     "COST_KEYS",
@@ -61,6 +61,7 @@ REPLY_KEYS: Mapping[str, type] = {
     "seconds": float, "refused": str, "refusal": str, "error": str,
 }  # fmt: skip
 _MAX_TEXT = 2000
+_SHOWN = ("refused", "refusal", "error", "software")  # a node's words, for a person
 _LEAST_DELTA = 1e-30
 
 
@@ -102,6 +103,8 @@ def read_config(
             raise FederationError(f"{what}: {key} is {value}, below 0.")
         if kind is float and not (math.isfinite(value) and value >= 0):
             raise FederationError(f"{what}: {key} is {value}, and should be a number of at least 0.")
+        if key in _SHOWN:
+            values[key] = one_line(value)
     return values
 
 

@@ -33,6 +33,7 @@ from fedtune.federation.messages import RoundReply, RoundRequest, check_update
 from fedtune.privacy.matrix import CorrelatedNoise
 from fedtune.privacy.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.publication import one_line
 
 __all__ = [
     "ClippedUpdates",
@@ -183,7 +184,7 @@ def reason_of(answer: Message) -> str:
     In its own words only where a node put them: Flower's simulation puts the text of whatever ended a worker
     there, which nobody has looked at.
     """
-    reason = " ".join(str(answer.error.reason or f"error code {answer.error.code}").split())
+    reason = one_line(str(answer.error.reason or f"error code {answer.error.code}"))
     if found := _OF_FLOWER.match(reason):
         return f"its worker failed with {found[1]}; the log of the engine says more"
     return reason[:500]

@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from fedtune.errors import FedtuneError
 
-__all__ = ["EXPOSED", "SINKS", "Field", "charged", "local", "merge", "public", "publish", "told"]
+__all__ = ["EXPOSED", "SINKS", "Field", "charged", "local", "merge", "one_line", "public", "publish", "told"]
 
 _log = logging.getLogger(__name__)
 
@@ -377,17 +377,24 @@ def report_undeclared(sink: str, path: str) -> None:
     )
 
 
+def one_line(text: str) -> str:
+    """`text`, which may quote what somebody else sent, as one line that only shows.
+
+    What a terminal would obey (escape sequences that take out or colour lines, marks that turn the direction
+    of writing) is replaced, and half a surrogate pair, which a server's JSON can hold, too.
+    """
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+
+
 def told(error: Exception, whose: str, *, permitted: bool = False) -> str:
     """What those who are not the owner of `whose` data may hear of an error; one line.
 
     fedtune's own text where it is made of public values, or the owner permits it (the data is declared
     public); else the kind alone: a library's message may quote a text, and fedtune's own may count records.
-    Half a surrogate pair, which a server's JSON can hold, is replaced.
     """
     kind = type(error).__name__
     if isinstance(error, FedtuneError) and (error.public or permitted):
-        said = f"{kind}: {' '.join(str(error).split())}"
-        return said.encode(errors="replace").decode()
+        return one_line(f"{kind}: {error}")
     if isinstance(error, FedtuneError):
         return f"{kind}: node {whose!r} gives no answer, for {error.in_public}; its own log says more."
     return f"Node {whose!r} failed with {kind}; its own log says more."

@@ -241,3 +241,15 @@ def test_a_line_that_a_crash_tore_is_taken_out(tmp_path: Path) -> None:
     log.append("released", round=2)
     assert log.path.read_bytes().startswith(whole)
     assert [entry["round"] for entry in log.entries()] == [1, 2] and log.verify() == []
+
+
+def test_a_server_cannot_take_lines_out_of_the_proof(site: Site) -> None:
+    """Its own words are in the log's reasons, and the proof shows those on a terminal."""
+    asked = copy.deepcopy(site.config)
+    asked.data.name = "\x1b[2J\x1b[1A\u202eother"
+    answer = site.send(RecordDict(), "query.hello", asked)
+    assert "?[2J?[1A?other" in answer.error.reason
+    site.ask(run="\x1b[2Kxxx")
+    text, _ = proof(site.settings)
+    assert "?[2J?[1A?other" in text and "run ?[2Kxxx" in text
+    assert all(line.isprintable() for line in text.splitlines())

@@ -183,3 +183,10 @@ def test_time_is_reported_on_a_coarse_grid() -> None:
     assert len(set(coarse)) < 50
     assert np.all(np.abs(coarse / seconds - 1) < 0.126)
     assert coarse_seconds(0.0) == coarse_seconds(-1.0) == coarse_seconds(float("nan")) == 0.0
+
+
+def test_a_nodes_words_are_shown_and_not_obeyed_by_a_terminal() -> None:
+    """A node that is not honest could take lines out of what the operator sees."""
+    reply = RoundReply("a", "r", 1, 1, refused="PrivacyError: \x1b[1A\x1b[2Kno \u202e more\n", refusal="x")
+    read = RoundReply.from_records(reply.to_records(), node="a", run="r", round=1, attempt=1)
+    assert read.refused == "PrivacyError: ?[1A?[2Kno ? more"

@@ -228,7 +228,7 @@ def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
         if one.get("round") is not None:
             about += f" round {one['round']}"
         said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
-        lines.append("  " + said.rstrip().encode(errors="replace").decode())
+        lines.append("  " + "".join(mark if mark.isprintable() else "?" for mark in said.rstrip()))
     ledger.close()
     # Several questions may have met the same.
     lines += dict.fromkeys(wrong) or [
