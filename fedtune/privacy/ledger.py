@@ -197,7 +197,7 @@ class PrivacyLedger:
             made, public = allowed(pen.connection, state)
             if isinstance(known, KeySet) and known.id not in state.sets:
                 pen.write("set", self._sets.add(pen.connection, known, state))
-            body = {
+            body: dict[str, Any] = {
                 "dataset": dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
                 "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
                 "delta": plan.delta, "num_rounds": plan.num_rounds,
