@@ -78,7 +78,7 @@ def test_what_a_reader_composes_from_the_record_is_what_was_charged(
 def test_the_statement_names_the_evaluation(noised: dict[str, Any]) -> None:
     text = statement_markdown(noised)
     assert "accuracy comes from noised counts that the nodes release" in text
-    assert "holds out a share of 0.3 of its units and at most 1 times releases two counts" in text
+    assert "holds out a share of 0.3 of its units and once releases two counts" in text
     assert "are not noised" not in text
     noised["privacy"]["evaluation"] = None
     assert "are not noised" in statement_markdown(noised)
