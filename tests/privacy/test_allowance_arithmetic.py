@@ -87,7 +87,7 @@ def test_what_a_step_costs_once_and_as_a_replacement() -> None:
 def test_a_release_of_a_coarser_unit_counts_as_a_replacement_for_finer_keys() -> None:
     ten, doubled = {STEP: 10}, {STEP._replace(replace=True): 10}
     budget = between({**ten, **TINY}, {**doubled, **TINY})
-    # Persons were released before, and now records are asked for; the other way round; and both at once.
+    # Persons were used before, and now records are asked for; the other way round; and both at once.
     assert refused(account(("old", "person", [True], ten)), {"person": TINY}, budget=budget) is None
     assert refused(account(("old", "person", [True], ten)), {"record": TINY}, budget=budget) == 0
     assert refused(account(("old", "person", [True], TINY)), {"person": ten}, budget=budget) is None
@@ -176,7 +176,7 @@ def test_epsilon_that_is_kept_is_that_of_the_accountant(monkeypatch: pytest.Monk
 def test_a_refusal_says_what_of(what: str, said: str) -> None:
     text = refusal(account(("me", "record", [True], {STEP: 1})), what, {STEP: 9000})
     assert f"node 'clinic' {said} raise epsilon from " in text
-    assert "lets no other follow" not in text and "were released before" not in text
+    assert "lets no other follow" not in text and "were used before" not in text
 
 
 def refusal(held: Account, what: str, steps: Mapping[Term, int], plan: Any = None) -> str:
@@ -191,11 +191,21 @@ def refusal(held: Account, what: str, steps: Mapping[Term, int], plan: Any = Non
 def test_a_refusal_says_why_none_may_follow_only_where_one_was_admitted_whole() -> None:
     one = ("old", "record", [True], TINY)
     text = refusal(account(one, plans={"old": [WHOLE]}), "training", TINY)
-    assert "5 of its 5 records were released before. Its first run was admitted as a whole" in text
+    assert "5 of its 5 records were used before. Its first run was admitted as a whole" in text
     text = refusal(account(one, plans={"old": [TINY]}), "training", {STEP: 9000})
     assert "lets no other follow" not in text
     more = {term: count + 1 for term, count in WHOLE.items()}
     assert "lets no other follow" not in refusal(account(), "training", more, WHOLE)
+
+
+def test_a_refusal_says_that_nothing_is_left_only_where_others_have_spent_it() -> None:
+    left = "Lower federation.num_rounds"
+    spent = refusal(account(("old", "record", [True], {STEP: 9000})), "training", TINY)
+    assert allowance._SPENT in spent and left not in spent
+    some = refusal(account(("old", "record", [True], TINY)), "training", {STEP: 9000})
+    assert allowance._SPENT not in some and left in some
+    own = refusal(account(("me", "record", [True], {STEP: 9000})), "training", TINY)
+    assert allowance._SPENT not in own and left in own
 
 
 def test_the_way_out_is_that_of_what_was_asked_for() -> None:
