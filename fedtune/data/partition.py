@@ -9,7 +9,8 @@ label if equal). A corpus without a unit column has one person a record.
 Declared sizes. The expected batch size and delta are computed from a shard's size, and a size counted
 from private data is a release. So a size is *declared* by the shard's owner, publicly and beforehand,
 and need not be exact: the sampling rate, not the size, is what the accountant uses. A simulation has no
-owners to ask; it declares the true count rounded to two significant digits.
+owners to ask: of public data it declares the true count rounded to two significant digits, of private
+data without `data.declared_size` each node tells a noised count (`fedtune.federation.sizes`).
 """
 
 from __future__ import annotations

@@ -119,14 +119,21 @@ def read_budgets(path: Path, *, anew: bool = False) -> Budgets | None:
         raise _unusable(path, str(error)) from error
 
 
-def budgets_in_force(path: Path, ledger: Path, *, was_set: bool, required: bool) -> Budgets:
+def budgets_in_force(path: Path, ledger: Path, *, said: Budgets | None, required: bool) -> Budgets:
     """The budgets in `path` that a release must keep. Raises `LedgerError` where there must be some.
 
-    Args: `was_set`, whether the ledger has heard of a budget; `required`, whether nothing may be released
-    without one (a real node).
+    Args: `said`, what the ledger has heard of budgets, None if nothing; a file that differs was restored from
+    an older backup, or edited. `required`, whether nothing may be released without one (a real node).
     """
     found = read_budgets(path)
-    if found is None and was_set:
+    if found is not None and said is not None and found != said:
+        raise LedgerError(
+            f"The budget file {path} does not say what was set last, as the privacy ledger {ledger} has it: "
+            "it was restored from an older backup, or edited. No release is made. Set the budget anew: "
+            "fedtune budget set --epsilon E --delta D; at a site, start the node again, which sets what "
+            "node.yaml names."
+        )
+    if found is None and said is not None:
         raise LedgerError(
             f"The budget file {path} is missing, but a budget was set before. No release is made without it. "
             "Restore the file, or set a budget anew: fedtune budget set --epsilon E --delta D; at a site, "
@@ -138,7 +145,7 @@ def budgets_in_force(path: Path, ledger: Path, *, was_set: bool, required: bool)
             "may be spent. Run: fedtune budget set --epsilon E --delta D; at a site, start the node, which "
             "sets what node.yaml names."
         )
-    if required and not was_set:
+    if required and said is None:
         raise LedgerError(
             f"There is a budget file {path}, but the privacy ledger {ledger} never heard of a budget: it is "
             "gone, or another. No release is made, for what was spent before would be forgotten. Restore the "

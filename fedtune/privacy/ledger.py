@@ -179,8 +179,9 @@ class PrivacyLedger:
             steps = {plan.unit: charge_of(plan, 1, made)}
             asked = Asked(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
             account = self._sets.account(connection, state, dataset, known)
+            budgets = self._budgets(connection, state)
             return made, self._allowance.check(
-                self._budgets(state), account, asked, dataset=dataset, node=node, round=round, public=public
+                budgets, account, asked, dataset=dataset, node=node, round=round, public=public
             )
 
         state = self._current()
@@ -229,10 +230,8 @@ class PrivacyLedger:
         known = self._keys(fingerprint)
         state, asked = self._asked(node, run, plans)
         with self._chain.reading() as view:
-            account = self._sets.account(view, state, dataset, known)
-        self._allowance.check(
-            self._budgets(state), account, asked, dataset=dataset, node=node, round=0, public=public
-        )
+            account, budgets = self._sets.account(view, state, dataset, known), self._budgets(view, state)
+        self._allowance.check(budgets, account, asked, dataset=dataset, node=node, round=0, public=public)
 
     def outlook(
         self,
@@ -369,7 +368,7 @@ class PrivacyLedger:
     def set_budget(self, budget: PrivacyBudget, *, dataset: str | None = None) -> None:
         """Sets the owner's budget for `dataset`, or for every data set without its own (None).
 
-        The others stay as they are; where the file is lost or damaged, as the ledger's own rows say.
+        The others stay as the ledger's own rows have them, whatever became of the file.
         """
         with self.writing() as pen:
             old = self.stored_budgets(pen.connection, pen.state)
@@ -386,24 +385,23 @@ class PrivacyLedger:
         names = {dataset}
         if fingerprint is not None:
             names = self.account(dataset=dataset, fingerprint=fingerprint).names
-        found = self._budgets(self._current()).of(names)
+        found = self.budgets().of(names)
         return found[0] if found else None
 
     def budgets(self) -> Budgets:
         """All budgets in the node's budget file (none where there is no file)."""
-        return self._budgets(self._current())
+        state = self._current()
+        with self._chain.reading() as view:
+            return self._budgets(view, state)
 
     def state(self) -> LedgerState:
         """The releases so far, added up."""
         return self._current()
 
     def stored_budgets(self, connection: Any, state: LedgerState) -> Budgets:
-        """What the budget file says; where it is lost or damaged, what the rows up to `state` say."""
-        stored = read_budgets(self.budget_path, anew=True)
-        if stored is None:
-            rows = self._chain.latest_of_kind(connection, "budget", state.seq)
-            stored = budgets_of(row.body for row in rows)
-        return stored
+        """What the rows up to `state` say; where they say nothing, the budget file."""
+        said = self._said(connection, state)
+        return said or read_budgets(self.budget_path, anew=True) or Budgets(None, {})
 
     def verify(self) -> tuple[int, list[str]]:
         """Reads the whole file: how many rows it has, and what is wrong with them (nothing: it is whole)."""
@@ -456,10 +454,16 @@ class PrivacyLedger:
         known = state.plans.get(run, {})
         return terms_of_plan(known[node]) if node in known else planned
 
-    def _budgets(self, state: LedgerState) -> Budgets:
+    def _budgets(self, connection: Any, state: LedgerState) -> Budgets:
         return budgets_in_force(
-            self.budget_path, self.path, was_set=state.has_budget, required=self._require_budget
+            self.budget_path, self.path, said=self._said(connection, state), required=self._require_budget
         )
+
+    def _said(self, connection: Any, state: LedgerState) -> Budgets | None:
+        """What the rows up to `state` say of budgets; None if nothing."""
+        if connection is None or not state.has_budget:
+            return None
+        return budgets_of(row.body for row in self._chain.latest_of_kind(connection, "budget", state.seq))
 
     def _current(self) -> LedgerState:
         with self._chain.reading() as connection:

@@ -29,7 +29,9 @@ _looked: set[tuple[str, int]] = set()  # folders in which this process has looke
 
 def simulation_ledger(folder: Path) -> PrivacyLedger:
     """The ledger of simulations in `folder`, with all that version 0.1 wrote there. Raises `LedgerError`."""
-    ledger = PrivacyLedger.open(folder / f"{NAME}.sqlite", shared=True)
+    path = folder / f"{NAME}.sqlite"
+    _refuse_lost(path)
+    ledger = PrivacyLedger.open(path, shared=True)
     seen = (str(folder.absolute()), os.getpid())
     if seen not in _looked:
         for path in _others(folder):
@@ -37,6 +39,21 @@ def simulation_ledger(folder: Path) -> PrivacyLedger:
                 take_over(ledger, path)
         _looked.add(seen)
     return ledger
+
+
+def _refuse_lost(path: Path) -> None:
+    """Raises `LedgerError` for a ledger that is gone or empty while what it wrote beside itself is there.
+
+    A ledger has its tables before its secret or a budget is written.
+    """
+    signs = [one for one in (path.with_suffix(".key"), path.with_suffix(".budget.json")) if one.exists()]
+    if signs and (not path.exists() or path.stat().st_size == 0):
+        raise LedgerError(
+            f"The privacy ledger {path} is missing or empty, but {' and '.join(one.name for one in signs)} "
+            "beside it tells that there was one: a new one would forget what was spent. Nothing is released. "
+            "Restore the folder from a backup. Only if nothing was ever released from private data, delete "
+            f"{' and '.join(str(one) for one in signs)} too."
+        )
 
 
 def take_over(ledger: PrivacyLedger, path: Path) -> int:

@@ -73,7 +73,7 @@ def outline(
     }[privacy["trust"]]
     return (
         f"{trained}. It was trained so that it hardly depends on {whom}: with it or without it, every "
-        f"outcome is at most {times} times as likely (that is what *epsilon* {epsilon:.3g} says), except for "
+        f"outcome is {times} as likely (that is what *epsilon* {epsilon:.3g} says), except for "
         f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
         f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
         f"{percent(guess)} sure. "
@@ -294,12 +294,12 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
 
 
 def _times(epsilon: float) -> str:
-    """exp(epsilon), rounded up to three digits: a bound that is rounded down is none."""
+    """At most exp(epsilon) times, rounded up to three digits: a bound that is rounded down is none."""
     if epsilon > 13.8:
-        return "more than a million"
+        return "perhaps more than a million times"
     factor = math.exp(epsilon)
     unit = 10.0 ** (math.floor(math.log10(factor)) - 2)
-    return f"{math.ceil(factor / unit) * unit:,.{2 if unit < 0.1 else 1 if unit < 1 else 0}f}"
+    return f"at most {math.ceil(factor / unit) * unit:,.{2 if unit < 0.1 else 1 if unit < 1 else 0}f} times"
 
 
 def _odds(delta: float) -> str:

@@ -360,6 +360,20 @@ def test_a_budget_file_that_vanished_is_not_taken_for_no_budget(path: Path) -> N
     assert fresh(path).releases() == []
 
 
+def test_pitfall_34_a_budget_file_that_was_wound_back_is_noticed(path: Path) -> None:
+    ledger = PrivacyLedger.open(path)
+    ledger.set_budget(PrivacyBudget(50.0, 1e-5))
+    older = ledger.budget_path.read_bytes()
+    ledger.set_budget(PrivacyBudget(1.0, 1e-5))
+    ledger.budget_path.write_bytes(older)
+    with pytest.raises(LedgerError, match="restored from an older backup"):
+        reserve(fresh(path))
+    # Another data set's budget does not make the old file right.
+    ledger.set_budget(PrivacyBudget(2.0, 1e-5), dataset="other")
+    assert ledger.budgets().default == PrivacyBudget(1.0, 1e-5)
+    assert fresh(path).releases() == []
+
+
 def test_a_budget_file_anybody_may_write_is_refused(path: Path) -> None:
     ledger = PrivacyLedger.open(path)
     ledger.set_budget(PrivacyBudget(8.0, 1e-5))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import BudgetExhausted, LedgerError
+from fedtune.privacy import ledger as privacy_ledger
 from fedtune.privacy import simulation
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget import find_ledgers, history, show
@@ -222,3 +223,24 @@ def test_a_copy_of_the_folder_has_secret_and_keys(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     copy = simulation_ledger(tmp_path / "b")
     assert copy.epsilon(dataset="x", fingerprint=identity([3]), delta=DELTA) > 0.0
+
+
+@pytest.mark.parametrize("how", ["gone", "empty"])
+def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how: str) -> None:
+    ledger = simulation_ledger(tmp_path)
+    ledger.set_budget(PrivacyBudget(8.0, DELTA))
+    ledger.close()
+    simulation_ledger(tmp_path).close()
+    for side in tmp_path.glob("simulation.sqlite-*"):
+        side.unlink()
+    if how == "gone":
+        ledger.path.unlink()
+    else:
+        ledger.path.write_bytes(b"")
+    with pytest.raises(LedgerError, match="missing or empty, but simulation.budget.json"):
+        simulation_ledger(tmp_path)
+    ledger.budget_path.unlink()
+    if how == "empty":
+        ledger.path.unlink()
+    privacy_ledger._opened.clear()  # another process, which never saw it
+    assert simulation_ledger(tmp_path).head()[0] == 0
