@@ -67,7 +67,7 @@ def spend(config: Config, position: int, rounds: int) -> None:
         )  # fmt: skip
 
 
-def test_a_run_that_no_budget_allows_is_refused_before_round_1_and_charges_nothing(
+def test_pitfall_40_a_run_that_no_budget_allows_is_refused_before_round_1_and_charges_nothing(
     config: Config, tmp_path: Path
 ) -> None:
     config.privacy.epsilon = 6.0

@@ -139,7 +139,7 @@ def test_a_record_whose_gradient_is_nan_does_not_show(
 
 
 @pytest.mark.parametrize("how", ["nan", "huge", "fails"])
-def test_an_update_that_a_trusted_server_cannot_use_does_not_show(
+def test_pitfall_39_an_update_that_a_trusted_server_cannot_use_does_not_show(
     how: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is trusted with the update itself; what it publishes must not say what it was like."""
