@@ -19,12 +19,10 @@ Budgets stop by a filter that is proven for releases chosen while results are se
 `epsilon` over one run, which was fixed in advance, is that of its privacy loss distribution; over several
 runs it is the Renyi number, which is larger. A run is held to its plan: what a release adds never changes.
 
-Purposes. A release is made for training, for evaluation, for a size (`plan.purpose`). All compose; how many a
-run's plan allows is counted for each by itself.
+A release is made for training, evaluation or a size (`plan.purpose`). All compose; each is counted by itself.
 
-A real node has a ledger of its own, bound to the node that first reserves. All nodes of simulations share one
-(`fedtune.privacy.simulation`), because another partition of the same data makes other nodes. Several
-processes may share a ledger.
+A real node's ledger is bound to the node that first reserves. All nodes of simulations share one, because
+another partition makes other nodes (`fedtune.privacy.simulation`). Several processes may share a ledger.
 """
 
 from __future__ import annotations
@@ -400,8 +398,7 @@ class PrivacyLedger:
 
     def stored_budgets(self, connection: Any, state: LedgerState) -> Budgets:
         """What the rows up to `state` say; where they say nothing, the budget file."""
-        said = self._said(connection, state)
-        return said or read_budgets(self.budget_path, anew=True) or Budgets(None, {})
+        return self._said(connection, state) or read_budgets(self.budget_path, anew=True) or Budgets(None, {})
 
     def verify(self) -> tuple[int, list[str]]:
         """Reads the whole file: how many rows it has, and what is wrong with them (nothing: it is whole)."""
@@ -455,9 +452,8 @@ class PrivacyLedger:
         return terms_of_plan(known[node]) if node in known else planned
 
     def _budgets(self, connection: Any, state: LedgerState) -> Budgets:
-        return budgets_in_force(
-            self.budget_path, self.path, said=self._said(connection, state), required=self._require_budget
-        )
+        said = self._said(connection, state)
+        return budgets_in_force(self.budget_path, self.path, said=said, required=self._require_budget)
 
     def _said(self, connection: Any, state: LedgerState) -> Budgets | None:
         """What the rows up to `state` say of budgets; None if nothing."""
