@@ -240,8 +240,9 @@ def test_noise_that_nodes_share_counts_towards_another_node() -> None:
     told = {**shared, **towards(distributed_plan())}
     assert planned_in(told) == [[0.05, 1.0, 15]]
     ((rate, noise, count),) = planned_in(shared) or []
-    assert (rate, count) == (0.05, 15) and noise == pytest.approx(math.sqrt(0.5))
-    assert towards(local_plan()) == {}
+    assert (rate, count) == (0.05, 15)
+    assert math.sqrt(0.5) * (1 - 1e-9) < noise < math.sqrt(0.5)  # rounded to the safe side
+    assert towards(local_plan()) == {} and towards(distributed_plan()) == {"towards": "everybody"}
 
 
 class Paper:
