@@ -239,6 +239,12 @@ def test_an_account_is_of_all_data_with_its_keys() -> None:
     assert set(alone.domains[0].columns) == {A, Body("a", "x")} and alone.names == {"mine", "a"}
 
 
+def test_data_without_keys_is_also_what_was_released_with_keys_under_its_name() -> None:
+    state = LedgerState(releases={Body("mine", "1"): 2}, sets={"1": KnownSet(4, None, "", ())})
+    held = account_without_keys(state, "mine", "never seen")
+    assert set(held.domains[0].columns) == {Body("mine", "1")}
+
+
 def test_data_without_keys_is_of_its_name_and_fingerprint() -> None:
     state = LedgerState(releases={A: 1, Body("b", "1"): 1, C: 1})
     held = account_without_keys(state, "new", "1")

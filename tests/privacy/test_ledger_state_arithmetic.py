@@ -31,7 +31,7 @@ from fedtune.privacy.ledger_state import (
     terms_of_plan,
     towards,
 )
-from tests.privacy.plans import distributed_plan, local_plan, public_plan
+from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 
 STEPS = [{"sample_rate": 0.05, "noise_multiplier": 1.0, "count": 5}]
 USE, BARE = Use(False, "record", True, 0.05, 1.0), Use(True, "person", False, 1.0, 0.0)
@@ -277,3 +277,9 @@ def test_a_long_summary_is_written_less_often(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(7):
         pen.write("budget", {})
     assert [one.seq for one in paper.rows if one.kind == "summary"] == [7]
+
+
+def test_a_charge_begins_with_the_first_round() -> None:
+    """A plan of correlated noise is charged from its first round, whose share is not that of the second."""
+    plan = central_plan(mechanism="dp_ftrl", num_rounds=15, bands=10, min_separation=10, cohort_size=20)
+    assert charge_of(plan, 1) == plan.terms(1, after=0) != plan.terms(1, after=1)
