@@ -212,7 +212,7 @@ def test_chaos_of_a_minute(federation: Federation) -> None:
     assert 0 < done["privacy"]["epsilon"] <= 8
     reasons = {(one["node"], one["round"]): one["reason"] for one in done["federation"]["dropped"]}
     assert all("NaN or infinite" in reasons["clinic-3", round] for round in (1, 3))
-    assert "by signal 9" in reasons["clinic-2", 2]
+    assert "its worker ended" in reasons["clinic-2", 2]  # how, its own log says
     charged = check_books(federation, done["run"]["id"], most=3)
     # What was lost and what was garbage is paid for. (A busy machine may keep a site out of another round.)
     assert charged["clinic-2"] >= 2 and charged["clinic-3"] >= 2
