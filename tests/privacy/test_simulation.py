@@ -19,9 +19,10 @@ from fedtune.privacy import simulation
 from fedtune.privacy.accounting import Term, epsilon_of_terms
 from fedtune.privacy.budget import find_ledgers, history, show
 from fedtune.privacy.budget_file import Budgets, PrivacyBudget, strictest, write_budgets
+from fedtune.privacy.chain import Chain, Row
 from fedtune.privacy.filter import Charge, spent
 from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.simulation import simulation_ledger
+from fedtune.privacy.simulation import simulation_ledger, take_over
 from tests.privacy.identities import identity
 from tests.privacy.plans import local_plan
 
@@ -244,3 +245,79 @@ def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how:
         ledger.path.unlink()
     privacy_ledger._opened.clear()  # another process, which never saw it
     assert simulation_ledger(tmp_path).head()[0] == 0
+
+
+# --- a take-over, part by part -----------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[Row]:
+    chain = Chain(path)
+    with chain.reading() as connection:
+        assert connection is not None
+        rows = chain.audit(connection)[0]
+    chain.close()
+    return rows
+
+
+def budget_rows(folder: Path) -> list[dict[str, Any]]:
+    return [row.body for row in rows_of(folder / "simulation.sqlite") if row.kind == "budget"]
+
+
+def test_a_take_over_says_how_many_releases_were_new(folder: Path) -> None:
+    ledger = PrivacyLedger.open(folder / "simulation.sqlite", shared=True)
+    counts = [take_over(ledger, folder / f"{name}.sqlite") for name in ("clinic-1", "clinic-2", "clinic-1")]
+    assert counts == [4, 6, 0]
+
+
+def test_a_process_looks_for_old_ledgers_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[str] = []
+    monkeypatch.setattr(simulation, "take_over", lambda _, path: met.append(path.stem))
+    for _ in range(2):
+        simulation_ledger(folder)
+    assert met == ["clinic-1", "clinic-2"]
+    (folder / "more").mkdir()
+    simulation_ledger(folder / "more")
+    for number in range(20, 0, -1):
+        (folder / "more" / f"n{number:02}.sqlite").touch()
+    assert [one.stem for one in simulation._others(folder / "more")] == [f"n{i:02}" for i in range(1, 21)]
+
+
+def test_the_strictest_budget_is_in_the_ledger_too(folder: Path) -> None:
+    write_budgets(
+        folder / "clinic-2.budget.json", Budgets(None, {"visits": PrivacyBudget(5.0, DELTA, "person")})
+    )
+    ledger = simulation_ledger(folder)
+    default = {"dataset": None, "epsilon": 6.0, "delta": DELTA}
+    own = {"dataset": "visits", "epsilon": 5.0, "delta": DELTA, "unit": "person"}
+    assert budget_rows(folder) == [default, default, own]
+    ledger.budget_path.unlink()
+    with pytest.raises(LedgerError, match="is missing, but a budget was set before"):
+        ledger.budgets()
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_an_old_budget_without_its_file_is_that_of_the_rows(folder: Path, how: str) -> None:
+    for node in ("clinic-1", "clinic-2"):
+        path = folder / f"{node}.budget.json"
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_text("{")
+    assert simulation_ledger(folder).budgets() == Budgets(PrivacyBudget(6.0, DELTA), {})
+
+
+def test_old_ledgers_without_a_budget_set_none(folder: Path) -> None:
+    for node in ("clinic-1", "clinic-2"):
+        write_budgets(folder / f"{node}.budget.json", Budgets(None, {}))
+    ledger = simulation_ledger(folder)
+    assert not ledger.budget_path.exists() and budget_rows(folder) == []
+
+
+def test_an_old_ledger_whose_rows_contradict_one_another_is_refused(folder: Path) -> None:
+    path = folder / "clinic-2.sqlite"
+    last = rows_of(path)[-1]
+    with sqlite3.connect(path) as connection:  # whole as a chain
+        Chain(path).append(connection, "committed", {"reservation": 99}, run="r", previous=last.hash)
+    connection.close()
+    with pytest.raises(LedgerError, match=r"cannot be trusted \(row \d+ finishes release 99, which nothing"):
+        simulation_ledger(folder)
