@@ -113,7 +113,7 @@ def test_sets_of_keys(chain: Chain) -> None:
 
 def test_a_file_of_the_first_version_has_no_sets_until_it_is_written_to(chain: Chain) -> None:
     rows = filled(chain, 2)
-    old = chain_module._OLD_APPLICATION_ID
+    old = 0x66746C67
     chain.close()
     with closing(sqlite3.connect(chain.path)) as connection:
         connection.executescript(f"DROP TABLE sets; PRAGMA application_id={old}")
