@@ -340,3 +340,55 @@ def test_how_a_file_is_opened(
     assert len(read(chain)) == 1
     how = {"uri": True, "timeout": 60.0, "isolation_level": None, "check_same_thread": False}
     assert asked == [(chain.path.as_uri() + address, how)]
+
+
+def test_a_reader_sees_one_state_of_the_file(chain: Chain) -> None:
+    filled(chain, 1)
+    other = Chain(chain.path)
+    with chain.reading() as view:
+        assert view is not None and chain.last(view)[0] == 1
+        with other.writing() as pen:
+            other.append(pen, "x", {}, run=None, previous=other.last(pen)[1])
+        assert chain.last(view)[0] == 1
+    assert len(read(chain)) == 2
+    other.close()
+
+
+def test_the_name_of_a_new_file_is_on_the_disk(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[int, int]] = []
+    monkeypatch.setattr("fedtune.privacy.chain.os.fsync", lambda fd: synced.append((fd, os.fstat(fd).st_ino)))
+    chain._make_file()
+    ((folder, inode),) = synced
+    assert inode == chain.path.parent.stat().st_ino
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(folder)
+    chain._make_file()
+    assert len(synced) == 1
+
+
+def test_tables_that_cannot_be_made_are_none(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain._make_file()
+    made: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(where: str, **how: Any) -> sqlite3.Connection:
+        made.append(connect(where, **how))
+        return made[-1]
+
+    monkeypatch.setattr("fedtune.privacy.chain.sqlite3.connect", noted)
+    monkeypatch.setattr(chain_module, "_SET_SCHEMA", ("NOT SQL",))
+    with pytest.raises(LedgerError, match=r'cannot be used \(near "NOT": syntax error\)'), chain.reading():
+        pass
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        made[0].execute("SELECT 1")
+    with closing(connect(chain.path, isolation_level=None)) as connection:
+        connection.execute("CREATE TABLE log (x)")  # nothing of it was kept
+        connection.execute("DROP TABLE log")
+        with pytest.raises(sqlite3.OperationalError, match="syntax"):
+            chain._ensure_schema(connection)
+        assert not connection.in_transaction
+        monkeypatch.undo()
+        chain._ensure_schema(connection)
+        assert chain._is_ledger(connection) is True
+    with closing(connect(":memory:")) as connection:
+        assert chain._is_ledger(connection) is False
