@@ -225,9 +225,11 @@ class Search:
                     trial = self._study.get_trials(deepcopy=False)[trial.number]
                 else:
                     self._waiting.append(trial)
-            if trial.state is not TrialState.FAIL:
+            # A run whose accuracy the noise hid is no trial, but it was made and charged: not made again.
+            hidden = trial.state is TrialState.FAIL and has_record(self._space.folder / str(trial.number))
+            if hidden or trial.state is not TrialState.FAIL:
                 self._tried.add(_key(trial.params))
-            self._left -= trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+            self._left -= hidden or trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
             self.progress.names[trial.number] = ",".join(
                 f"{name}={_text(value, short=True)}" for name, value in trial.params.items()
             )

@@ -318,6 +318,10 @@ def test_a_trial_without_the_objective_fails_and_is_charged() -> None:
     trainer.sweep(*SEARCH, "privacy=local,none", "sweep.objectives=accuracy,epsilon", "sweep.trials=2")
     assert sorted(trial.state.name for trial in trials() if trial.params)[:2] == ["COMPLETE", "FAIL"]
     assert any("has no epsilon" in line and "charged all the same" in line for line in trainer.warned)
+    # It was made and paid for: a resumed search makes no other in its place.
+    again = Trainer()
+    again.sweep("sweep.resume=sweep")
+    assert again.configs == []
 
 
 def test_settings_and_their_kinds_make_the_axes() -> None:
