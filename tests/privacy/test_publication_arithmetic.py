@@ -117,6 +117,8 @@ PUBLIC: dict[str, str] = {
 
 @pytest.mark.parametrize("sink", [*SINKS])
 def test_each_field_is_of_its_kind(sink: str) -> None:
+    assert publish(sink, {}, public_data=False) == ({}, {})
+
     def of(kind: str) -> set[str]:
         return {path for path, field in SINKS[sink].items() if field.kind == kind}
 
@@ -184,6 +186,15 @@ def test_what_is_undeclared_is_named_by_its_path(monkeypatch: pytest.MonkeyPatch
     assert undeclared == [("test", "z"), ("test", "a.c"), ("test", "a.d"), ("test", "rows.*.x")]
 
 
+def test_names_are_told_whole(monkeypatch: pytest.MonkeyPatch, undeclared: Any) -> None:
+    through(monkeypatch, {"X.b": public("a setting")}, {"X": 17, "XX": 1})
+    assert undeclared == [("test", "X"), ("test", "XX")]
+
+
+def test_a_prefix_stands_before_each_name() -> None:
+    assert publication._below("a", {"b": public("a setting")}) == {"a.b": public("a setting")}
+
+
 def test_a_value_in_the_place_of_declared_ones_below_it(
     monkeypatch: pytest.MonkeyPatch, undeclared: Any
 ) -> None:
@@ -211,6 +222,7 @@ def test_merging_puts_the_true_value_in() -> None:
         and merge({"a": 1}, 7) == 7
         and merge(7, {"a": 1}) == {"a": 1}
     )
+    assert merge({"a": 0.0}, {"a": 1.5}) == {"a": 1.5} and merge([0.0], [1.5]) == [1.5]
     assert merge([1, None], [None, 2]) == [1, 2]
     assert merge([1, 2], [3]) == [3] and merge((1, None), [None, 2]) == [None, 2]
     assert merge([1, 2], (3, None)) == (3, None)
