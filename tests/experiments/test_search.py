@@ -318,7 +318,12 @@ def test_a_trial_without_the_objective_fails_and_is_charged() -> None:
     trainer.sweep(*SEARCH, "privacy=local,none", "sweep.objectives=accuracy,epsilon", "sweep.trials=2")
     assert sorted(trial.state.name for trial in trials() if trial.params)[:2] == ["COMPLETE", "FAIL"]
     assert any("has no epsilon" in line and "charged all the same" in line for line in trainer.warned)
-    # It was made and paid for: a resumed search makes no other in its place.
+
+
+def test_a_run_that_was_made_and_is_no_trial_is_not_made_again_by_a_resumed_search() -> None:
+    """It was paid for, though its record lacks the number (here epsilon; elsewhere noise hides accuracy)."""
+    Trainer().sweep(*SEARCH, "privacy=none", RATES, "sweep.objectives=accuracy,epsilon", "sweep.trials=2")
+    assert [trial.state.name for trial in trials()] == ["FAIL", "FAIL"]
     again = Trainer()
     again.sweep("sweep.resume=sweep")
     assert again.configs == []
