@@ -246,3 +246,43 @@ def test_a_process_that_knew_the_file_asks_for_it(ledger: PrivacyLedger) -> None
     reserve(PrivacyLedger(ledger.path), run="another")
     with pytest.raises(LedgerError, match="row 1, which this process has read, is gone or another"):
         ledger.head()
+
+
+def test_the_record_that_has_spent_most_counts(ledger: PrivacyLedger) -> None:
+    reserve(ledger, fingerprint=identity(range(5)))
+    plan = local_plan(num_rounds=3)
+    of: dict[str, Any] = {
+        "dataset": "calls", "fingerprint": identity(range(4, 9)), "node": "clinic", "run": "run-2",
+        "plans": [plan],
+    }  # fmt: skip
+    then = spent([Charge({STEP: 5}, {STEP: 60}), Charge({STEP: 15}, {STEP: 15})], DELTA)
+    assert ledger.outlook(**of, delta=DELTA) == (epsilon_of_terms({STEP: 5}, DELTA), then)
+    ledger.set_budget(PrivacyBudget(then * 1.001, DELTA))
+    ledger.check_run(**of)
+    ledger.set_budget(PrivacyBudget(then * 0.999, DELTA))
+    with pytest.raises(BudgetExhausted):
+        ledger.check_run(**of)
+    ledger.check_run(**{**of, "fingerprint": identity(range(5, 9))})  # others, under a new name
+
+
+def test_epsilon_is_that_of_the_record_that_has_spent_most(ledger: PrivacyLedger) -> None:
+    reserve(ledger, fingerprint=identity(range(5)))
+    for round in range(2):
+        reserve(ledger, fingerprint=identity(range(5, 7)), dataset="letters", run="run-2", round=round)
+    of: dict[str, Any] = {"dataset": "calls", "fingerprint": identity(range(4, 9)), "delta": DELTA}
+    assert ledger.epsilon(**of) == epsilon_of_terms({STEP: 10}, DELTA)
+    assert ledger.epsilon(**of, run="run-1") == epsilon_of_terms({STEP: 5}, DELTA)
+
+
+def test_each_release_is_finished_by_itself(ledger: PrivacyLedger) -> None:
+    first, second = reserve(ledger), reserve(ledger, round=1)
+    ledger.commit(first)
+    ledger.commit(second)
+    assert [row.body.get("reservation") for row in rows_of(ledger)] == [None, None, 1, 2]
+
+
+def test_a_budget_is_a_row_and_replaces_a_damaged_file(ledger: PrivacyLedger) -> None:
+    ledger.budget_path.write_text("{")
+    ledger.set_budget(PrivacyBudget(3.0, DELTA))
+    assert [(row.kind, row.run) for row in rows_of(ledger)] == [("budget", None)]
+    assert ledger.budgets() == Budgets(PrivacyBudget(3.0, DELTA), {})
