@@ -158,7 +158,7 @@ def test_epsilon_that_is_kept_is_that_of_the_accountant(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(allowance, "kept", kept)
     one, other = Term(0.05, 1.0), Term(0.1, 2.0)
-    assert kept_epsilon({other: 2, one: 3}, 1e-5) == epsilon_of_terms({one: 3, other: 2}, 1e-5)
+    assert kept_epsilon({other: 2, one: 3}, 1e-5) == pytest.approx(epsilon_of_terms({one: 3, other: 2}, 1e-5))
     kept_epsilon({one: 3, other: 2}, 1e-5)
     assert asked == [("epsilon", [[[list(one), 3], [list(other), 2]], 1e-5])] * 2
     assert kept_epsilon(None, 1e-5) == math.inf and len(asked) == 2

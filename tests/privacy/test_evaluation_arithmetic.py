@@ -57,7 +57,7 @@ def test_answers_cost_one_gaussian_each() -> None:
     assert plan.purpose == "evaluation" and not plan.reproducible_noise
     assert plan.terms(2, after=7) == {Term(1.0, 4.0): 2}
     assert plan.terms(1) == {Term(1.0, 4.0): 1} and plan.terms(0) == {}
-    assert plan.epsilon(2) == epsilon_of_terms({Term(1.0, 4.0): 2}, 1e-5)
+    assert plan.epsilon(2) == pytest.approx(epsilon_of_terms({Term(1.0, 4.0): 2}, 1e-5))
     assert plan.epsilon(0) == 0.0
     assert plan.epsilon() == plan.epsilon(3) > plan.epsilon(2)
 

@@ -168,13 +168,13 @@ def test_delta_is_the_budgets_or_the_smallest_that_was_planned(ledger: PrivacyLe
     reserve(ledger, run="run-2", plan=local_plan(delta=1e-6))
     two = [Charge({STEP: 5}, {STEP: 60})] * 2
     of = {"dataset": "visits", "fingerprint": "f1"}
-    assert ledger.epsilon(**of) == ledger.epsilon(**of, delta=1e-6)
+    assert ledger.epsilon(**of) == pytest.approx(ledger.epsilon(**of, delta=1e-6))
     assert ledger.epsilon(**of, delta=1e-4) == pytest.approx(spent(two, 1e-4))
-    assert ledger.epsilon(**of, run="run-1", delta=1e-4) == epsilon_of_terms({STEP: 5}, 1e-4)
+    assert ledger.epsilon(**of, run="run-1", delta=1e-4) == pytest.approx(epsilon_of_terms({STEP: 5}, 1e-4))
     ledger.set_budget(PrivacyBudget(9.0, 1e-4))
-    assert ledger.epsilon(**of) == ledger.epsilon(**of, delta=1e-4)
+    assert ledger.epsilon(**of) == pytest.approx(ledger.epsilon(**of, delta=1e-4))
     # One run is asked for at what it was planned with.
-    assert ledger.epsilon(**of, run="run-1") == epsilon_of_terms({STEP: 5}, 1e-6)
+    assert ledger.epsilon(**of, run="run-1") == pytest.approx(epsilon_of_terms({STEP: 5}, 1e-6))
 
 
 def test_what_is_left_of_a_run(ledger: PrivacyLedger) -> None:
@@ -207,9 +207,10 @@ def test_a_whole_run_is_looked_at_and_nothing_written(ledger: PrivacyLedger) -> 
     with pytest.raises(BudgetExhausted):
         ledger.check_run(**of, run="run-2", plans=[local_plan(num_rounds=60)])
     now, then = ledger.outlook(**of, run="run-1", plans=[plan], delta=DELTA)
-    assert now == epsilon_of_terms({STEP: 5}, DELTA) and then == epsilon_of_terms({STEP: 15}, DELTA)
+    assert now == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
+    assert then == pytest.approx(epsilon_of_terms({STEP: 15}, DELTA))
     now, then = ledger.outlook(**of, run="run-2", plans=[plan], delta=DELTA)
-    assert now == epsilon_of_terms({STEP: 5}, DELTA)
+    assert now == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
     assert then == spent([Charge({STEP: 5}, {STEP: 15}), Charge({STEP: 15}, {STEP: 15})], DELTA)
     fresh = PrivacyLedger(ledger.path.with_name("fresh.sqlite"))
     assert fresh.outlook(**of, run="run-1", plans=[plan], delta=DELTA) == (
@@ -270,8 +271,8 @@ def test_epsilon_is_that_of_the_record_that_has_spent_most(ledger: PrivacyLedger
     for round in range(2):
         reserve(ledger, fingerprint=identity(range(5, 7)), dataset="letters", run="run-2", round=round)
     of: dict[str, Any] = {"dataset": "calls", "fingerprint": identity(range(4, 9)), "delta": DELTA}
-    assert ledger.epsilon(**of) == epsilon_of_terms({STEP: 10}, DELTA)
-    assert ledger.epsilon(**of, run="run-1") == epsilon_of_terms({STEP: 5}, DELTA)
+    assert ledger.epsilon(**of) == pytest.approx(epsilon_of_terms({STEP: 10}, DELTA))
+    assert ledger.epsilon(**of, run="run-1") == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
 
 
 def test_each_release_is_finished_by_itself(ledger: PrivacyLedger) -> None:
