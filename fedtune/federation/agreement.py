@@ -28,9 +28,9 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.config.schema import Config
-from fedtune.errors import FederationError, FedtuneError, PrivacyError, UpdateRejected
+from fedtune.errors import FederationError, PrivacyError, UpdateRejected
 from fedtune.federation.events import Dropped, NodeInfo, Observer
-from fedtune.federation.messages import VERSION, only_records, read_config, through_door
+from fedtune.federation.messages import VERSION, only_records, read_config, read_plan, through_door
 from fedtune.federation.rounds import exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -70,14 +70,7 @@ class Proposal:
         what = "The server's proposal"
         only_records(content, {"proposal"}, what)
         values = read_config(content, "proposal", PROPOSAL_KEYS, what)
-        try:
-            plan = PrivacyPlan.from_json(json.loads(values["plan"]))
-        except FedtuneError:
-            raise
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise FederationError(
-                f"{what} carries an unreadable privacy plan ({type(error).__name__})."
-            ) from error
+        plan = read_plan(values["plan"], what)
         return cls(values["run"], values["attempt"], plan)
 
 

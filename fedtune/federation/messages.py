@@ -46,6 +46,7 @@ __all__ = [
     "coarse_seconds",
     "only_records",
     "read_config",
+    "read_plan",
     "through_door",
 ]
 
@@ -133,6 +134,22 @@ def _vector(content: RecordDict, name: str, what: str) -> np.ndarray:
 def through_door(sink: str, values: Mapping[str, Any], *, public_data: bool = False) -> ConfigRecord:
     """A ConfigRecord of what may leave of `values` (`fedtune.privacy.publication`)."""
     return ConfigRecord(publish(sink, values, public_data=public_data)[0])
+
+
+def read_plan(text: str, what: str) -> PrivacyPlan:
+    """The plan that a message carries as JSON.
+
+    Raises FederationError, which says `what` it is, for a text that is none, and what
+    `PrivacyPlan.from_json` raises for a plan without meaning.
+    """
+    try:
+        return PrivacyPlan.from_json(json.loads(text))
+    except FedtuneError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise FederationError(
+            f"{what} carries an unreadable privacy plan ({type(error).__name__})."
+        ) from error
 
 
 def only_records(content: RecordDict, allowed: set[str], what: str) -> None:
@@ -230,14 +247,7 @@ class RoundRequest:
             raise FederationError(
                 f"{what} for round {values['round']} carries an adapter with NaN or infinity."
             )
-        try:
-            plan = PrivacyPlan.from_json(json.loads(values["plan"]))
-        except FedtuneError:
-            raise
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise FederationError(
-                f"{what} carries an unreadable privacy plan ({type(error).__name__})."
-            ) from error
+        plan = read_plan(values["plan"], what)
         return cls(values["run"], values["round"], values["attempt"], plan, adapter)
 
 

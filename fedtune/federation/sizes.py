@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context
 
+from fedtune.config.files import replace_whole
 from fedtune.data.holdout import parts_of
 from fedtune.errors import FederationError
 from fedtune.privacy.sizes import size_plan
@@ -57,7 +57,7 @@ def new_run_number(run_dir: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(run_dir / _SIZES)
     run = secrets.token_hex(8)
-    _write(run_dir / _RUN, run)
+    replace_whole(run_dir / _RUN, run.encode())
     return run
 
 
@@ -94,7 +94,9 @@ def tell_size(
     parts = [part.data for part in (shard, *data.held_out[position : position + 1])]
     units = sum(part.num_units if plan.unit == "person" else part.num_records for part in parts)
     path.parent.mkdir(exist_ok=True)
-    _write(path, json.dumps({"node": shard.node, "told": plan.told(units, plan.entropy(shard.node))}))
+    told = {"node": shard.node, "told": plan.told(units, plan.entropy(shard.node))}
+    # Whole or not at all, durably: what was told must not be asked for a second time.
+    replace_whole(path, json.dumps(told).encode())
     ledger.commit(reservation)
 
 
@@ -146,13 +148,3 @@ def _folder(config: Config, context: Context, node: str) -> Path:
 
 def _path(folder: Path, node: str) -> Path:
     return folder / _SIZES / f"{node}.json"
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all, durably: what was told must not be asked for a second time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
