@@ -23,11 +23,11 @@ The guarantee, which every record and every statement repeats with the numbers f
   event that is accounted, so that none of them can disagree with another.
 * **Delta** is always given beside epsilon.
 * **Epsilon** is an upper bound, rounded to the safe side, and the largest over everybody who sees what
-  was released: under `distributed` a node knows its own share of the noise, and that is counted with.
-  Of one run, which is fixed in advance, it comes from privacy loss distributions; over everything that
-  this data has ever been used for, as the node's PrivacyLedger knows it (earlier runs, retries, crashes
-  and resumed runs count), from Renyi DP. A budget stops by a filter that is proven for releases that are
-  chosen while earlier ones are seen (`fedtune.privacy.filter`). Shards are disjoint, so a federation's
+  was released: under `distributed` a node knows its own share of the noise, and that is counted with. Of
+  one run, which is fixed in advance, it comes from privacy loss distributions; over everything that this
+  data has ever been used for, as the node's PrivacyLedger knows it (earlier runs, retries, crashes and
+  resumed runs count), from Renyi DP. A budget stops by a filter that is proven for releases that are chosen
+  while earlier ones are seen (`fedtune.privacy.accounting.filter`). Shards are disjoint, so a federation's
   epsilon is the largest over its nodes, never an average.
 
 Not covered: what was not done through this node's ledger; a person whose records lie on several

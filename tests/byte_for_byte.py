@@ -107,7 +107,7 @@ def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
 
     `patch` sets an attribute, as `setattr` does.
     """
-    from fedtune.federation import distributed_node
+    from fedtune.federation.secagg import client as distributed_node
     from fedtune.privacy.evaluation import EvaluationPlan
     from fedtune.training import local as training
 
@@ -134,7 +134,7 @@ def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
 
 def hold_server_still(patch: Callable[[Any, str, Any], None]) -> None:
     """What a trusted server releases becomes a constant, whatever it was sent; `patch` as above."""
-    from fedtune.federation import rounds
+    from fedtune.federation.server import rounds
     from fedtune.privacy.plan import PrivacyPlan
 
     def constant_release(self: Any, *args: Any) -> tuple[np.ndarray, PrivacyPlan]:
@@ -149,10 +149,13 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
     from fedtune.engines import local
-    from fedtune.experiments import report, run, trackers
-    from fedtune.federation import secagg_crypto, secure_aggregation, sizes
+    from fedtune.federation import sizes
+    from fedtune.federation.secagg import crypto as secagg_crypto
+    from fedtune.federation.secagg import protocol as secure_aggregation
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.privacy.sizes import SizePlan
+    from fedtune.report import report
+    from fedtune.runs import run, trackers
 
     sent: list[bytes] = []
     deliver, empty_run = local.LocalGrid._deliver, local.empty_run
@@ -208,7 +211,7 @@ class _Then:
 def forget_data() -> None:
     """Nothing of another data set is kept in this process."""
     from fedtune.data.prepare import clear_cache
-    from fedtune.federation import resident
+    from fedtune.federation import resources as resident
 
     resident._workplaces.clear()
     clear_cache()
@@ -225,8 +228,8 @@ def run_once(
 
     from rich.console import Console
 
-    from fedtune.experiments.report import report
-    from fedtune.experiments.run import run
+    from fedtune.report.report import report
+    from fedtune.runs.run import run
 
     run_dir = Path(str(config.output))
     shutil.rmtree(run_dir, ignore_errors=True)

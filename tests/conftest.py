@@ -6,14 +6,19 @@ The environment is set when this file is imported, before any test module import
 from __future__ import annotations
 
 import atexit
+import copy
+import io
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 import fedtune
+from tests import tiny_federation as tiny
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -61,3 +66,35 @@ def everything_published_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{path!r} is published through {sink!r} and not declared in publication.SINKS")
 
     monkeypatch.setattr(publication, "report_undeclared", undeclared)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a random model and of made-up data."""
+    tiny.one_thread()
+    root = tmp_path_factory.mktemp("world")
+    return {"model": tiny.make_model(root / "model"), "data": tiny.make_data(root / "data")}
+
+
+@pytest.fixture(scope="session")
+def finished(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """(run folder, what was printed) of one finished private run."""
+    from fedtune.cost import meter
+    from fedtune.runs.run import run
+
+    folder, output = tmp_path_factory.mktemp("runs") / "first", io.StringIO()
+    config = tiny.private(tiny.make_config(world["model"], world["data"], output=str(folder)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            meter.importlib.util, "find_spec", tiny.without_codecarbon(meter.importlib.util.find_spec)
+        )
+        run(config, console=Console(file=output, width=80, highlight=False))
+    return folder, output.getvalue()
+
+
+@pytest.fixture
+def record(finished: tuple[Path, str]) -> dict[str, Any]:
+    """A copy of the finished run's record, to be changed at will."""
+    from fedtune.runs.record import read
+
+    return copy.deepcopy(read(finished[0]))

@@ -18,11 +18,11 @@ from flwr.clientapp import ClientApp
 
 from fedtune.config.schema import Config, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.engines.local import LocalGrid
-from fedtune.federation._flower import task_identity
-from fedtune.federation.agreement import Consent, Proposal
 from fedtune.federation.events import FederationResult, RoundSummary
+from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
-from fedtune.federation.server import run_rounds
+from fedtune.federation.server.agreement import Consent, Proposal
+from fedtune.federation.server.loop import run_rounds
 
 SIZE = 6
 

@@ -24,7 +24,7 @@ def test_help_in_readme_is_the_real_help() -> None:
     block = re.search(r"<!-- fedtune --help.*?-->\n```\n(.*?)```", README, re.DOTALL)
     assert block is not None
     real = subprocess.run(
-        [sys.executable, "-m", "fedtune.cli", "--help"],
+        [sys.executable, "-m", "fedtune.cli.app", "--help"],
         capture_output=True,
         text=True,
         check=True,

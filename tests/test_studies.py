@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.experiments.advice import advise, family
-from fedtune.experiments.collect import collect
-from fedtune.experiments.frontier import Point, points_of, varied
-from fedtune.experiments.repricing import book
+from fedtune.report.advice import advise, family
+from fedtune.report.collect import collect
+from fedtune.report.frontier import Point, points_of, varied
+from fedtune.report.repricing import book
 
 STUDIES = Path(__file__).resolve().parents[1] / "simulations"
 FRONTIERS = ("privacy_frontier", "quantization_frontier")

@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.audit.canaries import CANARY_NORM, GradientCanaries, Scores
-from fedtune.federation.rounds import ClippedUpdates
-from fedtune.privacy.discrete import DiscreteMechanism
-from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise
-from fedtune.privacy.noise import Entropy
+from fedtune.federation.server.rounds import ClippedUpdates
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
+from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["canary_sum", "one_shot_cosines", "rate_of", "released_sum", "watch"]

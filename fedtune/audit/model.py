@@ -32,11 +32,11 @@ from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import DataError
-from fedtune.federation.descent import server_optimizer
-from fedtune.federation.resident import workplace
-from fedtune.federation.rounds import ClippedUpdates
+from fedtune.federation.resources import workplace
+from fedtune.federation.server.descent import server_optimizer
+from fedtune.federation.server.rounds import ClippedUpdates
 from fedtune.models.classifier import AdaptedModel
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clip_and_sum, per_example_gradients
 from fedtune.training.evaluation import predict_probabilities

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from fedtune.audit.bounds import epsilon_lower_one_run, epsilon_lower_two_sample, p_value_one_run
-from fedtune.privacy.accounting import Term, deltas_of_terms, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, deltas_of_terms, epsilon_of_terms
 
 __all__ = ["Bound", "curve", "limit", "one_run", "two_sample"]
 

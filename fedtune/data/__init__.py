@@ -8,7 +8,3 @@
 
 Only this package meets `datasets` and `flwr_datasets`, and it imports them late.
 """
-
-from __future__ import annotations
-
-__all__ = ["batches", "corpus", "opinions", "partition", "prepare", "sources", "tokenize"]

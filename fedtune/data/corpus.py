@@ -10,7 +10,7 @@ remembers its `source`, the fingerprint of the whole before it was split and dea
 partition a node gets other records, but of the same people.
 
 That fingerprint and the digests are for caches and for ledgers of version 0.1. What a ledger is charged by
-is a shard's `identity`: every record and person by itself (`fedtune.privacy.identity`).
+is a shard's `identity`: every record and person by itself (`fedtune.privacy.ledger.identity`).
 
 Shapes: n records, t tokens in all.
 """
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.privacy.identity import Identity, mark_of
+from fedtune.privacy.ledger.identity import Identity, mark_of
 
 __all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of", "offsets_of", "take_tokens"]
 

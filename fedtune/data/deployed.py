@@ -16,10 +16,10 @@ import numpy as np
 
 from fedtune.config.choices import tests_openly
 from fedtune.config.schema import Config, DataConfig
-from fedtune.data.columns import Columns, build_corpus
 from fedtune.data.corpus import Corpus, Shard, TokenizedCorpus
-from fedtune.data.files import beside, find_split, read_table
 from fedtune.data.prepare import PreparedData, holding_out, prepare
+from fedtune.data.sources.columns import Columns, build_corpus
+from fedtune.data.sources.files import beside, find_split, read_table
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.schema import PartitionConfig
-from fedtune.data.cache import load_array, store_array, warn_unusable
+from fedtune.data.array_cache import load_array, store_array, warn_unusable
 from fedtune.data.corpus import Int64Array, Shard, TokenizedCorpus
 from fedtune.errors import PartitionError
 

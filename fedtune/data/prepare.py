@@ -21,10 +21,10 @@ import numpy as np
 from fedtune.config.choices import resolved, tests_openly
 from fedtune.config.schema import Config
 from fedtune.data.corpus import Shard, TokenizedCorpus
-from fedtune.data.files import state_of
 from fedtune.data.holdout import hold_out
 from fedtune.data.partition import make_shards
-from fedtune.data.sources import load_corpus
+from fedtune.data.sources.files import state_of
+from fedtune.data.sources.load import load_corpus
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 

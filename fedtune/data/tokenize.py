@@ -1,7 +1,8 @@
 """Corpus -> TokenizedCorpus, once: token ids are kept on disk and memory-mapped afterwards.
 
-One file for each (content in its order, tokenizer, max_length) in `cache_dir()/tokens`: the records' lengths,
-then their token ids. `fedtune.data.cache` says what happens when such a file is damaged or cannot be written.
+One file for each (content in its order, tokenizer, max_length) in `cache_dir()/tokens`: the records'
+lengths, then their token ids. `fedtune.data.array_cache` says what happens when such a file is damaged or
+cannot be written.
 
 What it does not do: learn anything from the texts. The tokenizer is the encoder's own and `max_length`
 is a public setting; neither is ever derived from private data.
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.data.cache import load_array, store_array, warn_unusable
+from fedtune.data.array_cache import load_array, store_array, warn_unusable
 from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus, offsets_of, take_tokens
 from fedtune.errors import DataError
 

@@ -24,7 +24,7 @@ ENGINES = ("local", "ray", "deployment")
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
     """Runs the federation that `config` describes, with the engine that it names.
 
-    Raises: what `fedtune.federation.server.run_rounds` raises, and ConfigError for an unknown engine.
+    Raises: what `fedtune.federation.server.loop.run_rounds` raises, and ConfigError for an unknown engine.
     """
     if config.engine.name == "local":
         from fedtune.engines.local import run as run_local
@@ -35,7 +35,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
 
         return run_ray(config, run_dir, observer)
     if config.engine.name == "deployment":
-        from fedtune.engines.deployment.operator import run as run_deployment
+        from fedtune.deploy.operator import run as run_deployment
 
         return run_deployment(config, run_dir, observer)
     raise ConfigError(f"engine={config.engine.name!r} is not known; it can be {' or '.join(ENGINES)}.")

@@ -31,7 +31,8 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.federation._flower import (
+from fedtune.federation.client.release import public_reason
+from fedtune.federation.flower import (
     SERVER_NODE_ID,
     Run,
     deserialize,
@@ -41,7 +42,6 @@ from fedtune.federation._flower import (
     set_message_id,
     task_identity,
 )
-from fedtune.federation.node import public_reason
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -267,11 +267,14 @@ class LocalGrid(Grid):
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
-    """Runs a federation in this process. See `fedtune.federation.server.run_rounds` for what it raises."""
+    """Runs a federation in this process.
+
+    Raises: what `fedtune.federation.server.loop.run_rounds` raises.
+    """
     from fedtune.config.convert import to_json
-    from fedtune.federation.client_app import app
-    from fedtune.federation.resident import forget, tally, workplace
-    from fedtune.federation.server import run_rounds
+    from fedtune.federation.client.app import app
+    from fedtune.federation.resources import forget, tally, workplace
+    from fedtune.federation.server.loop import run_rounds
 
     before = (tally.seconds, tally.flops)
     num_nodes = len(workplace(config).prepared.shards)

@@ -2,7 +2,7 @@
 
 `flwr.simulation.run_simulation` is deprecated in favour of the command `flwr run`, which starts a
 SuperLink; it stays the only way to run a simulation from Python, so its warning is silenced and the
-call kept in this file. `flwr run .` works as well (`fedtune.federation.server_app`).
+call kept in this file. `flwr run .` works as well (`fedtune.federation.server.app`).
 
 Differences from engine `local`: workers load the model each (about 300 MB a worker, and 10 to 15 s to
 start), so it pays from about a hundred nodes or several machines on. The seconds of training are what
@@ -29,7 +29,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.engines.local import Worker
 from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
-from fedtune.federation._flower import quiet
+from fedtune.federation.flower import quiet
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -53,10 +53,10 @@ class ConfiguredClientApp(ClientApp):
         self._timeout = timeout
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """Hands message and Context to `fedtune.federation.client_app.app`, which a worker imports itself."""
+        """Hands message and Context to `fedtune.federation.client.app.app`, which a worker imports itself."""
         os.environ.update(self._environment)
-        from fedtune.federation.client_app import app
-        from fedtune.federation.resident import forget
+        from fedtune.federation.client.app import app
+        from fedtune.federation.resources import forget
 
         # A Context of our own around the same state: Flower refuses one whose run_config has changed.
         own = Context(
@@ -85,7 +85,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     """Runs a federation on Ray.
 
     Raises: ResourceError if Ray is missing or cannot start; else what
-    `fedtune.federation.server.run_rounds` raises.
+    `fedtune.federation.server.loop.run_rounds` raises.
     """
     if importlib.util.find_spec("ray") is None:
         raise ResourceError(
@@ -102,8 +102,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     from flwr.simulation import run_simulation
 
     from fedtune.config.convert import to_json
-    from fedtune.federation.resident import workplace
-    from fedtune.federation.server import run_rounds
+    from fedtune.federation.resources import workplace
+    from fedtune.federation.server.loop import run_rounds
 
     num_nodes = len(workplace(config).prepared.shards)
     outcome: list[FederationResult | BaseException] = []

@@ -112,7 +112,7 @@ class FederationResult:
         epsilon: the largest over the nodes, of this run alone; None where there is none.
         answers: by node, how often it answered (or may have) about held-out data in this run.
         evaluation: of the last state: `fedtune.training.evaluation.Evaluation` on public data, or
-            `fedtune.federation.evaluation.NodesEvaluation`; None if never evaluated.
+            `fedtune.federation.server.evaluation.NodesEvaluation`; None if never evaluated.
         seconds: wall time, summed over resumes.
         train_seconds: what nodes spent training, summed; exact in the local engine, coarse elsewhere.
         flops: floating point operations of the nodes' training; None where the engine cannot see them.

@@ -16,7 +16,7 @@ reports no seconds of private data (0.0 stands for them), and of public data `co
 25 percent steps. When an answer arrives the server sees all the same: the timing of answers is outside of
 epsilon, as the privacy statement says. For a node that
 minds, `answer-after` in its node configuration holds every answer back until that many seconds after
-the request came in (see `fedtune.federation.node.hold_back`).
+the request came in (see `fedtune.federation.client.release.hold_back`).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.data.corpus import Shard
     from fedtune.data.prepare import PreparedData
-    from fedtune.privacy.ledger import PrivacyLedger
+    from fedtune.privacy.ledger.ledger import PrivacyLedger
     from fedtune.privacy.plan import ReleasePlan
 
 __all__ = ["greeting_size", "new_run_number", "run_number", "sized", "tell_size"]

@@ -2,7 +2,7 @@
 
 The encoder is run layer by layer (`EncoderStack`) rather than through the model's own `forward`,
 because everything below the lowest adapted layer is frozen and deterministic: its output is computed
-once a text and kept (`fedtune.models.hidden_states`). Attention is transformers' "eager" kernel on a
+once a text and kept (`fedtune.models.frozen_outputs`). Attention is transformers' "eager" kernel on a
 CPU (measured faster there than scaled_dot_product_attention for short texts) and sdpa elsewhere.
 
 Dropout is set to 0 and the modules stay in training mode: Opacus' hooks see activations in training

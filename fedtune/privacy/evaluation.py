@@ -8,10 +8,11 @@ The mechanism. Every held-out unit has one vote, cut into `scale` equal steps, a
 cells: a record puts all of it into `right` or into `wrong`; a person puts the share of their texts that are
 right into one and the rest into the other, however many texts they have. Adding or removing one unit
 changes the two cells by (a, b) with a, b >= 0 and a + b = scale, so by at most `scale` in L2. Exact
-discrete Gaussian noise of standard deviation 2^24 steps is added to each (`fedtune.privacy.exact`), and
-`scale` is chosen so that 2^24 is at least `noise_multiplier` times the sensitivity. That is a
-Gaussian of that multiplier to the accountant, with nothing lost: steps 4 and 5 of the argument in
-`fedtune.privacy.discrete`, with one share and r = 4, hold here with a slack far below 1e-100.
+discrete Gaussian noise of standard deviation 2^24 steps is added to each
+(`fedtune.privacy.mechanisms.exact`), and `scale` is chosen so that 2^24 is at least `noise_multiplier`
+times the sensitivity. That is a Gaussian of that multiplier to the accountant, with nothing lost: steps 4
+and 5 of the argument in `fedtune.privacy.mechanisms.discrete`, with one share and r = 4, hold here with a
+slack far below 1e-100.
 
 Who is held out is decided unit by unit (`fedtune.data.holdout`), so that one unit more or less moves no other
 unit from one part to the other. Every node adds all of the noise by itself, under every trust model: an
@@ -39,10 +40,10 @@ import numpy.typing as npt
 
 from fedtune.config.choices import resolved
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import Term
-from fedtune.privacy.calibration import noise_multiplier_for
-from fedtune.privacy.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.epsilon import Term
+from fedtune.privacy.mechanisms.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
+from fedtune.privacy.mechanisms.noise import Entropy
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -107,7 +108,7 @@ class EvaluationPlan:
 
     def epsilon(self, releases: int | None = None) -> float:
         """Upper bound on epsilon of `releases` answers alone (default: `num_rounds`)."""
-        from fedtune.privacy.accounting import epsilon_of_terms
+        from fedtune.privacy.accounting.epsilon import epsilon_of_terms
 
         terms = self.terms(self.num_rounds if releases is None else releases)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)

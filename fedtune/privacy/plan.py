@@ -15,17 +15,17 @@ One *release* is what one node publishes in one round. By trust model:
   own share, so what is accounted is what the strongest observer cannot take off: the shares of
   `honest_shares` nodes, with `max_dropouts` missing and `max_colluders` (one at least) known. Towards the
   server alone less is lost (`epsilon_towards_server`). Accounted as the continuous Gaussian;
-  `fedtune.privacy.discrete` says how far the discrete one is from it.
+  `fedtune.privacy.mechanisms.discrete` says how far the discrete one is from it.
 - `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
   2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
   network, sees who takes part. With `mechanism=dp_ftrl` the noise is correlated over rounds and the run is
-  one Gaussian event (`fedtune.privacy.matrix`).
+  one Gaussian event (`fedtune.privacy.mechanisms.matrix`).
 - `none`: the same code path without noise; epsilon is infinite.
 
 Amplification by sampling is claimed only for units drawn in secret on a node. Adding or removing one unit
 changes a sum of clipped units by at most `max_grad_norm`, and the event is for that adjacency. What the
 plan does not do: bound the records of a person (`records_per_unit` is applied where persons are formed),
-or keep books (`fedtune.privacy.ledger`).
+or keep books (`fedtune.privacy.ledger.ledger`).
 
 Where nodes answer questions about data that they hold out, the plan owns that mechanism too
 (`PrivacyPlan.evaluation`, `fedtune.privacy.evaluation`): its answers are inside the target epsilon. So is
@@ -44,13 +44,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting import Term, compose_terms
+from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.privacy.accounting.strength import caution, trade_off
 from fedtune.privacy.checks import TRUSTS, UNITS, validate, whole
 from fedtune.privacy.evaluation import EvaluationPlan
-from fedtune.privacy.matrix import BandedRoot
-from fedtune.privacy.noise import Entropy, FloatArray, IntArray, on_grid
+from fedtune.privacy.mechanisms.matrix import BandedRoot
+from fedtune.privacy.mechanisms.noise import Entropy, FloatArray, IntArray, on_grid
 from fedtune.privacy.sizes import SizePlan, largest
-from fedtune.privacy.strength import caution, trade_off
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -185,7 +185,7 @@ class PrivacyPlan:
     def epsilon(self, releases: int | None = None, answers: int = 0) -> float:
         """Upper bound on epsilon, at the plan's delta, of `releases` rounds and `answers` answers about
         held-out data; by default of all that the plan allows. A size that was told with noise is in it."""
-        from fedtune.privacy.accounting import epsilon_of_terms
+        from fedtune.privacy.accounting.epsilon import epsilon_of_terms
 
         if releases is None:
             releases, answers = self.num_rounds, self.evaluation_answers
@@ -303,7 +303,7 @@ class PrivacyPlan:
         """Noise of one whole sum, float64 [size]; zeros without privacy.
 
         For `distributed` this is what `honest_shares` nodes together add. For dp_ftrl it is white,
-        and `fedtune.privacy.matrix.CorrelatedNoise` makes of it what is added.
+        and `fedtune.privacy.mechanisms.matrix.CorrelatedNoise` makes of it what is added.
         """
         return entropy.gaussian(size, self.noise_std())
 

@@ -14,8 +14,8 @@ from typing import Any
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import Term, epsilon_of_terms
-from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.checks import TRUSTS, number, whole
 from fedtune.privacy.evaluation import evaluation_noise, evaluation_settings
 from fedtune.privacy.plan import PrivacyPlan

@@ -19,9 +19,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedtune.privacy.accounting import Term
-from fedtune.privacy.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.accounting.epsilon import Term
+from fedtune.privacy.mechanisms.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
+from fedtune.privacy.mechanisms.noise import Entropy
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -58,7 +58,7 @@ class SizePlan:
 
     def epsilon(self, releases: int | None = None) -> float:
         """Upper bound on epsilon of one count alone, or of `releases` of them."""
-        from fedtune.privacy.accounting import epsilon_of_terms
+        from fedtune.privacy.accounting.epsilon import epsilon_of_terms
 
         return epsilon_of_terms(self.terms(self.num_rounds if releases is None else releases), self.delta)
 

@@ -11,8 +11,9 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
 
 Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm, up to
 float32 rounding (of a scaled gradient and of a micro-batch's sum: relative errors near 1e-5). For trust
-`distributed` that is accounted for (`fedtune.privacy.discrete.FLOAT_MARGIN`); elsewhere arithmetic is taken
-as exact, as the privacy statement says. An empty batch gives zeros, and is a step like any other.
+`distributed` that is accounted for (`fedtune.privacy.mechanisms.discrete.FLOAT_MARGIN`); elsewhere
+arithmetic is taken as exact, as the privacy statement says. An empty batch gives zeros, and is a step like
+any other.
 
 Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 """
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from fedtune.data.batches import micro_batches
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features
+from fedtune.models.frozen_outputs import Features
 from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.precision import autocast

@@ -15,7 +15,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import micro_batches
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features, Progress
+from fedtune.models.frozen_outputs import Features, Progress
 from fedtune.training.precision import autocast
 
 __all__ = ["Evaluation", "evaluate", "predict_probabilities", "score"]

@@ -12,7 +12,7 @@ import numpy as np
 from fedtune.config.schema import TrainConfig
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features
+from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum, per_example_gradients
 

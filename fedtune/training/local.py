@@ -25,8 +25,8 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.corpus import Shard
 from fedtune.errors import ConfigError, UpdateRejected
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features, Progress
-from fedtune.privacy.noise import Entropy
+from fedtune.models.frozen_outputs import Features, Progress
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum, per_example_gradients
 from fedtune.training.preflight import preflight

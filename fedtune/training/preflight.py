@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fedtune.config.schema import TrainConfig
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features
+from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["check_gradients", "check_layers", "check_parameters", "preflight"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.federation.secure_aggregation import MaskedSum, Masker, Session
-from fedtune.privacy.discrete import DiscreteMechanism
-from fedtune.privacy.noise import Entropy
+from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
+from fedtune.privacy.mechanisms.noise import Entropy
 from scripts.benchmarks.common import CLIP, NOISE_MULTIPLIER, in_turn, plan_for, pooled, write
 
 NODES, SIZE, DROPOUTS = 10, 75_000, 1  # 300 KB in float32

@@ -6,9 +6,10 @@ import statistics
 import time
 from typing import Any
 
-from fedtune.privacy import accounting, step_losses
-from fedtune.privacy.accounting import Term, epsilon_of_terms
-from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.accounting import epsilon as accounting
+from fedtune.privacy.accounting import step_losses
+from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from scripts.benchmarks.common import write
 
 # epsilon, delta, sample rate, steps: the default job; long trainings; small rates; both ends of epsilon.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.identity import Identity, mark_of
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.identity import Identity, mark_of
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from scripts.benchmarks.common import plan_for, seconds, write
 
 RECORDS, SHARED, REPEATS = 1_000_000, 0.9, 50

@@ -8,8 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from scripts.benchmarks.common import plan_for, seconds, write
 
 EARLIER, REPEATS = 10_000, 100

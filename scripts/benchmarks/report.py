@@ -32,7 +32,7 @@ def _fill(folder: Path, count: int) -> None:
 
 
 def _measure(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fedtune.cli", "report", str(folder)]
+    command = [sys.executable, "-m", "fedtune.cli.app", "report", str(folder)]
     before = os.times()
     took = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
     after = os.times()

@@ -17,9 +17,9 @@ WORDS = ("privacy.unit=record", "privacy.epsilon=1,2,4,8", "seed=0,1,2,3,4")
 # returned, trains from `on_start` on, and its rounds end with the last `on_round`; evaluation is in a round.
 _SWEEP = """
 import json, sys, time
-from fedtune.experiments import run
-from fedtune.experiments.display import Display
-from fedtune.experiments.sweep import run_sweep
+from fedtune.runs import run
+from fedtune.runs.display import Display
+from fedtune.sweeps.sweep import run_sweep
 
 def now():
     return time.perf_counter(), time.process_time()

@@ -69,7 +69,7 @@ def throughput(repeats: int = 3) -> None:
     def ours() -> None:
         train_locally(model, small, plan, model.initial, config.train, round=1)
 
-    from fedtune.data.sources import load_corpus
+    from fedtune.data.sources.load import load_corpus
 
     corpus, _ = load_corpus(config.data, config.seed)
     rows = [int(i) for i in small.record_index]

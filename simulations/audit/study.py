@@ -30,9 +30,12 @@ if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
 import numpy as np  # noqa: E402
 
 from fedtune.audit.attack import audit_mechanism  # noqa: E402
-from fedtune.experiments import environment, record  # noqa: E402
-from fedtune.privacy.calibration import noise_multiplier_for  # noqa: E402
+from fedtune.privacy.accounting.calibration import noise_multiplier_for  # noqa: E402
 from fedtune.privacy.plan import PrivacyPlan  # noqa: E402
+from fedtune.runs import (  # noqa: E402
+    environment,
+    record,
+)
 
 SEEDS = (0, 1, 2)
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0)

@@ -32,10 +32,16 @@ REPOSITORY = HERE.parents[1]
 if str(REPOSITORY) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(REPOSITORY))
 
-from fedtune.engines.deployment.provision import enrol, provision  # noqa: E402
-from fedtune.engines.deployment.site import make_key, read_site  # noqa: E402
-from fedtune.federation.audit_log import AuditLog  # noqa: E402
-from fedtune.privacy.ledger import PrivacyLedger  # noqa: E402
+from fedtune.deploy.provision import (  # noqa: E402
+    enrol,
+    provision,
+)
+from fedtune.deploy.site import (  # noqa: E402
+    make_key,
+    read_site,
+)
+from fedtune.federation.client.audit_log import AuditLog  # noqa: E402
+from fedtune.privacy.ledger.ledger import PrivacyLedger  # noqa: E402
 
 RECORDS = HERE / "records"
 Row = dict[str, str]
@@ -73,7 +79,7 @@ def tiny(root: Path, nodes: int, *, rows: int = 200, test: int = 2000, noise: fl
 
 def default(nodes: int) -> Setup:
     """The default job's encoder and adapter (MiniLM, head), and `opinions` dealt out evenly to the sites."""
-    from fedtune.data.opinions import load_opinions
+    from fedtune.data.sources.opinions import load_opinions
 
     corpus = load_opinions()
     names = corpus.label_names
@@ -210,7 +216,7 @@ class Federation:
 
     def start(self, name: str, *arguments: object, wait: float | None = None, script: str = "") -> Kept:
         """Starts `fedtune ARGUMENTS` (or a script of this folder with them) as process `name`."""
-        program = [str(HERE / script)] if script else ["-m", "fedtune.cli"]
+        program = [str(HERE / script)] if script else ["-m", "fedtune.cli.app"]
         command = [*self._prefix(name), sys.executable, *program, *map(str, arguments)]
         kept = Kept(command, self.root / f"{name}.log", self.environment, wait)
         self.processes[name] = kept

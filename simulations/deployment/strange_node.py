@@ -39,7 +39,7 @@ def garbage(ask: Ask) -> Ask:
     """Replaces each update by something else that is none."""
     from flwr.app import Array, ArrayRecord, ConfigRecord
 
-    from fedtune.federation._flower import deserialize, serialize
+    from fedtune.federation.flower import deserialize, serialize
 
     count = itertools.count()
 
@@ -73,8 +73,8 @@ def garbage(ask: Ask) -> Ask:
 
 def main() -> int:
     """Runs fedtune's own command with the worker's answers replaced."""
-    from fedtune.cli import main as fedtune
-    from fedtune.engines.deployment import node
+    from fedtune.cli.app import main as fedtune
+    from fedtune.deploy import node
 
     kind, *rest = sys.argv[1:]
     worker: Any = node.Worker

@@ -23,9 +23,12 @@ if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
 
 import numpy as np  # noqa: E402
 
-from fedtune.federation.rounds import ClippedUpdates  # noqa: E402
-from fedtune.privacy.calibration import noise_multiplier_for  # noqa: E402
-from fedtune.privacy.matrix import BandedRoot, CorrelatedNoise  # noqa: E402
+from fedtune.federation.server.rounds import ClippedUpdates  # noqa: E402
+from fedtune.privacy.accounting.calibration import noise_multiplier_for  # noqa: E402
+from fedtune.privacy.mechanisms.matrix import (  # noqa: E402
+    BandedRoot,
+    CorrelatedNoise,
+)
 from fedtune.privacy.plan import PrivacyPlan  # noqa: E402
 
 CLIENTS, COHORT, ROUNDS, SEPARATION = 2000, 10, 400, 200  # each client takes part at most twice

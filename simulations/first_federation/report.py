@@ -65,7 +65,7 @@ Table = dict[tuple[str, str, str], Values]  # (arrangement, privacy, site or 'al
 
 def read(folder: Path) -> tuple[Table, list[dict[str, Any]]]:
     """Accuracies and the records themselves. Raises RecordError for a record that cannot be read."""
-    from fedtune.experiments import record
+    from fedtune.runs import record
 
     found: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     records = []

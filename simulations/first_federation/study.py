@@ -7,7 +7,7 @@
     python simulations/first_federation/study.py --part 1/2      every second run (start 2/2 beside it)
     python simulations/first_federation/study.py --records /tmp/try federation.num_rounds=2   a try-out
 
-Every run goes through `fedtune.experiments.run.run`, with the same number of rounds, steps and the same
+Every run goes through `fedtune.runs.run.run`, with the same number of rounds, steps and the same
 sampling rate, so that every arrangement sees its data equally often. A finished run is kept as
 `records/NAME.json` and skipped the next time; an interrupted one goes on from its checkpoint. Figure and
 README table are made from the record files and from nothing else. Words at the end (`name=value`) are
@@ -81,7 +81,7 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
     """Runs one cell unless its record is there; returns whether it ran. Raises FedtuneError."""
     from fedtune.config.loader import load
     from fedtune.errors import RecordError
-    from fedtune.experiments import record, run
+    from fedtune.runs import record, run
 
     config = load([*cell.overrides(), *extra])
     path = records / f"{cell.name}.json"

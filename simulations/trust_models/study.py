@@ -6,7 +6,7 @@ r"""What does it cost not to trust the server? Local, distributed, central and p
     python simulations/trust_models/study.py --seeds 0 --only distributed,pooled
     python simulations/trust_models/study.py --records /tmp/try federation.num_rounds=2      a try-out
 
-Every run goes through `fedtune.experiments.run.run` and is kept as `records/NAME.json`; how a finished run is
+Every run goes through `fedtune.runs.run.run` and is kept as `records/NAME.json`; how a finished run is
 skipped and an interrupted one resumed is that of `simulations/first_federation/study.py`, which this imports.
 Each arrangement takes 48 steps (of each node, or of the union) with the same sampling rate, optimizer and
 learning rate; only the encoder's head is trained, so that all runs together take minutes. Words at the end

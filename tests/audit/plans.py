@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = [

@@ -16,7 +16,7 @@ from fedtune.audit.bounds import (
     epsilon_one_shot,
     p_value_one_run,
 )
-from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 
 # --- one run -------------------------------------------------------------------------------------
 

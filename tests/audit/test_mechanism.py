@@ -96,7 +96,7 @@ def test_an_accountant_that_is_reset_each_round_is_exposed() -> None:
 
 def test_noise_shares_that_do_not_add_up_are_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of four nodes adds a quarter of the variance, but two of them cannot be counted on."""
-    from fedtune.privacy import discrete
+    from fedtune.privacy.mechanisms import discrete
 
     right = discrete.DiscreteMechanism.for_plan.__func__
 

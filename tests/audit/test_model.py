@@ -14,8 +14,8 @@ from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.model import CanaryView, InputCanaries, watch
 from fedtune.config.paths import state_dir
 from fedtune.errors import DataError
-from fedtune.federation.resident import workplace
-from fedtune.privacy.noise import Entropy
+from fedtune.federation.resources import workplace
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.training.dp_step import per_example_gradients

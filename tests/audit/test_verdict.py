@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fedtune.audit.verdict import _Half, curve, limit, one_run, two_sample
-from fedtune.privacy.accounting import Term, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 
 DELTA = 1e-5
 NOISE = 1.1

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import opinions
 from fedtune.data.corpus import Corpus, TokenizedCorpus
+from fedtune.data.sources import opinions
 from fedtune.errors import ResourceError
 
 

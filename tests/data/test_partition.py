@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.config.schema import PartitionConfig
-from fedtune.data.cache import store_array
+from fedtune.data.array_cache import store_array
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.partition import make_shards, round_size
 from fedtune.errors import PartitionError

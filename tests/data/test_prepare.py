@@ -106,8 +106,9 @@ def test_threads_share_one_preparation(config: Config, home: Path, tokenizer: Wo
 
 def test_importing_the_package_imports_nothing_slow() -> None:
     code = (
-        "import sys, fedtune.data, fedtune.data.prepare, fedtune.data.files, fedtune.data.hub,"
-        " fedtune.data.batches\nslow = {'torch', 'transformers', 'datasets', 'flwr_datasets', 'flwr',"
+        "import sys, fedtune.data, fedtune.data.prepare, fedtune.data.sources.files\n"
+        "import fedtune.data.sources.hub, fedtune.data.batches\n"
+        "slow = {'torch', 'transformers', 'datasets', 'flwr_datasets', 'flwr',"
         " 'pandas', 'pyarrow', 'matplotlib'}\nprint(sorted(slow & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data import cache
+from fedtune.data import array_cache as cache
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 from tests.data.conftest import WordTokenizer, make_corpus

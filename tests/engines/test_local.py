@@ -17,7 +17,7 @@ from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
-from fedtune.federation._flower import serialized_size, task_identity
+from fedtune.federation.flower import serialized_size, task_identity
 from tests.fake_federation import fake_app, fake_config, run_fake
 
 

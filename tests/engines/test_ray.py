@@ -17,9 +17,9 @@ from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.ray import ConfiguredClientApp
 from fedtune.errors import CheckpointError, ConfigError, ResourceError
-from fedtune.federation._flower import task_identity
-from fedtune.federation.evaluation import NodesEvaluation
-from fedtune.federation.node import ledger_of
+from fedtune.federation.client.release import ledger_of
+from fedtune.federation.flower import task_identity
+from fedtune.federation.server.evaluation import NodesEvaluation
 from tests.tiny_federation import private
 
 
@@ -46,7 +46,7 @@ def test_an_accelerator_that_ray_would_hide_is_refused(
 
 
 def test_what_a_worker_does_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.federation import client_app
+    from fedtune.federation.client import app as client_app
 
     seen = []
 

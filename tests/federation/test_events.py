@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedtune.config.schema import Config
-from fedtune.experiments.trackers import open_tracker
 from fedtune.federation.events import Judged, NullObserver, Observer, Observers, RoundSummary, SafeObserver
+from fedtune.runs.trackers import open_tracker
 
 METHODS = {name for name in vars(Observer) if name.startswith("on_")}
 ARGUMENTS: dict[str, tuple[Any, ...]] = {

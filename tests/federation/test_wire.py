@@ -17,10 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
-from fedtune.federation import _flower
-from fedtune.federation.client_app import app
-from fedtune.federation.resident import workplace
-from fedtune.federation.server import run_rounds
+from fedtune.federation import flower as _flower
+from fedtune.federation.client.app import app
+from fedtune.federation.resources import workplace
+from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.planning import make_plan
 from tests.tiny_federation import BAD, GOOD, OTHER, private
 
@@ -104,9 +104,9 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
 
 
 def test_the_list_in_the_code_is_the_list_here() -> None:
-    from fedtune.federation.agreement import CONSENT_KEYS
     from fedtune.federation.evaluation_messages import EVALUATION_KEYS
     from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS
+    from fedtune.federation.server.agreement import CONSENT_KEYS
 
     assert set(CONSENT_KEYS) == ALLOWED["consent"]
     assert set(EVALUATION_KEYS) == ALLOWED["evaluation"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.privacy.accounting import Term, compose_terms
-from fedtune.privacy.identity import Identity
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.privacy.ledger.identity import Identity
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 
 __all__ = ["charged"]
 

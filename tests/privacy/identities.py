@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fedtune.privacy.identity import Identity, mark_of
+from fedtune.privacy.ledger.identity import Identity, mark_of
 
 __all__ = ["identity"]
 

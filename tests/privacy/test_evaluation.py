@@ -11,15 +11,11 @@ import pytest
 
 from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.privacy.accounting import epsilon_of
-from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.evaluation import (
-    EvaluationPlan,
-    estimate,
-    evaluation_rounds,
-)
-from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.accounting.epsilon import epsilon_of
+from fedtune.privacy.evaluation import EvaluationPlan, estimate, evaluation_rounds
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from tests.privacy.plans import central_plan, local_plan, public_plan

@@ -12,8 +12,8 @@ import pytest
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy import evaluation
-from fedtune.privacy.accounting import Term, epsilon_of_terms
-from fedtune.privacy.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.evaluation import (
     EvaluationPlan,
     estimate,
@@ -22,8 +22,8 @@ from fedtune.privacy.evaluation import (
     evaluation_rounds,
     evaluation_settings,
 )
-from fedtune.privacy.exact import discrete_gaussian
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.mechanisms.exact import discrete_gaussian
+from fedtune.privacy.mechanisms.noise import Entropy
 
 
 def about(**changes: Any) -> EvaluationPlan:

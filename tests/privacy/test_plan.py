@@ -16,8 +16,8 @@ from scipy.special import ndtr
 
 from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms, terms_of
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms, terms_of
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import default_delta, make_plan
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from fedtune.errors import PrivacyError, SeparationError
-from fedtune.privacy.accounting import Term
+from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.checks import number, whole
 from fedtune.privacy.evaluation import EvaluationPlan
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 

@@ -11,7 +11,7 @@ import pytest
 from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy import planning
-from fedtune.privacy.accounting import Term
+from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.planning import default_delta, make_plan
 from fedtune.privacy.sizes import DELTA
 

@@ -12,8 +12,8 @@ from scipy import stats
 
 from fedtune.config.schema import Config, DataConfig, PrivacyConfig
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting import Term, epsilon_of, epsilon_of_terms
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.sizes import SIZE_NOISE, SizePlan, size_noise, size_plan

@@ -143,7 +143,7 @@ def test_pitfall_39_an_update_that_a_trusted_server_cannot_use_does_not_show(
     how: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is trusted with the update itself; what it publishes must not say what it was like."""
-    from fedtune.federation import client_app
+    from fedtune.federation.client import app as client_app
 
     train = client_app._train
 
@@ -172,7 +172,7 @@ def test_the_texts_of_failures_stay_with_the_owner(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One node fails over its data, each time for another reason; only its owner hears for which."""
-    from fedtune.federation import client_app
+    from fedtune.federation.client import app as client_app
 
     def failing(text: str, kind: type[Exception]) -> object:
         train = client_app._train
@@ -245,7 +245,7 @@ def test_the_comparison_finds_a_leak(
 
 def test_the_comparison_finds_a_digest(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unsalted digest in a field that is rightly public (PITFALLS 31)."""
-    from fedtune.experiments import measures
+    from fedtune.runs import measures
 
     facts = measures.data_facts
 

@@ -10,7 +10,7 @@ import pytest
 from fedtune.config.schema import DataConfig, PartitionConfig
 from fedtune.data.corpus import Corpus, Shard
 from fedtune.data.partition import make_shards
-from fedtune.data.sources import hold_out, load_corpus
+from fedtune.data.sources.load import hold_out, load_corpus
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError, PartitionError
 from tests.data.conftest import WordTokenizer, make_corpus, make_tokens

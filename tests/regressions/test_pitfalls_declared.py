@@ -19,14 +19,14 @@ from fedtune.config.convert import to_json
 from fedtune.config.loader import load
 from fedtune.config.schema import Config, DataConfig, PartitionConfig, PrivacyConfig
 from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, FederationError
-from fedtune.experiments import record
-from fedtune.experiments.run import run
-from fedtune.federation import server
-from fedtune.federation.node import ledger_of
-from fedtune.federation.resident import Workplace, workplace
-from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.federation.client.release import ledger_of
+from fedtune.federation.resources import Workplace, workplace
+from fedtune.federation.server import loop as server
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.sizes import SIZE_NOISE, SizePlan
-from fedtune.privacy.statement import statement_json, statement_markdown
+from fedtune.privacy.statement.facts import statement_json, statement_markdown
+from fedtune.runs import record
+from fedtune.runs.run import run
 from tests import tiny_federation
 
 
@@ -245,7 +245,7 @@ def test_19_a_declared_size_is_the_owners_and_shared_out(parts: tuple[Path, Path
 def test_19_a_flower_simulation_without_a_folder_asks_for_a_declared_size(parts: tuple[Path, Path]) -> None:
     from flwr.app import Context, RecordDict
 
-    from fedtune.federation.node import declare_size
+    from fedtune.federation.client.release import declare_size
 
     config = undeclared(parts)
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {"fedtune": to_json(config)})

@@ -16,26 +16,18 @@ from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
-from fedtune.federation._flower import task_identity
-from fedtune.federation.client_app import app
-from fedtune.federation.cohort import greet
+from fedtune.federation.client.app import app
+from fedtune.federation.client.release import ledger_of
 from fedtune.federation.events import NullObserver
+from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, RoundRequest
-from fedtune.federation.node import ledger_of
-from fedtune.federation.resident import workplace
-from fedtune.federation.rounds import PlainRound, RoundAsk
-from fedtune.privacy.budget_file import PrivacyBudget
+from fedtune.federation.resources import workplace
+from fedtune.federation.server.cohort import greet
+from fedtune.federation.server.rounds import PlainRound, RoundAsk
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.planning import make_plan
 from tests import tiny_federation
-from tests.fake_federation import (
-    SIZE,
-    Watcher,
-    fake_app,
-    fake_config,
-    honest_update,
-    misbehaving,
-    run_fake,
-)
+from tests.fake_federation import SIZE, Watcher, fake_app, fake_config, honest_update, misbehaving, run_fake
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,26 @@ import pytest
 import fedtune.privacy
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.privacy import budget, noise
-from fedtune.privacy.accounting import Term, conversions, epsilon_of, epsilon_of_terms, epsilon_rdp, terms_of
-from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.filter import Charge, spent
-from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.noise import Entropy, on_grid
+from fedtune.privacy.accounting.epsilon import (
+    Term,
+    conversions,
+    epsilon_of,
+    epsilon_of_terms,
+    epsilon_rdp,
+    terms_of,
+)
+from fedtune.privacy.accounting.filter import Charge, spent
+from fedtune.privacy.ledger import budget
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.mechanisms import noise
+from fedtune.privacy.mechanisms.noise import Entropy, on_grid
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from fedtune.privacy.statement import statement_markdown
+from fedtune.privacy.statement.facts import statement_markdown
 from tests.privacy.charges import charged
 from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
-from tests.privacy.test_statement import record
+from tests.privacy.statement.test_statement import record
 
 
 def release(ledger: PrivacyLedger, plan: PrivacyPlan, round: int = 0, run: str = "run-1") -> None:

@@ -2,7 +2,7 @@
 
 35: unknown earlier spending was printed as none. 36: epsilon was stated towards the one who sees least. 37: a
 budget was enforced by composing what was chosen adaptively as if it had been fixed (the adversary who breaks
-that is in tests/privacy/test_filter.py). 38: epsilon was graded without delta.
+that is in tests/privacy/accounting/test_filter.py). 38: epsilon was graded without delta.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from scipy import optimize, stats
 
 from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.federation.policy import Permit, SiteData, SiteSettings
-from fedtune.privacy.accounting import Term, compose_terms, epsilon_of_terms
-from fedtune.privacy.budget_file import PrivacyBudget
-from fedtune.privacy.discrete import DiscreteMechanism
-from fedtune.privacy.filter import fits
-from fedtune.privacy.ledger import PrivacyLedger
-from fedtune.privacy.noise import Entropy
+from fedtune.federation.client.policy import Permit, SiteData, SiteSettings
+from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.accounting.filter import fits
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from fedtune.privacy.statement import statement_json, statement_markdown, statement_picture
+from fedtune.privacy.statement.facts import statement_json, statement_markdown, statement_picture
 from tests.privacy.charges import charged
 from tests.privacy.plans import local_plan
-from tests.privacy.test_statement import first_paragraph, record
+from tests.privacy.statement.test_statement import first_paragraph, record
 from tests.regressions.test_pitfalls_privacy import release
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from fedtune.errors import AggregationAborted, PrivacyError
-from fedtune.federation import secagg_crypto
-from fedtune.federation.secagg_messages import Place, session_for
-from fedtune.federation.secure_aggregation import MaskedSum, Masker, Session
-from fedtune.privacy.discrete import DiscreteMechanism, distributed_epsilon
-from fedtune.privacy.exact import discrete_gaussian
-from fedtune.privacy.noise import Entropy
+from fedtune.federation.secagg import crypto as secagg_crypto
+from fedtune.federation.secagg.messages import Place, session_for
+from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism, distributed_epsilon
+from fedtune.privacy.mechanisms.exact import discrete_gaussian
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
 SIZE = 6000

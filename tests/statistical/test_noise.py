@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedtune.privacy.discrete import DiscreteMechanism
-from fedtune.privacy.noise import Entropy, FloatArray
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
+from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
 from tests.privacy.plans import local_plan
 
 SIZE = 200_000

@@ -16,7 +16,7 @@ from torch import nn
 from fedtune.data.corpus import Shard
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features
+from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step
 from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients

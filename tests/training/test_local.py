@@ -13,7 +13,7 @@ from torch import nn
 
 from fedtune.config.schema import TrainConfig
 from fedtune.errors import ConfigError, PreflightError, UpdateRejected
-from fedtune.privacy.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.training.local import ShardView, make_optimizer, train_locally
 from tests.training.conftest import load, make_plan, make_shard, open_plan
 

@@ -14,7 +14,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.errors import PreflightError
 from fedtune.models import classifier
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.hidden_states import Features
+from fedtune.models.frozen_outputs import Features
 from fedtune.training.dp_step import per_example_gradients
 from fedtune.training.local import train_locally
 from fedtune.training.preflight import check_gradients, check_layers, check_parameters

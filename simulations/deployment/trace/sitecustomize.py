@@ -21,11 +21,11 @@ from typing import Any
 WATCHED = {
     "flwr.superlink.grid.http_grid": ("HttpGrid.push_messages", "HttpGrid.pull_messages"),
     "flwr.supernode.start_client_internal": ("_pull_and_store_message", "_push_messages"),
-    "fedtune.engines.deployment.executor": ("Worker.ask",),
-    "fedtune.engines.deployment.worker": ("answer",),
-    "fedtune.federation.node": ("reserve_release",),
-    "fedtune.federation.run_state": ("RunState.save",),
-    "fedtune.federation.resident": ("Workplace.evaluate",),
+    "fedtune.deploy.executor": ("Worker.ask",),
+    "fedtune.deploy.worker": ("answer",),
+    "fedtune.federation.client.release": ("reserve_release",),
+    "fedtune.federation.server.state": ("RunState.save",),
+    "fedtune.federation.resources": ("Workplace.evaluate",),
     "fedtune.training.local": ("train_locally",),
 }
 _lock = threading.Lock()

@@ -1,0 +1,1 @@
+"""The command line: one parser, one function a command."""

@@ -1,0 +1,1 @@
+"""Where texts come from: embedded opinions, files, and the hub, as one checked Corpus."""

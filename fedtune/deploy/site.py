@@ -1,0 +1,321 @@
+"""A site's own file and what its administrator does with it: read it, make a key, try a run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fedtune.deploy import certificates
+from fedtune.deploy.provision import parse_address, read_yaml
+from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
+from fedtune.federation.client.audit_log import AuditLog
+from fedtune.federation.client.books import Books
+from fedtune.federation.client.policy import SiteSettings
+from fedtune.privacy.ledger.ledger import PrivacyLedger
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.privacy.evaluation import EvaluationPlan
+
+__all__ = [
+    "DryRun",
+    "accept",
+    "books_of",
+    "check_books",
+    "dry_run",
+    "make_key",
+    "open_ledger",
+    "proof",
+    "read_site",
+]
+
+_T = TypeVar("_T")
+
+
+def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
+    """The settings in a node.yaml; paths in it are relative to its folder. Raises ConfigError.
+
+    `with_data`: the data must be there too. A key is made before anybody has said where they are.
+    """
+    values = copy.deepcopy(read_yaml(path))
+    folder = path.absolute().parent
+    budget = values.pop("budget", None)
+    if not isinstance(budget, Mapping) or not {"epsilon", "delta"} <= set(budget) <= {
+        "epsilon",
+        "delta",
+        "unit",
+    }:
+        raise ConfigError(
+            f"{path}: budget should have epsilon and delta, and may have unit; it is {budget!r}."
+        )
+    values |= {f"budget_{name}": value for name, value in budget.items()}
+    for name in ("ca", "key", "ledger", "audit_log"):
+        if isinstance(values.get(name), str):
+            values[name] = str(folder / values[name])
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("path"), str):
+        data["path"] = str(folder / data["path"])
+        if with_data and data.get("source", "files") == "files" and not Path(data["path"]).exists():
+            raise ConfigError(
+                f"{path}: data.path is {data['path']}, and there is no such file or folder. Name there the "
+                "file with your data, or the folder that holds train.csv (.tsv, .jsonl, .parquet)."
+            )
+    settings = SiteSettings.from_dict(values, str(path))
+    parse_address(settings.server)
+    return settings
+
+
+def make_key(site: SiteSettings) -> tuple[str, str]:
+    """Makes the site's private key; (enrolment line, fingerprint). Raises ConfigError if there is one."""
+    key = certificates.make_node_key(Path(site.key))
+    return certificates.public_line(key, site.site), certificates.fingerprint(certificates.public_key_of(key))
+
+
+def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:
+    """The site's ledger. Raises LedgerError.
+
+    `setting`: its budget becomes the one that node.yaml names, also where its budget file is lost or damaged.
+    Only a node that starts does that: whoever tries another node.yaml (a dry run, a proof) changes nothing
+    for the node that runs, and makes no file. A ledger that is gone is not begun anew.
+    """
+    path = Path(site.ledger)
+    if setting:
+        ledger = PrivacyLedger.open(path)
+        if lost := _lost(site, ledger):
+            raise LedgerError(lost)
+        try:
+            stands = ledger.state().has_budget and ledger.budgets().default == site.budget
+        except LedgerError:  # of the budget file; what else is wrong is said again below
+            stands = False
+        if not stands:
+            ledger.set_budget(site.budget)
+    return PrivacyLedger.open(path, require_budget=True)
+
+
+def _lost(site: SiteSettings, ledger: PrivacyLedger) -> str | None:
+    """What to tell the owner if there was a ledger with releases where there is none now; else None."""
+    path, state, signs = Path(site.ledger), ledger.state(), []
+    if state.seq == 0 and ledger.budget_path.exists():
+        signs.append(f"its budget file {ledger.budget_path} is there")
+    if not state.releases:
+        told = sum(one.get("event") == "released" for one in AuditLog(Path(site.audit_log)).entries())
+        if told:
+            signs.append(f"the audit log {site.audit_log} tells of {told} releases")
+    if not signs:
+        return None
+    return (
+        f"The privacy ledger {path} is missing or empty, but {' and '.join(signs)}: a new one would forget "
+        "what was spent. Nothing is released. Restore the folder from a backup. Only if nothing was ever "
+        "released from this data, move away what is left of the old ledger and log, and start the node again."
+    )
+
+
+def books_of(site: SiteSettings) -> Books:
+    """The site's ledger and audit log."""
+    return Books(Path(site.ledger), Path(site.audit_log))
+
+
+def check_books(site: SiteSettings) -> None:
+    """Raises LedgerError if the ledger or the audit log is not what the other knows, or not whole."""
+    books = books_of(site)
+    if wrong := [*_unlike(site, books), *_torn(books)]:
+        raise LedgerError(f"{' '.join(wrong[:3])} `fedtune node proof --config node.yaml` says all of it.")
+
+
+def _unlike(site: SiteSettings, books: Books) -> list[str]:
+    """What one book knows otherwise than the other says, or would if it were there."""
+    ledger, log = books.problems()
+    if not log and not books.log.head().number and PrivacyLedger.open(books.ledger).releases():
+        log = [
+            f"There is no audit log {books.log.path}, and the privacy ledger tells of releases: it was moved "
+            "or removed. Put it back. If it is gone for good, say so: `fedtune node accept --config "
+            "node.yaml`."
+        ]
+    return [*ledger, *log]
+
+
+def _torn(books: Books) -> list[str]:
+    """What is wrong with the audit log by itself."""
+    found = books.log.verify(after=books.accepted()[0])
+    if not found:
+        return []
+    return [
+        f"The audit log {books.log.path} was changed or damaged: {'; '.join(found[:3])}. Restore it from a "
+        "backup; if there is none, say so: `fedtune node accept --config node.yaml`."
+    ]
+
+
+def accept(site: SiteSettings) -> str:
+    """Has the owner accept what the audit log lost, in both books; what was accepted, for a person.
+
+    Raises LedgerError for a ledger that lost something.
+    """
+    books = books_of(site)
+    if lost := _lost(site, PrivacyLedger.open(books.ledger)):
+        raise LedgerError(lost)
+    missing = _unlike(site, books)
+    found = books.accept() or missing
+    if missing and not books.log.head().number:
+        books.append("accepted", problems=missing)
+    if not found:
+        return "Nothing is wrong with the books; nothing was accepted."
+    return "\n".join(
+        [
+            *found,
+            "accepted, and noted in both books; the node may start. If the server, which may know the longer "
+            "log, refuses it, its operator lets it in: "
+            f"`fedtune server DIR --accept-restore {site.site}`",
+        ]
+    )
+
+
+def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
+    """What has left this site, from its ledger and audit log, for a person; and whether both are whole.
+
+    Of books that are damaged it says all that is wrong and what can still be read. `against`: a head that was
+    kept elsewhere, from which these books must go on. Raises ConfigError if that is no head.
+    """
+    # Not `open_ledger`, which refuses one that is damaged: here all that is wrong is wanted.
+    ledger, log = PrivacyLedger(Path(site.ledger), require_budget=True), AuditLog(Path(site.audit_log))
+    wrong: list[str] = []
+
+    def asked(book: str, question: Callable[[], _T]) -> _T | None:
+        try:
+            return question()
+        except LedgerError as error:
+            wrong.append(f"{book}: {error}")
+            return None
+
+    rows, problems = asked("ledger", ledger.verify) or (0, [])
+    wrong += [f"ledger: {one}" for one in problems]
+    books = books_of(site)
+    since = (asked("audit log", books.accepted) or (0, 0))[0]
+    wrong += [f"audit log: {one}" for one in asked("audit log", lambda: log.verify(after=since)) or []]
+    wrong += asked("ledger and audit log", lambda: _unlike(site, books)) or []
+    if against is not None:
+        wrong += asked("ledger and audit log", lambda: books.against(against)) or []
+    lines = [f"site {site.site}, budget epsilon {site.budget.epsilon:g} at delta {site.budget.delta:g}"]
+    if not ledger.path.exists():
+        lines.append(f"there is no ledger yet: {ledger.path} is made when the node starts")
+    else:
+        stands = asked("ledger", ledger.budgets)
+        if stands is not None and stands.default is not None and stands.default != site.budget:
+            lines.append(
+                f"until the node starts again, its budget is epsilon {stands.default.epsilon:g} at delta "
+                f"{stands.default.delta:g}"
+            )
+    if lost := asked("ledger", lambda: _lost(site, ledger)):
+        wrong.append(f"ledger: {lost}")
+    releases = asked("ledger", lambda: ledger.releases()) or []
+    for dataset, fingerprint in dict.fromkeys((one.dataset, one.fingerprint) for one in releases):
+        count = sum(one.fingerprint == fingerprint for one in releases)
+        spend = partial(ledger.epsilon, dataset=dataset, fingerprint=fingerprint, delta=site.budget.delta)
+        spent = asked("ledger", spend)
+        shown = "unknown" if spent is None else f"{spent:.4g}"
+        lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {shown} in all")
+    entries = asked("audit log", log.entries) or []
+    sizes = [one.get("bytes_out") for one in entries]
+    sent = sum(size for size in sizes if isinstance(size, int))
+    lines.append(f"{len(entries)} answers, {sent} bytes left this site; the last of them:")
+    for one in entries[-10:]:
+        time, event, message, reason, run = (
+            str(one.get(name, "")) for name in ("time", "event", "message", "reason", "run")
+        )
+        about = f"run {run[:8]}" if run else ""
+        if one.get("round") is not None:
+            about += f" round {one['round']}"
+        said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
+        lines.append("  " + "".join(mark if mark.isprintable() else "?" for mark in said.rstrip()))
+    ledger.close()
+    # Several questions may have met the same.
+    lines += dict.fromkeys(wrong) or [
+        f"ledger ({rows} rows) and audit log are whole, and each is what the other knows"
+        + ("" if against is None else "; they go on from the head that was kept")
+    ]
+    if since:
+        lines.append(f"what was wrong before line {since} of the audit log was accepted there by the owner")
+    if not wrong:
+        lines.append(f"head {books.head()} (file it elsewhere; later: fedtune node proof --against HEAD)")
+    return "\n".join(lines), not wrong
+
+
+class DryRun:
+    """What a proposed run would do here. `refusals` is empty if the site permits it and can pay for it."""
+
+    def __init__(self, lines: Sequence[tuple[str, str]], refusals: Sequence[str]) -> None:
+        self.lines = tuple(lines)
+        self.refusals = tuple(refusals)
+
+    def text(self) -> str:
+        """For a person."""
+        width = max(len(name) for name, _ in self.lines)
+        shown = [f"{name:<{width}}  {value}" for name, value in self.lines]
+        verdict = [f"refused: {reason}" for reason in self.refusals] or ["permitted"]
+        return "\n".join([*shown, "", *verdict, "Nothing was trained, released or sent."])
+
+
+def _held_out(about: EvaluationPlan) -> str:
+    what = f"a share of {about.share:g} is not trained on; {about.num_rounds} times two counts leave"
+    return f"{what}, right and wrong, noise_multiplier={about.noise_multiplier:.4g}"
+
+
+def dry_run(site: SiteSettings, asked: Config) -> DryRun:
+    """Checks a proposed run against the site's file, data and ledger; trains and charges nothing.
+
+    Raises DataError, ModelError or ResourceError if the node could not take part at all.
+    """
+    from fedtune.federation.client.release import releases_of
+    from fedtune.federation.resources import workplace
+    from fedtune.privacy.planning import make_plan
+
+    try:
+        shard = workplace(site.own(asked)).prepared.shards[0]
+    except DataError as error:
+        # The reason that the server is not told; here is its owner.
+        raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
+    plan = make_plan(asked, [shard.declared_size], None if site.data.public else site.budget_delta)
+    ledger = open_ledger(site)
+    refusals: list[str] = []
+    try:
+        site.check(asked, plan)
+    except PrivacyError as error:
+        refusals.append(str(error))
+    mine, about = plan.for_shard(shard.declared_size), plan.evaluation()
+    if about is not None:
+        try:
+            site.check_evaluation(plan)
+        except PrivacyError as error:
+            refusals.append(str(error))
+    delta = site.budget.delta
+    before, after = ledger.outlook(
+        dataset=shard.dataset,
+        fingerprint=shard.identity,
+        node=shard.node,
+        run="dry run",
+        plans=releases_of(mine, site),
+        delta=delta,
+        epsilon=site.budget.epsilon,
+    )
+    if after > site.budget.epsilon and not site.data.public:
+        refusals.append(
+            f"all {plan.num_rounds} rounds would raise epsilon from {before:.4g} to {after:.4g}, over "
+            f"the budget of {site.budget.epsilon:g} at delta {delta:g}; the node would refuse it before its "
+            "first round"
+        )
+    lines: list[tuple[str, Any]] = [
+        ("site", f"{site.site} of {site.federation}"),
+        ("data", f"{shard.dataset}: {shard.data.num_records} records here, {shard.declared_size} declared"),
+        ("fingerprint", ledger.known_as(shard.identity)[:12]),
+        ("mechanism", f"trust={plan.trust}, unit={plan.unit}"),
+        ("model", f"{asked.model.name} with {asked.adapter.name}"),
+        ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),
+        ("steps", f"{plan.num_rounds} rounds of {plan.local_steps}, sample_rate={plan.sample_rate:g}"),
+        ("leaves", "per round one array, the adapter's change; name, declared size, steps"),
+        *([] if about is None else [("held out", _held_out(about))]),
+        ("epsilon now", f"{before:.4g} at delta {delta:g}"),
+        ("epsilon after", f"{after:.4g} of {site.budget.epsilon:g}"),
+    ]
+    return DryRun(lines, refusals)

@@ -1,0 +1,334 @@
+"""What one site permits: its own file, against which everything that a server asks is checked.
+
+The server proposes, the node disposes. A site's settings (`node.yaml`, read by the deployment engine)
+reach the ClientApp as the node's own Context, never by a message. They replace the whole data section of a
+run's configuration, so that a server can name no other data, and `SiteSettings.check` refuses a run that
+asks for a mechanism, model, adapter, noise, clipping norm, step count, rate or number of rounds that the
+site has not permitted. Budgets are the ledger's; a fingerprint that changes within a run is refused here.
+
+Pure: no Flower, no file is opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.config.schema import Config, DataConfig, PartitionConfig
+from fedtune.errors import ConfigError, PrivacyError
+from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.plan import UNITS, PrivacyPlan
+
+__all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """Where the site's data is.
+
+    Public of it: `declared_size`, about how many units of privacy there are, and `labels`, the classes in
+    order. A run must name the same labels. None: a run may name any, and a server that tries one set after
+    another learns, from which of them cannot be used, what labels occur.
+    """
+
+    name: str
+    declared_size: int
+    source: str = "files"
+    path: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    unit: str | None = None
+    site: str | None = None
+    train_split: str = "train"
+    labels: tuple[str, ...] | None = None
+    public: bool = False
+
+
+@dataclass(frozen=True)
+class Permit:
+    """What a run may ask. Bounds on the plan hold for trust models that are private."""
+
+    trust: tuple[str, ...] = ("local", "distributed")
+    models: tuple[str, ...] = ("embedded:minilm",)
+    adapters: tuple[str, ...] = ("lora", "ffa_lora", "bitfit", "head")
+    min_noise_multiplier: float = 0.3
+    max_grad_norm: float = 10.0
+    max_local_steps: int = 100
+    max_rounds: int = 200
+    max_sample_rate: float = 0.5
+    max_evaluations: int = 10  # noised answers about held-out data that a run may ask; 0: none
+    min_colluders: int = 1  # trust=distributed: nodes that may side with the server, which noise must cover
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the node's worker may use of the machine."""
+
+    threads: int = 2
+    memory_gb: float | None = None
+    message_seconds: float = 7200.0  # a worker that takes longer for one message is killed
+    idle_seconds: float | None = 900.0  # a worker without a message for so long ends; None: it stays
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """A site's own file, checked. Paths are absolute."""
+
+    federation: str
+    site: str
+    server: str
+    ca: str
+    key: str
+    data: SiteData
+    ledger: str
+    audit_log: str
+    budget_epsilon: float
+    budget_delta: float
+    budget_unit: str | None = None
+    permit: Permit = field(default_factory=Permit)
+    limits: Limits = field(default_factory=Limits)
+    publish_budget: bool = False
+
+    @property
+    def budget(self) -> PrivacyBudget:
+        """The owner's budget. Raises PrivacyError if it has no meaning.
+
+        Where the data names persons they are what it protects, unless the file says `unit: record` in words:
+        a server cannot choose a finer promise than the data allows.
+        """
+        unit = "person" if self.budget_unit is None and self.data.unit is not None else self.budget_unit
+        return PrivacyBudget(self.budget_epsilon, self.budget_delta, unit)
+
+    def to_json(self) -> str:
+        """One line; `from_json` reads it back to equal settings."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> SiteSettings:
+        """Raises ConfigError for anything that `to_json` does not write."""
+        return cls.from_dict(json.loads(text), "the node's settings")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> SiteSettings:
+        """Checked settings from nested mappings. Raises ConfigError, which names key, value and `where`."""
+        settings: SiteSettings = _build(cls, values, "", where)
+        if settings.data.source not in ("files", "opinions", "hub"):
+            raise ConfigError(
+                f"{where}: data.source is {settings.data.source!r}; it can be files, opinions or hub."
+            )
+        if settings.data.declared_size < 1:
+            raise ConfigError(f"{where}: data.declared_size is {settings.data.declared_size}, below 1.")
+        labels = settings.data.labels
+        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
+            raise ConfigError(f"{where}: data.labels is {list(labels)}; name two classes or more, each once.")
+        if unknown := set(settings.permit.trust) - {"local", "distributed", "central", "none"}:
+            raise ConfigError(
+                f"{where}: permit.trust names {', '.join(sorted(unknown))}; it can name local, distributed, "
+                "central and none."
+            )
+        if "none" in settings.permit.trust and not settings.data.public:
+            raise ConfigError(
+                f"{where}: permit.trust names none, which protects nobody, and data.public is false. "
+                f"Take it out, "
+                "or declare the data public."
+            )
+        if settings.permit.max_evaluations < 0:
+            raise ConfigError(
+                f"{where}: permit.max_evaluations is {settings.permit.max_evaluations}, below 0."
+            )
+        if settings.permit.min_colluders < 0:
+            raise ConfigError(f"{where}: permit.min_colluders is {settings.permit.min_colluders}, below 0.")
+        if settings.limits.threads < 1:
+            raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
+        for name in ("memory_gb", "message_seconds", "idle_seconds"):
+            limit = getattr(settings.limits, name)
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{where}: limits.{name} is {limit:g}, not above 0.")
+        _ = settings.budget
+        return settings
+
+    def own(self, asked: Config) -> Config:
+        """The configuration that this node works with: the run's, with the data and engine of its own.
+
+        The length that texts are cut to and the split of a public data set stay the run's, and the label set
+        where the site's file names none.
+        """
+        mine = self.data
+        data = DataConfig(
+            source=mine.source,
+            name=mine.name,
+            subset=mine.subset,
+            revision=mine.revision,
+            path=mine.path,
+            text=mine.text,
+            text_pair=mine.text_pair,
+            label=mine.label,
+            unit=mine.unit,
+            site=mine.site,
+            only_site=self.site,
+            declared_size=mine.declared_size,
+            train_split=mine.train_split,
+            test_fraction=asked.data.test_fraction,
+            max_length=asked.data.max_length,
+            labels=asked.data.labels if mine.labels is None else list(mine.labels),
+            public=mine.public,
+        )
+        return dataclasses.replace(
+            asked,
+            data=data,
+            partition=PartitionConfig(name="natural"),
+            federation=dataclasses.replace(asked.federation, nodes=None),
+            engine=dataclasses.replace(asked.engine, name="deployment", server=None),
+            resume=None,
+            output=None,
+        )
+
+    def check(
+        self, asked: Config, plan: PrivacyPlan, used: Iterable[str] = (), fingerprint: str = ""
+    ) -> None:
+        """Raises PrivacyError if this site does not permit what is asked; all that is wrong, at once.
+
+        Args: `asked`, the run's configuration as the server sent it; `plan`, what it proposes; `used`,
+        what the ledger knows the data of this run's releases by, and `fingerprint`, what it knows the data by
+        now; neither is told.
+        """
+        problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
+        if any(one != fingerprint for one in used):
+            problems.append(
+                "its data has changed since this run began, and what this run was charged to is not what it "
+                "would be trained on now; start a new run"
+            )
+        self._refuse(problems)
+
+    def admit(self, asked: Config) -> None:
+        """The part of `check` that can be made before data, tokenizer or model is loaded for a run.
+
+        Raises PrivacyError: a run that names other data, another model or adapter gets nothing loaded.
+        """
+        self._refuse([*self._asked_problems(asked)])
+
+    def check_evaluation(self, plan: PrivacyPlan) -> None:
+        """Raises PrivacyError if this site answers no such question about the data that it holds out.
+
+        Apart from `check`: a site that answers none can still take part in the training.
+        """
+        most, least = self.permit.max_evaluations, self.permit.min_noise_multiplier
+        if plan.evaluation_answers > most:
+            allowed = f"permits {most}" if most else "permits none"
+            self._refuse(
+                [f"it asks for {plan.evaluation_answers} answers about held-out data, and the site {allowed}"]
+            )
+        if plan.is_private() and not plan.evaluation_noise >= least:
+            self._refuse(
+                [
+                    f"evaluation noise {plan.evaluation_noise:.4g} is below the least permitted "
+                    f"noise_multiplier, {least:g}"
+                ]
+            )
+
+    def _refuse(self, problems: Sequence[str]) -> None:
+        if problems:
+            raise PrivacyError(
+                f"Site '{self.site}' does not permit this run: {'; '.join(problems)}. Nothing was "
+                f"released. Change "
+                "the run, or ask the site's administrator."
+            )
+
+    def _asked_problems(self, asked: Config) -> Iterable[str]:
+        permit = self.permit
+        if asked.data.name != self.data.name:
+            yield f"it asks for data '{asked.data.name}', and the site offers '{self.data.name}' (data.name)"
+        labels = self.data.labels
+        if labels is not None and labels != tuple(asked.data.labels or ()):
+            named = ", ".join(asked.data.labels or ()) or "none"
+            yield f"its labels are {named}, and the site's {', '.join(labels)}, in this order (data.labels)"
+        if asked.model.name not in permit.models:
+            yield f"model {asked.model.name!r} is not among the permitted {', '.join(permit.models)}"
+        if asked.adapter.name not in permit.adapters:
+            yield f"adapter {asked.adapter.name} is not among the permitted {', '.join(permit.adapters)}"
+
+    def _plan_problems(self, plan: PrivacyPlan) -> Iterable[str]:
+        permit = self.permit
+        if plan.trust not in permit.trust:
+            yield f"privacy.trust={plan.trust} is not among the permitted {', '.join(permit.trust)}"
+        if plan.num_rounds > permit.max_rounds:
+            yield f"{plan.num_rounds} rounds are more than the permitted {permit.max_rounds}"
+        if plan.local_steps > permit.max_local_steps:
+            yield f"{plan.local_steps} local steps are more than the permitted {permit.max_local_steps}"
+        if plan.reproducible_noise:
+            yield "reproducible noise is for simulations only"
+        if plan.trust == "none":
+            return
+        if (unit := self.budget.unit) is not None and UNITS.index(plan.unit) < UNITS.index(unit):
+            yield f"privacy.unit={plan.unit} is finer than the site's budget allows: set privacy.unit={unit}"
+        if plan.unit == "person" and self.data.unit is None and self.data.source == "files":
+            yield (
+                "privacy.unit=person asks it to protect persons, and its file names no column that says "
+                "whose record is whose (data.unit)"
+            )
+        if not self.data.public and plan.is_private() and plan.delta > self.budget_delta:
+            yield (
+                f"its delta is {plan.delta:g}, and the budget is at delta {self.budget_delta:g}, whose "
+                "epsilon is not promised at a larger one (set privacy.delta to that or less, or leave it "
+                "out: then the smallest of the sites' is taken)"
+            )
+        if not plan.noise_multiplier >= permit.min_noise_multiplier:
+            yield (
+                f"noise_multiplier={plan.noise_multiplier:.4g} is below the least permitted, "
+                f"{permit.min_noise_multiplier:g}"
+            )
+        if not plan.max_grad_norm <= permit.max_grad_norm:
+            yield f"max_grad_norm={plan.max_grad_norm:g} is above the permitted {permit.max_grad_norm:g}"
+        if plan.trust == "distributed" and max(1, plan.max_colluders) < permit.min_colluders:
+            yield (
+                f"privacy.max_colluders={plan.max_colluders} is below the least permitted, "
+                f"{permit.min_colluders}"
+            )
+        if plan.trust != "central" and not plan.sample_rate <= permit.max_sample_rate:
+            yield f"sample_rate={plan.sample_rate:g} is above the permitted {permit.max_sample_rate:g}"
+
+
+def _build(schema: type, values: object, prefix: str, where: str) -> Any:
+    """An instance of a dataclass from a mapping, every key and type checked."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} should be a mapping, not {values!r}.")
+    hints = typing.get_type_hints(schema)
+    fields = {item.name: item for item in dataclasses.fields(schema)}
+    if unknown := sorted(str(key) for key in set(values) - set(fields)):
+        raise ConfigError(f"{where}: unknown settings {', '.join(prefix + key for key in unknown)}.")
+    found: dict[str, Any] = {}
+    for name, item in fields.items():
+        if name in values:
+            found[name] = _value(hints[name], values[name], prefix + name, where)
+        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: {prefix}{name} is missing.")
+    return schema(**found)
+
+
+def _value(hint: Any, value: Any, name: str, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, name + ".", where)
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+    elif hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    elif hint is not float and type(value) is hint:
+        return value
+    kind = "list of texts" if typing.get_origin(hint) is tuple else hint.__name__
+    if kind == "list of texts" and isinstance(value, (list, tuple)):
+        kind += " (YAML reads a bare no, yes or 1 as something else: quote it)"
+    raise ConfigError(f"{where}: {name} should be a {kind}, not {value!r}.")

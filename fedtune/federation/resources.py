@@ -1,0 +1,206 @@
+"""The one data set and the one model that a process keeps, whoever in it needs them.
+
+In the local engine a hundred nodes and the server live in one process; each node's Shard is an index
+into one tokenized corpus, and one Encoder serves all, because only the adapter differs and that is
+loaded before each use. So memory does not grow with the number of nodes. `using_model` holds a lock:
+whoever has the model has it alone.
+
+A node that hangs may hold the model for ever. `forget` leaves it with the hanging thread: the next
+user gets a new lock and a freshly loaded model, and what the lost thread still does reaches nobody.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.config.choices import resolved
+from fedtune.config.schema import Config
+from fedtune.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedtune.data.prepare import PreparedData
+    from fedtune.models.classifier import AdaptedModel
+    from fedtune.models.frozen_outputs import Progress
+
+__all__ = ["Tally", "Workplace", "config_of", "forget", "tally", "using_model", "workplace"]
+
+
+class Tally:
+    """What this process measured of its own training; never sent, since it depends on the drawn examples."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.seconds = 0.0
+        self.flops = 0
+
+    def add(self, seconds: float, flops: int) -> None:
+        """Adds one local training."""
+        with self._lock:
+            self.seconds += seconds
+            self.flops += flops
+
+
+tally = Tally()
+
+
+class _Slot:
+    """A model and the lock that goes with it. A hung thread keeps its slot; everyone else gets a new one."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.key: str | None = None
+        self.model: Any = None
+
+
+_slots = [_Slot()]  # one element, replaced by `forget`
+
+
+@functools.lru_cache(maxsize=8)
+def config_of(text: str) -> Config:
+    """The Config in a run config's `fedtune` value; empty text means the defaults of conf/.
+
+    Raises: ConfigError.
+    """
+    if not text.strip():
+        from fedtune.config.loader import load
+
+        return load()
+    from fedtune.config.convert import config_from_json
+
+    return config_from_json(text)
+
+
+class Workplace:
+    """What a configuration works on: the prepared data, and the model when it is needed."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def prepared(self) -> PreparedData:
+        """Tokenized data and its shards. Raises: DataError, ModelError, ResourceError."""
+        from fedtune.data.prepare import prepare
+        from fedtune.models.encoder import load_tokenizer
+
+        tokenizer, tokenizer_id = load_tokenizer(self.config.model)
+        if self.config.engine.name == "deployment":
+            from fedtune.data.deployed import prepare_deployed
+
+            return prepare_deployed(self.config, tokenizer, tokenizer_id)
+        return prepare(self.config, tokenizer, tokenizer_id)
+
+    def _key(self) -> str:
+        config = self.config
+        names = list(self.prepared.label_names)
+        return json.dumps([asdict(config.model), asdict(config.adapter), config.seed, config.device, names])
+
+    @contextmanager
+    def using_model(self) -> Iterator[AdaptedModel]:
+        """The model, for this thread alone. Its adapter is whatever the last user left: set it first."""
+        slot = _slots[0]
+        with slot.lock:
+            key = self._key()
+            if slot.key != key:
+                from fedtune.models.classifier import load_model
+
+                config, names = self.config, tuple(self.prepared.label_names)
+                slot.model = load_model(
+                    config.model, config.adapter, len(names), config.seed, config.device, names
+                )
+                slot.key = key
+            positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
+            if longest > positions:
+                raise ModelError(
+                    f"data.max_length is {longest}, and the encoder {self.config.model.name!r} has "
+                    f"{positions} positions. Set data.max_length={positions} or less."
+                )
+            yield slot.model
+
+    def warm(self, progress: Progress | None = None) -> None:
+        """Computes the frozen layers' outputs of every text that the cache lacks, before a round waits
+        for them; `progress(done, all)` counts texts. No adapter is involved, and nothing is released.
+
+        Raises: as `prepared` and `using_model` do.
+        """
+        from fedtune.models.frozen_outputs import Features
+
+        parts = [*self.prepared.shards, *self.prepared.held_out]
+        corpora = [*(part.data for part in parts), self.prepared.test]
+        total = sum(corpus.num_records for corpus in corpora)
+        behind = 0
+        for corpus in corpora:
+
+            def forward(done: int, _: int, before: int = behind) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            with self.using_model() as model:
+                Features.of(model, corpus, self.config.train.micro_batch_tokens, forward)
+            behind += corpus.num_records
+
+    # What the server needs of its own; of the data, only what it may evaluate on without noise.
+
+    def initial(self) -> np.ndarray:
+        """The adapter that a run starts from, float32 [P]: the same for the same configuration."""
+        with self.using_model() as model:
+            return np.array(model.initial, dtype=np.float32)
+
+    def evaluate(self, adapter: np.ndarray) -> Any:
+        """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""
+        from fedtune.training.evaluation import evaluate
+
+        with self.using_model() as model:
+            model.set_vector(adapter)
+            return evaluate(model, self.prepared.test, self.config.train)
+
+    def save(self, adapter: np.ndarray, folder: Path) -> None:
+        """Writes `adapter` in PEFT's own format."""
+        with self.using_model() as model:
+            model.set_vector(adapter)
+            model.save(folder)
+
+
+_workplaces: dict[str, Workplace] = {}
+
+
+def workplace(config: Config) -> Workplace:
+    """The Workplace of a configuration; the last one is kept, so every node of a process shares it."""
+    config = resolved(config)
+    relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
+    if config.engine.name == "deployment" and config.data.path:
+        from fedtune.data.sources.files import state_of
+
+        # A node lives for months: a file that was replaced must be read again, and then refused.
+        relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
+    evaluation = config.federation.evaluation
+    relevant.append(
+        {"held out": config.federation.evaluation_share if evaluation == "private" else evaluation}
+    )
+    relevant.append({"unit": config.privacy.unit})
+    key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
+    if key not in _workplaces:
+        _workplaces.clear()
+        _workplaces[key] = Workplace(config)
+    return _workplaces[key]
+
+
+def using_model(config: Config) -> Any:
+    """`workplace(config).using_model()`."""
+    return workplace(config).using_model()
+
+
+def forget() -> None:
+    """Leaves lock and model to whoever holds them, and starts afresh; after a node has hung."""
+    from fedtune.models import classifier
+
+    _slots[0] = _Slot()
+    classifier.forget_models()

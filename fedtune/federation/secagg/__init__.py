@@ -1,0 +1,1 @@
+"""Secure aggregation: a sum of integer vectors of which the server learns nothing but the sum."""

@@ -1,0 +1,216 @@
+"""A node's side of a distributed round: four requests, of which one touches data.
+
+    advertise   check the server's plan against the node's own configuration; make keys
+    share       deal shares of this node's secrets to its peers
+    mask        open the peers' shares; reserve in the ledger; draw units, sum their clipped gradients, add
+                this node's part of the noise, all as integers; mask; answer
+    unmask      give the shares that take the masks off the sum of those who are in it
+
+The privacy of what leaves here rests on three things that the node sees to by itself, whatever the server
+says: the noise share and the grid follow from the plan that it has checked; the release is charged before
+data is read; and it helps to unmask a sum only if enough nodes are in it for their noise to suffice
+(`Session.quorum`). An attempt of a round is answered once (PITFALLS 21).
+
+Between requests the node's secrets lie in `Context.state`, which never leaves the node, and are gone with
+the request that used them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app.error import Error
+
+from fedtune.errors import FederationError
+from fedtune.federation.client import release as node_side
+from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
+from fedtune.federation.secagg import messages as wire
+from fedtune.federation.secagg.messages import Place
+from fedtune.federation.secagg.protocol import Masker
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
+from fedtune.privacy.plan import PrivacyPlan
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+
+    from fedtune.federation.client.release import Release
+
+__all__ = ["Memory", "clipped_gradient_sum", "register"]
+
+_CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+_WHAT = "The server's request"
+
+
+class Memory:
+    """This node's Masker between two requests, in `Context.state`."""
+
+    NAME = "fedtune.secagg"
+
+    def __init__(self, state: RecordDict) -> None:
+        self._state = state
+        record = state.get(self.NAME)
+        self._values: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
+
+    def begin(self, place: Place, node: str, masker: Masker) -> None:
+        """Remembers a new attempt. Raises FederationError for one that was begun before, or an older one."""
+        values = self._values
+        last = (values["attempt"], values["round"]) if values.get("run") == place.run else (-1, -1)
+        if (place.attempt, place.round) <= last:
+            raise FederationError(
+                f"Node {node!r} has begun attempt {last[0]}, round {last[1]} of run {place.run} and is asked "
+                f"to begin attempt {place.attempt}, round {place.round}. Keys are made once; resume the run, "
+                "which starts a new attempt."
+            )
+        self._values = {"run": place.run, "attempt": place.attempt, "round": place.round}
+        self.keep(masker)
+
+    def masker(self, place: Place) -> Masker:
+        """The Masker of this attempt. Raises FederationError if another, or none, was begun."""
+        values = self._values
+        mine = tuple(values.get(key) for key in ("run", "attempt", "round"))
+        if mine != (place.run, place.attempt, place.round):
+            raise FederationError(
+                f"This node has no keys for attempt {place.attempt}, round {place.round} of run {place.run}: "
+                "it did not take part in it from the beginning."
+            )
+        return Masker.from_json(json.loads(str(values["masker"])))
+
+    def keep(self, masker: Masker) -> None:
+        """Writes the Masker back, in place of what it was before."""
+        self._values["masker"] = json.dumps(masker.to_json())
+        self._state[self.NAME] = ConfigRecord(dict(self._values))
+
+
+def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
+    """One step's work on this node: (what it puts into the secure sum, uint32 [P]; the seconds it took).
+
+    Draws units (Poisson, in secret), sums their clipped gradients at the server's adapter, rounds, and adds
+    this node's share of discrete noise.
+    """
+    import torch
+
+    from fedtune.federation.resources import tally, workplace
+    from fedtune.training.dp_step import per_example_gradients
+    from fedtune.training.local import ShardView
+    from fedtune.training.preflight import preflight
+
+    plan = release.training
+    # However many steps a node takes where it trains by itself: here it takes the plan's one.
+    train = dataclasses.replace(release.config.train, local_steps=plan.local_steps)
+    mechanism = DiscreteMechanism.for_plan(plan, request.adapter.size)
+    entropy = plan.entropy(release.shard.node, request.round)
+    with workplace(release.config).using_model() as model:
+        started, flops = time.perf_counter(), model.flops.total
+        model.set_vector(request.adapter)
+        view = ShardView(model, release.shard, plan.unit, train)
+        theta = torch.nn.Parameter(model.theta, requires_grad=True)
+        with per_example_gradients(model):
+            preflight(model, view.features, plan, theta, train)
+            drawn = plan.sample(view.num_units, entropy)
+            total = view.clipped_sum(drawn, plan, entropy)
+        seconds, flops = time.perf_counter() - started, model.flops.total - flops
+    tally.add(seconds, flops)
+    return mechanism.share(total, entropy), seconds
+
+
+def _advertise(message: Message, context: Context) -> RecordDict:
+    place, values = wire.take(message.content, wire.ASKS["advertise"], "advertise", _WHAT)
+    config = node_side.node_config(context)
+    shard = node_side.own_shard(config, context)
+    if shard is None:
+        raise FederationError("This node holds no shard of this federation.")
+    plan = PrivacyPlan.from_json(json.loads(values["plan"]))
+    node_side.check_plan(plan, config)
+    DiscreteMechanism.for_plan(plan, values["size"])  # refuses what does not fit before any key is made
+    masker = Masker(wire.session_for(place, plan, values["names"], values["size"]), shard.node)
+    Memory(context.state).begin(place, shard.node, masker)
+    keys = masker.advertise()
+    Memory(context.state).keep(masker)
+    return wire.answer_records(place, sealing=keys.sealing, masking=keys.masking)
+
+
+def _share(message: Message, context: Context) -> RecordDict:
+    place, values = wire.take(message.content, wire.ASKS["share"], "share", _WHAT)
+    memory = Memory(context.state)
+    masker = memory.masker(place)
+    try:
+        dealt = masker.share(wire.read_roster(values))
+    finally:
+        memory.keep(masker)  # also after an error: what was begun is not begun again
+    return wire.share_answer(place, dealt)
+
+
+def _unmask(message: Message, context: Context) -> RecordDict:
+    place, values = wire.take(message.content, wire.ASKS["unmask"], "unmask", _WHAT)
+    memory = Memory(context.state)
+    masker = memory.masker(place)
+    try:
+        shares = masker.unmask(values["names"])
+    finally:
+        memory.keep(masker)
+    return wire.answer_records(place, names=list(shares), shares=list(shares.values()))
+
+
+def _mask(message: Message, context: Context) -> RecordDict:
+    plain, more = wire.split_mask_ask(message.content)
+    place, values = wire.take(more, wire.ASKS["mask"], "mask", _WHAT)
+    request = RoundRequest.from_records(plain)
+    memory, release = Memory(context.state), None
+    try:
+        masker = memory.masker(place)
+        session = masker.session
+        if session != wire.session_for(place, request.plan, session.nodes, request.adapter.size) or (
+            (request.run, request.round, request.attempt) != (place.run, place.round, place.attempt)
+        ):
+            raise FederationError("The server changed the plan or the adapter's size within a round.")
+        received = wire.read_received(values)
+        try:
+            masker.check_received(received)
+            release = node_side.reserve_release(request, context)
+            noised, seconds = clipped_gradient_sum(release, request)
+            masked = masker.mask(noised, received)
+        finally:
+            memory.keep(masker)
+        release.ledger.commit(release.reservation)
+    except Exception as error:
+        return node_side.failure_reply(request, context, release, error).to_records()
+    reply = RoundReply(
+        node=release.shard.node,
+        run=request.run,
+        round=request.round,
+        attempt=request.attempt,
+        releases=release.count,
+        steps=release.plan.local_steps,
+        cost={"seconds": coarse_seconds(seconds)},
+    )
+    return wire.mask_answer(place, reply, masked, public_data=release.config.data.public)
+
+
+def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    """Answers with what `work` gives, or with an error that may be shown; what state it left is kept."""
+
+    def answer(message: Message, context: Context) -> Message:
+        arrived = time.monotonic()
+        try:
+            content: Any = work(message, context)
+        except Exception as error:
+            reason = node_side.public_reason(error, node_side.place_of(context), context)
+            content = Error(_CLIENT_RAISED, reason)
+        if work is _mask:
+            node_side.hold_back(context, arrived)
+        return Message(content, reply_to=message)
+
+    return answer
+
+
+def register(app: ClientApp) -> None:
+    """Adds the four requests to a ClientApp."""
+    for phase, work in (("advertise", _advertise), ("share", _share), ("unmask", _unmask)):
+        app.query(f"secagg_{phase}")(_handler(work))
+    app.train("secagg_mask")(_handler(_mask))

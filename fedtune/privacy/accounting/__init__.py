@@ -1,0 +1,1 @@
+"""From a mechanism to epsilon: losses, conversions, calibration, and the filter that stops a budget."""

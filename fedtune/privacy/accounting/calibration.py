@@ -1,0 +1,213 @@
+"""From a target epsilon to the noise that meets it.
+
+Noise is found on the accountant's own upper bound, so the epsilon that is reported later never exceeds
+the target; it lands within 2 percent below it, mostly within 0.5. The search runs on a rough grid and then on
+a coarse one, whose results are upper bounds too, and the last word is `accounting.epsilon_of_terms` itself.
+
+A result is a pure function of its arguments and is kept on disk (`fedtune.privacy.accounting.cache`), so
+that the second call, in this process or another, costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from fedtune.errors import CalibrationError, PrivacyError
+from fedtune.privacy.accounting import epsilon as accounting
+from fedtune.privacy.accounting.cache import kept
+from fedtune.privacy.accounting.epsilon import Term
+from fedtune.privacy.accounting.step_losses import width
+
+__all__ = ["MAX_NOISE_MULTIPLIER", "MIN_NOISE_MULTIPLIER", "noise_multiplier_for"]
+
+MIN_NOISE_MULTIPLIER = 0.05  # below it epsilon is in the hundreds and says nothing
+MAX_NOISE_MULTIPLIER = 1000.0  # above it nothing is learnt, whatever epsilon says
+
+_LOW, _HIGH = 0.98, 1.0  # of the target: where the result must land
+_GOAL = math.log(0.996)  # where it is aimed at: a grid's own error is a few parts in a thousand
+_COARSE_POINTS = 40_000  # of one step's losses, in the search
+
+_Point = tuple[float, float]
+
+
+def noise_multiplier_for(
+    target_epsilon: float,
+    delta: float,
+    *,
+    sample_rate: float,
+    steps: int,
+    also: Mapping[Term, int] | None = None,
+    use_cache: bool = True,
+) -> float:
+    """The least noise, up to 2 percent of epsilon, with which `steps` steps stay within the target.
+
+    Args: `target_epsilon` above 0; `delta` in (0, 1); `sample_rate` in (0, 1], the probability of one unit
+    in one step; `steps` over the whole run (local steps times rounds); `also`, what else is released with
+    noise that is fixed already, and must fit into the target too. Returns the noise multiplier:
+    standard deviation over `max_grad_norm`. Guarantee: `epsilon_of` of that event, composed with `also`, is
+    at most the target.
+    Raises `CalibrationError` if no noise multiplier between 0.05 and 1000 meets the target, with the
+    epsilon that can be reached; `PrivacyError` on a value that has no meaning.
+    """
+    _check(target_epsilon, delta, sample_rate, steps)
+    arguments = (float(target_epsilon), float(delta), float(sample_rate), int(steps))
+    others = dict(also or {})
+    if not use_cache:
+        return _search(*arguments, others)
+    key: list[object] = list(arguments)
+    if others:
+        key.append([[*term, count] for term, count in sorted(others.items())])
+    return kept("calibration", key, lambda: _search(*arguments, others))
+
+
+def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> None:
+    for name, value in (("epsilon", target_epsilon), ("delta", delta), ("sample_rate", sample_rate)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise PrivacyError(f"{name} must be a finite number, not {value!r}.")
+    if target_epsilon <= 0.0:
+        raise PrivacyError(
+            f"privacy.epsilon must be above 0, not {target_epsilon}. For a run without privacy, say so: "
+            "privacy.trust=none."
+        )
+    if not 0.0 < delta < 1.0:
+        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
+    if not 0.0 < sample_rate <= 1.0:
+        raise PrivacyError(f"train.sample_rate is a probability in (0, 1], not {sample_rate}.")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise PrivacyError(f"steps must be a whole number of 1 or more, not {steps!r}.")
+
+
+def _search(
+    target_epsilon: float, delta: float, sample_rate: float, steps: int, also: Mapping[Term, int]
+) -> float:
+    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
+
+    def everything(sigma: float) -> dict[Term, int]:
+        step = Term(sample_rate, sigma)
+        return {**also, step: steps + also.get(step, 0)}
+
+    def on_grid(interval: float) -> Callable[[float], float]:
+        """log(epsilon / target) of log noise, on one grid for all noise multipliers, so that it is smooth."""
+
+        def value(log_sigma: float) -> float:
+            epsilon = accounting.epsilon_on_grid(everything(math.exp(log_sigma)), delta, interval)
+            return math.log(max(epsilon, 1e-300) / target_epsilon) if epsilon < math.inf else 700.0
+
+        return value
+
+    def fine(sigma: float) -> float:
+        return accounting.epsilon_of_terms(everything(sigma), delta)
+
+    # In the central limit epsilon is nearly a function of mu: where to look first, on a rough grid.
+    start = min(max(math.log(_guess(target_epsilon, delta, sample_rate, steps)), low), high)
+    rough = on_grid(_interval(target_epsilon, 30.0, 2.0, steps))
+    above, below = _between(rough, start, low, high, step=0.15, near=0.05)
+    start = _interpolated(above, below) if above and below else (below or above or (start, 0.0))[0]
+    # Each composition adds rounding, so the grid is finer where there are many; what it leaves is part of
+    # the 2 percent. A step with a far tail and next to no privacy loss otherwise gets only so many points.
+    widest = width((sample_rate, math.exp(start), False)) / _COARSE_POINTS
+    coarse = on_grid(max(_interval(target_epsilon, 200.0, 10.0, steps), widest))
+    above, below = _between(coarse, start, low, high, step=0.02, near=0.002)
+    if above is None:  # the finer grid says even less
+        _refuse_large(target_epsilon, delta, sample_rate, steps, fine(MIN_NOISE_MULTIPLIER))
+    if below is None and (reached := fine(MAX_NOISE_MULTIPLIER)) > target_epsilon:
+        _refuse_small(target_epsilon, delta, sample_rate, steps, reached)
+    assert above is not None
+    # Of log epsilon over log noise.
+    slope = min((below[1] - above[1]) / (below[0] - above[0]), -0.3) if below else -1.0
+    # The last word is the accountant's own. Mostly the first guess lands; else its errors lead to the next.
+    log_sigma, above, below = (below or above)[0], None, None
+    for _ in range(12):
+        ratio = fine(math.exp(log_sigma)) / target_epsilon
+        if _LOW <= ratio <= _HIGH:
+            return math.exp(log_sigma)
+        value = math.log(max(ratio, 1e-300))
+        if ratio > _HIGH:
+            above = (log_sigma, value)
+        else:
+            below = (log_sigma, value)
+        if above and below:
+            log_sigma = _interpolated(above, below)
+        else:
+            log_sigma += min(max((_GOAL - value) / slope, -0.5), 0.5)
+        if not low <= log_sigma <= high:
+            break
+    raise CalibrationError(
+        f"No noise multiplier lands between {_LOW:g} and {_HIGH:g} of epsilon {target_epsilon:g} at delta "
+        f"{delta:g} with sample rate {sample_rate:g} and {steps} steps: so little is released that epsilon "
+        "falls to 0 in one leap. Lower privacy.delta, or set privacy.noise_multiplier and "
+        "privacy.epsilon=null."
+    )
+
+
+def _between(
+    value: Callable[[float], float], start: float, low: float, high: float, *, step: float, near: float
+) -> tuple[_Point | None, _Point | None]:
+    """Two points (log noise, `value` there) around value 0, the second at or below 0 and within `near` of the
+    goal where `value` allows it. None for a side that is not reached between `low` and `high`.
+
+    `value` falls; it is looked for from `start` outwards, by at least `step` at first.
+    """
+    above: _Point | None = None  # too little noise: epsilon over the target
+    below: _Point | None = None
+    x, moves = start, 0
+    while above is None or below is None:
+        y = value(x)
+        if y > 0.0:
+            above = (x, y)
+        else:
+            below = (x, y)
+        if (y > 0.0 and x >= high) or (y <= 0.0 and x <= low):
+            break
+        move = min(max(abs(y) * 1.1, step * 2.0**moves), 3.0)
+        x, moves = (min(x + move, high) if y > 0.0 else max(x - move, low)), moves + 1
+    for _ in range(25):
+        if above is None or below is None or below[1] >= _GOAL - near or below[0] - above[0] < 1e-9:
+            break
+        x = _interpolated(above, below)
+        y = value(x)
+        if y > 0.0:
+            above = (x, y)
+        else:
+            below = (x, y)
+    return above, below
+
+
+def _interpolated(above: _Point, below: _Point) -> float:
+    """Where a line between two points meets the goal; halfway where epsilon falls too steeply for a line."""
+    share = (_GOAL - above[1]) / (below[1] - above[1]) if below[1] > -1.0 and above[1] < 1.0 else 0.5
+    return above[0] + min(max(share, 0.05), 0.95) * (below[0] - above[0])
+
+
+def _interval(target_epsilon: float, least: float, more: float, steps: int) -> float:
+    """Grid of losses with `least` + `more` sqrt(steps) points up to the target."""
+    return min(max(target_epsilon / (least + more * math.sqrt(steps)), 1e-6), 1.0)
+
+
+def _guess(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Noise multiplier in the central limit (Bu et al. 2020): where the search starts, nothing more."""
+    target_epsilon = min(max(target_epsilon, 1e-6), 1e6)
+    tail = math.sqrt(2.0 * math.log(1.0 / delta))
+    mu = math.sqrt(tail * tail + 2.0 * target_epsilon) - tail  # of mu^2/2 + mu*tail = epsilon
+    if sample_rate == 1.0:
+        return math.sqrt(steps) / mu
+    return 1.0 / math.sqrt(math.log1p((mu / sample_rate) ** 2 / steps))
+
+
+def _refuse_small(target: float, delta: float, sample_rate: float, steps: int, reached: float) -> None:
+    raise CalibrationError(
+        f"No noise meets epsilon {target:g} at delta {delta:g}: with sample rate {sample_rate:g} and {steps} "
+        f"steps the smallest that can be reached is {reached:.3g}, at noise multiplier "
+        f"{MAX_NOISE_MULTIPLIER:g}, where nothing would be learnt. Raise privacy.epsilon, or lower "
+        "train.sample_rate, train.local_steps or federation.num_rounds."
+    )
+
+
+def _refuse_large(target: float, delta: float, sample_rate: float, steps: int, reached: float) -> None:
+    raise CalibrationError(
+        f"epsilon {target:g} at delta {delta:g} needs less noise than the least allowed, "
+        f"{MIN_NOISE_MULTIPLIER:g}, which gives {reached:.3g} with sample rate {sample_rate:g} and {steps} "
+        "steps. An epsilon of that size protects nobody: lower privacy.epsilon, or say that there is no "
+        "privacy with privacy.trust=none."
+    )

@@ -1,0 +1,500 @@
+"""What a node has released from its data so far, and whether it may release more.
+
+The protocol is reserve, train, commit. `reserve` writes the release down, durably, before data is
+touched, or refuses; `commit` notes that it came to an end. A reservation that was never committed counts as
+spent, because nobody knows how far it got. So the ledger may show more than was released, never less.
+
+It stores releases with the parameters of their event, never an epsilon: epsilon does not add up. What the
+data has cost is composed anew from all releases. A release whose noise came from `seed`
+(`privacy.reproducible_noise`, for simulations) is written down as one without noise.
+
+One account for one body of data. A release is charged to every record that it touched, and to every person
+if its unit is a person or a client, by keys that only this node can make
+(`fedtune.privacy.ledger.identity`). What data has spent is the worst over its keys of all that each was
+ever charged, and the strictest budget of any of their names holds. So neither a new name, nor another file,
+another cut into shards, or next month's export of the same people finds a fresh budget.
+(Units of privacy, equal texts at several nodes, rows of version 0.1: `fedtune.privacy.ledger.accounts`.)
+
+Budgets stop by a filter that is proven for releases chosen while results are seen
+(`fedtune.privacy.accounting.filter`). `epsilon` of one run is that of its privacy loss distribution, of
+several the Renyi number, which is larger. A run is held to its plan: what a release adds never changes.
+
+A release is made for training, evaluation or a size (`plan.purpose`). All compose; each is counted by itself.
+A real node's ledger is bound to the node that first reserves; all nodes of simulations share one
+(`fedtune.privacy.ledger.simulation`). Several processes may share a ledger.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import LedgerError, PrivacyError
+from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.privacy.accounting.filter import spent
+from fedtune.privacy.ledger.accounts import Account
+from fedtune.privacy.ledger.allowance import Allowance, Asked, kept_epsilon
+from fedtune.privacy.ledger.budget_file import (
+    Budgets,
+    PrivacyBudget,
+    budgets_in_force,
+    budgets_of,
+    read_budgets,
+    write_budgets,
+)
+from fedtune.privacy.ledger.chain import GENESIS, Chain
+from fedtune.privacy.ledger.identity import Identity, KeySet, keyed
+from fedtune.privacy.ledger.key_sets import KeySets
+from fedtune.privacy.ledger.run_counts import RunCounts, steps_of
+from fedtune.privacy.ledger.secret import check_of, check_secret, make_secret, read_secret
+from fedtune.privacy.ledger.state import (
+    RELEASED,
+    LedgerState,
+    Pen,
+    Planned,
+    Release,
+    added_up,
+    charge_of,
+    is_wrong_summary,
+    purpose_of,
+    release_of,
+    state_of,
+    terms_of_plan,
+    towards,
+)
+from fedtune.privacy.plan import ReleasePlan
+
+__all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
+
+_KEPT_OPEN = 16  # ledgers that one process holds open
+_opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
+_NO_SECRET = secrets.token_bytes(32)
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One release that may now be made, once. Hand it back to `PrivacyLedger.commit`."""
+
+    seq: int  # row of the ledger
+    hash: str
+    node: str
+    run: str
+    round: int
+
+
+class PrivacyLedger:
+    """The ledger in one file. Objects are cheap; several, in several processes, may use one file.
+
+    Guarantees: (1) when `reserve` has returned, the release is on the disk; (2) no release is reserved that
+    would take a key over the owner's budget, nor more, closer or other releases of one run than its plan
+    says; (3) a killed process, a full disk or a clock that goes backwards never lowers what is shown.
+
+    Wherever data is asked for, `fingerprint` is its `Identity`, or the text by which the ledger knows it: the
+    id that it gave the data's keys, or, for data without keys, any name of it.
+    """
+
+    def __init__(self, path: Path, *, require_budget: bool = False, shared: bool = False) -> None:
+        self.path = path
+        self.budget_path = path.with_suffix(".budget.json")
+        self.secret_path = path.with_suffix(".key")
+        self._require_budget = require_budget
+        self._shared = shared
+        self._chain = Chain(path)
+        self._sets = KeySets(self._chain)
+        self._state = LedgerState()
+        self._allowance = Allowance()
+        self._runs = RunCounts(self._chain)
+
+    @classmethod
+    def open(cls, path: Path, *, require_budget: bool = False, shared: bool = False) -> PrivacyLedger:
+        """The ledger at `path`; the file is made by the first reservation.
+
+        With `require_budget` (a real node) nothing is released before the owner has set a budget; without
+        (a simulation) data that has none is recorded and not refused. `shared`: of several nodes. Raises
+        `LedgerError` if there is a file that is no ledger, cannot be trusted or cannot be read, or if its
+        secret is missing, damaged or another.
+        """
+        # One object a file and process: it holds the connection, and knows the rows that it has read.
+        key = (str(Path(path).absolute()), require_budget, shared, os.getpid())
+        ledger = _opened.get(key)
+        if ledger is None:
+            ledger = cls(Path(path), require_budget=require_budget, shared=shared)
+            while len(_opened) >= _KEPT_OPEN:
+                _opened.pop(next(iter(_opened))).close()
+            _opened[key] = ledger
+        ledger._secret(ledger._current())
+        return ledger
+
+    def close(self) -> None:
+        """Lets go of the file; the next use opens it again."""
+        self._chain.close()
+
+    # --- releasing ----------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        node: str,
+        run: str,
+        round: int,
+        plan: ReleasePlan,
+        whole: Sequence[ReleasePlan] = (),
+        public: bool = False,
+    ) -> Reservation:
+        """Writes down that one release of `plan` is about to be made, durably, before it returns.
+
+        Args: `dataset` and `fingerprint` say from what (see the class); `whole`: the plans of all releases of
+        the run, one for each purpose, by which it may be admitted as one that was fixed in advance (default:
+        `plan` alone); `public`: its owner declared the data public, so nothing is refused (ignored where a
+        key of it was released as private before). Raises `BudgetExhausted` if the release would exceed a
+        budget or the run's own plan, `SeparationError` if it comes too soon after the last one (dp_ftrl),
+        `PrivacyError` if it is another than the run's first ones were, `LedgerError` if it could not be
+        written; then nothing may be released.
+        """
+        data = fingerprint if isinstance(fingerprint, Identity) else str(fingerprint or "")
+        for name, value in (("dataset", dataset), ("fingerprint", data), ("node", node), ("run", run)):
+            if not isinstance(value, str | Identity) or not value:
+                raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
+        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
+            raise PrivacyError(f"round must be a whole number of 0 or more, not {round!r}.")
+        planned = _planned(whole or (plan,))
+        # Keys and accounting may take a second. They are made here first, so that they are known already when
+        # they are asked for again below, where other processes wait for the lock.
+        known = self._keys(data, register=True)
+        named = (_as_json(planned),) if whole else None
+
+        def allowed(connection: Any, state: LedgerState) -> tuple[int, bool]:
+            made = self._runs.made(connection, plan, named, node=node, run=run, round=round)
+            steps = {plan.unit: charge_of(plan, 1, made)}
+            asked = Asked(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
+            account = self._sets.account(connection, state, dataset, known)
+            budgets = self._budgets(connection, state)
+            return made, self._allowance.check(
+                budgets, account, asked, dataset=dataset, node=node, round=round, public=public
+            )
+
+        state = self._current()
+        with self._chain.reading() as view:
+            allowed(view, state)
+        with self.writing() as pen:
+            state = pen.state
+            if state.node is not None and state.node != node and not self._shared:
+                raise LedgerError(
+                    f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
+                    "it for a release. Two nodes with one ledger would spend one another's budget: give each "
+                    "its own file."
+                )
+            made, public = allowed(pen.connection, state)
+            if isinstance(known, KeySet) and known.id not in state.sets:
+                pen.write("set", self._sets.add(pen.connection, known, state))
+            body: dict[str, Any] = {
+                "dataset": dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
+                "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
+                "delta": plan.delta, "num_rounds": plan.num_rounds,
+                "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
+                "steps": steps_of(plan, made), **towards(plan),
+            }  # fmt: skip
+            if node not in state.plans.get(run, {}):
+                body["planned"] = _as_json(planned)
+            row = pen.write("reserved", body, run=run)
+        return Reservation(row.seq, row.hash, node, run, round)
+
+    def check_run(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        node: str,
+        run: str,
+        plans: Sequence[ReleasePlan],
+        public: bool = False,
+    ) -> None:
+        """Whether a whole run fits, before its first release; charges and writes nothing.
+
+        Args: `plans`, one for each purpose of the run's releases (training, answers, sizes), each with all
+        the releases that it allows; what this run has released already counts as part of them; the others as
+        in `reserve`. Raises `BudgetExhausted` with the numbers if all of them together would
+        exceed a budget of this data, `LedgerError` if the ledger cannot be used.
+        """
+        known = self._keys(fingerprint)
+        state, asked = self._asked(node, run, plans)
+        with self._chain.reading() as view:
+            account, budgets = self._sets.account(view, state, dataset, known), self._budgets(view, state)
+        self._allowance.check(budgets, account, asked, dataset=dataset, node=node, round=0, public=public)
+
+    def outlook(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        node: str,
+        run: str,
+        plans: Sequence[ReleasePlan],
+        delta: float,
+        epsilon: float | None = None,
+    ) -> tuple[float, float]:
+        """(epsilon now, epsilon after all of `plans`) at `delta`, over everything this data was used for.
+
+        `epsilon`: that of the owner's budget; then the second number is above it where `check_run` refuses.
+        """
+        known = self._keys(fingerprint)
+        state, asked = self._asked(node, run, plans)
+        with self._chain.reading() as view:
+            account = self._sets.account(view, state, dataset, known)
+        adding = (run, asked.uses(), asked.planned)
+        now, then = account.histories(), account.histories(adding=adding, unit=plans[0].unit)
+        both = (
+            max((spent(one, delta, epsilon, fixed=kept_epsilon) for one in runs), default=0.0)
+            for runs in (now, then)
+        )
+        return next(both), next(both)
+
+    def head(self) -> tuple[int, str]:
+        """Number and hash of the last row; (0, 64 zeros) before the first."""
+        state = self._current()
+        return state.seq, state.hash
+
+    def commit(self, reservation: Reservation) -> None:
+        """Notes that the release came to its end. Raises `LedgerError` if it was never reserved here.
+
+        A second commit of the same reservation changes nothing. Without any, the release counts all the same.
+        """
+        with self.writing() as pen:
+            if self._chain.hash_of(pen.connection, reservation.seq) != reservation.hash:
+                raise LedgerError(
+                    f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
+                    f"'{reservation.run}', round {reservation.round}: was it made in another file?"
+                )
+            for row in self._chain.run_rows(pen.connection, reservation.run, after=reservation.seq):
+                if row.kind == "committed" and row.body["reservation"] == reservation.seq:
+                    return
+            pen.write("committed", {"reservation": reservation.seq}, run=reservation.run)
+
+    @contextmanager
+    def writing(self) -> Iterator[Pen]:
+        """A transaction that holds the writer's lock, begun after every row that there is.
+
+        What its pen wrote is durable when the block ends, and gone if it raises. Raises `LedgerError`.
+        """
+        with self._chain.writing() as connection:
+            pen = Pen(self._chain, connection, self._caught_up(connection).copy())
+            yield pen
+        self._state = pen.state
+
+    # --- asking -------------------------------------------------------------------------------------
+
+    @property
+    def node(self) -> str | None:
+        """The node that released first: whose ledger this is, if it is not shared; None before that."""
+        return self._current().node
+
+    def known_as(self, fingerprint: str | Identity) -> str:
+        """The text by which this ledger knows data. Local to the node: never to be sent or published."""
+        known = self._keys(fingerprint)
+        return known.id if isinstance(known, KeySet) else known
+
+    def releases(
+        self,
+        *,
+        dataset: str | None = None,
+        fingerprint: str | None = None,
+        run: str | None = None,
+        node: str | None = None,
+        purpose: str | None = None,
+    ) -> list[Release]:
+        """All releases that agree with what is given, oldest first, unfinished ones included.
+
+        Those of version 0.1 that were taken over count as finished.
+        """
+        with self._chain.reading() as connection:
+            if connection is None:
+                return []
+            rows = list(
+                self._chain.rows(connection, 0, GENESIS)
+                if run is None
+                else self._chain.run_rows(connection, run)
+            )
+        done = {row.body["reservation"] for row in rows if row.kind == "committed"}
+        wanted = {"dataset": dataset, "fingerprint": fingerprint, "node": node}
+        found = [
+            release_of(row, committed=row.seq in done or row.kind == "imported")
+            for row in rows
+            if row.kind in RELEASED and all(v is None or row.body[k] == v for k, v in wanted.items())
+        ]
+        return [release for release in found if purpose in (None, release.purpose)]
+
+    def account(self, *, dataset: str, fingerprint: str | Identity) -> Account:
+        """Everything that this data was ever charged; see `fedtune.privacy.ledger.accounts`."""
+        state, known = self._current(), self._keys(fingerprint)
+        with self._chain.reading() as view:
+            return self._sets.account(view, state, dataset, known)
+
+    def epsilon(
+        self,
+        *,
+        dataset: str,
+        fingerprint: str | Identity,
+        delta: float | None = None,
+        run: str | None = None,
+    ) -> float:
+        """Epsilon of everything this data was ever used for, or of one run's releases alone.
+
+        Of one run it is that of its privacy loss distribution, as it was fixed in advance; of several it is
+        the Renyi number (`fedtune.privacy.accounting.filter.spent`), larger and proven for runs that were
+        chosen one after another. `delta` None: the budget's, else the smallest that any of the releases was
+        planned with. 0.0 before the first release, infinite if one had no noise. Unfinished reservations
+        count.
+        """
+        account = self.account(dataset=dataset, fingerprint=fingerprint)
+        if delta is None:
+            budgets = read_budgets(self.budget_path) if run is None else None
+            found = budgets.of(account.names) if budgets else []
+            delta = found[0].delta if found else account.smallest_delta
+        histories = account.histories(run)
+        return max((spent(runs, delta, fixed=kept_epsilon) for runs in histories), default=0.0)
+
+    # --- budgets ------------------------------------------------------------------------------------
+
+    def set_budget(self, budget: PrivacyBudget, *, dataset: str | None = None) -> None:
+        """Sets the owner's budget for `dataset`, or for every data set without its own (None).
+
+        The others stay as the ledger's own rows have them, whatever became of the file.
+        """
+        with self.writing() as pen:
+            old = self.stored_budgets(pen.connection, pen.state)
+            if dataset is None:
+                new = Budgets(budget, old.datasets)
+            else:
+                new = Budgets(old.default, {**old.datasets, dataset: budget})
+            pen.write("budget", {"dataset": dataset, **budget.to_json()})
+            # Under the lock, so that no reservation sees the row without the file.
+            write_budgets(self.budget_path, new)
+
+    def budget(self, *, dataset: str, fingerprint: str | Identity | None = None) -> PrivacyBudget | None:
+        """The strictest budget that this data must keep, or None."""
+        names = {dataset}
+        if fingerprint is not None:
+            names = self.account(dataset=dataset, fingerprint=fingerprint).names
+        found = self.budgets().of(names)
+        return found[0] if found else None
+
+    def budgets(self) -> Budgets:
+        """All budgets in the node's budget file (none where there is no file)."""
+        state = self._current()
+        with self._chain.reading() as view:
+            return self._budgets(view, state)
+
+    def state(self) -> LedgerState:
+        """The releases so far, added up."""
+        return self._current()
+
+    def stored_budgets(self, connection: Any, state: LedgerState) -> Budgets:
+        """What the rows up to `state` say; where they say nothing, the budget file."""
+        return self._said(connection, state) or read_budgets(self.budget_path, anew=True) or Budgets(None, {})
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Reads the whole file: how many rows it has, and what is wrong with them (nothing: it is whole)."""
+        with self._chain.reading() as connection:
+            if connection is None:
+                return 0, []
+            rows, problems = self._chain.audit(connection)
+            state, wrong = added_up(rows)
+            problems += wrong + self._sets.problems(connection, state)
+        return len(rows), problems
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _secret(self, state: LedgerState) -> bytes | None:
+        """The ledger's secret; None where it has none yet. Raises `LedgerError` if it is not what it was."""
+        secret = read_secret(self.secret_path)
+        return secret if state.secret is None else check_secret(self.secret_path, secret, state.secret)
+
+    def _keys(self, data: str | Identity, *, register: bool = False) -> KeySet | str:
+        """Data as the ledger knows it. `register`: it is to be released, so a secret is made if need be."""
+        if not isinstance(data, Identity):
+            return data
+        state = self._current()
+        secret = self._secret(state)
+        if state.secret is None and register:
+            with self.writing() as pen:
+                secret = self._secret(pen.state) or make_secret(self.secret_path)
+                if pen.state.secret is None:
+                    pen.write("secret", {"check": check_of(secret)})
+        # Without a secret there are no keys yet that these could agree with.
+        return keyed(data, secret or _NO_SECRET)
+
+    def _asked(self, node: str, run: str, plans: Sequence[ReleasePlan]) -> tuple[LedgerState, Asked]:
+        """What is left of `plans` in a run that may have begun."""
+        state = self._current()
+        with self._chain.reading() as view:
+            rows = [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind in RELEASED]
+        made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
+        steps: dict[str, dict[Term, int] | None] = {}
+        for plan in plans:
+            done = made[plan.purpose]
+            further = charge_of(plan, max(0, plan.num_rounds - done), done)
+            steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
+        return state, Asked(run, plans[0], steps, self._planned(state, run, node, _planned(plans)), "run")
+
+    def _planned(
+        self, state: LedgerState, run: str, node: str, planned: dict[Term, int] | None
+    ) -> dict[Term, int] | None:
+        """The run's whole plan as the node's first release named it; before that, as it is named now."""
+        known = state.plans.get(run, {})
+        return terms_of_plan(known[node]) if node in known else planned
+
+    def _budgets(self, connection: Any, state: LedgerState) -> Budgets:
+        said = self._said(connection, state)
+        return budgets_in_force(self.budget_path, self.path, said=said, required=self._require_budget)
+
+    def _said(self, connection: Any, state: LedgerState) -> Budgets | None:
+        """What the rows up to `state` say of budgets; None if nothing."""
+        if connection is None or not state.has_budget:
+            return None
+        return budgets_of(row.body for row in self._chain.latest_of_kind(connection, "budget", state.seq))
+
+    def _current(self) -> LedgerState:
+        with self._chain.reading() as connection:
+            if connection is not None:
+                self._state = self._caught_up(connection)
+            elif self._state.seq:
+                raise self._chain.broken("the file is gone")
+        return self._state
+
+    def _caught_up(self, connection: Any) -> LedgerState:
+        """The state with every row that was written since; starts from the last summary if it knows none."""
+        state = self._state
+        if state.seq == 0:
+            # From the last summary but one, so that the last is checked against the rows that it sums up.
+            summaries = self._chain.latest_of_kind(connection, "summary", 2)
+            if summaries:
+                state = state_of(summaries[0]) or state
+        elif self._chain.hash_of(connection, state.seq) != state.hash:
+            raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
+        after = state
+        for row in self._chain.rows(connection, state.seq, state.hash):
+            if after is state:
+                after = state.copy()
+            if is_wrong_summary(row, after):
+                raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
+            after.add(row)
+        return after
+
+
+def _planned(plans: Sequence[ReleasePlan]) -> dict[Term, int] | None:
+    """Everything that the plans of one run allow."""
+    return compose_terms(*(charge_of(plan, plan.num_rounds) for plan in plans))
+
+
+def _as_json(planned: dict[Term, int] | None) -> Planned:
+    if planned is None:
+        return None
+    return [[term.sample_rate, term.noise_multiplier, count] for term, count in sorted(planned.items())]

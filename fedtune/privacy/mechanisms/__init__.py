@@ -1,0 +1,1 @@
+"""What adds noise and how much: the mechanisms, and where their randomness comes from."""

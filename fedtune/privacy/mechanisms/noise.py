@@ -1,0 +1,138 @@
+"""Where the randomness of a private release comes from.
+
+Two kinds of source stand behind one class. `Entropy.system()` reads the operating system's
+cryptographic generator for every draw: nothing that the server, the seed or an earlier release knows
+predicts it, and a process that dies and comes back draws afresh. `Entropy.reproducible()` is a counter
+generator (Philox) keyed by everything that names a draw; it exists for simulations and for training
+without privacy, and a plan hands it out only there.
+
+Sampling and noise are separate streams, so that the number of one kind of draw never shifts the other.
+
+Floating point. A Gaussian made of floats has holes: some sums `value + noise` cannot occur for some values,
+and an exact output then tells the value (Mironov 2012; Holohan and Braghin 2021). Two mitigations stand
+here. Each number that comes from the system's generator is the scaled sum of two independent Box-Muller
+draws with 53-bit uniforms, so that more than 2^200 equally likely inputs stand behind an output. And
+`on_grid` rounds a noised value to a multiple of a power of two near 2^-30 of the noise's standard
+deviation, which removes the low bits that such an attack reads; rounding is post-processing and its error
+is a billionth of the noise. This is a mitigation and no proof: exact sampling is in
+`fedtune.privacy.mechanisms.discrete`, used where the trust model is `distributed`. Timing is not hidden.
+Tails end at 8.5 standard deviations for one draw (mass about 1e-17).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Entropy", "on_grid"]
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+_GRID_BITS = 30
+_CHUNK = 1 << 14  # numbers a block: what a core's cache holds is faster than one large array
+
+
+def _box_muller(count: int, words: npt.NDArray[np.uint64]) -> FloatArray:
+    """`count` standard Gaussians from as many 64-bit words (rounded up to an even number)."""
+    half = (count + 1) // 2
+    uniforms = (words[: 2 * half] >> np.uint64(11)).astype(np.float64)
+    uniforms += 0.5  # never 0, never 1
+    uniforms *= 2.0**-53
+    radius = np.sqrt(-2.0 * np.log(uniforms[:half]))
+    angle = uniforms[half:] * (2.0 * math.pi)
+    out = np.empty(2 * half, dtype=np.float64)
+    np.multiply(radius, np.cos(angle), out=out[:half])
+    np.multiply(radius, np.sin(angle), out=out[half:])
+    return out[:count]
+
+
+class Entropy:
+    """Randomness of one release (one node, one round, one attempt).
+
+    Guarantee: objects made by `system()` share no state with one another, with `seed`, or with what was
+    drawn before. Objects made by `reproducible()` give the same draws for the same arguments on every
+    machine, and unrelated draws when any argument differs.
+    """
+
+    def __init__(self, generators: dict[str, np.random.Generator] | None = None) -> None:
+        self._generators = generators
+
+    @classmethod
+    def system(cls) -> Entropy:
+        """Draws from the operating system's cryptographic generator."""
+        return cls(None)
+
+    @classmethod
+    def reproducible(cls, seed: int, node: str, round: int, attempt: int) -> Entropy:
+        """Draws that depend on the arguments alone. Not private: whoever knows `seed` knows the noise."""
+        generators = {}
+        for purpose in ("sampling", "noise"):
+            # Length-prefixed fields: ("ab", 1) and ("a", "b1") must not collide.
+            parts = [str(seed), node, str(round), str(attempt), purpose]
+            name = "".join(f"{len(part)}:{part}," for part in parts)
+            key = hashlib.sha256(b"fedtune noise v1 " + name.encode()).digest()[:16]
+            generators[purpose] = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        return cls(generators)
+
+    @property
+    def is_reproducible(self) -> bool:
+        """True where the draws can be repeated, so that they protect nobody."""
+        return self._generators is not None
+
+    def words(self, count: int, purpose: str = "noise") -> npt.NDArray[np.uint64]:
+        """`count` uniform 64-bit words, uint64 [count], of the stream `purpose` ('noise' or 'sampling')."""
+        if self._generators is None:
+            return np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+        return self._generators[purpose].integers(0, 2**64, size=count, dtype=np.uint64)
+
+    def bernoulli(self, size: int, probability: float) -> npt.NDArray[np.bool_]:
+        """bool [size], each True with `probability` (to within 2^-53), independent of the others."""
+        if not 0.0 <= probability <= 1.0:
+            raise ValueError(f"probability must lie in [0, 1], not {probability}")
+        words = self.words(size, "sampling")
+        drawn: npt.NDArray[np.bool_] = (words >> np.uint64(11)) < np.uint64(math.ceil(probability * 2.0**53))
+        return drawn
+
+    def permutation(self, size: int) -> IntArray:
+        """A uniformly random order of 0 ... size-1, int64 [size], from the sampling stream."""
+        # Ties among 64-bit keys have probability below size^2 / 2^65.
+        return np.argsort(self.words(size, "sampling"), kind="stable").astype(np.int64)
+
+    def gaussian(self, size: int, std: float) -> FloatArray:
+        """float64 [size], independent, mean 0, standard deviation `std`. Zeros if `std` is 0."""
+        if not (math.isfinite(std) and std >= 0.0):
+            raise ValueError(f"std must be finite and not negative, not {std}")
+        if std == 0.0:
+            return np.zeros(size, dtype=np.float64)
+        if self._generators is not None:
+            return self._generators["noise"].standard_normal(size) * std
+        out = np.empty(size, dtype=np.float64)
+        scale = std / math.sqrt(2.0)
+        for start in range(0, size, _CHUNK):
+            count = min(_CHUNK, size - start)
+            # Two words a number and draw. The summands come from separate pairs: the two halves of one
+            # Box-Muller pair share their radius.
+            even = count + (count & 1)
+            words = self.words(2 * even)
+            block = _box_muller(count, words[:even])
+            block += _box_muller(count, words[even:])
+            block *= scale
+            out[start : start + count] = block
+        return out
+
+
+def on_grid(noised: FloatArray, std: float) -> FloatArray:
+    """Rounds noised values to multiples of the power of two at or below `std` / 2^30.
+
+    Post-processing: whatever guarantee `noised` has stays. Args: `noised` of any shape; `std` the
+    standard deviation of the noise in it. With `std` 0 the values come back as they are.
+    """
+    if std == 0.0:
+        return noised
+    grid = 2.0 ** (math.floor(math.log2(std)) - _GRID_BITS)
+    return np.asarray(np.round(noised / grid) * grid, dtype=np.float64)

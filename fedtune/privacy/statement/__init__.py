@@ -1,0 +1,1 @@
+"""What a run promises, in facts, in words and in a picture."""

@@ -1,0 +1,306 @@
+"""The sentences of a privacy statement: what each setting means for a person in the data.
+
+Apart from `statement` so that a privacy officer can review the words without reading the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedtune.privacy.accounting.strength import TradeOff, percent
+from fedtune.privacy.publication import EXPOSED
+from fedtune.privacy.statement.strength_facts import strength, was_trained
+
+__all__ = ["UNITS", "covered", "finer_units", "not_covered", "outline", "sees"]
+
+UNITS = {
+    "record": "one text with its label",
+    "person": "all records that share one value of the data's unit column (a person, an author, a review)",
+    "client": "everything that one node holds",
+}
+
+
+def outline(
+    record: Mapping[str, Any], epsilon: float | None, delta: float | None, curve: TradeOff | None
+) -> str:
+    """The first paragraph: no symbol that is not explained on the spot."""
+    privacy, federation = record["privacy"], record["federation"]
+    nodes = federation["nodes"]
+    name = (record.get("data") or {}).get("name")
+    kind = "texts that their owner declared public" if privacy.get("data_public") else "private texts"
+    what = f"{kind} (`{name}`)" if name else kind
+    holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
+    trained = f"A text classifier was trained on {what} that {holders}"
+    if not was_trained(privacy):
+        return (
+            f"**Nothing was trained.** No node released anything (each refused, or none answered): the "
+            f"{what} that {holders} were not used, and the model is as it was before. There is nothing whose "
+            "protection could be called strong or weak."
+        )
+    if epsilon is None or delta is None:
+        return (
+            f"{trained}, **without any privacy guarantee**. No noise was added: from what left the nodes, "
+            "and from the model itself, texts of the people in the data may be recovered. Treat the model as "
+            "you treat the data."
+        )
+    whom = {
+        "record": "any single text",
+        "person": "what any one person contributed",
+        "client": "what any one node holds",
+    }[privacy["unit"]]
+    audit = privacy.get("audit")
+    if isinstance(audit, Mapping) and audit.get("violated"):
+        return (
+            f"{trained}. It was meant to keep epsilon {epsilon:.3g} at delta {delta:.3g}, and **an audit has "
+            "shown that it does not** (see Audit): nothing is promised to the people in the data. Do not "
+            "publish the model."
+        )
+    if privacy.get("reproducible_noise"):
+        return (
+            f"{trained}, in a simulation that **protects nobody**: its noise was drawn from the seed that "
+            f"its record names, and whoever has that can take it off. The same run with secret noise would "
+            f"keep epsilon {epsilon:.3g} at delta {delta:.3g} (what that means is said in its own statement)."
+        )
+    times = _times(epsilon)
+    guess = 1.0 / (1.0 + math.exp(-epsilon))
+    seen = {
+        "local": "everything that ever left a node",
+        "distributed": "everything that the server received (sums over the nodes)"
+        + (" and the noise of one of the other nodes" if _covers_a_node(privacy, epsilon) else ""),
+        "central": "the finished model and every model on the way (but not what the server itself received)",
+    }[privacy["trust"]]
+    return (
+        f"{trained}. It was trained so that it hardly depends on {whom}: with it or without it, every "
+        f"outcome is {times} as likely (that is what *epsilon* {epsilon:.3g} says), except for "
+        f"a chance of {_odds(delta)} (*delta*). In other words: an attacker who knows everything else, sees "
+        f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
+        f"{percent(guess)} sure. "
+        + strength(privacy, curve)
+        + _of_other_nodes(privacy, epsilon)
+        + _in_all(privacy, epsilon)
+    )
+
+
+def _covers_a_node(privacy: Mapping[str, Any], epsilon: float) -> bool:
+    """Whether epsilon is towards the other nodes too: always, but in records of earlier versions."""
+    towards = privacy.get("epsilon_towards_nodes")
+    return bool(privacy.get("max_colluders")) or (towards is not None and towards <= epsilon)
+
+
+def _of_other_nodes(privacy: Mapping[str, Any], epsilon: float) -> str:
+    towards = privacy.get("epsilon_towards_nodes")
+    if privacy["trust"] != "distributed" or towards is None or _covers_a_node(privacy, epsilon):
+        return ""
+    return f" One of the nodes itself can learn somewhat more: towards it epsilon is {towards:.3g}."
+
+
+def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:
+    """What a reader who stops after the first paragraph must know: how else the data was used."""
+    entries = privacy.get("ledger") or []
+    used = [one for one in entries if one.get("releases")]
+    if any(one["epsilon"] is None for one in used):
+        return (
+            " **The same data was also used without secret noise** (see Other uses): over all its uses there "
+            "is no guarantee."
+        )
+    largest = max(used, key=lambda one: float(one["epsilon"]), default=None)
+    total, delta = (float(largest["epsilon"]), largest.get("delta")) if largest else (0.0, None)
+    at = "" if delta is None else f" at delta {delta:.3g}"
+    unknown = (
+        " **What else the same data was used for is not known here**: in all, epsilon may be larger."
+        if any(one.get("releases") is None for one in entries)
+        else ""
+    )
+    if finer := finer_units(privacy):
+        return (
+            f" **Other runs on the same data protected single {finer[0]}s only.** Over all uses that are "
+            f"known epsilon is {total:.3g}{at} for one {finer[0]}; for one {privacy['unit']} they promised "
+            f"nothing, and what is said here is this run's alone.{unknown}"
+        )
+    if total <= 1.005 * epsilon:
+        return unknown
+    return (
+        f" **Together with all other uses of the same data that are known, epsilon is {total:.3g}{at}.**"
+        f"{unknown}"
+    )
+
+
+def finer_units(privacy: Mapping[str, Any]) -> list[str]:
+    """Units finer than the run's that other runs on its data protected; the total over all uses is theirs."""
+    order = list(UNITS)
+    found = {one.get("unit") for one in privacy.get("ledger") or []}
+    return [unit for unit in order[: order.index(privacy["unit"])] if unit in found]
+
+
+def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
+    """Who sees what, and who must therefore be believed."""
+    node = "Each node sees its own data and the shared adapter of every round."
+    users = "Whoever gets the model sees the finished adapter."
+    if trust == "local":
+        return [
+            "The server sees each node's updates. They are already private when they leave, so neither the "
+            "server nor whoever listens must be trusted.",
+            node,
+            users,
+        ]
+    if trust == "distributed":
+        return [
+            "The server sees only the sum over the nodes, through secure aggregation; the sum holds all the "
+            "noise that the guarantee needs. No single node's part is private by itself.",
+            "The server must follow the protocol (honest but curious): it passes the nodes' keys on, and "
+            "nothing but its word ties a key to a node or says who dropped out. A server that puts keys of "
+            "its own in their place, or tells nodes different stories, can see single nodes' parts or sums "
+            "with less noise, and towards it this guarantee does not hold.",
+            _limit(privacy.get("max_dropouts"), privacy.get("max_colluders")),
+            *_answers(privacy),
+            f"{node} {_towards_nodes(privacy)}",
+            users,
+        ]
+    if trust == "central":
+        return [
+            "The server sees every node's raw update and must be trusted: the guarantee is towards everybody "
+            "else.",
+            node,
+            users,
+        ]
+    return ["The server sees every node's raw updates.", node, users, "Nobody is protected from any of them."]
+
+
+def _limit(dropouts: int | None, colluders: int | None) -> str:
+    if dropouts is None or colluders is None:
+        return "The record does not say how many dropouts and colluding nodes the noise covers."
+    missing = (
+        f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
+    )
+    told = (
+        f"{colluders} {'node' if colluders == 1 else 'nodes'} may tell the server what noise they added"
+        if colluders
+        else "none may help the server to unmask another's part"
+    )
+    return f"{missing} (a round with more dropouts is discarded, and charged all the same), and {told}."
+
+
+def _answers(privacy: Mapping[str, Any]) -> list[str]:
+    if not privacy.get("evaluation"):
+        return []
+    return [
+        "Evaluation does not go through secure aggregation: the server sees each node's two noised counts. "
+        "Each node adds all the noise of its answer by itself, so they are private towards the server too."
+    ]
+
+
+def _towards_nodes(privacy: Mapping[str, Any]) -> str:
+    known = "It knows its own share of the noise and can take it off"
+    epsilon, towards = privacy["epsilon"], privacy.get("epsilon_towards_nodes")
+    if epsilon is None:
+        return f"{known}."
+    if not _covers_a_node(privacy, epsilon):  # a record of an earlier version
+        if towards is None:
+            return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
+        return f"{known}: **towards another node epsilon is {towards:.4g}** at the same delta."
+    server = privacy.get("epsilon_towards_server")
+    alone = "" if server is None else f" Towards the server alone it is {server:.4g}."
+    return f"{known}, which epsilon above counts with: the guarantee holds towards it too.{alone}"
+
+
+def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+    """Which accesses to private data are inside epsilon."""
+    if epsilon is None:
+        return ["Nothing: there is no guarantee."]
+    unit = record["privacy"]["unit"]
+    norm = "" if record["privacy"].get("adaptive_clipping") else "clipping norm, "
+    lines = [
+        "Training: every step of every round, including rounds that failed, were repeated after a crash, or "
+        "whose result was thrown away.",
+        "What is published: all adapters of all rounds, not only the last, so checkpoints and averages are "
+        "free.",
+        f"Whatever anybody computes from them later, together with anything they know from elsewhere. Each "
+        f"{unit} of the training data is covered.",
+        f"The step count, {norm}sampling rate and noise were fixed by settings and by what is declared "
+        "public, not by any record.",
+    ]
+    if record["privacy"].get("evaluation"):
+        lines.append(
+            "Evaluation: accuracy comes from noised counts that the nodes release about units that are held "
+            "out of training, and these are charged. No loss or label count of a shard leaves a node, and no "
+            "size but as it is said here."
+        )
+    if sizes := record["privacy"].get("sizes"):
+        lines.append(
+            "Sizes: nobody declared how much data each node has, so each told it once, with noise (standard "
+            f"deviation {sizes['noise_multiplier']:g} {unit}s), and that is charged. Expected batches follow "
+            "from it; the noise does not."
+        )
+    if record["privacy"].get("adaptive_clipping"):
+        lines.append(
+            "The clipping norm follows a noised quantile of the update norms, which is paid for in epsilon."
+        )
+    return lines
+
+
+def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
+    """What a reader might think is inside epsilon and is not."""
+    privacy = record["privacy"]
+    evaluation = privacy.get("evaluation_data") or "the record does not say whose data the metrics come from"
+    unnoised = f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised."
+    sizes = "" if privacy.get("sizes") else "the declared sizes, "
+    lines = [
+        f"What the owners declare public: the name of the data set, the label set, {sizes}the maximum "
+        "length, who takes part.",
+        *([] if privacy.get("evaluation") and epsilon is not None else [unnoised]),
+        "The pretrained encoder: what it has learnt from its own training data.",
+        "Choice of settings. If this run was picked among several because its result was good, the choice "
+        "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
+        "other uses below count all runs that the ledgers know.",
+        "Uses of the same data that went through no ledger: by other programs, or by people. They are in no "
+        "number on this page.",
+        "Runs whose settings were chosen after looking at earlier private runs: this run's epsilon is that "
+        "of a run fixed in advance. Over all of them the node's budget holds, whose filter is proven for "
+        "that; a total that no budget bounds is that of runs that were planned together.",
+        "Side channels: the time a node takes, memory, power, logs on the node itself.",
+        *EXPOSED,
+        "Security and exposure: who may read the data where it lies, how it was collected, the transport "
+        "(TLS) and the nodes' own machines.",
+        "Facts about whole groups: that most people write so and so may be learnt, and is meant to be.",
+    ]
+    if epsilon is None:
+        return lines
+    if privacy["unit"] == "record":
+        lines.insert(
+            0,
+            "A person with several records: this guarantee is for one record. With k records of one person "
+            "epsilon is up to k times as large (and delta grows faster).",
+        )
+    if privacy["unit"] in ("record", "person"):
+        more = ", and delta grows faster" if privacy["trust"] == "distributed" else ""
+        lines.insert(1, f"The same person's data on several nodes: their epsilons add up{more}.")
+    if privacy.get("matrix"):
+        lines.append(
+            "The server's memory: until a run ends, the server keeps the noise of its last rounds "
+            "(`noise.secret` beside its checkpoint, readable by its own user). Whoever reads it can "
+            "take that noise off."
+        )
+    lines.append(
+        "Floating-point arithmetic: "
+        + (
+            "noise is exact (discrete Gaussian), training itself is in floats."
+            if privacy["trust"] == "distributed"
+            else "noise is a float; the known attack on its low bits is countered, which is no proof."
+        )
+    )
+    return lines
+
+
+def _times(epsilon: float) -> str:
+    """At most exp(epsilon) times, rounded up to three digits: a bound that is rounded down is none."""
+    if epsilon > 13.8:
+        return "perhaps more than a million times"
+    factor = math.exp(epsilon)
+    unit = 10.0 ** (math.floor(math.log10(factor)) - 2)
+    return f"at most {math.ceil(factor / unit) * unit:,.{2 if unit < 0.1 else 1 if unit < 1 else 0}f} times"
+
+
+def _odds(delta: float) -> str:
+    return f"1 in {1.0 / delta:,.0f}" if delta > 0 else "0"

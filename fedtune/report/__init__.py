@@ -1,0 +1,1 @@
+"""What finished runs say together: frontier, advice, tables, pictures and the page."""

@@ -1,0 +1,213 @@
+"""What to choose and why, in plain words, made from the numbers and from nothing else.
+
+The rule, so that nobody need trust the words: of the configurations with privacy, take the smallest epsilon
+whose accuracy is within reach of the best one's (two standard errors of the difference, but at least half a
+point and at most two points), and among equals the cheapest. What privacy costs is said against the same
+configuration without privacy where it was run, and which site pays for it is said too. Where the numbers
+are too few or contradict themselves, that is said first of all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedtune.report.frontier import Point, Stat
+from fedtune.report.words import money_text, number, setting_words
+
+__all__ = ["Advice", "advise", "family"]
+
+_EPSILON = ("privacy.epsilon", "privacy.noise_multiplier")
+_PRIVACY = (*_EPSILON, "privacy.trust", "privacy.max_grad_norm")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The chosen point, its family by epsilon, and the words.
+
+    Attributes:
+        chosen: None if no configuration has privacy and a measured accuracy.
+        family: points that differ from the chosen one in epsilon alone, smallest epsilon first.
+        text: the paragraph.
+        doubts: sentences about what the numbers do not support.
+    """
+
+    chosen: Point | None
+    family: tuple[Point, ...]
+    text: str
+    doubts: tuple[str, ...]
+
+
+def advise(points: Sequence[Point], names: Sequence[str], currency: str | None) -> Advice:
+    """The advice on the points of one group; `names` are the settings that vary."""
+    rated = [point for point in points if point.accuracy is not None]
+    private = [point for point in rated if math.isfinite(point.epsilon)]
+    if not private:
+        return _without_privacy(rated, names)
+    best = max(private, key=_mean)
+    chosen = min(
+        (point for point in private if _mean(best) - _mean(point) <= _reach(best, point)),
+        key=lambda point: (round(point.epsilon, 2), _price(point), -_mean(point)),
+    )
+    alike = family(chosen, rated)
+    sentences = [_choice(chosen, names, currency), _neighbours(chosen, best, alike)]
+    free = _reference(chosen, rated)
+    if free is not None:
+        lost = 100 * (_mean(free) - _mean(chosen))
+        sentences.append(
+            f"Without any privacy the same configuration reaches {_points(free.accuracy)}: privacy costs "
+            f"{lost:.1f} points here."
+            if lost > 0
+            else f"Without any privacy the same configuration reaches {_points(free.accuracy)}, which is no "
+            "more: privacy costs no measurable accuracy here."
+        )
+    sentences.append(_left_behind(chosen, free))
+    text = " ".join(sentence for sentence in sentences if sentence)
+    return Advice(chosen, tuple(alike), text, tuple(_doubts(private, alike)))
+
+
+def family(point: Point, points: Sequence[Point]) -> list[Point]:
+    """Points that differ from `point` in epsilon (and in having privacy at all) alone, smallest first."""
+    own = _without(point)
+    members = [
+        other
+        for other in points
+        if _without(other) == own
+        and other.group == point.group
+        and (other.runs[0].trust in (point.runs[0].trust, "none"))
+    ]
+    return sorted(members, key=lambda other: other.epsilon)
+
+
+def _without(point: Point) -> dict[str, object]:
+    return {name: value for name, value in point.settings.items() if name not in _PRIVACY}
+
+
+def _mean(point: Point) -> float:
+    assert point.accuracy is not None
+    return point.accuracy.mean
+
+
+def _price(point: Point) -> float:
+    cost = point.costs["money"] or point.costs["train_seconds"]
+    return math.inf if cost is None else cost.mean
+
+
+def _reach(one: Point, other: Point) -> float:
+    return min(0.02, max(0.005, 2.0 * _error(one, other)))
+
+
+def _error(one: Point, other: Point) -> float:
+    """Standard error of the difference of two accuracies; 0 where one seed tells nothing of it."""
+    parts = [point.accuracy.error or 0.0 for point in (one, other) if point.accuracy is not None]
+    return math.hypot(*parts)
+
+
+def _points(stat: Stat | None) -> str:
+    if stat is None:
+        return "-"
+    error = "" if stat.error is None else f" ± {100 * stat.error:.1f}"
+    return f"{100 * stat.mean:.1f}{error} percent"
+
+
+def _choice(chosen: Point, names: Sequence[str], currency: str | None) -> str:
+    first, money, seconds = chosen.runs[0], chosen.costs["money"], chosen.costs["train_seconds"]
+    said = setting_words(
+        chosen.settings,
+        [name for name in names if name not in _EPSILON],
+    )
+    cost = "" if money is None else f", for {money_text(money.mean, currency)} a run"
+    time = "" if seconds is None else f" ({seconds.mean:.0f} s of training, summed over the nodes)"
+    return (
+        f"Choose epsilon {number(chosen.epsilon)}{f' with {said}' if said else ''}: it is right on "
+        f"{_points(chosen.accuracy)} of the test texts{cost}{time}. The promise: {first.adjacency}, delta "
+        f"{chosen.delta:.2g}, trust {first.trust}."
+    )
+
+
+def _neighbours(chosen: Point, best: Point, alike: Sequence[Point]) -> str:
+    private = [point for point in alike if math.isfinite(point.epsilon)]
+    place = private.index(chosen)
+    parts = []
+    if best is not chosen and best.epsilon > chosen.epsilon:
+        gain = 100 * (_mean(best) - _mean(chosen))
+        parts.append(
+            f"the most accurate one, at epsilon {number(best.epsilon)}, is {gain:.1f} points better, which "
+            + (
+                "is within what seeds do to a result"
+                if gain / 100 <= 2.0 * _error(best, chosen)
+                else "is little for that much more epsilon"
+            )
+        )
+    if place > 0:
+        lower = private[place - 1]
+        loss = 100 * (_mean(chosen) - _mean(lower))
+        parts.append(
+            f"going down to epsilon {number(lower.epsilon)} costs {loss:.1f} points"
+            if loss > 0
+            else f"epsilon {number(lower.epsilon)} of the same configuration measured no worse"
+        )
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _reference(chosen: Point, rated: Sequence[Point]) -> Point | None:
+    free = [point for point in family(chosen, rated) if point.runs[0].trust == "none"]
+    return free[0] if free else None
+
+
+def _left_behind(chosen: Point, free: Point | None) -> str:
+    sites = chosen.per_site
+    if len(sites) < 2:
+        return ""
+    worst, best = min(sites, key=lambda s: sites[s].mean), max(sites, key=lambda s: sites[s].mean)
+    text = (
+        f"Between the sites lie {100 * (sites[best].mean - sites[worst].mean):.1f} points: "
+        f"{worst} has {100 * sites[worst].mean:.1f} percent, {best} {100 * sites[best].mean:.1f}"
+    )
+    if free is not None and set(free.per_site) >= set(sites):
+        lost = {site: free.per_site[site].mean - sites[site].mean for site in sites}
+        most = max(lost, key=lambda site: lost[site])
+        if lost[most] > 0.005:
+            text += f"; privacy takes most from {most} ({100 * lost[most]:.1f} points)"
+    return text + "."
+
+
+def _doubts(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
+    found = []
+    single = sum(point.accuracy is not None and point.accuracy.error is None for point in private)
+    if single:
+        found.append(
+            f"{single} of {len(private)} private configurations were run with one seed: how much of a "
+            "difference is luck is not known. Repeat with seed=0,1,2 before deciding."
+        )
+    for lower, higher in itertools.pairwise(alike):
+        if higher.epsilon <= lower.epsilon:
+            continue
+        fall = _mean(lower) - _mean(higher)
+        error = _error(lower, higher)
+        if error > 0 and fall > 2.0 * error:
+            found.append(
+                f"Accuracy falls by {100 * fall:.1f} points from epsilon {number(lower.epsilon)} to "
+                f"{number(higher.epsilon)}, more than two standard errors: more noise should not help. Find "
+                "out why (learning rate and clipping norm may fit one epsilon only) before relying on it."
+            )
+    return found
+
+
+def _without_privacy(rated: Sequence[Point], names: Sequence[str]) -> Advice:
+    if not rated:
+        return Advice(None, (), "No run has a measured accuracy, so nothing can be recommended.", ())
+    best = max(rated, key=_mean)
+    said = setting_words(best.settings, names)
+    which = f"The most accurate one ({said})" if said else "The most accurate one"
+    return Advice(
+        None,
+        tuple(family(best, rated)),
+        f"None of these runs has privacy, so there is nothing to weigh. {which} is right "
+        f"on {_points(best.accuracy)} of the test texts. Run the same with "
+        "privacy.epsilon=1,2,4,8 to see what a promise would cost.",
+        (),
+    )

@@ -1,0 +1,224 @@
+"""What choosing the best of many runs costs in privacy: three epsilons, and which of them is true.
+
+1. The chosen run alone. What its record says; not the whole truth once it was chosen by looking at others
+   that used the same private data.
+2. All runs composed, by Renyi DP as the nodes' ledgers do (`fedtune.privacy.accounting.filter`): an upper
+   bound for everything that these records used, and for publishing all of their results. It does not know of
+   runs outside of the report; the nodes' ledgers do.
+3. The best of a random number of trials, where a sweep was made that way (`sweep.private_selection=true`)
+   and nothing but its best run is published: `fedtune.privacy.accounting.selection`.
+
+Composition is by node: under the natural partition a record lies on the same node in every run, so each node
+composes its own; otherwise a record may have been on the busiest node of every run, and is charged so. Runs
+that protect different units promise different things and are never added up. Tuning on data that its owner
+declared public is free, and is labelled so.
+
+Runs of a search (`sweep=optuna`) depend on one another, so 3 does not exist for them, and 2 is what the
+search told. If it also chose noise, rates or rounds, or gave runs up early, it did so after outputs were
+seen; `search_words` says what is proven of that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import PrivacyError
+from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.privacy.accounting.filter import least_epsilon
+from fedtune.privacy.accounting.selection import TrialCount, epsilon_best_of
+from fedtune.report.compared import Run
+
+__all__ = ["Tuning", "changes_mechanism", "composed_terms", "search_words", "tuning_of"]
+
+# What changes the privacy of a trial, or the data that it is on. Trials of a private selection must be alike
+# in all of it, for the bound is that of one mechanism that is repeated; of a search it is said if it chose
+# any of it. The clipping norm is not among it: noise is accounted in multiples of it.
+_ONE_MECHANISM = ("privacy", "data", "partition")
+_HARMLESS = ("privacy.max_grad_norm",)
+_ONE_MECHANISM_SETTINGS = (
+    "train",
+    "federation",
+    "experiment",
+    "train.sample_rate",
+    "train.local_steps",
+    "federation.num_rounds",
+    "federation.nodes",
+    "federation.cohort_size",
+)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The three epsilons of having chosen `chosen` among `runs` runs, at `delta`, for one `unit`.
+
+    Attributes:
+        alone: of the chosen run.
+        composed: of all private runs together.
+        best_of: bound for publishing only the best of the trials; None if the sweep was not made for it.
+        trials: the distribution of the number of trials, for `best_of`.
+        without_privacy: runs on the same data that had no noise; with them nothing is promised.
+        public: the data was declared public, so that all of this is what it would have cost.
+        searched: how many of the private runs a search chose.
+        given_up: how many of those it ended early.
+        moved: settings that a search chose from and that change what a run costs in privacy.
+    """
+
+    chosen: Run
+    delta: float
+    unit: str
+    adjacency: str
+    runs: int
+    alone: float
+    composed: float
+    without_privacy: int
+    public: bool
+    best_of: float | None = None
+    trials: TrialCount | None = None
+    searched: int = 0
+    given_up: int = 0
+    moved: tuple[str, ...] = ()
+
+
+def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]) -> Tuning | None:
+    """The three epsilons for `chosen` among the `runs` on the same data; None if it is not private."""
+    if math.isinf(chosen.epsilon) or chosen.delta is None:
+        return None
+    rivals = [run for run in runs if run.task == chosen.task and _same_data(run, chosen)]
+    private = [run for run in rivals if math.isfinite(run.epsilon) and run.unit == chosen.unit]
+    composed = max(
+        (
+            least_epsilon(terms, chosen.delta)
+            for node, terms in composed_terms(private).items()
+            if sum(_used(run, node) for run in private) > 1  # else one run's own number, below
+        ),
+        default=0.0,
+    )
+    best_of, trials = _selection(private, chosen, sweeps)
+    by_search, moved = _searched(private, sweeps)
+    return Tuning(
+        chosen=chosen,
+        delta=chosen.delta,
+        unit=chosen.unit,
+        adjacency=chosen.adjacency,
+        runs=len(private),
+        alone=chosen.epsilon,
+        # Where every node's part of the data was used by one run, it is that run's own number.
+        composed=max(composed, max(run.epsilon for run in private)) if len(private) > 1 else chosen.epsilon,
+        without_privacy=sum(run.trust == "none" or math.isinf(run.epsilon) for run in rivals),
+        public=all(run.public for run in rivals),
+        best_of=best_of,
+        trials=trials,
+        searched=len(by_search),
+        given_up=sum(run.pruned for run in by_search),
+        moved=moved,
+    )
+
+
+def search_words(tuning: Tuning) -> str:
+    """What it means for the three epsilons that a search chose runs; empty if none did."""
+    if not tuning.searched:
+        return ""
+    some = "These" if tuning.searched == tuning.runs else f"{tuning.searched} of these {tuning.runs}"
+    text = (
+        f"{some} runs were chosen by a search, each by what those before it had released: what that told "
+        "about the data is all runs composed, and there is no bound for publishing the best one alone."
+    )
+    decided = [f"chose {', '.join(tuning.moved)}"] if tuning.moved else []
+    if tuning.given_up:
+        decided.append(f"gave up {tuning.given_up} of them early")
+    if decided:
+        text += (
+            f" The search also {' and '.join(decided)} after outputs were seen. A node's budget is proven to "
+            "hold for that (Feldman and Zrnic 2021); this total is proven for what was planned together."
+        )
+    return text
+
+
+def composed_terms(runs: Sequence[Run]) -> dict[str, dict[Term, int] | None]:
+    """By node, the steps that all of `runs` together cost a record of that node; None: no privacy."""
+    fixed = [run for run in runs if run.nodes_fixed]
+    loose = [run for run in runs if not run.nodes_fixed]
+    anywhere = compose_terms(*(_busiest(run) for run in loose))
+    nodes = dict.fromkeys(node for run in fixed for node in run.terms) or {"any node": None}
+    return {node: compose_terms(anywhere, *(run.terms.get(node, {}) for run in fixed)) for node in nodes}
+
+
+def _used(run: Run, node: str) -> bool:
+    """Whether `run` may have released a record of `node`."""
+    return bool(run.terms.get(node, {})) if run.nodes_fixed else any(run.terms.values())
+
+
+def _busiest(run: Run) -> Mapping[Term, int] | None:
+    if any(terms is None for terms in run.terms.values()):
+        return None
+    return max(
+        (terms for terms in run.terms.values() if terms is not None),
+        key=lambda terms: sum(terms.values()),
+        default={},
+    )
+
+
+def _same_data(run: Run, other: Run) -> bool:
+    """By the name of the data alone: what tells records apart is private, and in no record.
+
+    Safe: data of one name is counted as the same although it may have changed.
+    """
+    return not run.dataset or not other.dataset or run.dataset == other.dataset
+
+
+def _selection(
+    private: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]
+) -> tuple[float | None, TrialCount | None]:
+    """Bound and distribution, if `chosen` is the best run of a sweep that drew its number of trials."""
+    for folder, sweep in sweeps.items():
+        drawn = sweep.get("private_selection")
+        if not isinstance(drawn, Mapping) or not _below(chosen.path, folder):
+            continue
+        mine = [run for run in private if _below(run.path, folder)]
+        best = max((run.accuracy for run in mine if run.accuracy is not None), default=None)
+        if best is None or chosen.accuracy != best or chosen.delta is None:
+            continue
+        try:
+            shape = drawn["shape"]
+            trials = TrialCount(float(drawn["mean"]), math.inf if shape is None else float(shape))
+        except (KeyError, TypeError, ValueError, PrivacyError):
+            continue
+        kinds = {frozenset((_busiest(run) or {}).items()) for run in mine}
+        return epsilon_best_of([dict(kind) for kind in kinds], trials, chosen.delta), trials
+    return None, None
+
+
+def _searched(
+    private: Sequence[Run], sweeps: Mapping[Path, Mapping[str, Any]]
+) -> tuple[list[Run], tuple[str, ...]]:
+    """The runs that a search chose, and what it chose that changes what a run costs in privacy."""
+    found: list[Run] = []
+    moved: dict[str, None] = {}
+    for folder, sweep in sweeps.items():
+        mine = [run for run in private if _below(run.path, folder)]
+        search = sweep.get("search")
+        if not mine or not isinstance(search, Mapping):
+            continue
+        found += mine
+        identity = search.get("identity")
+        axes = identity.get("searched") if isinstance(identity, Mapping) else None
+        for axis in axes if isinstance(axes, list) else []:
+            name = str(axis).partition("=")[0]
+            if changes_mechanism(name):
+                moved[name] = None
+    return found, tuple(moved)
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
+def changes_mechanism(name: str) -> bool:
+    """Whether runs that differ in the setting or group `name` may differ in privacy, or in their data."""
+    if name in _HARMLESS:
+        return False
+    return name.split(".")[0] in _ONE_MECHANISM or name in _ONE_MECHANISM_SETTINGS

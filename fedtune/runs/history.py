@@ -1,0 +1,200 @@
+"""How long runs of a kind take on this machine: noted after each run, read before the first run of a sweep.
+
+One line of JSON a run in `runs.jsonl` of the state folder: a hash of the settings that time depends on, a
+hash of the machine, seconds and usage; no text, no label and no metric. A kind that this machine has never
+run has no estimate: a guess from operation counts would be off by the factor between a matrix product and a
+round.
+
+Losing the file costs an estimate, so trouble with it is no error. Does not do: estimate a run under way
+(`fedtune.sweeps.progress`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.config.convert import to_dict
+from fedtune.config.files import replace_whole
+from fedtune.config.paths import state_dir
+from fedtune.config.schema import Config
+from fedtune.cost.meter import Cost
+from fedtune.cost.prices import Money, price
+from fedtune.errors import FedtuneError
+
+__all__ = ["NAME", "Expected", "History", "kind", "remember"]
+
+NAME = "runs.jsonl"
+_MOST_LINES = 2000  # the last ones count; a busy machine changes, and the file is read whole
+_MOST_BYTES = 2_000_000
+_LIKE = 5  # the newest runs of a kind, whose median is taken
+
+# Settings that change what a run gives, and not how long it takes.
+_TIMELESS = frozenset(
+    [
+        "seed",
+        "resume",
+        "output",
+        "data.public",
+        "privacy.epsilon",
+        "privacy.delta",
+        "privacy.max_grad_norm",
+        "privacy.noise_multiplier",
+        "privacy.reproducible_noise",
+        "privacy.clip_quantile",
+        "train.learning_rate",
+        "train.momentum",
+        "train.weight_decay",
+        "federation.num_rounds",
+        "federation.server_learning_rate",
+        "federation.server_momentum",
+        "federation.max_update_norm",
+        "federation.round_timeout",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one run should take; `money` is None where its price or its usage is unknown."""
+
+    seconds: float
+    money: Money | None
+
+
+def timeless(name: str) -> bool:
+    """Does the setting leave the time of a run alone?"""
+    return name in _TIMELESS or name.split(".")[0] == "pricing"
+
+
+def kind(config: Mapping[str, Any]) -> str:
+    """Equal for configurations (as nested dictionaries) whose rounds take as long as one another's."""
+    left = {}
+    for group, value in config.items():
+        if isinstance(value, Mapping):
+            left[group] = {name: one for name, one in value.items() if not timeless(f"{group}.{name}")}
+        elif not timeless(group):
+            left[group] = value
+    # null is how an older version says what a newer one has a name for
+    return _hash({group: _given(value) for group, value in left.items()})
+
+
+def machine(hardware: Mapping[str, Any]) -> str:
+    """Equal for machines that are alike."""
+    return _hash({name: hardware.get(name) for name in ("processor", "usable_cores", "memory_bytes")})
+
+
+def remember(made: Mapping[str, Any]) -> None:
+    """Notes what the finished run of this record took. A resumed one is left out: its time is in parts."""
+    rounds = [float(one["seconds"]) for one in made["metrics"]["by_round"]]
+    if not rounds or made["run"]["attempt"] != 1:
+        return
+    cost = made["cost"]
+    line = {
+        "kind": kind(made["config"]),
+        "machine": machine(made["run"]["hardware"]),
+        "rounds": len(rounds),
+        "seconds": made["run"]["seconds"],
+        "in_rounds": sum(rounds),
+        "records": _bought(made),
+        "cost": {name: cost[name] for name in ("train_seconds", "bytes_up", "bytes_down", "energy_kwh")},
+    }
+    try:
+        path = state_dir() / NAME
+        if path.exists() and path.stat().st_size > _MOST_BYTES:
+            lines = path.read_text(encoding="utf-8").splitlines()[-_MOST_LINES // 2 :]
+            replace_whole(path, ("\n".join(lines) + "\n").encode(), mode=0o600)
+        # Measured times of private runs are among it: for the owner alone.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except (OSError, FedtuneError):
+        return
+
+
+class History:
+    """What this machine knows of its runs.
+
+    Args:
+        hardware: as in a record; None: of this machine.
+    """
+
+    def __init__(self, hardware: Mapping[str, Any] | None = None) -> None:
+        if hardware is None:
+            from fedtune.runs import environment
+
+            hardware = environment.hardware()
+        here = machine(hardware)
+        self._runs: dict[str, list[Mapping[str, Any]]] = {}
+        for one in _lines():
+            if one.get("machine") == here:
+                self._runs.setdefault(str(one.get("kind")), []).append(one)
+
+    def expected(self, config: Config) -> Expected | None:
+        """The median of the last runs like `config`, for its number of rounds and its prices; None: none."""
+        runs = self._runs.get(kind(to_dict(config)), [])[-_LIKE:]
+        try:
+            found = [_scaled(run, config) for run in runs]
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            return None
+        if not found:
+            return None
+        amounts = [one.money for one in found if one.money is not None and one.money.total is not None]
+        middle = sorted(amounts, key=lambda money: money.total or 0.0)[len(amounts) // 2] if amounts else None
+        return Expected(statistics.median(one.seconds for one in found), middle)
+
+
+def _scaled(run: Mapping[str, Any], config: Config) -> Expected:
+    rounds = int(run["rounds"])
+    share = config.federation.num_rounds / rounds
+    outside = max(0.0, float(run["seconds"]) - float(run["in_rounds"]))
+    seconds = outside + share * float(run["in_rounds"])
+
+    def scaled(name: str) -> Any:
+        value = run["cost"][name]
+        return None if value is None else value * share
+
+    cost = Cost(
+        seconds=seconds,
+        train_seconds=scaled("train_seconds"),
+        flops=None,
+        peak_memory_bytes=None,
+        bytes_up=int(scaled("bytes_up") or 0),
+        bytes_down=int(scaled("bytes_down") or 0),
+        energy_kwh=scaled("energy_kwh"),
+    )
+    return Expected(seconds, price(config.pricing, cost, records=run["records"]))
+
+
+def _bought(made: Mapping[str, Any]) -> int | None:
+    sizes = (made.get("data") or {}).get("declared_sizes")
+    return sum(map(int, sizes.values())) if made["privacy"]["unit"] == "record" and sizes else None
+
+
+def _lines() -> Sequence[dict[str, Any]]:
+    try:
+        text = (state_dir() / NAME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, FedtuneError):
+        return []
+    found = []
+    for line in text.splitlines()[-_MOST_LINES:]:
+        try:
+            one = json.loads(line)
+        except ValueError:
+            continue  # half of a line, from a process that was killed
+        if isinstance(one, dict):
+            found.append(one)
+    return found
+
+
+def _given(value: Any) -> Any:
+    return {name: one for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
+def _hash(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,277 @@
+"""From what ran to what a record says of it: privacy of each node, quality, and the mechanism's name.
+
+Epsilon is accounted here from the releases that the nodes' ledgers hold, by the event that each node's own
+plan makes. Where a node has no ledger row of this run (it was never asked), it has released nothing and its
+epsilon is 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedtune.cost.meter import EnergyReading
+from fedtune.data.sources.load import LABELS_TAKEN
+from fedtune.runs.assemble import Metrics, NodePrivacy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fedtune.config.schema import Config
+    from fedtune.data.corpus import Shard, TokenizedCorpus
+    from fedtune.data.prepare import PreparedData
+    from fedtune.federation.events import FederationResult
+    from fedtune.federation.server.evaluation import NodesEvaluation
+    from fedtune.models.classifier import AdaptedModel
+    from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.training.evaluation import Evaluation
+
+__all__ = [
+    "accountant",
+    "bought_records",
+    "data_facts",
+    "energy_of_run",
+    "evaluation_facts",
+    "expected_flops",
+    "mechanism",
+    "metrics",
+    "node_privacy",
+    "size_facts",
+]
+
+_MECHANISMS = {
+    "local": (
+        "DP-SGD on each node: Poisson sampling, clipping of each {unit}'s gradient, Gaussian noise in every "
+        "step"
+    ),
+    "distributed": (
+        "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
+        "Gaussian noise shared between the nodes, secure aggregation"
+    ),
+    "central": "DP-FedAvg: the server clips each client's update and adds Gaussian noise to their sum",
+    "none": "none",
+}
+_CORRELATED = (
+    "DP-FTRL: the server clips each client's update and adds Gaussian noise to their sum that is correlated "
+    "over {bands} rounds (banded square root of the prefix-sum matrix); a client takes part in one of "
+    "{min_separation} rounds at most, {participations} times in all"
+)
+
+
+def mechanism(plan: PrivacyPlan) -> str:
+    """The mechanism of `plan` in words."""
+    if (root := plan.root()) is not None:
+        return _CORRELATED.format(**dataclasses.asdict(root), participations=root.participations)
+    return _MECHANISMS[plan.trust].format(unit=plan.unit)
+
+
+def accountant(plan: PrivacyPlan) -> str | None:
+    """What epsilon was computed with; None where there is none.
+
+    fedtune composes privacy loss distributions itself (`fedtune.privacy.accounting.pld`); its tests hold
+    that to dp-accounting's own composition.
+    """
+    if plan.trust == "none":
+        return None
+    return f"PLD (fedtune {metadata.version('fedtune')}, checked against dp-accounting)"
+
+
+def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[NodePrivacy]:
+    """Each node's releases in this run and in all, with the epsilon that they come to.
+
+    The engine counts the releases that it asked for, the ledger those that it reserved; the larger count is
+    taken, since a release that only one of them saw may still have happened. Nodes that are gone
+    after a resume are kept: what they released is released. Where the ledger is on another machine, what it
+    knows of other uses is null.
+    """
+    from fedtune.privacy.accounting.epsilon import epsilon_of_terms, epsilon_rdp_of_terms
+
+    held = {shard.node: shard for shard in shards}
+    sizes = {node.name: node.declared_size for node in result.nodes}
+    found = []
+    for name in sorted({*held, *sizes}):
+        shard = held.get(name)
+        plan = result.plan.for_shard(sizes.get(name, 1))
+        in_ledger, in_answers, total = _ledger(name, shard, result.run, plan.delta)
+        releases = max(in_ledger, result.releases.get(name, 0))
+        answers = max(in_answers, result.answers.get(name, 0))
+        # A node that was never greeted has told no size either.
+        terms = plan.everything(releases, answers) if name in sizes else plan.terms(releases, answers)
+        private = plan.is_private()
+        found.append(
+            NodePrivacy(
+                node=name,
+                epsilon=epsilon_of_terms(terms, plan.delta) if private else None,
+                epsilon_rdp=epsilon_rdp_of_terms(terms, plan.delta) if private else None,
+                delta=plan.delta if private else None,
+                releases=releases,
+                answers=answers,
+                dataset=None if shard is None else shard.dataset,
+                fingerprint=None,
+                total_epsilon=total[0],
+                total_releases=total[1],
+                total_unit=total[2],
+            )
+        )
+    return found
+
+
+def _ledger(
+    node: str, shard: Shard | None, run: str, delta: float
+) -> tuple[int, int, tuple[float | None, int | None, str | None]]:
+    """(this run's rounds, its answers about held-out data, (epsilon over everything, releases in all, the
+    unit that this epsilon is about)) as the node's ledger knows them."""
+    from fedtune.config.paths import state_dir
+    from fedtune.privacy.ledger.simulation import simulation_ledger
+    from fedtune.privacy.ledger.state import Body
+
+    ledger = simulation_ledger(state_dir() / "ledgers")
+    if not ledger.path.exists():
+        return 0, 0, (None, None, None)
+    mine = len(ledger.releases(run=run, node=node, purpose="training"))
+    answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
+    if shard is None:
+        return mine, answers, (None, None, None)
+    data: dict[str, Any] = {"dataset": shard.dataset, "fingerprint": shard.identity}
+    # From the running sum: to read every row of a long ledger would take longer with each run of a sweep.
+    made = ledger.state().releases.get(Body(shard.dataset, ledger.known_as(shard.identity)), 0)
+    return mine, answers, (ledger.epsilon(**data, delta=delta or None), made, ledger.account(**data).unit())
+
+
+def metrics(
+    evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus, data: str = "public"
+) -> Metrics:
+    """Quality, as it was measured.
+
+    On a test part (`data`: public, or held_out in a run without privacy) with what guessing its commonest
+    label would give. Of nodes' noised counts an accuracy and its standard error is all there is. None: it was
+    not evaluated.
+    """
+    from fedtune.federation.server.evaluation import NodesEvaluation
+
+    if evaluation is None:
+        return Metrics(accuracy=None, evaluation={"data": "none"})
+    if isinstance(evaluation, NodesEvaluation):
+        return _noised(evaluation)
+    counts = Counter(np.asarray(test.labels).tolist())
+    total = sum(counts.values())
+    sizes = {} if test.sites is None or data != "public" else Counter(np.asarray(test.sites).tolist())
+    per_site = {
+        site: {"accuracy": accuracy, "num_records": sizes.get(site)}
+        for site, accuracy in evaluation.per_site.items()
+    }
+    return Metrics(
+        accuracy=evaluation.accuracy,
+        precision_macro=evaluation.precision_macro,
+        recall_macro=evaluation.recall_macro,
+        f1_macro=evaluation.f1_macro,
+        loss=evaluation.loss,
+        per_site=per_site,
+        num_records=total if data == "public" else None,  # else how much is held out is private
+        majority_rate=max(counts.values()) / total if total and data == "public" else None,
+        evaluation={"data": data},
+    )
+
+
+def _noised(evaluation: NodesEvaluation) -> Metrics:
+    per_site = {
+        one.node: {
+            "accuracy": one.accuracy,
+            "standard_error": one.standard_error,
+            "units": one.right + one.wrong,
+            "num_records": None,
+        }
+        for one in evaluation.nodes
+    }
+    found = {
+        "data": "private",
+        "round": evaluation.round,
+        "standard_error": evaluation.standard_error,
+        "units": evaluation.units,
+        "missing": [{"node": node, "reason": reason} for node, reason in evaluation.missing],
+    }
+    return Metrics(accuracy=evaluation.accuracy, per_site=per_site, num_records=None, evaluation=found)
+
+
+def evaluation_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """How nodes answered about data that they hold out, by the plan; None where they did not."""
+    about = plan.evaluation()
+    if about is None:
+        return None
+    private = about.is_private()
+    return {
+        "mechanism": "two counts of held-out units, right and wrong, with exact discrete Gaussian noise",
+        "unit": about.unit,
+        "share": about.share,
+        "answers": about.num_rounds,
+        "noise_multiplier": about.noise_multiplier,
+        "noise_std": about.noise_std,
+        "epsilon": about.epsilon() if private else None,
+        "delta": about.delta if private else None,
+    }
+
+
+def size_facts(plan: PrivacyPlan) -> dict[str, Any] | None:
+    """How nodes told their sizes, by the plan; None where they told none with noise."""
+    sizing = plan.sizing()
+    if sizing is None:
+        return None
+    return {
+        "mechanism": f"the number of {sizing.unit}s, with exact discrete Gaussian noise, once",
+        "noise_multiplier": sizing.noise_multiplier,
+        "epsilon": sizing.epsilon(),
+        "delta": sizing.delta,
+    }
+
+
+def expected_flops(config: Config, result: FederationResult, model: AdaptedModel) -> float | None:
+    """Operations that training should have taken, from settings and told sizes; None where those do not say.
+
+    Of a person at most `records_per_unit` records enter a step, and as many are counted. Under trust=central
+    no size leaves a node.
+    """
+    from fedtune.training.expected import flops_of_record
+
+    plan = result.plan
+    if plan.trust == "central":
+        return None
+    records = 0.0
+    for node in result.nodes:
+        releases = result.releases.get(node.name, 0)
+        records += releases * plan.local_steps * plan.sample_rate * node.declared_size
+    each = flops_of_record(model, plan, config.data.max_length, config.train)
+    return each * records * (plan.records_per_unit if plan.unit == "person" else 1)
+
+
+def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
+    """What was trained and tested on, in public numbers: the sizes that nodes told, never the real ones."""
+    return {
+        "name": config.data.name,
+        "source": config.data.source,
+        "public": data.public,
+        "labels": list(data.label_names),
+        "labels_declared": LABELS_TAKEN not in data.notes,
+        "declared_sizes": {node.name: node.declared_size for node in result.nodes},
+        "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
+        "only_site": config.data.only_site,
+        "notes": list(data.notes),
+    }
+
+
+def energy_of_run(reading: EnergyReading, attempt: int) -> EnergyReading:
+    """The reading, if it covers the run: of a resumed one only the last session was measured."""
+    if attempt <= 1 or reading.kwh is None:
+        return reading
+    note = f"no energy estimate for a resumed run: {1000 * reading.kwh:.3g} Wh since its last start"
+    return EnergyReading(None, note, reading.covered_seconds, reading.start_seconds)
+
+
+def bought_records(result: FederationResult) -> int | None:
+    """Declared records in all; None where only persons or clients are declared."""
+    if result.plan.unit != "record":
+        return None
+    return sum(node.declared_size for node in result.nodes)

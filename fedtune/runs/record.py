@@ -1,0 +1,203 @@
+"""The RunRecord: all that one run produced, as one JSON file (`record.json`, schema 1).
+
+`read` refuses a file of another schema (both versions named), a half-written one, and one that lacks keys.
+`write` is atomic: a reader sees the whole record or none. NaN and infinities become null, since JSON has no
+numbers for them. A record is for publication: what depends on private records and was not charged is null in
+it (`fedtune.privacy.publication`), and lies in `local.json` beside it.
+
+Does not do: make a record (`fedtune.runs.assemble`), judge it (`fedtune.report.frontier`) or put
+it in words (`fedtune.privacy.statement.facts`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import RecordError, ResourceError
+from fedtune.federation import owner
+from fedtune.privacy.publication import merge
+from fedtune.privacy.publication import publish as door
+
+__all__ = ["RECORD_NAME", "SCHEMA", "clean", "flatten", "publish", "read", "validate", "whole", "write"]
+
+SCHEMA = 1
+RECORD_NAME = "record.json"
+
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "run": (
+        "id",
+        "started",
+        "seconds",
+        "engine",
+        "seed",
+        "versions",
+        "commit",
+        "dirty",
+        "hardware",
+        "status",
+    ),
+    "config": (),
+    "federation": ("nodes", "rounds", "cohort_size", "dropped"),
+    "privacy": (
+        *(
+            "unit",
+            "adjacency",
+            "trust",
+            "mechanism",
+            "noise_multiplier",
+            "max_grad_norm",
+            "sample_rate",
+            "steps",
+        ),
+        *("accountant", "epsilon", "delta", "epsilon_rdp", "per_node", "reproducible_noise", "audit"),
+    ),
+    "metrics": ("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss", "by_round", "per_site"),
+    "cost": (
+        *("train_seconds", "flops", "peak_memory_bytes", "encoder_bytes", "adapter_bytes"),
+        *("bytes_up", "bytes_down", "energy_kwh", "money", "pricing"),
+    ),
+    "artifacts": ("adapter", "statement"),
+}
+
+
+def clean(value: Any) -> Any:
+    """`value` with only JSON's own types: NaN and infinities become None, numpy numbers plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(item) for item in value]
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return clean(value.tolist())
+    return str(value)
+
+
+def publish(made: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Writes what may be published of `made` to `record.json`, keeps the rest for the owner.
+
+    Returns the first part. Of data that is not declared public, `local.json` of the folder gets what was
+    measured or found in it (`fedtune.federation.owner`), and the record has null there.
+    Raises `ResourceError` if the disk does not take it.
+    """
+    published, own = _split(made)
+    owner.keep(run_dir, record=clean(own))
+    write(published, run_dir / RECORD_NAME)
+    return published
+
+
+def whole(run_dir: Path) -> dict[str, Any]:
+    """The record of a folder with what the folder keeps for the owner. Raises as `read` does."""
+    found: dict[str, Any] = merge(read(run_dir), owner.read(run_dir).get("record"))
+    return found
+
+
+def _split(made: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    data_public = made["privacy"].get("data_public") is True
+    published, own = door("record", made, public_data=data_public)
+    return clean(published), own
+
+
+def write(record: Mapping[str, Any], path: Path) -> None:
+    """Writes what may be published of `record` to `path`, whole or not at all.
+
+    Raises `ResourceError` if the disk does not take it.
+    """
+    text = json.dumps(_split(record)[0], indent=2, allow_nan=False) + "\n"
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise ResourceError(
+            f"Cannot write {path}: {error.strerror or error}. The run itself is done and its "
+            "checkpoint is kept; make room, then resume the run to write its record."
+        ) from error
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The record at `path` (a file, or a run folder), validated. Raises `RecordError` with the way out."""
+    path = Path(path)
+    if path.is_dir():
+        folder, path = path, path / RECORD_NAME
+        if not path.exists():
+            raise RecordError(_no_record(folder))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecordError(
+            f"There is no {path}. Name the folder of a finished run (it holds record.json)."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"Cannot read {path}: {error}.") from error
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            f"{path} is half-written or damaged: {error.msg} at character {error.pos} of {len(text)}. If its "
+            f"run folder still has a checkpoint, 'fedtune run resume={path.parent}' writes it again."
+        ) from error
+    validate(record, str(path))
+    return record
+
+
+def _no_record(folder: Path) -> str:
+    if (folder / "checkpoint").exists():
+        return (
+            f"The run in {folder} is not finished: it has a checkpoint and no record.json. Finish it with "
+            f"'fedtune run resume={folder}'."
+        )
+    return (
+        f"{folder} is not the folder of a run: it has no record.json. "
+        "Name one that 'fedtune run' has printed."
+    )
+
+
+def validate(record: Any, name: str = "record") -> None:
+    """Raises `RecordError` unless `record` has this schema's version and all its keys."""
+    if not isinstance(record, dict):
+        raise RecordError(f"{name} is no record: it holds a {type(record).__name__}, not an object.")
+    found = record.get("schema")
+    if found != SCHEMA or isinstance(found, bool):
+        raise RecordError(
+            f"{name} has schema {found!r}, and this fedtune reads schema {SCHEMA}. Use the fedtune that "
+            "wrote it (run.versions.fedtune in the file), or run it again."
+        )
+    missing = []
+    for section, keys in _REQUIRED.items():
+        part = record.get(section)
+        if not isinstance(part, dict):
+            missing.append(section)
+        else:
+            missing += [f"{section}.{key}" for key in keys if key not in part]
+    if missing:
+        raise RecordError(f"{name} is not a whole record: it lacks {', '.join(missing)}. Run it again.")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            found.update(flatten(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found

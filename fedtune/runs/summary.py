@@ -1,0 +1,238 @@
+"""The table at the end of a run, and the small words for numbers that progress and reports share.
+
+Printed from the record, so that what a person reads is what the record says, with what the run folder keeps
+for the owner of the data alone (`fedtune.runs.record.whole`). Epsilon is never shown
+without delta, unit and adjacency; an estimate is called one, and what is unknown unknown. Fits 80 columns.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["duration", "human_bytes", "ledger_line", "money_line", "privacy_line", "summary"]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `4.1 s`, `2 min 05 s`, `1 h 03 min`."""
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def human_bytes(count: float | None) -> str:
+    """Bytes in decimal units, as networks count them: `312 kB`, `4.2 MB`."""
+    if count is None:
+        return "-"
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if round(size) < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" or round(size, 1) >= 100 else f"{size:.1f} {unit}"
+
+
+def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
+    """Prints the table at the end of a run, from its record. `run_dir`: as the person would type it."""
+    console = console or Console(highlight=False)
+    privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
+    facts = [
+        ("privacy", privacy_line(privacy)),
+        ("ledger", ledger_line(privacy)),
+        ("time", _time_line(record)),
+        ("traffic", f"{human_bytes(cost['bytes_up'])} up, {human_bytes(cost['bytes_down'])} down"),
+        ("memory", _memory_line(cost)),
+        ("energy", _energy_line(cost)),
+        ("cost", money_line(cost)),
+    ]
+    notes = [("dropped", _dropped_line(federation["dropped"])), ("note", federation.get("ended_early") or "")]
+    if privacy["reproducible_noise"]:
+        notes.append(("note", "the noise is reproducible from the seed: a simulation, no guarantee"))
+    notes += [("note", text) for text in privacy.get("cautions", [])]
+    paths = [("record", str(run_dir / "record.json"))]
+    paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
+    folder = shlex.quote(str(run_dir))
+    commands = [f'predict {folder} "your text"', f"statement {folder}"]
+    if privacy["trust"] != "none":
+        commands.append(f"audit {folder}")
+    if record["run"]["engine"] != "deployment":  # there the ledgers lie with the sites
+        commands.append("budget show")
+
+    for part in (_sites(record["metrics"]), _facts(facts, notes), _facts(paths, [])):
+        console.print()
+        console.print(part)
+    console.print()
+    console.print(Text("next:", style="bold"))
+    for command in commands:
+        console.print(Text(f"  fedtune {command}"), soft_wrap=True)
+
+
+def _facts(facts: Sequence[tuple[str, str]], notes: Sequence[tuple[str, str]]) -> Table:
+    """Two columns; empty facts are left out. Text, not str: what a name holds in brackets is no markup."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for rows, style in ((facts, ""), (notes, "yellow")):
+        for name, text in rows:
+            if text:
+                table.add_row(name, Text(text, style=style))
+    return table
+
+
+def _sites(metrics: Mapping[str, Any]) -> RenderableType:
+    evaluation = metrics.get("evaluation") or {"data": "public"}
+    if evaluation["data"] == "none":
+        return Text("The model was not evaluated (federation.evaluation=none).")
+    noised = evaluation["data"] == "private"
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table.add_column("held out at" if noised else "test site", overflow="fold")
+    table.add_column("about" if noised else "records", justify="right")
+    table.add_column("accuracy", justify="right")
+    for site, row in metrics["per_site"].items():
+        count = row.get("units") if noised else row["num_records"]
+        table.add_row(Text(site), _count(count), _share(row["accuracy"], row.get("standard_error")))
+    count = evaluation["units"] if noised else metrics["num_records"]
+    table.add_row(
+        "all", _count(count), _share(metrics["accuracy"], evaluation.get("standard_error")), style="bold"
+    )
+    if metrics.get("majority_rate") is not None:
+        table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
+    if evaluation["data"] == "held_out":
+        said = "Held out of data that nobody declared public, and not noised: this run has no privacy."
+        return Group(table, Text(said, style="dim"))
+    if not noised:
+        return table
+    return Group(table, Text(_noise_line(evaluation), style="dim"))
+
+
+def _noise_line(evaluation: Mapping[str, Any]) -> str:
+    """How accuracy was measured where nodes answered for it, and who did not."""
+    if evaluation.get("epsilon") is None:
+        said = "From counts of the nodes, without noise (trust none)."
+    else:
+        said = (
+            f"From noised counts of the nodes (standard deviation {evaluation['noise_std']:.3g}; epsilon "
+            f"{evaluation['epsilon']:.3g} at delta {evaluation['delta']:.2e}, inside the total below). "
+            "\u00b1 is one standard error; '-': the noise hides it."
+        )
+    lost = evaluation["missing"]
+    return said + (f" No answer: {'; '.join(one['node'] for one in lost)}." if lost else "")
+
+
+def _count(count: float | None) -> str:
+    return "-" if count is None else f"{max(round(count), 0):,}"
+
+
+def _share(value: float | None, error: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if error is None else f"{100 * value:.1f} \u00b1 {100 * error:.1f} %"
+
+
+def privacy_line(privacy: Mapping[str, Any]) -> str:
+    """Epsilon with delta, unit, adjacency and trust, or that there is none."""
+    if privacy["trust"] == "none":
+        return "none: updates travelled without noise (trust none), epsilon is infinite"
+    epsilon = "unknown" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
+    nodes = len(privacy["per_node"])
+    whose = f"; the largest of {nodes} nodes" if nodes > 1 and privacy["trust"] == "local" else ""
+    towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
+    server = privacy.get("epsilon_towards_server")
+    if privacy["trust"] == "distributed" and None not in (towards, claimed) and towards > claimed:
+        whose = f"; towards another node {towards:.3f}"  # a record of an earlier version
+    elif privacy["trust"] == "distributed" and server is not None:
+        whose = f"; towards the server alone {server:.3f}"
+    return (
+        f"epsilon {epsilon} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
+        f"trust {privacy['trust']}{whose} ({privacy['accountant']})"
+    )
+
+
+def ledger_line(privacy: Mapping[str, Any]) -> str:
+    """What the data's other uses add up to, this run included; empty if there were none, and the nodes say
+    so."""
+    # By epsilon and not by releases: a ledger counts releases of this very shard, and epsilon over its keys,
+    # however they were cut into shards before.
+    mine = {one["node"]: one["epsilon"] or 0.0 for one in privacy["per_node"]}
+    entries = privacy.get("ledger", [])
+    others = [
+        one
+        for one in entries
+        if privacy["trust"] != "none"
+        and one["releases"]
+        and (one["epsilon"] is None or one["epsilon"] > 1.005 * mine.get(one["node"], 0.0))
+    ]
+    if not others:
+        silent = [str(one["node"]) for one in entries if one["releases"] is None]
+        return f"earlier uses of the data are unknown here: {', '.join(silent)} did not say" if silent else ""
+    worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
+    if worst["epsilon"] is None:
+        return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"
+    about = f" for one {worst['unit']}" if worst.get("unit") else ""
+    return (
+        f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
+        f"{worst['delta']:.2e}{about} ({worst['node']})"
+    )
+
+
+def _time_line(record: Mapping[str, Any]) -> str:
+    rounds, took, trained = (
+        record["federation"]["rounds"],
+        record["run"]["seconds"],
+        record["cost"]["train_seconds"],
+    )
+    if took is None:
+        return "kept by the owner of the data (local.json of the run folder)"
+    text = f"{duration(took)} for {rounds} round{'' if rounds == 1 else 's'}"
+    return text if trained is None else f"{text}; nodes trained {duration(trained)} in all"
+
+
+def _memory_line(cost: Mapping[str, Any]) -> str:
+    encoder, adapter = human_bytes(cost["encoder_bytes"]), human_bytes(cost["adapter_bytes"])
+    return f"{human_bytes(cost['peak_memory_bytes'])} at the peak; encoder {encoder}, adapter {adapter}"
+
+
+def _energy_line(cost: Mapping[str, Any]) -> str:
+    if cost["energy_kwh"] is None:
+        return str((cost.get("energy") or {}).get("note", "not measured"))
+    return f"{1000 * cost['energy_kwh']:.2f} Wh ({cost['energy']['note']})"
+
+
+def money_line(cost: Mapping[str, Any]) -> str:
+    """Money by part, with the price book's name and date."""
+    money, pricing = cost["money"], cost["pricing"]
+    if money is None:
+        return "not priced"
+    book = f"prices '{pricing['name']}'" + (f" of {pricing['date']}" if pricing.get("date") else "")
+    parts = [
+        f"{name} {_amount(money[name])}"
+        for name in ("compute", "network", "energy", "data")
+        if money.get(name) != 0
+    ]
+    total = _amount(money["total"])
+    return f"{total} {money['currency']} ({', '.join(parts) or 'nothing is charged for'}; {book})"
+
+
+def _amount(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:.4f}" if value < 1 else f"{value:,.2f}"
+
+
+def _dropped_line(dropped: Sequence[Mapping[str, Any]]) -> str:
+    first = "; ".join(f"{one['node']} in round {one['round']} ({one['reason']})" for one in dropped[:3])
+    return (
+        first
+        if len(dropped) <= 3
+        else f"{first}; and {len(dropped) - 3} more (federation.dropped in the record)"
+    )

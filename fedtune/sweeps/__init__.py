@@ -1,0 +1,1 @@
+"""Many runs of one command: grids and searches that outlive failures, with what they spend of privacy."""

@@ -1,0 +1,206 @@
+"""Options of a sweep, `sweep.NAME=VALUE` on the command line, and the file that a sweep leaves in its folder.
+
+They are no settings of a run: what a run does must not depend on who else ran. So they are taken off the
+command line before Hydra sees it, and kept in `sweep.json`, from which `sweep.resume=FOLDER` goes on, on this
+machine or wherever the folder was copied to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedtune.config.values import nearest
+from fedtune.errors import CheckpointError, ConfigError
+from fedtune.privacy.accounting.selection import TrialCount
+from fedtune.report.collect import SWEEP_NAME
+from fedtune.report.export import save
+from fedtune.report.tuning import changes_mechanism
+
+__all__ = [
+    "SweepOptions",
+    "draw_trials",
+    "meaningful",
+    "read_sweep",
+    "split_options",
+    "write_sweep",
+]
+
+SCHEMA = 1
+_SEARCH_NAMES = ("objectives", "sampler", "pruner")
+_NAMES = ("resume", "private_selection", "trials", "distribution", *_SEARCH_NAMES)
+_SHAPES = {"geometric": 1.0, "logarithmic": 0.0, "poisson": math.inf}
+_NOT_PRIVATE = ("privacy.epsilon", "privacy.delta", "privacy.noise_multiplier")
+_HEAD_ALONE = ("adapter.layers", "adapter.rank", "adapter.alpha")
+# What an override leaves without meaning.
+_IDLE = {
+    "privacy=none": _NOT_PRIVATE,
+    "privacy.trust=none": _NOT_PRIVATE,
+    "adapter=head": _HEAD_ALONE,
+    "adapter.name=head": _HEAD_ALONE,
+}
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What `sweep.*` asked for.
+
+    Attributes:
+        resume: go on with the sweep in this folder.
+        private_selection: draw the number of trials and each trial's settings at random.
+        trials: expected number of trials; None: as many as there are combinations. Of a search: their number.
+        distribution: of the number of trials.
+        objectives, sampler, pruner: of a search (`fedtune.sweeps.search`); None: as its page says.
+    """
+
+    resume: Path | None = None
+    private_selection: bool = False
+    trials: float | None = None
+    distribution: str = "geometric"
+    objectives: tuple[str, ...] | None = None
+    sampler: str | None = None
+    pruner: str | None = None
+
+    def search_words(self) -> list[str]:
+        """The options that were given and have a meaning for a search only."""
+        return [f"sweep.{name}" for name in _SEARCH_NAMES if getattr(self, name) is not None]
+
+    def refuse_trials_of_a_grid(self) -> None:
+        """Raises `ConfigError` if a number of trials was given and nothing draws or searches them."""
+        if self.trials is not None and not self.private_selection:
+            raise ConfigError("sweep.trials belongs to sweep.private_selection=true, or to sweep=optuna.")
+
+    def count(self, combinations: int) -> TrialCount:
+        """The distribution of the number of trials."""
+        mean = self.trials if self.trials is not None else float(max(1, combinations))
+        return TrialCount(mean, _SHAPES[self.distribution])
+
+
+def split_options(words: Sequence[str]) -> tuple[SweepOptions, list[str]]:
+    """The options in `words`, and the words that are left for Hydra. Raises `ConfigError`."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    for word in words:
+        name, equals, value = word.lstrip("+").partition("=")
+        if not name.startswith("sweep."):
+            rest.append(word)
+            continue
+        short = name.removeprefix("sweep.")
+        if short not in _NAMES or not equals:
+            guess = nearest(short, _NAMES)
+            hint = f" Did you mean sweep.{guess}=...?" if guess else ""
+            names = ", ".join(f"sweep.{one}" for one in _NAMES)
+            raise ConfigError(f"There is no option {name!r} of a sweep.{hint} There are: {names}.")
+        if short in given:
+            raise ConfigError(f"{name} is given twice. Keep one of them.")
+        given[short] = value
+    others = [f"sweep.{name}" for name in given if name not in ("resume", "trials")] + rest
+    if "resume" in given and others:
+        raise ConfigError(
+            f"sweep.resume={given['resume']} goes on with the sweep as it was started, so "
+            f"{', '.join(others)} cannot be given with it. Leave it out, or start a new sweep."
+        )
+    return _options(given), rest
+
+
+def _options(given: dict[str, str]) -> SweepOptions:
+    selection = given.get("private_selection", "false").lower()
+    if selection not in ("true", "false"):
+        raise ConfigError(f"sweep.private_selection={selection} is not allowed: it must be true or false.")
+    distribution = given.get("distribution", "geometric")
+    if distribution not in _SHAPES:
+        raise ConfigError(
+            f"sweep.distribution={distribution} is not allowed: it must be one of {', '.join(_SHAPES)}."
+        )
+    trials = None
+    if "trials" in given:
+        try:
+            trials = float(given["trials"])
+        except ValueError:
+            trials = math.nan
+        if not 1.0 <= trials < math.inf:
+            raise ConfigError(
+                f"sweep.trials={given['trials']} is not allowed: it must be a number, 1 or more."
+            )
+    if selection == "false" and "distribution" in given:
+        raise ConfigError("sweep.distribution belongs to sweep.private_selection=true.")
+    objectives = None
+    if "objectives" in given:
+        names = given["objectives"].strip("[]() ").split(",")
+        objectives = tuple(name.strip() for name in names if name.strip())
+    return SweepOptions(
+        resume=Path(given["resume"]).expanduser() if "resume" in given else None,
+        private_selection=selection == "true",
+        trials=trials,
+        distribution=distribution,
+        objectives=objectives,
+        sampler=given.get("sampler"),
+        pruner=given.get("pruner"),
+    )
+
+
+def meaningful(jobs: list[list[str]]) -> list[list[str]]:
+    """`jobs` without settings that mean nothing beside another one, and each job once.
+
+    So that `privacy=local,none privacy.epsilon=1,2,4` is three runs with privacy and one without.
+    """
+    found: dict[tuple[str, ...], None] = {}
+    for job in jobs:
+        idle = {name for word in job for name in _IDLE.get(word, ())}
+        found[tuple(word for word in job if word.partition("=")[0] not in idle)] = None
+    return [list(job) for job in found]
+
+
+def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list[str]], dict[str, Any]]:
+    """Trials drawn from `jobs` (with replacement, independently), and what `sweep.json` keeps of the draw.
+
+    Raises:
+        ConfigError: the jobs differ in privacy or data, so that they are not one mechanism.
+    """
+    if not jobs:
+        return [], {}
+    for position in range(len(jobs[0])):
+        name = jobs[0][position].partition("=")[0]
+        if len({job[position] for job in jobs}) > 1 and changes_mechanism(name):
+            raise ConfigError(
+                f"sweep.private_selection=true cannot vary {name}: its bound is that of one mechanism that "
+                "is repeated, so all trials must have the same privacy, the same steps and the same data. "
+                "Vary the learning rate, the adapter, the model or the seed, and choose epsilon beforehand."
+            )
+    count = options.count(len(jobs))
+    drawn = count.draw()
+    shape = None if math.isinf(count.shape) else count.shape
+    kept = {"mean": count.mean, "shape": shape, "distribution": count.name, "trials": drawn}
+    return [secrets.choice(jobs) for _ in range(drawn)], kept
+
+
+def write_sweep(folder: Path, overrides: Sequence[str], jobs: list[list[str]], **more: Any) -> None:
+    """Writes `sweep.json`, whole or not at all. Raises `ResourceError`."""
+    values = {"schema": SCHEMA, "overrides": list(overrides), "jobs": jobs, **more}
+    save(folder / SWEEP_NAME, (json.dumps(values, indent=1) + "\n").encode())
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    """What `write_sweep` wrote. Raises `CheckpointError` with the way out."""
+    path = folder / SWEEP_NAME
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not the folder of a sweep: it has no {SWEEP_NAME}. Name the folder that "
+            "'fedtune run -m' printed; a single run is resumed by resume=RUN_DIR."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read, so the sweep cannot be resumed: {error}.") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        found = values.get("schema") if isinstance(values, dict) else None
+        raise CheckpointError(f"{path} has schema {found!r}, and this fedtune reads schema {SCHEMA}.")
+    lists = values.get("overrides"), values.get("jobs")
+    if not all(isinstance(one, list) for one in lists):
+        raise CheckpointError(f"{path} is damaged: it lacks its overrides or its jobs.")
+    return values

@@ -1,0 +1,160 @@
+"""How far a sweep is: what its finished runs took, the best of them, and what the rest should take.
+
+Read from the records in the sweep's folder and not from memory, so that it is right in every process that
+makes runs of the sweep. Before the first run it is what this machine knows of such runs
+(`fedtune.runs.history`); where it knows nothing, it says so.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import RecordError
+from fedtune.report.collect import FAILURE_NAME
+from fedtune.report.words import money_text, number, percent
+from fedtune.runs import record
+from fedtune.runs.history import Expected
+from fedtune.runs.summary import duration
+
+__all__ = ["Progress"]
+
+
+@dataclass
+class Progress:
+    """A sweep of `total` runs in `folder`, `workers` of them side by side.
+
+    Attributes:
+        names: what sets a run apart from the others, by its number.
+        best: accuracy and name of the best finished run.
+    """
+
+    folder: Path
+    total: int
+    names: dict[int, str]
+    workers: int = 1
+    seconds: list[float] = field(default_factory=list)  # wall time of each run, as its record says
+    amounts: list[tuple[float, str]] = field(default_factory=list)
+    best: tuple[float, str] | None = None
+    failures: int = 0
+    begun: float = field(default_factory=time.time)
+    _seen: set[str] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Learns what has finished, or failed, since the last look."""
+        try:
+            entries = [entry for entry in os.scandir(self.folder) if entry.name.isdigit()]
+        except OSError:
+            return
+        failures = 0
+        for entry in entries:
+            if entry.name in self._seen:
+                continue
+            folder = Path(entry.path)
+            if (folder / record.RECORD_NAME).exists():
+                try:
+                    self._learn(int(entry.name), record.whole(folder))
+                    self._seen.add(entry.name)
+                except RecordError:
+                    continue
+            else:
+                failures += _newer(folder / FAILURE_NAME, self.begun)
+        self.failures = failures
+
+    @property
+    def finished(self) -> int:
+        """Runs with a record."""
+        return len(self._seen)
+
+    def is_finished(self, position: int) -> bool:
+        """Whether the run at `position` has a record."""
+        return str(position) in self._seen
+
+    @property
+    def left(self) -> int:
+        """Runs that neither finished nor failed."""
+        return max(0, self.total - self.finished - self.failures)
+
+    def name(self, position: int | None) -> str:
+        """What sets the run apart; empty if nothing does."""
+        return "" if position is None else self.names.get(position, "")
+
+    def rest(self) -> str:
+        """What the runs that are left should take, as those that finished did."""
+        if not self.seconds:
+            return "time unknown"
+        # The median: the first run of a process also reads, tokenises and loads.
+        text = f"about {duration(self._wall(self.left * statistics.median(self.seconds)))}"
+        currencies = {currency for _, currency in self.amounts}
+        if len(currencies) == 1:
+            mean = statistics.fmean(amount for amount, _ in self.amounts)
+            text += f" and {money_text(self.left * mean, currencies.pop())}"
+        return text
+
+    def opening(self, expected: Sequence[Expected | None]) -> str:
+        """What is to come, by what finished runs in the folder took, or by `expected`, one for each run."""
+        if self.finished:
+            return f"{self.finished} finished before, {self.left} to go: {self.rest()}"
+        known = [one for one in expected if one is not None]
+        if not known:
+            return "how long they take is known after the first: this machine has made none of their kind"
+        text = f"about {duration(self._wall(sum(one.seconds for one in known)))}"
+        amounts = [one.money for one in known if one.money is not None and one.money.total is not None]
+        if len(amounts) == len(known) and len({money.currency for money in amounts}) == 1:
+            text += f" and {money_text(sum(money.total or 0.0 for money in amounts), amounts[0].currency)}"
+        if len(known) < len(expected):
+            text += f" for {len(known)} of them, and no estimate for those of a kind that is new here"
+        return f"{text}, going by runs of the same kind on this machine"
+
+    def line(self, place: str, name: str, made: dict[str, Any], before: bool) -> str:
+        """One finished run, and where the sweep stands."""
+        privacy, accuracy, money = made["privacy"], made["metrics"]["accuracy"], made["cost"]["money"]
+        hidden = (made["metrics"].get("evaluation") or {}).get("data") == "private"
+        unknown = "accuracy hidden by the noise" if hidden else "accuracy unknown"
+        parts = [unknown if accuracy is None else f"accuracy {percent(accuracy)}"]
+        if made["run"].get("status") == "pruned":
+            rounds, asked = made["federation"]["rounds"], made["config"]["federation"]["num_rounds"]
+            parts.insert(0, f"given up after {rounds} of {asked} rounds")
+        if privacy["epsilon"] is None:
+            parts.append("no privacy")
+        else:
+            parts.append(
+                f"epsilon {number(privacy['epsilon'])} (delta {privacy['delta']:.1e}, {privacy['adjacency']})"
+            )
+        if (seconds := made["run"]["seconds"]) is not None:
+            parts.append(duration(seconds))
+        if money is not None and money["total"] is not None:
+            parts.append(money_text(money["total"], money["currency"]))
+        text = f"run {place} ({name}): {', '.join(parts)}"
+        if before:
+            text += "; finished before"
+        if self.best is not None:
+            text += f"; best so far {percent(self.best[0])} ({self.best[1]})"
+        return f"{text}; left: {self.rest()}" if self.left > 0 and not before else text
+
+    def _wall(self, seconds: float) -> float:
+        return seconds / max(1, min(self.workers, self.left or 1))
+
+    def _learn(self, position: int, made: dict[str, Any]) -> None:
+        if (seconds := made["run"]["seconds"]) is not None:
+            self.seconds.append(float(seconds))
+        money = made["cost"]["money"]
+        if money is not None and money["total"] is not None:
+            self.amounts.append((float(money["total"]), str(money["currency"])))
+        accuracy = made["metrics"]["accuracy"]
+        if accuracy is None or made["run"].get("status") == "pruned":
+            return
+        if self.best is None or accuracy > self.best[0]:
+            self.best = (float(accuracy), self.name(position) or str(position))
+
+
+def _newer(path: Path, than: float) -> bool:
+    try:
+        return path.stat().st_mtime >= than
+    except OSError:
+        return False

@@ -1,0 +1,391 @@
+"""The command line: what it prints, what it refuses, how it leaves. What it calls is replaced by fakes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.cli import app as cli
+from fedtune.config import Config
+from fedtune.errors import BudgetExhausted, RecordError
+
+COMMANDS = ("run", "statement", "predict", "report", "plan", "budget", "audit")
+RECORD = {
+    "run": {"seconds": 2.0},
+    "metrics": {"accuracy": 0.75},
+    "privacy": {"epsilon": 2.0, "delta": 1e-5, "adjacency": "add or remove one record"},
+    "cost": {"money": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """fake('fedtune.runs.run', run=...) puts functions where the command will import them from."""
+
+    def put(name: str, **contents: Any) -> None:
+        module = types.ModuleType(name)
+        for key, value in contents.items():
+            setattr(module, key, value)
+        monkeypatch.setitem(sys.modules, name, module)
+        package, _, last = name.rpartition(".")
+        monkeypatch.setattr(importlib.import_module(package), last, module, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def runs(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """`fedtune run` then notes the configuration and trains nothing."""
+    seen: list[Config] = []
+
+    def run(config: Config, **_: Any) -> Path:
+        seen.append(config)
+        if config.seed == 666:
+            raise BudgetExhausted("node 'a' refuses round 1: it would raise epsilon from 1 to 2.")
+        if config.seed == 667:
+            raise ZeroDivisionError("division by zero")
+        if config.seed == 668:
+            raise KeyboardInterrupt("Interrupted. Go on with: fedtune run resume=here")
+        return Path(config.output or "") / "record.json"
+
+    fake("fedtune.runs.run", run=run)
+    # In place: a module that imported it before, in another test, sees this one too.
+    monkeypatch.setattr("fedtune.runs.record.read", lambda path: RECORD)
+    return seen
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+def one_paragraph(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    assert len(text.strip().splitlines()) == 1, text
+    return text
+
+
+# --- help ----------------------------------------------------------------------------------------
+
+
+def test_help_comes_within_a_second_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, fedtune.cli.app\n"
+        "try: fedtune.cli.app.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'hydra', 'flwr', 'rich', 'transformers') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 1.0
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_command_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n    {command}" in text
+    assert "examples:" in text and "fedtune run privacy.epsilon=2" in text
+
+
+def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call() == 0
+    assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    assert f"fedtune {command}" in capsys.readouterr().out.split("example", 1)[1]
+
+
+def test_run_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "--help") == 0
+    text = capsys.readouterr().out
+    for word in (
+        "bert_tiny",
+        "ffa_lora",
+        "privacy.epsilon=8.0",
+        "train.sample_rate",
+        "hydra.run.dir",
+        "sweep.private_selection=true",
+        "resume",
+    ):
+        assert word in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedtune import __version__
+
+    assert call("--version") == 0
+    assert __version__ in capsys.readouterr().out
+
+
+# --- run -----------------------------------------------------------------------------------------
+
+
+def test_run(runs: list[Config], tmp_path: Path) -> None:
+    assert call("run", "privacy.epsilon=2", "adapter=ffa_lora", "hydra.run.dir=here") == 0
+    (config,) = runs
+    assert (config.privacy.epsilon, config.adapter.name) == (2.0, "ffa_lora")
+    assert config.output == str(tmp_path / "here")
+
+
+def test_a_run_leaves_the_warnings_of_fedtune_on(runs: list[Config]) -> None:
+    """Hydra's `disabled` logging switches off every logger that exists, and with it 'the display failed'."""
+    logger = logging.getLogger("fedtune.federation.events")
+    assert call("run", "hydra.run.dir=here") == 0
+    assert not logger.disabled and logger.propagate and logger.isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-m", "seed=1,2", "device=cpu"),
+        ("seed=1,2", "-m", "device=cpu"),
+        ("seed=1,2", "device=cpu", "--multirun"),
+    ],
+)
+def test_sweep(arguments: tuple[str, ...], runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", *arguments) == 0
+    assert [config.seed for config in runs] == [1, 2]
+    assert "seed=2" in capsys.readouterr().out
+
+
+def test_failed_run_of_a_sweep(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "-m", "seed=1,666,2") == 1
+    assert [config.seed for config in runs] == [1, 666, 2], "the others still run"
+    errors = capsys.readouterr().err
+    assert "BudgetExhausted" in errors and "seed=666" in errors and "1 of the sweep's runs failed" in errors
+
+
+def test_show_config(runs: list[Config], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import yaml
+
+    from fedtune.config.convert import from_dict
+    from fedtune.config.loader import load
+
+    assert call("run", "--show-config", "privacy.epsilon=3") == 0
+    assert from_dict(yaml.safe_load(capsys.readouterr().out)) == load(["privacy.epsilon=3"])
+    assert runs == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_page_of_the_users_own(runs: list[Config], tmp_path: Path) -> None:
+    (tmp_path / "mine" / "train").mkdir(parents=True)
+    (tmp_path / "mine" / "train" / "long.yaml").write_text("local_steps: 50\n")
+    assert call("run", "--config-dir", "mine", "train=long") == 0
+    assert runs[0].train.local_steps == 50
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "epsilon=2"), "privacy.epsilon"),
+        (("run", "privacy.epsilon=-1"), "above 0"),
+        (("run", "model=nope"), "bert_base"),
+        (("run", "--epsilon", "2"), "--epsilon"),
+        (("run", "stray"), "name=value"),
+        (("rnu",), "'run'"),
+        (("statement",), "RUN_DIR"),
+        (("predict", "x"), "TEXT"),
+        (("statement", "x", "--yaml"), "--yaml"),
+        (("budget",), "ACTION"),
+        (("budget", "set", "--epsilon", "two", "--delta", "1e-5"), "two"),
+        (("--wat",), "--wat"),
+        (("run", "sweep.resum=x", "-m"), "sweep.resume"),
+        (("run", "sweep.private_selection=true"), "add -m"),
+        (("report",), "DIR"),
+        (("report", "pricing=edge"), "No folder"),
+        (("report", "here", "--wat"), "--wat"),
+        (("plan", "here"), "--accuracy"),
+        (("plan", "here", "--accuracy", "80"), "0.8 for 80 percent"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*arguments) == 2
+    assert words in one_paragraph(capsys)
+
+
+def test_error_is_one_paragraph_with_its_kind(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "seed=666") == 1
+    assert one_paragraph(capsys).startswith("BudgetExhausted: node 'a' refuses round 1")
+
+
+def test_bug_says_how_to_see_more(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "seed=667") == 70
+    text = one_paragraph(capsys)
+    assert text.startswith("ZeroDivisionError: division by zero") and "--debug" in text
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_the_traceback(runs: list[Config], place: int) -> None:
+    arguments = ["run", "seed=667"]
+    arguments.insert(place, "--debug")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(arguments)
+
+
+def test_full_disk_is_no_bug(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config) -> Path:
+        raise OSError(28, "No space left on device", "/x")
+
+    fake("fedtune.runs.run", run=run)
+    assert call("run") == 1
+    assert "No space left" in one_paragraph(capsys)
+
+
+@pytest.mark.parametrize("arguments", [("run", "seed=668"), ("run", "-m", "seed=668,1")])
+def test_interrupt_says_how_to_go_on(
+    arguments: tuple[str, ...], runs: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*arguments) == 130
+    assert len(runs) == 1, "Ctrl-C ends a sweep, not one run of it"
+    assert "resume=here" in one_paragraph(capsys)
+
+
+def test_closed_pipe() -> None:
+    """`fedtune run --help | head -1` ends quietly."""
+    done = subprocess.run(
+        f"{sys.executable} -m fedtune.cli.app run --help | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.stdout.startswith("usage: fedtune run")
+    assert done.stderr == ""
+    assert done.returncode in (0, cli.BROKEN_PIPE)  # 0: all was written before head left
+
+
+# --- statement, predict, budget ------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(fake: Callable[..., None]) -> None:
+    def read(path: Path) -> dict[str, Any]:
+        if path.name == "missing":
+            raise RecordError("missing has no record.json.")
+        return {"epsilon": 2.0}
+
+    fake("fedtune.runs.record", read=read)
+    fake(
+        "fedtune.privacy.statement.facts",
+        statement_json=lambda record: {"unit": "record", **record},
+        statement_markdown=lambda record, image: f"# Statement\n\nepsilon {record['epsilon']}\n",
+    )
+
+
+@pytest.mark.usefixtures("finished")
+def test_statement(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("statement", "run") == 0
+    assert capsys.readouterr().out == "# Statement\n\nepsilon 2.0\n"
+    assert call("statement", "run", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"unit": "record", "epsilon": 2.0}
+
+
+@pytest.mark.usefixtures("finished")
+def test_statement_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("statement", "missing") == 1
+    assert one_paragraph(capsys).startswith("RecordError: ")
+
+
+def test_predict(
+    fake: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    def predict(run_dir: Path, texts: list[str]) -> list[dict[str, Any]]:
+        return [{"text": text, "label": "positive", "probabilities": {"positive": 0.9}} for text in texts]
+
+    def show(predictions: list[dict[str, Any]]) -> None:
+        for item in predictions:
+            print(item["label"], item["text"])
+
+    fake("fedtune.runs.predict", predict=predict, show=show)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
+    assert call("predict", "run", "one", "-") == 0
+    assert capsys.readouterr().out == "positive one\npositive two\npositive three\n"
+    assert call("predict", "run", "é", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["text"] == "é"
+
+
+def test_budget_of_an_empty_home(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("budget", "show", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_budget_set_and_show(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("budget", "set", "--node", "a", "--dataset", "d", "--epsilon", "3", "--delta", "1e-5") == 0
+    capsys.readouterr()
+    assert call("budget", "show", "--json") == 0
+    (entry,) = json.loads(capsys.readouterr().out)
+    assert {"dataset", "fingerprint", "epsilon", "delta", "budget_epsilon", "releases"} <= set(entry)
+    assert (entry["dataset"], entry["budget_epsilon"], entry["releases"]) == ("d", 3.0, 0)
+    assert call("budget", "verify") == 0
+
+
+def test_budget_that_means_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("budget", "set", "--node", "a", "--epsilon", "-3", "--delta", "1e-5") == 1
+    assert "epsilon" in one_paragraph(capsys)
+
+
+# --- report, plan --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a", "b", "pricing=edge", "--output", "c"),
+        ("a", "--output", "c", "b", "pricing=edge"),
+        ("--output", "c", "pricing=edge", "a", "b"),
+    ],
+)
+def test_report(
+    words: tuple[str, ...], fake: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+
+    def report(folders: list[Path], prices: list[str], output: Path | None, *, local: bool) -> Any:
+        seen.append((folders, prices, output, local))
+        return types.SimpleNamespace(text="what to choose", page="1", picture="2", csv="3", parquet="4")
+
+    fake("fedtune.report.report", report=report)
+    assert call("report", *words) == 0
+    assert call("report", *words, "--local") == 0
+    expected = ([Path("a"), Path("b")], ["pricing=edge"], Path("c"))
+    assert seen == [(*expected, False), (*expected, True)]
+    assert capsys.readouterr().out == 2 * "what to choose\n\n1\n2\n3\n4\n"
+
+
+def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("report", str(tmp_path)) == 1
+    assert "no record.json below" in one_paragraph(capsys)
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "lr=2").mkdir()
+    assert cli._folders_and_prices(["lr=2", "pricing=edge"]) == ([Path("lr=2")], ["pricing=edge"])

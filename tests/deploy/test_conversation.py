@@ -1,0 +1,310 @@
+"""The node's talk with the SuperLink: when it asks, what it does with a message, what it does not load."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from fedtune.deploy import conversation, submission
+from fedtune.deploy.conversation import UPLOAD_SECONDS, Pace, converse, pauses
+
+
+class Clock:
+    """Seconds that pass when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_node_asks_often_after_a_message_and_seldom_when_it_is_idle() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    assert pace.seconds() == Pace.LONGEST  # nothing has come yet
+    pace.message()
+    assert pace.seconds() == Pace.SHORTEST
+    clock.now += 20
+    assert pace.seconds() == pytest.approx(1.0)
+    clock.now += 1000
+    assert pace.seconds() == Pace.LONGEST
+
+
+def test_the_questions_of_an_idle_minute_are_few() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    pace.message()
+    while clock.now < 1060:
+        clock.sleep(pace.seconds())
+    assert len(clock.slept) < 100  # of 2 ms each: well below 1 percent of a core
+    before = len(clock.slept)
+    while clock.now < 1120:
+        clock.sleep(pace.seconds())
+    assert len(clock.slept) - before <= 21
+
+
+class Server:
+    """What `_init_connection` gives: the answers of a SuperLink, one script of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> None:
+        from flwr.supernode import start_client_internal as flower
+
+        self.script, self.did = script, []
+        clock = Clock()
+        monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
+        monkeypatch.setattr("flwr.supercore.exit.register_signal_handlers", lambda **_: None)
+        monkeypatch.setattr(flower, "_init_connection", self._connection)
+        monkeypatch.setattr(flower, "_pull_and_store_message", self._pull)
+        monkeypatch.setattr(conversation, "_delivery", lambda *_: "what sends it again")
+        monkeypatch.setattr(flower, "_push_messages", lambda **by: self.did.append(f"pushed by {by['send']}"))
+
+    @contextlib.contextmanager
+    def _connection(self, **_: Any) -> Iterator[Any]:
+        with contextlib.suppress(EOFError):  # as Flower's, which logs what it did not foresee and returns
+            yield (7, *[None] * 3, None, lambda run, name: b"", None, None)
+
+    def _pull(self, **_: Any) -> int | None:
+        self.did.append("asked")
+        if not self.script:
+            raise EOFError
+        return self.script.pop(0)
+
+    def talk(self, tmp_path: Path, answer: Any) -> list[str]:
+        (tmp_path / "ca.crt").write_bytes(b"")
+        state = SimpleNamespace(set_node_id=lambda node: self.did.append(f"joined {node}"))
+        converse(
+            state, None, server="localhost:1", authority=tmp_path / "ca.crt",
+            key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
+            answer=answer, say=pytest.fail,
+        )  # fmt: skip
+        return self.did
+
+
+def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(monkeypatch, [None, 5])
+
+    def answer() -> bool:
+        server.did.append("answered")
+        return True
+
+    assert server.talk(tmp_path, answer) == [
+        "joined 7", "asked", "asked", "answered", "pushed by what sends it again", "asked",
+    ]  # fmt: skip
+
+
+def test_the_server_is_told_soon_that_a_node_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.common.constant import HEARTBEAT_MIN_INTERVAL
+    from flwr.supercore import heartbeat
+    from flwr.supernode import fleet_http_connection
+
+    for module in (heartbeat, fleet_http_connection):
+        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", 30)
+    Server(monkeypatch, []).talk(tmp_path, lambda: False)
+    for module in (heartbeat, fleet_http_connection):
+        assert module.HEARTBEAT_DEFAULT_INTERVAL == HEARTBEAT_MIN_INTERVAL
+
+
+def test_nothing_is_waited_for_when_there_is_nothing_to_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Flower's own push waits for ever for an answer that never comes.
+    server = Server(monkeypatch, [5, 6])
+    assert server.talk(tmp_path, lambda: False) == ["joined 7", *["asked"] * 3]
+
+
+def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
+
+    clock, calls = Clock(), []
+    monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
+
+    def pull(run_id: int, object_id: str) -> bytes:
+        calls.append(object_id)
+        if len(calls) < ready:
+            raise ObjectUnavailableError(object_id)
+        return b"content"
+
+    ready = 3
+    assert conversation._soon_again(pull)(1, "one") == b"content"
+    assert sum(clock.slept) < 0.2
+    clock.slept.clear()
+    ready = 10_000
+    with pytest.raises(ObjectPullError, match="did not arrive in 60 s"):  # its sender has died
+        conversation._soon_again(pull)(1, "one")
+    assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
+
+
+@pytest.mark.parametrize(("status", "heals"), [(500, True), (503, True), (403, False)])
+def test_an_object_is_asked_for_again_when_the_server_failed(
+    monkeypatch: pytest.MonkeyPatch, status: int, heals: bool
+) -> None:
+    monkeypatch.setattr(conversation.time, "sleep", lambda seconds: None)
+    asked = []
+
+    def pull(run_id: int, object_id: str) -> bytes:
+        asked.append(object_id)
+        if len(asked) == 1:
+            answer = httpx.Response(status, request=httpx.Request("POST", "https://server"))
+            raise httpx.HTTPStatusError("database is locked", request=answer.request, response=answer)
+        return b"content"
+
+    if heals:
+        assert conversation._soon_again(pull)(1, "one") == b"content"
+    else:
+        with pytest.raises(httpx.HTTPStatusError):
+            conversation._soon_again(pull)(1, "one")
+
+
+class Taker:
+    """A SuperLink as far as an answer reaches it: keeps each object once, says which it misses.
+
+    `failures`: what goes wrong, by the number of the request: before it is done, after, or "not stored".
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: dict[int, str]) -> None:
+        from flwr.app import ConfigRecord, Message, RecordDict
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+        from flwr.supernode.start_client_internal import _insert_message
+
+        from fedtune.federation.flower import task_identity
+
+        self.clock, self.failures, self.said = Clock(), failures, []
+        monkeypatch.setattr(conversation.time, "sleep", self.clock.sleep)
+        self.requests, self.sessions, self.stored, self.lock = 0, 0, [], threading.Lock()
+        self.objects = ObjectStoreFactory().store()
+        self.state = InMemoryNodeState(self.objects)
+        self.state.set_node_id(7)
+        with task_identity(5):
+            asked = Message(RecordDict(), 7, "train", group_id="3")
+        asked.metadata.__dict__["_message_id"] = asked.object_id
+        self.state.store_message(asked)
+        self.state.get_messages_legacy()
+        self.state.record_message_processing_start(message_id=asked.object_id)
+        self.state.record_message_processing_end(message_id=asked.object_id)
+        records = {f"part {i}": ConfigRecord({"value": i}) for i in range(3)}
+        self.reply = Message(RecordDict(records), reply_to=asked)
+        _insert_message(self.reply, self.state, self.objects)
+
+    @contextlib.contextmanager
+    def _request(self) -> Iterator[bool]:
+        """Whether it is to be carried out as asked."""
+        with self.lock:
+            self.requests += 1
+            wrong = self.failures.get(self.requests, self.failures.get(0, ""))
+            answer = httpx.Response(
+                500 if "500" in wrong else 404, request=httpx.Request("POST", "https://s")
+            )
+            error = httpx.HTTPStatusError("it failed", request=answer.request, response=answer)
+            if wrong.startswith("before"):
+                raise error
+            yield wrong != "not stored"
+            if wrong.startswith("after"):
+                raise error
+
+    def send(self, message: Any, tree: Any, seconds: float) -> tuple[set[str], str]:
+        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+
+        with self._request():
+            assert message.metadata.message_id == self.reply.object_id
+            self.sessions += 1
+            wanted = {one.object_id for one in iterate_object_tree(tree)} - set(self.stored)
+            return wanted, str(self.sessions)
+
+    def push(self, run_id: int, session: str, name: str, content: bytes) -> None:
+        from flwr.supercore.inflatable.inflatable_object import get_object_id
+        from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+        with self._request() as done:
+            if not done or session != str(self.sessions) or name in self.stored:
+                raise ObjectPushError(name, run_id, session)
+            assert name == get_object_id(content)
+            self.stored.append(name)
+
+    def push_all(self) -> None:
+        from flwr.supernode.start_client_internal import _push_messages
+
+        deliver = conversation._delivery(self.objects, self.send, self.push, self.said.append)
+        _push_messages(self.state, self.objects, deliver, lambda *_: pytest.fail("it was pushed"))
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        {},
+        {1: "before, 500", 2: "after, 500"},  # nothing, or the message, is stored
+        {2: "before, 500", 7: "after, 500"},  # an object is not stored, and one is although it says 500
+        {3: "not stored", 5: "after, 500"},
+    ],
+)
+def test_a_charged_answer_arrives_though_the_server_fails(
+    monkeypatch: pytest.MonkeyPatch, failures: dict[int, str]
+) -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    server = Taker(monkeypatch, failures)
+    server.push_all()
+    assert sorted(server.stored) == sorted(get_all_nested_objects(server.reply))  # each once
+    assert server.said == [] and len(server.clock.slept) >= bool(failures)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("before, 500", "HTTP status 500"), ("before", "HTTP status 404")]
+)
+def test_an_answer_that_does_not_arrive_is_told(
+    monkeypatch: pytest.MonkeyPatch, wrong: str, told: str
+) -> None:
+    server = Taker(monkeypatch, {0: wrong})
+    server.push_all()
+    (said,) = server.said
+    assert said.startswith(f"the answer to train, round 3, did not arrive at the server ({told})")
+    assert said.endswith("what was charged for it stays charged")
+    assert sum(server.clock.slept) == pytest.approx(UPLOAD_SECONDS if "500" in wrong else 0)
+
+
+def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(submission.time, "sleep", clock.sleep)
+    answers = [
+        SimpleNamespace(object_found=True, object_available=False),
+        SimpleNamespace(object_found=True, object_available=True),
+        SimpleNamespace(object_found=False, object_available=False),
+    ]
+    client = submission._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
+    assert client.PullObject(None).object_available
+    assert clock.slept == [next(pauses())]
+    assert not client.PullObject(None).object_found  # it will never come: said at once
+    assert client.other == "kept"
+    clock.slept.clear()
+    answers += [SimpleNamespace(object_found=True, object_available=False) for _ in range(100)]
+    assert not client.PullObject(None).object_found  # the node died while it sent it: 3 minutes at Flower's
+    assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
+
+
+def test_the_worker_loads_no_library_that_it_does_not_use() -> None:
+    code = (
+        "import importlib.util\n"
+        "from fedtune.deploy import worker\n"
+        "worker._lean()\n"
+        "assert importlib.util.find_spec('torchao') is None\n"
+        "import os; assert os.environ['TORCHDYNAMO_DISABLE'] == '1'\n"
+        "import sys; assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

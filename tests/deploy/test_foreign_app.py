@@ -1,0 +1,293 @@
+"""An app from the server that is anything but the thin one: refused before any of it is unpacked or run."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+from fedtune import __version__
+from fedtune.deploy import channel, thin
+from fedtune.deploy.executor import Answers
+from fedtune.deploy.node import guard
+from fedtune.deploy.thin import Apps, check_app, thin_app
+from fedtune.errors import FederationError
+from fedtune.federation.client.audit_log import AuditLog
+from fedtune.federation.flower import empty_run, serialize, task_identity
+from tests.deploy.site_parts import settings
+
+
+def repacked(changes: dict[str, str | None], kind: int = zipfile.ZIP_STORED) -> bytes:
+    """The thin app with files added, replaced or (None) taken out."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(thin_app()[0])) as old, zipfile.ZipFile(made, "w", kind) as new:
+        files: dict[str, Any] = {name: old.read(name) for name in old.namelist()}
+        for name, text in {**files, **changes}.items():
+            if text is not None:
+                new.writestr(name, text)
+    return made.getvalue()
+
+
+def pyproject(*replacements: tuple[str, str]) -> str:
+    with zipfile.ZipFile(io.BytesIO(thin_app()[0])) as archive:
+        text = archive.read("pyproject.toml").decode()
+    for old, new in replacements:
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+def link(name: str, target: str) -> bytes:
+    """The thin app with a symbolic link in it."""
+    made = io.BytesIO(thin_app()[0])
+    with zipfile.ZipFile(made, "a") as archive:
+        info = zipfile.ZipInfo(name)
+        info.create_system, info.external_attr = 3, 0o120777 << 16
+        archive.writestr(info, target)
+    return made.getvalue()
+
+
+def bomb(size: int) -> bytes:
+    """An archive of the thin app's names whose pyproject.toml says 100 bytes and unpacks to `size`."""
+    content = bytearray(repacked({"pyproject.toml": "#" * size}, zipfile.ZIP_DEFLATED))
+    for signature, offset in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
+        at = content.find(signature)
+        while at >= 0:
+            if struct.unpack_from("<I", content, at + offset)[0] == size:
+                struct.pack_into("<I", content, at + offset, 100)
+            at = content.find(signature, at + 4)
+    return bytes(content)
+
+
+def doubled() -> bytes:
+    """Two files of one name, of which another reader may take the other."""
+    made = io.BytesIO(thin_app()[0])
+    with zipfile.ZipFile(made, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("pyproject.toml", pyproject(("fedtune.federation.client.app:app", "os:system")))
+    return made.getvalue()
+
+
+EVIL = "import pathlib; pathlib.Path('/tmp/fedtune-evil').touch()"
+ATTACKS: dict[str, Callable[[], bytes]] = {
+    "an extra module": lambda: repacked({"evil.py": EVIL}),
+    "a module that shadows fedtune": lambda: repacked({"fedtune/federation/client/app.py": EVIL}),
+    "a start-up file": lambda: repacked({"sitecustomize.py": EVIL}),
+    "another component": lambda: repacked(
+        {"pyproject.toml": pyproject(("fedtune.federation.client.app:app", "os:system"))}
+    ),
+    "dependencies": lambda: repacked(
+        {"pyproject.toml": pyproject(("dependencies = []", 'dependencies = ["evil @ file:///tmp/evil"]'))}
+    ),
+    "another default of the run config": lambda: repacked(
+        {"pyproject.toml": pyproject(('fedtune = ""', 'fedtune = "{}"'))}
+    ),
+    "a file beside it on a way up": lambda: repacked({"../../evil.py": EVIL}),
+    "an absolute path": lambda: repacked({"/tmp/fedtune-evil.py": EVIL}),
+    "a symbolic link": lambda: link("conf", "/etc"),
+    "a link in the place of a file": lambda: link("pyproject.toml ", "/etc/passwd"),
+    "the same name twice": doubled,
+    "bytes after the archive": lambda: thin_app()[0] + b"#!/bin/sh\n",
+    "bytes before the archive": lambda: b"#!/bin/sh\n" + thin_app()[0],
+    "the same files packed in another way": lambda: repacked({}, zipfile.ZIP_DEFLATED),
+    "a missing list of contents": lambda: repacked({".info/CONTENT": None}),
+    "a zip bomb": lambda: repacked({"pyproject.toml": "#" * 50_000_000}, zipfile.ZIP_DEFLATED),
+    "a zip bomb that lies of its size": lambda: bomb(5_000_000),
+    "nothing": lambda: b"",
+    "noise": lambda: b"PK\x03\x04" + bytes(range(256)) * 4,
+    "deep nesting": lambda: repacked({"pyproject.toml": "x = " + "[" * 9_000}),
+    "a version with orders in it": lambda: repacked(
+        {"pyproject.toml": '[project]\nname = "fedtune-thin"\nversion = "9; rm -rf ~"\n'}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_it_is_refused(name: str) -> None:
+    with pytest.raises(FederationError, match=r"not fedtune's.*no code of that app was unpacked or run"):
+        check_app(ATTACKS[name]())
+    assert not Path("/tmp/fedtune-evil").exists()
+
+
+def test_a_bomb_is_not_unpacked_to_look_for_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = zipfile.ZipExtFile.read
+
+    def counted(self: Any, n: int | None = -1) -> bytes:
+        data = original(self, n)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", counted)
+    small = bomb(5_000_000)
+    assert len(small) < 10_000, "small enough to be looked into"
+    for content in (small, ATTACKS["a zip bomb"]()):
+        with pytest.raises(FederationError):
+            check_app(content)
+    assert sum(read) <= thin._LARGEST + 1
+
+
+def test_the_thin_app_is_the_same_wherever_it_is_made() -> None:
+    content, _ = thin_app()
+    thin_app.cache_clear()
+    assert thin_app()[0] == content
+    check_app(content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
+
+
+def test_another_version_is_refused_with_both_named() -> None:
+    other = repacked({"pyproject.toml": '[project]\nname = "fedtune-thin"\nversion = "9.9"\n'})
+    both = rf"with fedtune 9\.9, and this node runs fedtune {__version__}"
+    with pytest.raises(FederationError, match=both):
+        check_app(other)
+
+
+class Ears:
+    """The worker, as far as these tests need it: it must hear nothing."""
+
+    def __init__(self) -> None:
+        self.heard: list[bytes] = []
+
+    def ask(
+        self, message: bytes, context: bytes, header: dict[str, Any], beat: Any, awaited: float
+    ) -> list[bytes]:
+        self.heard.append(message)
+        from fedtune.federation.flower import deserialize
+
+        with task_identity(header["run"]):
+            reply = Message(RecordDict(), reply_to=deserialize(message))
+        return [serialize(reply), context]
+
+
+class Delivery:
+    """A message of a run with an app, delivered by Flower's own code to a node in this process."""
+
+    def __init__(self, root: Path, app: bytes, override: dict[str, Any] | None = None) -> None:
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+
+        self.store = ObjectStoreFactory().store()
+        self.state = InMemoryNodeState(self.store)
+        self.state.set_node_id(7)
+        self.worker, self.site = Ears(), settings(root)
+        self.log = AuditLog(Path(self.site.audit_log))
+        self.apps = Apps()
+        self.answers = Answers(self.state, self.store, self.site, self.worker, self.apps)  # type: ignore[arg-type]
+        with task_identity(5):
+            message = Message(RecordDict(), 7, "query.hello")
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.message = message
+        self.contents = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
+        run = dataclasses.replace(
+            empty_run(5), fab_hash="of-the-server", override_config=override or {"fedtune": "{}"}
+        )
+        import hashlib
+
+        fab = Fab(hashlib.sha256(app).hexdigest(), app, {})
+        self.connection = (
+            7, lambda: (message, get_object_tree(message)), None, lambda run_id: run,
+            lambda fab_hash, run_id: fab, lambda run_id, name: self.contents[name], None,
+            lambda run_id, name: None,
+        )  # fmt: skip
+
+    def deliver(self) -> Message:
+        """The node's answer."""
+        from flwr.supernode.start_client_internal import _pull_and_store_message
+
+        _, receive, _, get_run, get_fab, pull, _, confirm = guard(self.connection, self.apps, self.log)
+        came = _pull_and_store_message(
+            state=self.state, object_store=self.store, node_config={"site": "{}"}, receive=receive,
+            get_run=get_run, get_fab=get_fab, pull_object=pull, confirm_message_received=confirm,
+            trusted_entities=None,
+        )  # fmt: skip
+        assert came == 5
+        assert self.answers()
+        (reply,) = self.state.get_messages_legacy(is_reply=True)
+        return reply
+
+
+def test_the_right_app_reaches_the_worker(tmp_path: Path) -> None:
+    delivery = Delivery(tmp_path, thin_app()[0])
+    assert not delivery.deliver().has_error()
+    assert len(delivery.worker.heard) == 1
+
+
+@pytest.mark.parametrize("name", ["an extra module", "another component", "a zip bomb", "noise"])
+def test_flower_never_reads_a_foreign_app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Flower reads an app's pyproject.toml when a run's first message comes: it must be given ours."""
+    from flwr.supernode import start_client_internal as flower
+
+    read: list[bytes] = []
+    original = flower.get_fused_config_from_fab
+
+    def watched(content: Any, run: Any) -> Any:
+        read.append(content)
+        return original(content, run)
+
+    monkeypatch.setattr(flower, "get_fused_config_from_fab", watched)
+    modules = set(sys.modules)
+    delivery = Delivery(tmp_path, ATTACKS[name](), {"anything": "else"})
+    reply = delivery.deliver()
+    assert read == [thin_app()[0]]
+    assert reply.has_error() and "not fedtune's" in str(reply.error.reason)
+    assert delivery.worker.heard == []
+    (entry,) = delivery.log.entries()
+    assert entry["event"] == "refused" and "not fedtune's" in entry["reason"]
+    assert "evil" not in set(sys.modules) - modules
+
+
+def test_a_run_whose_app_never_came_is_refused() -> None:
+    with pytest.raises(FederationError, match="came without an app"):
+        Apps().check(5)
+
+
+def test_a_message_that_cannot_be_read_is_answered(tmp_path: Path) -> None:
+    """Flower's SuperNode takes no other message before this one has its answer."""
+    delivery = Delivery(tmp_path, thin_app()[0])
+    delivery.state.store_message = lambda message: _spoil(delivery, message)  # type: ignore[method-assign]
+    reply = delivery.deliver()
+    assert reply.has_error() and "Site 'clinic-1'" in str(reply.error.reason)
+    assert delivery.worker.heard == [] and delivery.log.entries()[0]["event"] == "refused"
+
+
+def _spoil(delivery: Delivery, message: Message) -> str:
+    """Stores the message, and takes one of its parts away once it has come."""
+    stored = type(delivery.state).store_message(delivery.state, message)
+    if not message.metadata.reply_to_message_id:
+        delivery.store.get = lambda name: b"garbage"  # type: ignore[method-assign]
+    assert stored is not None
+    return stored
+
+
+def test_a_message_that_is_too_large_is_given_up_while_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "MAX_FRAME", 10)
+    delivery = Delivery(tmp_path, thin_app()[0])
+    _, receive, _, _, _, pull, _, _ = guard(delivery.connection, delivery.apps, delivery.log)
+    receive()
+    with pytest.raises(FederationError, match="more than 10 bytes"):
+        pull(5, delivery.message.metadata.message_id)
+    assert "more than 10 bytes" in delivery.log.entries()[0]["reason"]
+
+
+def test_a_full_disk_does_not_keep_the_server_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtune.federation.client.audit_log.os.write", full)
+    reply = Delivery(tmp_path, ATTACKS["noise"]()).deliver()
+    assert reply.has_error() and "ResourceError" in str(reply.error.reason)
+    assert "audit log cannot be written (No space left on device)" in caplog.text  # the site's own log

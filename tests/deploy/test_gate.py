@@ -1,0 +1,152 @@
+"""Issue 10, item 7: what of a server is open to whom. A call that nobody opened is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.deploy import gate, server
+from fedtune.deploy.gate import FOR_NODES, FOR_OPERATORS, Gate
+from fedtune.errors import ConfigError
+
+TOKEN = "t" * 43
+NODE = b"a key"
+
+
+class Admission:
+    """Lets one key in."""
+
+    def of_request(self, header: bytes) -> tuple[int, str] | None:
+        return None if header == base64.b64encode(NODE) else (403, "not enrolled")
+
+
+class Behind:
+    """What is behind the gate: notes what came through."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked.append(scope["path"])
+        await gate._respond(send, 200, {})
+
+
+def ask(path: str, token: bytes | None = None, node: bool = False) -> tuple[int, bool]:
+    """(status, whether it came through) of a request."""
+    behind, statuses = Behind(), []
+    headers = [(b"content-length", b"0")]
+    if token is not None:
+        headers.append((gate.TOKEN_HEADER.encode(), token))
+    if node:
+        headers.append((gate._NODE_KEY, base64.b64encode(NODE)))
+
+    async def send(message: dict[str, Any]) -> None:
+        statuses.append(message.get("status"))
+
+    scope = {"type": "http", "path": path, "method": "POST", "headers": headers}
+    asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+    return next(one for one in statuses if one), bool(behind.asked)
+
+
+@pytest.fixture(scope="module")
+def routes(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """Every path that the installed Flower serves."""
+    from fastapi.routing import iter_route_contexts
+
+    folder = tmp_path_factory.mktemp("server")
+    for name in ("ca.crt", "server.crt", "server.key"):
+        (folder / name).write_text("")
+    app = server._application(folder, "127.0.0.1", 9)
+    paths = {str(one.route.path) for one in iter_route_contexts(app.routes) if hasattr(one.route, "path")}
+    prefixed = {str(one.path) for one in iter_route_contexts(app.routes) if hasattr(one, "path")}
+    return paths | prefixed
+
+
+def test_what_is_open_is_what_flower_has_and_fedtune_uses(routes: set[str]) -> None:
+    assert len(routes) > 60, "or this does not read Flower's routes any more"
+    assert {*FOR_NODES, *FOR_OPERATORS} <= routes, "a call that Flower has no more"
+    for path in sorted(routes):
+        with_token, with_key = ask(path, token=TOKEN.encode()), ask(path, node=True)
+        assert with_token == ((200, True) if path in FOR_OPERATORS else (403, False)), path
+        assert with_key == ((200, True) if path in FOR_NODES else (403, False)), path
+        assert ask(path) == (403, False), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/register-node", "/v1/control/unregister-node", "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node", "/v1/control/add-node-to-federation", "/v1/runtime/a-later-call",
+        "/v1/fleet/a-later-call", "/v1/control/list-nodes/", "/v1/control//list-nodes", "/docs", "/",
+    ],
+)  # fmt: skip
+def test_neither_the_token_nor_a_nodes_key_opens_anything_else(path: str) -> None:
+    assert ask(path, token=TOKEN.encode(), node=True) == (403, False)
+
+
+def passed(*headers: tuple[bytes, bytes]) -> list[str]:
+    """What came through of a node's request with these headers."""
+    behind = Behind()
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST", "headers": list(headers)}
+    asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+    return behind.asked
+
+
+def test_a_request_that_names_two_keys_is_let_to_nothing() -> None:
+    """The gate would look at the last of them and Flower at the first: a suspended node would be let in."""
+    length, mine = (b"content-length", b"0"), (gate._NODE_KEY, base64.b64encode(NODE))
+    assert passed(length, mine)
+    assert not passed(length, (gate._NODE_KEY, base64.b64encode(b"suspended")), mine)
+    assert not passed(length, mine, (gate._NODE_KEY, base64.b64encode(b"suspended")))
+
+
+def test_a_request_in_chunks_has_no_size_whatever_length_it_names() -> None:
+    mine = (gate._NODE_KEY, base64.b64encode(NODE))
+    assert not passed(mine, (b"content-length", b"5"), (b"transfer-encoding", b"chunked"))
+    assert not passed(mine, (b"transfer-encoding", b"chunked"))
+
+
+def test_flowers_header_with_a_nodes_key_is_the_one_that_is_read() -> None:
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
+
+    assert FLEET_HTTP_PUBLIC_KEY_HEADER.encode() == gate._NODE_KEY
+
+
+@pytest.mark.parametrize("given", [None, b"", b"t", b"t" * 42, b"t" * 44, b"T" * 43])
+def test_a_token_that_is_empty_short_or_another_opens_nothing(given: bytes | None) -> None:
+    assert ask("/v1/control/list-nodes", token=given) == (403, False)
+    assert ask(gate.PUBLISHED_PATH, token=given) == (403, False)
+    assert ask("/v1/control/list-nodes", token=TOKEN.encode()) == (200, True)
+
+
+def test_an_empty_token_serves_nobody() -> None:
+    with pytest.raises(ConfigError, match="everybody would have it"):
+        Gate(Behind(), "", Admission())  # type: ignore[arg-type]
+
+
+def test_an_empty_token_never_passes_even_if_it_were_the_token() -> None:
+    made = Gate(Behind(), TOKEN, Admission())  # type: ignore[arg-type]
+    made._token = b""
+    assert not made._knows({}) and not made._knows({gate.TOKEN_HEADER.encode(): b""})
+
+
+def test_the_server_is_not_started_with_a_token_that_is_none(tmp_path: Path) -> None:
+    import yaml
+
+    from fedtune.deploy.provision import provision
+
+    file = tmp_path / "federation.yaml"
+    file.write_text(yaml.safe_dump({"name": "trial", "server": "127.0.0.1:9", "sites": ["a"]}))
+    folder = provision(file, tmp_path / "out").folder / "server"
+    for content in ("", "\n", "short\n"):
+        (folder / "operator.token").write_text(content)
+        with pytest.raises(ConfigError, match="operator.token"):
+            server.run_server(folder, pytest.fail)

@@ -1,0 +1,209 @@
+"""The node decides: everything that its own file does not permit is refused, with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config.schema import Config
+from fedtune.errors import ConfigError, PrivacyError
+from fedtune.federation.client.audit_log import AuditLog, _hash
+from fedtune.federation.client.policy import SiteSettings
+from fedtune.privacy.plan import PrivacyPlan
+from fedtune.privacy.planning import make_plan
+
+VALUES: dict[str, Any] = {
+    "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9443",
+    "ca": "/x/ca.crt", "key": "/x/node.key",
+    "data": {"name": "visits", "declared_size": 1000, "path": "/x/data.csv"},
+    "ledger": "/x/ledger.sqlite", "audit_log": "/x/audit.jsonl", "budget_epsilon": 3, "budget_delta": 1e-5,
+    "permit": {"trust": ["local"], "max_rounds": 10, "max_local_steps": 5, "max_sample_rate": 0.1},
+}  # fmt: skip
+
+
+def site(**changes: Any) -> SiteSettings:
+    return SiteSettings.from_dict({**VALUES, **changes}, "node.yaml")
+
+
+def asked(**privacy: Any) -> Config:
+    config = Config()
+    config.data.name = "visits"
+    config.privacy.epsilon, config.privacy.noise_multiplier = None, 1.0
+    for name, value in privacy.items():
+        setattr(config.privacy, name, value)
+    config.federation.num_rounds = 10
+    return config
+
+
+def plan_of(config: Config, **changes: Any) -> PrivacyPlan:
+    return dataclasses.replace(make_plan(config, [1000, 800]), **changes)
+
+
+def test_a_permitted_run_passes() -> None:
+    config = asked()
+    site().check(config, plan_of(config), ["f"], "f")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: setattr(c.data, "name", "other"), "data 'other'.*offers 'visits'"),
+        (lambda c: setattr(c.model, "name", "bert-large"), "model 'bert-large' is not among"),
+        (lambda c: setattr(c.adapter, "name", "everything"), "adapter everything"),
+        (
+            lambda c: vars(c.privacy).update(trust="central", unit="client"),
+            "privacy.trust=central is not among the permitted local",
+        ),
+        (lambda c: setattr(c.privacy, "noise_multiplier", 0.2), "noise_multiplier=0.2 is below"),
+        (lambda c: setattr(c.privacy, "max_grad_norm", 11.0), "max_grad_norm=11 is above"),
+        (lambda c: setattr(c.privacy, "reproducible_noise", True), "simulations only"),
+        (lambda c: setattr(c.train, "local_steps", 6), "6 local steps"),
+        (lambda c: setattr(c.train, "sample_rate", 0.2), "sample_rate=0.2"),
+        (lambda c: setattr(c.federation, "num_rounds", 11), "11 rounds"),
+    ],
+)
+def test_what_is_not_permitted_is_refused(change: Callable[[Config], None], says: str) -> None:
+    config = asked()
+    change(config)
+    with pytest.raises(PrivacyError, match=says):
+        site().check(config, plan_of(config))
+
+
+def test_no_noise_at_all_is_refused() -> None:
+    config = asked(trust="none", epsilon=None, noise_multiplier=None)
+    with pytest.raises(PrivacyError, match="trust=none is not among"):
+        site().check(config, plan_of(config))
+
+
+def test_changed_data_is_refused() -> None:
+    config = asked()
+    with pytest.raises(PrivacyError, match="data has changed since this run began"):
+        site().check(config, plan_of(config), ["before", "before"], "now")
+
+
+def test_all_reasons_are_told_at_once() -> None:
+    config = asked(noise_multiplier=0.1)
+    config.federation.num_rounds = 99
+    with pytest.raises(PrivacyError, match=r"99 rounds.*noise_multiplier=0\.1"):
+        site().check(config, plan_of(config))
+
+
+def test_what_can_be_refused_before_anything_is_loaded() -> None:
+    config = asked()
+    site().admit(config)
+    config.model.name = "somebody/elses-model"
+    with pytest.raises(PrivacyError, match="model 'somebody/elses-model'"):
+        site().admit(config)
+
+
+def test_the_data_section_is_the_sites_own() -> None:
+    config = asked()
+    config.data.path, config.data.public, config.data.only_site = "/etc", True, "another"
+    config.data.labels = ["no", "yes"]
+    own = site().own(config)
+    assert (own.data.path, own.data.public, own.data.only_site) == ("/x/data.csv", False, "clinic-1")
+    assert own.data.labels == ["no", "yes"] and own.data.declared_size == 1000
+    assert config.data.path == "/etc"
+
+
+def test_a_run_must_name_the_labels_that_the_file_names() -> None:
+    mine = site(data={**VALUES["data"], "labels": ["no", "yes"]})
+    config = asked()
+    for labels, says in (
+        (["no", "yes", "maybe"], "its labels are no, yes, maybe, and the site's no, yes, in this order"),
+        (["yes", "no"], "its labels are yes, no"),
+        (None, "its labels are none"),
+    ):
+        config.data.labels = labels
+        with pytest.raises(PrivacyError, match=says):
+            mine.admit(config)  # before anything of the data is read
+    config.data.labels = ["no", "yes"]
+    mine.admit(config)
+    assert mine.own(config).data.labels == ["no", "yes"]
+
+
+def test_settings_travel_as_json() -> None:
+    for one in (site(), site(data={**VALUES["data"], "labels": ["no", "yes"]})):
+        assert SiteSettings.from_json(one.to_json()) == one
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"permit": {"trust": ["none"]}}, "protects nobody"),
+        ({"permit": {"trust": ["magic"]}}, "names magic"),
+        ({"permit": {"min_noise_multiplier": float("nan")}}, "min_noise_multiplier should be a float"),
+        ({"permit": {"max_rounds": True}}, "max_rounds should be a int"),
+        ({"budget_delta": 2.0}, "delta"),
+        ({"data": {"name": "visits"}}, "data.declared_size is missing"),
+        ({"data": {"name": "visits", "declared_size": 0}}, "below 1"),
+        ({"data": {**VALUES["data"], "labels": ["yes"]}}, "two classes or more"),
+        ({"data": {**VALUES["data"], "labels": ["yes", "no", "yes"]}}, "each once"),
+        ({"data": {**VALUES["data"], "labels": [False, True]}}, "a bare no, yes or 1 as something else"),
+        ({"colour": "red"}, "unknown settings colour"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises((ConfigError, PrivacyError), match=says):
+        site(**changes)
+
+
+def test_audit_log_shows_what_was_changed(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "state" / "audit.jsonl")
+    for number in range(4):
+        log.append("released", round=number, text="x" * 3000 * number)
+    assert [entry["round"] for entry in log.entries()] == [0, 1, 2, 3]
+    assert log.verify() == []
+    assert log.path.stat().st_mode & 0o077 == 0
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    log.path.write_bytes(lines[0] + lines[1].replace(b"released", b"refused_") + lines[2] + lines[3])
+    assert log.verify() == ["line 3 does not follow the line before it"]
+    log.path.write_bytes(lines[0] + lines[2] + lines[3])
+    assert log.verify() == ["line 2 does not follow the line before it"]
+
+
+def test_a_line_that_does_not_name_the_one_before_it_is_a_problem(tmp_path: Path) -> None:
+    """Else a line is taken out unseen by whoever takes what it names out of the others, too."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(4):
+        log.append("released", round=number)
+    kept = [{**entry, "previous": None} for entry in log.entries() if entry["round"] != 2]
+    del kept[0]["previous"]
+    log.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    assert log.verify() == [f"line {number} does not say which line it follows" for number in (1, 2, 3)]
+
+
+def test_a_log_of_the_time_before_its_lines_were_ascii_is_still_whole(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.append("refused", reason="x")
+    entry = {"event": "refused", "reason": "Gef\u00e4hrlich", "previous": _hash(log.path.read_bytes()[:-1])}
+    with log.path.open("ab") as file:
+        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+    log.append("refused", reason="\ud800")
+    assert log.verify() == []
+    assert [one["reason"] for one in log.entries()] == ["x", "Gef\u00e4hrlich", "\ud800"]
+
+
+def test_a_site_whose_data_names_persons_refuses_record_privacy_by_default() -> None:
+    """A server cannot choose the finer promise: the budget is for persons, unless the file says otherwise."""
+    named = {**VALUES["data"], "unit": "patient"}
+    assert site().budget.unit is None
+    assert site(data=named).budget.unit == "person"
+    assert site(data=named, budget_unit="record").budget.unit == "record"  # the owner's choice, in words
+    config = asked(unit="record")
+    with pytest.raises(PrivacyError, match=r"finer than the site's budget allows: set privacy\.unit=person"):
+        site(data=named).check(config, plan_of(config))
+    site(data=named, budget_unit="record").check(config, plan_of(config))
+    persons = asked(unit="person")
+    site(data=named).check(persons, plan_of(persons))
+
+
+def test_a_site_whose_file_names_no_persons_does_not_promise_to_protect_them() -> None:
+    persons = asked(unit="person")
+    with pytest.raises(PrivacyError, match="names no column that says whose record is whose"):
+        site().check(persons, plan_of(persons))

@@ -1,0 +1,289 @@
+"""What a ledger writes, answers and remembers, on a few releases that are counted by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
+from fedtune.privacy.accounting.filter import Charge, spent
+from fedtune.privacy.ledger import ledger as module
+from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
+from fedtune.privacy.ledger.chain import Chain, Row
+from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
+from tests.privacy.identities import identity
+from tests.privacy.plans import local_plan, public_plan
+
+STEP = Term(0.05, 1.0)
+DELTA = 1e-5
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> PrivacyLedger:
+    return PrivacyLedger(tmp_path / "clinic.sqlite")
+
+
+def reserve(ledger: PrivacyLedger, **changes: Any) -> Reservation:
+    values: dict[str, Any] = {
+        "dataset": "visits", "fingerprint": "f1", "node": "clinic", "run": "run-1", "round": 0,
+        "plan": local_plan(),
+    }  # fmt: skip
+    return ledger.reserve(**{**values, **changes})
+
+
+def rows_of(ledger: PrivacyLedger) -> list[Row]:
+    chain = Chain(ledger.path)
+    with chain.reading() as view:
+        rows = [] if view is None else chain.audit(view)[0]
+    chain.close()
+    return rows
+
+
+def test_the_row_of_a_release(ledger: PrivacyLedger) -> None:
+    first = reserve(ledger, public=True)
+    second = reserve(ledger, round=1, node="clinic", public=True)
+    rows = rows_of(ledger)
+    body = {
+        "dataset": "visits", "fingerprint": "f1", "node": "clinic", "round": 0, "public": True,
+        "trust": "local", "unit": "record", "delta": DELTA, "num_rounds": 12, "reproducible_noise": False,
+        "purpose": "training",
+    }  # fmt: skip
+    assert {k: rows[0].body[k] for k in body} == body
+    assert rows[0].body["planned"] == [[0.05, 1.0, 60]] and "planned" not in rows[1].body
+    assert rows[1].body["round"] == 1
+    assert [(row.kind, row.run) for row in rows] == [("reserved", "run-1")] * 2
+    assert first == Reservation(1, rows[0].hash, "clinic", "run-1", 0)
+    assert second == Reservation(2, rows[1].hash, "clinic", "run-1", 1)
+    assert ledger.head() == (2, rows[1].hash) and ledger.node == "clinic"
+    assert ledger.verify() == (2, [])
+
+
+def test_what_a_run_without_noise_plans(ledger: PrivacyLedger) -> None:
+    reserve(ledger, plan=public_plan())
+    assert rows_of(ledger)[0].body["planned"] is None
+    assert module._as_json({Term(1.0, 3.0): 2, STEP: 5}) == [[0.05, 1.0, 5], [1.0, 3.0, 2]]
+
+
+def test_a_ledger_that_nobody_wrote_to(ledger: PrivacyLedger) -> None:
+    assert ledger.verify() == (0, []) and ledger.releases() == [] and ledger.node is None
+    assert ledger.head() == (0, "0" * 64) and ledger.budgets() == Budgets(None, {})
+    assert ledger.epsilon(dataset="visits", fingerprint="f1", delta=DELTA) == 0.0
+    assert ledger.budget(dataset="visits") is None
+    assert not ledger.path.exists()
+    assert (ledger.budget_path.name, ledger.secret_path.name) == ("clinic.budget.json", "clinic.key")
+
+
+def test_names_and_rounds_of_a_release(ledger: PrivacyLedger) -> None:
+    for name in ("dataset", "fingerprint", "node", "run"):
+        for value in ("", None):
+            with pytest.raises(PrivacyError, match=f"needs a {name}: a text"):
+                reserve(ledger, **{name: value})
+    with pytest.raises(PrivacyError, match="needs a run: a text"):
+        reserve(ledger, run=3)
+    for round in (-1, True, 1.0, None):
+        with pytest.raises(PrivacyError, match="round must be a whole number of 0 or more"):
+            reserve(ledger, round=round)
+    assert not ledger.path.exists()
+
+
+def test_which_releases(ledger: PrivacyLedger) -> None:
+    ledger = PrivacyLedger(ledger.path, shared=True)
+    first = reserve(ledger)
+    reserve(ledger, dataset="calls", fingerprint="f2", run="run-2")
+    reserve(ledger, node="other", run="run-3")
+    ledger.commit(first)
+    ledger.commit(first)
+    assert [row.kind for row in rows_of(ledger)] == ["reserved"] * 3 + ["committed"]
+    assert rows_of(ledger)[3].body == {"reservation": 1} and rows_of(ledger)[3].run == "run-1"
+
+    def found(**asked: Any) -> list[int]:
+        return [release.seq for release in ledger.releases(**asked)]
+
+    assert found() == [1, 2, 3]
+    assert found(dataset="visits") == [1, 3] and found(fingerprint="f2") == [2]
+    assert found(run="run-2") == [2] and found(node="clinic") == [1, 2]
+    assert found(dataset="visits", node="other") == [3] and found(dataset="calls", node="other") == []
+    assert found(purpose="training") == [1, 2, 3] and found(purpose="evaluation") == []
+    assert [release.committed for release in ledger.releases()] == [True, False, False]
+    assert [release.committed for release in ledger.releases(run="run-1")] == [True]
+
+
+def test_a_reservation_is_known_by_its_hash(ledger: PrivacyLedger) -> None:
+    made = reserve(ledger)
+    for other in (dataclasses.replace(made, hash="x"), dataclasses.replace(made, seq=2)):
+        with pytest.raises(LedgerError, match="holds no reservation number"):
+            ledger.commit(other)
+    assert ledger.head()[0] == 1
+
+
+def test_one_object_a_file_and_way_to_use_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_opened", {})
+    path = tmp_path / "a.sqlite"
+    first = PrivacyLedger.open(path)
+    assert PrivacyLedger.open(path) is first
+    assert PrivacyLedger.open(path, require_budget=True) is not first
+    assert PrivacyLedger.open(path, shared=True) is not first
+    assert (first._require_budget, first._shared) == (False, False)
+    assert PrivacyLedger.open(path, shared=True)._shared is True
+    assert PrivacyLedger.open(path, require_budget=True)._require_budget is True
+    closed: list[str] = []
+    monkeypatch.setattr(PrivacyLedger, "close", lambda self: closed.append(self.path.name))
+    for i in range(13):
+        PrivacyLedger.open(tmp_path / f"{i}.sqlite")
+    assert len(module._opened) == 16 and closed == []
+    PrivacyLedger.open(tmp_path / "one more.sqlite")
+    assert len(module._opened) == 16 and closed == ["a.sqlite"]
+    assert PrivacyLedger.open(path) is not first  # it was the first to go
+
+
+def test_two_nodes(ledger: PrivacyLedger) -> None:
+    reserve(ledger)
+    with pytest.raises(LedgerError, match="belongs to node 'clinic', but node 'other'"):
+        reserve(ledger, node="other", run="run-2")
+    reserve(PrivacyLedger(ledger.path, shared=True), node="other", run="run-2")
+
+
+def test_budgets_of_all_and_of_one(ledger: PrivacyLedger) -> None:
+    a, b, c = PrivacyBudget(30.0, DELTA), PrivacyBudget(20.0, DELTA), PrivacyBudget(40.0, DELTA)
+    ledger.set_budget(b, dataset="visits")
+    ledger.set_budget(a)
+    assert ledger.budgets() == Budgets(a, {"visits": b})
+    ledger.set_budget(c)
+    ledger.set_budget(c, dataset="calls")
+    assert ledger.budgets() == Budgets(c, {"visits": b, "calls": c})
+    assert ledger.budget(dataset="visits") == b and ledger.budget(dataset="x") == c
+    assert [row.body["dataset"] for row in rows_of(ledger)] == ["visits", None, None, "calls"]
+    reserve(ledger, dataset="calls")
+    # Known under both names by its print: the strictest of both.
+    reserve(ledger, run="run-2")
+    assert ledger.budget(dataset="calls", fingerprint="f1") == b and ledger.budget(dataset="calls") == c
+
+
+def test_delta_is_the_budgets_or_the_smallest_that_was_planned(ledger: PrivacyLedger) -> None:
+    reserve(ledger)
+    reserve(ledger, run="run-2", plan=local_plan(delta=1e-6))
+    two = [Charge({STEP: 5}, {STEP: 60})] * 2
+    of = {"dataset": "visits", "fingerprint": "f1"}
+    assert ledger.epsilon(**of) == pytest.approx(ledger.epsilon(**of, delta=1e-6))
+    assert ledger.epsilon(**of, delta=1e-4) == pytest.approx(spent(two, 1e-4))
+    assert ledger.epsilon(**of, run="run-1", delta=1e-4) == pytest.approx(epsilon_of_terms({STEP: 5}, 1e-4))
+    ledger.set_budget(PrivacyBudget(9.0, 1e-4))
+    assert ledger.epsilon(**of) == pytest.approx(ledger.epsilon(**of, delta=1e-4))
+    # One run is asked for at what it was planned with.
+    assert ledger.epsilon(**of, run="run-1") == pytest.approx(epsilon_of_terms({STEP: 5}, 1e-6))
+
+
+def test_what_is_left_of_a_run(ledger: PrivacyLedger) -> None:
+    plans = [local_plan(num_rounds=3), local_plan(num_rounds=3, unit="person", noise_multiplier=2.0)]
+    state, asked = ledger._asked("clinic", "run-1", plans[:1])
+    assert (asked.run, asked.plan, asked.steps) == ("run-1", plans[0], {"record": {STEP: 15}})
+    assert asked.planned == {STEP: 15} and state is ledger.state()
+    reserve(ledger, plan=plans[0])
+    ledger.commit(reserve(ledger, plan=plans[0], round=1))
+    assert ledger._asked("clinic", "run-1", plans[:1])[1].steps == {"record": {STEP: 5}}
+    assert ledger._asked("other", "run-1", plans[:1])[1].steps == {"record": {STEP: 15}}
+    assert ledger._asked("clinic", "run-2", plans[:1])[1].steps == {"record": {STEP: 15}}
+    assert ledger._asked("clinic", "run-2", [plans[0]] * 2)[1].steps == {"record": {STEP: 30}}
+    both = ledger._asked("clinic", "run-2", plans)[1]
+    assert both.steps == {"record": {STEP: 15}, "person": {Term(0.05, 2.0): 15}}
+    assert both.planned == {STEP: 15, Term(0.05, 2.0): 15}
+    reserve(ledger, plan=plans[0], round=2)
+    assert ledger._asked("clinic", "run-1", [local_plan(num_rounds=1)])[1].steps == {"record": {}}
+    # What the first release named, whatever is said later.
+    assert ledger._asked("clinic", "run-1", [local_plan(num_rounds=99)])[1].planned == {STEP: 15}
+
+
+def test_a_whole_run_is_looked_at_and_nothing_written(ledger: PrivacyLedger) -> None:
+    plan = local_plan(num_rounds=3)
+    of: dict[str, Any] = {"dataset": "visits", "fingerprint": "f1", "node": "clinic"}
+    reserve(ledger, plan=plan)
+    ledger.set_budget(PrivacyBudget(epsilon_of_terms({STEP: 15}, DELTA) * 1.01, DELTA))
+    rows = ledger.head()
+    ledger.check_run(**of, run="run-1", plans=[plan])
+    with pytest.raises(BudgetExhausted):
+        ledger.check_run(**of, run="run-2", plans=[local_plan(num_rounds=60)])
+    now, then = ledger.outlook(**of, run="run-1", plans=[plan], delta=DELTA)
+    assert now == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
+    assert then == pytest.approx(epsilon_of_terms({STEP: 15}, DELTA))
+    now, then = ledger.outlook(**of, run="run-2", plans=[plan], delta=DELTA)
+    assert now == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
+    assert then == spent([Charge({STEP: 5}, {STEP: 15}), Charge({STEP: 15}, {STEP: 15})], DELTA)
+    fresh = PrivacyLedger(ledger.path.with_name("fresh.sqlite"))
+    assert fresh.outlook(**of, run="run-1", plans=[plan], delta=DELTA) == (
+        0.0, epsilon_of_terms({STEP: 15}, DELTA)
+    )  # fmt: skip
+    assert ledger.head() == rows and not fresh.path.exists()
+
+
+def test_data_with_keys_is_known_by_its_set(ledger: PrivacyLedger) -> None:
+    data = identity(range(5))
+    before = ledger.known_as(data)
+    assert not ledger.secret_path.exists()  # asking makes no secret
+    reserve(ledger, fingerprint=data)
+    reserve(ledger, fingerprint=data, round=1)
+    known = ledger.known_as(data)
+    assert known != before and ledger.known_as("f1") == "f1"
+    kinds = [row.kind for row in rows_of(ledger)]
+    assert kinds == ["secret", "set", "reserved", "reserved"]
+    assert rows_of(ledger)[2].body["fingerprint"] == known
+    assert set(rows_of(ledger)[0].body) == {"check"}
+    assert PrivacyLedger(ledger.path).known_as(data) == known
+    ledger.secret_path.unlink()
+    with pytest.raises(LedgerError):
+        PrivacyLedger.open(ledger.path)
+
+
+def test_a_process_that_knew_the_file_asks_for_it(ledger: PrivacyLedger) -> None:
+    reserve(ledger)
+    ledger.close()
+    for one in ledger.path.parent.glob("clinic.sqlite*"):
+        one.unlink()
+    with pytest.raises(LedgerError, match="cannot be trusted: the file is gone"):
+        ledger.head()
+    reserve(PrivacyLedger(ledger.path), run="another")
+    with pytest.raises(LedgerError, match="row 1, which this process has read, is gone or another"):
+        ledger.head()
+
+
+def test_the_record_that_has_spent_most_counts(ledger: PrivacyLedger) -> None:
+    reserve(ledger, fingerprint=identity(range(5)))
+    plan = local_plan(num_rounds=3)
+    of: dict[str, Any] = {
+        "dataset": "calls", "fingerprint": identity(range(4, 9)), "node": "clinic", "run": "run-2",
+        "plans": [plan],
+    }  # fmt: skip
+    then = spent([Charge({STEP: 5}, {STEP: 60}), Charge({STEP: 15}, {STEP: 15})], DELTA)
+    assert ledger.outlook(**of, delta=DELTA) == (epsilon_of_terms({STEP: 5}, DELTA), then)
+    ledger.set_budget(PrivacyBudget(then * 1.001, DELTA))
+    ledger.check_run(**of)
+    ledger.set_budget(PrivacyBudget(then * 0.999, DELTA))
+    with pytest.raises(BudgetExhausted):
+        ledger.check_run(**of)
+    ledger.check_run(**{**of, "fingerprint": identity(range(5, 9))})  # others, under a new name
+
+
+def test_epsilon_is_that_of_the_record_that_has_spent_most(ledger: PrivacyLedger) -> None:
+    reserve(ledger, fingerprint=identity(range(5)))
+    for round in range(2):
+        reserve(ledger, fingerprint=identity(range(5, 7)), dataset="letters", run="run-2", round=round)
+    of: dict[str, Any] = {"dataset": "calls", "fingerprint": identity(range(4, 9)), "delta": DELTA}
+    assert ledger.epsilon(**of) == pytest.approx(epsilon_of_terms({STEP: 10}, DELTA))
+    assert ledger.epsilon(**of, run="run-1") == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
+
+
+def test_each_release_is_finished_by_itself(ledger: PrivacyLedger) -> None:
+    first, second = reserve(ledger), reserve(ledger, round=1)
+    ledger.commit(first)
+    ledger.commit(second)
+    assert [row.body.get("reservation") for row in rows_of(ledger)] == [None, None, 1, 2]
+
+
+def test_a_budget_is_a_row_and_replaces_a_damaged_file(ledger: PrivacyLedger) -> None:
+    ledger.budget_path.write_text("{")
+    ledger.set_budget(PrivacyBudget(3.0, DELTA))
+    assert [(row.kind, row.run) for row in rows_of(ledger)] == [("budget", None)]
+    assert ledger.budgets() == Budgets(PrivacyBudget(3.0, DELTA), {})

@@ -1,0 +1,466 @@
+"""The report: whole, self-contained, true to the numbers, and alive in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import RecordError, ResourceError
+from fedtune.report.collect import collect
+from fedtune.report.report import Report, report
+from tests.synthetic import PRICING, make_record, write, write_grid
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("runs")
+    write_grid(root, seeds=2, **GRID)
+    return report([root])
+
+
+def numbers(page: Path) -> Any:
+    """The JSON that lies in the page."""
+    found = re.search(
+        r'<script type="application/json" id="numbers">(.*?)</script>', page.read_text(), re.DOTALL
+    )
+    assert found is not None
+    return json.loads(found.group(1))
+
+
+# --- what is the owner's of private data ---------------------------------------------------------
+
+
+def test_times_and_prices_of_private_data_are_shown_to_their_owner_alone(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    published = report([finished[0]], output=tmp_path / "published")
+    (point,) = numbers(published.page)["points"]
+    assert not {"train_seconds", "seconds", "peak_memory_bytes"} & set(point["cost"])
+    assert {"bytes", "flops"} <= set(point["cost"])
+    assert "not declared public" in published.text and "--local" in published.text
+    own = report([finished[0]], output=tmp_path / "published", local=True)
+    (point,) = numbers(own.page)["points"]
+    assert {"train_seconds", "seconds", "flops"} <= set(point["cost"])
+    files = (own.page, own.picture, own.csv, own.parquet)
+    assert all(path.name.startswith("local-") and not path.stat().st_mode & 0o077 for path in files)
+    assert not {"train_seconds", "seconds"} & set(numbers(published.page)["points"][0]["cost"])
+    assert "Not for publication" in own.text and "(not for publication)</title>" in own.page.read_text()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_everything_is_written_and_said(made: Report) -> None:
+    assert made.page.parent == made.picture.parent == made.csv.parent
+    assert made.picture.read_bytes().startswith(b"\x89PNG") and made.picture.stat().st_size > 20_000
+    assert "24 runs of 12 configurations" in made.text and "Choose epsilon" in made.text
+    assert "at delta" in made.text and "over all 18 private runs of this report" in made.text
+    assert not list(made.page.parent.glob(".*.part"))
+
+
+def test_the_page_needs_nothing_else(made: Report) -> None:
+    text = made.page.read_text()
+    assert made.page.stat().st_size < 500_000
+    assert set(re.findall(r"https?://[^\"' )]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert re.findall(r"(?:src|href)=\"([^\"]*)\"", text) == ["data:,"]
+    assert "@import" not in text and "url(" not in text and "%NUMBERS%" not in text
+
+
+def test_csv_and_parquet_have_the_same_rows(made: Report) -> None:
+    import pyarrow.parquet as pq
+
+    with made.csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    table = pq.read_table(made.parquet).to_pylist()
+    assert len(rows) == len(table) == 12
+    for row, other in zip(rows, table, strict=True):
+        assert list(row) == list(other)
+        assert row["configuration"] == other["configuration"] and row["command"].startswith("fedtune run -m ")
+        assert math.isclose(float(row["accuracy"]), other["accuracy"])
+        private = row["private"] == "True"
+        assert private == other["private"] == (row["epsilon"] != "") == (other["epsilon"] is not None)
+        assert row["delta"] or not private, "no epsilon without its delta"
+    assert sum(row["non_dominated_epsilon"] == "True" for row in rows) >= 3
+
+
+def test_numbers_in_the_page_are_those_of_the_records(made: Report) -> None:
+    data = numbers(made.page)
+    found = collect([made.page.parent])
+    assert sum(len(point["runs"]) for point in data["points"]) == len(found.runs)
+    point = next(p for p in data["points"] if p["set"] == {
+        "model.quantization": "nf4", "privacy.trust": "local", "privacy.epsilon": 2.0})  # fmt: skip
+    mine = [run for run in found.runs if run.config["privacy"]["epsilon"] == 2.0]
+    mine = [run for run in mine if run.config["model"]["quantization"] == "nf4"]
+    assert point["acc"][2] == len(mine) == 2
+    assert math.isclose(point["acc"][0], sum(run.accuracy or 0 for run in mine) / 2, rel_tol=1e-5)
+    assert len(point["runs"][0]["curve"]) == 6 and set(point["sites"]) == {
+        "editorials",
+        "movies",
+        "products",
+        "tweets",
+    }
+    assert {**data["base"], **point["set"]}.keys() >= {"train.learning_rate", "privacy.max_grad_norm"}
+    (group,) = data["groups"]
+    assert (
+        group["promise"].startswith("Epsilon ")
+        and "delta" in group["promise"]
+        and "unit record" in group["promise"]
+    )
+    assert group["tuning"]["alone"] < group["tuning"]["composed"] and group["tuning"]["best_of"] is None
+
+
+def test_texts_from_records_cannot_end_the_script(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    write(tmp_path / "0", make_record(dataset=evil))
+    text = report([tmp_path]).page.read_text()
+    assert evil not in text and text.count("</script>") == 2
+    assert evil in numbers(tmp_path / "report.html")["groups"][0]["name"]
+
+
+def test_other_prices(tmp_path: Path) -> None:
+    write(tmp_path / "0", make_record())
+    before = numbers(report([tmp_path]).page)
+    after = numbers(report([tmp_path], ["pricing=edge"], tmp_path / "deep" / "er").page)
+    assert before["book"].startswith("cloud_cpu") and after["book"].startswith("edge")
+    assert before["points"][0]["cost"]["money"] != after["points"][0]["cost"]["money"]
+    assert after["command"].endswith("pricing=edge")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    write(tmp_path / "0", make_record())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResourceError, match="--output"):
+        report([tmp_path], [], tmp_path / "file")
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"no record\.json"):
+        report([tmp_path])
+    assert list(tmp_path.iterdir()) == []
+
+
+CASES = "one run, no privacy, no accuracy, no price, no rounds, no sites, two data sets, private selection, search"
+
+
+@pytest.mark.parametrize("case", CASES.split(", "))
+def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None:
+    first, second = make_record(), make_record(seed=1)
+    if case == "no privacy":
+        first, second = make_record(epsilon=None), make_record(epsilon=None, seed=1)
+    if case == "no accuracy":
+        first["metrics"]["accuracy"] = second["metrics"]["accuracy"] = None
+    if case == "no price":
+        first["cost"]["pricing"] = second["cost"]["pricing"] = None
+        first["cost"]["money"] = second["cost"]["money"] = None
+    if case == "no rounds":
+        first["metrics"]["by_round"] = second["metrics"]["by_round"] = []
+    if case == "no sites":
+        first["metrics"]["per_site"] = second["metrics"]["per_site"] = {}
+    if case == "two data sets":
+        second = make_record(dataset="tickets")
+    if case == "private selection":
+        kept = {"private_selection": {"mean": 5.0, "shape": None, "trials": 2}}
+        (tmp_path / "sweep.json").write_text(json.dumps(kept))
+    if case == "search":
+        (tmp_path / "sweep.json").write_text(json.dumps({"search": {"identity": {"searched": ["seed=0,1"]}}}))
+    write(tmp_path / "0", first)
+    if case != "one run":
+        write(tmp_path / "1", second)
+    made = report([tmp_path])
+    data = numbers(made.page)
+    assert made.picture.stat().st_size > 5_000
+    if case == "two data sets":
+        assert len(data["groups"]) == 2 and any("2 different questions" in note for note in data["notes"])
+    if case == "no price":
+        assert any("Money is left out" in note for note in data["notes"])
+    if case == "no privacy":
+        assert data["groups"][0]["tuning"] is None and "epsilon is infinite" in made.text
+    if case == "private selection":
+        assert data["groups"][0]["tuning"]["best_of"] > data["groups"][0]["tuning"]["alone"]
+    if case == "search":
+        assert "2 of them chosen by a search" in made.text
+        assert data["groups"][0]["tuning"]["search"].startswith("These runs were chosen by a search")
+    if BROWSER and case in ("no accuracy", "two data sets", "search"):
+        seen = in_browser(made.page, "return document.body.innerText")
+        assert seen["errors"] == []
+        assert ("a search chose these" in seen["value"]) is (case == "search")
+
+
+def test_reproducible_noise_is_shown(tmp_path: Path) -> None:
+    made = make_record()
+    made["privacy"]["reproducible_noise"] = True
+    write(tmp_path, made)
+    text = report([tmp_path]).text
+    assert "protects nobody" in text and "drew their noise from the seed" in text
+
+
+# --- size and time -------------------------------------------------------------------------------
+
+
+def test_a_thousand_records(tmp_path: Path) -> None:
+    axes: dict[str, list[Any]] = {
+        "epsilon": [0.5, 1.0, 2.0, 4.0, 8.0],
+        "quantization": ["none", "int8", "nf4"],
+        "adapter": ["lora", "ffa_lora", "head", "bitfit"],
+        "train__learning_rate": [0.0005, 0.001, 0.002, 0.004],
+    }
+    assert write_grid(tmp_path, seeds=5, **axes) == 1200
+    start = time.process_time()
+    made = report([tmp_path])
+    assert time.process_time() - start < 10.0
+    assert made.page.stat().st_size < 2_000_000
+
+
+@pytest.mark.slow
+def test_ten_thousand_runs(tmp_path: Path) -> None:
+    text = json.dumps(make_record(curve=False))
+    for i in range(10_000):
+        folder = tmp_path / str(i // 100) / str(i)
+        folder.mkdir(parents=True)
+        changed = re.sub(
+            r'"learning_rate": [0-9.]+', f'"learning_rate": {1e-4 * (i // 10 + 1):.4f}', text, count=1
+        )
+        identity = re.sub(r'"id": "\w+"', f'"id": "{i:016x}"', changed, count=1)
+        (folder / "record.json").write_text(identity)
+    start = time.process_time()
+    made = report([tmp_path])
+    assert time.process_time() - start < 60.0
+    assert made.page.stat().st_size < 10_000_000 and "10,000 runs of 1,000 configurations" in made.text
+
+
+# --- in a real browser ---------------------------------------------------------------------------
+
+# Scripts are written as they are read, however long their lines get.
+# ruff: noqa: E501
+HARNESS = """
+<script>
+window.errors = [];
+addEventListener("error", (event) => errors.push(String(event.message)));
+addEventListener("unhandledrejection", (event) => errors.push(String(event.reason)));
+for (const kind of ["error", "warn"]) console[kind] = (...words) => errors.push(words.join(" "));
+</script>
+"""
+
+
+def in_browser(page: Path, script: str, width: int = 1100) -> Any:
+    """What `script` returns in the loaded page, with the errors on its console."""
+    act = f"""<script>
+    addEventListener("load", () => setTimeout(() => {{
+      let value = null;
+      try {{ value = (() => {{ {script} }})(); }} catch (error) {{ errors.push("test: " + error.stack); }}
+      const out = document.createElement("pre");
+      out.id = "results";
+      out.textContent = JSON.stringify({{ value, errors }});
+      document.body.append(out);
+    }}, 100));
+    </script>"""
+    text = page.read_text().replace("<head>", "<head>" + HARNESS, 1).replace("</body>", act + "</body>", 1)
+    copy = page.with_name("under-test.html")
+    copy.write_text(text)
+    assert BROWSER is not None
+    done = subprocess.run(
+        [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-component-update",
+            "--disable-background-networking", "--disable-sync", f"--user-data-dir={page.parent / 'browser'}",
+            f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", copy.as_uri(),
+        ],
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    found = re.search(r'<pre id="results">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert found is not None, done.stderr[-2000:]
+    import html
+
+    return json.loads(html.unescape(found.group(1)))
+
+
+ACTIONS = """
+const rows = () => [...document.querySelectorAll("#table tbody tr.row")].map((row) => row.innerText.replace(/\\s+/g, " "));
+const type = (id, text) => { const box = document.getElementById(id); box.value = text; box.dispatchEvent(new Event("input")); };
+const found = {};
+found.title = document.getElementById("title").textContent;
+found.advice = document.getElementById("advice-text").textContent;
+found.promise = document.getElementById("promise").textContent;
+found.wide = document.documentElement.scrollWidth <= innerWidth;
+found.marks = document.querySelectorAll("#frontier .mark").length;
+found.costs = [...document.querySelectorAll("#costs figure")].map((figure) => [figure.dataset.cost, figure.querySelectorAll(".mark").length]);
+found.sites = document.querySelectorAll("#sites polyline").length;
+found.curves = document.querySelectorAll("#curves polyline").length;
+found.cards = [...document.querySelectorAll("#tuning .number")].map((card) => card.textContent);
+found.tuning = document.getElementById("tuning").innerText;
+found.adoption = document.getElementById("adoption-text").textContent;
+found.ticks = [...document.querySelectorAll("#costs svg")].map((svg) => [...svg.querySelectorAll('text[text-anchor="middle"]')].map((text) => text.textContent));
+found.heads = [...document.querySelectorAll("#table thead button")].map((button) => button.textContent);
+const drawn = () => document.querySelector("#frontier svg").getAttribute("viewBox").split(" ")[2];
+found.onScreen = drawn();
+dispatchEvent(new Event("beforeprint"));
+found.onPaper = drawn();
+dispatchEvent(new Event("afterprint"));
+found.onScreenAgain = drawn();
+found.rows = rows();
+const click = (key) => document.querySelector(`#table button[data-key="${key}"]`).click();
+click("money");
+found.byMoney = [...document.querySelectorAll("#table tbody tr.row")].map((row) => row.id);
+found.sortMark = document.querySelector("th[aria-sort=ascending]").innerText.trim();
+click("money");
+found.byMoneyDown = [...document.querySelectorAll("#table tbody tr.row")].map((row) => row.id);
+type("search", "nf4 epsilon=1.96");
+found.searched = rows();
+type("search", "no such thing");
+found.nothing = rows();
+type("search", "");
+document.getElementById("only-best").click();
+found.best = rows().length;
+document.getElementById("only-best").click();
+document.querySelector("#table .open").click();
+found.detail = document.querySelector("tr.detail").innerText;
+const mark = document.querySelector("#frontier .mark");
+mark.dispatchEvent(new PointerEvent("pointerenter"));
+found.tip = document.getElementById("tip").innerText;
+mark.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+found.opened = document.getElementById("row-" + mark.dataset.id).nextElementSibling.className;
+const axis = document.querySelector('#parallel rect[data-axis="acc"]');
+axis.setPointerCapture = () => {};
+const box = axis.getBoundingClientRect();
+const drag = (kind, share) => axis.dispatchEvent(new PointerEvent(kind, { clientX: box.left + 5, clientY: box.top + share * box.height, pointerId: 1, bubbles: true }));
+drag("pointerdown", 0.02); drag("pointermove", 0.2); drag("pointerup", 0.35);
+found.filtered = document.getElementById("filtered").textContent;
+found.marksLeft = document.querySelectorAll("#frontier .mark").length;
+found.rowsLeft = rows().length;
+document.getElementById("reset").click();
+found.marksAgain = document.querySelectorAll("#frontier .mark").length;
+type("want-money", "1000");
+found.adoptionRich = document.getElementById("adoption-text").textContent;
+type("want-accuracy", "99.9");
+found.adoptionGood = document.getElementById("adoption-text").textContent;
+return found;
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(made: Report) -> Any:
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine")
+    return in_browser(made.page, ACTIONS)
+
+
+def test_no_errors_on_the_console(seen: Any) -> None:
+    assert seen["errors"] == []
+
+
+def test_everything_is_drawn(seen: Any, made: Report) -> None:
+    value, data = seen["value"], numbers(made.page)
+    assert value["title"].endswith("opinions, 2 labels")
+    assert value["advice"] == data["groups"][0]["advice"] and value["promise"] == data["groups"][0]["promise"]
+    assert value["marks"] == 12 and value["sites"] == 4 and len(value["rows"]) == 12
+    assert dict(value["costs"])["money"] == 12 and len(value["costs"]) >= 5
+    assert value["curves"] >= 4
+    assert value["wide"], "the page does not scroll sideways"
+
+
+def test_the_three_epsilons_are_shown(seen: Any, made: Report) -> None:
+    tuning = numbers(made.page)["groups"][0]["tuning"]
+    alone, composed, best_of = seen["value"]["cards"]
+    assert float(alone.split()[1]) == pytest.approx(tuning["alone"], rel=1e-2)
+    assert float(composed.split()[1]) == pytest.approx(tuning["composed"], rel=1e-2)
+    assert best_of == "–" and "not the whole truth" in seen["value"]["tuning"]
+
+
+def test_sorting(seen: Any, made: Report) -> None:
+    value = seen["value"]
+    amounts = {f"row-{p['id']}": p["cost"]["money"][0] for p in numbers(made.page)["points"]}
+    assert value["byMoney"] == sorted(amounts, key=lambda row: amounts[row])
+    assert value["byMoneyDown"] == value["byMoney"][::-1]
+    assert value["sortMark"].startswith("money")
+
+
+def test_filtering(seen: Any) -> None:
+    value = seen["value"]
+    assert len(value["searched"]) == 1 and "nf4" in value["searched"][0] and "1.96" in value["searched"][0]
+    assert value["nothing"] == []
+    assert 3 <= value["best"] < 12
+    assert value["marksLeft"] == value["rowsLeft"] < 12 == value["marksAgain"]
+    assert value["filtered"] == f"{value['marksLeft']} of 12 configurations pass the filters."
+
+
+def test_a_row_opens_its_configuration_and_command(seen: Any) -> None:
+    detail = seen["value"]["detail"]
+    assert "fedtune run -m" in detail and "seed=0,1" in detail
+    assert "privacy.max_grad_norm=1" in detail and "train.learning_rate=" in detail
+    assert seen["value"]["opened"] == "detail", "a mark opens its row"
+    assert "accuracy" in seen["value"]["tip"] and (
+        "delta" in seen["value"]["tip"] or "no privacy" in seen["value"]["tip"]
+    )
+
+
+def test_adoption_on_the_page_is_what_python_counts(seen: Any, made: Report) -> None:
+    start, value = numbers(made.page)["groups"][0]["adoption"], seen["value"]
+    today, cheaper, compressed = start["by_price"][0], start["by_price"][4], start["by_compute"][4]
+    text = value["adoption"]
+    assert f"; {today} of them cost no more than " in text and "at epsilon" in text
+    assert f"fall by 70 percent, {cheaper} do" in text and f"same accuracy, {compressed} do" in text
+    good = int(text.split()[0])
+    assert (
+        value["adoptionRich"].startswith(f"{good} of ") and f"; {good} of them cost" in value["adoptionRich"]
+    )
+    assert value["adoptionGood"].startswith("0 of ")
+
+
+def test_numbers_on_an_axis_differ(seen: Any) -> None:
+    assert len(seen["value"]["ticks"]) >= 5
+    for texts in seen["value"]["ticks"]:
+        assert texts and len(set(texts)) == len(texts), texts
+
+
+def test_the_table_begins_with_epsilon_and_accuracy(seen: Any) -> None:
+    assert seen["value"]["heads"][:3] == ["epsilon", "accuracy", "quantization"]
+
+
+def test_on_paper_charts_are_drawn_for_a_sheet(seen: Any) -> None:
+    value = seen["value"]
+    assert value["onPaper"] == "690" != value["onScreen"] == value["onScreenAgain"]
+
+
+def test_it_fits_a_phone(made: Report) -> None:
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine")
+    script = "return [document.documentElement.scrollWidth, innerWidth, document.querySelector('#frontier svg').getBoundingClientRect().width, document.querySelector('#frontier svg').textContent]"
+    seen = in_browser(made.page, script, width=500)
+    wide, window, chart, text = seen["value"]
+    assert seen["errors"] == [] and wide <= window and chart <= window
+    assert "none" in text, "the place without privacy has its name, however narrow the page is"
+
+
+def test_missing_price_of_one_run(tmp_path: Path) -> None:
+    import dataclasses
+
+    write(tmp_path / "0", make_record())
+    write(tmp_path / "1", make_record(seed=1, pricing=dataclasses.replace(PRICING, device_hour=-1.0)))
+    made = report([tmp_path])
+    assert "money" not in numbers(made.page)["points"][0]["cost"]
+
+
+def test_a_thousand_configurations_stay_light(tmp_path: Path) -> None:
+    """What makes a page scroll smoothly: few elements, however many points."""
+    if BROWSER is None:
+        pytest.skip("no chromium on this machine")
+    rates = [1e-4 * i for i in range(1, 68)]
+    axes = {"epsilon": [0.5, 1.0, 2.0, 4.0, 8.0], "quantization": ["none", "int8", "nf4"]}
+    assert write_grid(tmp_path, seeds=1, **axes, train__learning_rate=rates) == 1005
+    script = (
+        "return [document.querySelectorAll('*').length, document.querySelectorAll('#table tr.row').length]"
+    )
+    seen = in_browser(report([tmp_path]).page, script)
+    elements, rows = seen["value"]
+    assert seen["errors"] == [] and rows == 200 and elements < 10_000

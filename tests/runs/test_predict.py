@@ -1,0 +1,120 @@
+"""Predictions are those of the saved adapter, and a folder that cannot predict says why."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from fedtune.errors import DataError, RecordError
+from fedtune.runs import record as records
+from fedtune.runs.predict import predict, show
+
+TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
+
+
+def test_a_text_has_a_label_and_probabilities_that_sum_to_one(finished: tuple[Path, str]) -> None:
+    found = predict(finished[0], TEXTS)
+    assert [one["text"] for one in found] == TEXTS
+    for one in found:
+        assert sum(one["probabilities"].values()) == pytest.approx(1.0, abs=1e-6)
+        assert one["label"] == max(one["probabilities"], key=one["probabilities"].get)
+        assert one["probability"] == one["probabilities"][one["label"]]
+    json.dumps(found)
+
+
+def test_they_do_not_depend_on_what_else_is_asked(finished: tuple[Path, str]) -> None:
+    together = predict(finished[0], TEXTS * 20)
+    for number, text in enumerate(TEXTS):
+        (alone,) = predict(finished[0], [text])
+        assert together[number]["probability"] == pytest.approx(alone["probability"], abs=1e-5)
+
+
+def test_they_are_those_of_the_run_itself(finished: tuple[Path, str]) -> None:
+    """The accuracy that the record claims, from the saved folder and the test texts."""
+    from fedtune.config.loader import read_config
+    from fedtune.data.sources.load import load_corpus
+
+    folder = finished[0]
+    config, made = read_config(folder), records.read(folder)
+    _, test = load_corpus(config.data, config.seed)
+    found = predict(folder, test.texts)
+    right = np.mean([one["label"] == test.label_names[y] for one, y in zip(found, test.labels, strict=True)])
+    assert right == pytest.approx(made["metrics"]["accuracy"])
+    chosen = [one["probabilities"][test.label_names[y]] for one, y in zip(found, test.labels, strict=True)]
+    assert -np.mean(np.log(chosen)) == pytest.approx(made["metrics"]["loss"], abs=1e-4)
+
+
+def test_a_record_file_will_do_for_its_folder(finished: tuple[Path, str]) -> None:
+    assert predict(finished[0] / "record.json", TEXTS[:1]) == predict(finished[0], TEXTS[:1])
+
+
+def test_a_moved_folder_still_predicts(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "moved")
+    assert predict(tmp_path / "moved", TEXTS) == predict(finished[0], TEXTS)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["fine", "  \n"]])
+def test_no_text_is_refused(finished: tuple[Path, str], texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"text"):
+        predict(finished[0], texts)
+
+
+def test_a_model_of_pairs_does_not_judge_one_text(finished: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(finished[0], tmp_path / "pairs")
+    written = json.loads((tmp_path / "pairs" / "record.json").read_text())
+    written["config"]["data"]["text_pair"] = "hypothesis"
+    (tmp_path / "pairs" / "record.json").write_text(json.dumps(written))
+    with pytest.raises(DataError, match=r"pairs of texts \(data\.text_pair=hypothesis\)"):
+        predict(tmp_path / "pairs", TEXTS)
+
+
+def test_folders_that_cannot_predict_say_why(finished: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="There is no"):
+        predict(tmp_path / "nowhere", TEXTS)
+    with pytest.raises(RecordError, match="not the folder of a run"):
+        predict(tmp_path, TEXTS)
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "adapter")
+    with pytest.raises(RecordError, match="no adapter"):
+        predict(folder, TEXTS)
+    (folder / "record.json").unlink()
+    with pytest.raises(RecordError, match="not finished"):
+        predict(folder, TEXTS)
+
+
+def shown(predictions: list[dict[str, Any]]) -> str:
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    show(predictions, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_has_a_line_a_text() -> None:
+    one = {"text": "a [b]day[/b]", "label": "p", "probability": 0.75, "probabilities": {"n": 0.25, "p": 0.75}}
+    text = shown([one, one])
+    assert len(text.splitlines()) == 3
+    assert "0.750" in text and "a [b]day[/b]" in text  # what looks like markup is text
+
+
+def test_with_many_labels_the_next_best_are_shown() -> None:
+    probabilities = {"a": 0.1, "b": 0.6, "c": 0.2, "d": 0.05, "e": 0.05}
+    text = shown([{"text": "t", "label": "b", "probability": 0.6, "probabilities": probabilities}])
+    assert "c 0.200, a 0.100" in text and "0.050" not in text
+
+
+def test_labels_and_texts_of_any_length_fit() -> None:
+    one = {
+        "text": "word " * 80,
+        "label": "l" * 50,
+        "probability": 1.0,
+        "probabilities": {"l" * 50: 1.0, "n": 0.0},
+    }
+    assert all(len(line) <= 80 for line in shown([one]).splitlines())
