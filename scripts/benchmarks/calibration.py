@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from fedtune.privacy.accounting import epsilon as accounting
-from fedtune.privacy.accounting import step_losses
+from fedtune.privacy.accounting import pld
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from scripts.benchmarks.common import write
@@ -29,7 +29,7 @@ SETTINGS = (
 def _forgotten() -> None:
     """As in a new process, whose accountant has seen nothing."""
     accounting._epsilon.cache_clear()
-    step_losses.step_distribution.cache_clear()
+    pld.step_distribution.cache_clear()
 
 
 def _ours(target: float, delta: float, rate: float, steps: int) -> dict[str, Any]:

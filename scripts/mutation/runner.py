@@ -34,7 +34,7 @@ _LONGEST = 15.0  # seconds: tests that take longer under the tracer are left out
 # Whose tests are a module's own, where the file is not called as the module.
 _OWN = {
     "budget_file": "ledger", "chain": "ledger",
-    "checks": "plan", "planning": "plan", "step_losses": "losses", "statement_text": "statement",
+    "checks": "plan", "planning": "plan", "statement_text": "statement",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import epsilon as accounting
 from fedtune.privacy.accounting.cache import kept
 from fedtune.privacy.accounting.epsilon import Term
-from fedtune.privacy.accounting.step_losses import width
+from fedtune.privacy.accounting.pld import width
 
 __all__ = ["MAX_NOISE_MULTIPLIER", "MIN_NOISE_MULTIPLIER", "noise_multiplier_for"]
 

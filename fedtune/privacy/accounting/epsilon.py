@@ -40,7 +40,6 @@ __all__ = [
     "Term",
     "compose_terms",
     "conversions",
-    "delta_of",
     "deltas_of_terms",
     "epsilon_of",
     "epsilon_of_terms",
@@ -143,16 +142,6 @@ def epsilon_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
     if terms is None:
         return math.inf
     return _epsilon(_key(terms), float(delta))
-
-
-def delta_of(event: DpEvent, epsilon: float) -> float:
-    """Upper bound on delta of `event` at `epsilon` (at least 0); 1.0 if it has no privacy."""
-    if math.isnan(epsilon) or epsilon < 0.0:
-        raise PrivacyError(f"epsilon must be 0 or more, not {epsilon}.")
-    terms = terms_of(event)
-    if terms is None:
-        return 1.0
-    return float(deltas_of_terms(terms, np.array([epsilon]))[0])
 
 
 def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resolution: int = 5000) -> FloatArray:

@@ -12,6 +12,13 @@ from fedtune.privacy.accounting import cache
 from fedtune.privacy.accounting.cache import kept
 
 
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of a session before: the suite's own cache outlives it."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
 def test_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

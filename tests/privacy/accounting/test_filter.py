@@ -29,7 +29,7 @@ from fedtune.privacy.accounting.filter import (
     renyi_of_terms,
     spent,
 )
-from fedtune.privacy.accounting.step_losses import step_distribution
+from fedtune.privacy.accounting.pld import step_distribution
 
 BUDGETS = list(itertools.product((0.1, 1.0, 3.0, 8.0), (1e-7, 1e-5, 1e-3)))
 

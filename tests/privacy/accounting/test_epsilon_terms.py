@@ -21,7 +21,6 @@ from fedtune.privacy.accounting.epsilon import (
     _key,
     _scale_guess,
     conversions,
-    delta_of,
     deltas_of_terms,
     epsilon_of,
     epsilon_of_terms,
@@ -30,7 +29,7 @@ from fedtune.privacy.accounting.epsilon import (
     epsilon_rdp_of_terms,
     terms_of,
 )
-from tests.privacy.accounting.test_accounting import analytic_gaussian
+from tests.privacy.accounting.test_epsilon import analytic_gaussian, delta_of
 
 FREE = [
     dp.NoOpDpEvent(),
