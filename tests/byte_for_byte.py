@@ -213,7 +213,7 @@ def forget_data() -> None:
     from fedtune.data.prepare import clear_cache
     from fedtune.federation import resources as resident
 
-    resident._workplaces.clear()
+    resident._resources.clear()
     clear_cache()
 
 

@@ -32,8 +32,8 @@ from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import DataError
-from fedtune.federation.resources import workplace
-from fedtune.federation.server.descent import server_optimizer
+from fedtune.federation.resources import run_resources
+from fedtune.federation.server.optimizers import server_optimizer
 from fedtune.federation.server.rounds import ClippedUpdates
 from fedtune.models.classifier import AdaptedModel
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -156,14 +156,14 @@ def watch(
             "An audit of the model trains on test data that is declared public, and this run has none: it "
             "would train on private records, uncharged. Audit the mechanism instead (leave --model out)."
         )
-    place = workplace(config)
+    resources = run_resources(config)
     public = InputCanaries.draw(
-        place.prepared.test, min(canaries, _INPUT_CANARIES), _BACKGROUND, plan.declared_size, rng
+        resources.prepared.test, min(canaries, _INPUT_CANARIES), _BACKGROUND, plan.declared_size, rng
     )
     # However many steps a node takes by itself: under `distributed` it takes the plan's one.
     steps = plan.training_steps if plan.trust == "central" else plan.local_steps
     train = dataclasses.replace(config.train, local_steps=steps)
-    with place.using_model() as model:
+    with resources.using_model() as model:
         blocks = [int(np.prod(shape)) for _, shape in model.layout()]
         count = min(canaries, model.num_parameters // 2)
         gradient = GradientCanaries.spread(count, model.num_parameters, rng, blocks)

@@ -23,7 +23,7 @@ from fedtune.errors import ConfigError, FedtuneError
 if TYPE_CHECKING:
     from fedtune.config.launch import Job
     from fedtune.config.schema import Config
-    from fedtune.federation.events import Judge
+    from fedtune.federation.events import StopRule
 
 __all__ = ["main"]
 
@@ -283,7 +283,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> in
 def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
     from fedtune.sweeps.sweep import run_sweep
 
-    def start(config: Config, title: str, judge: Judge | None, alone: bool) -> Path:
+    def start(config: Config, title: str, stop_rule: StopRule | None, alone: bool) -> Path:
         from rich.console import Console
 
         from fedtune.runs import run
@@ -293,7 +293,7 @@ def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
             _quiet_libraries(debug)  # one process of several
         console = Console(highlight=False, quiet=not alone, force_terminal=None if alone else False)
         view = Display(title, unit=config.privacy.unit, brief=True, console=console)
-        return run.run(config, view=view, judge=judge)
+        return run.run(config, view=view, stop_rule=stop_rule)
 
     def describe(error: Exception) -> str:
         if debug and not isinstance(error, FedtuneError):

@@ -188,9 +188,9 @@ def _tell(
 
 
 def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
-    """A node's message, or an error in its place if it greets by another name than its key is enrolled for.
+    """A node's message, or an error in its place if it answers by another name than its key is enrolled for.
 
-    A node names itself in its greeting; a site that took another's name would take its place in a run.
+    A node names itself in its hello; a site that took another's name would take its place in a run.
     """
     from flwr.app.error import Error
     from flwr.app.message import make_message

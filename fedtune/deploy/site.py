@@ -268,11 +268,11 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     Raises DataError, ModelError or ResourceError if the node could not take part at all.
     """
     from fedtune.federation.client.release import releases_of
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
     from fedtune.privacy.planning import make_plan
 
     try:
-        shard = workplace(site.own(asked)).prepared.shards[0]
+        shard = run_resources(site.own(asked)).prepared.shards[0]
     except DataError as error:
         # The reason that the server is not told; here is its owner.
         raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None

@@ -273,11 +273,11 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     """
     from fedtune.config.convert import to_json
     from fedtune.federation.client.app import app
-    from fedtune.federation.resources import forget, tally, workplace
+    from fedtune.federation.resources import forget, run_resources, training_usage
     from fedtune.federation.server.loop import run_rounds
 
-    before = (tally.seconds, tally.flops)
-    num_nodes = len(workplace(config).prepared.shards)
+    before = (training_usage.seconds, training_usage.flops)
+    num_nodes = len(run_resources(config).prepared.shards)
     grid = LocalGrid(
         app,
         num_nodes,
@@ -293,7 +293,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
                 run_dir,
                 observer,
                 expected_nodes=num_nodes,
-                usage=lambda: (tally.seconds - before[0], tally.flops - before[1]),
+                usage=lambda: (training_usage.seconds - before[0], training_usage.flops - before[1]),
             )
     finally:
         grid.close()

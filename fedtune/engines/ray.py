@@ -102,10 +102,10 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     from flwr.simulation import run_simulation
 
     from fedtune.config.convert import to_json
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
     from fedtune.federation.server.loop import run_rounds
 
-    num_nodes = len(workplace(config).prepared.shards)
+    num_nodes = len(run_resources(config).prepared.shards)
     outcome: list[FederationResult | BaseException] = []
     stop, ended = threading.Event(), threading.Event()
 

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedtune.errors import FederationError, UpdateRejected
-from fedtune.federation.messages import VERSION, only_records, read_config, through_door
+from fedtune.federation.messages import VERSION, only_records, publishable_record, read_config
 
 __all__ = ["EVALUATION_KEYS", "EvaluationReply"]
 
@@ -63,7 +63,7 @@ class EvaluationReply:
             "refusal": self.refusal or "",
             "error": (self.error or "")[:_MAX_TEXT],
         }
-        return RecordDict({"evaluation": through_door("evaluation", values)})
+        return RecordDict({"evaluation": publishable_record("evaluation", values)})
 
     @classmethod
     def from_records(

@@ -4,7 +4,7 @@ The server loop calls an `Observer`; a live display, a log or a test is one. Wha
 over the wire under the plan, or measured by the server itself: who shows them to others than the owner of the
 data puts them through `fedtune.privacy.publication` first, which holds back what was measured. An
 observer must not change the run, but for one thing: `on_round` may say why the run should end here, as a
-search that gives up a bad trial does (`Judged`). One that raises is told of once and not called again.
+search that gives up a bad trial does (`StoppingObserver`). One that raises is logged and not called again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ __all__ = [
     "PRUNED",
     "Dropped",
     "FederationResult",
-    "Judge",
-    "Judged",
     "NodeInfo",
     "NullObserver",
     "Observer",
     "Observers",
     "RoundSummary",
     "SafeObserver",
+    "StopRule",
+    "StoppingObserver",
 ]
 
 _log = logging.getLogger(__name__)
@@ -181,23 +181,23 @@ class NullObserver:
         """Nothing."""
 
 
-Judge = Callable[[RoundSummary], str | None]
+StopRule = Callable[[RoundSummary], str | None]
 
 
-class Judged:
-    """Passes everything on to `observer`, and lets `judge` say after each round whether to go on."""
+class StoppingObserver:
+    """Passes everything on to `observer`, and lets `rule` say after each round whether to go on."""
 
-    def __init__(self, observer: Observer, judge: Judge) -> None:
-        self._observer, self._judge = observer, judge
+    def __init__(self, observer: Observer, rule: StopRule) -> None:
+        self._observer, self._rule = observer, rule
 
     def on_start(self, info: dict[str, Any]) -> None:
         """See `Observer`."""
         self._observer.on_start(info)
 
     def on_round(self, summary: RoundSummary) -> str | None:
-        """Why the run should end here: what the judge says, or else the observer."""
+        """Why the run should end here: what the rule says, or else the observer."""
         said = self._observer.on_round(summary)
-        return self._judge(summary) or said
+        return self._rule(summary) or said
 
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""

@@ -16,7 +16,7 @@ reports no seconds of private data (0.0 stands for them), and of public data `co
 25 percent steps. When an answer arrives the server sees all the same: the timing of answers is outside of
 epsilon, as the privacy statement says. For a node that
 minds, `answer-after` in its node configuration holds every answer back until that many seconds after
-the request came in (see `fedtune.federation.client.release.hold_back`).
+the request came in (see `fedtune.federation.client.release.delay_answer`).
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ __all__ = [
     "check_update",
     "coarse_seconds",
     "only_records",
+    "publishable_record",
     "read_config",
     "read_plan",
-    "through_door",
 ]
 
 VERSION = 1
@@ -131,7 +131,7 @@ def _vector(content: RecordDict, name: str, what: str) -> np.ndarray:
     return vector
 
 
-def through_door(sink: str, values: Mapping[str, Any], *, public_data: bool = False) -> ConfigRecord:
+def publishable_record(sink: str, values: Mapping[str, Any], *, public_data: bool = False) -> ConfigRecord:
     """A ConfigRecord of what may leave of `values` (`fedtune.privacy.publication`)."""
     return ConfigRecord(publish(sink, values, public_data=public_data)[0])
 
@@ -189,12 +189,12 @@ class NodeHello:
             "idle": self.idle,
             "delta": self.delta,
         }
-        return RecordDict({"hello": through_door("hello", values)})
+        return RecordDict({"hello": publishable_record("hello", values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> NodeHello:
         """Raises FederationError if anything is missing, unknown or of another type."""
-        what = "A node's greeting"
+        what = "A node's hello"
         only_records(content, {"hello"}, what)
         values = read_config(content, "hello", HELLO_KEYS, what)
         values.pop("version")
@@ -234,7 +234,7 @@ class RoundRequest:
             "plan": json.dumps(self.plan.to_json(), sort_keys=True),
         }
         adapter = _arrays("adapter", self.adapter)
-        return RecordDict({"adapter": adapter, "request": through_door("request", values)})
+        return RecordDict({"adapter": adapter, "request": publishable_record("request", values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> RoundRequest:
@@ -290,7 +290,7 @@ class RoundReply:
             "refusal": self.refusal or "",
             "error": (self.error or "")[:_MAX_TEXT],
         }
-        records: dict[str, Any] = {"reply": through_door("reply", values, public_data=public_data)}
+        records: dict[str, Any] = {"reply": publishable_record("reply", values, public_data=public_data)}
         if self.update is not None:
             records["update"] = _arrays("update", self.update)
         return RecordDict(records)

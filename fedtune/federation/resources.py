@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from fedtune.models.classifier import AdaptedModel
     from fedtune.models.frozen_outputs import Progress
 
-__all__ = ["Tally", "Workplace", "config_of", "forget", "tally", "using_model", "workplace"]
+__all__ = ["RunResources", "TrainingUsage", "config_of", "forget", "run_resources", "training_usage"]
 
 
-class Tally:
+class TrainingUsage:
     """What this process measured of its own training; never sent, since it depends on the drawn examples."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Tally:
             self.flops += flops
 
 
-tally = Tally()
+training_usage = TrainingUsage()
 
 
 class _Slot:
@@ -79,7 +79,7 @@ def config_of(text: str) -> Config:
     return config_from_json(text)
 
 
-class Workplace:
+class RunResources:
     """What a configuration works on: the prepared data, and the model when it is needed."""
 
     def __init__(self, config: Config) -> None:
@@ -169,17 +169,17 @@ class Workplace:
             model.save(folder)
 
 
-_workplaces: dict[str, Workplace] = {}
+_resources: dict[str, RunResources] = {}
 
 
-def workplace(config: Config) -> Workplace:
-    """The Workplace of a configuration; the last one is kept, so every node of a process shares it."""
+def run_resources(config: Config) -> RunResources:
+    """The RunResources of a configuration. The last one is cached, so every node of a process shares it."""
     config = resolved(config)
     relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
     if config.engine.name == "deployment" and config.data.path:
         from fedtune.data.sources.files import state_of
 
-        # A node lives for months: a file that was replaced must be read again, and then refused.
+        # A node runs for months: a file that was replaced must be read again, and then refused.
         relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
     evaluation = config.federation.evaluation
     relevant.append(
@@ -187,15 +187,10 @@ def workplace(config: Config) -> Workplace:
     )
     relevant.append({"unit": config.privacy.unit})
     key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
-    if key not in _workplaces:
-        _workplaces.clear()
-        _workplaces[key] = Workplace(config)
-    return _workplaces[key]
-
-
-def using_model(config: Config) -> Any:
-    """`workplace(config).using_model()`."""
-    return workplace(config).using_model()
+    if key not in _resources:
+        _resources.clear()
+        _resources[key] = RunResources(config)
+    return _resources[key]
 
 
 def forget() -> None:

@@ -5,11 +5,11 @@ is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has o
 resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
 the node, and 1 is told.
 
-The release is charged to the run, whose number a simulation's server writes into the folder before it greets
-the nodes (`new_run_number`): the ledger then sees one run, fixed before its first release. A run that begins
-anew in a folder where an earlier one ended before its first checkpoint has another number, and its nodes tell
-their sizes again: its partition or its unit may be another, and the ledger counts what the nodes of *one* run
-release as releases of different people's data.
+The release is charged to the run, whose number a simulation's server writes into the folder before it
+discovers the nodes (`new_run_number`): the ledger then sees one run, fixed before its first release. A run
+that begins anew in a folder where an earlier one ended before its first checkpoint has another number, and
+its nodes tell their sizes again: its partition or its unit may be another, and the ledger counts what the
+nodes of *one* run release as releases of different people's data.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from fedtune.privacy.plan import ReleasePlan
 
-__all__ = ["greeting_size", "new_run_number", "run_number", "sized", "tell_size"]
+__all__ = ["new_run_number", "run_number", "size_to_declare", "sized", "tell_size"]
 
 _RUN, _SIZES = "run_number", "sizes"
 
@@ -103,7 +103,7 @@ def tell_size(
 def sized(config: Config, context: Context, shard: Shard) -> Shard:
     """`shard` with the size that its node told in this run in place of its count.
 
-    Raises FederationError if it told none yet, which it does when it is greeted.
+    Raises FederationError if it told none yet, which it does when the server first asks who it is.
     """
     if size_plan(config) is None:
         return shard
@@ -128,8 +128,8 @@ def sized(config: Config, context: Context, shard: Shard) -> Shard:
     return dataclasses.replace(shard, declared_size=whole)
 
 
-def greeting_size(config: Config, shard: Shard) -> int:
-    """The size that a node tells when it is greeted: its shard's, or 1 where it may not leave the node."""
+def size_to_declare(config: Config, shard: Shard) -> int:
+    """The size that a node tells with its name: its shard's, or 1 where it may not leave the node."""
     simulated = config.engine.name != "deployment"
     hidden = config.privacy.trust == "central" and simulated and config.data.declared_size is None
     return 1 if hidden and not config.data.public else shard.declared_size

@@ -99,7 +99,7 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
         in_ledger, in_answers, total = _ledger(name, shard, result.run, plan.delta)
         releases = max(in_ledger, result.releases.get(name, 0))
         answers = max(in_answers, result.answers.get(name, 0))
-        # A node that was never greeted has told no size either.
+        # A node that was never discovered has told no size either.
         terms = plan.everything(releases, answers) if name in sizes else plan.terms(releases, answers)
         private = plan.is_private()
         found.append(

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import FederationError, ResourceError
-from fedtune.federation import owner
-from fedtune.federation.events import Judged
+from fedtune.federation import local_record
+from fedtune.federation.events import StoppingObserver
 from fedtune.privacy.publication import merge, publish
 from fedtune.runs import assemble, environment, history, record, statements
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.cost.meter import Meter
     from fedtune.data.prepare import PreparedData
-    from fedtune.federation.events import FederationResult, Judge, Observer, RoundSummary
+    from fedtune.federation.events import FederationResult, Observer, RoundSummary, StopRule
     from fedtune.federation.server.evaluation import NodesEvaluation
     from fedtune.models.classifier import AdaptedModel
     from fedtune.runs.display import Display
@@ -58,7 +58,7 @@ def run(
     *,
     console: Console | None = None,
     view: Display | None = None,
-    judge: Judge | None = None,
+    stop_rule: StopRule | None = None,
 ) -> Path:
     """Runs `config` to its end and returns the path of its record.json.
 
@@ -68,7 +68,7 @@ def run(
     Args:
         console: where progress and summary are shown; None: the standard output.
         view: shows the progress instead, and then there is no summary (a sweep has its own line a run).
-        judge: says after each round whether the run should go on; one that is given up still has a record.
+        stop_rule: says after each round whether to go on; a run that is given up has a record.
 
     Raises:
         FedtuneError: any of its kinds, one paragraph each.
@@ -91,7 +91,7 @@ def run(
     shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
     tracker = trackers.open_tracker(config, run_dir)
     with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
-        written = _work(config, run_dir, shown, meter, tracker, judge)
+        written = _work(config, run_dir, shown, meter, tracker, stop_rule)
     whole = _for_owner(written, run_dir)
     history.remember(whole)
     if view is None:
@@ -137,7 +137,7 @@ def _work(
     view: Display,
     meter: Meter,
     tracker: Tracker,
-    judge: Judge | None = None,
+    stop_rule: StopRule | None = None,
 ) -> dict[str, Any]:
     """Steps 1 to 5; returns the record."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -150,22 +150,22 @@ def _work(
     view.working("loading tokenizer and data")
     from fedtune import engines
     from fedtune.federation.events import Observers
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
-    place = workplace(config)
-    _ = place.prepared  # here rather than in the engine, so that the display can say what takes the time
+    resources = run_resources(config)
+    _ = resources.prepared  # here rather than in the engine, so that the display can say what takes the time
     view.working("loading the encoder")
-    with place.using_model():
+    with resources.using_model():
         pass
 
     def warming(done: int, total: int) -> None:
         view.counting("frozen layers, once and kept", done, total)
 
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
-    place.warm(warming)
+    resources.warm(warming)
     view.working("calibrating the noise")
     told = Observers(_ForOwner(view, run_dir), tracker)
-    result = engines.run(config, run_dir, told if judge is None else Judged(told, judge))
+    result = engines.run(config, run_dir, told if stop_rule is None else StoppingObserver(told, stop_rule))
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
 
@@ -187,22 +187,29 @@ def finish(
     `fedtune run` does.
     """
     from fedtune.config.choices import tests_openly
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
     from fedtune.runs.trackers import open_tracker
 
-    place = workplace(config)
+    resources = run_resources(config)
     evaluation = result.evaluation
     if evaluation is None and tests_openly(config):
-        evaluation = place.evaluate(result.adapter)
-    place.save(result.adapter, run_dir / ADAPTER)
+        evaluation = resources.evaluate(result.adapter)
+    resources.save(result.adapter, run_dir / ADAPTER)
     meter.stop()
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    with place.using_model() as model:
+    with resources.using_model() as model:
         made = _record(
-            config, place.prepared, model, result, evaluation, meter, started, commit or environment.commit()
+            config,
+            resources.prepared,
+            model,
+            result,
+            evaluation,
+            meter,
+            started,
+            commit or environment.commit(),
         )
-    owner.collect_reasons(run_dir)
-    written, _ = publish("record", made, public_data=place.prepared.public)
+    local_record.collect_reasons(run_dir)
+    written, _ = publish("record", made, public_data=resources.prepared.public)
     statement = statements.write(written, run_dir / STATEMENT)
     record.publish(made, run_dir)
     (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
@@ -271,7 +278,7 @@ def _record(
     )
 
 
-class _ForOwner(Judged):
+class _ForOwner(StoppingObserver):
     """Shows the person at the keyboard what is kept from everybody else: why an answer was lost."""
 
     def __init__(self, view: Observer, run_dir: Path) -> None:
@@ -280,23 +287,25 @@ class _ForOwner(Judged):
 
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""
-        self._view.on_client(node, owner.in_full(self._run_dir, status))
+        self._view.on_client(node, local_record.restore_reasons(self._run_dir, status))
 
     def on_round(self, summary: RoundSummary) -> str | None:
         """See `Observer`."""
-        lost = [(node, owner.in_full(self._run_dir, reason)) for node, reason in summary.dropped]
+        lost = [
+            (node, local_record.restore_reasons(self._run_dir, reason)) for node, reason in summary.dropped
+        ]
         return self._view.on_round(dataclasses.replace(summary, dropped=lost))
 
 
 def _for_owner(written: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The record with what only the owner of the data is told, for the terminal."""
-    whole: dict[str, Any] = merge(written, owner.read(run_dir).get("record"))
+    whole: dict[str, Any] = merge(written, local_record.read(run_dir).get("record"))
     federation = dict(whole["federation"])
     federation["dropped"] = [
-        {**one, "reason": owner.in_full(run_dir, one["reason"], one["round"])}
+        {**one, "reason": local_record.restore_reasons(run_dir, one["reason"], one["round"])}
         for one in federation["dropped"]
     ]
-    federation["ended_early"] = owner.in_full(run_dir, federation["ended_early"] or "") or None
+    federation["ended_early"] = local_record.restore_reasons(run_dir, federation["ended_early"] or "") or None
     notes = [note for note in whole["data"]["notes"] or [] if note not in whole["privacy"]["cautions"]]
     return {
         **whole,
@@ -317,7 +326,7 @@ def _failures(run_dir: Path, view: Display, tracker: Tracker) -> Iterator[None]:
         view.close()
         raise Interrupted(_interrupted(run_dir)) from error
     except FederationError as error:
-        raise type(error)(owner.in_full(run_dir, str(error)), public=False) from error
+        raise type(error)(local_record.restore_reasons(run_dir, str(error)), public=False) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.federation.events import PRUNED, Judge, RoundSummary
+from fedtune.federation.events import PRUNED, RoundSummary, StopRule
 from fedtune.report.words import percent
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ class Pruning:
     pruner: str
     warm_up: int
 
-    def judge(self, number: int) -> Judge:
+    def stop_rule(self, number: int) -> StopRule:
         """Says after each round why the trial `number` should end there, or None."""
         from optuna.trial import Trial
 
         study = self._study()
         trial = Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
-        def judge(summary: RoundSummary) -> str | None:
+        def stop_rule(summary: RoundSummary) -> str | None:
             if summary.accuracy is None:
                 return None
             with warnings.catch_warnings():
@@ -67,7 +67,7 @@ class Pruning:
                 f"{percent(summary.accuracy)} is below {against} the other trials at that round."
             )
 
-        return judge
+        return stop_rule
 
     def _study(self) -> Study:
         import optuna

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
-from fedtune.federation import owner
+from fedtune.federation import local_record
 from fedtune.privacy.publication import publish, told
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.report.export import save
@@ -48,14 +48,14 @@ from fedtune.sweeps.spending import dearest, spending
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.config.search import Searcher, Space
-    from fedtune.federation.events import Judge
+    from fedtune.federation.events import StopRule
     from fedtune.sweeps.pruning import Pruning
 
 __all__ = ["Start", "Sweep", "run_sweep"]
 
 Say = Callable[[str], None]
 # Configuration, title, who may end it early, and: is it the only run on this terminal?
-Start = Callable[["Config", str, "Judge | None", bool], Path]
+Start = Callable[["Config", str, "StopRule | None", bool], Path]
 
 
 def run_sweep(
@@ -225,10 +225,10 @@ class Sweep:
         before = made is not None
         if made is None:
             title = f"run {self._place(job)} ({self._name(job)})"
-            judge = None if self.pruning is None else self.pruning.judge(job.number)
+            stop_rule = None if self.pruning is None else self.pruning.stop_rule(job.number)
             # Two live displays on one terminal would erase each other's lines.
             alone = os.getpid() == self.process
-            path = self.start(self._config(job.config, folder), title, judge, alone)
+            path = self.start(self._config(job.config, folder), title, stop_rule, alone)
             made = record.whole(path.parent)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
         self.progress.look()
@@ -246,7 +246,7 @@ class Sweep:
             values, _ = publish("failure", values, public_data=permitted)
             save(folder / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
             if said != text:
-                owner.keep(folder, failure=text)
+                local_record.update(folder, failure=text)
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text

@@ -33,7 +33,7 @@ def take_apart(events: list[Event], rounds: int) -> list[dict[str, float]]:
     """For each round, seconds of each hop on the way of the node that answered last."""
     pushes = [one for one in events if one["name"] == "HttpGrid.push_messages"][1:]  # the first says hello
     assert len(pushes) == rounds, (len(pushes), rounds)
-    last_end = max(one["end"] for one in events if one["name"] in ("Workplace.evaluate", "RunState.save"))
+    last_end = max(one["end"] for one in events if one["name"] in ("RunResources.evaluate", "RunState.save"))
     edges = [one["begin"] for one in pushes] + [last_end]
     found = []
     for push, begin, end in zip(pushes, edges[:-1], edges[1:], strict=True):
@@ -46,7 +46,7 @@ def take_apart(events: list[Event], rounds: int) -> list[dict[str, float]]:
         asks, sends = named("Worker.ask"), named("_push_messages")
         trainings = named("train_locally")
         answers = [one for one in named("HttpGrid.pull_messages") if one["size"]]
-        saves, evaluations = named("RunState.save"), named("Workplace.evaluate")
+        saves, evaluations = named("RunState.save"), named("RunResources.evaluate")
         ask = max(asks, key=lambda one: one["end"])
         pull = next(one for one in pulls if one["pid"] == ask["pid"])
         send = next(one for one in sends if one["pid"] == ask["pid"] and one["end"] > ask["end"])

@@ -14,7 +14,7 @@ from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.model import CanaryView, InputCanaries, watch
 from fedtune.config.paths import state_dir
 from fedtune.errors import DataError
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -40,11 +40,11 @@ def plan_of(config: Any, **changes: Any) -> PrivacyPlan:
 
 
 def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
-    plan, place = plan_of(config), workplace(config)
+    plan, resources = plan_of(config), run_resources(config)
     entropy = plan.entropy("audit", 1, 0)
-    with place.using_model() as model:
+    with resources.using_model() as model:
         placed = GradientCanaries.spread(100, model.num_parameters, np.random.default_rng(0))
-        shard = place.prepared.shards[0]
+        shard = resources.prepared.shards[0]
         model.set_vector(model.initial)
         with per_example_gradients(model):
             plain = ShardView(model, shard, "record", config.train)
@@ -94,7 +94,7 @@ def test_no_private_record_is_trained_on_and_no_ledger_is_written(
 
     monkeypatch.setattr(module.CanaryView, "__init__", noting)
     watch(config, plan_of(config), 1, 50, np.random.default_rng(2))
-    data = workplace(config).prepared
+    data = run_resources(config).prepared
     public = {row.tobytes() for row in data.test.digests}
     private = {row.tobytes() for shard in data.shards for row in shard.data.digests}
     used = {row.tobytes() for shard in seen for row in shard.data.digests}

@@ -62,9 +62,9 @@ class Site:
 
     def start(self) -> np.ndarray:
         """The adapter that a run begins with."""
-        from fedtune.federation.resources import workplace
+        from fedtune.federation.resources import run_resources
 
-        return workplace(self.settings.own(self.config)).initial()
+        return run_resources(self.settings.own(self.config)).initial()
 
     def send(self, content: RecordDict, kind: str = "train", config: Config | None = None) -> Message:
         """The worker's answer to a message; what the node remembers of the run is kept."""

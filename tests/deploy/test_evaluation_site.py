@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord
 from fedtune.deploy.site import dry_run
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.messages import RoundRequest
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from tests import tiny_federation
 from tests.deploy.site_parts import SIZE, Site, settings
 
@@ -34,7 +34,7 @@ def asked(model: Path, tmp_path: Path) -> Callable[..., Site]:
 
 
 def question(site: Site, round: int = 1) -> dict[str, Any]:
-    shard = workplace(site.settings.own(site.config)).prepared.shards[0]
+    shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
     from fedtune.privacy.planning import make_plan
 
     plan = make_plan(site.config, [shard.declared_size])
@@ -47,7 +47,7 @@ def question(site: Site, round: int = 1) -> dict[str, Any]:
 
 def test_a_site_answers_and_writes_down_what_left_it(asked: Callable[..., Site]) -> None:
     site = asked()
-    prepared = workplace(site.settings.own(site.config)).prepared
+    prepared = run_resources(site.settings.own(site.config)).prepared
     assert prepared.shards[0].declared_size == 0.75 * SIZE  # of the declared size, never a count
     said = question(site)
     assert (said["refused"], said["error"]) == ("", "")
@@ -72,7 +72,7 @@ def test_a_site_may_refuse_to_answer_and_still_train(asked: Callable[..., Site])
     from fedtune.privacy.planning import make_plan
 
     assert site.ask(plan=None) is not None
-    shard = workplace(site.settings.own(site.config)).prepared.shards[0]
+    shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
     request = RoundRequest("r", 2, 1, make_plan(site.config, [shard.declared_size]), site.start())
     assert "update" in site.send(request.to_records()).content
 
@@ -99,12 +99,12 @@ def test_the_budget_refuses_an_answer_that_would_exceed_it(asked: Callable[..., 
 def test_a_server_needs_no_test_data_where_nodes_evaluate(asked: Callable[..., Site]) -> None:
     site = asked()
     site.config.data.path = None
-    server = workplace(site.config).prepared
+    server = run_resources(site.config).prepared
     assert server.test.num_records == 0
     assert server.label_names == ("negative", "positive")
     site.config.data.labels = None
     with pytest.raises(DataError, match="label set is public and declared beforehand"):
-        _ = workplace(site.config).prepared
+        _ = run_resources(site.config).prepared
 
 
 def test_less_than_no_answer_cannot_be_permitted(tmp_path: Path) -> None:

@@ -470,7 +470,7 @@ def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path
     assert status == 403, "for whoever has the operator's token"
 
 
-def test_a_node_that_greets_by_another_name_takes_no_part(real: Real) -> None:
+def test_a_node_that_answers_by_another_name_takes_no_part(real: Real) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
 
     from fedtune.deploy.superlink import Server

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from fedtune.config.schema import Config
-from fedtune.federation.events import Judged, NullObserver, Observer, Observers, RoundSummary, SafeObserver
+from fedtune.federation.events import (
+    NullObserver,
+    Observer,
+    Observers,
+    RoundSummary,
+    SafeObserver,
+    StoppingObserver,
+)
 from fedtune.runs.trackers import open_tracker
 
 METHODS = {name for name in vars(Observer) if name.startswith("on_")}
@@ -49,8 +56,8 @@ def test_every_event_is_tried_here() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize(
     "around",
-    [SafeObserver, Observers, lambda one: Judged(one, lambda _: None)],
-    ids=["safe", "many", "judged"],
+    [SafeObserver, Observers, lambda one: StoppingObserver(one, lambda _: None)],
+    ids=["safe", "many", "stopping"],
 )
 def test_what_stands_between_passes_everything_on(around: Any, method: str) -> None:
     inner = Remembering()
@@ -79,5 +86,5 @@ def test_any_of_several_may_end_the_run() -> None:
     summary = RoundSummary(1, 2, 0.5)
     assert Observers(Remembering(), Remembering(says="enough")).on_round(summary) == "enough"
     assert Observers(Remembering(), Remembering()).on_round(summary) is None
-    assert Judged(Remembering(says="inner"), lambda _: None).on_round(summary) == "inner"
-    assert Judged(Remembering(says="inner"), lambda _: "bad").on_round(summary) == "bad"
+    assert StoppingObserver(Remembering(says="inner"), lambda _: None).on_round(summary) == "inner"
+    assert StoppingObserver(Remembering(says="inner"), lambda _: "bad").on_round(summary) == "bad"

@@ -55,12 +55,12 @@ def test_a_refusal_comes_back_as_it_was() -> None:
     assert (got.update, got.refused, got.refusal, got.error) == (None, "no", "BudgetExhausted", None)
 
 
-def test_a_greeting_comes_back_as_it_was() -> None:
+def test_a_hello_comes_back_as_it_was() -> None:
     hello = NodeHello("a", 10, 4, "fedtune 0")
     assert NodeHello.from_records(hello.to_records()) == hello
 
 
-def test_a_greeting_without_a_size_is_refused_unless_the_node_is_idle() -> None:
+def test_a_hello_without_a_size_is_refused_unless_the_node_is_idle() -> None:
     with pytest.raises(FederationError, match="declared size 0"):
         NodeHello.from_records(NodeHello("a", 0, 4, "x").to_records())
     assert NodeHello.from_records(NodeHello("", 0, 4, "x", idle=True).to_records()).idle

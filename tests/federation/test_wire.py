@@ -19,7 +19,7 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.federation import flower as _flower
 from fedtune.federation.client.app import app
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.planning import make_plan
 from tests.tiny_federation import BAD, GOOD, OTHER, private
@@ -71,9 +71,9 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
     config = tiny(federation__num_rounds=2)
     config = private(config) if privately else config
     sent = watch(config, tmp_path / "run")
-    assert len(sent) == 4 + 4 + 2 * 4  # greetings, consents, two rounds
-    prepared = workplace(config).prepared
-    size = workplace(config).initial().size
+    assert len(sent) == 4 + 4 + 2 * 4  # hellos, consents, two rounds
+    prepared = run_resources(config).prepared
+    size = run_resources(config).initial().size
     for message in sent:
         assert not message.has_error()
         for name, record in message.content.items():
@@ -117,7 +117,7 @@ def test_the_list_in_the_code_is_the_list_here() -> None:
 def test_a_failure_does_not_carry_text_of_the_data(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = workplace(tiny()).prepared.train
+    texts = run_resources(tiny()).prepared.train
 
     def quotes(*args: object, **options: object) -> None:
         raise ValueError(
@@ -182,15 +182,15 @@ def test_of_other_data_only_the_noised_counts_differ(
         config.privacy.reproducible_noise = True
         config.data.path = str(other_data(tmp_path / name, records, right))
         config.federation.evaluation, config.federation.evaluation_share = "private", 0.4
-        place = workplace(config)
+        resources = run_resources(config)
         answers.append(said(config, tmp_path / f"run-{name}"))
-        plan = make_plan(config, [shard.declared_size for shard in place.prepared.shards]).evaluation()
+        plan = make_plan(config, [shard.declared_size for shard in resources.prepared.shards]).evaluation()
         assert plan is not None
         (mine,) = [one for one in answers[-1] if one["record"] == "evaluation" and one["node"] == "site-1"]
         nobody = np.zeros(0, dtype=np.bool_)
         noise = plan.answer(nobody, None, plan.entropy("site-1", 1, int(str(mine["attempt"]))))
         votes = [int(str(mine[cell])) - drawn for cell, drawn in zip(("right", "wrong"), noise, strict=True)]
-        held = place.prepared.held_out[1].data.num_records
+        held = resources.prepared.held_out[1].data.num_records
         assert sum(votes) == held * plan.scale  # the counts are those of the held-out part ...
         assert abs(noise[0]) > 0.01 * plan.scale  # ... under noise of the size of a unit
         assert all(int(str(mine[cell])) % plan.scale for cell in ("right", "wrong"))

@@ -20,7 +20,7 @@ from fedtune.config.loader import load
 from fedtune.config.schema import Config, DataConfig, PartitionConfig, PrivacyConfig
 from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, FederationError
 from fedtune.federation.client.release import ledger_of
-from fedtune.federation.resources import Workplace, workplace
+from fedtune.federation.resources import RunResources, run_resources
 from fedtune.federation.server import loop as server
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.sizes import SIZE_NOISE, SizePlan
@@ -56,10 +56,10 @@ def finish(config: Config, folder: Path) -> dict[str, Any]:
 def test_32_held_out_private_data_is_not_a_public_test_split(
     parts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def looked(self: Workplace, adapter: Any) -> Any:
+    def looked(self: RunResources, adapter: Any) -> Any:
         raise AssertionError("private data was evaluated without noise")
 
-    monkeypatch.setattr(Workplace, "evaluate", looked)
+    monkeypatch.setattr(RunResources, "evaluate", looked)
     config = undeclared(parts)
     made = finish(config, tmp_path / "run")
     assert made["config"]["federation"]["evaluation"] == "private"
@@ -72,7 +72,7 @@ def test_32_held_out_private_data_is_not_a_public_test_split(
         None, None, 0,
     )  # fmt: skip
     # Nothing is cut off to be tested on: every record is trained on, or held out by its node.
-    data = workplace(config).prepared
+    data = run_resources(config).prepared
     assert data.test.num_records == 0
     assert sum(part.data.num_records for part in (*data.shards, *data.held_out)) == 120
     assert all(one["answers"] == 1 for one in made["privacy"]["per_node"])
@@ -177,11 +177,11 @@ def test_19_a_run_that_begins_anew_in_a_folder_tells_its_sizes_anew(
     another unit, the count of records was taken for that of persons."""
 
     def stopped(*_: object, **__: object) -> Any:
-        raise FederationError("stopped after the greeting")
+        raise FederationError("stopped after discovery")
 
     with monkeypatch.context() as patched:
         patched.setattr(server, "agree", stopped)
-        with pytest.raises(FederationError, match="stopped after the greeting"):
+        with pytest.raises(FederationError, match="stopped after discovery"):
             finish(undeclared(parts), tmp_path / "run")
     config = undeclared(parts)
     config.partition = PartitionConfig(name="iid")

@@ -21,8 +21,8 @@ from fedtune.federation.client.release import ledger_of
 from fedtune.federation.events import NullObserver
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, RoundRequest
-from fedtune.federation.resources import workplace
-from fedtune.federation.server.cohort import greet
+from fedtune.federation.resources import run_resources
+from fedtune.federation.server.cohort import discover_nodes
 from fedtune.federation.server.rounds import PlainRound, RoundAsk
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.planning import make_plan
@@ -54,14 +54,14 @@ def ask(
     config: Config, *, round: int, attempt: int = 1, state: RecordDict | None = None, run: str = "run"
 ) -> RoundReply:
     """One message to node 0 of a tiny federation, in a Context that is new unless `state` is given."""
-    place = workplace(config)
-    plan = make_plan(config, [shard.declared_size for shard in place.prepared.shards])
-    node = place.prepared.shards[0].node
+    resources = run_resources(config)
+    plan = make_plan(config, [shard.declared_size for shard in resources.prepared.shards])
+    node = resources.prepared.shards[0].node
     context = Context(
         1, 2, {"partition-id": 0, "num-partitions": 4}, RecordDict() if state is None else state,
         {"fedtune": to_json(config)},
     )  # fmt: skip
-    request = RoundRequest(run, round, attempt, plan, place.initial())
+    request = RoundRequest(run, round, attempt, plan, resources.initial())
     with task_identity(1):
         answer = app(Message(request.to_records(), 2, "train"), context)
     return RoundReply.from_records(answer.content, node=node, run=run, round=round, attempt=attempt)
@@ -81,7 +81,7 @@ def test_pitfall_2_the_accountant_does_not_start_afresh_every_round(
     # And the node's own books say the same, although each message came in by itself.
     ledger = ledger_of("site-0")
     assert len(ledger.releases(run=result.run, node="site-0")) == 3
-    (shard, *_) = workplace(config).prepared.shards
+    (shard, *_) = run_resources(config).prepared.shards
     epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.identity, delta=result.plan.delta)
     assert epsilon == pytest.approx(epsilons[2], rel=1e-6)
 
@@ -185,7 +185,7 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
     one, two = (ask(config, round=1, attempt=attempt, run="simulated").update for attempt in (3, 4))
     assert np.array_equal(one, two)
     # So no such run is taken for a private one: the node's books count its releases as without noise.
-    (shard, *_) = workplace(config).prepared.shards
+    (shard, *_) = run_resources(config).prepared.shards
     data = {"dataset": shard.dataset, "fingerprint": shard.identity}
     charged = [release.steps for release in ledger_of("site-0").releases()]
     assert [steps is None for steps in charged] == [False, False, True, True]
@@ -248,7 +248,7 @@ def test_pitfall_30_arrays_of_other_dimensions_do_not_slip_through(array: np.nda
 
     grid = LocalGrid(fake_app(sends), 2, {}, timeout=5.0)
     with task_identity(grid.run_id):
-        nodes, _, _ = greet(grid, 5.0, expected=2)
+        nodes, _, _ = discover_nodes(grid, 5.0, expected=2)
         plan = make_plan(fake_config(), [100, 200])
         question = RoundAsk("run", 1, 1, plan, np.zeros(SIZE, np.float32), nodes, 5.0, 100.0)
         outcome = PlainRound().run_round(grid, question, NullObserver())
@@ -272,7 +272,7 @@ def test_pitfall_33_another_partition_of_spent_data_is_refused_before_its_first_
     first = engines.run(config, tmp_path / "natural")
     assert first.epsilon is not None and 7.0 < first.epsilon <= 8.0
     again = private(federation__num_rounds=2, partition__name="iid", federation__nodes=3, seed=1)
-    shards = workplace(again).prepared.shards
+    shards = run_resources(again).prepared.shards
     ledger = ledger_of("node-0")
     ledger.set_budget(PrivacyBudget(8.0, first.plan.delta), dataset=shards[0].dataset)
     spent = ledger.epsilon(dataset=shards[0].dataset, fingerprint=shards[0].identity, delta=first.plan.delta)

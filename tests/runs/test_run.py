@@ -157,7 +157,7 @@ def test_ctrl_c_before_the_first_round_says_that_nothing_was_kept(
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resident, "workplace", interrupted)
+    monkeypatch.setattr(resident, "run_resources", interrupted)
     with pytest.raises(Interrupted, match="nothing to resume"):
         run(config(world, tmp_path / "run"), console=quiet())
 
@@ -169,7 +169,7 @@ def test_memory_that_is_used_up_is_told_in_one_paragraph(
     def full(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("fedtune.federation.resources.Workplace.warm", full)
+    monkeypatch.setattr("fedtune.federation.resources.RunResources.warm", full)
     with pytest.raises(ResourceError, match=r"ran out of memory.*micro_batch_tokens.*resume="):
         run(config(world, tmp_path / "run", federation__num_rounds=1), console=quiet())
 
@@ -250,7 +250,7 @@ def test_a_run_that_is_given_up_has_a_record_and_its_ledgers_charges(
     from fedtune.report.collect import collect
 
     given_up = tiny.private(config(world, tmp_path / "0"))
-    run(given_up, console=quiet(), judge=lambda s: f"{PRUNED} after 2 rounds." if s.round == 2 else None)
+    run(given_up, console=quiet(), stop_rule=lambda s: f"{PRUNED} after 2 rounds." if s.round == 2 else None)
     made = records.read(tmp_path / "0")
     assert made["run"]["status"] == "pruned" and made["federation"]["rounds"] == 2
     assert made["federation"]["ended_early"] == f"{PRUNED} after 2 rounds."

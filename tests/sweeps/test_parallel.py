@@ -47,7 +47,7 @@ def sweep(*words: str) -> tuple[list[Any], list[str]]:
     """Failures and lines; what is sent to other processes must be functions of its own, so they are local."""
     log, here = Path("lines").absolute(), HERE
 
-    def start(config: Any, title: str, judge: Any, alone: bool) -> Path:
+    def start(config: Any, title: str, stop_rule: Any, alone: bool) -> Path:
         import sys
 
         sys.path.insert(0, here)
@@ -58,10 +58,10 @@ def sweep(*words: str) -> tuple[list[Any], list[str]]:
         made = make_record(seed=config.seed, train__learning_rate=config.train.learning_rate)
         made["run"]["id"] += f"{os.getpid()}-{Path(config.output).name}"
         made["run"]["hardware"]["process"], made["run"]["hardware"]["alone"] = os.getpid(), alone
-        for one in made["metrics"]["by_round"] if judge is not None else []:
+        for one in made["metrics"]["by_round"] if stop_rule is not None else []:
             from fedtune.federation.events import RoundSummary
 
-            judge(RoundSummary(one["round"], 6, 1.0, accuracy=one["accuracy"]))
+            stop_rule(RoundSummary(one["round"], 6, 1.0, accuracy=one["accuracy"]))
         return write(Path(config.output), made)
 
     def say(line: str) -> None:

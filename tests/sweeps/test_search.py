@@ -38,7 +38,7 @@ class Trainer:
         self.warned: list[str] = []
         self.act = act
 
-    def start(self, config: Config, title: str, judge: Any = None, alone: bool = True) -> Path:
+    def start(self, config: Config, title: str, stop_rule: Any = None, alone: bool = True) -> Path:
         if self.act is not None:
             self.act(len(self.configs))
         self.configs.append(config)
@@ -47,9 +47,9 @@ class Trainer:
             epsilon=config.privacy.epsilon, accuracy=accuracy, train__learning_rate=config.train.learning_rate
         )
         made["run"]["id"] += Path(config.output or "").name
-        for one in made["metrics"]["by_round"] if judge is not None else []:
+        for one in made["metrics"]["by_round"] if stop_rule is not None else []:
             summary = RoundSummary(one["round"], 6, 1.0, accuracy=accuracy - 0.1 / one["round"])
-            if judge(summary):
+            if stop_rule(summary):
                 made["run"]["status"] = "pruned"
                 made["federation"]["rounds"] = one["round"]
                 for node in made["privacy"]["per_node"]:
@@ -211,10 +211,10 @@ def test_a_judge_says_why() -> None:
 
     study = optuna.load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE))
     number = study.ask({}).number
-    judge = Pruning(Path("sweep"), "median", 1).judge(number)
-    assert judge(RoundSummary(1, 6, 1.0, accuracy=0.1)) is None, "the first rounds say nothing yet"
-    assert judge(RoundSummary(2, 6, 1.0)) is None, "a round without evaluation"
-    said = judge(RoundSummary(3, 6, 1.0, accuracy=0.1))
+    stop_rule = Pruning(Path("sweep"), "median", 1).stop_rule(number)
+    assert stop_rule(RoundSummary(1, 6, 1.0, accuracy=0.1)) is None, "the first rounds say nothing yet"
+    assert stop_rule(RoundSummary(2, 6, 1.0)) is None, "a round without evaluation"
+    said = stop_rule(RoundSummary(3, 6, 1.0, accuracy=0.1))
     assert said is not None and said.startswith(f"{PRUNED} after 3 of 6 rounds: accuracy 10.0")
 
 

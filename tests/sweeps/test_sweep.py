@@ -37,7 +37,7 @@ class Runs:
         self.warned: list[str] = []
         self.fail: dict[int, BaseException] = {}
 
-    def start(self, config: Config, title: str, judge: Any = None, alone: bool = True) -> Path:
+    def start(self, config: Config, title: str, stop_rule: Any = None, alone: bool = True) -> Path:
         self.titles.append(title)
         folder = Path(config.output or "")
         assert folder.is_dir()

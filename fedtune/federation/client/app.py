@@ -30,18 +30,18 @@ from fedtune.federation.client.evaluation import register as register_evaluation
 from fedtune.federation.client.release import (
     Release,
     declare_size,
+    delay_answer,
     failure_reply,
-    hold_back,
     node_config,
+    node_label,
     own_shard,
     owner_delta,
-    place_of,
     public_reason,
     reserve_release,
 )
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.secagg.client import register as register_distributed
-from fedtune.federation.sizes import greeting_size
+from fedtune.federation.sizes import size_to_declare
 
 __all__ = ["app"]
 
@@ -57,7 +57,7 @@ register_evaluation(app)
 def hello(message: Message, context: Context) -> Message:
     """Answers who this node is: name, declared size, software and the budget's delta, all public."""
     from fedtune import __version__
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
     try:
         config = node_config(context)
@@ -65,15 +65,15 @@ def hello(message: Message, context: Context) -> Message:
         shard = own_shard(config, context)
         answer = NodeHello(
             node=shard.node if shard else "",
-            declared_size=greeting_size(config, shard) if shard else 0,
-            shards=len(workplace(config).prepared.shards),
+            declared_size=size_to_declare(config, shard) if shard else 0,
+            shards=len(run_resources(config).prepared.shards),
             software=f"fedtune {__version__}",
             idle=shard is None,
             delta=owner_delta(shard, config, context) if shard else 0.0,
         )
         return Message(answer.to_records(), reply_to=message)
     except Exception as error:
-        reason = public_reason(error, place_of(context), context)
+        reason = public_reason(error, node_label(context), context)
         return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
 
 
@@ -86,7 +86,7 @@ def train(message: Message, context: Context) -> Message:
     except Exception as error:
         return Message(Error(_CLIENT_RAISED, public_reason(error, "?", context)), reply_to=message)
     answer = _answer(request, context)
-    hold_back(context, arrived)
+    delay_answer(context, arrived)
     return Message(answer, reply_to=message)
 
 
@@ -115,10 +115,10 @@ def _answer(request: RoundRequest, context: Context) -> RecordDict:
 
 def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:
     """The update, float32 [P], and the seconds that it took once the model was free."""
-    from fedtune.federation.resources import tally, workplace
+    from fedtune.federation.resources import run_resources, training_usage
     from fedtune.training.local import train_locally
 
-    with workplace(release.config).using_model() as model:
+    with run_resources(release.config).using_model() as model:
         started = time.perf_counter()
         result = train_locally(
             model,
@@ -129,5 +129,5 @@ def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:
             round=request.round,
         )
         seconds = time.perf_counter() - started
-    tally.add(seconds, result.flops)
+    training_usage.add(seconds, result.flops)
     return result.update, seconds

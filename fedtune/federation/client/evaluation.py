@@ -49,7 +49,7 @@ def _evaluate(message: Message, context: Context) -> Message:
     except Exception as error:
         return Message(Error(_CLIENT_RAISED, node_side.public_reason(error, "?", context)), reply_to=message)
     reply = _answer(request, context)
-    node_side.hold_back(context, arrived)
+    node_side.delay_answer(context, arrived)
     return Message(reply.to_records(), reply_to=message)
 
 
@@ -77,12 +77,12 @@ def _answer(request: RoundRequest, context: Context) -> EvaluationReply:
 
 def _counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     """What leaves the node."""
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
     plan = release.plan.evaluation()
     assert plan is not None
     held = _held_out(release)
-    with workplace(release.config).using_model() as model:
+    with run_resources(release.config).using_model() as model:
         right = np.zeros(0, dtype=np.bool_)
         if held.data.num_records:
             from fedtune.training.evaluation import predict_probabilities
@@ -95,9 +95,9 @@ def _counts(release: Release, request: RoundRequest) -> tuple[int, int]:
 
 
 def _held_out(release: Release) -> Shard:
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
-    parts = workplace(release.config).prepared.held_out
+    parts = run_resources(release.config).prepared.held_out
     return next(part for part in parts if part.node == release.shard.node)
 
 

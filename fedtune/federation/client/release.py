@@ -30,7 +30,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedtune.config.choices import resolved
 from fedtune.errors import BudgetExhausted, FederationError, FedtuneError, LedgerError, PrivacyError
-from fedtune.federation import owner
+from fedtune.federation import local_record
 from fedtune.federation.messages import RoundReply, RoundRequest
 from fedtune.federation.sizes import sized, tell_size
 from fedtune.privacy.publication import told
@@ -44,20 +44,20 @@ if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = [
-    "NodeMemory",
     "Permitted",
     "Release",
+    "ReleaseCounter",
     "check_plan",
     "declare_size",
+    "delay_answer",
     "failure_reply",
     "failure_text",
-    "hold_back",
     "ledger_of",
     "node_config",
+    "node_label",
     "own_shard",
     "owner_delta",
     "permitted",
-    "place_of",
     "public_reason",
     "releases_of",
     "reserve_release",
@@ -97,17 +97,17 @@ def own_shard(config: Config, context: Context) -> Shard | None:
 
     Raises: DataError, ModelError, ResourceError; FederationError if Flower gave the node no place.
     """
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
     if config.engine.name == "deployment":
-        return workplace(config).prepared.shards[0]
+        return run_resources(config).prepared.shards[0]
     position = context.node_config.get("partition-id")
     if type(position) is not int or position < 0:
         raise FederationError(
             f"Flower gave this node the partition-id {position!r}. Start it with --node-config "
             "'partition-id=N num-partitions=M', N from 0 to M-1."
         )
-    shards = workplace(config).prepared.shards
+    shards = run_resources(config).prepared.shards
     return sized(config, context, shards[position]) if position < len(shards) else None
 
 
@@ -118,13 +118,13 @@ def declare_size(config: Config, context: Context) -> None:
     Raises: BudgetExhausted if the owner's budget does not allow all of that, and then nothing is charged;
     PrivacyError, LedgerError, and as `own_shard` does.
     """
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
     from fedtune.privacy.planning import make_plan
 
     position = context.node_config.get("partition-id")
     if size_plan(config) is None or type(position) is not int:
         return
-    data = workplace(config).prepared
+    data = run_resources(config).prepared
     if not 0 <= position < len(data.shards):
         return
     shard = data.shards[position]
@@ -222,7 +222,7 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
             )
 
 
-class NodeMemory:
+class ReleaseCounter:
     """The second witness: what `Context.state` remembers of this run's releases. Never leaves the node."""
 
     NAME = "fedtune.releases"
@@ -274,7 +274,7 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
     """What may be told of an error that happened at `node`; the whole goes to the node's own log.
 
     In a simulation that is the run folder's too, where the person at the keyboard reads it
-    (`fedtune.federation.owner`).
+    (`fedtune.federation.local_record`).
     """
     whole = f"{type(error).__name__}: {' '.join(str(error).split())}"
     expected = isinstance(error, FedtuneError)
@@ -297,7 +297,7 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
                 permitted = site.publish_budget and isinstance(error, BudgetExhausted)
     said = told(error, node, permitted=permitted)
     if run_dir is not None and said != whole:
-        owner.note_reason(Path(run_dir), node, round, said, whole)
+        local_record.log_reason(Path(run_dir), node, round, said, whole)
     return said
 
 
@@ -391,7 +391,9 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
         site.check_evaluation(request.plan)
 
     mine = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
-    memory = NodeMemory(context.state, request.run, "fedtune.answers" if evaluation else NodeMemory.NAME)
+    memory = ReleaseCounter(
+        context.state, request.run, "fedtune.answers" if evaluation else ReleaseCounter.NAME
+    )
     memory.check(request, shard.node, len(ledger.releases(**mine)))
     reservation = ledger.reserve(
         dataset=shard.dataset,
@@ -439,10 +441,10 @@ def _name(context: Context) -> str:
         shard = own_shard(node_config(context), context)
     except Exception:
         shard = None
-    return shard.node if shard else place_of(context)
+    return shard.node if shard else node_label(context)
 
 
-def place_of(context: Context) -> str:
+def node_label(context: Context) -> str:
     """What to call a node whose data cannot be read: its site, or its place in a simulation."""
     site = site_settings(context)
     return site.site if site is not None else f"partition {context.node_config.get('partition-id')}"
@@ -456,7 +458,7 @@ def _charged(node: str, run: str, context: Context) -> int:
         return 0
 
 
-def hold_back(context: Context, arrived: float) -> None:
+def delay_answer(context: Context, arrived: float) -> None:
     """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
     hold = context.node_config.get("answer-after")
     if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):

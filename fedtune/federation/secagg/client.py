@@ -95,7 +95,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     """
     import torch
 
-    from fedtune.federation.resources import tally, workplace
+    from fedtune.federation.resources import run_resources, training_usage
     from fedtune.training.dp_step import per_example_gradients
     from fedtune.training.local import ShardView
     from fedtune.training.preflight import preflight
@@ -105,7 +105,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     train = dataclasses.replace(release.config.train, local_steps=plan.local_steps)
     mechanism = DiscreteMechanism.for_plan(plan, request.adapter.size)
     entropy = plan.entropy(release.shard.node, request.round)
-    with workplace(release.config).using_model() as model:
+    with run_resources(release.config).using_model() as model:
         started, flops = time.perf_counter(), model.flops.total
         model.set_vector(request.adapter)
         view = ShardView(model, release.shard, plan.unit, train)
@@ -115,7 +115,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
             drawn = plan.sample(view.num_units, entropy)
             total = view.clipped_sum(drawn, plan, entropy)
         seconds, flops = time.perf_counter() - started, model.flops.total - flops
-    tally.add(seconds, flops)
+    training_usage.add(seconds, flops)
     return mechanism.share(total, entropy), seconds
 
 
@@ -200,10 +200,10 @@ def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Messag
         try:
             content: Any = work(message, context)
         except Exception as error:
-            reason = node_side.public_reason(error, node_side.place_of(context), context)
+            reason = node_side.public_reason(error, node_side.node_label(context), context)
             content = Error(_CLIENT_RAISED, reason)
         if work is _mask:
-            node_side.hold_back(context, arrived)
+            node_side.delay_answer(context, arrived)
         return Message(content, reply_to=message)
 
     return answer

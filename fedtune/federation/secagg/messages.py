@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, UpdateRejected
-from fedtune.federation.messages import REPLY_KEYS, RoundReply, through_door
+from fedtune.federation.messages import REPLY_KEYS, RoundReply, publishable_record
 from fedtune.federation.secagg.protocol import PublicKeys, Sealed, Session
 from fedtune.privacy.plan import PrivacyPlan
 
@@ -106,7 +106,7 @@ def answer_records(place: Place, **values: Any) -> RecordDict:
         "round": place.round,
         "attempt": place.attempt,
     }
-    return RecordDict({_NAME: through_door("secagg", {**fixed, "phase": place.phase, **values})})
+    return RecordDict({_NAME: publishable_record("secagg", {**fixed, "phase": place.phase, **values})})
 
 
 def take(

@@ -8,7 +8,7 @@
 
 What the server sees of a node's data is in `fedtune.federation.secagg.protocol`, why the noise of the sum
 meets the plan in `fedtune.privacy.mechanisms.discrete`. The step itself is
-`fedtune.federation.server.descent`.
+`fedtune.federation.server.optimizers`.
 
 Dropouts. A node that does not answer in time, fails or refuses is left out; up to `privacy.max_dropouts`
 may be missing from the sum, and `threshold` nodes must answer `unmask`. With fewer the round is void: its

@@ -30,7 +30,7 @@ from flwr.serverapp import Grid
 from fedtune.config.schema import Config
 from fedtune.errors import FederationError, PrivacyError, UpdateRejected
 from fedtune.federation.events import Dropped, NodeInfo, Observer
-from fedtune.federation.messages import VERSION, only_records, read_config, read_plan, through_door
+from fedtune.federation.messages import VERSION, only_records, publishable_record, read_config, read_plan
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -62,7 +62,7 @@ class Proposal:
             "attempt": self.attempt,
             "plan": json.dumps(self.plan.to_json(), sort_keys=True),
         }
-        return RecordDict({"proposal": through_door("proposal", values)})
+        return RecordDict({"proposal": publishable_record("proposal", values)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> Proposal:
@@ -100,7 +100,7 @@ class Consent:
             "refusal": self.refusal or "",
             "last_round": self.last_round,
         }
-        return RecordDict({"consent": through_door("consent", values)})
+        return RecordDict({"consent": publishable_record("consent", values)})
 
     @classmethod
     def from_answer(cls, answer: Message, node: str, proposal: Proposal) -> Consent:

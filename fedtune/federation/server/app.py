@@ -118,9 +118,9 @@ def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter
     Raises: ConfigError if there is no such function, and what it raises; adapter and history are then
     written already.
     """
-    from fedtune.federation.resources import workplace
+    from fedtune.federation.resources import run_resources
 
-    workplace(config).save(result.adapter, run_dir / "adapter")
+    run_resources(config).save(result.adapter, run_dir / "adapter")
     history: dict[str, Any] = {
         "run": result.run,
         "epsilon": result.epsilon,

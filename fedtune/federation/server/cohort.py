@@ -15,7 +15,7 @@ from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.messages import NodeHello
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
 
-__all__ = ["connected", "draw_cohort", "greet", "pause"]
+__all__ = ["connected", "discover_nodes", "draw_cohort", "pause"]
 
 _SETTLED_SECONDS = 3.0
 _COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
@@ -88,7 +88,7 @@ def _waits_for(here: int, least: int, expected: int | None, timeout: float) -> s
     return f"{here} of {expected} nodes are connected (federation.nodes); begins after {timeout:g} s at last"
 
 
-def greet(
+def discover_nodes(
     grid: Grid,
     timeout: float,
     stop: threading.Event | None = None,

@@ -4,7 +4,7 @@ Ours rather than Flower's strategies, which cannot resume, wait for ever for a n
 average whatever they are sent. In short:
 
     1  lock the run folder, take an attempt number, load the checkpoint (or write the first)
-    2  greet the nodes: names and declared sizes
+    2  discover the nodes: names and declared sizes
     3  make the plan from public numbers (or take the checkpoint's), and propose the whole run to every node:
     who
        refuses is left out before anything is charged (`fedtune.federation.server.agreement`)
@@ -41,14 +41,14 @@ from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Observer, SafeObserver
 from fedtune.federation.server import checkpoint as checkpoints
 from fedtune.federation.server.agreement import Proposal, agree, check_enough, propose
-from fedtune.federation.server.cohort import draw_cohort, greet
+from fedtune.federation.server.cohort import discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
-from fedtune.federation.server.descent import server_optimizer
 from fedtune.federation.server.evaluation import evaluator_for
+from fedtune.federation.server.optimizers import server_optimizer
 from fedtune.federation.server.roster import Roster
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.server.state import RunState
-from fedtune.federation.server.tracking_grid import Courier
+from fedtune.federation.server.tracking_grid import TrackingGrid
 from fedtune.federation.sizes import new_run_number, run_number
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -64,7 +64,7 @@ Usage = Callable[[], tuple[float, int]]
 
 
 class ServerSide(Protocol):
-    """What the loop needs of model and public data; `fedtune.federation.resources.Workplace` is one."""
+    """What the loop needs of model and public data; `fedtune.federation.resources.RunResources` is one."""
 
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]."""
@@ -114,10 +114,20 @@ def run_rounds(
         CheckpointError: nothing to resume, another run's folder, or a folder in use.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    config, told = resolved(config), SafeObserver(observer)
+    config, observer = resolved(config), SafeObserver(observer)
     with checkpoints.lock_folder(run_dir):
         try:
-            return _run(grid, config, run_dir, told, server_side, protocol, usage, stop, expected_nodes)
+            return _run(
+                TrackingGrid(grid),
+                config,
+                run_dir,
+                observer,
+                server_side,
+                protocol,
+                usage,
+                stop,
+                expected_nodes,
+            )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
@@ -126,7 +136,7 @@ def run_rounds(
 
 
 def _run(
-    grid: Grid,
+    grid: TrackingGrid,
     config: Config,
     run_dir: Path,
     observer: Observer,
@@ -137,15 +147,14 @@ def _run(
     expected_nodes: int | None,
 ) -> FederationResult:
     if server_side is None:
-        from fedtune.federation.resources import workplace
+        from fedtune.federation.resources import run_resources
 
-        server_side = workplace(config)
+        server_side = run_resources(config)
     started = time.monotonic()
     federation = config.federation
     expected = federation.nodes if expected_nodes is None else expected_nodes
-    lives = config.engine.name == "deployment"
-    courier = Courier(grid)
-    state, roster = _begin(courier, config, run_dir, server_side, observer, stop, expected, lives)
+    dynamic = config.engine.name == "deployment"
+    state, roster = _begin(grid, config, run_dir, server_side, observer, stop, expected, dynamic)
     protocol = protocol or protocol_for(state.plan, config)
     observer.on_start(state.info(config, run_dir))
     before = (state.seconds, state.train_seconds, state.flops)
@@ -164,7 +173,7 @@ def _run(
         if state.correlated is not None:
             state.correlated.begin(state.round, cohort)
         ask = _ask(state, config, cohort, stop)
-        outcome = _one_round(protocol, courier, ask, observer)
+        outcome = _one_round(protocol, grid, ask, observer)
         state.account(outcome, ask.nodes)
         if all(node.name in state.exhausted for node in state.nodes):
             reason = outcome.dropped[0][1] if outcome.dropped else "none is left to ask"
@@ -176,7 +185,7 @@ def _run(
             void += 1
         else:
             void = 0
-            state.adapter = state.strategy.step(state.adapter, outcome.aggregate)
+            state.adapter = state.optimizer.step(state.adapter, outcome.aggregate)
         state.plan = outcome.next_plan or state.plan
 
         summary = state.summary(outcome, federation.num_rounds)
@@ -195,7 +204,7 @@ def _run(
         evaluation = None
         if evaluator.due(state.round, last):
             there = _ask(state, config, roster.look(state.round), stop)
-            evaluation = evaluator.evaluate(courier, there, state, observer)
+            evaluation = evaluator.evaluate(grid, there, state, observer)
             summary.accuracy, summary.loss = evaluation.accuracy, evaluation.loss
         summary.seconds = time.monotonic() - round_started
         state.seconds = before[0] + time.monotonic() - started
@@ -214,7 +223,7 @@ def _run(
             )
     if evaluation is None and evaluator.due(state.round, last=True):
         there = _ask(state, config, roster.look(state.round), stop)
-        evaluation = evaluator.evaluate(courier, there, state, observer)
+        evaluation = evaluator.evaluate(grid, there, state, observer)
         state.save(run_dir, config)
     if state.correlated is not None:
         state.correlated.finish()
@@ -224,14 +233,14 @@ def _run(
 
 
 def _begin(
-    courier: Courier,
+    grid: TrackingGrid,
     config: Config,
     run_dir: Path,
     server_side: ServerSide,
     observer: Observer,
     stop: threading.Event | None,
     expected: int | None,
-    lives: bool,
+    dynamic: bool,
 ) -> tuple[RunState, Roster]:
     """Steps 1 to 3: a new state, checkpointed, or the checkpoint's; and who takes part."""
     there = checkpoints.has_checkpoint(run_dir)
@@ -243,22 +252,22 @@ def _begin(
     if config.resume is not None and not there:
         checkpoints.load_latest(run_dir)  # raises, with the way out
     attempt = checkpoints.next_attempt(run_dir)
-    # Before the greeting: a simulated node may tell its size then, and is charged.
+    # Before nodes are discovered: a simulated one may tell its size then, and is charged.
     run = new_run_number(run_dir) if config.resume is None else run_number(run_dir)
     if config.resume is None and expected and size_plan(config) is not None:
         # A run that could not be planned must not have charged anybody for a size. What it comes to does not
         # matter: noise and delta do not follow from it.
         make_plan(config, [1] * expected)
     timeout = config.federation.round_timeout
-    least = max(1, config.federation.min_updates) if lives else 0
-    nodes, failed, notices = greet(
-        courier, timeout, stop, expected, least=least, deadline=lives, observer=observer
+    least = max(1, config.federation.min_updates) if dynamic else 0
+    nodes, failed, notices = discover_nodes(
+        grid, timeout, stop, expected, least=least, deadline=dynamic, observer=observer
     )
     refused: list[Dropped] = []
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
         plan, nodes, refused = agree(
-            courier, config, nodes, run, attempt, stop=stop, deadline=lives, observer=observer
+            grid, config, nodes, run, attempt, stop=stop, deadline=dynamic, observer=observer
         )
         adapter, optimizer = server_side.initial(), server_optimizer(config)
         state = RunState(run, plan, adapter, optimizer, attempt, nodes=nodes)
@@ -267,18 +276,18 @@ def _begin(
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
-        nodes, refused = _agreed_again(courier, state, config, nodes, stop, lives, observer)
-        nodes = state.reunited(nodes)
+        nodes, refused = _agreed_again(grid, state, config, nodes, stop, dynamic, observer)
+        nodes = state.reconnect(nodes)
     state.notices += notices
     state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed] + refused
     for notice in state.notices:
         _log.warning("%s", notice)
     roster = Roster(
-        courier,
+        grid,
         nodes,
         [node_id for node_id, _ in failed] + [ids[one.node] for one in refused],
         proposal=Proposal(state.run, attempt, state.plan),
-        lives=lives,
+        dynamic=dynamic,
         closed=state.plan.trust == "distributed",
         timeout=timeout,
         observer=observer,
@@ -288,20 +297,20 @@ def _begin(
 
 
 def _agreed_again(
-    courier: Courier,
+    grid: TrackingGrid,
     state: RunState,
     config: Config,
     nodes: Sequence[NodeInfo],
     stop: threading.Event | None,
-    lives: bool,
+    dynamic: bool,
     observer: Observer,
 ) -> tuple[list[NodeInfo], list[Dropped]]:
     """Of a run that goes on: who of `nodes` agrees to what is left of it, and who does not."""
     if state.round >= config.federation.num_rounds or state.ended_early is not None:
         return list(nodes), []
     answers = propose(
-        courier, Proposal(state.run, state.attempt, state.plan), nodes, config.federation.round_timeout, stop,
-        deadline=lives,
+        grid, Proposal(state.run, state.attempt, state.plan), nodes, config.federation.round_timeout, stop,
+        deadline=dynamic,
     )  # fmt: skip
     if state.correlated is not None:
         for answer in answers:

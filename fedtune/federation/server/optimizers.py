@@ -1,7 +1,7 @@
 """Server optimizers: how an aggregated update becomes the next adapter. Pure numpy, resumable.
 
 Flower's own strategies keep no state that could be saved and have no first round, so a run could not
-be resumed with them. Here a strategy is a small object with `step`, `state_dict` and
+be resumed with them. Here a server optimizer is a small object with `step`, `state_dict` and
 `load_state_dict`; moments are float64, whatever travels.
 
 With x the adapter, D the aggregated update (mean of node updates, *new minus old*, so a step adds it),
@@ -11,6 +11,10 @@ s the server learning rate, all element-wise:
 * FedAvgM (Hsu, Qi, Brown 2019): m <- b m + D; x <- x + s m.
 * FedAdam (Reddi et al. 2021, Algorithm 2): m <- b1 m + (1 - b1) D; v <- b2 v + (1 - b2) D^2;
   x <- x + s m / (sqrt(v) + tau). No bias correction, and v starts at tau^2, as in the paper.
+
+Under `trust=distributed` the nodes do not train: together they give one noised gradient over the union of
+all shards, and `GradientOptimizer` takes the step that DP-SGD on pooled data would take, with the settings of
+`train`. Its formulas are those of torch.optim (a test compares).
 
 What goes in is already private under trust `local`, `distributed` and `central`, so all of this is
 post-processing and costs no epsilon. Clipping and noise are not here.
@@ -23,13 +27,25 @@ from typing import Protocol
 
 import numpy as np
 
-from fedtune.config.schema import FederationConfig
+from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
 
-__all__ = ["STRATEGIES", "FedAdam", "FedAvg", "FedAvgM", "Strategy", "make_strategy"]
+__all__ = [
+    "OPTIMIZERS",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "GradientOptimizer",
+    "ServerOptimizer",
+    "averaging_optimizer",
+    "server_optimizer",
+]
+
+_STEPS = ("sgd", "adam", "adamw")
+_BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8  # torch's defaults, which training on a node uses
 
 
-class Strategy(Protocol):
+class ServerOptimizer(Protocol):
     """A server optimizer."""
 
     name: str
@@ -38,14 +54,14 @@ class Strategy(Protocol):
         """Adapter float32 [P] and aggregated update float [P] -> next adapter, float32 [P], a new array.
 
         Raises FederationError if the update has another shape or the result is not finite; the
-        strategy's state is then as it was.
+        optimizer's state is then as it was.
         """
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, as arrays; copies."""
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `state_dict`. Raises CheckpointError for a state of another strategy."""
+        """Inverse of `state_dict`. Raises CheckpointError for a state of another optimizer."""
 
 
 def _check(adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
@@ -85,7 +101,7 @@ class FedAvg:
         self.learning_rate = learning_rate
 
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         return _next(adapter, self.learning_rate * _check(adapter, update))
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -93,7 +109,7 @@ class FedAvg:
         return {}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         _load(state, (), self.name)
 
 
@@ -108,7 +124,7 @@ class FedAvgM:
         self._m: np.ndarray | None = None  # float64 [P]
 
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         delta = _check(adapter, update)
         m = delta if self._m is None else self.momentum * self._m + delta
         result = _next(adapter, self.learning_rate * m)
@@ -120,7 +136,7 @@ class FedAvgM:
         return {} if self._m is None else {"m": self._m.copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         self._m = _load(state, ("m",), self.name)[0] if state else None
 
 
@@ -137,7 +153,7 @@ class FedAdam:
         self._v: np.ndarray | None = None  # float64 [P]
 
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         delta = _check(adapter, update)
         m = np.zeros_like(delta) if self._m is None else self._m
         v = np.full_like(delta, self.tau**2) if self._v is None else self._v
@@ -154,14 +170,14 @@ class FedAdam:
         return {"m": self._m.copy(), "v": self._v.copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `Strategy`."""
+        """See `ServerOptimizer`."""
         self._m, self._v = _load(state, ("m", "v"), self.name) if state else (None, None)
 
 
-STRATEGIES = ("fedavg", "fedavgm", "fedadam")
+OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 
 
-def make_strategy(config: FederationConfig) -> Strategy:
+def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
     """The server optimizer that `config.strategy` names. Raises ConfigError if there is none such."""
     rate, momentum = config.server_learning_rate, config.server_momentum
     if not (math.isfinite(rate) and rate > 0):
@@ -175,5 +191,89 @@ def make_strategy(config: FederationConfig) -> Strategy:
     if config.strategy == "fedadam":
         return FedAdam(rate, beta_1=momentum)
     raise ConfigError(
-        f"federation.strategy={config.strategy!r} is not known; it can be {', '.join(STRATEGIES)}."
+        f"federation.strategy={config.strategy!r} is not known; it can be {', '.join(OPTIMIZERS)}."
     )
+
+
+class GradientOptimizer:
+    """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        if train.optimizer not in _STEPS:
+            raise ConfigError(
+                f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
+            )
+        if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
+            raise ConfigError(f"train.learning_rate={train.learning_rate} must be a positive number.")
+        self.name = f"gradient_{train.optimizer}"
+        self._train = train
+        self._state: dict[str, np.ndarray] = {}
+
+    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
+        """Adapter float32 [P] and minus the gradient, float [P] -> next adapter, float32 [P], a new array.
+
+        Raises FederationError if shapes differ or the result is not finite; the state is then as it was.
+        """
+        if adapter.ndim != 1 or update.shape != adapter.shape:
+            raise FederationError(
+                f"The aggregated gradient has shape {update.shape} and the adapter {adapter.shape}; server "
+                "and nodes run different models. Start all of them with the same configuration."
+            )
+        train, rate = self._train, self._train.learning_rate
+        x, gradient = adapter.astype(np.float64), -update.astype(np.float64)
+        if train.optimizer == "sgd":
+            gradient = gradient + train.weight_decay * x
+            momentum = gradient
+            if train.momentum and "momentum" in self._state:
+                momentum = train.momentum * self._state["momentum"] + gradient
+            state = {"momentum": momentum} if train.momentum else {}
+            x = x - rate * momentum
+        else:
+            if train.optimizer == "adamw":
+                x = x * (1.0 - rate * train.weight_decay)
+            steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
+            m = (1.0 - _BETA_1) * gradient + _BETA_1 * self._state.get("m", np.zeros_like(x))
+            v = (1.0 - _BETA_2) * gradient**2 + _BETA_2 * self._state.get("v", np.zeros_like(x))
+            state = {"m": m, "v": v, "steps": np.array([steps])}
+            x = x - rate * (m / (1.0 - _BETA_1**steps)) / (np.sqrt(v / (1.0 - _BETA_2**steps)) + _EPS)
+        result: np.ndarray = x.astype(np.float32)
+        if not np.isfinite(result).all():
+            raise FederationError(
+                f"The step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter values "
+                f"infinite or NaN. Lower train.learning_rate, which is {rate:g}."
+            )
+        self._state = state
+        return result
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Everything that the next step depends on; empty before the first."""
+        return {name: array.copy() for name, array in self._state.items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Inverse of `state_dict`. Raises CheckpointError for a state of another optimizer."""
+        momentum = {"momentum"} if self._train.momentum else set()
+        names = momentum if self._train.optimizer == "sgd" else {"m", "v", "steps"}
+        if state and set(state) != names:
+            raise CheckpointError(
+                f"The checkpoint holds the server optimizer state {sorted(state)}, and {self.name} needs "
+                f"{sorted(names)}. Resume with the configuration that the run was started with."
+            )
+        self._state = {name: np.array(array, dtype=np.float64) for name, array in state.items()}
+
+
+def server_optimizer(config: Config) -> ServerOptimizer:
+    """What turns a round's aggregate into the next adapter, by trust model and configuration.
+
+    Raises ConfigError for settings without meaning.
+    """
+    if config.privacy.trust != "distributed":
+        return averaging_optimizer(config.federation)
+    federation = config.federation
+    if federation.strategy != "fedavg" or federation.server_learning_rate != 1.0:
+        raise ConfigError(
+            f"federation.strategy={federation.strategy} and federation.server_learning_rate="
+            f"{federation.server_learning_rate:g} average updates, and under privacy.trust=distributed there "
+            "are none: each round is one step on the server with train.optimizer and train.learning_rate. "
+            "Leave them out."
+        )
+    return GradientOptimizer(config.train)

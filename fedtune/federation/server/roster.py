@@ -2,9 +2,9 @@
 
 A round asks the nodes that are connected and free. With fewer than it needs it is not begun, for what it
 would ask is charged whether or not the round can be used: `wait_for` waits, and tells the observer for whom.
-A node that connects after the run began is greeted between two rounds, without waiting for it; the run is
-proposed to it (all of it: what it would cost at most), and it takes part from the first round after it
-agreed.
+A node that connects after the run began is asked who it is between two rounds, without waiting for it; the
+run is proposed to it (all of it: what it would cost at most), and it takes part from the first round after
+it agreed.
 
 Under trust=distributed the plan's noise is shared out over the nodes of the beginning: these may leave and
 come back, and no other joins. In a simulation nobody comes later, so nobody is waited for.
@@ -25,7 +25,7 @@ from fedtune.federation.messages import NodeHello
 from fedtune.federation.server.agreement import PROPOSE, Consent, Proposal
 from fedtune.federation.server.cohort import pause
 from fedtune.federation.server.rounds import make_messages, reason_of, time_to_live
-from fedtune.federation.server.tracking_grid import Courier
+from fedtune.federation.server.tracking_grid import TrackingGrid
 
 __all__ = ["Roster"]
 
@@ -39,11 +39,11 @@ class Roster:
     """The nodes of one run.
 
     Args:
-        courier: the way to the nodes.
+        grid: the way to the nodes.
         nodes: those that have said who they are.
         failed: ids of nodes that could not; they are asked again when they come back.
         proposal: what a node must agree to before its first round; None: nothing is asked.
-        lives: nodes come and go (a real federation); False: those of the beginning are all there will be.
+        dynamic: nodes come and go (a real federation); False: those of the beginning are all there will be.
         closed: no node joins that was not there at the beginning.
         timeout: seconds that a node has to say who it is.
 
@@ -55,19 +55,19 @@ class Roster:
 
     def __init__(
         self,
-        courier: Courier,
+        grid: TrackingGrid,
         nodes: Sequence[NodeInfo],
         failed: Collection[int] = (),
         *,
         proposal: Proposal | None = None,
-        lives: bool = False,
+        dynamic: bool = False,
         closed: bool = False,
         timeout: float = 600.0,
         observer: Observer,
         stop: threading.Event | None = None,
     ) -> None:
-        self._courier, self._observer, self._stop = courier, observer, stop
-        self._lives, self._closed, self._timeout = lives, closed, timeout
+        self._grid, self._observer, self._stop = grid, observer, stop
+        self._dynamic, self._closed, self._timeout = dynamic, closed, timeout
         self.nodes = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
         self.dropped: list[Dropped] = []
         self.last_rounds: dict[str, int] = {}
@@ -78,28 +78,28 @@ class Roster:
         self._here: set[int] = set()
 
     def look(self, round: int = 0) -> list[NodeInfo]:
-        """The nodes that are connected and free, by name. Greets those that are new."""
-        for question, answer in self._courier.late():
+        """The nodes that are connected and free, by name. Asks those that are new who they are."""
+        for question, answer in self._grid.late():
             if question.kind == _HELLO:
-                self._greeted(question.node_id, answer, round)
+                self._on_hello(question.node_id, answer, round)
             elif question.kind == PROPOSE:
-                self._answered(question.node_id, answer, round)
+                self._on_consent(question.node_id, answer, round)
             else:
                 _log.info("A late answer of node id %d was dropped.", question.node_id)
-        here = set(self._courier.get_node_ids())
-        if self._lives:
+        here = set(self._grid.get_node_ids())
+        if self._dynamic:
             for node in self.nodes.values():
                 if (node.node_id in here) != (node.node_id in self._here) and self._here:
                     self._observer.on_client(node.name, "joined" if node.node_id in here else "left")
         self._here = here
         self._failed &= here  # whoever was away may have been mended
-        busy = self._courier.busy()
+        busy = self._grid.busy()
         known = {node.node_id for node in self.nodes.values()}
         new = sorted(here - known - self._failed - busy)
-        if new and self._lives:
+        if new and self._dynamic:
             infos = [NodeInfo(f"node id {node_id}", node_id, 0) for node_id in new]
             ttl = time_to_live(self._timeout)
-            self._courier.push_messages(make_messages(RecordDict(), _HELLO, infos, round, ttl=ttl))
+            self._grid.push_messages(make_messages(RecordDict(), _HELLO, infos, round, ttl=ttl))
         return [node for node in self.nodes.values() if node.node_id in here and node.node_id not in busy]
 
     def wait_for(self, need: int, exhausted: Collection[str], round: int) -> list[NodeInfo]:
@@ -112,7 +112,7 @@ class Roster:
         while True:
             free = [node for node in self.look(round) if node.name not in exhausted]
             able = [name for name in self.nodes if name not in exhausted]
-            if len(free) >= need or not self._lives or (exhausted and len(able) < need):
+            if len(free) >= need or not self._dynamic or (exhausted and len(able) < need):
                 if said:
                     self._observer.on_wait("")
                 return free
@@ -126,7 +126,7 @@ class Roster:
             pause(_LOOK_SECONDS, self._stop)
 
     def _reason(self, free: Sequence[NodeInfo], able: Sequence[str], need: int, round: int) -> str:
-        busy = self._courier.busy()
+        busy = self._grid.busy()
         late = [name for name in able if self.nodes[name].node_id in self._here & busy]
         away = [name for name in able if self.nodes[name].node_id not in self._here]
         parts = [f"round {round} waits: {len(free)} of the {need} nodes that it needs are here and free"]
@@ -136,7 +136,7 @@ class Roster:
             parts.append(f"still at work on an earlier round: {', '.join(late)}")
         return "; ".join(parts)
 
-    def _greeted(self, node_id: int, answer: Message, round: int) -> None:
+    def _on_hello(self, node_id: int, answer: Message, round: int) -> None:
         try:
             if answer.has_error():
                 raise FederationError(reason_of(answer))
@@ -164,9 +164,9 @@ class Roster:
         self._asked[node_id] = info
         ttl = time_to_live(self._timeout)
         records = self._proposal.to_records()
-        self._courier.push_messages(make_messages(records, PROPOSE, [info], round, ttl=ttl))
+        self._grid.push_messages(make_messages(records, PROPOSE, [info], round, ttl=ttl))
 
-    def _answered(self, node_id: int, answer: Message, round: int) -> None:
+    def _on_consent(self, node_id: int, answer: Message, round: int) -> None:
         info = self._asked.pop(node_id, None)
         if info is None or self._proposal is None:
             return

@@ -16,14 +16,13 @@ import numpy as np
 
 from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError
-from fedtune.federation import owner
+from fedtune.federation import local_record
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
 from fedtune.federation.server import checkpoint as checkpoints
 from fedtune.federation.server.checkpoint import Checkpoint
 from fedtune.federation.server.correlated import CorrelatedRounds
-from fedtune.federation.server.descent import server_optimizer
 from fedtune.federation.server.evaluation import NodesEvaluation
-from fedtune.federation.server.optimizers import Strategy
+from fedtune.federation.server.optimizers import ServerOptimizer, server_optimizer
 from fedtune.federation.server.roster import Roster
 from fedtune.federation.server.rounds import RoundOutcome
 from fedtune.privacy.plan import PrivacyPlan
@@ -43,7 +42,7 @@ class RunState:
     run: str
     plan: PrivacyPlan
     adapter: np.ndarray
-    strategy: Strategy
+    optimizer: ServerOptimizer
     attempt: int
     round: int = 0
     nodes: list[NodeInfo] = field(default_factory=list)
@@ -68,7 +67,7 @@ class RunState:
         meta: dict[str, Any] = {
             "config": asdict(config),
             "plan": self.plan.to_json(),
-            "strategy": self.strategy.name,
+            "strategy": self.optimizer.name,
             "attempt": self.attempt,
             "nodes": [[node.name, node.declared_size] for node in self.nodes],
             "history": [summary.to_json() for summary in self.history],
@@ -86,9 +85,9 @@ class RunState:
             "ended_early": self.ended_early,
         }
         meta, own = publish("checkpoint", meta, public_data=config.data.public)
-        owner.keep(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
+        local_record.update(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
         checkpoints.save(
-            run_dir, Checkpoint(self.run, self.round, self.adapter, self.strategy.state_dict(), meta)
+            run_dir, Checkpoint(self.run, self.round, self.adapter, self.optimizer.state_dict(), meta)
         )
 
     @classmethod
@@ -98,13 +97,13 @@ class RunState:
         meta = _with_local(saved, run_dir)
         try:
             _same_config(meta["config"], config)
-            strategy = server_optimizer(config)
-            strategy.load_state_dict(saved.optimizer)
+            optimizer = server_optimizer(config)
+            optimizer.load_state_dict(saved.optimizer)
             state = cls(
                 run=saved.run,
                 plan=PrivacyPlan.from_json(meta["plan"]),
                 adapter=saved.adapter.astype(np.float32),
-                strategy=strategy,
+                optimizer=optimizer,
                 attempt=attempt,
                 round=saved.round,
                 nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
@@ -132,7 +131,7 @@ class RunState:
                 f"({type(error).__name__}: {error}). Resume with that version, or start a new run."
             ) from error
 
-    def reunited(self, there: Sequence[NodeInfo]) -> list[NodeInfo]:
+    def reconnect(self, there: Sequence[NodeInfo]) -> list[NodeInfo]:
         """Those who took part before, with the ids of those who are there now, who join if they may."""
         known = {node.name: node for node in self.nodes}
         closed = self.plan.trust == "distributed"  # the noise is shared out over the nodes of the beginning
@@ -251,7 +250,7 @@ class RunState:
 def _with_local(saved: Checkpoint, run_dir: Path) -> dict[str, Any]:
     """The checkpoint's facts with those that the folder keeps for the owner; without them, if they are of
     another round or gone: measured times then begin anew."""
-    own = owner.read(run_dir).get("checkpoint") or {}
+    own = local_record.read(run_dir).get("checkpoint") or {}
     if not isinstance(own, dict) or own.get("run") != saved.run:
         return saved.meta
     merged: dict[str, Any] = merge(saved.meta, own.get("meta"))

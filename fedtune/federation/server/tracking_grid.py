@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 
 from fedtune.federation.flower import Run
 
-__all__ = ["Courier", "Question"]
+__all__ = ["Question", "TrackingGrid"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Question:
     expires: float
 
 
-class Courier(Grid):
+class TrackingGrid(Grid):
     """Hands everything on to another Grid, and remembers the questions that are open."""
 
     def __init__(self, grid: Grid) -> None:

@@ -25,7 +25,7 @@ WATCHED = {
     "fedtune.deploy.worker": ("answer",),
     "fedtune.federation.client.release": ("reserve_release",),
     "fedtune.federation.server.state": ("RunState.save",),
-    "fedtune.federation.resources": ("Workplace.evaluate",),
+    "fedtune.federation.resources": ("RunResources.evaluate",),
     "fedtune.training.local": ("train_locally",),
 }
 _lock = threading.Lock()

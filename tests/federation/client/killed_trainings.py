@@ -26,7 +26,7 @@ from typing import Any
 from fedtune.config.convert import config_from_json
 from fedtune.federation.client.app import app
 from fedtune.federation.client.release import ledger_of
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.federation.client.test_client_app import Node
 from tests.tiny_federation import one_thread
@@ -79,7 +79,7 @@ def main() -> None:
     import opacus  # noqa: F401
 
     node = Node(config_from_json(config))
-    workplace(node.config).warm()
+    run_resources(node.config).warm()
     if broken == "charge":
         charge_when_trained()
     moments, witness, found = random.Random(int(seed)), Path(folder) / "witness", Counter[str]()

@@ -19,7 +19,7 @@ from fedtune.federation.client.app import app
 from fedtune.federation.client.release import check_plan, ledger_of
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from tests.tiny_federation import private
@@ -39,9 +39,9 @@ class Node:
             state=RecordDict(),
             run_config={"fedtune": to_json(config)},
         )
-        shards = workplace(config).prepared.shards
+        shards = run_resources(config).prepared.shards
         self.plan = make_plan(config, [shard.declared_size for shard in shards])
-        self.start = workplace(config).initial()
+        self.start = run_resources(config).initial()
         self.name = shards[position].node if position < len(shards) else ""
 
     def send(self, content: RecordDict, kind: str = "train") -> Message:
@@ -93,7 +93,7 @@ def test_a_node_says_who_it_is(tiny: Make) -> None:
     node = Node(tiny(), position=2)
     hello = NodeHello.from_records(node.send(RecordDict(), "query.hello").content)
     assert hello.node == "site-2"
-    assert hello.declared_size == workplace(node.config).prepared.shards[2].declared_size
+    assert hello.declared_size == run_resources(node.config).prepared.shards[2].declared_size
     assert not hello.idle
 
 
@@ -158,7 +158,7 @@ def test_a_budget_refuses_and_the_numbers_stay_with_its_owner(
     caplog.set_level("INFO", "fedtune.node")
 
     node = Node(private(tiny(), epsilon=8.0))
-    shard = workplace(node.config).prepared.shards[0]
+    shard = run_resources(node.config).prepared.shards[0]
     ledger_of(node.name).set_budget(PrivacyBudget(epsilon=1.0, delta=node.plan.delta), dataset=shard.dataset)
     reply = node.ask()
     assert reply.update is None
@@ -229,7 +229,7 @@ def test_a_plan_without_privacy_is_refused_where_privacy_was_agreed(tiny: Make) 
     with pytest.raises(PrivacyError, match="trust='none'"):
         check_plan(plain, private(tiny()))
     node = Node(private(tiny()))
-    reply = node.ask(plan=make_plan(tiny(), [s.declared_size for s in workplace(tiny()).prepared.shards]))
+    reply = node.ask(plan=make_plan(tiny(), [s.declared_size for s in run_resources(tiny()).prepared.shards]))
     assert reply.update is None
     assert reply.refusal == "PrivacyError"
     assert node.charged() == 0

@@ -31,13 +31,13 @@ from fedtune.federation.client.release import Release, ledger_of
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.flower import serialized_size, task_identity
 from fedtune.federation.messages import RoundReply, RoundRequest
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.federation.secagg import client as distributed_node
 from fedtune.federation.secagg import messages as secagg_messages
 from fedtune.federation.secagg.messages import PHASES, Place
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
 from fedtune.federation.secagg.server import DistributedRound
-from fedtune.federation.server.descent import Descent, server_optimizer
+from fedtune.federation.server.optimizers import GradientOptimizer, server_optimizer
 from fedtune.federation.server.rounds import RoundAsk, RoundOutcome
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
@@ -89,10 +89,10 @@ class Bench:
 
     def __init__(self, config: Config, size: int | None = None) -> None:
         self.config, self.grid = config, Lossy(config)
-        shards = workplace(config).prepared.shards
+        shards = run_resources(config).prepared.shards
         self.nodes = [NodeInfo(s.node, i + 2, s.declared_size) for i, s in enumerate(shards)]
         self.plan = make_plan(config, [node.declared_size for node in self.nodes])
-        self.adapter = workplace(config).initial() if size is None else np.zeros(size, np.float32)
+        self.adapter = run_resources(config).initial() if size is None else np.zeros(size, np.float32)
 
     def round(self, round: int = 1, attempt: int = 1, **changes: Any) -> RoundOutcome:
         settings = {"run": "r", "plan": self.plan, "adapter": self.adapter, "nodes": self.nodes}
@@ -163,10 +163,10 @@ def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
     outcome = bench.round()
     expected = np.zeros(bench.adapter.size)
     total = 0
-    with workplace(config).using_model() as model:
+    with run_resources(config).using_model() as model:
         model.set_vector(bench.adapter)
         with per_example_gradients(model):
-            for shard in workplace(config).prepared.shards:
+            for shard in run_resources(config).prepared.shards:
                 view = ShardView(model, shard, "record", config.train)
                 total += view.num_units
                 rows = np.arange(view.num_units)
@@ -279,7 +279,7 @@ def test_a_preflight_that_fails_stops_a_node_in_a_distributed_round_too(
 def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors) -> None:
     bench = Bench(distributed(tiny()), SIZE)
     # All simulated nodes share one ledger: of them only site-1 has records that were used before.
-    spent = workplace(bench.config).prepared.shards[1]
+    spent = run_resources(bench.config).prepared.shards[1]
     ledger = ledger_of("site-1")
     ledger.reserve(
         dataset=spent.dataset, fingerprint=spent.identity, node="site-1", run="earlier", round=1,
@@ -583,7 +583,7 @@ def test_a_run_trains_by_distributed_rounds_and_accounts_the_union(
     assert result.plan.declared_size == sum(node.declared_size for node in result.nodes)
     assert result.epsilon is not None
     assert 3.9 < result.epsilon <= 4.0
-    assert np.abs(result.adapter - workplace(config).initial()).max() > 0
+    assert np.abs(result.adapter - run_resources(config).initial()).max() > 0
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_optimizers_state(tiny: Make, tmp_path: Path) -> None:
@@ -611,30 +611,30 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_optimizers_state(tiny: Make,
         TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
     ],
 )
-def test_descent_is_torchs_own_and_survives_a_checkpoint(train: TrainConfig) -> None:
+def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainConfig) -> None:
     from fedtune.training.local import make_optimizer
 
     generator = np.random.default_rng(2)
     start = generator.normal(size=50).astype(np.float32)
     theta = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    reference, mine = make_optimizer(theta, train), Descent(train)
+    reference, mine = make_optimizer(theta, train), GradientOptimizer(train)
     adapter = start
     for _ in range(6):
         gradient = generator.normal(size=50).astype(np.float32)
         theta.grad = torch.from_numpy(gradient)
         reference.step()
         adapter = mine.step(adapter, -gradient.astype(np.float64))
-        resumed = Descent(train)
+        resumed = GradientOptimizer(train)
         resumed.load_state_dict(mine.state_dict())
         mine = resumed
         np.testing.assert_allclose(adapter, theta.detach().numpy(), rtol=2e-5, atol=2e-6)
 
 
-def test_descent_refuses_what_it_cannot_do() -> None:
+def test_a_gradient_optimizer_refuses_what_it_cannot_do() -> None:
     for train in (TrainConfig(optimizer="lion"), TrainConfig(learning_rate=0.0)):
         with pytest.raises(ConfigError):
-            Descent(train)
-    adam = Descent(TrainConfig(optimizer="adam"))
+            GradientOptimizer(train)
+    adam = GradientOptimizer(TrainConfig(optimizer="adam"))
     with pytest.raises(FederationError, match="shape"):
         adam.step(np.zeros(3, np.float32), np.zeros(4))
     with pytest.raises(FederationError, match="NaN"):
@@ -652,4 +652,4 @@ def test_settings_without_meaning_are_refused(tiny: Make) -> None:
     with pytest.raises(ConfigError, match="cohort_size=2"):
         DistributedRound(config, make_plan(config, [30, 30, 30, 30]))
     assert server_optimizer(tiny()).name == "fedavg"
-    assert server_optimizer(distributed(tiny())).name == "descent_adam"
+    assert server_optimizer(distributed(tiny())).name == "gradient_adam"

@@ -18,7 +18,7 @@ from fedtune.federation.client.app import app
 from fedtune.federation.client.release import ledger_of
 from fedtune.federation.events import FederationResult
 from fedtune.federation.flower import task_identity
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.federation.server.agreement import Consent, Proposal
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.ledger.ledger import PrivacyBudget
@@ -44,7 +44,7 @@ def simulate(config: Config, run_dir: Path, observer: Any = None) -> FederationR
 
 
 def shards(config: Config) -> list[Any]:
-    return list(workplace(config).prepared.shards)
+    return list(run_resources(config).prepared.shards)
 
 
 def allow(config: Config, epsilon: float, delta: float = 1e-5) -> None:

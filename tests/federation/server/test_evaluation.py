@@ -20,7 +20,7 @@ from fedtune.federation.evaluation_messages import EvaluationReply
 from fedtune.federation.events import FederationResult
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import RoundRequest
-from fedtune.federation.resources import workplace
+from fedtune.federation.resources import run_resources
 from fedtune.federation.server.evaluation import NodesEvaluation
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.plan import PrivacyPlan
@@ -70,7 +70,7 @@ def test_an_answer_is_noised_and_charged_by_its_own_event(tiny: Make) -> None:
     assert (term.sample_rate, term.noise_multiplier, count) == (1.0, node.plan.evaluation_noise, 1)
     # The training of the same round is another release, and both count.
     assert node.ask().releases == 1
-    held = workplace(node.config).prepared.held_out[0]
+    held = run_resources(node.config).prepared.held_out[0]
     spent = ledger_of(node.name).epsilon(
         dataset=held.dataset, fingerprint=held.identity, delta=node.plan.delta
     )
@@ -83,9 +83,9 @@ def test_without_privacy_the_counts_are_exactly_those_of_the_held_out_part(tiny:
     evaluation = node.plan.evaluation()
     assert evaluation is not None
     assert reply.counts is not None
-    place = workplace(node.config)
-    held = place.prepared.held_out[0]
-    with place.using_model() as model:
+    resources = run_resources(node.config)
+    held = resources.prepared.held_out[0]
+    with resources.using_model() as model:
         model.set_vector(node.start)
         score = evaluate(model, held.data, node.config.train)
     right, wrong = (cell / evaluation.scale for cell in reply.counts)
@@ -94,8 +94,8 @@ def test_without_privacy_the_counts_are_exactly_those_of_the_held_out_part(tiny:
 
 
 def test_no_unit_is_in_both_parts_and_training_sees_one_only(tiny: Make) -> None:
-    prepared = workplace(asking(tiny())).prepared
-    whole = workplace(tiny()).prepared
+    prepared = run_resources(asking(tiny())).prepared
+    whole = run_resources(tiny()).prepared
     assert len(prepared.held_out) == len(prepared.shards) == 4
     for train, held, both in zip(prepared.shards, prepared.held_out, whole.shards, strict=True):
         texts = {one.tobytes() for one in train.data.digests}
@@ -153,12 +153,12 @@ def test_a_node_that_holds_nothing_out_answers_nothing(tiny: Make) -> None:
 def test_a_part_that_is_empty_is_answered_for_like_any_other(tiny: Make) -> None:
     """Whether anybody is held out is private, so it must not show in what is answered, or break training."""
     node = Node(asking(private(tiny()), share=1e-9))
-    assert workplace(node.config).prepared.held_out[0].data.num_records == 0
+    assert run_resources(node.config).prepared.held_out[0].data.num_records == 0
     assert question(node).counts is not None
     almost_all = asking(private(tiny()), share=1 - 1e-9)
     almost_all.privacy.delta = 1e-12  # the default has no meaning for a part of one
     other = Node(almost_all, position=1)
-    assert workplace(other.config).prepared.shards[1].data.num_records == 0
+    assert run_resources(other.config).prepared.shards[1].data.num_records == 0
     assert other.ask().update is not None
 
 
@@ -216,11 +216,11 @@ def test_a_run_without_noise_finds_the_accuracy_of_what_is_held_out(tiny: Make, 
     result = run(config, tmp_path / "run")
     found = result.evaluation
     assert isinstance(found, NodesEvaluation)
-    place = workplace(config)
+    resources = run_resources(config)
     hits = total = 0.0
-    with place.using_model() as model:
+    with resources.using_model() as model:
         model.set_vector(result.adapter)
-        for held in place.prepared.held_out:
+        for held in resources.prepared.held_out:
             score = evaluate(model, held.data, config.train)
             hits += score.accuracy * held.data.num_records
             total += held.data.num_records
@@ -325,6 +325,6 @@ def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: py
                                         stop=None, deadline=False))  # fmt: skip
         found = evaluation.NodesEvaluator(plan, 1).evaluate(grid, ask, state, NullObserver())
         with pytest.raises(FederationError) as refused:
-            cohort.greet(grid, 1.0, expected=2)
+            cohort.discover_nodes(grid, 1.0, expected=2)
         kept.append(json.dumps([state.answers, found.to_json(), str(refused.value)]))
     assert kept[0] == kept[1]

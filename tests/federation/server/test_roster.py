@@ -22,7 +22,7 @@ from fedtune.federation.server.agreement import PROPOSE
 from fedtune.federation.server.checkpoint import load_latest
 from fedtune.federation.server.loop import run_rounds
 from fedtune.federation.server.roster import Roster
-from fedtune.federation.server.tracking_grid import Courier
+from fedtune.federation.server.tracking_grid import TrackingGrid
 from tests.fake_federation import FakeServerSide, Watcher, fake_app, fake_config, honest_update
 
 
@@ -35,7 +35,7 @@ class Field(LocalGrid):
     """Nodes that come and go and take their time, as `plan` has it.
 
     `away`: positions that are not connected. `seconds`: by (position, round), how long an answer takes, 0 by
-    default; round 0 is the greeting.
+    default; round 0 is discovery.
     """
 
     def __init__(self, nodes: int = 3) -> None:
@@ -179,7 +179,7 @@ def test_a_node_that_joins_late_takes_part_from_the_next_round(tmp_path: Path) -
 
     watcher = Joins()
     result = run(grid, real(num_rounds=4), tmp_path, watcher, expected=2)
-    # Greeted before round 2 and proposed the run before round 3, while they go on; asked in round 4.
+    # Discovered before round 2 and proposed the run before round 3, while they go on; asked in round 4.
     assert [(round, node) for round, node in grid.asked if node == 2] == [(4, 2)]
     expected = mean(1, 0, 1) + mean(2, 0, 1) + mean(3, 0, 1) + mean(4, 0, 1, 2)
     np.testing.assert_allclose(result.adapter, expected, rtol=1e-6)
@@ -230,7 +230,7 @@ def test_who_took_part_before_a_crash_stays_in_the_books(tmp_path: Path) -> None
 
 def a_roster(grid: Field, watcher: Watcher, known: int, **settings: Any) -> Roster:
     nodes = [NodeInfo(f"node-{i}", i + 2, 100) for i in range(known)]
-    return Roster(Courier(grid), nodes, lives=True, timeout=5.0, observer=watcher, **settings)
+    return Roster(TrackingGrid(grid), nodes, dynamic=True, timeout=5.0, observer=watcher, **settings)
 
 
 def test_no_node_joins_where_the_noise_is_shared_out() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
-from fedtune.federation.events import PRUNED, Judged, NodeInfo, RoundSummary
+from fedtune.federation.events import PRUNED, NodeInfo, RoundSummary, StoppingObserver
 from fedtune.federation.server.checkpoint import load_latest
 from fedtune.federation.server.cohort import draw_cohort
 from fedtune.federation.server.rounds import PlainRound
@@ -381,7 +381,7 @@ def test_the_server_waits_for_nodes_that_connect_late(
     for expected in (3, None):  # told how many, or by waiting until no more come
         grid = Late(fake_federation.fake_app(), 3, {}, timeout=5.0)
         with fake_federation.task_identity(grid.run_id):
-            nodes, _, notices = cohort.greet(grid, 5.0, expected=expected)
+            nodes, _, notices = cohort.discover_nodes(grid, 5.0, expected=expected)
         assert [node.name for node in nodes] == ["node-0", "node-1", "node-2"]
         assert notices == []
 
@@ -392,7 +392,7 @@ def test_the_server_goes_on_without_nodes_that_never_connect() -> None:
 
     grid = fake_federation.LocalGrid(fake_federation.fake_app(), 2, {}, timeout=5.0)
     with fake_federation.task_identity(grid.run_id):
-        nodes, _, _ = cohort.greet(grid, 0.3, expected=5)
+        nodes, _, _ = cohort.discover_nodes(grid, 0.3, expected=5)
     assert len(nodes) == 2
 
 
@@ -411,7 +411,7 @@ def test_shards_without_a_node_are_told_of() -> None:
     app._registered_funcs["query.hello"] = hello
     grid = fake_federation.LocalGrid(app, 2, {}, timeout=5.0)
     with fake_federation.task_identity(grid.run_id):
-        _, _, (notice,) = cohort.greet(grid, 5.0, expected=2)
+        _, _, (notice,) = cohort.discover_nodes(grid, 5.0, expected=2)
     assert "has 4 shards, and only 2 of them" in notice
     assert "num-supernodes=4" in notice
 
@@ -419,29 +419,31 @@ def test_shards_without_a_node_are_told_of() -> None:
 def test_a_judge_ends_a_run_and_a_resumed_one_does_not_go_on_with_it(tmp_path: Path) -> None:
     seen: list[int] = []
 
-    def judge(summary: RoundSummary) -> str | None:
+    def stop_rule(summary: RoundSummary) -> str | None:
         seen.append(summary.round)
         return f"{PRUNED} after two" if summary.round == 2 else None
 
     watcher = Watcher()
-    result = run_fake(tmp_path, observer=Judged(watcher, judge))
+    result = run_fake(tmp_path, observer=StoppingObserver(watcher, stop_rule))
     assert seen == [1, 2] and len(watcher.rounds) == 2, "the display is told of every round, too"
     assert len(result.history) == 2 and result.ended_early == f"{PRUNED} after two"
     assert set(result.releases.values()) == {2}, "what was released is charged, and no more"
     config = dataclasses.replace(fake_config(), resume=str(tmp_path))
-    again = run_fake(tmp_path, config=config, observer=Judged(watcher, judge))
+    again = run_fake(tmp_path, config=config, observer=StoppingObserver(watcher, stop_rule))
     assert len(again.history) == 2 and again.ended_early == result.ended_early
     assert np.array_equal(again.adapter, result.adapter)
 
 
 def test_a_judge_has_no_say_after_the_last_round(tmp_path: Path) -> None:
-    observer = Judged(Watcher(), lambda summary: "late" if summary.round == summary.num_rounds else None)
+    observer = StoppingObserver(
+        Watcher(), lambda summary: "late" if summary.round == summary.num_rounds else None
+    )
     result = run_fake(tmp_path, observer=observer)
     assert result.ended_early is None
 
 
 def test_a_judge_that_raises_is_switched_off(tmp_path: Path) -> None:
-    def judge(summary: RoundSummary) -> str | None:
+    def stop_rule(summary: RoundSummary) -> str | None:
         raise ValueError("no such study")
 
-    assert run_fake(tmp_path, observer=Judged(Watcher(), judge)).ended_early is None
+    assert run_fake(tmp_path, observer=StoppingObserver(Watcher(), stop_rule)).ended_early is None

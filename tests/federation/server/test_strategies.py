@@ -7,7 +7,7 @@ import pytest
 
 from fedtune.config.schema import FederationConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
-from fedtune.federation.server.optimizers import STRATEGIES, FedAdam, FedAvg, FedAvgM, make_strategy
+from fedtune.federation.server.optimizers import OPTIMIZERS, FedAdam, FedAvg, FedAvgM, averaging_optimizer
 
 UPDATES = np.random.default_rng(0).normal(size=(7, 5))
 
@@ -47,25 +47,25 @@ def test_fedadam_first_step_of_a_zero_update_does_nothing() -> None:
     np.testing.assert_array_equal(FedAdam().step(x, np.zeros(5)), x)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_restored_strategy_goes_on_exactly(name: str) -> None:
     config = FederationConfig(strategy=name, server_learning_rate=0.1)
-    whole, x = make_strategy(config), np.zeros(5, dtype=np.float32)
+    whole, x = averaging_optimizer(config), np.zeros(5, dtype=np.float32)
     for update in UPDATES:
         x = whole.step(x, update)
-    first, y = make_strategy(config), np.zeros(5, dtype=np.float32)
+    first, y = averaging_optimizer(config), np.zeros(5, dtype=np.float32)
     for update in UPDATES[:3]:
         y = first.step(y, update)
-    second = make_strategy(config)
+    second = averaging_optimizer(config)
     second.load_state_dict(first.state_dict())
     for update in UPDATES[3:]:
         y = second.step(y, update)
     np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_that_fails_leaves_the_state_as_it_was(name: str) -> None:
-    strategy = make_strategy(FederationConfig(strategy=name))
+    strategy = averaging_optimizer(FederationConfig(strategy=name))
     x = strategy.step(np.zeros(5, dtype=np.float32), UPDATES[0])
     before = strategy.state_dict()
     with pytest.raises(FederationError, match=r"different models"):
@@ -98,4 +98,4 @@ def test_settings_without_meaning_are_refused(field: str, value: object) -> None
     config = FederationConfig(strategy="fedavgm")
     setattr(config, field, value)
     with pytest.raises(ConfigError, match=field):
-        make_strategy(config)
+        averaging_optimizer(config)

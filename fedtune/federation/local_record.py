@@ -21,7 +21,7 @@ from typing import Any
 
 from fedtune.federation.server.checkpoint import write_durably
 
-__all__ = ["LOCAL_NAME", "collect_reasons", "in_full", "keep", "note_reason", "read", "reasons"]
+__all__ = ["LOCAL_NAME", "collect_reasons", "log_reason", "read", "reasons", "restore_reasons", "update"]
 
 LOCAL_NAME = "local.json"
 _LOG_NAME = "local.log"
@@ -31,16 +31,17 @@ _NOTE = "For the owner of the data: these values depend on private records and a
 def read(run_dir: Path) -> dict[str, Any]:
     """What the run folder keeps for the owner; empty where there is nothing, or nothing readable."""
     try:
-        found = json.loads((run_dir / LOCAL_NAME).read_text(encoding="utf-8"))
+        values = json.loads((run_dir / LOCAL_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
-def keep(run_dir: Path, **sections: Any) -> None:
-    """Puts `sections` in the place of what there was under their names, whole or not at all.
+def update(run_dir: Path, **sections: Any) -> None:
+    """Replaces `sections` of the file by name, whole or not at all.
 
-    Raises: ResourceError.
+    Raises:
+        ResourceError: the file cannot be written.
     """
     before = read(run_dir)
     values = {**before, **sections}
@@ -50,12 +51,12 @@ def keep(run_dir: Path, **sections: Any) -> None:
     write_durably(run_dir / LOCAL_NAME, (json.dumps(values, indent=1) + "\n").encode(), mode=0o600)
 
 
-def note_reason(run_dir: Path, node: str, round: int, told: str, reason: str) -> None:
-    """Adds a node's reason, and what others were `told` of it, to the folder's log.
+def log_reason(run_dir: Path, node: str, round: int, published: str, reason: str) -> None:
+    """Adds a node's reason, and what was `published` of it, to the folder's log.
 
-    Never raises, for the log of the process has it too.
+    Never raises: the log of the process has the reason too.
     """
-    line = json.dumps({"node": node, "round": round, "told": told, "reason": reason}) + "\n"
+    line = json.dumps({"node": node, "round": round, "told": published, "reason": reason}) + "\n"
     with suppress(OSError):
         handle = os.open(run_dir / _LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
@@ -65,29 +66,35 @@ def note_reason(run_dir: Path, node: str, round: int, told: str, reason: str) ->
 
 
 def reasons(run_dir: Path) -> list[dict[str, Any]]:
-    """All reasons that nodes have noted in this folder, oldest first."""
-    kept = read(run_dir).get("reasons")
-    found = list(kept) if isinstance(kept, list) else []
+    """All reasons that nodes have logged in this folder, oldest first."""
+    collected = read(run_dir).get("reasons")
+    entries = list(collected) if isinstance(collected, list) else []
     with suppress(OSError):
         for line in (run_dir / _LOG_NAME).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+                entries.append(json.loads(line))
+    return entries
 
 
-def in_full(run_dir: Path, text: str, round: int | None = None) -> str:
-    """`text` with the owner's own reasons in the place of what others were told, the last of `round`, or of
-    all."""
-    for one in reversed(reasons(run_dir)):
-        said = str(one.get("told", ""))
-        if said and said in text and (round is None or one.get("round") == round):
-            text = text.replace(said, str(one.get("reason", said)))
+def restore_reasons(run_dir: Path, text: str, round: int | None = None) -> str:
+    """`text` with the full reasons in place of what was published of them.
+
+    Of several reasons with the same published text the last one counts, of `round` if that is given.
+    """
+    for entry in reversed(reasons(run_dir)):
+        published = str(entry.get("told", ""))
+        if published and published in text and (round is None or entry.get("round") == round):
+            text = text.replace(published, str(entry.get("reason", published)))
     return text
 
 
 def collect_reasons(run_dir: Path) -> list[dict[str, Any]]:
-    """Moves the folder's log into `local.json`, and returns all reasons. Raises: ResourceError."""
-    found = reasons(run_dir)
-    keep(run_dir, reasons=found)
+    """Moves the folder's log into `local.json`, and returns all reasons.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    entries = reasons(run_dir)
+    update(run_dir, reasons=entries)
     (run_dir / _LOG_NAME).unlink(missing_ok=True)
-    return found
+    return entries
