@@ -9,7 +9,6 @@ Errors of Hydra, OmegaConf and YAML come out as `ConfigError`, one paragraph.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fedtune.config.convert import config_from_json, from_dict, settings, to_dict, to_json, unknown_setting
+from fedtune.config.files import replace_whole
 from fedtune.config.groups import GROUPS, conf_dir
 from fedtune.config.overrides import check_overrides
 from fedtune.config.schema import Config
@@ -102,11 +102,9 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
 def save_config(config: Config, folder: Path) -> Path:
     """Writes `folder/config.yaml`, complete, so that the run can be resumed; replaces it atomically."""
     path = folder / CONFIG_FILE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = "# The resolved configuration of this run; 'fedtune run resume=...' reads it.\n"
     text += yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    replace_whole(path, text.encode())
     return path
 
 

@@ -11,14 +11,14 @@ Files are readable by their owner only: what is made from private texts is as pr
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from fedtune.config.files import replace_whole
 from fedtune.data.corpus import Int32Array
 
 __all__ = ["load_array", "store_array", "warn_unusable"]
@@ -51,18 +51,13 @@ def warn_unusable(path: Path, why: str) -> None:
 
 def store_array(path: Path, array: Int32Array) -> bool:
     """Stores `array` (int32 [k]) at `path`; False, with a warning, if that is not possible."""
-    temporary: Path | None = None
+    header = np.array([FORMAT, _checksum(array)], dtype=np.int32)
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate([header, array]), allow_pickle=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as file:
-            header = np.array([FORMAT, _checksum(array)], dtype=np.int32)
-            np.save(file, np.concatenate([header, array]), allow_pickle=False)
-        temporary.replace(path)
+        replace_whole(path, buffer.getvalue(), mode=0o600)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         warnings.warn(
             f"The cache file {path} cannot be written ({error}); the run goes on, and the next one does the"
             " work again. Free some space, or let FEDTUNE_HOME name a folder that can be written.",

@@ -16,7 +16,6 @@ that.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.files import replace_whole
+from fedtune.config.files import lock_file, replace_whole
 from fedtune.errors import ConfigError
 from fedtune.federation.client.books import parts_of
 
@@ -98,8 +97,7 @@ class Heads:
     @contextmanager
     def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
         """What is known, written when the block ends; no other process changes it meanwhile."""
-        with self._lock, self._path.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._lock, lock_file(self._path.with_suffix(".lock")):
             known = self._read()
             before = json.dumps(known)
             yield known

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.files import lock_file, replace_whole
 from fedtune.deploy.conversation import pauses
 from fedtune.deploy.join import as_enrolled
 from fedtune.deploy.superlink import Server, patient_retries
@@ -125,7 +125,7 @@ def _start(server: Server, config: str, run_dir: Path) -> str:
         if not started.HasField("run_id"):
             raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(str(started.run_id))
+        replace_whole(note, str(started.run_id).encode())
         request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
         end = time.monotonic() + _TASK_SECONDS
         with server.asked(RuntimeHttpClient) as free:
@@ -178,13 +178,9 @@ def _finished_orphan(server: Server, taken: Any) -> bool:
 @contextlib.contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
     """Keeps two submits on this machine from taking one another's tasks."""
-    try:
-        lock = (folder / ".submit.lock").open("a")
-    except OSError:  # somebody else's folder, to read only
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # somebody else's folder, to read only
+            stack.enter_context(lock_file(folder / ".submit.lock"))
         yield
 
 

@@ -19,7 +19,6 @@ lookup; tokens are then looked up each time.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedtune.config.files import lock_file
 from fedtune.config.paths import cache_dir
 from fedtune.data.batches import micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
@@ -103,10 +103,10 @@ class FeatureStore:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         opener = lambda path, flags: os.open(path, flags | os.O_CREAT, 0o600)  # noqa: E731
         with (
+            lock_file(self.folder / "lock"),
             open(self.folder / "index.bin", "r+b", opener=opener) as index,
             open(self.folder / "values.f16", "r+b", opener=opener) as values,
         ):
-            fcntl.flock(index, fcntl.LOCK_EX)
             known = self._read_entries()
             end = int((known["start"] + known["length"]).max(initial=0))
             fresh = np.zeros(len(items), dtype=_ENTRY)

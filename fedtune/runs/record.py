@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import replace_whole
 from fedtune.errors import RecordError, ResourceError
 from fedtune.federation import local_record
 from fedtune.privacy.publication import merge
@@ -114,19 +113,10 @@ def write(record: Mapping[str, Any], path: Path) -> None:
     Raises `ResourceError` if the disk does not take it.
     """
     text = json.dumps(_split(record)[0], indent=2, allow_nan=False) + "\n"
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        replace_whole(path, text.encode())
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise ResourceError(
             f"Cannot write {path}: {error.strerror or error}. The run itself is done and its "
             "checkpoint is kept; make room, then resume the run to write its record."

@@ -36,6 +36,7 @@ LAYERS = (
 
 # Where a library may be met. Those that are not listed here are not used by fedtune at all.
 HOMES: dict[str, tuple[str, ...]] = {
+    "filelock": ("config",),
     "hydra": ("config",),
     "omegaconf": ("config",),
     "platformdirs": ("config",),

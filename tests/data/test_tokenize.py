@@ -5,12 +5,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from fedtune.data import array_cache as cache
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 from tests.data.conftest import WordTokenizer, make_corpus
@@ -103,11 +101,10 @@ def test_a_corrupt_cache_is_rebuilt_and_said(home: Path, tokenizer: WordTokenize
 def test_a_full_disk_is_said_and_the_run_goes_on(
     home: Path, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(file: Any, array: Any, **_: Any) -> None:
-        file.write(b"begun")
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.np, "save", save)
+    monkeypatch.setattr("fedtune.config.files.os.fsync", full)
     with pytest.warns(UserWarning, match="cannot be written .*No space left"):
         tokens = tokenize(make_corpus(), tokenizer, "words", 64)
     assert tokens.num_records == 40

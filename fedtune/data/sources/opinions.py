@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedtune.config.files import replace_whole
 from fedtune.data.corpus import Corpus
 from fedtune.errors import DataError, ResourceError
 
@@ -142,7 +143,7 @@ def _fetch(path: Path) -> None:
                     f"copy {FILE_NAME} to {path}, or {_way_out()}"
                 )
             _verify(fetched)
-            fetched.replace(path)
+            replace_whole(path, fetched.read_bytes())
     except OSError as error:
         raise ResourceError(
             f"The opinions data cannot be kept at {path}: {error}. Free some space, or let FEDTUNE_HOME "

@@ -10,7 +10,6 @@ data, but what a site has spent and refused is its own business: mode 0600.
 from __future__ import annotations
 
 import datetime
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import lock_file
 from fedtune.errors import LedgerError, ResourceError
 from fedtune.privacy.ledger.witness import Head
 
@@ -39,9 +39,9 @@ class AuditLog:
         """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(descriptor, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            private = lambda path, flags: os.open(path, flags, 0o600)  # noqa: E731
+            lock = lock_file(self.path.with_name(f"{self.path.name}.lock"))
+            with lock, open(self.path, "a+b", opener=private) as file:
                 end = _end_of_lines(file)
                 last = _last_line(file)
                 entry = {

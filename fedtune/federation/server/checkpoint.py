@@ -22,14 +22,14 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from fedtune.config.files import replace_whole, sync_folder
+from fedtune.config.files import lock_file, replace_whole, sync_folder
 from fedtune.errors import CheckpointError, ResourceError
 
 __all__ = [
@@ -182,39 +182,18 @@ def lock_folder(run_dir: Path) -> Iterator[None]:
 
     Raises: CheckpointError if another process has it, ResourceError if the folder cannot be written.
     """
-    path = run_dir / ".lock"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
-    except OSError as error:
-        raise ResourceError(
-            f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by "
-            "hydra.run.dir."
-        ) from error
-    with handle:
+    with ExitStack() as stack:
         try:
-            _lock(handle)
-        except OSError as error:
-            handle.seek(0)
-            owner = handle.read(20).strip() or "another process"
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_file(run_dir / ".lock", wait=False))
+        except BlockingIOError as error:
             raise CheckpointError(
-                f"The run folder {run_dir} is in use by process {owner}. Wait until it has ended, or choose "
-                "another folder by hydra.run.dir."
+                f"The run folder {run_dir} is {error.strerror}. Wait until it has ended, or choose another "
+                "folder by hydra.run.dir."
             ) from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        except OSError as error:
+            raise ResourceError(
+                f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by "
+                "hydra.run.dir."
+            ) from error
         yield
-
-
-def _lock(handle: IO[str]) -> None:
-    """Raises OSError if another process holds it. The system lets go of it when the file is closed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        handle.seek(0)
-        msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import replace_whole
 from fedtune.config.paths import cache_dir
 from fedtune.errors import ResourceError
 
@@ -78,12 +78,6 @@ def _write(path: Path, key: str, value: float) -> None:
     content = json.dumps({"key": key, "value": value, "checksum": _checksum(key, value)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(content)
-            Path(name).replace(path)
-        except OSError:
-            Path(name).unlink(missing_ok=True)
+        replace_whole(path, content.encode(), mode=0o600)
     except OSError:
         pass

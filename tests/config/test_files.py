@@ -1,0 +1,139 @@
+"""Files appear whole, with their mode; a lock names its holder and dies with it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fedtune.config.files import create_whole, lock_file, replace_whole
+
+HOLDER = (
+    "import os, sys; from pathlib import Path; from fedtune.config.files import lock_file\n"
+    "with lock_file(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+)
+
+
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock `path`."""
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_file_is_replaced_whole_with_its_mode_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    replace_whole(path, b"one", mode=0o600)
+    replace_whole(path, b"two", mode=0o600)
+    assert path.read_bytes() == b"two" and path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    replace_whole(path, b"before")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedtune.config.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        replace_whole(path, b"after")
+    with pytest.raises(OSError, match="No space"):
+        create_whole(tmp_path / "new", b"after")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_there_is_not_created_again(tmp_path: Path) -> None:
+    create_whole(tmp_path / "key", b"one")
+    with pytest.raises(FileExistsError):
+        create_whole(tmp_path / "key", b"two")
+    assert (tmp_path / "key").read_bytes() == b"one"
+
+
+def test_threads_that_write_one_file_at_once_do_not_meet(tmp_path: Path) -> None:
+    path, failures = tmp_path / "file", []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(50):
+                replace_whole(path, content)
+        except OSError as error:
+            failures.append(error)
+
+    contents = [bytes([64 + i]) * 10_000 for i in range(4)]
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and path.read_bytes() in contents and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_that_another_process_holds_is_refused_with_its_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with held_elsewhere(path) as holder:
+        with pytest.raises(BlockingIOError) as refused, lock_file(path, wait=False):
+            pass
+        assert refused.value.strerror == f"in use by process {holder.pid}"
+        assert path.read_text() == str(holder.pid), "asking does not change what the file says"
+
+
+def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with held_elsewhere(path) as holder:
+        holder.kill()
+        holder.wait()
+        with lock_file(path, wait=False):
+            assert path.read_text() == str(os.getpid()) and path.stat().st_mode & 0o777 == 0o600
+    with lock_file(path, wait=False):
+        pass
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    path, order = tmp_path / "lock", []
+
+    def second() -> None:
+        with lock_file(path):
+            order.append("second")
+
+    with lock_file(path):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.3)
+        order.append("first")
+    waiting.join(10.0)
+    assert order == ["first", "second"]
+
+
+def test_a_lock_does_not_live_on_in_a_forked_child(tmp_path: Path) -> None:
+    """A worker that was forked meanwhile and outlives the holder must not keep a run folder in use."""
+    code = (
+        "import os, sys, time; from pathlib import Path; from fedtune.config.files import lock_file\n"
+        "with lock_file(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: time.sleep(60)\n"
+        "    print(child, flush=True); os._exit(0)\n"
+    )
+    made = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE)
+    assert made.stdout is not None
+    child = int(made.stdout.readline())
+    made.wait()
+    try:
+        with lock_file(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        os.kill(child, 9)
+        made.stdout.close()
