@@ -154,7 +154,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from fedtune.federation.secagg import protocol as secure_aggregation
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.privacy.sizes import SizePlan
-    from fedtune.report import report
+    from fedtune.report import page
     from fedtune.runs import run, trackers
 
     sent: list[bytes] = []
@@ -195,7 +195,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         patch.setattr(secagg_crypto, "secrets", SimpleNamespace(randbelow=lambda limit: next(numbers)))
         patch.setattr(secure_aggregation, "secrets", SimpleNamespace(token_bytes=key))
         patch.setattr(run, "datetime", Clock)
-        patch.setattr(report, "datetime", Clock)
+        patch.setattr(page, "datetime", Clock)
         patch.setitem(trackers.WRITERS, "tensorboard", KeptTracker)
         yield sent
 
@@ -228,7 +228,7 @@ def run_once(
 
     from rich.console import Console
 
-    from fedtune.report.report import report
+    from fedtune.report.page import write_report
     from fedtune.runs.run import run
 
     run_dir = Path(str(config.output))
@@ -242,7 +242,7 @@ def run_once(
         patch.setenv("FEDTUNE_HOME", str(home))
         with pytest.raises(FedtuneError) if fails else nullcontext() as failed:
             run(config, console=Console(file=terminal, width=200, highlight=False))
-            report([run_dir])
+            write_report([run_dir])
         if failed is not None:
             terminal.write(str(failed.value))
     left.messages, left.printed = sent, " ".join(terminal.getvalue().split())

@@ -12,8 +12,7 @@ import pytest
 
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
-from fedtune.report.frontier import Point, points_of, varied
-from fedtune.report.repricing import book
+from fedtune.report.frontier import Point, points_of, price_book, varied_settings
 
 STUDIES = Path(__file__).resolve().parents[1] / "simulations"
 FRONTIERS = ("privacy_frontier", "quantization_frontier")
@@ -23,7 +22,7 @@ def points(study: str) -> list[Point]:
     """The points of the study's records; none of them may be left out."""
     found = collect([STUDIES / study / "records"])
     assert found.notes == []
-    return points_of(found.runs, book(found.runs, None))
+    return points_of(found.runs, price_book(found.runs, None))
 
 
 def falls(alike: list[Point]) -> list[tuple[float, float, float]]:
@@ -53,7 +52,9 @@ def test_accuracy_rises_with_epsilon_within_two_standard_errors(study: str) -> N
         assert first is not None and last is not None and first.mean < last.mean
         for point in alike:
             assert len(point.seeds) == len(point.runs) == 3
-    assert not any("Accuracy falls" in doubt for doubt in advise(members, varied(members), "USD").doubts)
+    assert not any(
+        "Accuracy falls" in doubt for doubt in advise(members, varied_settings(members), "USD").caveats
+    )
 
 
 def test_the_frontier_covers_what_was_asked() -> None:

@@ -171,7 +171,7 @@ def _parser() -> _Parser:
         "plan",
         help="the cheapest finished configuration that meets your wishes",
         description="Answers from finished runs: the cheapest configuration with that accuracy, epsilon and "
-        "money, or which of the three must give and by how much.",
+        "money, or which of the three must be relaxed and how far.",
         epilog="examples:\n  fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01\n"
         "  fedtune plan multirun --accuracy 0.8 pricing=edge",
         formatter_class=raw,
@@ -353,10 +353,10 @@ def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int
 
 
 def _report(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.report.report import report
+    from fedtune.report.page import write_report
 
     folders, prices = _folders_and_prices([*arguments.words, *rest])
-    made = report(folders, prices, arguments.output, local=arguments.local)
+    made = write_report(folders, prices, arguments.output, local=arguments.local)
     print(made.text)
     print()
     for path in (made.page, made.picture, made.csv, made.parquet):
@@ -365,11 +365,11 @@ def _report(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
 
 
 def _plan(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.report.plan_question import Wish, plan
+    from fedtune.report.constraints import Constraints, plan
 
     folders, prices = _folders_and_prices([*arguments.words, *rest])
-    wish = Wish(arguments.accuracy, arguments.epsilon, arguments.money)
-    text, values = plan(folders, prices, wish)
+    constraints = Constraints(arguments.accuracy, arguments.epsilon, arguments.money)
+    text, values = plan(folders, prices, constraints)
     if arguments.json:
         _print_json(values)
     else:

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["create_whole", "lock_file", "replace_whole", "sync_folder"]
+from fedtune.errors import ResourceError
+
+__all__ = ["create_whole", "lock_file", "replace_whole", "save", "sync_folder"]
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -35,6 +37,21 @@ def replace_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def save(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """`replace_whole`, in a folder that is made if there is none, for files that a person asked for.
+
+    Raises:
+        ResourceError: the file cannot be written; with the way out.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_whole(path, content, mode=mode)
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {path}: {error.strerror or error}. Choose another folder with --output FOLDER."
+        ) from error
 
 
 def create_whole(path: Path, content: bytes, *, mode: int = 0o600) -> None:

@@ -1,10 +1,9 @@
-"""What to choose and why, in plain words, made from the numbers and from nothing else.
+"""Which configuration to choose and why, in words that are made from the numbers alone.
 
-The rule, so that nobody need trust the words: of the configurations with privacy, take the smallest epsilon
-whose accuracy is within reach of the best one's (two standard errors of the difference, but at least half a
-point and at most two points), and among equals the cheapest. What privacy costs is said against the same
-configuration without privacy where it was run, and which site pays for it is said too. Where the numbers
-are too few or contradict themselves, that is said first of all.
+The rule: of the configurations with privacy, take the smallest epsilon whose accuracy is within reach of the
+best one's (two standard errors of the difference, but at least half a point and at most two points), and
+among equals the cheapest. The text compares it with the same configuration without privacy, where that was
+run, and names the site that loses most. Caveats name numbers that are too few or contradict one another.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedtune.report.frontier import Point, Stat
-from fedtune.report.words import money_text, number, setting_words
+from fedtune.report.words import describe_settings, format_money, format_number
 
 __all__ = ["Advice", "advise", "family"]
 
@@ -25,19 +24,19 @@ _PRIVACY = (*_EPSILON, "privacy.trust", "privacy.max_grad_norm")
 
 @dataclass(frozen=True)
 class Advice:
-    """The chosen point, its family by epsilon, and the words.
+    """The chosen point, its family by epsilon, and the text.
 
     Attributes:
         chosen: None if no configuration has privacy and a measured accuracy.
         family: points that differ from the chosen one in epsilon alone, smallest epsilon first.
         text: the paragraph.
-        doubts: sentences about what the numbers do not support.
+        caveats: sentences about what the numbers do not support.
     """
 
     chosen: Point | None
     family: tuple[Point, ...]
     text: str
-    doubts: tuple[str, ...]
+    caveats: tuple[str, ...]
 
 
 def advise(points: Sequence[Point], names: Sequence[str], currency: str | None) -> Advice:
@@ -58,14 +57,14 @@ def advise(points: Sequence[Point], names: Sequence[str], currency: str | None) 
         lost = 100 * (_mean(free) - _mean(chosen))
         sentences.append(
             f"Without any privacy the same configuration reaches {_points(free.accuracy)}: privacy costs "
-            f"{lost:.1f} points here."
+            f"{lost:.1f} points."
             if lost > 0
-            else f"Without any privacy the same configuration reaches {_points(free.accuracy)}, which is no "
-            "more: privacy costs no measurable accuracy here."
+            else f"Without any privacy the same configuration reaches {_points(free.accuracy)}, which is not "
+            "more: privacy costs no measurable accuracy."
         )
-    sentences.append(_left_behind(chosen, free))
+    sentences.append(_site_gap(chosen, free))
     text = " ".join(sentence for sentence in sentences if sentence)
-    return Advice(chosen, tuple(alike), text, tuple(_doubts(private, alike)))
+    return Advice(chosen, tuple(alike), text, tuple(_caveats(private, alike)))
 
 
 def family(point: Point, points: Sequence[Point]) -> list[Point]:
@@ -95,13 +94,13 @@ def _price(point: Point) -> float:
     return math.inf if cost is None else cost.mean
 
 
-def _reach(one: Point, other: Point) -> float:
-    return min(0.02, max(0.005, 2.0 * _error(one, other)))
+def _reach(first: Point, second: Point) -> float:
+    return min(0.02, max(0.005, 2.0 * _error(first, second)))
 
 
-def _error(one: Point, other: Point) -> float:
-    """Standard error of the difference of two accuracies; 0 where one seed tells nothing of it."""
-    parts = [point.accuracy.error or 0.0 for point in (one, other) if point.accuracy is not None]
+def _error(first: Point, second: Point) -> float:
+    """Standard error of the difference of two accuracies; 0 where a single seed leaves it unknown."""
+    parts = [point.accuracy.error or 0.0 for point in (first, second) if point.accuracy is not None]
     return math.hypot(*parts)
 
 
@@ -114,15 +113,13 @@ def _points(stat: Stat | None) -> str:
 
 def _choice(chosen: Point, names: Sequence[str], currency: str | None) -> str:
     first, money, seconds = chosen.runs[0], chosen.costs["money"], chosen.costs["train_seconds"]
-    said = setting_words(
-        chosen.settings,
-        [name for name in names if name not in _EPSILON],
-    )
-    cost = "" if money is None else f", for {money_text(money.mean, currency)} a run"
+    settings = describe_settings(chosen.settings, [name for name in names if name not in _EPSILON])
+    cost = "" if money is None else f", for {format_money(money.mean, currency)} a run"
     time = "" if seconds is None else f" ({seconds.mean:.0f} s of training, summed over the nodes)"
+    with_settings = f" with {settings}" if settings else ""
     return (
-        f"Choose epsilon {number(chosen.epsilon)}{f' with {said}' if said else ''}: it is right on "
-        f"{_points(chosen.accuracy)} of the test texts{cost}{time}. The promise: {first.adjacency}, delta "
+        f"Choose epsilon {format_number(chosen.epsilon)}{with_settings}: its accuracy is "
+        f"{_points(chosen.accuracy)}{cost}{time}. The guarantee: {first.adjacency}, delta "
         f"{chosen.delta:.2g}, trust {first.trust}."
     )
 
@@ -134,20 +131,21 @@ def _neighbours(chosen: Point, best: Point, alike: Sequence[Point]) -> str:
     if best is not chosen and best.epsilon > chosen.epsilon:
         gain = 100 * (_mean(best) - _mean(chosen))
         parts.append(
-            f"the most accurate one, at epsilon {number(best.epsilon)}, is {gain:.1f} points better, which "
+            f"the most accurate configuration, at epsilon {format_number(best.epsilon)}, is "
+            f"{gain:.1f} points better, "
             + (
-                "is within what seeds do to a result"
+                "which is within two standard errors"
                 if gain / 100 <= 2.0 * _error(best, chosen)
-                else "is little for that much more epsilon"
+                else "which is little for so much more epsilon"
             )
         )
     if place > 0:
         lower = private[place - 1]
         loss = 100 * (_mean(chosen) - _mean(lower))
         parts.append(
-            f"going down to epsilon {number(lower.epsilon)} costs {loss:.1f} points"
+            f"a smaller epsilon, {format_number(lower.epsilon)}, costs {loss:.1f} points"
             if loss > 0
-            else f"epsilon {number(lower.epsilon)} of the same configuration measured no worse"
+            else f"the same configuration at epsilon {format_number(lower.epsilon)} is no less accurate"
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
@@ -158,30 +156,30 @@ def _reference(chosen: Point, rated: Sequence[Point]) -> Point | None:
     return free[0] if free else None
 
 
-def _left_behind(chosen: Point, free: Point | None) -> str:
+def _site_gap(chosen: Point, free: Point | None) -> str:
     sites = chosen.per_site
     if len(sites) < 2:
         return ""
     worst, best = min(sites, key=lambda s: sites[s].mean), max(sites, key=lambda s: sites[s].mean)
     text = (
-        f"Between the sites lie {100 * (sites[best].mean - sites[worst].mean):.1f} points: "
+        f"The sites differ by {100 * (sites[best].mean - sites[worst].mean):.1f} points: "
         f"{worst} has {100 * sites[worst].mean:.1f} percent, {best} {100 * sites[best].mean:.1f}"
     )
     if free is not None and set(free.per_site) >= set(sites):
         lost = {site: free.per_site[site].mean - sites[site].mean for site in sites}
         most = max(lost, key=lambda site: lost[site])
         if lost[most] > 0.005:
-            text += f"; privacy takes most from {most} ({100 * lost[most]:.1f} points)"
+            text += f"; {most} loses most by privacy ({100 * lost[most]:.1f} points)"
     return text + "."
 
 
-def _doubts(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
-    found = []
+def _caveats(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
+    caveats = []
     single = sum(point.accuracy is not None and point.accuracy.error is None for point in private)
     if single:
-        found.append(
-            f"{single} of {len(private)} private configurations were run with one seed: how much of a "
-            "difference is luck is not known. Repeat with seed=0,1,2 before deciding."
+        caveats.append(
+            f"{single} of {len(private)} private configurations were run with one seed, so the random error "
+            "of their accuracy is not known. Repeat them with seed=0,1,2 before you decide."
         )
     for lower, higher in itertools.pairwise(alike):
         if higher.epsilon <= lower.epsilon:
@@ -189,25 +187,23 @@ def _doubts(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
         fall = _mean(lower) - _mean(higher)
         error = _error(lower, higher)
         if error > 0 and fall > 2.0 * error:
-            found.append(
-                f"Accuracy falls by {100 * fall:.1f} points from epsilon {number(lower.epsilon)} to "
-                f"{number(higher.epsilon)}, more than two standard errors: more noise should not help. Find "
-                "out why (learning rate and clipping norm may fit one epsilon only) before relying on it."
+            caveats.append(
+                f"Accuracy falls by {100 * fall:.1f} points from epsilon {format_number(lower.epsilon)} to "
+                f"{format_number(higher.epsilon)}, by more than two standard errors, although there is less "
+                "noise. Find out why before you rely on it: learning rate and clipping norm may fit one "
+                "epsilon only."
             )
-    return found
+    return caveats
 
 
 def _without_privacy(rated: Sequence[Point], names: Sequence[str]) -> Advice:
     if not rated:
         return Advice(None, (), "No run has a measured accuracy, so nothing can be recommended.", ())
     best = max(rated, key=_mean)
-    said = setting_words(best.settings, names)
-    which = f"The most accurate one ({said})" if said else "The most accurate one"
-    return Advice(
-        None,
-        tuple(family(best, rated)),
-        f"None of these runs has privacy, so there is nothing to weigh. {which} is right "
-        f"on {_points(best.accuracy)} of the test texts. Run the same with "
-        "privacy.epsilon=1,2,4,8 to see what a promise would cost.",
-        (),
+    settings = describe_settings(best.settings, names)
+    text = (
+        f"None of these runs has privacy, so there is no trade-off to show. The highest accuracy is "
+        f"{_points(best.accuracy)}{f' ({settings})' if settings else ''}. Run the same configuration with "
+        "privacy.epsilon=1,2,4,8 to see what privacy would cost."
     )
+    return Advice(None, tuple(family(best, rated)), text, ())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.report.frontier import Point
-from fedtune.report.words import number, short_names
+from fedtune.report.words import format_number, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def _dress(axes: Axes, points: Sequence[Point], place: dict[float, float]) -> No
             ticks.append(value)
     axes.set_xticks(
         [place[value] for value in ticks],
-        ["no privacy" if math.isinf(value) else number(value) for value in ticks],
+        ["no privacy" if math.isinf(value) else format_number(value) for value in ticks],
     )
     axes.minorticks_off()
     axes.margins(x=0.08, y=0.1)

@@ -1,31 +1,61 @@
-"""RunRecords as points (accuracy, epsilon, cost), with the non-dominated ones marked.
+"""Runs as points (accuracy, epsilon, cost), with the non-dominated ones marked; priced, and as a table.
 
 Runs that differ in nothing but the seed are one configuration: one `Point`, with mean and standard error
 over its seeds. Epsilon is not averaged: the largest of the seeds counts. A point is dominated if another one
 of the same task and unit of privacy is at least as accurate, at most as large in epsilon and at most as
 expensive, and better in one of them. A missing cost is no cost of 0: it can dominate nobody in that cost.
-
 Accuracy is compared by its mean, so points within each other's error may still dominate one another; the
-report draws the errors. Does not do: charge for the choice (`fedtune.report.tuning`).
+report draws the errors.
+
+Prices are usage times price, and no run is repeated for them. A record keeps the usage and the book that it
+was priced with. `fedtune report DIR pricing=NAME` takes another book, and every amount follows. Without one
+each run is priced by its own book; if those differ in currency, amounts cannot be compared, and no money is
+shown until one book is named.
+
+The table has one row a configuration, as CSV and Parquet. An infinite epsilon is an empty cell in CSV and
+null in Parquet, with `private` beside it, so that no program takes a missing number for a promise.
+
+Does not do: charge for the choice (`fedtune.report.tuning`).
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedtune.cost.prices import Money
-from fedtune.report.compared import Run
-from fedtune.report.repricing import Book, money_of
+from fedtune.config.files import save
+from fedtune.config.schema import PricingConfig
+from fedtune.cost.prices import Money, check, price
+from fedtune.errors import ConfigError
+from fedtune.report.collect import Run
+from fedtune.report.words import repeat_command
 from fedtune.runs.record import flatten
 
-__all__ = ["COSTS", "Point", "Stat", "non_dominated", "points_of", "telling", "varied"]
+__all__ = [
+    "COSTS",
+    "Point",
+    "PriceBook",
+    "Stat",
+    "named_settings",
+    "non_dominated",
+    "parse_prices",
+    "points_of",
+    "price_book",
+    "table_rows",
+    "varied_settings",
+    "write_csv",
+    "write_parquet",
+]
 
 COSTS: dict[str, tuple[str, str]] = {  # name: (what it is, unit)
     "money": ("money", ""),
@@ -88,7 +118,7 @@ class Point:
         return sorted({run.seed for run in self.runs})
 
 
-def points_of(runs: Sequence[Run], using: Book) -> list[Point]:
+def points_of(runs: Sequence[Run], using: PriceBook) -> list[Point]:
     """One point for each configuration, in the order of their first runs, non-dominated ones marked.
 
     Runs that a search gave up are left out: a mean with them would be that of no configuration.
@@ -110,10 +140,10 @@ def points_of(runs: Sequence[Run], using: Book) -> list[Point]:
     return points
 
 
-def _point(key: str, runs: list[Run], using: Book, several_tasks: bool, several_units: bool) -> Point:
+def _point(key: str, runs: list[Run], using: PriceBook, several_tasks: bool, several_units: bool) -> Point:
     first = runs[0]
     parts = ([first.task] if several_tasks else []) + ([f"unit {first.unit}"] if several_units else [])
-    amounts = [money_of(run, using) for run in runs]
+    amounts = [_money_of(run, using) for run in runs]
     sites = sorted({site for run in runs for site in run.per_site})
     deltas = [run.delta for run in runs if run.delta is not None]
     per_site = {site: Stat.of([run.per_site.get(site) for run in runs]) for site in sites}
@@ -200,13 +230,185 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
     return kept
 
 
-def varied(points: Sequence[Point]) -> list[str]:
+def varied_settings(points: Sequence[Point]) -> list[str]:
     """Settings that are not the same everywhere, in the order of the configuration."""
     names = dict.fromkeys(name for point in points for name in point.settings)
     return [name for name in names if len({repr(point.settings.get(name)) for point in points}) > 1]
 
 
-def telling(names: Sequence[str], points: Sequence[Point]) -> list[str]:
+def named_settings(names: Sequence[str], points: Sequence[Point]) -> list[str]:
     """Of the settings that vary, those worth saying: the trust model only if there are several."""
     trusts = {point.runs[0].trust for point in points} - {"none"}
     return [name for name in names if name != "privacy.trust" or len(trusts) > 1]
+
+
+# --- prices -------------------------------------------------------------------------------------
+
+_CURRENCY = re.compile("[A-Z]{3}")  # the form of an ISO 4217 code
+
+
+@dataclass(frozen=True)
+class PriceBook:
+    """The price book of a report.
+
+    Attributes:
+        pricing: the one book; None: each run by its own.
+        currency: of all amounts; None: they cannot be compared, and there is no money.
+        name: what to call it.
+        notes: what a reader of the amounts should know.
+    """
+
+    pricing: PricingConfig | None
+    currency: str | None
+    name: str
+    notes: tuple[str, ...] = ()
+
+
+def parse_prices(words: Sequence[str]) -> PricingConfig | None:
+    """The book that `pricing=NAME` and `pricing.PRICE=NUMBER` ask for; None if nothing was asked.
+
+    Raises:
+        ConfigError: another setting, an unknown book, a price or a currency that means nothing.
+    """
+    for word in words:
+        name = word.partition("=")[0]
+        if name != "pricing" and not name.startswith("pricing."):
+            raise ConfigError(
+                f"{word!r}: only prices can be changed after a run, by pricing=NAME or pricing.PRICE=NUMBER."
+            )
+    if not words:
+        return None
+    from fedtune.config.loader import load
+
+    chosen = load(words).pricing
+    check(chosen)
+    _check_currency(chosen)
+    return chosen
+
+
+def price_book(runs: Sequence[Run], chosen: PricingConfig | None) -> PriceBook:
+    """The book to report `runs` with. Raises `ConfigError` if `chosen` cannot be reckoned with."""
+    if chosen is not None:
+        check(chosen)
+        _check_currency(chosen)
+        return PriceBook(chosen, chosen.currency, _title(chosen), (_dated(chosen),))
+    currencies = sorted({run.pricing.currency for run in runs} - {""})
+    names = sorted({run.pricing.name for run in runs})
+    if len(currencies) != 1:
+        why = (
+            f"the runs were priced in {', '.join(currencies)}" if currencies else "no run names a price book"
+        )
+        return PriceBook(None, None, "none", (f"Money is left out: {why}. Name one book: pricing=NAME.",))
+    notes = []
+    if not _CURRENCY.fullmatch(currencies[0]):
+        notes.append(f"The currency {currencies[0]!r} of the price book is no ISO 4217 code.")
+    if len(names) == 1:
+        first = max(runs, key=lambda run: run.started).pricing
+        if any(run.pricing != first for run in runs):
+            notes.append(
+                f"The price book '{names[0]}' changed between runs; each is priced by its own. "
+                f"pricing={names[0]} prices all of them by today's."
+            )
+        return PriceBook(None, currencies[0], _title(first), (*notes, _dated(first)))
+    notes.append(
+        f"The runs were priced by different books ({', '.join(names)}), so amounts compare only in part. "
+        "pricing=NAME prices all of them by one."
+    )
+    return PriceBook(None, currencies[0], "several", tuple(notes))
+
+
+def _money_of(run: Run, using: PriceBook) -> Money | None:
+    """What `run` costs by that book; None without a common currency, or if a price is missing."""
+    if using.currency is None:
+        return None
+    try:
+        return price(using.pricing or run.pricing, run.cost, records=run.records)
+    except ConfigError:
+        return None  # a record may come from elsewhere; a missing price is no price of 0
+
+
+def _title(pricing: PricingConfig) -> str:
+    return f"{pricing.name} ({pricing.date})" if pricing.date else pricing.name
+
+
+def _dated(pricing: PricingConfig) -> str:
+    return (
+        f"Prices: book '{pricing.name}', {pricing.currency}, of {pricing.date or 'unknown date'}; source: "
+        + (f"{pricing.source}." if pricing.source else "unknown.")
+    )
+
+
+def _check_currency(pricing: PricingConfig) -> None:
+    if not _CURRENCY.fullmatch(pricing.currency):
+        raise ConfigError(
+            f"The price book '{pricing.name}' counts in {pricing.currency!r}, which is no ISO 4217 currency "
+            "(USD, EUR, CHF, ...). Set pricing.currency."
+        )
+
+
+# --- as a table ---------------------------------------------------------------------------------
+
+
+def table_rows(points: Sequence[Point], names: Sequence[str], currency: str | None) -> list[dict[str, Any]]:
+    """One row a point: promise, accuracy with its error, costs, marks, settings that vary, command."""
+    return [_row(point, names, currency) for point in points]
+
+
+def _row(point: Point, names: Sequence[str], currency: str | None) -> dict[str, Any]:
+    first, accuracy = point.runs[0], point.accuracy
+    private = math.isfinite(point.epsilon)
+    row: dict[str, Any] = {
+        "configuration": point.id,
+        "group": point.group,
+        "runs": len(point.runs),
+        "seeds": " ".join(str(seed) for seed in point.seeds),
+        "private": private,
+        "epsilon": point.epsilon if private else None,
+        "delta": point.delta if private else None,
+        "unit": first.unit,
+        "adjacency": first.adjacency,
+        "trust": first.trust,
+        "accuracy": None if accuracy is None else accuracy.mean,
+        "accuracy_error": None if accuracy is None else accuracy.error,
+        "currency": currency,
+    }
+    for name, stat in point.costs.items():
+        row[name] = None if stat is None else float(stat.mean)
+        row[f"{name}_error"] = None if stat is None else stat.error
+    row |= {f"accuracy_{site}": stat.mean for site, stat in point.per_site.items()}
+    row["non_dominated_epsilon"] = point.best["epsilon"]
+    row |= {f"non_dominated_{name}": point.best[name] for name in COSTS}
+    row |= {name: _cell(point.settings.get(name)) for name in names}
+    row["command"] = repeat_command(point.settings, point.seeds)
+    return row
+
+
+def _cell(value: Any) -> str | None:
+    """Settings as text: one of them may be a number in one row and null or a list in another."""
+    return None if value is None else str(value)
+
+
+def _columns(table: Sequence[dict[str, Any]]) -> list[str]:
+    """All columns in the order of their first row; sites may differ between data sets."""
+    names = dict.fromkeys(name for row in table for name in row)
+    return [*(name for name in names if name != "command"), "command"]
+
+
+def write_csv(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
+    """Writes `table` as CSV (RFC 4180, UTF-8). Raises `ResourceError` if the disk does not take it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(table), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    save(path, text.getvalue().encode(), mode=mode)
+
+
+def write_parquet(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
+    """Writes `table` as Parquet. Raises `ResourceError` if the disk does not take it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {name: [row.get(name) for row in table] for name in _columns(table)}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    save(path, buffer.getvalue(), mode=mode)

@@ -15,7 +15,7 @@ declared public is free, and is labelled so.
 
 Runs of a search (`sweep=optuna`) depend on one another, so 3 does not exist for them, and 2 is what the
 search told. If it also chose noise, rates or rounds, or gave runs up early, it did so after outputs were
-seen; `search_words` says what is proven of that.
+seen; `describe_search` says what is proven of that.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.accounting.filter import least_epsilon
 from fedtune.privacy.accounting.selection import TrialCount, epsilon_best_of
-from fedtune.report.compared import Run
+from fedtune.report.collect import Run
 
-__all__ = ["Tuning", "changes_mechanism", "composed_terms", "search_words", "tuning_of"]
+__all__ = ["Tuning", "changes_mechanism", "composed_terms", "describe_search", "tuning_of"]
 
 # What changes the privacy of a trial, or the data that it is on. Trials of a private selection must be alike
 # in all of it, for the bound is that of one mechanism that is repeated; of a search it is said if it chose
@@ -56,15 +56,16 @@ class Tuning:
     """The three epsilons of having chosen `chosen` among `runs` runs, at `delta`, for one `unit`.
 
     Attributes:
-        alone: of the chosen run.
-        composed: of all private runs together.
-        best_of: bound for publishing only the best of the trials; None if the sweep was not made for it.
-        trials: the distribution of the number of trials, for `best_of`.
+        epsilon_alone: of the chosen run.
+        epsilon_composed: of all private runs together.
+        epsilon_best: bound for publishing only the best of the trials; None where the sweep was
+            not made for it.
+        trials: the distribution of the number of trials, for that bound.
         without_privacy: runs on the same data that had no noise; with them nothing is promised.
         public: the data was declared public, so that all of this is what it would have cost.
         searched: how many of the private runs a search chose.
-        given_up: how many of those it ended early.
-        moved: settings that a search chose from and that change what a run costs in privacy.
+        pruned: how many of those it ended early.
+        searched_mechanism: settings that a search chose from and that change what a run costs in privacy.
     """
 
     chosen: Run
@@ -72,15 +73,15 @@ class Tuning:
     unit: str
     adjacency: str
     runs: int
-    alone: float
-    composed: float
+    epsilon_alone: float
+    epsilon_composed: float
     without_privacy: int
     public: bool
-    best_of: float | None = None
+    epsilon_best: float | None = None
     trials: TrialCount | None = None
     searched: int = 0
-    given_up: int = 0
-    moved: tuple[str, ...] = ()
+    pruned: int = 0
+    searched_mechanism: tuple[str, ...] = ()
 
 
 def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[str, Any]]) -> Tuning | None:
@@ -98,27 +99,29 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
         default=0.0,
     )
     best_of, trials = _selection(private, chosen, sweeps)
-    by_search, moved = _searched(private, sweeps)
+    by_search, searched_mechanism = _searched(private, sweeps)
     return Tuning(
         chosen=chosen,
         delta=chosen.delta,
         unit=chosen.unit,
         adjacency=chosen.adjacency,
         runs=len(private),
-        alone=chosen.epsilon,
+        epsilon_alone=chosen.epsilon,
         # Where every node's part of the data was used by one run, it is that run's own number.
-        composed=max(composed, max(run.epsilon for run in private)) if len(private) > 1 else chosen.epsilon,
+        epsilon_composed=max(composed, max(run.epsilon for run in private))
+        if len(private) > 1
+        else chosen.epsilon,
         without_privacy=sum(run.trust == "none" or math.isinf(run.epsilon) for run in rivals),
         public=all(run.public for run in rivals),
-        best_of=best_of,
+        epsilon_best=best_of,
         trials=trials,
         searched=len(by_search),
-        given_up=sum(run.pruned for run in by_search),
-        moved=moved,
+        pruned=sum(run.pruned for run in by_search),
+        searched_mechanism=searched_mechanism,
     )
 
 
-def search_words(tuning: Tuning) -> str:
+def describe_search(tuning: Tuning) -> str:
     """What it means for the three epsilons that a search chose runs; empty if none did."""
     if not tuning.searched:
         return ""
@@ -127,9 +130,9 @@ def search_words(tuning: Tuning) -> str:
         f"{some} runs were chosen by a search, each by what those before it had released: what that told "
         "about the data is all runs composed, and there is no bound for publishing the best one alone."
     )
-    decided = [f"chose {', '.join(tuning.moved)}"] if tuning.moved else []
-    if tuning.given_up:
-        decided.append(f"gave up {tuning.given_up} of them early")
+    decided = [f"chose {', '.join(tuning.searched_mechanism)}"] if tuning.searched_mechanism else []
+    if tuning.pruned:
+        decided.append(f"gave up {tuning.pruned} of them early")
     if decided:
         text += (
             f" The search also {' and '.join(decided)} after outputs were seen. A node's budget is proven to "

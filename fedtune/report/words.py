@@ -1,20 +1,37 @@
-"""Numbers and settings as reports say them: short, with their unit, and never more digits than are meant."""
+"""Numbers, settings and commands as reports write them.
+
+Numbers are short, have their unit and no more digits than are meant. The command that repeats a configuration
+has what differs from the defaults and no more; read back by `fedtune.config.loader.load` it gives the same
+configuration, and a test holds it to that.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["money_text", "number", "percent", "setting_words", "short_names"]
+from fedtune.runs.record import flatten
+
+__all__ = [
+    "describe_settings",
+    "format_money",
+    "format_number",
+    "format_percent",
+    "repeat_command",
+    "short_names",
+]
 
 
-def percent(share: float) -> str:
+def format_percent(share: float) -> str:
     """`78.1 percent`."""
     return f"{100 * share:.1f} percent"
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Three significant digits, without a trailing zero: `8`, `7.97`, `0.5`; `infinite`."""
     if math.isinf(value):
         return "infinite"
@@ -23,7 +40,7 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def money_text(amount: float, currency: str | None) -> str:
+def format_money(amount: float, currency: str | None) -> str:
     """`0.0013 USD`, `1,234.50 USD`: two significant digits below one, two decimals above."""
     if amount == 0:
         text = "0"
@@ -45,7 +62,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def setting_words(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     """The settings in `names`, as `quantization=nf4, epsilon=2`; `group.name` is said as `group`."""
     short = short_names(names)
     parts = []
@@ -63,3 +80,59 @@ def setting_words(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     if names and settings.get("privacy.trust") == "none":
         parts.append("no privacy")
     return ", ".join(parts)
+
+
+# What Hydra takes for something else than a text, or would split.
+_PLAIN = re.compile(r"[A-Za-z_./:@-][\w./:@-]*")
+_WORDS = frozenset({"null", "true", "false", "nan", "inf"})
+
+
+def repeat_command(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> str:
+    """`fedtune run ...` for flat `settings` (by dotted name) and `seeds`; several seeds make a sweep.
+
+    Settings that this version of fedtune does not have are left out.
+    """
+    defaults = _defaults()
+    trust = settings.get("privacy.trust")
+    parts = []
+    for name, value in settings.items():
+        if name not in defaults or value == defaults[name]:
+            continue
+        # Without privacy, and where the noise is given, the loader itself takes the target epsilon out.
+        if name == "privacy.epsilon" and value is None:
+            continue
+        if trust == "none" and name in ("privacy.epsilon", "privacy.noise_multiplier"):
+            continue
+        parts.append(f"{name}={_value(value)}")
+    if len(seeds) == 1:
+        parts.append(f"seed={seeds[0]}")
+    elif seeds:
+        parts.append(f"seed={','.join(str(seed) for seed in seeds)}")
+    head = ["fedtune", "run"] + (["-m"] if len(seeds) > 1 else [])
+    return " ".join([*head, *(shlex.quote(part) for part in parts)])
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    from fedtune.config.loader import load, to_dict
+
+    return {
+        name: value
+        for name, value in flatten(to_dict(load())).items()
+        if not name.startswith(("pricing.", "tracker.")) and name not in ("seed", "resume", "output")
+    }
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_value(item) for item in value) + "]"
+    text = str(value)
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

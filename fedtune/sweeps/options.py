@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import save
 from fedtune.config.values import nearest
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import SWEEP_NAME
-from fedtune.report.export import save
 from fedtune.report.tuning import changes_mechanism
 
 __all__ = [
@@ -66,7 +66,7 @@ class SweepOptions:
     sampler: str | None = None
     pruner: str | None = None
 
-    def search_words(self) -> list[str]:
+    def search_only(self) -> list[str]:
         """The options that were given and have a meaning for a search only."""
         return [f"sweep.{name}" for name in _SEARCH_NAMES if getattr(self, name) is not None]
 

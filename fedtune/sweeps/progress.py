@@ -17,7 +17,7 @@ from typing import Any
 
 from fedtune.errors import RecordError
 from fedtune.report.collect import FAILURE_NAME
-from fedtune.report.words import money_text, number, percent
+from fedtune.report.words import format_money, format_number, format_percent
 from fedtune.runs import record
 from fedtune.runs.history import Expected
 from fedtune.runs.summary import duration
@@ -93,7 +93,7 @@ class Progress:
         currencies = {currency for _, currency in self.amounts}
         if len(currencies) == 1:
             mean = statistics.fmean(amount for amount, _ in self.amounts)
-            text += f" and {money_text(self.left * mean, currencies.pop())}"
+            text += f" and {format_money(self.left * mean, currencies.pop())}"
         return text
 
     def opening(self, expected: Sequence[Expected | None]) -> str:
@@ -106,7 +106,7 @@ class Progress:
         text = f"about {duration(self._wall(sum(one.seconds for one in known)))}"
         amounts = [one.money for one in known if one.money is not None and one.money.total is not None]
         if len(amounts) == len(known) and len({money.currency for money in amounts}) == 1:
-            text += f" and {money_text(sum(money.total or 0.0 for money in amounts), amounts[0].currency)}"
+            text += f" and {format_money(sum(money.total or 0.0 for money in amounts), amounts[0].currency)}"
         if len(known) < len(expected):
             text += f" for {len(known)} of them, and no estimate for those of a kind that is new here"
         return f"{text}, going by runs of the same kind on this machine"
@@ -116,7 +116,7 @@ class Progress:
         privacy, accuracy, money = made["privacy"], made["metrics"]["accuracy"], made["cost"]["money"]
         hidden = (made["metrics"].get("evaluation") or {}).get("data") == "private"
         unknown = "accuracy hidden by the noise" if hidden else "accuracy unknown"
-        parts = [unknown if accuracy is None else f"accuracy {percent(accuracy)}"]
+        parts = [unknown if accuracy is None else f"accuracy {format_percent(accuracy)}"]
         if made["run"].get("status") == "pruned":
             rounds, asked = made["federation"]["rounds"], made["config"]["federation"]["num_rounds"]
             parts.insert(0, f"given up after {rounds} of {asked} rounds")
@@ -124,17 +124,18 @@ class Progress:
             parts.append("no privacy")
         else:
             parts.append(
-                f"epsilon {number(privacy['epsilon'])} (delta {privacy['delta']:.1e}, {privacy['adjacency']})"
+                f"epsilon {format_number(privacy['epsilon'])} "
+                f"(delta {privacy['delta']:.1e}, {privacy['adjacency']})"
             )
         if (seconds := made["run"]["seconds"]) is not None:
             parts.append(duration(seconds))
         if money is not None and money["total"] is not None:
-            parts.append(money_text(money["total"], money["currency"]))
+            parts.append(format_money(money["total"], money["currency"]))
         text = f"run {place} ({name}): {', '.join(parts)}"
         if before:
             text += "; finished before"
         if self.best is not None:
-            text += f"; best so far {percent(self.best[0])} ({self.best[1]})"
+            text += f"; best so far {format_percent(self.best[0])} ({self.best[1]})"
         return f"{text}; left: {self.rest()}" if self.left > 0 and not before else text
 
     def _wall(self, seconds: float) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.federation.events import PRUNED, RoundSummary, StopRule
-from fedtune.report.words import percent
+from fedtune.report.words import format_percent
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -64,7 +64,7 @@ class Pruning:
             against = "the median of" if self.pruner == "median" else "the better half of"
             return (
                 f"{PRUNED} after {summary.round} of {summary.num_rounds} rounds: accuracy "
-                f"{percent(summary.accuracy)} is below {against} the other trials at that round."
+                f"{format_percent(summary.accuracy)} is below {against} the other trials at that round."
             )
 
         return stop_rule

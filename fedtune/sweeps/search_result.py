@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedtune.errors import RecordError
-from fedtune.report.collect import Collection, collect
-from fedtune.report.compared import Run
-from fedtune.report.tuning import search_words, tuning_of
-from fedtune.report.words import number
+from fedtune.report.collect import Collection, Run, collect
+from fedtune.report.tuning import describe_search, tuning_of
+from fedtune.report.words import format_number
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -50,7 +49,7 @@ def closing(study: Study, objectives: Sequence[str], folder: Path) -> list[str]:
 
 def _said(trial: FrozenTrial, objectives: Sequence[str]) -> str:
     values = ", ".join(
-        f"{name} {number(value)}" for name, value in zip(objectives, trial.values, strict=True)
+        f"{name} {format_number(value)}" for name, value in zip(objectives, trial.values, strict=True)
     )
     chosen = ", ".join(
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
@@ -66,12 +65,13 @@ def _spent(found: Collection, best: Path) -> str:
     if chosen is None or tuning is None:
         return "That run has no privacy (trust none), so nothing is promised about this search."
     text = (
-        f"All {tuning.runs} private runs composed: epsilon {number(tuning.composed)} (delta "
+        f"All {tuning.runs} private runs composed: epsilon {format_number(tuning.epsilon_composed)} (delta "
         f"{tuning.delta:.1e}, {tuning.adjacency}); run {_position(chosen)} alone would be "
-        f"{number(tuning.alone)}, which is not the whole truth: it was chosen by looking at the others"
+        f"{format_number(tuning.epsilon_alone)}, which is not the whole truth: it was chosen by looking at "
+        "the others"
     )
-    if tuning.moved or tuning.given_up:
-        text += f". {search_words(tuning).rstrip('.')}"
+    if tuning.searched_mechanism or tuning.pruned:
+        text += f". {describe_search(tuning).rstrip('.')}"
     if tuning.without_privacy:
         text += f". {tuning.without_privacy} more runs had no privacy: with them nothing is promised"
     if tuning.public:

@@ -19,7 +19,7 @@ from fedtune.errors import FedtuneError
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.sizes import size_noise
-from fedtune.report.words import number
+from fedtune.report.words import format_number
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -115,7 +115,7 @@ def _together(name: str, public: bool, adjacency: str, plans: Sequence[PrivacyPl
         else "; ledgers charge it, beside what was spent before, and refuse what a budget does not allow"
     )
     return (
-        f"privacy: {_runs(len(plans))} {verb} {about}epsilon {number(epsilon)} of '{name}' at delta "
+        f"privacy: {_runs(len(plans))} {verb} {about}epsilon {format_number(epsilon)} of '{name}' at delta "
         f"{delta:.1e} ({adjacency}){whose}"
     )
 

@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.files import save
 from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import local_record
 from fedtune.privacy.publication import publish, told
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
-from fedtune.report.export import save
 from fedtune.runs import record
 from fedtune.runs.history import Expected, History, timeless
 from fedtune.sweeps.options import (
@@ -140,10 +140,10 @@ class Sweep:
 
     def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
         """Told of all combinations of a grid; returns the runs to make."""
-        searching = self.options.search_words() or (self.kept is not None and "search" in self.kept)
+        searching = self.options.search_only() or (self.kept is not None and "search" in self.kept)
         if searching:
             raise ConfigError(
-                f"{', '.join(self.options.search_words()) or 'This sweep'} belongs to a search, and this is "
+                f"{', '.join(self.options.search_only()) or 'This sweep'} belongs to a search, and this is "
                 "a grid of runs. Add sweep=optuna, or leave it out."
             )
         self.options.refuse_trials_of_a_grid()

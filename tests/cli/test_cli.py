@@ -373,7 +373,7 @@ def test_report(
         seen.append((folders, prices, output, local))
         return types.SimpleNamespace(text="what to choose", page="1", picture="2", csv="3", parquet="4")
 
-    fake("fedtune.report.report", report=report)
+    fake("fedtune.report.page", write_report=report)
     assert call("report", *words) == 0
     assert call("report", *words, "--local") == 0
     expected = ([Path("a"), Path("b")], ["pricing=edge"], Path("c"))

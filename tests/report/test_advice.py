@@ -7,8 +7,7 @@ from typing import Any
 
 from fedtune.report.advice import Advice, advise, family
 from fedtune.report.collect import collect
-from fedtune.report.frontier import Point, points_of, telling, varied
-from fedtune.report.repricing import book
+from fedtune.report.frontier import Point, named_settings, points_of, price_book, varied_settings
 from tests.synthetic import make_record, write
 
 
@@ -16,12 +15,12 @@ def points(root: Path, rows: list[dict[str, Any]]) -> list[Point]:
     for i, row in enumerate(rows):
         write(root / str(i), make_record(**row))
     found = collect([root])
-    return points_of(found.runs, book(found.runs, None))
+    return points_of(found.runs, price_book(found.runs, None))
 
 
 def advice(root: Path, rows: list[dict[str, Any]]) -> Advice:
     made = points(root, rows)
-    return advise(made, telling(varied(made), made), "USD")
+    return advise(made, named_settings(varied_settings(made), made), "USD")
 
 
 def seeds(accuracies: tuple[float, ...], **row: Any) -> list[dict[str, Any]]:
@@ -41,7 +40,7 @@ def test_the_smallest_epsilon_within_reach_of_the_best_is_chosen(tmp_path: Path)
     assert (
         "add or remove one record" in said.text and "delta 5.6e-05" in said.text and "USD a run" in said.text
     )
-    assert said.doubts == ()
+    assert said.caveats == ()
 
 
 def test_a_gain_beyond_reach_is_worth_its_epsilon(tmp_path: Path) -> None:
@@ -81,23 +80,23 @@ def test_what_privacy_costs_is_said_against_the_same_configuration(tmp_path: Pat
 
 def test_the_site_that_pays_is_named(tmp_path: Path) -> None:
     said = advice(tmp_path, [*seeds((0.80, 0.80), epsilon=1.0), *seeds((0.83, 0.83), epsilon=None)])
-    assert "editorials has" in said.text and "privacy takes most from editorials" in said.text
+    assert "editorials has" in said.text and "editorials loses most by privacy" in said.text
 
 
 def test_single_seeds_are_doubted(tmp_path: Path) -> None:
     said = advice(tmp_path, [{"epsilon": 1.0}, {"epsilon": 8.0}])
-    assert "2 of 2 private configurations were run with one seed" in said.doubts[0]
+    assert "2 of 2 private configurations were run with one seed" in said.caveats[0]
 
 
 def test_accuracy_that_falls_with_epsilon_is_doubted(tmp_path: Path) -> None:
     rows = [*seeds((0.80, 0.801), epsilon=1.0), *seeds((0.75, 0.751), epsilon=8.0)]
-    (doubt,) = advice(tmp_path, rows).doubts
+    (doubt,) = advice(tmp_path, rows).caveats
     assert "falls by 5.0 points from epsilon 0.91 to 7.13" in doubt
 
 
 def test_a_fall_within_two_standard_errors_is_luck(tmp_path: Path) -> None:
     rows = [*seeds((0.78, 0.80), epsilon=1.0), *seeds((0.77, 0.80), epsilon=8.0)]
-    assert advice(tmp_path, rows).doubts == ()
+    assert advice(tmp_path, rows).caveats == ()
 
 
 def test_without_privacy_there_is_nothing_to_weigh(tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_nothing_measured(tmp_path: Path) -> None:
     made["metrics"]["accuracy"] = None
     write(tmp_path / "0", made)
     found = collect([tmp_path])
-    said = advise(points_of(found.runs, book(found.runs, None)), [], None)
+    said = advise(points_of(found.runs, price_book(found.runs, None)), [], None)
     assert said.chosen is None and "nothing can be recommended" in said.text
 
 

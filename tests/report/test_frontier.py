@@ -14,14 +14,21 @@ import pytest
 
 from fedtune.errors import ConfigError, RecordError
 from fedtune.report.collect import Collection, collect
-from fedtune.report.frontier import Point, Stat, non_dominated, points_of, varied
-from fedtune.report.repricing import book, parse
+from fedtune.report.frontier import (
+    Point,
+    Stat,
+    non_dominated,
+    parse_prices,
+    points_of,
+    price_book,
+    varied_settings,
+)
 from tests.synthetic import PRICING, make_record, write, write_grid
 
 
 def points(root: Path, *prices: str) -> list[Point]:
     found = collect([root])
-    return points_of(found.runs, book(found.runs, parse(prices)))
+    return points_of(found.runs, price_book(found.runs, parse_prices(prices)))
 
 
 def notes(found: Collection) -> str:
@@ -167,7 +174,7 @@ def test_unknown_epsilon_counts_as_none_at_all(tmp_path: Path) -> None:
 
 def test_what_varies_is_found(tmp_path: Path) -> None:
     write_grid(tmp_path, seeds=1, epsilon=[1.0, 8.0], quantization=["int8", "nf4"])
-    assert varied(points(tmp_path)) == ["model.quantization", "privacy.epsilon"]
+    assert varied_settings(points(tmp_path)) == ["model.quantization", "privacy.epsilon"]
 
 
 def test_two_data_sets_are_not_compared(tmp_path: Path) -> None:
@@ -271,7 +278,7 @@ def test_two_currencies_make_no_money(tmp_path: Path) -> None:
     write(tmp_path / "0", make_record())
     write(tmp_path / "1", make_record(seed=1, pricing=euros))
     found = collect([tmp_path])
-    using = book(found.runs, None)
+    using = price_book(found.runs, None)
     assert using.currency is None and "EUR, USD" in using.notes[0] and "pricing=NAME" in using.notes[0]
     assert all(point.costs["money"] is None for point in points_of(found.runs, using))
     (point,) = points(tmp_path, "pricing=cloud_cpu")
@@ -279,12 +286,14 @@ def test_two_currencies_make_no_money(tmp_path: Path) -> None:
 
 
 def test_an_unknown_currency_of_a_record_is_said_and_a_known_book_prices_it(tmp_path: Path) -> None:
-    coins = dataclasses.replace(PRICING, currency="QQQ")
+    coins = dataclasses.replace(PRICING, currency="coins")
     write(tmp_path, make_record(pricing=coins))
     found = collect([tmp_path])
-    using = book(found.runs, None)
-    assert using.currency == "QQQ" and any("'QQQ'" in note and "ISO 4217" in note for note in using.notes)
-    assert not any("ISO 4217" in note for note in book(found.runs, parse(["pricing=cloud_cpu"])).notes)
+    using = price_book(found.runs, None)
+    assert using.currency == "coins" and any("'coins'" in note and "ISO 4217" in note for note in using.notes)
+    assert not any(
+        "ISO 4217" in note for note in price_book(found.runs, parse_prices(["pricing=cloud_cpu"])).notes
+    )
 
 
 def test_a_missing_price_is_no_price_of_nothing(tmp_path: Path) -> None:
@@ -298,15 +307,15 @@ def test_a_missing_price_is_no_price_of_nothing(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["pricing=nope"], "cloud_cpu"),
-        (["pricing.currency=XYZ"], "ISO 4217"),
+        (["pricing.currency=coins"], "ISO 4217"),
         (["pricing.device_hour=-1"], "0 or more"),
         (["seed=1"], "only prices"),
     ],
 )
 def test_books_that_mean_nothing(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse(words)
+        parse_prices(words)
 
 
 def test_no_book_asked_for() -> None:
-    assert parse([]) is None
+    assert parse_prices([]) is None

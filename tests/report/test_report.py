@@ -16,7 +16,7 @@ import pytest
 
 from fedtune.errors import RecordError, ResourceError
 from fedtune.report.collect import collect
-from fedtune.report.report import Report, report
+from fedtune.report.page import Report, write_report
 from tests.synthetic import PRICING, make_record, write, write_grid
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -27,7 +27,7 @@ GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("runs")
     write_grid(root, seeds=2, **GRID)
-    return report([root])
+    return write_report([root])
 
 
 def numbers(page: Path) -> Any:
@@ -45,12 +45,12 @@ def numbers(page: Path) -> Any:
 def test_times_and_prices_of_private_data_are_shown_to_their_owner_alone(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
-    published = report([finished[0]], output=tmp_path / "published")
+    published = write_report([finished[0]], output=tmp_path / "published")
     (point,) = numbers(published.page)["points"]
     assert not {"train_seconds", "seconds", "peak_memory_bytes"} & set(point["cost"])
     assert {"bytes", "flops"} <= set(point["cost"])
     assert "not declared public" in published.text and "--local" in published.text
-    own = report([finished[0]], output=tmp_path / "published", local=True)
+    own = write_report([finished[0]], output=tmp_path / "published", local=True)
     (point,) = numbers(own.page)["points"]
     assert {"train_seconds", "seconds", "flops"} <= set(point["cost"])
     files = (own.page, own.picture, own.csv, own.parquet)
@@ -124,15 +124,15 @@ def test_numbers_in_the_page_are_those_of_the_records(made: Report) -> None:
 def test_texts_from_records_cannot_end_the_script(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     write(tmp_path / "0", make_record(dataset=evil))
-    text = report([tmp_path]).page.read_text()
+    text = write_report([tmp_path]).page.read_text()
     assert evil not in text and text.count("</script>") == 2
     assert evil in numbers(tmp_path / "report.html")["groups"][0]["name"]
 
 
 def test_other_prices(tmp_path: Path) -> None:
     write(tmp_path / "0", make_record())
-    before = numbers(report([tmp_path]).page)
-    after = numbers(report([tmp_path], ["pricing=edge"], tmp_path / "deep" / "er").page)
+    before = numbers(write_report([tmp_path]).page)
+    after = numbers(write_report([tmp_path], ["pricing=edge"], tmp_path / "deep" / "er").page)
     assert before["book"].startswith("cloud_cpu") and after["book"].startswith("edge")
     assert before["points"][0]["cost"]["money"] != after["points"][0]["cost"]["money"]
     assert after["command"].endswith("pricing=edge")
@@ -142,12 +142,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     write(tmp_path / "0", make_record())
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="--output"):
-        report([tmp_path], [], tmp_path / "file")
+        write_report([tmp_path], [], tmp_path / "file")
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"no record\.json"):
-        report([tmp_path])
+        write_report([tmp_path])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -178,7 +178,7 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
     write(tmp_path / "0", first)
     if case != "one run":
         write(tmp_path / "1", second)
-    made = report([tmp_path])
+    made = write_report([tmp_path])
     data = numbers(made.page)
     assert made.picture.stat().st_size > 5_000
     if case == "two data sets":
@@ -202,7 +202,7 @@ def test_reproducible_noise_is_shown(tmp_path: Path) -> None:
     made = make_record()
     made["privacy"]["reproducible_noise"] = True
     write(tmp_path, made)
-    text = report([tmp_path]).text
+    text = write_report([tmp_path]).text
     assert "protects nobody" in text and "drew their noise from the seed" in text
 
 
@@ -218,7 +218,7 @@ def test_a_thousand_records(tmp_path: Path) -> None:
     }
     assert write_grid(tmp_path, seeds=5, **axes) == 1200
     start = time.process_time()
-    made = report([tmp_path])
+    made = write_report([tmp_path])
     assert time.process_time() - start < 10.0
     assert made.page.stat().st_size < 2_000_000
 
@@ -235,7 +235,7 @@ def test_ten_thousand_runs(tmp_path: Path) -> None:
         identity = re.sub(r'"id": "\w+"', f'"id": "{i:016x}"', changed, count=1)
         (folder / "record.json").write_text(identity)
     start = time.process_time()
-    made = report([tmp_path])
+    made = write_report([tmp_path])
     assert time.process_time() - start < 60.0
     assert made.page.stat().st_size < 10_000_000 and "10,000 runs of 1,000 configurations" in made.text
 
@@ -447,7 +447,7 @@ def test_missing_price_of_one_run(tmp_path: Path) -> None:
 
     write(tmp_path / "0", make_record())
     write(tmp_path / "1", make_record(seed=1, pricing=dataclasses.replace(PRICING, device_hour=-1.0)))
-    made = report([tmp_path])
+    made = write_report([tmp_path])
     assert "money" not in numbers(made.page)["points"][0]["cost"]
 
 
@@ -461,6 +461,6 @@ def test_a_thousand_configurations_stay_light(tmp_path: Path) -> None:
     script = (
         "return [document.querySelectorAll('*').length, document.querySelectorAll('#table tr.row').length]"
     )
-    seen = in_browser(report([tmp_path]).page, script)
+    seen = in_browser(write_report([tmp_path]).page, script)
     elements, rows = seen["value"]
     assert seen["errors"] == [] and rows == 200 and elements < 10_000

@@ -12,7 +12,7 @@ import pytest
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.accounting.filter import least_epsilon
 from fedtune.report.collect import Collection, collect
-from fedtune.report.tuning import composed_terms, search_words, tuning_of
+from fedtune.report.tuning import composed_terms, describe_search, tuning_of
 from tests.synthetic import DELTA, NOISE, ROUNDS, SAMPLE_RATE, STEPS, epsilon_for, make_record, write
 
 
@@ -26,7 +26,7 @@ def test_one_run_costs_what_it_says(tmp_path: Path) -> None:
     found = runs_in(tmp_path, [make_record()])
     tuning = tuning_of(found.runs, found.runs[0], {})
     assert tuning is not None and tuning.runs == 1
-    assert tuning.composed == tuning.alone == epsilon_for(NOISE[8.0])
+    assert tuning.epsilon_composed == tuning.epsilon_alone == epsilon_for(NOISE[8.0])
 
 
 def test_all_runs_compose_as_the_accountant_composes_them(tmp_path: Path) -> None:
@@ -37,8 +37,8 @@ def test_all_runs_compose_as_the_accountant_composes_them(tmp_path: Path) -> Non
     by_hand = {Term(SAMPLE_RATE, NOISE[1.0]): steps, Term(SAMPLE_RATE, NOISE[8.0]): steps}
     assert tuning is not None and tuning.runs == 6
     # Several runs are counted as the ledgers count them: by Renyi DP, and not by what holds for one plan.
-    assert math.isclose(tuning.composed, least_epsilon(by_hand, DELTA), rel_tol=1e-9)
-    assert tuning.alone < epsilon_of_terms(by_hand, DELTA) < tuning.composed
+    assert math.isclose(tuning.epsilon_composed, least_epsilon(by_hand, DELTA), rel_tol=1e-9)
+    assert tuning.epsilon_alone < epsilon_of_terms(by_hand, DELTA) < tuning.epsilon_composed
 
 
 def test_a_record_is_charged_on_its_own_node_under_the_natural_partition(tmp_path: Path) -> None:
@@ -47,7 +47,9 @@ def test_a_record_is_charged_on_its_own_node_under_the_natural_partition(tmp_pat
     other["privacy"]["per_node"] = other["privacy"]["per_node"][2:]
     found = runs_in(tmp_path, [one, other])
     tuning = tuning_of(found.runs, found.runs[0], {})
-    assert tuning is not None and tuning.composed == tuning.alone, "disjoint nodes: no record was used twice"
+    assert tuning is not None and tuning.epsilon_composed == tuning.epsilon_alone, (
+        "disjoint nodes: no record was used twice"
+    )
     assert set(composed_terms(found.runs)) == {"editorials", "movies", "products", "tweets"}
 
 
@@ -61,7 +63,7 @@ def test_a_record_may_have_been_anywhere_under_another_partition(tmp_path: Path)
     tuning = tuning_of(found.runs, found.runs[0], {})
     assert tuning is not None
     twice = least_epsilon({Term(SAMPLE_RATE, NOISE[8.0]): 2 * STEPS * ROUNDS}, DELTA)
-    assert math.isclose(tuning.composed, twice, rel_tol=1e-9)
+    assert math.isclose(tuning.epsilon_composed, twice, rel_tol=1e-9)
 
 
 def test_other_data_and_other_units_are_not_added(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_other_data_and_other_units_are_not_added(tmp_path: Path) -> None:
     )
     chosen = next(run for run in found.runs if run.unit == "record" and run.task.startswith("opinions"))
     tuning = tuning_of(found.runs, chosen, {})
-    assert tuning is not None and tuning.runs == 1 and tuning.composed == tuning.alone
+    assert tuning is not None and tuning.runs == 1 and tuning.epsilon_composed == tuning.epsilon_alone
 
 
 def test_runs_without_privacy_are_counted_and_have_no_epsilon(tmp_path: Path) -> None:
@@ -98,11 +100,11 @@ def test_the_best_of_a_drawn_number_of_trials(tmp_path: Path) -> None:
     found = runs_in(tmp_path / "sweep", records)
     best = max(found.runs, key=lambda run: run.accuracy or 0)
     tuning = tuning_of(found.runs, best, found.sweeps)
-    assert tuning is not None and tuning.best_of is not None and tuning.trials is not None
-    assert tuning.alone < tuning.best_of and tuning.trials.mean == 10.0
+    assert tuning is not None and tuning.epsilon_best is not None and tuning.trials is not None
+    assert tuning.epsilon_alone < tuning.epsilon_best and tuning.trials.mean == 10.0
     worst = min(found.runs, key=lambda run: run.accuracy or 0)
     other = tuning_of(found.runs, worst, found.sweeps)
-    assert other is not None and other.best_of is None, "the bound is for the best of the sweep alone"
+    assert other is not None and other.epsilon_best is None, "the bound is for the best of the sweep alone"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_a_sweep_file_without_sense_gives_no_bound(tmp_path: Path, broken: dict[
     (tmp_path / "sweep.json").write_text(json.dumps({"private_selection": broken}))
     found = runs_in(tmp_path, [make_record()])
     tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
-    assert tuning is not None and tuning.best_of is None
+    assert tuning is not None and tuning.epsilon_best is None
 
 
 def searched(root: Path, axes: list[str], made: list[dict[str, Any]]) -> Collection:
@@ -127,13 +129,15 @@ def test_runs_that_a_search_chose_are_labelled(tmp_path: Path) -> None:
     records = [make_record(train__learning_rate=rate) for rate in (0.001, 0.002, 0.004)]
     found = searched(tmp_path, ["train.learning_rate=0.001 to 0.1 (log)"], records)
     tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
-    assert tuning is not None and tuning.searched == 3 and tuning.given_up == 0 and tuning.moved == ()
-    assert tuning.best_of is None and tuning.composed > tuning.alone
-    text = search_words(tuning)
+    assert (
+        tuning is not None and tuning.searched == 3 and tuning.pruned == 0 and tuning.searched_mechanism == ()
+    )
+    assert tuning.epsilon_best is None and tuning.epsilon_composed > tuning.epsilon_alone
+    text = describe_search(tuning)
     assert text.startswith("These runs were chosen by a search") and "Feldman" not in text
     grid = runs_in(tmp_path / "grid", [make_record()])
     one = tuning_of(grid.runs, grid.runs[0], grid.sweeps)
-    assert one is not None and one.searched == 0 and search_words(one) == ""
+    assert one is not None and one.searched == 0 and describe_search(one) == ""
 
 
 def test_a_search_that_chose_privacy_or_ended_runs_says_what_is_proven(tmp_path: Path) -> None:
@@ -145,9 +149,11 @@ def test_a_search_that_chose_privacy_or_ended_runs_says_what_is_proven(tmp_path:
     both = collect([tmp_path])
     chosen = max((run for run in found.runs if not run.pruned), key=lambda run: run.accuracy or 0)
     tuning = tuning_of(both.runs, chosen, both.sweeps)
-    assert tuning is not None and (tuning.runs, tuning.searched, tuning.given_up) == (4, 3, 1)
-    assert tuning.moved == ("privacy.epsilon", "federation.num_rounds"), "the norm costs no privacy"
-    text = search_words(tuning)
+    assert tuning is not None and (tuning.runs, tuning.searched, tuning.pruned) == (4, 3, 1)
+    assert tuning.searched_mechanism == ("privacy.epsilon", "federation.num_rounds"), (
+        "the norm costs no privacy"
+    )
+    text = describe_search(tuning)
     assert text.startswith("3 of these 4 runs") and "gave up 1 of them early" in text
     assert (
         "chose privacy.epsilon, federation.num_rounds" in text
@@ -162,4 +168,4 @@ def test_a_search_file_without_sense_costs_the_label_only(tmp_path: Path, kept: 
     (tmp_path / "sweep.json").write_text(json.dumps(kept))
     found = runs_in(tmp_path, [make_record()])
     tuning = tuning_of(found.runs, found.runs[0], found.sweeps)
-    assert tuning is not None and tuning.moved == ()
+    assert tuning is not None and tuning.searched_mechanism == ()

@@ -14,7 +14,7 @@ from fedtune.federation.client.release import ledger_of
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
-from fedtune.report.compared import run_of
+from fedtune.report.collect import run_of
 from fedtune.runs import record as records
 from fedtune.runs.audit import plan_of
 from fedtune.runs.run import run

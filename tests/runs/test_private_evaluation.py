@@ -14,7 +14,7 @@ import tests.tiny_federation as tiny
 from fedtune.federation.events import RoundSummary
 from fedtune.privacy.accounting.epsilon import Term, conversions
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
-from fedtune.report.compared import run_of
+from fedtune.report.collect import run_of
 from fedtune.runs import display, summary
 from fedtune.runs.audit import plan_of
 from fedtune.runs.record import read

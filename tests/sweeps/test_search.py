@@ -194,10 +194,11 @@ def test_bad_trials_are_given_up_recorded_and_counted() -> None:
     found = collect([Path("sweep")])
     assert sum(run.pruned for run in found.runs) == len(pruned)
     assert any("pruned" in note for note in found.notes)
-    from fedtune.report.frontier import points_of
-    from fedtune.report.repricing import book
+    from fedtune.report.frontier import points_of, price_book
 
-    assert sum(len(point.runs) for point in points_of(found.runs, book(found.runs, None))) == 8 - len(pruned)
+    assert sum(len(point.runs) for point in points_of(found.runs, price_book(found.runs, None))) == 8 - len(
+        pruned
+    )
 
 
 def test_a_judge_says_why() -> None:

@@ -78,7 +78,7 @@ const drawCurves = chart($("curves"), (width) => (width < 520 ? 320 : 360), (roo
   return [];
 });
 
-// --- adoption: the same count as fedtune.report.adoption makes ---
+// --- adoption: the same count as fedtune.report.constraints makes ---
 
 function good(wanted) {
   return inGroup().filter((point) => point.acc && point.money && point.money.every((part) => part !== null)

@@ -22,7 +22,7 @@ function show() {
   $("subtitle").textContent = `${count(runs, "run")} of ${count(points.length, "configuration")}, ${count(seeds, "seed")}; prices: ${D.book}`;
   $("advice-text").textContent = group().advice;
   $("promise").textContent = group().promise;
-  fill($("doubts"), group().doubts);
+  fill($("doubts"), group().caveats);
   fill($("notes"), D.notes);
   $("notes-box").hidden = !D.notes.length;
   $("notes-head").textContent = `${count(D.notes.length, "note")} on these runs`;

@@ -1,4 +1,4 @@
-"""`fedtune plan`: the cheapest that meets all wishes, or which must give and how far, checked by search."""
+"""`fedtune plan`: the cheapest that meets all constraints, or what to relax, checked by search."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ import pytest
 
 from fedtune.config.loader import load, to_dict
 from fedtune.errors import ConfigError
-from fedtune.report.adoption import CUTS, Wanted, adoption, amount_after, default_wanted
 from fedtune.report.collect import collect
-from fedtune.report.commands import command
-from fedtune.report.frontier import Point, flatten, points_of
-from fedtune.report.plan_question import Wish, answer, plan
-from fedtune.report.repricing import book
+from fedtune.report.constraints import (
+    CUTS,
+    Constraints,
+    answer,
+    count_adoption,
+    default_constraints,
+    money_after,
+    plan,
+)
+from fedtune.report.frontier import Point, flatten, points_of, price_book
+from fedtune.report.words import repeat_command
 from tests.synthetic import make_record, write, write_grid
 
 
@@ -36,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def points(root: Path) -> list[Point]:
     found = collect([root])
-    return points_of(found.runs, book(found.runs, None))
+    return points_of(found.runs, price_book(found.runs, None))
 
 
 def facts(point: Point) -> tuple[float, float, float]:
@@ -47,17 +53,21 @@ def facts(point: Point) -> tuple[float, float, float]:
 ACCURACIES, EPSILONS, AMOUNTS = (0.5, 0.75, 0.79, 0.99), (0.1, 2.0, 8.0, math.inf), (0.001, 0.003, 0.008, 1.0)
 
 
-@pytest.mark.parametrize("wish", itertools.product(ACCURACIES, EPSILONS, AMOUNTS))
-def test_every_answer_is_what_a_search_finds(points: list[Point], wish: tuple[float, float, float]) -> None:
-    accuracy, epsilon, money = wish
-    said = answer(points, Wish(accuracy, epsilon, money))
+@pytest.mark.parametrize("limits", itertools.product(ACCURACIES, EPSILONS, AMOUNTS))
+def test_every_answer_is_what_a_search_finds(points: list[Point], limits: tuple[float, float, float]) -> None:
+    accuracy, epsilon, money = limits
+    result = answer(points, Constraints(accuracy, epsilon, money))
     rows = [facts(point) for point in points]
     good = [row for row in rows if row[0] >= accuracy and row[1] <= epsilon and row[2] <= money]
     if good:
-        assert said.found is not None and facts(said.found)[2] == min(row[2] for row in good)
+        assert result.point is not None and facts(result.point)[2] == min(row[2] for row in good)
         return
-    assert said.found is None
-    single = {give.names[0]: give.values[0] for give in said.gives if len(give.names) == 1}
+    assert result.point is None
+    single = {
+        relaxation.names[0]: relaxation.values[0]
+        for relaxation in result.relaxations
+        if len(relaxation.names) == 1
+    }
     best = {
         "accuracy": max((r[0] for r in rows if r[1] <= epsilon and r[2] <= money), default=None),
         "epsilon": min((r[1] for r in rows if r[0] >= accuracy and r[2] <= money), default=None),
@@ -66,35 +76,38 @@ def test_every_answer_is_what_a_search_finds(points: list[Point], wish: tuple[fl
     expected = {name: value for name, value in best.items() if value is not None}
     assert single == expected
     if not expected:
-        assert said.gives and all(len(give.names) > 1 for give in said.gives)
+        assert result.relaxations and all(len(relaxation.names) > 1 for relaxation in result.relaxations)
 
 
 def test_text_names_numbers_and_a_command(root: Path) -> None:
-    text, values = plan([root], [], Wish(0.7, 8.0, 1.0))
+    text, values = plan([root], [], Constraints(0.7, 8.0, 1.0))
     assert "cheapest of 16 configurations" in text and "standard error over 2 runs" in text
     assert "at delta" in text and "add or remove one record" in text and "USD a run" in text
     assert "fedtune run -m" in text and values[0]["met"] is True
     json.dumps(values, allow_nan=False)
 
 
-def test_text_says_which_wish_must_give_and_by_how_much(root: Path) -> None:
-    text, (values,) = plan([root], [], Wish(0.5, 8.0, 0.0005))
-    assert "One of these must give" in text and "money gives by" in text
-    assert values["met"] is False and values["must_give"][0]["wishes"].keys() == {"money"}
+def test_text_says_which_constraint_to_relax_and_how_far(root: Path) -> None:
+    text, (values,) = plan([root], [], Constraints(0.5, 8.0, 0.0005))
+    assert "Relax one of these" in text and "money higher by" in text
+    assert values["met"] is False and values["relaxations"][0]["constraints"].keys() == {"money"}
 
 
-def test_privacy_may_have_to_give_altogether(points: list[Point]) -> None:
+def test_epsilon_may_have_to_be_without_limit(points: list[Point]) -> None:
     best = max(facts(point)[0] for point in points if math.isinf(point.epsilon))
-    said = answer(points, Wish(best, 8.0))
-    assert any(give.names == ("epsilon",) and math.isinf(give.values[0]) for give in said.gives)
+    result = answer(points, Constraints(best, 8.0))
+    assert any(
+        relaxation.names == ("epsilon",) and math.isinf(relaxation.values[0])
+        for relaxation in result.relaxations
+    )
 
 
 @pytest.mark.parametrize(
-    "wish", [(), (1.5,), (-0.1,), (None, -1.0), (None, math.nan), (None, None, -1.0), (math.nan,)]
+    "limits", [(), (1.5,), (-0.1,), (None, -1.0), (None, math.nan), (None, None, -1.0), (math.nan,)]
 )
-def test_wishes_without_meaning(wish: tuple[float | None, ...]) -> None:
+def test_constraints_without_meaning(limits: tuple[float | None, ...]) -> None:
     with pytest.raises(ConfigError):
-        Wish(*wish)
+        Constraints(*limits)
 
 
 def test_money_without_a_common_currency(tmp_path: Path) -> None:
@@ -103,14 +116,14 @@ def test_money_without_a_common_currency(tmp_path: Path) -> None:
         made["cost"]["pricing"]["currency"] = currency
         write(tmp_path / str(seed), made)
     with pytest.raises(ConfigError, match="--money cannot be answered"):
-        plan([tmp_path], [], Wish(money=1.0))
-    assert "fedtune run" in plan([tmp_path], [], Wish(accuracy=0.5))[0]
+        plan([tmp_path], [], Constraints(money=1.0))
+    assert "fedtune run" in plan([tmp_path], [], Constraints(accuracy=0.5))[0]
 
 
 def test_two_data_sets_get_two_answers(tmp_path: Path) -> None:
     write(tmp_path / "0", make_record())
     write(tmp_path / "1", make_record(dataset="tickets"))
-    text, values = plan([tmp_path], [], Wish(accuracy=0.5))
+    text, values = plan([tmp_path], [], Constraints(accuracy=0.5))
     assert [one["group"].split(",")[0] for one in values] == ["opinions", "tickets"] and "tickets" in text
 
 
@@ -135,14 +148,14 @@ def test_command_gives_the_same_configuration(overrides: list[str]) -> None:
 
     config = load(overrides)
     values = flatten(to_dict(config))
-    words = shlex.split(command(values, [config.seed]))
+    words = shlex.split(repeat_command(values, [config.seed]))
     assert words[:2] == ["fedtune", "run"]
     again = load(words[2:])
     assert flatten(to_dict(again)) == values
 
 
 def test_command_of_several_seeds_is_a_sweep() -> None:
-    words = command(flatten(to_dict(load())), [0, 1, 2])
+    words = repeat_command(flatten(to_dict(load())), [0, 1, 2])
     assert words == "fedtune run -m seed=0,1,2"
 
 
@@ -150,8 +163,8 @@ def test_command_of_several_seeds_is_a_sweep() -> None:
 
 
 def test_adoption_counts_by_hand(points: list[Point]) -> None:
-    wanted = Wanted(0.7, 8.0, 0.006)
-    counted = adoption(points, wanted)
+    wanted = Constraints(0.7, 8.0, 0.006)
+    counted = count_adoption(points, wanted)
     good = [point for point in points if facts(point)[0] >= 0.7 and point.epsilon <= 8.0]
     assert counted.good_enough == len(good) > 0
     for cut, by_price, by_compute in zip(CUTS, counted.by_price, counted.by_compute, strict=True):
@@ -166,19 +179,19 @@ def test_adoption_counts_by_hand(points: list[Point]) -> None:
 
 def test_a_budget_equal_to_an_amount_includes_it(points: list[Point]) -> None:
     amount = min(facts(point)[2] for point in points)
-    assert adoption(points, Wanted(0.0, math.inf, amount)).by_price[0] == 1
+    assert count_adoption(points, Constraints(0.0, math.inf, amount)).by_price[0] == 1
 
 
 def test_unknown_parts_are_not_free(points: list[Point]) -> None:
     from fedtune.cost.prices import Money
 
-    assert amount_after(Money("USD", 1.0, None, 0.0, 0.0, None)) is None
+    assert money_after(Money("USD", 1.0, None, 0.0, 0.0, None)) is None
 
 
 def test_a_question_to_begin_with_shows_a_change(points: list[Point]) -> None:
     private = [point for point in points if math.isfinite(point.epsilon)]
     chosen = max(private, key=lambda point: facts(point)[0])
-    wanted = default_wanted(points, chosen)
+    wanted = default_constraints(points, chosen)
     assert wanted is not None and wanted.epsilon == chosen.epsilon and wanted.accuracy < facts(chosen)[0]
-    counted = adoption(points, wanted)
+    counted = count_adoption(points, wanted)
     assert counted.good_enough > counted.by_price[0] and counted.by_price[-1] > 0

@@ -1,0 +1,370 @@
+"""`fedtune report`: all runs below some folders on one page, with the frontier as picture and as table.
+
+Writes `report.html` (one file that needs nothing else and no network), `frontier.png`, `frontier.csv` and
+`frontier.parquet`. All numbers and sentences of the page are made here, as one JSON value; its scripts draw.
+That value is kept small, since it lies inside the page: settings that are the same everywhere are written
+once, numbers have six significant digits, learning curves four decimals. An infinite epsilon is null.
+"""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fedtune import __version__
+from fedtune.config.files import save
+from fedtune.report import figure
+from fedtune.report.advice import Advice, advise
+from fedtune.report.collect import Collection, Run, collect
+from fedtune.report.constraints import CUTS, count_adoption, default_constraints
+from fedtune.report.frontier import (
+    COSTS,
+    Point,
+    PriceBook,
+    Stat,
+    named_settings,
+    parse_prices,
+    points_of,
+    price_book,
+    table_rows,
+    varied_settings,
+    write_csv,
+    write_parquet,
+)
+from fedtune.report.tuning import Tuning, describe_search, tuning_of
+from fedtune.report.words import describe_settings, format_number, repeat_command, short_names
+
+__all__ = ["Report", "page_data", "promise_line", "write_report"]
+
+_FOR_OWNERS = (
+    "Not for publication: this page shows times, energy and prices that depend on private records and are in "
+    "no guarantee. Make it without --local for others."
+)
+_SCRIPTS = ("util.js", "axes.js", "points.js", "lines.js", "parallel.js", "table.js", "page.js")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and what to say on the terminal."""
+
+    page: Path
+    picture: Path
+    csv: Path
+    parquet: Path
+    text: str
+
+
+def write_report(
+    folders: Sequence[Path],
+    prices: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    local: bool = False,
+) -> Report:
+    """Writes the report of all runs below `folders` into `output` (default: the first of them).
+
+    Args:
+        prices: `pricing=NAME` and single prices; empty: each run by its own book.
+        local: show also what depends on private records and was not charged, on a page that says so, in files
+            of their own (`local-report.html` and so on) that only their owner can read.
+
+    Raises:
+        RecordError: no usable record below `folders`.
+        ConfigError: the prices mean nothing.
+        ResourceError: the report cannot be written.
+    """
+    chosen = parse_prices(prices)
+    found = collect(folders, local=local)
+    if local:
+        found.notes.insert(0, _FOR_OWNERS)
+    using = price_book(found.runs, chosen)
+    points = points_of(found.runs, using)
+    names = varied_settings(points)
+    data = page_data(found, points, names, using)
+    data["command"] = " ".join(["fedtune", "report", *(shlex.quote(str(f)) for f in folders), *prices])
+    if local:
+        data["command"] += " --local"
+    data["made"] = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    data["version"] = __version__
+    data["local"] = local
+    target = output or _folder_of(folders[0])
+    # For the owner alone: never in the place of what may be published, and readable by nobody else.
+    prefix, mode = ("local-", 0o600) if local else ("", 0o666)
+    files = Report(
+        target / f"{prefix}report.html",
+        target / f"{prefix}frontier.png",
+        target / f"{prefix}frontier.csv",
+        target / f"{prefix}frontier.parquet",
+        _summary(found, points, data),
+    )
+    table = table_rows(points, names, using.currency)
+    write_csv(table, files.csv, mode=mode)
+    write_parquet(table, files.parquet, mode=mode)
+    main = [point for point in points if point.group == data["groups"][0]["name"]]
+    save(files.picture, figure.draw(main, names, _small_print(main, data)), mode=mode)
+    save(files.page, page(data).encode(), mode=mode)
+    return files
+
+
+def page(data: dict[str, Any]) -> str:
+    """The page for `data`, whole: markup, style, scripts and numbers in one text."""
+    parts = resources.files("fedtune.report") / "templates"
+
+    def read(name: str) -> str:
+        return (parts / name).read_text(encoding="utf-8")
+
+    # Inside a script element only '<' could end it; escaped it is still the same JSON.
+    numbers = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
+    text = read("report.html")
+    for name, content in (
+        ("TITLE", html.escape(_title(data))),
+        ("STYLE", read("report.css")),
+        ("SCRIPT", "\n".join(read(name) for name in _SCRIPTS)),
+        ("NUMBERS", numbers),
+    ):
+        text = text.replace(f"%{name}%", content, 1)
+    return text
+
+
+def _title(data: dict[str, Any]) -> str:
+    runs = sum(len(point["runs"]) for point in data["points"])
+    mark = " (not for publication)" if data.get("local") else ""
+    return f"{data['groups'][0]['name']}: {runs} runs{mark}"
+
+
+def _folder_of(folder: Path) -> Path:
+    return folder if folder.is_dir() else folder.parent
+
+
+def _small_print(points: Sequence[Point], data: dict[str, Any]) -> str:
+    """The promise in one line; and the error bars, if there are any."""
+    first = next((point for point in points if point.delta is not None), points[0])
+    seeds = max((point.accuracy.count for point in points if point.accuracy), default=0)
+    promise = (
+        f"delta {first.delta:.2g}, {first.runs[0].adjacency}" if first.delta is not None else "no privacy"
+    )
+    bars = f"; bars: standard error over up to {seeds} seeds" if seeds > 1 else "; one seed each"
+    return f"{data['groups'][0]['name']}; {promise}{bars}; filled: not dominated"
+
+
+def _summary(found: Collection, points: Sequence[Point], data: dict[str, Any]) -> str:
+    lines = [f"{len(found.runs):,} runs of {len(points):,} configurations"]
+    for group in data["groups"]:
+        head = f"{group['name']}: " if len(data["groups"]) > 1 else ""
+        lines += ["", head + group["advice"], group["promise"], *group["caveats"]]
+    lines += [""] + [f"Note: {note}" for note in data["notes"]]
+    return "\n".join(lines).rstrip()
+
+
+# --- the numbers of the page --------------------------------------------------------------------
+
+
+def page_data(
+    found: Collection, points: Sequence[Point], names: Sequence[str], using: PriceBook
+) -> dict[str, Any]:
+    """Everything that the page shows of `points`; groups in the order of their size."""
+    groups = sorted(
+        dict.fromkeys(point.group for point in points),
+        key=lambda group: -sum(len(point.runs) for point in points if point.group == group),
+    )
+    settings, said = points[0].settings, named_settings(names, points)
+    base = {name: value for name, value in settings.items() if name not in names}
+    return {
+        "groups": [
+            _group(group, [point for point in points if point.group == group], names, using, found)
+            for group in groups
+        ],
+        "base": base,
+        "varied": list(names),
+        "short": {name: said.removesuffix(".name") for name, said in short_names(names).items()},
+        "costs": [
+            {
+                "key": name,
+                "label": label,
+                "unit": (using.currency or "") if name == "money" else unit,
+            }
+            for name, (label, unit) in COSTS.items()
+            if any(point.costs[name] is not None for point in points)
+        ],
+        "points": [_point(point, groups.index(point.group), names, said) for point in points],
+        "currency": using.currency,
+        "book": using.name,
+        "cuts": list(CUTS),
+        "notes": [*found.notes, *using.notes, *_remarks(points, groups)],
+    }
+
+
+def _group(
+    group: str, points: Sequence[Point], names: Sequence[str], using: PriceBook, found: Collection
+) -> dict[str, Any]:
+    advice = advise(points, named_settings(names, points), using.currency)
+    wanted = default_constraints(points, advice.chosen)
+    tuning = _tuning(advice, points, found)
+    return {
+        "name": group,
+        "chosen": advice.chosen.id if advice.chosen else None,
+        "advice": advice.text,
+        "caveats": list(advice.caveats),
+        "family": [point.id for point in advice.family],
+        "promise": promise_line(advice.chosen, tuning),
+        "tuning": None if tuning is None else _tuning_json(tuning),
+        "series": figure.series_setting(points, names),
+        "adoption": None if wanted is None else {
+            "accuracy": wanted.accuracy,
+            "epsilon": None if wanted.epsilon is None else _finite(wanted.epsilon),
+            "money": wanted.money,
+            "by_price": list(count_adoption(points, wanted).by_price),
+            "by_compute": list(count_adoption(points, wanted).by_compute),
+        },
+    }  # fmt: skip
+
+
+def _tuning(advice: Advice, points: Sequence[Point], found: Collection) -> Tuning | None:
+    """Of the chosen point, the seed that would be published: the most accurate one."""
+    if advice.chosen is None:
+        return None
+    rated = [run for run in advice.chosen.runs if run.accuracy is not None]
+    chosen = max(rated, key=lambda run: run.accuracy or 0.0)
+    # What a search gave up is in no point, and has used the data all the same.
+    rivals = [run for point in points for run in point.runs] + [run for run in found.runs if run.pruned]
+    return tuning_of(rivals, chosen, found.sweeps)
+
+
+def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:
+    """Epsilon with delta, unit and adjacency, and what it does not say: never one without the others."""
+    if chosen is None or chosen.delta is None:
+        return "No run here has a privacy guarantee: epsilon is infinite."
+    first = chosen.runs[0]
+    parts = [
+        f"Epsilon {format_number(chosen.epsilon)} at delta {chosen.delta:.2g}, unit {first.unit}, "
+        f"{first.adjacency}, trust {first.trust}"
+    ]
+    if any(run.reproducible_noise for run in chosen.runs):
+        parts.append("its noise is reproducible from the seed, so it protects nobody")
+    if tuning is not None and tuning.runs > 1:
+        composed, best = tuning.epsilon_composed, tuning.epsilon_best
+        by_search = f" ({tuning.searched} of them chosen by a search)" if tuning.searched else ""
+        parts.append(
+            f"over all {tuning.runs} private runs of this report: epsilon {format_number(composed)}"
+            f"{by_search}"
+        )
+        if best is not None and best < composed:
+            parts.append(f"if only the best run of its sweep is published: epsilon {format_number(best)}")
+    return "; ".join(parts) + "."
+
+
+def _tuning_json(tuning: Tuning) -> dict[str, Any]:
+    return {
+        "alone": _digits(tuning.epsilon_alone),
+        "composed": _finite(tuning.epsilon_composed),
+        "best_of": None if tuning.epsilon_best is None else _finite(tuning.epsilon_best),
+        "trials": None if tuning.trials is None else
+        f"{tuning.trials.name}, mean {format_number(tuning.trials.mean)}",
+        "delta": tuning.delta,
+        "unit": tuning.unit,
+        "adjacency": tuning.adjacency,
+        "runs": tuning.runs,
+        "without_privacy": tuning.without_privacy,
+        "public": tuning.public,
+        "search": describe_search(tuning),
+        "seed": tuning.chosen.seed,
+    }  # fmt: skip
+
+
+def _point(point: Point, group: int, names: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
+    first, money = point.runs[0], point.money
+    return {
+        "id": point.id,
+        "group": group,
+        "label": describe_settings(point.settings, said) or "the only configuration",
+        "eps": _finite(point.epsilon),
+        "delta": point.delta,
+        "unit": first.unit,
+        "adjacency": first.adjacency,
+        "trust": first.trust,
+        "acc": _stat(point.accuracy),
+        "cost": {name: _stat(stat) for name, stat in point.costs.items() if stat is not None},
+        "money": None if money is None else [
+            None if part is None else _digits(part)
+            for part in (money.compute, money.energy, money.network, money.data)
+        ],
+        "sites": {site: _stat(stat) for site, stat in point.per_site.items()},
+        "set": {name: point.settings.get(name) for name in names},
+        "best": [name for name, best in point.best.items() if best],
+        "cmd": repeat_command(point.settings, point.seeds),
+        "runs": [_run(run) for run in point.runs],
+    }  # fmt: skip
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "seed": run.seed,
+        "acc": None if run.accuracy is None else round(run.accuracy, 5),
+        "path": str(_relative(run.path.parent)),
+        "curve": [[one.round, round(one.accuracy, 4)] for one in run.rounds if one.accuracy is not None],
+    }
+
+
+def _relative(path: Path) -> Path:
+    try:
+        return path.resolve().relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def _stat(stat: Stat | None) -> list[float | int | None] | None:
+    if stat is None:
+        return None
+    return [_digits(stat.mean), None if stat.error is None else _digits(stat.error), stat.count]
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _finite(value: float) -> float | None:
+    return _digits(value) if math.isfinite(value) else None
+
+
+def _remarks(points: Sequence[Point], groups: Sequence[str]) -> list[str]:
+    found = []
+    if len(groups) > 1:
+        found.append(
+            f"These runs answer {len(groups)} different questions ({'; '.join(groups)}): their accuracies or "
+            "their epsilons do not compare, so each has its own frontier."
+        )
+    runs = [run for point in points for run in point.runs]
+    deltas = {run.delta for run in runs if run.delta is not None}
+    if deltas and max(deltas) > 10 * min(deltas):
+        found.append(
+            f"Deltas range from {min(deltas):.1g} to {max(deltas):.1g}: an epsilon at the larger "
+            "one promises less."
+        )
+    trusts = sorted({run.trust for run in runs if run.trust != "none"})
+    if len(trusts) > 1:
+        found.append(
+            f"Trust models differ ({', '.join(trusts)}): an equal epsilon asks for trust in "
+            "different parties."
+        )
+    reproducible = sum(run.reproducible_noise for run in runs)
+    if reproducible:
+        found.append(
+            f"{reproducible} of {len(runs)} runs drew their noise from the seed: simulations that "
+            "protect nobody."
+        )
+    unrated = sum(point.accuracy is None for point in points)
+    if unrated:
+        found.append(
+            f"{unrated} configurations have no accuracy and are in no chart; the table and the CSV have them."
+        )
+    return found
