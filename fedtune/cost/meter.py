@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -26,8 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 __all__ = ["Cost", "EnergyReading", "Meter", "machine_peak_bytes"]
 
+# Linux's own files, for psutil knows no peak, and cannot begin a new one.
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -169,8 +173,8 @@ class Meter:
         )
 
 
-def machine_peak_bytes() -> int | None:
-    """Highest resident memory of this process in bytes, since the last reset; None where none can tell."""
+def machine_peak_bytes() -> int:
+    """Highest resident memory of this process in bytes, since the last reset."""
     try:
         with _STATUS.open(encoding="ascii") as lines:
             for line in lines:
@@ -178,10 +182,6 @@ def machine_peak_bytes() -> int | None:
                     return int(line.split()[1]) * 1024
     except (OSError, ValueError, IndexError):
         pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
@@ -287,8 +287,7 @@ class _ChildMemory:
         self._thread = threading.Thread(target=self._watch, name="fedtune-memory", daemon=True)
 
     def start(self) -> None:
-        if importlib.util.find_spec("psutil") is not None:
-            self._thread.start()
+        self._thread.start()
 
     def finish(self) -> None:
         self._done.set()
@@ -296,8 +295,6 @@ class _ChildMemory:
             self._thread.join(5.0)
 
     def _watch(self) -> None:
-        import psutil
-
         process = psutil.Process(os.getpid())
         while True:
             total = 0

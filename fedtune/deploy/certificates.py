@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ def read_secret(path: Path, missing: str) -> bytes:
         raise ConfigError(missing) from error
     except OSError as error:
         raise ResourceError(f"The secret {path} cannot be read: {error.strerror}.") from error
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(
             f"{path} is secret and may be read by others (mode {stat.S_IMODE(mode):04o}), so it may be "
             f"known to them. Run `chmod 600 {path}`, and make a new one if it may have been copied."

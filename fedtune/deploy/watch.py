@@ -4,16 +4,14 @@ A worker that is late is not always one that hangs: the first round of a large s
 of all its texts, and what it has done so far helps the next round although nobody waits for its answer. So
 two limits: past the time that the server waits, a worker that does nothing is given up (a deadlock, a disk
 that does not answer); and past its owner's own limit (`limits.message_seconds`) any worker is.
-
-Reads /proc, as Linux has it; elsewhere only the owner's limit holds.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+
+import psutil
 
 __all__ = ["Watch", "processor_seconds"]
 
@@ -24,10 +22,10 @@ _WORK = 0.01  # processor seconds a second, below which a process does nothing
 def processor_seconds(pid: int) -> float | None:
     """Processor time that a process has used, all its threads together; None where that cannot be known."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return None
+    return float(times.user + times.system)
 
 
 class Watch:

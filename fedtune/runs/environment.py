@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedtune import __version__
 
 __all__ = ["commit", "hardware", "versions"]
@@ -86,7 +88,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": psutil.virtual_memory().total,
         "device": device,
         "accelerator": None,
     }
@@ -99,6 +101,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """The model, which neither `platform` nor psutil tell on Linux."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:
@@ -107,10 +110,3 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -20,6 +20,7 @@ from fedtune.data.prepare import PreparedData, prepare
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.encoder import load_tokenizer
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.runs.environment import hardware
 
 OUTPUT = Path(__file__).resolve().parents[2] / "simulations" / "speed"
 NOISE_MULTIPLIER, CLIP = 0.8, 1.0
@@ -83,14 +84,8 @@ def in_turn(first: Callable[[], object], second: Callable[[], object], repeats: 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
-        )
     return {
-        "processor": model,
+        "processor": hardware()["processor"],
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -13,7 +13,7 @@ from typing import Any
 from scripts.benchmarks.common import seconds, write
 
 _MEMORY = """
-import json, resource, sys
+import json, psutil, resource, sys
 from fedtune.config.loader import load
 from fedtune.engines import run
 from pathlib import Path
@@ -23,7 +23,7 @@ class Watch:
     def on_client(self, *a, **k): pass
     def on_finish(self, *a, **k): pass
     def on_round(self, summary):
-        rss.append(int(open('/proc/self/statm').read().split()[1]) * 4096)
+        rss.append(psutil.Process().memory_info().rss)
         rounds.append(summary.seconds)
 result = run(load(sys.argv[2:]), Path(sys.argv[1]), Watch())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

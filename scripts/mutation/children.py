@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import pytest
 
 __all__ = ["Child", "Outcome", "in_children", "run_items"]
@@ -123,7 +124,7 @@ def _isolate(folder: Path, session: pytest.Session) -> None:
 def _limit() -> None:
     import resource
 
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 

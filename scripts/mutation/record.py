@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from fedtune.runs.environment import hardware
 from scripts.mutation import operators
 from scripts.mutation.runner import MutationRun, Source
 
@@ -42,7 +43,7 @@ def write_record(folder: Path, run: MutationRun) -> None:
         "tool": "scripts/mutation of this repository, no other tool: a forked process a mutant",
         "operators": ast.get_docstring(ast.parse(Path(operators.__file__).read_text())),
         "python": platform.python_version(),
-        "machine": {"processor": _processor(), "cores": run.cores},
+        "machine": {"processor": hardware()["processor"], "cores": run.cores},
         "tests": run.described,
     }
     record["modules"] |= {source.name: _entry(source, run) for source in run.sources}
@@ -173,13 +174,6 @@ def _page(record: dict[str, Any]) -> str:
     return "\n".join(
         [_HEAD, *rows, "", *missing, "", how, "", "## The faults", "", "```", record["operators"], "```", ""]
     )
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _git(*arguments: str) -> str:

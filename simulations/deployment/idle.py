@@ -8,7 +8,7 @@ nothing is asked of them: in the minute right after the last round and in one la
 `fedtune node` (Flower's SuperNode) and its worker; both are counted. After `limits.idle_seconds` (made short
 here) the worker has ended; what is left is measured too, and a second run, which starts it again.
 
-Memory is PSS of /proc/PID/smaps_rollup: pages that processes share are divided among them, so for one node
+Memory is PSS: pages that processes share are divided among them, so for one node
 alone on its machine RSS is shown too.
 """
 
@@ -22,33 +22,25 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from processes import Federation, default, quiet_folder, record_of, tiny, write
-
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process, in seconds."""
-    words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(words[11]) + int(words[12])) / TICKS
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
 
 
 def memory(pid: int) -> dict[str, int]:
     """Bytes of a process: resident, its share of them, and what only it has."""
-    found = {"rss": 0, "pss": 0, "private": 0}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        words = line.split()
-        for name, keys in (
-            ("rss", ("Rss:",)), ("pss", ("Pss:",)), ("private", ("Private_Clean:", "Private_Dirty:")),
-        ):  # fmt: skip
-            if words[0] in keys:
-                found[name] += 1024 * int(words[1])
-    return found
+    found = psutil.Process(pid).memory_full_info()
+    return {"rss": found.rss, "pss": found.pss, "private": found.uss}
 
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [child.pid for child in psutil.Process(pid).children()]
 
 
 def watch(processes: dict[str, int], seconds: float) -> dict[str, float]:
@@ -64,11 +56,11 @@ def watch(processes: dict[str, int], seconds: float) -> dict[str, float]:
 
 def bare(imports: str) -> int:
     """Resident bytes of an interpreter that has imported this and nothing else."""
-    code = f"import {imports}\nprint(open('/proc/self/statm').read().split()[1])"
+    code = f"import {imports}, psutil\nprint(psutil.Process().memory_info().rss)"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
-    return int(done.stdout.split()[-1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(done.stdout.split()[-1])
 
 
 def main() -> None:
@@ -103,7 +95,7 @@ def main() -> None:
             encoder = record_of(folder)["cost"]["encoder_bytes"]
             for site in setup.sites:
                 federation.until(site, "the worker has ended")
-            resting = {name: memory(pid) for name, pid in processes.items() if Path(f"/proc/{pid}").exists()}
+            resting = {name: memory(pid) for name, pid in processes.items() if psutil.pid_exists(pid)}
             _, rested = federation.submit("again", "federation.num_rounds=2", *arguments.settings)
         finally:
             federation.close()

@@ -42,6 +42,7 @@ from fedtune.deploy.site import (  # noqa: E402
 )
 from fedtune.federation.client.audit_log import AuditLog  # noqa: E402
 from fedtune.privacy.ledger.ledger import PrivacyLedger  # noqa: E402
+from fedtune.runs.environment import hardware  # noqa: E402
 
 RECORDS = HERE / "records"
 Row = dict[str, str]
@@ -323,16 +324,11 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def write(name: str, result: dict[str, Any], records: Path = RECORDS) -> None:
     """Keeps one study's record, with the machine and its load, and prints it."""
-    processor = "?"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            processor = line.split(":", 1)[1].strip()
-            break
     import flwr
     import torch
 
     machine = {
-        "processor": processor,
+        "processor": hardware()["processor"],
         "cores": os.cpu_count(),
         "load_average_after": [round(x, 2) for x in os.getloadavg()],
         "python": sys.version.split()[0],

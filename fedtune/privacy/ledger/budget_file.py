@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ def read_budgets(path: Path, *, anew: bool = False) -> Budgets | None:
         return None
     except OSError as error:
         raise _unusable(path, str(error)) from error
-    if os.name == "posix" and mode & stat.S_IWOTH:
+    if mode & stat.S_IWOTH:
         raise LedgerError(
             f"The budget file {path} can be written by every user of this machine, so anybody could raise "
             f"it. No release is made. Run: chmod o-w {path}"

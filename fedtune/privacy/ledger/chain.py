@@ -307,7 +307,7 @@ class Chain:
         if create:
             self._make_file()
         found = self.path.stat()
-        if os.name == "posix" and found.st_mode & stat.S_IWOTH:
+        if found.st_mode & stat.S_IWOTH:
             raise LedgerError(
                 f"The privacy ledger {self.path} can be written by every user of this machine, so what it "
                 f"says proves nothing. No release is made. Run: chmod o-w {self.path}"

@@ -10,7 +10,6 @@ another one. A backup is of the folder, which has both.
 from __future__ import annotations
 
 import hmac
-import os
 import secrets
 import stat
 from pathlib import Path
@@ -39,7 +38,7 @@ def read_secret(path: Path) -> bytes | None:
         raise LedgerError(
             f"The ledger's secret {path} cannot be read ({error}). No release is made."
         ) from error
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise LedgerError(
             f"The ledger's secret {path} can be read by other users of this machine (mode "
             f"{stat.S_IMODE(mode):o}), who could then test which records this node holds. No release is "
