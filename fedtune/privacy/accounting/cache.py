@@ -1,16 +1,19 @@
-"""Numbers that are pure functions of their arguments, kept on disk between processes.
+"""Numbers of the accountant, cached on disk between processes.
 
-One small file a number, below `cache_dir()`, written atomically. Each carries its arguments and a checksum
-over both: a damaged file is ignored and made again, never believed. The version of the accountant is
-part of the arguments. Losing the folder costs time and nothing else, and so does being unable to write.
+Each number is a pure function of its arguments. It has one small file below `cache_dir()`, written whole or
+not at all, with its arguments and a checksum over both: a damaged file is ignored and made again, never
+believed. The version of the accountant is part of the arguments. Losing the folder costs time and nothing
+else, and so does being unable to write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -19,15 +22,30 @@ from typing import Any
 from fedtune.config.files import replace_whole
 from fedtune.config.paths import cache_dir
 from fedtune.errors import ResourceError
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 
-__all__ = ["kept"]
+__all__ = ["cached", "cached_epsilon"]
 
-_FORMAT = 3  # raise it when any kept function changes its results
+_FORMAT = 3  # raise it when any cached function changes its results
 _memory: dict[str, float] = {}
 
 
-def kept(kind: str, arguments: list[Any], compute: Callable[[], float]) -> float:
-    """`compute()`, or what it gave for the same `arguments` before. `kind` names the folder."""
+def cached_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
+    """`epsilon_of_terms`, cached on disk, so that a new process need not even load the accountant."""
+    if terms is None:
+        return math.inf
+    arguments = [[list(term), count] for term, count in sorted(terms.items())]
+    return cached("epsilon", [arguments, delta], lambda: epsilon_of_terms(terms, delta))
+
+
+def cached(kind: str, arguments: list[Any], compute: Callable[[], float]) -> float:
+    """`compute()`, or what it gave for the same arguments before.
+
+    Args:
+        kind: what is computed; it names the folder.
+        arguments: everything that the number depends on, as JSON values.
+        compute: called where no number is cached.
+    """
     key = json.dumps([kind, _FORMAT, _accountant(), arguments])
     # The folder belongs to the memory's key, so that whoever moves FEDTUNE_HOME gets files there too.
     remembered = f"{os.environ.get('FEDTUNE_HOME', '')}\n{key}"
@@ -76,8 +94,6 @@ def _read(path: Path, key: str) -> float | None:
 
 def _write(path: Path, key: str, value: float) -> None:
     content = json.dumps({"key": key, "value": value, "checksum": _checksum(key, value)})
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, content.encode(), mode=0o600)
-    except OSError:
-        pass

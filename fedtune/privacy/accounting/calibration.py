@@ -1,11 +1,16 @@
 """From a target epsilon to the noise that meets it.
 
 Noise is found on the accountant's own upper bound, so the epsilon that is reported later never exceeds
-the target; it lands within 2 percent below it, mostly within 0.5. The search runs on a rough grid and then on
-a coarse one, whose results are upper bounds too, and the last word is `accounting.epsilon_of_terms` itself.
+the target; it lands within 2 percent below it, mostly within 0.5.
 
-A result is a pure function of its arguments and is kept on disk (`fedtune.privacy.accounting.cache`), so
-that the second call, in this process or another, costs nothing.
+    >>> from fedtune.privacy.accounting.epsilon import epsilon_of_terms
+    >>> noise = noise_multiplier_for(3.0, delta=1e-5, sample_rate=0.05, steps=60)
+    >>> 0.98 * 3.0 <= epsilon_of_terms({Term(0.05, noise): 60}, delta=1e-5) <= 3.0
+    True
+
+The search runs on a rough grid and then on a coarse one, whose results are upper bounds too, and the last
+word is `epsilon_of_terms` itself. A result is a pure function of its arguments and is cached on disk
+(`fedtune.privacy.accounting.cache`), so that the second call, in this process or another, costs nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import epsilon as accounting
-from fedtune.privacy.accounting.cache import kept
+from fedtune.privacy.accounting.cache import cached
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.pld import width
 
@@ -42,13 +47,23 @@ def noise_multiplier_for(
 ) -> float:
     """The least noise, up to 2 percent of epsilon, with which `steps` steps stay within the target.
 
-    Args: `target_epsilon` above 0; `delta` in (0, 1); `sample_rate` in (0, 1], the probability of one unit
-    in one step; `steps` over the whole run (local steps times rounds); `also`, what else is released with
-    noise that is fixed already, and must fit into the target too. Returns the noise multiplier:
-    standard deviation over `max_grad_norm`. Guarantee: `epsilon_of` of that event, composed with `also`, is
-    at most the target.
-    Raises `CalibrationError` if no noise multiplier between 0.05 and 1000 meets the target, with the
-    epsilon that can be reached; `PrivacyError` on a value that has no meaning.
+    Guarantee: `epsilon_of_terms` of these steps, composed with `also`, is at most the target.
+
+    Args:
+        target_epsilon: above 0.
+        delta: in (0, 1).
+        sample_rate: probability of one unit in one step, in (0, 1].
+        steps: of the whole run (local steps times rounds).
+        also: what else is released, with noise that is fixed already, and must fit into the target too.
+        use_cache: whether a result on disk may be taken.
+
+    Returns:
+        The noise multiplier: standard deviation over `max_grad_norm`.
+
+    Raises:
+        CalibrationError: no noise multiplier between 0.05 and 1000 meets the target; it names the epsilon
+            that can be reached.
+        PrivacyError: a value has no meaning.
     """
     _check(target_epsilon, delta, sample_rate, steps)
     arguments = (float(target_epsilon), float(delta), float(sample_rate), int(steps))
@@ -58,7 +73,7 @@ def noise_multiplier_for(
     key: list[object] = list(arguments)
     if others:
         key.append([[*term, count] for term, count in sorted(others.items())])
-    return kept("calibration", key, lambda: _search(*arguments, others))
+    return cached("calibration", key, lambda: _search(*arguments, others))
 
 
 def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> None:

@@ -1,27 +1,39 @@
 """From events to epsilon: privacy loss distributions, with Renyi DP beside them.
 
-An event says what was done (`dp_accounting.DpEvent`: a Poisson-sampled Gaussian, so many times); this
-module says what it costs. Epsilon comes from the privacy loss distribution of the composed event (Koskela
-et al. 2020; Doroshenko et al. 2022), which fedtune composes itself (`fedtune.privacy.accounting.pld`; tests
-hold that to dp_accounting's composition). Everything that is approximate is rounded to the safe side:
-losses are discretized pessimistically, truncated mass counts as infinite loss, and what the FFT may have
-rounded away is taken off delta before epsilon is read. So a result is an upper bound for the event, never
-an estimate. The grid starts coarse and is refined until that changes the result by less than about 0.05
+An event says what was done (`dp_accounting.DpEvent`: a Poisson-sampled Gaussian, so many times); this module
+says what it costs. For neighbouring data sets with output distributions P and Q,
+
+    delta(epsilon) = max over both orders of (P, Q) of  sup over sets S of  P(S) - e^epsilon Q(S),
+
+and epsilon(delta) is the least epsilon whose delta(epsilon) is at most delta. It comes from the privacy loss
+distribution of the composed event (Koskela et al. 2020; Doroshenko et al. 2022), which
+`fedtune.privacy.accounting.pld` composes; tests hold that to dp_accounting's composition.
+
+Guarantee: a result is an upper bound for the event, never an estimate. Losses are discretized
+pessimistically, truncated mass counts as infinite loss, and what the FFT may have rounded away is taken off
+delta before epsilon is read. The grid is refined until that changes the result by less than about 0.05
 percent; a typical DP-SGD run (rate 0.05, 60 steps) takes a tenth of a second.
 
-Adjacency is add-or-remove one unit, unless a term says `replace`: such a term comes from a release whose
-unit is coarser than the one that is asked about (see `fedtune.privacy.ledger.ledger`).
+    >>> run = {Term(sample_rate=0.05, noise_multiplier=1.0): 60}
+    >>> round(epsilon_of_terms(run, delta=1e-5), 2)
+    2.86
+    >>> epsilon_rdp_of_terms(run, delta=1e-5) > epsilon_of_terms(run, delta=1e-5)
+    True
+
+Adjacency is add-or-remove one unit, unless a term says `replace`: such a term comes from a release whose unit
+is coarser than the one that is asked about (see `fedtune.privacy.ledger.accounts`).
 
 What it does not do: it knows nothing of how the noise was made, and does not account the rounding of
-floating-point arithmetic in training. And its epsilon is that of steps that were fixed in advance; for what
-is chosen on the way, and for when a budget is spent, see `fedtune.privacy.accounting.filter`.
+floating-point arithmetic in training. And its epsilon is that of steps that were fixed in advance; for steps
+that are chosen on the way, and for when a budget is spent, see `fedtune.privacy.accounting.filter`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +58,8 @@ __all__ = [
     "epsilon_on_grid",
     "epsilon_rdp",
     "epsilon_rdp_of_terms",
+    "quiet_accountant",
+    "renyi_accountant",
     "terms_of",
 ]
 
@@ -59,8 +73,10 @@ _MAX_POINTS = 150_000  # of one step's privacy loss distribution
 class Term(NamedTuple):
     """One Poisson-sampled Gaussian step.
 
-    `sample_rate`: probability that a unit takes part (1.0: always). `noise_multiplier`: standard
-    deviation over L2 sensitivity. `replace`: the unit is replaced by another, not added or removed.
+    Attributes:
+        sample_rate: probability that a unit takes part, in (0, 1]; 1.0: always.
+        noise_multiplier: standard deviation of the noise over the L2 sensitivity of one unit.
+        replace: the unit is replaced by another, not added or removed.
     """
 
     sample_rate: float
@@ -74,8 +90,9 @@ Terms = tuple[tuple[Term, int], ...]
 def terms_of(event: DpEvent) -> dict[Term, int] | None:
     """The steps of `event` with their counts, or None if it contains one without any privacy.
 
-    Raises `PrivacyError` on an event that is neither Gaussian nor Poisson-sampled Gaussian, nor composed
-    of such: an event that is not understood must not be counted as free.
+    Raises:
+        PrivacyError: the event is neither Gaussian nor Poisson-sampled Gaussian, nor composed of such: an
+            event that is not understood must not be counted as free.
     """
     import dp_accounting as dp
 
@@ -131,7 +148,8 @@ def compose_terms(*parts: Mapping[Term, int] | None) -> dict[Term, int] | None:
 def epsilon_of(event: DpEvent, delta: float) -> float:
     """Upper bound on epsilon of `event` at `delta`; `math.inf` if it has no privacy.
 
-    Raises `PrivacyError` if `delta` is not in (0, 1) or the event is not understood.
+    Raises:
+        PrivacyError: `delta` is not in (0, 1), or the event is not understood.
     """
     return epsilon_of_terms(terms_of(event), delta)
 
@@ -145,9 +163,12 @@ def epsilon_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
 
 
 def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resolution: int = 5000) -> FloatArray:
-    """Upper bounds on delta of the composed steps at each of `epsilons` [k] (0 or more): the whole curve.
+    """Upper bounds on delta of the composed steps at each epsilon: the whole curve, [k].
 
-    `resolution`: points of the grid over about one epsilon of the whole; fewer are faster and looser.
+    Args:
+        terms: the steps with their counts.
+        epsilons: 0 or more each, [k].
+        resolution: points of the grid over about one epsilon of the whole; fewer are faster and looser.
     """
     key = _key(terms)
     if not key:
@@ -173,12 +194,15 @@ def epsilon_rdp_of_terms(terms: Mapping[Term, int] | None, delta: float) -> floa
 
 @dataclass(frozen=True)
 class Conversions:
-    """The same guarantee in two other currencies, each with how it is meant.
+    """The same guarantee in two other currencies, each with how it is meant. Infinite without noise.
 
-    `rho`: zero-concentrated DP (Bun and Steinke 2016). Exact for Gaussian steps without sampling;
-    otherwise an upper bound that does not count sampling (zCDP has none). `mu`: Gaussian DP (Dong, Roth
-    and Su 2022). Exact without sampling; otherwise the central limit theorem's value (Bu et al. 2020),
-    an approximation that can be below the truth and is no guarantee. Both are infinite without noise.
+    Attributes:
+        rho: zero-concentrated DP (Bun and Steinke 2016). Exact for Gaussian steps without sampling, otherwise
+            an upper bound that does not count sampling (zCDP has none).
+        rho_is: `exact` or which kind of bound, in words.
+        mu: Gaussian DP (Dong, Roth and Su 2022). Exact without sampling, otherwise the central limit
+            theorem's value (Bu et al. 2020): an approximation that can be below the truth, no guarantee.
+        mu_is: `exact` or what else, in words.
     """
 
     rho: float
@@ -249,7 +273,7 @@ def _unsampled(key: Terms, delta: float) -> float:
 
 def epsilon_on_grid(terms: Mapping[Term, int], delta: float, interval: float) -> float:
     """Upper bound on epsilon with losses rounded up to multiples of `interval`: looser and faster than
-    `epsilon_of_terms`, and smooth in the noise. For searching; `math.inf` where the grid says nothing."""
+    `epsilon_of_terms`, and smooth in the noise, for a search; `math.inf` where the grid says nothing."""
     key = _key(terms)
     if not key:
         return 0.0
@@ -290,27 +314,37 @@ def _epsilon(key: Terms, delta: float) -> float:
 def _epsilon_rdp(key: Terms, delta: float) -> float:
     if not key:
         return 0.0
-    import dp_accounting as dp
+    with quiet_accountant():
+        return float(renyi_accountant(dict(key)).get_epsilon(delta))
+
+
+def renyi_accountant(terms: Mapping[Term, int]) -> Any:
+    """dp_accounting's `RdpAccountant` to which `terms` were composed.
+
+    Renyi DP of the sampled Gaussian is known for add-or-remove; a replaced unit is bounded without
+    amplification, by twice the sensitivity.
+    """
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
     accountant = RdpAccountant()
+    with quiet_accountant():
+        for term, count in terms.items():
+            event: Any = GaussianDpEvent(term.noise_multiplier / (2.0 if term.replace else 1.0))
+            if term.sample_rate < 1.0 and not term.replace:
+                event = PoissonSampledDpEvent(term.sample_rate, event)
+            accountant.compose(event, count)
+    return accountant
+
+
+@contextmanager
+def quiet_accountant() -> Iterator[None]:
+    """dp_accounting drops fractional orders whose series does not converge (a looser bound); here it does not
+    log each of them."""
     logger = logging.getLogger("absl")
     level = logger.level
-    # It drops fractional orders whose series does not converge, which only loosens the bound, and says so
-    # once for each of them.
     logger.setLevel(logging.ERROR)
     try:
-        for term, count in key:
-            # Renyi DP of the sampled Gaussian is known for add-or-remove; a replacement is bounded here
-            # without amplification, by twice the sensitivity.
-            event: Any
-            if term.replace:
-                event = dp.GaussianDpEvent(term.noise_multiplier / 2.0)
-            elif term.sample_rate == 1.0:
-                event = dp.GaussianDpEvent(term.noise_multiplier)
-            else:
-                event = dp.PoissonSampledDpEvent(term.sample_rate, dp.GaussianDpEvent(term.noise_multiplier))
-            accountant.compose(event, count)
-        return float(accountant.get_epsilon(delta))
+        yield
     finally:
         logger.setLevel(level)

@@ -66,6 +66,7 @@ __all__ = [
     "FILTER",
     "Charge",
     "admits",
+    "closes",
     "fits",
     "least_epsilon",
     "order_of",
@@ -85,8 +86,10 @@ Terms = Mapping[Term, int]
 class Charge(NamedTuple):
     """What one run has released of some data, and what its plan, fixed before, allows it to release.
 
-    Both None where nothing is noised. `planned` counts all that the plan allows, rounds, answers about
-    held-out data and everything else, `charged` included.
+    Attributes:
+        charged: the steps that were released; None where one had no noise.
+        planned: all that the plan allows, rounds, answers about held-out data and everything else, `charged`
+            included; None where one has no noise.
     """
 
     charged: Terms | None
@@ -102,16 +105,26 @@ def admits(
 ) -> bool:
     """Whether data of which `runs` were released stays within the budget (epsilon, delta).
 
-    Args: `runs`, in the order of their first releases, the one that asks included, with what it asks for
-    in its `charged`; `epsilon`, `delta`, the budget; `fixed`, epsilon of steps fixed in advance at a delta
-    (a cache may stand in). Guarantee: if every release was asked for and none was made without a yes, all
-    releases together are (epsilon, delta)-DP, however they were chosen (proof: the module's docstring).
-    Raises `PrivacyError` on a budget that has no meaning.
+    Guarantee: if every release was asked for and none was made without a yes, all releases together are
+    (epsilon, delta)-DP, however they were chosen (proof: the module's docstring).
+
+    The ledger takes this decision for many keys of the data at once, with sums of divergences
+    (`fedtune.privacy.ledger.allowance`); a test holds it to this function.
+
+    Args:
+        runs: in the order of their first releases, the one that asks included, with what it asks for in its
+            `charged`.
+        epsilon: of the budget.
+        delta: of the budget.
+        fixed: epsilon, at a delta, of steps that were fixed in advance (a cache may stand in).
+
+    Raises:
+        PrivacyError: the budget has no meaning.
     """
     _check(epsilon, delta)
     if not runs:
         return True
-    if not _is_closed(runs[0], epsilon, delta, fixed):
+    if not closes(runs[0].planned, epsilon, delta, fixed=fixed):
         return fits(compose_terms(*(run.charged for run in runs)), epsilon, delta)
     return len(runs) == 1 and _is_part(runs[0].charged, runs[0].planned)
 
@@ -135,9 +148,15 @@ def spent(
     """The epsilon to show for what `runs` have released, at `delta`; infinite if anything was not noised.
 
     One run: by its privacy loss distribution, as it was fixed in advance. Several: the least epsilon whose
-    filter admits their total, an upper bound by Renyi DP at one order. `budget`: the epsilon of the owner's
-    budget; then the number is above it exactly where `admits` says no (a run whose whole plan does not fit
-    is shown as the filter counts it, and one that closed the account as its whole plan).
+    filter admits their total, an upper bound by Renyi DP at one order.
+
+    Args:
+        runs: as in `admits`.
+        delta: at which epsilon is asked for.
+        budget: the epsilon of the owner's budget; then the number is above it exactly where `admits` says no
+            (a run whose whole plan does not fit is shown as the filter counts it, and one that closed the
+            account as its whole plan).
+        fixed: as in `admits`.
     """
     if any(run.charged is None for run in runs):
         return math.inf
@@ -147,7 +166,7 @@ def spent(
     first, *others = used
     if not others and (budget is None or fixed(first.planned, delta) <= budget):
         return fixed(first.charged, delta)
-    closed = budget is not None and _is_closed(first, budget, delta, fixed)
+    closed = budget is not None and closes(first.planned, budget, delta, fixed=fixed)
     counted = first.planned if closed else first.charged
     total = compose_terms(counted, *(run.charged for run in others))
     if total is None:
@@ -161,14 +180,16 @@ def spent(
     return max(least, math.nextafter(budget, math.inf))
 
 
-def _is_closed(
-    first: Charge, epsilon: float, delta: float, fixed: Callable[[Terms | None, float], float]
+def closes(
+    planned: Terms | None,
+    epsilon: float,
+    delta: float,
+    *,
+    fixed: Callable[[Terms | None, float], float] = epsilon_of_terms,
 ) -> bool:
-    """Whether the first run was admitted whole by its privacy loss distribution, so that none may follow.
-
-    Known before its first release: it depends on its plan and on the budget alone.
-    """
-    return not fits(first.planned, epsilon, delta) and fixed(first.planned, delta) <= epsilon
+    """Whether a first run with this plan is admitted whole by its privacy loss distribution, so that no other
+    may follow. Known before its first release: it depends on the plan and on the budget alone."""
+    return not fits(planned, epsilon, delta) and fixed(planned, delta) <= epsilon
 
 
 def _is_part(charged: Terms | None, planned: Terms | None) -> bool:
@@ -208,8 +229,9 @@ def order_of(epsilon: float, delta: float) -> int:
 def renyi_budget(epsilon: float, delta: float, order: int) -> float:
     """The largest Renyi divergence at `order` that is (epsilon, delta)-DP; below 0 if there is none.
 
-    Canonne, Kamath and Steinke 2020, Proposition 12, solved for the divergence:
-    epsilon + log(order / (order - 1)) + log(delta order) / (order - 1), rounded down.
+    Canonne, Kamath and Steinke 2020, Proposition 12, solved for the divergence, rounded down:
+
+        epsilon + log(order / (order - 1)) + log(delta order) / (order - 1).
     """
     gain = -math.log1p(-1.0 / order)
     loss = math.log(delta * order) / (order - 1.0)

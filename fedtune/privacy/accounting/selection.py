@@ -18,17 +18,16 @@ different noise need the largest of several curves, which dp_accounting's own ev
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting.epsilon import Term
+from fedtune.privacy.accounting.epsilon import Term, quiet_accountant, renyi_accountant
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -126,21 +125,10 @@ class TrialCount:
 
 def renyi_curve(terms: Mapping[Term, int] | None) -> tuple[FloatArray, FloatArray]:
     """(orders, Renyi divergence bound at each) of composed steps; infinite where there is no noise."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant
-
-    accountant = RdpAccountant()
+    accountant = renyi_accountant(terms or {})
     orders = np.asarray(accountant.orders, dtype=np.float64)
     if terms is None:
         return orders, np.full_like(orders, np.inf)
-    with _quiet():
-        for term, count in terms.items():
-            # A replaced unit is bounded without amplification, by twice the sensitivity.
-            noise = term.noise_multiplier / (2.0 if term.replace else 1.0)
-            event: Any = GaussianDpEvent(noise)
-            if term.sample_rate < 1.0 and not term.replace:
-                event = PoissonSampledDpEvent(term.sample_rate, event)
-            accountant.compose(event, count)
     return orders, np.asarray(accountant.rdp, dtype=np.float64)
 
 
@@ -154,7 +142,7 @@ def best_of_curve(orders: FloatArray, curve: FloatArray, trials: TrialCount) -> 
     above = orders > 1.0
     spread = math.log(trials.mean) / (orders[above] - 1.0)
     if math.isinf(trials.shape):
-        with _quiet():
+        with quiet_accountant():
             deltas = np.array([_delta(orders, curve, math.log1p(1.0 / (o - 1.0))) for o in orders[above]])
         bound[above] = curve[above] + trials.mean * deltas + spread
     else:
@@ -214,15 +202,3 @@ def _delta(orders: FloatArray, curve: FloatArray, epsilon: float) -> float:
     order, value = orders[usable], curve[usable]
     logs = (order - 1.0) * (value - epsilon + np.log1p(-1.0 / order)) - np.log(order)
     return min(1.0, float(np.exp(min(0.0, float(np.min(logs))))))
-
-
-class _quiet:
-    """dp_accounting drops orders whose series does not converge (a looser bound), and says so each time."""
-
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("absl")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)

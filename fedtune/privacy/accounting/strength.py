@@ -43,7 +43,9 @@ _GRADES = (("strong", 0.004, 0.5, 1e-3), ("moderate", 0.1, 0.95, 1e-2))
 class TradeOff:
     """An upper bound on what any attacker finds out about who was in the data.
 
-    `pairs`: (epsilon, delta) that hold together. `own`: whether they are the run's own curve, or one pair.
+    Attributes:
+        pairs: (epsilon, delta) that hold together.
+        own: whether they are the run's own curve, or one pair.
     """
 
     pairs: tuple[tuple[float, float], ...]

@@ -7,7 +7,7 @@ release would charge (`fedtune.privacy.ledger.accounts`): a release is allowed i
 them.
 
 Sums of Renyi divergences at one order take no time; the privacy loss distribution of a run's plan does, and
-is kept on disk (`fedtune.privacy.accounting.cache`), so that another process need not even load the
+is cached on disk (`fedtune.privacy.accounting.cache`), so that another process need not even load the
 accountant.
 """
 
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import BudgetExhausted
-from fedtune.privacy.accounting.cache import kept
-from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.accounting.filter import fits, order_of, renyi_budget, renyi_of_terms, spent
+from fedtune.privacy.accounting.cache import cached_epsilon
+from fedtune.privacy.accounting.epsilon import Term
+from fedtune.privacy.accounting.filter import closes, order_of, renyi_budget, renyi_of_terms, spent
 from fedtune.privacy.ledger.accounts import NEVER, Account, Domain
 from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.state import Use, coarser, terms_of_plan
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
-__all__ = ["Allowance", "Asked", "kept_epsilon"]
+__all__ = ["Allowance", "Asked"]
 
 _WHAT = {
     "training": "round {}",
@@ -42,14 +42,6 @@ _WAY_OUT = {
 }
 _NO_FOLLOWER = "Its first run was admitted as a whole, as it was fixed in advance, and lets no other follow."
 _SPENT = "Nothing is left: use other data, or its owner allows more."
-
-
-def kept_epsilon(terms: Mapping[Term, int] | None, delta: float) -> float:
-    """`accounting.epsilon_of_terms`, kept on disk: a new process need not load the accountant."""
-    if terms is None:
-        return math.inf
-    arguments = [[list(term), count] for term, count in sorted(terms.items())]
-    return kept("epsilon", [arguments, delta], lambda: epsilon_of_terms(terms, delta))
 
 
 @dataclass(frozen=True)
@@ -144,16 +136,12 @@ class Allowance:
         return int(np.argmax(np.where(allowed, -1.0, total)))
 
     def _closes(self, planned: Mapping[Term, int] | None, budget: PrivacyBudget) -> bool:
-        """Whether a run with this plan, the first of its data, is admitted whole because it was fixed in
-        advance, and lets no other follow: as `filter.admits` decides it."""
+        """`filter.closes`, remembered."""
         if planned is None:
             return False
         key = (frozenset(planned.items()), budget)
         if key not in self._closing:
-            self._closing[key] = (
-                not fits(planned, budget.epsilon, budget.delta)
-                and kept_epsilon(planned, budget.delta) <= budget.epsilon
-            )
+            self._closing[key] = closes(planned, budget.epsilon, budget.delta, fixed=cached_epsilon)
         return self._closing[key]
 
     def _refusal(
@@ -163,8 +151,8 @@ class Allowance:
         limit, delta = budget.epsilon, budget.delta
         before = account.runs_of(domain, place)
         after = account.runs_of(domain, place, adding=(asked.run, asked.uses(), asked.planned))
-        now = spent(before, delta, limit, fixed=kept_epsilon)
-        then = spent(after, delta, limit, fixed=kept_epsilon)
+        now = spent(before, delta, limit, fixed=cached_epsilon)
+        then = spent(after, delta, limit, fixed=cached_epsilon)
         text = (
             f"node '{node}' refuses {what}: it would raise epsilon from {now:.4g} to {then:.4g}, over its "
             f"budget of {limit:g} at delta {delta:g} for '{dataset}'."

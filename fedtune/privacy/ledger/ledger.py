@@ -36,10 +36,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import LedgerError, PrivacyError
+from fedtune.privacy.accounting.cache import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.accounting.filter import spent
 from fedtune.privacy.ledger.accounts import Account
-from fedtune.privacy.ledger.allowance import Allowance, Asked, kept_epsilon
+from fedtune.privacy.ledger.allowance import Allowance, Asked
 from fedtune.privacy.ledger.budget_file import (
     Budgets,
     PrivacyBudget,
@@ -70,7 +71,7 @@ from fedtune.privacy.ledger.state import (
 )
 from fedtune.privacy.plan import ReleasePlan
 
-__all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation", "kept_epsilon"]
+__all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation"]
 
 _KEPT_OPEN = 16  # ledgers that one process holds open
 _opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
@@ -252,7 +253,7 @@ class PrivacyLedger:
         adding = (run, asked.uses(), asked.planned)
         now, then = account.histories(), account.histories(adding=adding, unit=plans[0].unit)
         both = (
-            max((spent(one, delta, epsilon, fixed=kept_epsilon) for one in runs), default=0.0)
+            max((spent(one, delta, epsilon, fixed=cached_epsilon) for one in runs), default=0.0)
             for runs in (now, then)
         )
         return next(both), next(both)
@@ -359,7 +360,7 @@ class PrivacyLedger:
             found = budgets.of(account.names) if budgets else []
             delta = found[0].delta if found else account.smallest_delta
         histories = account.histories(run)
-        return max((spent(runs, delta, fixed=kept_epsilon) for runs in histories), default=0.0)
+        return max((spent(runs, delta, fixed=cached_epsilon) for runs in histories), default=0.0)
 
     # --- budgets ------------------------------------------------------------------------------------
 

@@ -1,15 +1,18 @@
-"""Kept numbers: the same arguments give the same file, and a file is never believed without its checksum."""
+"""Cached numbers: equal arguments give one file, and no file is believed without its checksum."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.config.paths import cache_dir
 from fedtune.privacy.accounting import cache
-from fedtune.privacy.accounting.cache import kept
+from fedtune.privacy.accounting.cache import cached, cached_epsilon
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 
 
 @pytest.fixture(autouse=True)
@@ -26,36 +29,36 @@ def test_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         return 0.1 + 0.2
 
-    assert [kept("test-once", [1, "a"], compute) for _ in range(3)] == [0.1 + 0.2] * 3
+    assert [cached("test-once", [1, "a"], compute) for _ in range(3)] == [0.1 + 0.2] * 3
     monkeypatch.setattr(cache, "_memory", {})
-    assert kept("test-once", [1, "a"], compute) == 0.1 + 0.2  # every bit of it, from the disk
+    assert cached("test-once", [1, "a"], compute) == 0.1 + 0.2  # every bit of it, from the disk
     assert len(calls) == 1
-    kept("test-once", [2, "a"], compute)
+    cached("test-once", [2, "a"], compute)
     assert len(calls) == 2
 
 
 def test_another_kind_or_accountant_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept("test-kind", [1], lambda: 1.0)
-    assert kept("test-other-kind", [1], lambda: 2.0) == 2.0
+    cached("test-kind", [1], lambda: 1.0)
+    assert cached("test-other-kind", [1], lambda: 2.0) == 2.0
     monkeypatch.setattr(cache, "_accountant", lambda: "another version")
-    assert kept("test-kind", [1], lambda: 3.0) == 3.0
+    assert cached("test-kind", [1], lambda: 3.0) == 3.0
 
 
 def test_a_file_moved_to_other_arguments_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept("test-move", [1], lambda: 1.0)
-    kept("test-move", [2], lambda: 2.0)
+    cached("test-move", [1], lambda: 1.0)
+    cached("test-move", [2], lambda: 2.0)
     first, second = sorted(
         (cache_dir() / "test-move").iterdir(), key=lambda path: json.loads(path.read_text())["value"]
     )
     second.write_text(first.read_text())
     monkeypatch.setattr(cache, "_memory", {})
-    assert kept("test-move", [2], lambda: 2.0) == 2.0
+    assert cached("test-move", [2], lambda: 2.0) == 2.0
 
 
 def test_another_home_gets_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept("test-home", [1], lambda: 1.0)
+    cached("test-home", [1], lambda: 1.0)
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
-    assert kept("test-home", [1], lambda: 2.0) == 2.0  # the number in memory belongs to the other home
+    assert cached("test-home", [1], lambda: 2.0) == 2.0  # the number in memory belongs to the other home
     (file,) = (tmp_path / "elsewhere").rglob("test-home/*.json")
     assert json.loads(file.read_text())["value"] == 2.0
 
@@ -64,12 +67,12 @@ def test_memory_is_asked_before_the_disk_and_does_not_grow_without_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cache, "_memory", {str(i): 0.0 for i in range(10_000)})
-    kept("test-memory", [1], lambda: 1.0)
+    cached("test-memory", [1], lambda: 1.0)
     for file in (cache_dir() / "test-memory").iterdir():
         file.unlink()
-    assert kept("test-memory", [1], lambda: 2.0) == 1.0
+    assert cached("test-memory", [1], lambda: 2.0) == 1.0
     assert len(cache._memory) == 10_001
-    kept("test-memory", [2], lambda: 1.0)
+    cached("test-memory", [2], lambda: 1.0)
     assert len(cache._memory) == 1
 
 
@@ -78,5 +81,22 @@ def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(monkeypatch: py
         raise OSError("the folder is full")
 
     monkeypatch.setattr(Path, "replace", refuse)
-    assert kept("test-full", [1], lambda: 1.5) == 1.5
+    assert cached("test-full", [1], lambda: 1.5) == 1.5
     assert list((cache_dir() / "test-full").iterdir()) == []
+
+
+def test_cached_epsilon_is_that_of_the_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def cached(what: str, arguments: Any, compute: Any) -> float:
+        asked.append((what, arguments))
+        return float(compute())
+
+    monkeypatch.setattr(cache, "cached", cached)
+    one, other = Term(0.05, 1.0), Term(0.1, 2.0)
+    assert cached_epsilon({other: 2, one: 3}, 1e-5) == pytest.approx(
+        epsilon_of_terms({one: 3, other: 2}, 1e-5)
+    )
+    cached_epsilon({one: 3, other: 2}, 1e-5)
+    assert asked == [("epsilon", [[[list(one), 3], [list(other), 2]], 1e-5])] * 2
+    assert cached_epsilon(None, 1e-5) == math.inf and len(asked) == 2

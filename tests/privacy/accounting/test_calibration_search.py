@@ -64,7 +64,7 @@ def cliff(edge: float, before: float, after: float) -> Callable[[float], float]:
 
 
 # How often each grid and at last the accountant itself is asked, and the result: the search as it is. Results
-# are kept on disk, so that whoever changes these raises `fedtune.privacy.accounting.cache._FORMAT` as well.
+# are cached on disk, so that whoever changes these raises `fedtune.privacy.accounting.cache._FORMAT` as well.
 PATHS: list[tuple[Callable[[float], float], dict[str, Any], list[int], float]] = [
     (lambda s: 2.0 / s, {}, [3, 3, 1], 1.0047397846271904),
     (lambda s: 2.0 / s, {"error": 10.0}, [2, 3, 2], 1.0040160642570282),
@@ -298,9 +298,9 @@ def test_what_has_no_meaning_is_refused_by_name(settings: dict[str, Any], said: 
         noise_multiplier_for(values.pop("target_epsilon"), values.pop("delta"), **values)
 
 
-def test_what_is_kept_is_kept_for_all_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_result_belongs_to_all_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[list[object]] = []
-    monkeypatch.setattr(calibration, "kept", lambda kind, key, compute: keys.append([kind, *key]) or 1.5)
+    monkeypatch.setattr(calibration, "cached", lambda kind, key, compute: keys.append([kind, *key]) or 1.5)
     also = {Term(1.0, 7.0): 3, Term(0.5, 2.0, True): 1}
     assert noise_multiplier_for(8, 1e-5, sample_rate=1, steps=60) == 1.5
     noise_multiplier_for(8, 1e-5, sample_rate=1, steps=60, also=also)

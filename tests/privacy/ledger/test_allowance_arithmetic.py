@@ -14,7 +14,7 @@ from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.accounting.filter import fits, renyi_of_terms
 from fedtune.privacy.ledger import allowance
 from fedtune.privacy.ledger.accounts import Account, Domain
-from fedtune.privacy.ledger.allowance import Allowance, Asked, kept_epsilon
+from fedtune.privacy.ledger.allowance import Allowance, Asked
 from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.state import Body, Charge, LedgerState, Tally, Use
 from tests.privacy.plans import local_plan
@@ -147,21 +147,6 @@ def test_uses_are_counted_as_a_ledger_writes_them() -> None:
         Use(False, "record", True, 0.05, 1.0): 3,
         Use(False, "client", False, 1.0, 0.0): 1,
     }
-
-
-def test_epsilon_that_is_kept_is_that_of_the_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def kept(what: str, arguments: Any, compute: Any) -> float:
-        asked.append((what, arguments))
-        return float(compute())
-
-    monkeypatch.setattr(allowance, "kept", kept)
-    one, other = Term(0.05, 1.0), Term(0.1, 2.0)
-    assert kept_epsilon({other: 2, one: 3}, 1e-5) == pytest.approx(epsilon_of_terms({one: 3, other: 2}, 1e-5))
-    kept_epsilon({one: 3, other: 2}, 1e-5)
-    assert asked == [("epsilon", [[[list(one), 3], [list(other), 2]], 1e-5])] * 2
-    assert kept_epsilon(None, 1e-5) == math.inf and len(asked) == 2
 
 
 @pytest.mark.parametrize(

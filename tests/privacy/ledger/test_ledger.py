@@ -743,7 +743,7 @@ _LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from fedtune.errors import LedgerError
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.privacy.plans import local_plan
 path = Path(sys.argv[1])
 ledger = PrivacyLedger.open(path)
@@ -778,7 +778,7 @@ def test_a_read_only_file_is_a_refusal(used: Path) -> None:
 import os, sys
 from pathlib import Path
 from fedtune.errors import LedgerError
-from fedtune.privacy.ledger import PrivacyLedger
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.privacy.plans import local_plan
 if os.geteuid() == 0:  # root may write anything: become nobody
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -874,9 +874,9 @@ def test_a_run_that_was_fixed_in_advance_is_accounted_once(path: Path, monkeypat
     ledger = PrivacyLedger.open(path)
     plan = make_plan(Config(), [9000])
     asked: list[object] = []
-    real = allowance.kept_epsilon
+    real = allowance.cached_epsilon
     monkeypatch.setattr(
-        allowance, "kept_epsilon", lambda terms, delta: asked.append(terms) or real(terms, delta)
+        allowance, "cached_epsilon", lambda terms, delta: asked.append(terms) or real(terms, delta)
     )
     # More than the run's distribution says, less than the filter would ask for.
     ledger.set_budget(PrivacyBudget(plan.epsilon() * 1.01, plan.delta))

@@ -97,7 +97,7 @@ _FULL = """
 import resource, signal, sys
 from pathlib import Path
 from fedtune.errors import LedgerError
-from fedtune.privacy.secret import make_secret
+from fedtune.privacy.ledger.secret import make_secret
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
