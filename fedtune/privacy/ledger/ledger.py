@@ -334,7 +334,7 @@ class PrivacyLedger:
 
     def account(self, *, dataset: str, fingerprint: str | Identity) -> Account:
         """Everything that this data was ever charged; see `fedtune.privacy.ledger.accounts`."""
-        state, known = self._current(), self._keys(fingerprint)
+        known, state = self._keys(fingerprint), self._current()
         with self._chain.reading() as view:
             return self._sets.account(view, state, dataset, known)
 
@@ -359,8 +359,7 @@ class PrivacyLedger:
             budgets = read_budgets(self.budget_path) if run is None else None
             found = budgets.of(account.names) if budgets else []
             delta = found[0].delta if found else account.smallest_delta
-        histories = account.histories(run)
-        return max((spent(runs, delta, fixed=cached_epsilon) for runs in histories), default=0.0)
+        return max((spent(r, delta, fixed=cached_epsilon) for r in account.histories(run)), default=0.0)
 
     # --- budgets ------------------------------------------------------------------------------------
 
