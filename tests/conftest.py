@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 import fedtune
-from tests import tiny_federation as tiny
+from tests.support import tiny_federation as tiny
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -29,6 +29,8 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
 )
+# Models of tests are tiny: threads cost more than they bring, and the cores are busy with other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Subprocesses of tests find the package that is tested, installed or not, from any folder.
 _PACKAGE = str(Path(fedtune.__file__).resolve().parent.parent)
@@ -37,14 +39,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE, os.environ.ge
 # Fixtures of a module or the session run before any function's, so there is a home from the start.
 _HOME = Path(tempfile.mkdtemp(prefix="fedtune-tests-"))
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
-# Whoever has fetched the default data already need not fetch it again for each session.
-_FETCHED = os.environ.get("FEDTUNE_TEST_CACHE")
 os.environ["FEDTUNE_HOME"] = str(_HOME)
 (_HOME / "state").mkdir(mode=0o700)
-if _FETCHED:
-    (_HOME / "cache").symlink_to(Path(_FETCHED).absolute(), target_is_directory=True)
+# One cache for all processes of the session (pytest-xdist's workers inherit the variable), and for later
+# sessions too where FEDTUNE_TEST_CACHE is set by hand: data that was fetched need not be fetched again.
+if shared := os.environ.get("FEDTUNE_TEST_CACHE"):
+    (_HOME / "cache").symlink_to(Path(shared).absolute(), target_is_directory=True)
 else:
     (_HOME / "cache").mkdir(mode=0o700)
+    os.environ["FEDTUNE_TEST_CACHE"] = str(_HOME / "cache")
 
 
 @pytest.fixture(autouse=True)

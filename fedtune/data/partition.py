@@ -11,11 +11,20 @@ from private data is a release. So a size is *declared* by the shard's owner, pu
 and need not be exact: the sampling rate, not the size, is what the accountant uses. A simulation has no
 owners to ask: of public data it declares the true count rounded to two significant digits, of private
 data without `data.declared_size` each node tells a noised count (`fedtune.federation.sizes`).
+
+Private evaluation cuts each shard in two, by a rule that looks at one unit alone: a hash of the person's
+name (of the record's text, where the data names no persons) is below the declared share, or not. So one
+unit more or less moves no other unit from one part to the other, as the accounting needs; a random deal of
+the whole shard would not do that. All texts of a person, and all copies of a text, are in one part. No seed
+enters: the same persons are held out in every run, and those of a smaller share are among those of a larger
+one, so that a server that asks twice does not get one half tested on a model that was trained on it. How
+large the parts really are is private; only the share is public. A part may be empty.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -24,13 +33,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedtune.config.schema import PartitionConfig
 from fedtune.data.array_cache import load_array, store_array, warn_unusable
 from fedtune.data.corpus import Int64Array, Shard, TokenizedCorpus
 from fedtune.errors import PartitionError
 
-__all__ = ["DEFAULT_NODES", "make_shards", "round_size"]
+__all__ = ["DEFAULT_NODES", "is_held_out", "make_shards", "round_size", "split_shard", "split_size"]
 
 DEFAULT_NODES = 4  # where the data has no sites and federation.nodes is not set
 DIRICHLET_DRAWS = 20  # times Flower's own 10
@@ -240,3 +250,46 @@ def _quiet() -> Iterator[None]:
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def is_held_out(data: TokenizedCorpus, share: float) -> npt.NDArray[np.bool_]:
+    """For each record, whether its unit is held out at `share`: bool [n]."""
+    if data.units is None:
+        places = [_place(row.tobytes()) for row in data.digests]
+    else:
+        of_unit = {name: _place(str(name).encode("utf-8", "surrogatepass")) for name in set(data.units)}
+        places = [of_unit[name] for name in data.units]
+    return np.array(places, dtype=np.float64) < share
+
+
+def split_shard(shard: Shard, share: float) -> tuple[Shard, Shard]:
+    """(what is trained on, what is evaluated on) of `shard`; no unit is in both.
+
+    Both parts remember the whole, so that a release from either is charged to all of it. Declared
+    sizes are the declared share of the declared size, never a count, and at least 1.
+    """
+    held_out = is_held_out(shard.data, share)
+
+    def part(rows: Int64Array, declared_size: int) -> Shard:
+        return dataclasses.replace(
+            shard,
+            data=shard.data.subset(rows),
+            record_index=shard.record_index[rows],
+            declared_size=declared_size,
+            whole=shard.data if shard.whole is None else shard.whole,
+        )
+
+    train_size, test_size = split_size(shard.declared_size, share)
+    return part(np.flatnonzero(~held_out), train_size), part(np.flatnonzero(held_out), test_size)
+
+
+def split_size(declared_size: int, share: float) -> tuple[int, int]:
+    """The sizes to declare of what is trained on and of what is held out, of a whole of `declared_size`."""
+    test_size = max(1, round(declared_size * share))
+    return max(1, declared_size - test_size), test_size
+
+
+def _place(unit: bytes) -> float:
+    """Where a unit lies in [0, 1), evenly."""
+    digest = hashlib.sha256(b"fedtune held out 1|" + unit).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

@@ -1,14 +1,20 @@
-"""prepare: from a Config to tokenised, partitioned data, made once a process.
+"""From a Config to tokenised, partitioned data.
 
-All nodes of a simulation and every round ask for the same thing; the answer is kept, so 100 nodes share
-one copy of the text and each shard is cut once. What is kept is keyed by all that the answer depends
-on, the sizes and times of files included.
+In a simulation (`prepare`) one process cuts a corpus into shards. All nodes and every round ask for the same
+thing, so the answer is cached: 100 nodes share one copy of the text, and each shard is cut once. The cache
+is keyed by all that the answer depends on, the sizes and times of files included.
+
+In a real federation (`prepare_deployed`) nobody holds the corpus: a site has its own shard and nothing else,
+the server the public test split. A site's file is its shard, whole: what is tested on is somewhere else. A
+public data set (opinions, hub), which is there for a trial, is cut by site as the simulation cuts it. The
+size that a site states is the one that its owner declared, never a count.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 import warnings
 from collections import OrderedDict
@@ -19,16 +25,18 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.choices import resolved, tests_openly
-from fedtune.config.schema import Config
-from fedtune.data.corpus import Shard, TokenizedCorpus
-from fedtune.data.holdout import hold_out
-from fedtune.data.partition import make_shards
-from fedtune.data.sources.files import state_of
+from fedtune.config.schema import Config, DataConfig
+from fedtune.data.corpus import Corpus, Shard, TokenizedCorpus
+from fedtune.data.partition import make_shards, split_shard
+from fedtune.data.sources.columns import Columns, build_corpus
+from fedtune.data.sources.files import beside, find_split, read_table, state_of
 from fedtune.data.sources.load import load_corpus
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError
 
-__all__ = ["PreparedData", "clear_cache", "holding_out", "prepare"]
+__all__ = ["PreparedData", "clear_cache", "prepare", "prepare_deployed"]
+
+_log = logging.getLogger("fedtune.node")
 
 CACHE_SIZE = 8  # more than the seeds of most sweeps: fewer than they have would be none
 
@@ -57,11 +65,11 @@ class PreparedData:
     held_out: tuple[Shard, ...] = ()
 
 
-def holding_out(prepared: PreparedData, config: Config) -> PreparedData:
+def _holding_out(prepared: PreparedData, config: Config) -> PreparedData:
     """`prepared` with its shards cut in two where `federation.evaluation` is private; else as it is."""
     if config.federation.evaluation != "private":
         return prepared
-    parts = [hold_out(shard, config.federation.evaluation_share) for shard in prepared.shards]
+    parts = [split_shard(shard, config.federation.evaluation_share) for shard in prepared.shards]
     return dataclasses.replace(
         prepared, shards=[train for train, _ in parts], held_out=tuple(test for _, test in parts)
     )
@@ -120,7 +128,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
             dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
         ),
     )
-    return holding_out(prepared, config)
+    return _holding_out(prepared, config)
 
 
 def _one_site(train: TokenizedCorpus, site: str) -> TokenizedCorpus:
@@ -153,3 +161,88 @@ def _key(config: Config, tokenizer_id: str) -> str:
     if config.data.source == "files" and config.data.path:
         parts.append(state_of(Path(config.data.path).expanduser()))
     return json.dumps(parts, sort_keys=True, default=str)
+
+
+def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
+    """A site's own shard (`data.only_site` names the site), or else the server's public test split.
+
+    A site's `test` and a server's `train` and `shards` are empty, and so is a server's `test` where nothing
+    is evaluated on public data: it then needs none. Raises DataError, ResourceError.
+    """
+    if config.data.only_site is not None:
+        return _site(config, config.data.only_site, tokenizer, tokenizer_id)
+    if config.data.source != "files":
+        return dataclasses.replace(prepare(config, tokenizer, tokenizer_id), shards=[])
+    if not tests_openly(config):
+        nothing = _nothing(config.data)
+        return PreparedData(nothing, nothing, [], nothing.label_names, config.data.public, ())
+    split = "test_split" if config.data.test_split else "train_split"
+    test = tokenize(_read(config.data, split), tokenizer, tokenizer_id, config.data.max_length)
+    empty = test.subset([])
+    return PreparedData(empty, test, [], test.label_names, config.data.public, ())
+
+
+def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> PreparedData:
+    if config.data.source == "files":
+        try:
+            corpus = _read(config.data, "train_split", part=True)
+        except DataError as error:
+            # It counts records and names rows: right for the site, private to everybody else.
+            _log.error("The data of site %r cannot be used: %s", site, error)
+            raise DataError(
+                f"The data of site '{site}' cannot be used; the site's own log says why, and so does "
+                "`fedtune node --dry-run` there."
+            ) from error
+        train = tokenize(corpus, tokenizer, tokenizer_id, config.data.max_length)
+        size = config.data.declared_size or 1
+        rows = np.arange(train.num_records, dtype=np.int64)
+        shard = Shard(site, train, size, train.source, config.data.name, rows)
+    else:
+        # Not cut for private evaluation: how much is held out follows from the size that the site declares,
+        # below. The test part that the server has of public data is not among it.
+        cut = config.data.public
+        uncut = dataclasses.replace(config.federation, evaluation="public" if cut else "none")
+        whole = prepare(dataclasses.replace(config, federation=uncut), tokenizer, tokenizer_id)
+        train = whole.train
+        shard = whole.shards[0]
+        shard = dataclasses.replace(shard, declared_size=config.data.declared_size or shard.declared_size)
+    empty = train.subset([])
+    prepared = PreparedData(train, empty, [shard], train.label_names, config.data.public, ())
+    return _holding_out(prepared, config)
+
+
+def _nothing(data: DataConfig) -> TokenizedCorpus:
+    """No records, with the declared label set."""
+    none = np.zeros(0, dtype=np.int64)
+    return TokenizedCorpus(
+        name=data.name,
+        input_ids=none.astype(np.int32),
+        offsets=np.zeros(1, dtype=np.int64),
+        labels=none,
+        label_names=_declared_labels(tuple(data.labels) if data.labels else None),
+        units=None,
+        sites=None,
+        digests=np.zeros((0, 32), dtype=np.uint8),
+        marks=np.zeros((0, 32), dtype=np.uint8),
+        source="",
+    )
+
+
+def _declared_labels(labels: tuple[str, ...] | None) -> tuple[str, ...]:
+    if labels is None:
+        raise DataError(
+            "In a real federation the label set is public and declared beforehand: give data.labels, such as "
+            "data.labels=[negative,positive], to `fedtune submit`, and to `fedtune node --dry-run`."
+        )
+    return labels
+
+
+def _read(data: DataConfig, setting: str, *, part: bool = False) -> Corpus:
+    """One file as a corpus; the label set is declared, for no site may derive one from its texts."""
+    path = find_split(data, setting)
+    labels = _declared_labels(tuple(data.labels) if data.labels else beside(path))
+    columns = Columns.of(data)
+    table = read_table(path, columns)
+    if data.site is not None and data.site not in table.columns:
+        columns = dataclasses.replace(columns, site=None)
+    return build_corpus(data.name, table, columns, labels, part=part)

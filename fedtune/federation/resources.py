@@ -93,7 +93,7 @@ class RunResources:
 
         tokenizer, tokenizer_id = load_tokenizer(self.config.model)
         if self.config.engine.name == "deployment":
-            from fedtune.data.deployed import prepare_deployed
+            from fedtune.data.prepare import prepare_deployed
 
             return prepare_deployed(self.config, tokenizer, tokenizer_id)
         return prepare(self.config, tokenizer, tokenizer_id)

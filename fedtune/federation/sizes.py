@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from flwr.app import Context
 
 from fedtune.config.files import replace_whole
-from fedtune.data.holdout import parts_of
+from fedtune.data.partition import split_size
 from fedtune.errors import FederationError
 from fedtune.privacy.sizes import size_plan
 
@@ -124,7 +124,7 @@ def sized(config: Config, context: Context, shard: Shard) -> Shard:
             f"{path} does not hold the size that node {shard.node!r} told. Start a new run."
         )
     if config.federation.evaluation == "private":
-        whole = parts_of(whole, config.federation.evaluation_share)[0]
+        whole = split_size(whole, config.federation.evaluation_share)[0]
     return dataclasses.replace(shard, declared_size=whole)
 
 

@@ -14,7 +14,7 @@ times the sensitivity. That is a Gaussian of that multiplier to the accountant, 
 and 5 of the argument in `fedtune.privacy.mechanisms.discrete`, with one share and r = 4, hold here with a
 slack far below 1e-100.
 
-Who is held out is decided unit by unit (`fedtune.data.holdout`), so that one unit more or less moves no other
+Who is held out is decided unit by unit (`data.partition`), so that one unit more or less moves no other
 unit from one part to the other. Every node adds all of the noise by itself, under every trust model: an
 answer is private when it leaves, also where training relies on secure aggregation. Under trust=none there is
 no noise, as everywhere.

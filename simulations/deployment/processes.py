@@ -61,7 +61,7 @@ class Setup:
 
 def tiny(root: Path, nodes: int, *, rows: int = 200, test: int = 2000, noise: float = 0.15) -> Setup:
     """A random 2-layer BERT of width 32; one word of a text decides its label, `noise` of them wrong."""
-    from tests.tiny_federation import BAD, GOOD, OTHER, make_model
+    from tests.support.tiny_federation import BAD, GOOD, OTHER, make_model
 
     chance = random.Random(3)
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from fedtune.audit.canaries import GradientCanaries, Scores, _noise
-from tests.audit import plans
+from tests.support import audited_plans as plans
 
 
 def spread(canaries: int, size: int, blocks: tuple[int, ...] = (), seed: int = 0) -> GradientCanaries:

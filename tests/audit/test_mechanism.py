@@ -12,7 +12,7 @@ from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.mechanism import canary_sum, one_shot_cosines, released_sum
 from fedtune.errors import PrivacyError
 from fedtune.privacy.plan import PrivacyPlan
-from tests.audit import plans
+from tests.support import audited_plans as plans
 
 DEFAULT = {"sample_rate": 0.05, "local_steps": 5, "num_rounds": 12, "noise_multiplier": 0.66}
 

@@ -20,9 +20,9 @@ from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.training.dp_step import per_example_gradients
 from fedtune.training.local import ShardView
-from tests import tiny_federation as tiny
-from tests.audit import plans
 from tests.models.conftest import random_corpus
+from tests.support import audited_plans as plans
+from tests.support import tiny_federation as tiny
 
 
 @pytest.fixture(scope="module")

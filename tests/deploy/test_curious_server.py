@@ -16,8 +16,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.deploy.site import proof
 from fedtune.federation.client.audit_log import AuditLog
-from tests.deploy.site_parts import Site, raw_request, with_values
-from tests.tiny_federation import make_data, make_model, one_thread
+from tests.support.site_parts import Site, raw_request, with_values
+from tests.support.tiny_federation import make_data, make_model, one_thread
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from fedtune.deploy.site import dry_run
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.messages import RoundRequest
 from fedtune.federation.resources import run_resources
-from tests import tiny_federation
-from tests.deploy.site_parts import SIZE, Site, settings
+from tests.support import tiny_federation
+from tests.support.site_parts import SIZE, Site, settings
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from fedtune.deploy.thin import Apps, check_app, thin_app
 from fedtune.errors import FederationError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.flower import empty_run, serialize, task_identity
-from tests.deploy.site_parts import settings
+from tests.support.site_parts import settings
 
 
 def repacked(changes: dict[str, str | None], kind: int = zipfile.ZIP_STORED) -> bytes:

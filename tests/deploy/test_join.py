@@ -25,7 +25,7 @@ from fedtune.deploy.provision import provision, read_token
 from fedtune.deploy.published import Board, checked, of_site, shown
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.books import Books
-from tests.deploy.site_parts import settings
+from tests.support.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
 
@@ -234,7 +234,7 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     from fedtune.deploy.node import _enter
     from fedtune.deploy.site import books_of
     from fedtune.privacy.ledger.ledger import PrivacyLedger
-    from tests.privacy.plans import local_plan
+    from tests.support.plans import local_plan
 
     state = tmp_path / "state"
     site = real.site("clinic-2", ledger=str(state / "l.sqlite"), audit_log=str(state / "a.jsonl"))
@@ -425,7 +425,7 @@ def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_p
     from fedtune.deploy.operator import status
     from fedtune.deploy.site import open_ledger
     from fedtune.federation.client.audit_log import AuditLog
-    from tests.privacy.plans import local_plan
+    from tests.support.plans import local_plan
 
     def of(name: str) -> Any:
         return next(one["budget"] for one in status(real.folder).sites if one["site"] == name)

@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from fedtune.federation.server.checkpoint import _read
-from tests.byte_for_byte import Left, differences
-from tests.deploy.real_federation import SITES, Federation, write
-from tests.tiny_federation import one_thread
+from tests.support.byte_for_byte import Left, differences
+from tests.support.real_federation import SITES, Federation, write
+from tests.support.tiny_federation import one_thread
 
 _LEFT_OUT = ("local.json", ".lock", "server-run")  # the owner's; a lock; Flower's random number of the run
-CONSTANT = Path(__file__).parent / "constant"
+CONSTANT = Path(__file__).parents[1] / "support" / "constant"
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from fedtune.federation.server.agreement import Consent, Proposal
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.deploy.site_parts import SIZE, Site
-from tests.tiny_federation import make_model, one_thread
+from tests.support.site_parts import SIZE, Site
+from tests.support.tiny_federation import make_model, one_thread
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy.test_real_federation import SITES, Federation, record
-from tests.tiny_federation import one_thread
+from tests.support.tiny_federation import one_thread
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from fedtune.config.loader import load
 from fedtune.deploy.superlink import Server
 from fedtune.federation.server import checkpoint
 from fedtune.federation.server.checkpoint import load_latest
-from tests.deploy.real_federation import SITES, Federation, adapter, record
-from tests.tiny_federation import one_thread
+from tests.support.real_federation import SITES, Federation, adapter, record
+from tests.support.tiny_federation import one_thread
 
 PRIVATE = ("privacy.epsilon=8", "privacy.delta=1e-3")
 

@@ -26,9 +26,9 @@ from fedtune.deploy.site import open_ledger
 from fedtune.errors import ConfigError, LedgerError
 from fedtune.privacy.ledger import ledger as ledger_module
 from fedtune.privacy.ledger.ledger import PrivacyBudget, PrivacyLedger
-from tests.deploy.site_parts import SIZE, Site, settings
-from tests.privacy.plans import local_plan
-from tests.tiny_federation import make_data, make_model, one_thread
+from tests.support.plans import local_plan
+from tests.support.site_parts import SIZE, Site, settings
+from tests.support.tiny_federation import make_data, make_model, one_thread
 
 RELEASE: dict[str, Any] = {
     "dataset": "made-up", "fingerprint": "f", "node": "clinic-1", "run": "r", "round": 1,

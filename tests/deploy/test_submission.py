@@ -24,7 +24,7 @@ from fedtune.deploy.submission import RunLost, served
 from fedtune.deploy.superlink import Server
 from fedtune.deploy.thin import thin_app
 from fedtune.errors import FederationError, FedtuneError
-from tests.fake_federation import Watcher
+from tests.support.fake_federation import Watcher
 
 REPOSITORY = Path(__file__).parents[2]
 

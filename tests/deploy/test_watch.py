@@ -20,7 +20,7 @@ from fedtune.deploy.executor import Worker, WorkerDied
 from fedtune.deploy.watch import Watch, processor_seconds
 from fedtune.errors import ResourceError
 from fedtune.federation.client.audit_log import AuditLog
-from tests.deploy.site_parts import settings
+from tests.support.site_parts import settings
 
 
 class Clock:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.config.schema import Config
-from tests import tiny_federation
+from tests.support import tiny_federation
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent

@@ -18,7 +18,7 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.flower import serialized_size, task_identity
-from tests.fake_federation import fake_app, fake_config, run_fake
+from tests.support.fake_federation import fake_app, fake_config, run_fake
 
 
 def echo_app(do: Callable[[Message, Context], None]) -> ClientApp:

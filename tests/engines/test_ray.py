@@ -20,7 +20,7 @@ from fedtune.errors import CheckpointError, ConfigError, ResourceError
 from fedtune.federation.client.release import ledger_of
 from fedtune.federation.flower import task_identity
 from fedtune.federation.server.evaluation import NodesEvaluation
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 
 def test_without_ray_the_error_says_how_to_install_it(

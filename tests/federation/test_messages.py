@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, check_update, coarse_seconds
 from fedtune.privacy.planning import make_plan
-from tests.fake_federation import fake_config
+from tests.support.fake_federation import fake_config
 
 PLAN = make_plan(fake_config(), [100, 200])
 VECTOR = np.array([1.0, -0.5, 2.0], dtype=np.float32)

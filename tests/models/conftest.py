@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedtune.data.corpus import TokenizedCorpus
-from tests.tiny_federation import make_model, one_thread
+from tests.support.tiny_federation import make_model, one_thread
 
 one_thread()
 

@@ -18,7 +18,7 @@ from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.privacy.plans import central_plan, local_plan, public_plan
+from tests.support.plans import central_plan, local_plan, public_plan
 
 DELTA = 1e-5
 

@@ -20,7 +20,7 @@ from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_term
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import default_delta, make_plan
-from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_plan(unit="person")]
 

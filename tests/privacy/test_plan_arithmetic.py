@@ -17,7 +17,7 @@ from fedtune.privacy.checks import number, whole
 from fedtune.privacy.evaluation import EvaluationPlan
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 
 def ftrl(**changes: Any) -> PrivacyPlan:

@@ -17,7 +17,7 @@ from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.sizes import SIZE_NOISE, SizePlan, size_noise, size_plan
-from tests.privacy import plans
+from tests.support import plans
 
 
 def sizing(**changes: object) -> SizePlan:

@@ -17,8 +17,8 @@ import pytest
 
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import DataError
-from tests import tiny_federation
-from tests.byte_for_byte import Row, differences, rows, run_once
+from tests.support import tiny_federation
+from tests.support.byte_for_byte import Row, differences, rows, run_once
 
 Change = Callable[[list[Row]], list[Row]]
 

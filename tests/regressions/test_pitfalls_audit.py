@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.audit.attack import AuditResult, audit_mechanism
 from fedtune.privacy.plan import PrivacyPlan
-from tests.audit import plans
+from tests.support import audited_plans as plans
 
 
 def attacked(plan: PrivacyPlan, claimed: float, canaries: int = 6000) -> AuditResult:

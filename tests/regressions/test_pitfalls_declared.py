@@ -27,7 +27,7 @@ from fedtune.privacy.sizes import SIZE_NOISE, SizePlan
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
 from fedtune.runs import record
 from fedtune.runs.run import run
-from tests import tiny_federation
+from tests.support import tiny_federation
 
 
 @pytest.fixture(scope="module")

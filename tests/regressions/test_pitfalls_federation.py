@@ -26,8 +26,16 @@ from fedtune.federation.server.cohort import discover_nodes
 from fedtune.federation.server.rounds import PlainRound, RoundAsk
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.planning import make_plan
-from tests import tiny_federation
-from tests.fake_federation import SIZE, Watcher, fake_app, fake_config, honest_update, misbehaving, run_fake
+from tests.support import tiny_federation
+from tests.support.fake_federation import (
+    SIZE,
+    Watcher,
+    fake_app,
+    fake_config,
+    honest_update,
+    misbehaving,
+    run_fake,
+)
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ from fedtune.privacy.mechanisms.noise import Entropy, on_grid
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.statement.facts import statement_markdown
-from tests.privacy.charges import charged
-from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
 from tests.privacy.statement.test_statement import record
+from tests.support.ledgers import charged
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 
 def release(ledger: PrivacyLedger, plan: PrivacyPlan, round: int = 0, run: str = "run-1") -> None:

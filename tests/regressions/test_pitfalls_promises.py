@@ -26,10 +26,10 @@ from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.statement.facts import statement_json, statement_markdown, statement_picture
-from tests.privacy.charges import charged
-from tests.privacy.plans import local_plan
 from tests.privacy.statement.test_statement import first_paragraph, record
 from tests.regressions.test_pitfalls_privacy import release
+from tests.support.ledgers import charged
+from tests.support.plans import local_plan
 
 
 def distributed(nodes: int, **privacy: object) -> PrivacyPlan:

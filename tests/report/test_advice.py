@@ -8,7 +8,7 @@ from typing import Any
 from fedtune.report.advice import Advice, advise, family
 from fedtune.report.collect import collect
 from fedtune.report.frontier import Point, named_settings, points_of, price_book, varied_settings
-from tests.synthetic import make_record, write
+from tests.support.synthetic import make_record, write
 
 
 def points(root: Path, rows: list[dict[str, Any]]) -> list[Point]:

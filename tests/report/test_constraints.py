@@ -23,7 +23,7 @@ from fedtune.report.constraints import (
 )
 from fedtune.report.frontier import Point, flatten, points_of, price_book
 from fedtune.report.words import repeat_command
-from tests.synthetic import make_record, write, write_grid
+from tests.support.synthetic import make_record, write, write_grid
 
 
 @pytest.fixture(scope="module")

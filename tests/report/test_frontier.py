@@ -23,7 +23,7 @@ from fedtune.report.frontier import (
     price_book,
     varied_settings,
 )
-from tests.synthetic import PRICING, make_record, write, write_grid
+from tests.support.synthetic import PRICING, make_record, write, write_grid
 
 
 def points(root: Path, *prices: str) -> list[Point]:

@@ -17,7 +17,7 @@ import pytest
 from fedtune.errors import RecordError, ResourceError
 from fedtune.report.collect import collect
 from fedtune.report.page import Report, write_report
-from tests.synthetic import PRICING, make_record, write, write_grid
+from tests.support.synthetic import PRICING, make_record, write, write_grid
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"]}

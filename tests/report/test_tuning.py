@@ -13,7 +13,7 @@ from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.accounting.filter import least_epsilon
 from fedtune.report.collect import Collection, collect
 from fedtune.report.tuning import composed_terms, describe_search, tuning_of
-from tests.synthetic import DELTA, NOISE, ROUNDS, SAMPLE_RATE, STEPS, epsilon_for, make_record, write
+from tests.support.synthetic import DELTA, NOISE, ROUNDS, SAMPLE_RATE, STEPS, epsilon_for, make_record, write
 
 
 def runs_in(root: Path, records: list[dict[str, Any]]) -> Collection:

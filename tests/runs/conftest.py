@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tiny_federation import without_codecarbon
+from tests.support.tiny_federation import without_codecarbon
 
 
 @pytest.fixture(autouse=True)

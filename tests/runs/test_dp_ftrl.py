@@ -18,7 +18,7 @@ from fedtune.report.collect import run_of
 from fedtune.runs import record as records
 from fedtune.runs.audit import plan_of
 from fedtune.runs.run import run
-from tests import tiny_federation as tiny
+from tests.support import tiny_federation as tiny
 
 
 def test_a_whole_run_says_and_charges_what_it_did(world: dict[str, Path], tmp_path: Path) -> None:

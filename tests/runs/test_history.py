@@ -12,7 +12,7 @@ from fedtune.config.convert import from_dict
 from fedtune.config.paths import state_dir
 from fedtune.runs.history import NAME, History, kind, remember
 from fedtune.sweeps.progress import Progress
-from tests.synthetic import ROUNDS, make_record
+from tests.support.synthetic import ROUNDS, make_record
 
 HERE = {"processor": "one", "usable_cores": 2, "memory_bytes": 8}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import tests.tiny_federation as tiny
+import tests.support.tiny_federation as tiny
 from fedtune.federation.events import RoundSummary
 from fedtune.privacy.accounting.epsilon import Term, conversions
 from fedtune.privacy.statement.facts import statement_json, statement_markdown

@@ -20,7 +20,7 @@ from fedtune.federation.events import Dropped, RoundSummary
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs import record as records
 from fedtune.runs.assemble import Metrics, NodePrivacy, RunFacts, assemble
-from tests.privacy.plans import local_plan, public_plan
+from tests.support.plans import local_plan, public_plan
 
 # The contract, typed in from the design and not taken from the module.
 CONTRACT = {

@@ -17,7 +17,7 @@ from rich.console import Console
 from fedtune.errors import CheckpointError, ConfigError, ModelError, ResourceError
 from fedtune.runs import record as records
 from fedtune.runs.run import Interrupted, run
-from tests import tiny_federation as tiny
+from tests.support import tiny_federation as tiny
 
 
 def quiet() -> Console:

@@ -21,8 +21,8 @@ from fedtune.federation.events import RoundSummary
 from fedtune.runs import record as records
 from fedtune.runs import tracker_writers, trackers
 from fedtune.runs.run import run
-from tests import tiny_federation as tiny
-from tests.synthetic import make_record
+from tests.support import tiny_federation as tiny
+from tests.support.synthetic import make_record
 
 NAMES = ("tensorboard", "mlflow", "wandb")
 READ_BACK = ["tensorboard", "mlflow", pytest.param("wandb", marks=pytest.mark.slow)]

@@ -15,7 +15,7 @@ from scipy import stats
 
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
-from tests.privacy.plans import local_plan
+from tests.support.plans import local_plan
 
 SIZE = 200_000
 SOURCES = [Entropy.system(), Entropy.reproducible(5, "n", 0, 0)]
@@ -152,7 +152,7 @@ def test_other_samplers_are_rejected() -> None:
 
 @pytest.mark.parametrize("honest", [3, 2])
 def test_distributed_shares_add_up_to_the_plans_noise(honest: int) -> None:
-    from tests.privacy.plans import distributed_plan
+    from tests.support.plans import distributed_plan
 
     plan = distributed_plan(nodes=4, max_dropouts=3 - honest, noise_multiplier=1.2, max_grad_norm=0.5)
     mechanism = DiscreteMechanism.for_plan(plan, SIZE)
@@ -165,7 +165,7 @@ def test_distributed_shares_add_up_to_the_plans_noise(honest: int) -> None:
 
 
 def test_central_noise_is_raised_where_a_quantile_is_paid() -> None:
-    from tests.privacy.plans import central_plan
+    from tests.support.plans import central_plan
 
     plan = central_plan(noise_multiplier=1.0, adaptive_clipping=True, quantile_noise=1.0, max_grad_norm=2.0)
     noise = plan.noise(SIZE, Entropy.system())

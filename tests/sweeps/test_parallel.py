@@ -51,7 +51,7 @@ def sweep(*words: str) -> tuple[list[Any], list[str]]:
         import sys
 
         sys.path.insert(0, here)
-        from tests.synthetic import make_record, write
+        from tests.support.synthetic import make_record, write
 
         if config.seed == 2:
             raise ValueError("seed two")

@@ -18,7 +18,7 @@ from fedtune.sweeps.pruning import STUDY_FILE, Pruning
 from fedtune.sweeps.sweep import run_sweep
 
 pytest.importorskip("optuna")
-from tests.synthetic import make_record, write
+from tests.support.synthetic import make_record, write
 
 RATES = "train.learning_rate=tag(log,interval(0.001,0.1))"
 SEARCH = ["sweep=optuna", "hydra.sweep.dir=sweep"]

@@ -18,8 +18,8 @@ from fedtune.privacy.planning import make_plan
 from fedtune.sweeps.search import _refuse_blind
 from fedtune.sweeps.spending import dearest, spending
 from fedtune.sweeps.sweep import run_sweep
-from tests import tiny_federation as tiny
-from tests.synthetic import make_record, write
+from tests.support import tiny_federation as tiny
+from tests.support.synthetic import make_record, write
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import collect
 from fedtune.sweeps.options import SweepOptions, meaningful, split_options
 from fedtune.sweeps.sweep import Sweep, run_sweep
-from tests.synthetic import make_record, write
+from tests.support.synthetic import make_record, write
 
 GRID = ["privacy.epsilon=1,2,8", "hydra.sweep.dir=sweep"]
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.schema import DataConfig
 from fedtune.data.corpus import Corpus, StrArray
 from fedtune.errors import DataError
 
@@ -36,6 +37,11 @@ class Columns:
     text_pair: str | None = None
     unit: str | None = None
     site: str | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Columns:
+        """As the settings name them."""
+        return cls(data.text, data.label, data.text_pair, data.unit, data.site)
 
     def used(self) -> dict[str, str]:
         """Setting -> column name, of those that are set."""

@@ -54,7 +54,7 @@ def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple
         tables, declared, notes = _read_files(config, testing)
     else:
         raise DataError(f"There is no data source {config.source!r}; choose opinions, hub or files.")
-    columns = _columns(config)
+    columns = Columns.of(config)
     if columns.label not in tables[0].columns:
         raise missing_column(tables[0].where, "label", columns.label, list(tables[0].columns))
     labels = tuple(config.labels) if config.labels else declared
@@ -109,12 +109,6 @@ def hold_out(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus
     return corpus.subset(np.flatnonzero(~in_test)), corpus.subset(np.flatnonzero(in_test))
 
 
-def _columns(config: DataConfig) -> Columns:
-    return Columns(
-        text=config.text, label=config.label, text_pair=config.text_pair, unit=config.unit, site=config.site
-    )
-
-
 def _read_files(config: DataConfig, testing: bool) -> tuple[list[Table], tuple[str, ...] | None, list[str]]:
     from fedtune.data.sources.files import beside, find_split, list_splits, read_table
 
@@ -132,7 +126,7 @@ def _read_files(config: DataConfig, testing: bool) -> tuple[list[Table], tuple[s
                 + (f", so {config.test_fraction:.0%} of {paths[0].name} is held out" if testing else "")
                 + ". To test on it: data.test_split, and data.test_public=true if it is declared public."
             )
-    return [read_table(path, _columns(config)) for path in paths], beside(paths[0]), notes
+    return [read_table(path, Columns.of(config)) for path in paths], beside(paths[0]), notes
 
 
 def _refuse_shared_persons(train: Corpus, test: Corpus, config: DataConfig) -> None:

@@ -13,7 +13,7 @@ import pytest
 from fedtune.errors import ConfigError, LedgerError
 from fedtune.federation.client.books import Books
 from fedtune.privacy.ledger.ledger import PrivacyBudget, PrivacyLedger
-from tests.privacy.plans import local_plan
+from tests.support.plans import local_plan
 
 ROUNDS = 5
 

@@ -22,7 +22,7 @@ from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 Make = Callable[..., Config]
 

@@ -15,7 +15,7 @@ from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation.client.release import ledger_of
 from fedtune.privacy.accounting.epsilon import Term
-from tests.privacy.charges import charged
+from tests.support.ledgers import charged
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def killed(config: Config, folder: Path, kills: int, seed: int, broken: str = "n
     config.federation.num_rounds = 10_000
     arguments = [to_json(config), str(folder), str(kills), str(seed), broken]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.federation.client.killed_trainings", *arguments],
+        [sys.executable, "-m", "tests.support.killed_trainings", *arguments],
         cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True, text=True, timeout=850, check=False,
     )  # fmt: skip

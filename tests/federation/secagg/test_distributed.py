@@ -42,7 +42,7 @@ from fedtune.federation.server.rounds import RoundAsk, RoundOutcome
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.planning import make_plan
-from tests import tiny_federation
+from tests.support import tiny_federation
 
 Make = Callable[..., Config]
 SIZE = 4000  # of the vectors where no model is needed

@@ -23,8 +23,8 @@ from fedtune.federation.server.agreement import Consent, Proposal
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.planning import make_plan
-from tests.fake_federation import FakeServerSide, Watcher, fake_app, fake_config
-from tests.tiny_federation import private
+from tests.support.fake_federation import FakeServerSide, Watcher, fake_app, fake_config
+from tests.support.tiny_federation import private
 
 Make = Callable[..., Config]
 

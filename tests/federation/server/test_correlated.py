@@ -20,8 +20,8 @@ from fedtune.federation.server import checkpoint
 from fedtune.federation.server.agreement import Consent
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.privacy.mechanisms.matrix import BandedRoot
-from tests.fake_federation import FakeServerSide, Watcher, fake_config, run_fake
 from tests.privacy.mechanisms.test_matrix import dense, ftrl
+from tests.support.fake_federation import FakeServerSide, Watcher, fake_config, run_fake
 
 SIZE, ROUNDS, COHORT = 3000, 9, 2
 ROOT = BandedRoot(ROUNDS, 3, 3)

@@ -26,7 +26,7 @@ from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.evaluation import evaluate
 from tests.federation.client.test_client_app import Node
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 Make = Callable[..., Config]
 

@@ -19,15 +19,15 @@ from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation import local_record
 from fedtune.federation.client.release import ledger_of
 from fedtune.federation.server.checkpoint import load_latest
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]
 # Tells what it does on standard output, so that the test can kill it at a chosen moment.
 CHILD = """
 import sys
 from pathlib import Path
-from tests.fake_federation import Watcher
-from tests.tiny_federation import one_thread
+from tests.support.fake_federation import Watcher
+from tests.support.tiny_federation import one_thread
 one_thread()
 from fedtune import engines
 from fedtune.config.convert import config_from_json

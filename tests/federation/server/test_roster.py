@@ -23,7 +23,7 @@ from fedtune.federation.server.checkpoint import load_latest
 from fedtune.federation.server.loop import run_rounds
 from fedtune.federation.server.roster import Roster
 from fedtune.federation.server.tracking_grid import TrackingGrid
-from tests.fake_federation import FakeServerSide, Watcher, fake_app, fake_config, honest_update
+from tests.support.fake_federation import FakeServerSide, Watcher, fake_app, fake_config, honest_update
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from fedtune.federation.server import rounds
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.fake_federation import (
+from tests.support.fake_federation import (
     SIZE,
     Watcher,
     fake_app,

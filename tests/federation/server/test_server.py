@@ -13,7 +13,7 @@ from fedtune.federation.events import PRUNED, NodeInfo, RoundSummary, StoppingOb
 from fedtune.federation.server.checkpoint import load_latest
 from fedtune.federation.server.cohort import draw_cohort
 from fedtune.federation.server.rounds import PlainRound
-from tests.fake_federation import (
+from tests.support.fake_federation import (
     SIZE,
     FakeServerSide,
     Watcher,
@@ -326,7 +326,7 @@ def test_nodes_that_cannot_start_are_left_out_and_named(tmp_path: Path) -> None:
     from flwr.app import Message
     from flwr.app.error import Error
 
-    from tests import fake_federation
+    from tests.support import fake_federation
 
     app = fake_federation.fake_app()
     inner = app._registered_funcs["query.hello"]
@@ -347,7 +347,7 @@ def test_nodes_that_cannot_start_are_left_out_and_named(tmp_path: Path) -> None:
 
 
 def test_two_nodes_with_one_name_are_refused(tmp_path: Path) -> None:
-    from tests import fake_federation
+    from tests.support import fake_federation
 
     class Twins(fake_federation.LocalGrid):
         def __init__(self) -> None:
@@ -368,7 +368,7 @@ def test_the_server_waits_for_nodes_that_connect_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedtune.federation.server import cohort
-    from tests import fake_federation
+    from tests.support import fake_federation
 
     class Late(fake_federation.LocalGrid):
         looked = 0
@@ -388,7 +388,7 @@ def test_the_server_waits_for_nodes_that_connect_late(
 
 def test_the_server_goes_on_without_nodes_that_never_connect() -> None:
     from fedtune.federation.server import cohort
-    from tests import fake_federation
+    from tests.support import fake_federation
 
     grid = fake_federation.LocalGrid(fake_federation.fake_app(), 2, {}, timeout=5.0)
     with fake_federation.task_identity(grid.run_id):
@@ -398,7 +398,7 @@ def test_the_server_goes_on_without_nodes_that_never_connect() -> None:
 
 def test_shards_without_a_node_are_told_of() -> None:
     from fedtune.federation.server import cohort
-    from tests import fake_federation
+    from tests.support import fake_federation
 
     app = fake_federation.fake_app()
     inner = app._registered_funcs["query.hello"]

@@ -19,7 +19,7 @@ from fedtune.federation.client.app import app as client_app
 from fedtune.federation.flower import task_identity
 from fedtune.federation.server import app as server_app
 from fedtune.federation.server import cohort
-from tests.tiny_federation import private
+from tests.support.tiny_federation import private
 
 CALLS: list[tuple[Any, ...]] = []
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.data.holdout import hold_out
+from fedtune.data.partition import split_shard
 from fedtune.data.sources.columns import Columns, build_corpus
 from fedtune.data.sources.files import read_table
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
@@ -26,10 +26,9 @@ from fedtune.privacy.ledger.identity import Identity
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.state import Use
 from fedtune.privacy.plan import UNITS, PrivacyPlan
-from tests.data.test_holdout import shard_of
-from tests.privacy.charges import charged
-from tests.privacy.identities import identity
-from tests.privacy.plans import central_plan, local_plan
+from tests.data.test_partition import shard_of
+from tests.support.ledgers import charged, identity
+from tests.support.plans import central_plan, local_plan
 
 DELTA = 1e-5
 STEP = Term(0.05, 1.0)  # local_plan: five of them a release
@@ -206,8 +205,8 @@ def test_pitfall_33_a_monthly_export_starts_at_what_its_persons_have_spent(
 
 def test_both_parts_of_a_shard_that_is_held_out_are_charged_together(ledger: PrivacyLedger) -> None:
     whole = shard_of([f"text {i}" for i in range(50)], None)
-    train, held = hold_out(whole, 0.3)
-    again, _ = hold_out(train, 0.5)
+    train, held = split_shard(whole, 0.3)
+    again, _ = split_shard(train, 0.5)
     assert train.identity is held.identity is whole.identity is again.identity
     release(ledger, train.identity, run="train")
     assert ledger.epsilon(dataset="visits", fingerprint=held.identity, delta=DELTA) > 0.0

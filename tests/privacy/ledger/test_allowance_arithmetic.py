@@ -17,7 +17,7 @@ from fedtune.privacy.ledger.accounts import Account, Domain
 from fedtune.privacy.ledger.allowance import Allowance, Asked
 from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.state import Body, Charge, LedgerState, Tally, Use
-from tests.privacy.plans import local_plan
+from tests.support.plans import local_plan
 
 STEP = Term(0.05, 1.0)
 BUDGET = PrivacyBudget(2.0, 1e-5)

@@ -18,7 +18,7 @@ from fedtune.privacy.ledger import budget
 from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger
-from tests.privacy.plans import local_plan, public_plan
+from tests.support.plans import local_plan, public_plan
 
 
 def folder() -> Path:

@@ -15,8 +15,8 @@ from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.ledger.chain import GENESIS, Chain
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from tests.privacy.identities import identity
-from tests.privacy.plans import distributed_plan, local_plan
+from tests.support.ledgers import identity
+from tests.support.plans import distributed_plan, local_plan
 
 DELTA = 1e-5
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedtune.privacy.ledger.identity import Identity, keyed, mark_of, normalised
-from tests.privacy.identities import identity
+from tests.support.ledgers import identity
 
 SECRET, OTHER = b"a" * 32, b"b" * 32
 

@@ -32,8 +32,8 @@ from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
 from fedtune.privacy.ledger.run_counts import steps_of
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.privacy.charges import charged
-from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.ledgers import charged
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 
 @pytest.fixture
@@ -744,7 +744,7 @@ import resource, signal, sys
 from pathlib import Path
 from fedtune.errors import LedgerError
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from tests.privacy.plans import local_plan
+from tests.support.plans import local_plan
 path = Path(sys.argv[1])
 ledger = PrivacyLedger.open(path)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -779,7 +779,7 @@ import os, sys
 from pathlib import Path
 from fedtune.errors import LedgerError
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from tests.privacy.plans import local_plan
+from tests.support.plans import local_plan
 if os.geteuid() == 0:  # root may write anything: become nobody
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 ledger = PrivacyLedger(Path(sys.argv[1]))

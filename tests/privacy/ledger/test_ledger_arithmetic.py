@@ -15,8 +15,8 @@ from fedtune.privacy.ledger import ledger as module
 from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
-from tests.privacy.identities import identity
-from tests.privacy.plans import local_plan, public_plan
+from tests.support.ledgers import identity
+from tests.support.plans import local_plan, public_plan
 
 STEP = Term(0.05, 1.0)
 DELTA = 1e-5

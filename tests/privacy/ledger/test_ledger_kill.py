@@ -19,8 +19,8 @@ from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.ledger.identity import Identity, keyed
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
-from tests.privacy.charges import charged
-from tests.privacy.plans import local_plan
+from tests.support.ledgers import charged
+from tests.support.plans import local_plan
 
 PLAN = local_plan(num_rounds=10_000, noise_multiplier=4.0)
 

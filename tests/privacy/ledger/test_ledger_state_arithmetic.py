@@ -31,7 +31,7 @@ from fedtune.privacy.ledger.state import (
     terms_of_plan,
     towards,
 )
-from tests.privacy.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 STEPS = [{"sample_rate": 0.05, "noise_multiplier": 1.0, "count": 5}]
 USE, BARE = Use(False, "record", True, 0.05, 1.0), Use(True, "person", False, 1.0, 0.0)

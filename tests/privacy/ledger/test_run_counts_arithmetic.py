@@ -11,7 +11,7 @@ from fedtune.errors import BudgetExhausted, PrivacyError, SeparationError
 from fedtune.privacy.ledger import run_counts
 from fedtune.privacy.ledger.chain import Row
 from fedtune.privacy.ledger.run_counts import RunCounts, steps_of
-from tests.privacy.plans import central_plan, local_plan, public_plan
+from tests.support.plans import central_plan, local_plan, public_plan
 
 PLAN = local_plan(num_rounds=3)
 WHOLE: Any = ([[0.05, 1.0, 15]],)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from fedtune.errors import LedgerError
 from fedtune.privacy.ledger import secret as secrets
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from tests.privacy.identities import identity
-from tests.privacy.plans import local_plan
+from tests.support.ledgers import identity
+from tests.support.plans import local_plan
 
 DATA = identity(range(20), ["p1", "p2"])
 
@@ -52,7 +51,7 @@ def test_asking_makes_none(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.key"))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"short", bytes(32), b"x" * 33, os.urandom(32)])
+@pytest.mark.parametrize("content", [None, b"", b"short", bytes(32), b"x" * 33, bytes(range(32))])
 def test_a_lost_torn_or_other_secret_is_refused_with_the_way_out(used: Path, content: bytes | None) -> None:
     """Under another one every record would look new, and what was spent would be forgotten."""
     key = used.with_suffix(".key")

@@ -23,8 +23,8 @@ from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget, strictest
 from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger, take_over
-from tests.privacy.identities import identity
-from tests.privacy.plans import local_plan
+from tests.support.ledgers import identity
+from tests.support.plans import local_plan
 
 OLD = Path(__file__).parent / "ledgers_of_0_1"
 PRINT = "1f" * 32  # by which version 0.1 knew the data

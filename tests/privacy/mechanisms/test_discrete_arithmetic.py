@@ -20,7 +20,7 @@ from fedtune.privacy.mechanisms.discrete import (
 )
 from fedtune.privacy.mechanisms.exact import discrete_gaussian
 from fedtune.privacy.mechanisms.noise import Entropy
-from tests.privacy.plans import distributed_plan, local_plan
+from tests.support.plans import distributed_plan, local_plan
 
 
 def mechanism(**changes: Any) -> DiscreteMechanism:

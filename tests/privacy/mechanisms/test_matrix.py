@@ -20,7 +20,7 @@ from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise, _down
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests.privacy.plans import central_plan
+from tests.support.plans import central_plan
 
 SHAPES = [
     (n, bands, b)

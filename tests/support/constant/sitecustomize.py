@@ -1,9 +1,9 @@
 """Makes what a site's mechanisms release a constant, and keeps messages: in the folder FEDTUNE_TEST_KEPT.
 
 Python imports this by itself where its folder is in PYTHONPATH. In a site's worker it does what
-`tests.byte_for_byte.hold_node_still` says, and writes each message and each answer into a file. In the
-process that submits a run it makes what a trusted server releases a constant, and the size of a message that
-of its content, for the random numbers that Flower gives a run take one byte more or less.
+`tests.support.byte_for_byte.hold_node_still` says, and writes each message and each answer into a file. In
+the process that submits a run it makes what a trusted server releases a constant, and the size of a message
+that of its content, for the random numbers that Flower gives a run take one byte more or less.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KEPT = os.environ.get("FEDTUNE_TEST_KEPT")
 
 def _worker(folder: Path) -> None:
     from fedtune.deploy import channel
-    from tests.byte_for_byte import content_of, hold_node_still
+    from tests.support.byte_for_byte import content_of, hold_node_still
 
     hold_node_still(setattr)
     receive, send = channel.receive, channel.send
@@ -49,7 +49,7 @@ def _worker(folder: Path) -> None:
 
 def _server() -> None:
     from fedtune.federation import flower as _flower
-    from tests.byte_for_byte import content_of, hold_server_still
+    from tests.support.byte_for_byte import content_of, hold_server_still
 
     # First, for what is imported next takes the function as it finds it.
     _flower.serialized_size = lambda message: len(content_of(message))

@@ -21,7 +21,7 @@ from fedtune.federation.messages import RoundRequest
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
-from tests import tiny_federation
+from tests.support import tiny_federation
 
 SIZE = 80
 

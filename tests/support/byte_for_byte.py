@@ -33,7 +33,7 @@ _LOCAL = ("local.json", "local.log", ".lock", "noise.secret")  # the owner's, th
 
 def rows(n: int = 120) -> list[Row]:
     """Four sites with ten persons each, every person with a few records."""
-    from tests.tiny_federation import BAD, GOOD, OTHER
+    from tests.support.tiny_federation import BAD, GOOD, OTHER
 
     found = []
     for i in range(n):

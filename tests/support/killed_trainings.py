@@ -29,7 +29,7 @@ from fedtune.federation.client.release import ledger_of
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.federation.client.test_client_app import Node
-from tests.tiny_federation import one_thread
+from tests.support.tiny_federation import one_thread
 
 
 def lines(witness: Path) -> list[tuple[str, str, int]]:

@@ -27,11 +27,11 @@ from fedtune.deploy.site import make_key, read_site
 from fedtune.errors import FedtuneError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from tests.tiny_federation import BAD, GOOD, OTHER, make_model
+from tests.support.tiny_federation import BAD, GOOD, OTHER, make_model
 
 SITES = ("clinic-1", "clinic-2", "clinic-3")
 REPOSITORY = Path(__file__).parents[2]
-UNLUCKY = REPOSITORY / "tests" / "deployment" / "unlucky"  # what may happen to a worker, see there
+UNLUCKY = Path(__file__).parent / "unlucky"  # what may happen to a worker, see there
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
