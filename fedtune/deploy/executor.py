@@ -335,8 +335,7 @@ class Answers:
         return whole
 
     def _refusal(self, message: Any, code: int, event: str, reason: str) -> Any:
-        from flwr.app import Message
-        from flwr.app.error import Error
+        from flwr.app import Error, Message
 
         try:
             self._books.append(event, message=message.metadata.message_type, reason=reason)

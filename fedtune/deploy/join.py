@@ -192,7 +192,7 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
 
     A node names itself in its hello; a site that took another's name would take its place in a run.
     """
-    from flwr.app.error import Error
+    from flwr.app import Error
     from flwr.app.message import make_message
 
     hello = message.content.get("hello") if message.has_content() else None

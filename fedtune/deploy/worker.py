@@ -106,8 +106,7 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
 
 
 def _failure(message: Message, reason: str) -> Message:
-    from flwr.app import Message
-    from flwr.app.error import Error
+    from flwr.app import Error, Message
 
     return Message(Error(_APP_FAILED, reason), reply_to=message)
 

@@ -21,8 +21,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
-from flwr.app.error import Error
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.federation.client.agreement import register as register_agreement

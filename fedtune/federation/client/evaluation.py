@@ -18,8 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from flwr.app import Context, Message
-from flwr.app.error import Error
+from flwr.app import Context, Error, Message
 
 from fedtune.errors import PrivacyError
 from fedtune.federation.client import release as node_side

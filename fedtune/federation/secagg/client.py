@@ -24,8 +24,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.app.error import Error
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedtune.errors import FederationError
 from fedtune.federation.client import release as node_side

@@ -301,8 +301,7 @@ def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: py
     from types import SimpleNamespace
     from typing import cast
 
-    from flwr.app import Message, RecordDict
-    from flwr.app.error import Error
+    from flwr.app import Error, Message, RecordDict
 
     from fedtune.federation.events import NodeInfo, NullObserver
     from fedtune.federation.server import cohort, evaluation

@@ -55,8 +55,7 @@ BAD = {
 
 def test_what_ended_a_worker_is_told_by_its_kind_alone() -> None:
     """Flower's simulation answers with whatever text the exception has; nobody has looked at that."""
-    from flwr.app import Message
-    from flwr.app.error import Error
+    from flwr.app import Error, Message
 
     with task_identity(1):
         asked = Message(RecordDict(), 7, "query.hello")

@@ -323,8 +323,7 @@ def test_an_observer_that_raises_is_switched_off_and_the_run_goes_on(
 
 
 def test_nodes_that_cannot_start_are_left_out_and_named(tmp_path: Path) -> None:
-    from flwr.app import Message
-    from flwr.app.error import Error
+    from flwr.app import Error, Message
 
     from tests.support import fake_federation
 
