@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fedtune.config.schema import Config, DataConfig
+from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
 
 __all__ = ["AUTO", "public_test", "resolved", "tests_openly"]
 
@@ -51,13 +51,13 @@ def tests_openly(config: Config) -> bool:
     return resolved(config).federation.evaluation in ("public", "held_out")
 
 
-def _unit(config: Config) -> str:
+def _unit(config: Config) -> Unit:
     if config.privacy.trust == "central":
         return "client"
     return "record" if config.data.unit is None else "person"
 
 
-def _evaluation(config: Config) -> str:
+def _evaluation(config: Config) -> Evaluation:
     privacy = config.privacy
     if public_test(config.data):
         return "public"

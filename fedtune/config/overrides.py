@@ -20,9 +20,8 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from fedtune.config.convert import convert_value, settings, unknown_setting
+from fedtune.config.convert import check_value, nearest, settings, unknown_setting
 from fedtune.config.groups import GROUPS, conf_dir, group_options
-from fedtune.config.values import nearest
 from fedtune.errors import ConfigError
 
 __all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings"]
@@ -213,7 +212,7 @@ def _check_one(key: str, value: Any, extra_dirs: Sequence[Path]) -> None:
         return
     if isinstance(value, str) and "${" in value:
         return  # an interpolation: checked when it is resolved
-    convert_value(settings()[key], value)
+    check_value(key, value)
 
 
 def _values(override: Override) -> list[Any]:

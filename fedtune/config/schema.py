@@ -1,186 +1,323 @@
-"""The configuration as typed dataclasses: every setting that fedtune has, with its default.
+"""Every setting that fedtune has, each declared once: type, default, range, unit and meaning.
 
-Pure Python: Hydra and OmegaConf are met only in `fedtune.config.loader`, so that a node, a test or
-a notebook can build a `Config` without them. The dataclasses are not frozen because OmegaConf cannot
-merge into frozen schemas; nothing in fedtune changes a Config after the loader has made it.
+Whoever says something about a setting reads it here: the checks of what a person, a page of `conf/` or a
+server gives and the messages of their errors (`fedtune.config.convert`), `fedtune run --help`, and other
+packages that need a closed set of words (`UNITS`).
 
-Sizes are counts of records unless a name says otherwise; rates are probabilities per step; seconds,
-tokens and bytes are named in the field.
+Pure Python: neither Hydra nor the library that converts is imported, so that a node, a test or a notebook
+builds a `Config` without them. Building one in Python checks nothing; every way in from outside
+(`convert.from_dict`, `loader.load`) does. Rules that need two settings are in `convert.check_together`;
+those that need the data (delta against the number of records) are made where the data is.
+
+Rates are probabilities per step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 __all__ = [
+    "TRUSTS",
+    "UNITS",
     "AdapterConfig",
+    "AdapterName",
+    "Before",
     "Config",
     "DataConfig",
     "EngineConfig",
+    "Evaluation",
     "FederationConfig",
+    "Group",
     "ModelConfig",
     "PartitionConfig",
     "PricingConfig",
     "PrivacyConfig",
+    "Source",
     "TrackerConfig",
     "TrainConfig",
+    "Trust",
+    "Unit",
+    "setting",
 ]
 
+Value = TypeVar("Value")
+
+Source = Literal["opinions", "hub", "files"]
+AdapterName = Literal["lora", "ffa_lora", "bitfit", "head"]
+Evaluation = Literal["public", "private", "held_out", "none"]
+Trust = Literal["local", "distributed", "central", "none"]
+TRUSTS: tuple[Trust, ...] = get_args(Trust)
+Unit = Literal["record", "person", "client"]
+UNITS: tuple[Unit, ...] = get_args(Unit)  # from the finest to the coarsest
+
+
+def setting(
+    default: Value,
+    description: str,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    unit: str | None = None,
+) -> Value:
+    """A field of a `Group`, with what is known of it as its metadata, in the words of pydantic.
+
+    Args:
+        default: what it is where nothing is given.
+        description: what it means, for `fedtune run --help`.
+        gt: numbers are above this.
+        ge: numbers are this or more.
+        lt: numbers are below this.
+        le: numbers are this or less.
+        unit: what a number counts, where the name does not say it.
+    """
+    known = {"gt": gt, "ge": ge, "lt": lt, "le": le, "unit": unit}
+    bounds = {key: value for key, value in known.items() if value is not None}
+    made: Value = field(default=default, metadata={"description": description, **bounds})
+    return made
+
+
+class Before:
+    """Metadata of a type: pydantic calls `function` on a value before it checks it."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Pydantic's own hook, by which it need not be imported here."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(self.function, handler(source))
+
+
+def _text(value: object) -> object:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("a text that is not empty")
+    return str(value) if type(value) is int else value  # a column may be called 0
+
+
+Text = Annotated[str, Before(_text)]  # not empty
+Texts = Annotated[list[Text], Before(lambda value: list(value) if isinstance(value, tuple) else value)]
+
+
+class Group:
+    """Base of what is read strictly from outside: no unknown key, no `true` for 1, no NaN and no infinity."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Callable[[Any], Any]) -> Any:
+        """Strict in its values, while it may itself be given as a mapping."""
+        return {**handler(source), "strict": False}
+
 
 @dataclass
-class DataConfig:
+class DataConfig(Group):
     """Where texts and labels come from, and which column is which."""
 
-    source: str = "opinions"  # opinions | hub | files
-    name: str = "opinions"  # the data set's name: hub name, or what the ledger calls these files
-    subset: str | None = None  # hub: configuration name (for instance 'sst2' of 'glue')
-    revision: str | None = None  # hub: branch, tag or commit
-    path: str | None = None  # files: folder (one file a split) or one file
-    text: str = "text"  # column that holds the text
-    text_pair: str | None = None  # column of a second text, for sentence pairs
-    label: str = "label"  # column that holds the label
-    unit: str | None = None  # column that names the person a record belongs to
-    site: str | None = None  # column that names the site a record comes from
-    only_site: str | None = None  # train on this site's records alone; the test split stays whole
-    declared_size: int | None = None  # public: about how many units of privacy there are (shared out evenly)
-    train_split: str = "train"  # hub, files: name of the split to train on
-    test_split: str | None = None  # evaluation=public: None: hold out `test_fraction` of public data
-    test_public: bool = False  # the test split is declared public by its owner: evaluated on without noise
-    test_fraction: float = 0.15  # share of the persons (or records) held out where there is no test split
-    max_length: int = 64  # tokens; longer texts are cut. Public: never derived from the texts
-    labels: list[str] | None = None  # public label set, in order; None: as the source declares it
-    public: bool = False  # declared public by its owner: the ledger records, and does not refuse
+    source: Source = setting("opinions", "where the data is: embedded, on the Hugging Face hub, or in files")
+    name: Text = setting("opinions", "the data set's name: hub name, or what the ledger calls these files")
+    subset: Text | None = setting(None, "hub: configuration name (for instance 'sst2' of 'glue')")
+    revision: Text | None = setting(None, "hub: branch, tag or commit")
+    path: Text | None = setting(None, "files: folder (one file a split) or one file")
+    text: Text = setting("text", "column that holds the text")
+    text_pair: Text | None = setting(None, "column of a second text, for sentence pairs")
+    label: Text = setting("label", "column that holds the label")
+    unit: Text | None = setting(None, "column that names the person a record belongs to")
+    site: Text | None = setting(None, "column that names the site a record comes from")
+    only_site: Text | None = setting(None, "train on this site's records alone; the test split stays whole")
+    declared_size: int | None = setting(
+        None, "public: about how many units of privacy there are, shared out evenly over the nodes", ge=1
+    )
+    train_split: Text = setting(
+        "train", "hub, files: the split to train on (files: file name without its ending)"
+    )
+    test_split: Text | None = setting(
+        None, "evaluation=public: the split to test on; null: hold out test_fraction of public data"
+    )
+    test_public: bool = setting(
+        False, "the test split is declared public by its owner: evaluated on without noise"
+    )
+    test_fraction: float = setting(
+        0.15, "share of the persons (or records) held out where there is no test split", gt=0, lt=1
+    )
+    max_length: int = setting(
+        64, "to which texts are cut. Public: never derived from the texts", ge=4, le=8192, unit="tokens"
+    )
+    labels: Texts | None = setting(None, "public label set, in order; null: as the source declares it")
+    public: bool = setting(False, "declared public by its owner: the ledger records, and does not refuse")
 
 
 @dataclass
-class PartitionConfig:
+class PartitionConfig(Group):
     """How a corpus becomes shards."""
 
-    name: str = "natural"  # natural | iid | dirichlet
-    alpha: float = 0.5  # dirichlet: concentration; smaller is more uneven
+    name: Literal["natural", "iid", "dirichlet"] = setting("natural", "how records come to nodes")
+    alpha: float = setting(0.5, "dirichlet: concentration; smaller is more uneven", gt=0)
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Group):
     """The frozen encoder."""
 
-    name: str = "embedded:minilm"  # hub name, folder, or 'embedded:minilm'
-    revision: str | None = None  # hub: branch, tag or commit
-    quantization: str = "int8"  # none | int8 | nf4
-    pooling: str = "mean"  # mean | cls: how token states become one vector for the head
+    name: Text = setting("embedded:minilm", "hub name, folder, or 'embedded:minilm'")
+    revision: Text | None = setting(None, "hub: branch, tag or commit")
+    quantization: Literal["none", "int8", "nf4"] = setting("int8", "how the encoder's weights are stored")
+    pooling: Literal["mean", "cls"] = setting("mean", "how token states become one vector for the head")
 
 
 @dataclass
-class AdapterConfig:
+class AdapterConfig(Group):
     """The trainable part: all that ever travels."""
 
-    name: str = "head"  # lora | ffa_lora | bitfit | head
-    layers: int | None = None  # top k encoder layers; None: all
-    rank: int = 8  # lora, ffa_lora: inner width of the two matrices
-    alpha: float = 16.0  # lora, ffa_lora: the scale is alpha / rank
-    target_modules: list[str] | None = None  # None: query and value of the architecture
+    name: AdapterName = setting("head", "what is trained beside the frozen encoder")
+    layers: int | None = setting(
+        None, "top k encoder layers; null: all. What lies below is computed once a text and cached", ge=1
+    )
+    rank: int = setting(8, "lora, ffa_lora: inner width of the two matrices", ge=1)
+    alpha: float = setting(16.0, "lora, ffa_lora: the scale is alpha / rank", gt=0)
+    target_modules: Texts | None = setting(None, "lora, ffa_lora; null: query and value of the architecture")
 
 
 @dataclass
-class PrivacyConfig:
+class PrivacyConfig(Group):
     """What is promised to whom; see `fedtune.privacy.plan`."""
 
-    trust: str = "local"  # local | distributed | central | none
-    unit: str = "auto"  # auto | record | person | client; auto: person where data.unit names them
-    epsilon: float | None = 8.0  # target over all rounds; None: use noise_multiplier
-    delta: float | None = None  # None: n^-1.1, at most 1e-3; n: units of the largest declared shard
-    max_grad_norm: float = 1.0  # L2 norm that a unit's gradient (central: a node's update) is clipped to
-    noise_multiplier: float | None = None  # std over max_grad_norm; None: calibrated to epsilon
-    records_per_unit: int = 8  # unit=person: at most this many records of a person a step
-    reproducible_noise: bool = False  # simulation only: noise from `seed`; every report shows it
-    adaptive_clipping: bool = False  # trust=central: clip at a private quantile (Andrew et al. 2021)
-    clip_quantile: float = 0.5  # adaptive_clipping: share of the updates that stay unclipped
-    mechanism: str = "gaussian"  # gaussian | dp_ftrl (trust=central: noise correlated over rounds)
-    bands: int | None = None  # dp_ftrl: rounds over which noise is correlated; None: min_separation
-    min_separation: int = 1  # dp_ftrl: a client takes part at most once in so many rounds
-    max_dropouts: int = 0  # trust=distributed: dropouts in a round that the noise still covers
-    max_colluders: int | None = None  # trust=distributed: nodes that may collude with the server; None: 1
+    trust: Trust = setting("local", "trust model: who must be believed")
+    unit: Literal["auto", Unit] = setting(
+        "auto", "what is protected; auto: person where data.unit names them, client under trust=central"
+    )
+    epsilon: float | None = setting(8.0, "target over all rounds; null: use noise_multiplier", gt=0)
+    delta: float | None = setting(
+        None, "null: n^-1.1, at most 1e-3; n: units of the largest declared shard", gt=0, lt=1
+    )
+    max_grad_norm: float = setting(
+        1.0, "L2 norm that a unit's gradient (central: a node's update) is clipped to", gt=0
+    )
+    noise_multiplier: float | None = setting(
+        None, "standard deviation over max_grad_norm; null: calibrated to epsilon", ge=0
+    )
+    records_per_unit: int = setting(8, "unit=person: at most this many records of a person a step", ge=1)
+    reproducible_noise: bool = setting(False, "simulation only: noise from `seed`; every report shows it")
+    adaptive_clipping: bool = setting(False, "trust=central: clip at a private quantile (Andrew et al. 2021)")
+    clip_quantile: float = setting(
+        0.5, "adaptive_clipping: share of the updates that stay unclipped", gt=0, lt=1
+    )
+    mechanism: Literal["gaussian", "dp_ftrl"] = setting(
+        "gaussian", "dp_ftrl (trust=central): noise correlated over rounds"
+    )
+    bands: int | None = setting(
+        None, "dp_ftrl: rounds over which noise is correlated; null: min_separation", ge=1
+    )
+    min_separation: int = setting(1, "dp_ftrl: a client takes part at most once in so many rounds", ge=1)
+    max_dropouts: int = setting(0, "trust=distributed: dropouts in a round that the noise still covers", ge=0)
+    max_colluders: int | None = setting(
+        None, "trust=distributed: nodes that may collude with the server; null: 1", ge=0
+    )
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Group):
     """Training on a node."""
 
-    sample_rate: float = 0.1  # probability that a unit is in a step's batch
-    local_steps: int = 4  # steps of a node in one round
-    learning_rate: float = 0.01  # of the node's optimizer
-    optimizer: str = "adam"  # sgd | adam | adamw
-    momentum: float = 0.0  # sgd
-    weight_decay: float = 0.0  # adamw, sgd
-    proximal_mu: float = 0.0  # FedProx; 0: off
-    micro_batch_tokens: int = 2048  # tokens computed at once; memory grows with it
-    precision: str = "auto"  # auto | fp32 | bf16; auto: bf16 where the processor computes it fast
+    sample_rate: float = setting(0.1, "probability that a unit is in a step's batch", gt=0, le=1)
+    local_steps: int = setting(4, "steps of a node in one round", ge=1)
+    learning_rate: float = setting(0.01, "of the node's optimizer", gt=0)
+    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "the node's optimizer")
+    momentum: float = setting(0.0, "sgd", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "adamw, sgd", ge=0)
+    proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)
+    micro_batch_tokens: int = setting(
+        2048, "computed at once; memory grows with it, privacy does not see it", ge=16, unit="tokens"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "of the computation; auto: bf16 where the processor computes it fast"
+    )
 
 
 @dataclass
-class FederationConfig:
+class FederationConfig(Group):
     """Who takes part and how updates become the next adapter."""
 
-    nodes: int | None = None  # None: as many as there are natural sites (4 where there are none)
-    num_rounds: int = 12  # exchanges with the nodes
-    cohort_size: int | None = None  # nodes asked in a round; None: all
-    strategy: str = "fedavg"  # fedavg | fedavgm | fedadam
-    server_learning_rate: float = 1.0  # times the average update
-    server_momentum: float = 0.9  # fedavgm; beta_1 of fedadam
-    min_updates: int = 1  # usable updates that a round needs
-    max_update_norm: float = 100.0  # an update with a larger L2 norm is rejected
-    weighting: str = "uniform"  # uniform | declared (public sizes)
-    round_timeout: float = 600.0  # seconds until a node that does not answer is given up
-    evaluation: str = "auto"  # auto | public | private | held_out | none; auto: no private data without noise
-    evaluate_every: int = 1  # evaluation=public, held_out: rounds between evaluations on the test split
-    evaluation_rounds: int = 1  # evaluation=private: rounds in which nodes are asked; the last is one
-    evaluation_share: float = 0.2  # evaluation=private: a node's persons (or records) held out for it
-    evaluation_epsilon: float | None = None  # all answers, inside privacy.epsilon; None: a quarter of it
+    nodes: int | None = setting(
+        None, "null: as many as there are natural sites (4 where there are none)", ge=1
+    )
+    num_rounds: int = setting(12, "exchanges with the nodes", ge=1)
+    cohort_size: int | None = setting(None, "nodes asked in a round; null: all", ge=1)
+    strategy: Literal["fedavg", "fedavgm", "fedadam"] = setting("fedavg", "the server's optimizer")
+    server_learning_rate: float = setting(1.0, "times the average update", gt=0)
+    server_momentum: float = setting(0.9, "fedavgm; beta_1 of fedadam", ge=0, lt=1)
+    min_updates: int = setting(1, "usable updates that a round needs", ge=1)
+    max_update_norm: float = setting(100.0, "an update with a larger L2 norm is rejected", gt=0)
+    weighting: Literal["uniform", "declared"] = setting("uniform", "of updates; declared: by public sizes")
+    round_timeout: float = setting(
+        600.0, "until a node that does not answer is given up", gt=0, unit="seconds"
+    )
+    evaluation: Literal["auto", Evaluation] = setting(
+        "auto", "what the model is evaluated on; auto: no private data without noise"
+    )
+    evaluate_every: int = setting(
+        1, "evaluation=public, held_out: rounds between evaluations on the test split", ge=1
+    )
+    evaluation_rounds: int = setting(
+        1, "evaluation=private: rounds in which nodes are asked, evenly spread; the last is one", ge=1
+    )
+    evaluation_share: float = setting(
+        0.2, "evaluation=private: a node's persons (or records) held out for it", gt=0, lt=1
+    )
+    evaluation_epsilon: float | None = setting(
+        None, "evaluation=private: of all answers, inside privacy.epsilon; null: a quarter of it", gt=0
+    )
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Group):
     """What runs the federation."""
 
-    name: str = "local"  # local | ray | deployment (which `fedtune submit` sets)
-    cpus_per_node: float = 1.0  # ray: processor cores that one node's worker takes
-    server: str | None = None  # deployment: folder with the server's address and the operator's token
+    name: Literal["local", "ray", "deployment"] = setting(
+        "local", "all nodes in this process, on Ray, or real sites (which `fedtune submit` sets)"
+    )
+    cpus_per_node: float = setting(1.0, "of one node's worker (ray)", gt=0, unit="processor cores")
+    server: Text | None = setting(None, "deployment: the folder that `fedtune provision` made for the server")
 
 
 @dataclass
-class PricingConfig:
+class PricingConfig(Group):
     """A price book; cost is usage times price."""
 
-    name: str = "cloud_cpu"  # what the record calls these prices
-    currency: str = "USD"  # of every price below
-    date: str = ""  # when the prices were read (ISO 8601)
-    source: str = ""  # who says so
-    device: str = "cpu"  # what the hour is an hour of
-    device_hour: float = 0.0  # money an hour of one node's training device
-    gigabyte_up: float = 0.0  # money per 10^9 bytes from a node to the server
-    gigabyte_down: float = 0.0  # money per 10^9 bytes from the server to a node
-    kilowatt_hour: float = 0.0  # money a kilowatt-hour; 0 where the hour includes it
-    carbon_kg_per_kwh: float = 0.0  # kg of CO2 equivalent a kilowatt-hour
-    record: float = 0.0  # money a data record, where data is bought
+    name: Text = setting("cloud_cpu", "what the record calls these prices")
+    currency: Text = setting("USD", "of every price below")
+    date: str = setting("", "when the prices were read (ISO 8601)")
+    source: str = setting("", "who says so")
+    device: Text = setting("cpu", "what the hour is an hour of")
+    device_hour: float = setting(0.0, "an hour of one node's training device", ge=0, unit="money")
+    gigabyte_up: float = setting(0.0, "per 10^9 bytes from a node to the server", ge=0, unit="money")
+    gigabyte_down: float = setting(0.0, "per 10^9 bytes from the server to a node", ge=0, unit="money")
+    kilowatt_hour: float = setting(0.0, "a kilowatt-hour; 0 where the hour includes it", ge=0, unit="money")
+    carbon_kg_per_kwh: float = setting(0.0, "a kilowatt-hour of electricity", ge=0, unit="kg CO2 equivalent")
+    record: float = setting(0.0, "a data record, where data is bought", ge=0, unit="money")
 
 
 @dataclass
-class TrackerConfig:
+class TrackerConfig(Group):
     """Who else is told the numbers of a run; files only, nothing is sent anywhere."""
 
-    name: str = "none"  # none | tensorboard | mlflow | wandb
-    folder: str | None = None  # where it writes; None: RUN_DIR/NAME
-    project: str = "fedtune"  # mlflow: the experiment, wandb: the project
+    name: Literal["none", "tensorboard", "mlflow", "wandb"] = setting("none", "which tracker")
+    folder: Text | None = setting(None, "where it writes; null: RUN_DIR/NAME")
+    project: Text = setting("fedtune", "mlflow: the experiment, wandb: the project")
 
 
 @dataclass
-class Config:
+class Config(Group):
     """One run, complete."""
 
-    seed: int = 0  # data split, initialisation, client sampling; never the noise
-    resume: str | None = None  # run folder to go on from
-    device: str = "auto"  # auto | cpu | cuda | mps
-    output: str | None = None  # run folder; set by the loader from hydra.run.dir
+    seed: int = setting(0, "data split, initialisation, client sampling; never the noise", ge=0, le=2**32 - 1)
+    resume: Text | None = setting(None, "run folder to go on from")
+    device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "what computes")
+    output: Text | None = setting(None, "run folder; filled in from hydra.run.dir")
     data: DataConfig = field(default_factory=DataConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

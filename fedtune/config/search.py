@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
-from fedtune.config.convert import convert_value, settings, unknown_setting
+from fedtune.config.convert import check_value, settings, unknown_setting
 from fedtune.config.groups import GROUPS
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
@@ -137,7 +137,7 @@ def _interval(name: str, value: IntervalSweep, text: str) -> Axis:
     for end in (low, high):
         # Hydra writes both ends alike, whole or not.
         whole_end = setting.kind is int and end is not None and float(end).is_integer()
-        convert_value(setting, int(end) if whole_end and end is not None else end)
+        check_value(name, int(end) if whole_end and end is not None else end)
     if low is None or high is None or not low < high:
         raise ConfigError(f"{text}: an interval begins below its end.")
     log, whole = "log" in value.tags, setting.kind is int

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.convert import nearest
 from fedtune.config.files import save
-from fedtune.config.values import nearest
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import SWEEP_NAME

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedtune.config.values import nearest
+from fedtune.config.convert import nearest
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.sweeps.options import SweepOptions
 from fedtune.sweeps.pruning import PRUNERS

@@ -40,6 +40,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "hydra": ("config",),
     "omegaconf": ("config",),
     "platformdirs": ("config",),
+    "pydantic": ("config",),
+    "pydantic_core": ("config",),
     "yaml": ("config", "federation", "deploy", "cli"),
     "dp_accounting": ("privacy",),
     "datasets": ("data",),

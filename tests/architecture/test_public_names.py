@@ -23,6 +23,7 @@ HEAVY = (
     "rich",
     "scipy",
     "pandas",
+    "pydantic",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedtune.config.convert import settings
 from fedtune.config.groups import GROUPS, group_options
-from fedtune.config.help import default_options, groups_text, meanings, settings_text
+from fedtune.config.help import default_options, groups_text, settings_text
 from fedtune.config.loader import load
 
 
@@ -31,7 +31,3 @@ def test_settings_with_defaults() -> None:
     assert f"privacy.epsilon={config.privacy.epsilon}" in lines["privacy.epsilon"]
     assert "in (0, 1]" in lines["train.sample_rate"]
     assert "local | distributed | central | none" in lines["privacy.trust"]
-
-
-def test_every_setting_is_explained() -> None:
-    assert [name for name, meaning in meanings().items() if not meaning] == []

@@ -136,16 +136,22 @@ def test_settings_travel_as_json() -> None:
     ("changes", "says"),
     [
         ({"permit": {"trust": ["none"]}}, "protects nobody"),
-        ({"permit": {"trust": ["magic"]}}, "names magic"),
-        ({"permit": {"min_noise_multiplier": float("nan")}}, "min_noise_multiplier should be a float"),
-        ({"permit": {"max_rounds": True}}, "max_rounds should be a int"),
+        (
+            {"permit": {"trust": ["magic"]}},
+            r"permit.trust=magic in node.yaml is not allowed: it must be a list of local",
+        ),
+        (
+            {"permit": {"min_noise_multiplier": float("nan")}},
+            "min_noise_multiplier=nan.* must be a finite number",
+        ),
+        ({"permit": {"max_rounds": True}}, "max_rounds=true.* must be a whole number"),
         ({"budget_delta": 2.0}, "delta"),
-        ({"data": {"name": "visits"}}, "data.declared_size is missing"),
-        ({"data": {"name": "visits", "declared_size": 0}}, "below 1"),
+        ({"data": {"name": "visits"}}, "data.declared_size in node.yaml is missing"),
+        ({"data": {"name": "visits", "declared_size": 0}}, "1 or more"),
         ({"data": {**VALUES["data"], "labels": ["yes"]}}, "two classes or more"),
         ({"data": {**VALUES["data"], "labels": ["yes", "no", "yes"]}}, "each once"),
         ({"data": {**VALUES["data"], "labels": [False, True]}}, "a bare no, yes or 1 as something else"),
-        ({"colour": "red"}, "unknown settings colour"),
+        ({"colour": "red"}, "no setting 'colour'"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], says: str) -> None:

@@ -12,15 +12,24 @@ Pure: no Flower, no file is opened.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from fedtune.config.schema import Config, DataConfig, PartitionConfig
+from fedtune.config.convert import build, parse_json, to_json
+from fedtune.config.schema import (
+    AdapterName,
+    Before,
+    Config,
+    DataConfig,
+    Group,
+    PartitionConfig,
+    Source,
+    Trust,
+    Unit,
+    setting,
+)
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.plan import UNITS, PrivacyPlan
@@ -28,8 +37,26 @@ from fedtune.privacy.plan import UNITS, PrivacyPlan
 __all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
 
 
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _classes(value: object) -> object:
+    if isinstance(value, (list, tuple)) and (len(value) < 2 or len(set(map(str, value))) < len(value)):
+        raise ValueError("two classes or more, each once")
+    return _tuple(value)
+
+
+ADAPTERS: tuple[AdapterName, ...] = typing.get_args(AdapterName)
+
+Words = Annotated[tuple[str, ...], Before(_tuple)]
+Trusts = Annotated[tuple[Trust, ...], Before(_tuple)]
+Adapters = Annotated[tuple[AdapterName, ...], Before(_tuple)]
+Classes = Annotated[tuple[str, ...], Before(_classes)]
+
+
 @dataclass(frozen=True)
-class SiteData:
+class SiteData(Group):
     """Where the site's data is.
 
     Public of it: `declared_size`, about how many units of privacy there are, and `labels`, the classes in
@@ -38,8 +65,8 @@ class SiteData:
     """
 
     name: str
-    declared_size: int
-    source: str = "files"
+    declared_size: int = field(metadata={"ge": 1})
+    source: Source = "files"
     path: str | None = None
     subset: str | None = None
     revision: str | None = None
@@ -49,38 +76,42 @@ class SiteData:
     unit: str | None = None
     site: str | None = None
     train_split: str = "train"
-    labels: tuple[str, ...] | None = None
+    labels: Classes | None = None
     public: bool = False
 
 
 @dataclass(frozen=True)
-class Permit:
+class Permit(Group):
     """What a run may ask. Bounds on the plan hold for trust models that are private."""
 
-    trust: tuple[str, ...] = ("local", "distributed")
-    models: tuple[str, ...] = ("embedded:minilm",)
-    adapters: tuple[str, ...] = ("lora", "ffa_lora", "bitfit", "head")
+    trust: Trusts = ("local", "distributed")
+    models: Words = ("embedded:minilm",)
+    adapters: Adapters = ADAPTERS
     min_noise_multiplier: float = 0.3
     max_grad_norm: float = 10.0
     max_local_steps: int = 100
     max_rounds: int = 200
     max_sample_rate: float = 0.5
-    max_evaluations: int = 10  # noised answers about held-out data that a run may ask; 0: none
-    min_colluders: int = 1  # trust=distributed: nodes that may side with the server, which noise must cover
+    max_evaluations: int = setting(10, "noised answers about held-out data that a run may ask; 0: none", ge=0)
+    min_colluders: int = setting(
+        1, "trust=distributed: nodes that may side with the server, which noise must cover", ge=0
+    )
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Group):
     """What the node's worker may use of the machine."""
 
-    threads: int = 2
-    memory_gb: float | None = None
-    message_seconds: float = 7200.0  # a worker that takes longer for one message is killed
-    idle_seconds: float | None = 900.0  # a worker without a message for so long ends; None: it stays
+    threads: int = setting(2, "of the processor", ge=1)
+    memory_gb: float | None = setting(None, "of the worker; null: any", gt=0)
+    message_seconds: float = setting(7200.0, "a worker that takes longer for one message is killed", gt=0)
+    idle_seconds: float | None = setting(
+        900.0, "a worker without a message for so long ends; null: it stays", gt=0
+    )
 
 
 @dataclass(frozen=True)
-class SiteSettings:
+class SiteSettings(Group):
     """A site's own file, checked. Paths are absolute."""
 
     federation: str
@@ -93,7 +124,7 @@ class SiteSettings:
     audit_log: str
     budget_epsilon: float
     budget_delta: float
-    budget_unit: str | None = None
+    budget_unit: Unit | None = None
     permit: Permit = field(default_factory=Permit)
     limits: Limits = field(default_factory=Limits)
     publish_budget: bool = False
@@ -110,49 +141,22 @@ class SiteSettings:
 
     def to_json(self) -> str:
         """One line; `from_json` reads it back to equal settings."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> SiteSettings:
         """Raises ConfigError for anything that `to_json` does not write."""
-        return cls.from_dict(json.loads(text), "the node's settings")
+        return cls.from_dict(parse_json(text), "the node's settings")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> SiteSettings:
         """Checked settings from nested mappings. Raises ConfigError, which names key, value and `where`."""
-        settings: SiteSettings = _build(cls, values, "", where)
-        if settings.data.source not in ("files", "opinions", "hub"):
-            raise ConfigError(
-                f"{where}: data.source is {settings.data.source!r}; it can be files, opinions or hub."
-            )
-        if settings.data.declared_size < 1:
-            raise ConfigError(f"{where}: data.declared_size is {settings.data.declared_size}, below 1.")
-        labels = settings.data.labels
-        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
-            raise ConfigError(f"{where}: data.labels is {list(labels)}; name two classes or more, each once.")
-        if unknown := set(settings.permit.trust) - {"local", "distributed", "central", "none"}:
-            raise ConfigError(
-                f"{where}: permit.trust names {', '.join(sorted(unknown))}; it can name local, distributed, "
-                "central and none."
-            )
+        settings = build(cls, values, where)
         if "none" in settings.permit.trust and not settings.data.public:
             raise ConfigError(
-                f"{where}: permit.trust names none, which protects nobody, and data.public is false. "
-                f"Take it out, "
-                "or declare the data public."
+                f"{where}: permit.trust names none, which protects nobody, and data.public is false. Take "
+                "it out, or declare the data public."
             )
-        if settings.permit.max_evaluations < 0:
-            raise ConfigError(
-                f"{where}: permit.max_evaluations is {settings.permit.max_evaluations}, below 0."
-            )
-        if settings.permit.min_colluders < 0:
-            raise ConfigError(f"{where}: permit.min_colluders is {settings.permit.min_colluders}, below 0.")
-        if settings.limits.threads < 1:
-            raise ConfigError(f"{where}: limits.threads is {settings.limits.threads}, below 1.")
-        for name in ("memory_gb", "message_seconds", "idle_seconds"):
-            limit = getattr(settings.limits, name)
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"{where}: limits.{name} is {limit:g}, not above 0.")
         _ = settings.budget
         return settings
 
@@ -238,9 +242,8 @@ class SiteSettings:
     def _refuse(self, problems: Sequence[str]) -> None:
         if problems:
             raise PrivacyError(
-                f"Site '{self.site}' does not permit this run: {'; '.join(problems)}. Nothing was "
-                f"released. Change "
-                "the run, or ask the site's administrator."
+                f"Site '{self.site}' does not permit this run: {'; '.join(problems)}. Nothing was released. "
+                "Change the run, or ask the site's administrator."
             )
 
     def _asked_problems(self, asked: Config) -> Iterable[str]:
@@ -295,40 +298,3 @@ class SiteSettings:
             )
         if plan.trust != "central" and not plan.sample_rate <= permit.max_sample_rate:
             yield f"sample_rate={plan.sample_rate:g} is above the permitted {permit.max_sample_rate:g}"
-
-
-def _build(schema: type, values: object, prefix: str, where: str) -> Any:
-    """An instance of a dataclass from a mapping, every key and type checked."""
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} should be a mapping, not {values!r}.")
-    hints = typing.get_type_hints(schema)
-    fields = {item.name: item for item in dataclasses.fields(schema)}
-    if unknown := sorted(str(key) for key in set(values) - set(fields)):
-        raise ConfigError(f"{where}: unknown settings {', '.join(prefix + key for key in unknown)}.")
-    found: dict[str, Any] = {}
-    for name, item in fields.items():
-        if name in values:
-            found[name] = _value(hints[name], values[name], prefix + name, where)
-        elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}: {prefix}{name} is missing.")
-    return schema(**found)
-
-
-def _value(hint: Any, value: Any, name: str, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return _build(hint, value, name + ".", where)
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value):
-            return tuple(value)
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    elif hint is not float and type(value) is hint:
-        return value
-    kind = "list of texts" if typing.get_origin(hint) is tuple else hint.__name__
-    if kind == "list of texts" and isinstance(value, (list, tuple)):
-        kind += " (YAML reads a bare no, yes or 1 as something else: quote it)"
-    raise ConfigError(f"{where}: {name} should be a {kind}, not {value!r}.")
