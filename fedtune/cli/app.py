@@ -300,7 +300,7 @@ def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
             raise error
         return _paragraph(error)
 
-    failures = run_sweep(
+    outcome = run_sweep(
         overrides,
         start,
         describe=describe,
@@ -308,10 +308,10 @@ def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
         warn=lambda line: print(line, file=sys.stderr, flush=True),
         extra_dirs=extra_dirs,
     )
-    if failures:
-        numbers = ", ".join(str(failure.number) for failure in failures)
+    if outcome.failures:
+        numbers = ", ".join(str(failure.number) for failure in outcome.failures)
         raise FedtuneError(
-            f"{len(failures)} of the sweep's runs failed (number {numbers}); the others finished."
+            f"{len(outcome.failures)} of the sweep's runs failed (number {numbers}); the others finished."
         )
     return OK
 

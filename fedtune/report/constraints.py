@@ -22,14 +22,10 @@ from typing import Any
 
 from fedtune.cost.prices import Money
 from fedtune.errors import ConfigError
-from fedtune.report.collect import collect
 from fedtune.report.frontier import (
     Point,
+    compare,
     named_settings,
-    parse_prices,
-    points_of,
-    price_book,
-    varied_settings,
 )
 from fedtune.report.words import (
     describe_settings,
@@ -261,22 +257,20 @@ def plan(
         RecordError: no usable records.
         ConfigError: the prices mean nothing, or money is constrained and has no common currency.
     """
-    book = parse_prices(prices)
-    found = collect(folders, local=True)  # answered on the terminal, to the owner of the data
-    using = price_book(found.runs, book)
-    points = points_of(found.runs, using)
-    if constraints.money is not None and using.currency is None:
-        raise ConfigError(f"--money cannot be answered. {using.notes[0]}")
-    names = named_settings(varied_settings(points), points)
+    comparison = compare(folders, prices, local=True)  # shown on the terminal, to the owner of the data
+    points, book = comparison.points, comparison.book
+    if constraints.money is not None and book.currency is None:
+        raise ConfigError(f"--money cannot be answered. {book.notes[0]}")
+    names = named_settings(comparison.names, points)
     groups = sorted({point.group for point in points})
     texts, values = [], []
     for group in groups:
         members = [point for point in points if point.group == group]
         result = answer(members, constraints)
         head = f"{group}:\n" if len(groups) > 1 else ""
-        texts.append(head + answer_text(result, names, using.currency, len(members)))
-        values.append({"group": group, **answer_json(result, using.currency)})
-    notes = [f"Note: {note}" for note in (*found.notes, *using.notes)]
+        texts.append(head + answer_text(result, names, book.currency, len(members)))
+        values.append({"group": group, **answer_json(result, book.currency)})
+    notes = [f"Note: {note}" for note in (*comparison.found.notes, *book.notes)]
     return "\n\n".join([*texts, *notes]), values
 
 

@@ -37,15 +37,17 @@ from fedtune.config.files import save
 from fedtune.config.schema import PricingConfig
 from fedtune.cost.prices import Money, check, price
 from fedtune.errors import ConfigError
-from fedtune.report.collect import Run
+from fedtune.report.collect import Collection, Run, collect
 from fedtune.report.words import repeat_command
 from fedtune.runs.record import flatten
 
 __all__ = [
     "COSTS",
+    "Comparison",
     "Point",
     "PriceBook",
     "Stat",
+    "compare",
     "named_settings",
     "non_dominated",
     "parse_prices",
@@ -138,6 +140,38 @@ def points_of(runs: Sequence[Run], using: PriceBook) -> list[Point]:
     for members in by_group.values():
         _mark(members)
     return points
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What reports and plans are made of: the runs below some folders, priced, as points.
+
+    Attributes:
+        names: settings that differ between the points.
+    """
+
+    found: Collection
+    book: PriceBook
+    points: list[Point]
+    names: list[str]
+
+
+def compare(folders: Sequence[Path], prices: Sequence[str] = (), *, local: bool = False) -> Comparison:
+    """Reads all runs below `folders`, prices them and makes points of them.
+
+    Args:
+        prices: `pricing=NAME` and single prices; empty: each run by its own book.
+        local: include what depends on private records and was not charged; for the owner of the data alone.
+
+    Raises:
+        RecordError: no usable record below `folders`.
+        ConfigError: the prices mean nothing.
+    """
+    chosen = parse_prices(prices)
+    found = collect(folders, local=local)
+    book = price_book(found.runs, chosen)
+    points = points_of(found.runs, book)
+    return Comparison(found, book, points, varied_settings(points))
 
 
 def _point(key: str, runs: list[Run], using: PriceBook, several_tasks: bool, several_units: bool) -> Point:

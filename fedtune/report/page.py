@@ -23,19 +23,16 @@ from fedtune import __version__
 from fedtune.config.files import save
 from fedtune.report import figure
 from fedtune.report.advice import Advice, advise
-from fedtune.report.collect import Collection, Run, collect
+from fedtune.report.collect import Collection, Run
 from fedtune.report.constraints import CUTS, count_adoption, default_constraints
 from fedtune.report.frontier import (
     COSTS,
+    Comparison,
     Point,
-    PriceBook,
     Stat,
+    compare,
     named_settings,
-    parse_prices,
-    points_of,
-    price_book,
     table_rows,
-    varied_settings,
     write_csv,
     write_parquet,
 )
@@ -81,14 +78,11 @@ def write_report(
         ConfigError: the prices mean nothing.
         ResourceError: the report cannot be written.
     """
-    chosen = parse_prices(prices)
-    found = collect(folders, local=local)
+    comparison = compare(folders, prices, local=local)
+    points, names = comparison.points, comparison.names
     if local:
-        found.notes.insert(0, _FOR_OWNERS)
-    using = price_book(found.runs, chosen)
-    points = points_of(found.runs, using)
-    names = varied_settings(points)
-    data = page_data(found, points, names, using)
+        comparison.found.notes.insert(0, _FOR_OWNERS)
+    data = page_data(comparison)
     data["command"] = " ".join(["fedtune", "report", *(shlex.quote(str(f)) for f in folders), *prices])
     if local:
         data["command"] += " --local"
@@ -103,9 +97,9 @@ def write_report(
         target / f"{prefix}frontier.png",
         target / f"{prefix}frontier.csv",
         target / f"{prefix}frontier.parquet",
-        _summary(found, points, data),
+        _summary(comparison, data),
     )
-    table = table_rows(points, names, using.currency)
+    table = table_rows(points, names, comparison.book.currency)
     write_csv(table, files.csv, mode=mode)
     write_parquet(table, files.parquet, mode=mode)
     main = [point for point in points if point.group == data["groups"][0]["name"]]
@@ -157,8 +151,8 @@ def _small_print(points: Sequence[Point], data: dict[str, Any]) -> str:
     return f"{data['groups'][0]['name']}; {promise}{bars}; filled: not dominated"
 
 
-def _summary(found: Collection, points: Sequence[Point], data: dict[str, Any]) -> str:
-    lines = [f"{len(found.runs):,} runs of {len(points):,} configurations"]
+def _summary(comparison: Comparison, data: dict[str, Any]) -> str:
+    lines = [f"{len(comparison.found.runs):,} runs of {len(comparison.points):,} configurations"]
     for group in data["groups"]:
         head = f"{group['name']}: " if len(data["groups"]) > 1 else ""
         lines += ["", head + group["advice"], group["promise"], *group["caveats"]]
@@ -169,47 +163,42 @@ def _summary(found: Collection, points: Sequence[Point], data: dict[str, Any]) -
 # --- the numbers of the page --------------------------------------------------------------------
 
 
-def page_data(
-    found: Collection, points: Sequence[Point], names: Sequence[str], using: PriceBook
-) -> dict[str, Any]:
-    """Everything that the page shows of `points`; groups in the order of their size."""
+def page_data(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the page shows; groups in the order of their size."""
+    points, names, book = comparison.points, comparison.names, comparison.book
     groups = sorted(
         dict.fromkeys(point.group for point in points),
         key=lambda group: -sum(len(point.runs) for point in points if point.group == group),
     )
-    settings, said = points[0].settings, named_settings(names, points)
+    settings, named = points[0].settings, named_settings(names, points)
     base = {name: value for name, value in settings.items() if name not in names}
     return {
-        "groups": [
-            _group(group, [point for point in points if point.group == group], names, using, found)
-            for group in groups
-        ],
+        "groups": [_group(group, comparison) for group in groups],
         "base": base,
         "varied": list(names),
-        "short": {name: said.removesuffix(".name") for name, said in short_names(names).items()},
+        "short": {name: short.removesuffix(".name") for name, short in short_names(names).items()},
         "costs": [
             {
                 "key": name,
                 "label": label,
-                "unit": (using.currency or "") if name == "money" else unit,
+                "unit": (book.currency or "") if name == "money" else unit,
             }
             for name, (label, unit) in COSTS.items()
             if any(point.costs[name] is not None for point in points)
         ],
-        "points": [_point(point, groups.index(point.group), names, said) for point in points],
-        "currency": using.currency,
-        "book": using.name,
+        "points": [_point(point, groups.index(point.group), names, named) for point in points],
+        "currency": book.currency,
+        "book": book.name,
         "cuts": list(CUTS),
-        "notes": [*found.notes, *using.notes, *_remarks(points, groups)],
+        "notes": [*comparison.found.notes, *book.notes, *_remarks(points, groups)],
     }
 
 
-def _group(
-    group: str, points: Sequence[Point], names: Sequence[str], using: PriceBook, found: Collection
-) -> dict[str, Any]:
-    advice = advise(points, named_settings(names, points), using.currency)
+def _group(group: str, comparison: Comparison) -> dict[str, Any]:
+    points, names = [point for point in comparison.points if point.group == group], comparison.names
+    advice = advise(points, named_settings(names, points), comparison.book.currency)
     wanted = default_constraints(points, advice.chosen)
-    tuning = _tuning(advice, points, found)
+    tuning = _tuning(advice, points, comparison.found)
     return {
         "name": group,
         "chosen": advice.chosen.id if advice.chosen else None,
@@ -281,12 +270,12 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _point(point: Point, group: int, names: Sequence[str], said: Sequence[str]) -> dict[str, Any]:
+def _point(point: Point, group: int, names: Sequence[str], named: Sequence[str]) -> dict[str, Any]:
     first, money = point.runs[0], point.money
     return {
         "id": point.id,
         "group": group,
-        "label": describe_settings(point.settings, said) or "the only configuration",
+        "label": describe_settings(point.settings, named) or "the only configuration",
         "eps": _finite(point.epsilon),
         "delta": point.delta,
         "unit": first.unit,

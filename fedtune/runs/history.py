@@ -27,15 +27,15 @@ from fedtune.cost.meter import Cost
 from fedtune.cost.prices import Money, price
 from fedtune.errors import FedtuneError
 
-__all__ = ["NAME", "Expected", "History", "kind", "remember"]
+__all__ = ["NAME", "RunEstimate", "RunHistory", "kind", "note_run"]
 
 NAME = "runs.jsonl"
 _MOST_LINES = 2000  # the last ones count; a busy machine changes, and the file is read whole
 _MOST_BYTES = 2_000_000
 _LIKE = 5  # the newest runs of a kind, whose median is taken
 
-# Settings that change what a run gives, and not how long it takes.
-_TIMELESS = frozenset(
+# SearchSettings that change what a run gives, and not how long it takes.
+_KEEP_DURATION = frozenset(
     [
         "seed",
         "resume",
@@ -60,16 +60,16 @@ _TIMELESS = frozenset(
 
 
 @dataclass(frozen=True)
-class Expected:
+class RunEstimate:
     """What one run should take; `money` is None where its price or its usage is unknown."""
 
     seconds: float
     money: Money | None
 
 
-def timeless(name: str) -> bool:
+def keeps_duration(name: str) -> bool:
     """Does the setting leave the time of a run alone?"""
-    return name in _TIMELESS or name.split(".")[0] == "pricing"
+    return name in _KEEP_DURATION or name.split(".")[0] == "pricing"
 
 
 def kind(config: Mapping[str, Any]) -> str:
@@ -77,8 +77,8 @@ def kind(config: Mapping[str, Any]) -> str:
     left = {}
     for group, value in config.items():
         if isinstance(value, Mapping):
-            left[group] = {name: one for name, one in value.items() if not timeless(f"{group}.{name}")}
-        elif not timeless(group):
+            left[group] = {name: one for name, one in value.items() if not keeps_duration(f"{group}.{name}")}
+        elif not keeps_duration(group):
             left[group] = value
     # null is how an older version says what a newer one has a name for
     return _hash({group: _given(value) for group, value in left.items()})
@@ -89,7 +89,7 @@ def machine(hardware: Mapping[str, Any]) -> str:
     return _hash({name: hardware.get(name) for name in ("processor", "usable_cores", "memory_bytes")})
 
 
-def remember(made: Mapping[str, Any]) -> None:
+def note_run(made: Mapping[str, Any]) -> None:
     """Notes what the finished run of this record took. A resumed one is left out: its time is in parts."""
     rounds = [float(one["seconds"]) for one in made["metrics"]["by_round"]]
     if not rounds or made["run"]["attempt"] != 1:
@@ -117,7 +117,7 @@ def remember(made: Mapping[str, Any]) -> None:
         return
 
 
-class History:
+class RunHistory:
     """What this machine knows of its runs.
 
     Args:
@@ -135,7 +135,7 @@ class History:
             if one.get("machine") == here:
                 self._runs.setdefault(str(one.get("kind")), []).append(one)
 
-    def expected(self, config: Config) -> Expected | None:
+    def estimate(self, config: Config) -> RunEstimate | None:
         """The median of the last runs like `config`, for its number of rounds and its prices; None: none."""
         runs = self._runs.get(kind(to_dict(config)), [])[-_LIKE:]
         try:
@@ -146,10 +146,10 @@ class History:
             return None
         amounts = [one.money for one in found if one.money is not None and one.money.total is not None]
         middle = sorted(amounts, key=lambda money: money.total or 0.0)[len(amounts) // 2] if amounts else None
-        return Expected(statistics.median(one.seconds for one in found), middle)
+        return RunEstimate(statistics.median(one.seconds for one in found), middle)
 
 
-def _scaled(run: Mapping[str, Any], config: Config) -> Expected:
+def _scaled(run: Mapping[str, Any], config: Config) -> RunEstimate:
     rounds = int(run["rounds"])
     share = config.federation.num_rounds / rounds
     outside = max(0.0, float(run["seconds"]) - float(run["in_rounds"]))
@@ -168,7 +168,7 @@ def _scaled(run: Mapping[str, Any], config: Config) -> Expected:
         bytes_down=int(scaled("bytes_down") or 0),
         energy_kwh=scaled("energy_kwh"),
     )
-    return Expected(seconds, price(config.pricing, cost, records=run["records"]))
+    return RunEstimate(seconds, price(config.pricing, cost, records=run["records"]))
 
 
 def _bought(made: Mapping[str, Any]) -> int | None:

@@ -93,7 +93,7 @@ def run(
     with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
         written = _work(config, run_dir, shown, meter, tracker, stop_rule)
     whole = _for_owner(written, run_dir)
-    history.remember(whole)
+    history.note_run(whole)
     if view is None:
         summary(whole, _shown(run_dir), console)
     return run_dir / record.RECORD_NAME

@@ -1,16 +1,17 @@
-"""Options of a sweep, `sweep.NAME=VALUE` on the command line, and the file that a sweep leaves in its folder.
+"""Options of a sweep and settings of a search, checked before anything runs; and the file that keeps them.
 
-They are no settings of a run: what a run does must not depend on who else ran. So they are taken off the
-command line before Hydra sees it, and kept in `sweep.json`, from which `sweep.resume=FOLDER` goes on, on this
-machine or wherever the folder was copied to.
+`sweep.NAME=VALUE` on the command line is no setting of a run: what a run does must not depend on other runs.
+So these words are taken off the command line before Hydra sees it, and kept in `sweep.json`, from which
+`sweep.resume=FOLDER` goes on, on this machine or wherever the folder was copied to.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ from fedtune.report.collect import SWEEP_NAME
 from fedtune.report.tuning import changes_mechanism
 
 __all__ = [
+    "MEASURED",
+    "OBJECTIVES",
+    "PRUNERS",
+    "SAMPLERS",
+    "SearchSettings",
     "SweepOptions",
+    "distinct_jobs",
     "draw_trials",
-    "meaningful",
     "read_sweep",
+    "saved_settings",
+    "search_settings",
     "split_options",
     "write_sweep",
 ]
@@ -144,7 +152,7 @@ def _options(given: dict[str, str]) -> SweepOptions:
     )
 
 
-def meaningful(jobs: list[list[str]]) -> list[list[str]]:
+def distinct_jobs(jobs: list[list[str]]) -> list[list[str]]:
     """`jobs` without settings that mean nothing beside another one, and each job once.
 
     So that `privacy=local,none privacy.epsilon=1,2,4` is three runs with privacy and one without.
@@ -204,3 +212,85 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     if not all(isinstance(one, list) for one in lists):
         raise CheckpointError(f"{path} is damaged: it lacks its overrides or its jobs.")
     return values
+
+
+# --- of a search -----------------------------------------------------------------------------------
+
+SAMPLERS = ("tpe", "nsga2", "random")
+PRUNERS = ("none", "median", "halving")
+
+
+def _money(made: Mapping[str, Any]) -> Any:
+    return (made["cost"]["money"] or {}).get("total")
+
+
+# Name: (optuna's direction, where the value lies in a record).
+OBJECTIVES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "accuracy": ("maximize", lambda made: made["metrics"]["accuracy"]),
+    "epsilon": ("minimize", lambda made: made["privacy"]["epsilon"]),
+    "energy": ("minimize", lambda made: made["cost"]["energy_kwh"]),
+    "bytes": ("minimize", lambda made: made["cost"]["bytes_up"] + made["cost"]["bytes_down"]),
+    "money": ("minimize", _money),
+    "seconds": ("minimize", lambda made: made["cost"]["train_seconds"]),
+}
+
+# Those that are measured while private records are worked on, and so not published of private data.
+MEASURED = frozenset(["energy", "money", "seconds"])
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSettings:
+    """How a search is made: `hydra.sweeper` of its page, with the command line's `sweep.*` over it."""
+
+    trials: int
+    objectives: tuple[str, ...]
+    sampler: str
+    pruner: str
+
+
+def search_settings(page: Mapping[str, Any], options: SweepOptions) -> SearchSettings:
+    """Raises `ConfigError` for a setting that does not exist, or has a value without a meaning."""
+    known = tuple(item.name for item in dataclasses.fields(SearchSettings))
+    for name in page:
+        if name not in known:
+            guess = nearest(name, known)
+            hint = f" Did you mean {guess}?" if guess else ""
+            raise ConfigError(f"The sweeper has no option {name!r}.{hint} There are: {', '.join(known)}.")
+    objectives = options.objectives if options.objectives is not None else page["objectives"]
+    objectives = tuple([objectives] if isinstance(objectives, str) else objectives)
+    wrong = [name for name in objectives if name not in OBJECTIVES]
+    if wrong or not objectives or len(set(objectives)) < len(objectives):
+        raise ConfigError(
+            f"sweep.objectives={','.join(map(str, objectives))} is not allowed: it must be one or several of "
+            f"{', '.join(OBJECTIVES)}, each once (accuracy is to rise, the others to fall)."
+        )
+    sampler = options.sampler or str(page["sampler"])
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sweep.sampler={sampler} is not allowed: it must be one of {', '.join(SAMPLERS)}.")
+    trials = options.trials if options.trials is not None else page["trials"]
+    if (
+        isinstance(trials, bool)
+        or not isinstance(trials, (int, float))
+        or trials != int(trials)
+        or trials < 1
+    ):
+        raise ConfigError(f"sweep.trials={trials} is not allowed: a search makes a whole number of runs.")
+    asked = options.pruner or page["pruner"]
+    pruner = str(asked or ("median" if objectives == ("accuracy",) else "none"))
+    if pruner not in PRUNERS:
+        raise ConfigError(f"sweep.pruner={pruner} is not allowed: it must be one of {', '.join(PRUNERS)}.")
+    if pruner != "none" and objectives != ("accuracy",):
+        raise ConfigError(
+            f"sweep.pruner={pruner} cannot be used with sweep.objectives={','.join(objectives)}: a trial is "
+            "given up by its accuracy round by round, and one that is less accurate may be the better one "
+            "for another objective. Leave the pruner out, or search with sweep.objectives=accuracy."
+        )
+    return SearchSettings(int(trials), objectives, sampler, pruner)
+
+
+def saved_settings(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in the `sweep.json` of a search, as its page would give them. Raises `CheckpointError`."""
+    try:
+        return {item.name: kept["search"][item.name] for item in dataclasses.fields(SearchSettings)}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"The sweep.json of this search is damaged: it lacks {error}.") from error

@@ -19,14 +19,14 @@ from fedtune.errors import RecordError
 from fedtune.report.collect import FAILURE_NAME
 from fedtune.report.words import format_money, format_number, format_percent
 from fedtune.runs import record
-from fedtune.runs.history import Expected
+from fedtune.runs.history import RunEstimate
 from fedtune.runs.summary import duration
 
-__all__ = ["Progress"]
+__all__ = ["SweepProgress"]
 
 
 @dataclass
-class Progress:
+class SweepProgress:
     """A sweep of `total` runs in `folder`, `workers` of them side by side.
 
     Attributes:
@@ -45,7 +45,7 @@ class Progress:
     begun: float = field(default_factory=time.time)
     _seen: set[str] = field(default_factory=set)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Learns what has finished, or failed, since the last look."""
         try:
             entries = [entry for entry in os.scandir(self.folder) if entry.name.isdigit()]
@@ -58,7 +58,7 @@ class Progress:
             folder = Path(entry.path)
             if (folder / record.RECORD_NAME).exists():
                 try:
-                    self._learn(int(entry.name), record.whole(folder))
+                    self._add(int(entry.name), record.whole(folder))
                     self._seen.add(entry.name)
                 except RecordError:
                     continue
@@ -96,7 +96,7 @@ class Progress:
             text += f" and {format_money(self.left * mean, currencies.pop())}"
         return text
 
-    def opening(self, expected: Sequence[Expected | None]) -> str:
+    def opening(self, expected: Sequence[RunEstimate | None]) -> str:
         """What is to come, by what finished runs in the folder took, or by `expected`, one for each run."""
         if self.finished:
             return f"{self.finished} finished before, {self.left} to go: {self.rest()}"
@@ -141,7 +141,7 @@ class Progress:
     def _wall(self, seconds: float) -> float:
         return seconds / max(1, min(self.workers, self.left or 1))
 
-    def _learn(self, position: int, made: dict[str, Any]) -> None:
+    def _add(self, position: int, made: dict[str, Any]) -> None:
         if (seconds := made["run"]["seconds"]) is not None:
             self.seconds.append(float(seconds))
         money = made["cost"]["money"]

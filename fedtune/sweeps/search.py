@@ -25,20 +25,38 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.choices import resolved
 from fedtune.errors import ConfigError, RecordError
 from fedtune.federation.server.checkpoint import lock_folder
+from fedtune.report.collect import Collection, Run, collect
+from fedtune.report.tuning import describe_search, tuning_of
+from fedtune.report.words import format_number
 from fedtune.runs import record
-from fedtune.sweeps.options import SweepOptions, meaningful, write_sweep
-from fedtune.sweeps.progress import Progress
-from fedtune.sweeps.pruning import Pruning
-from fedtune.sweeps.search_result import closing
-from fedtune.sweeps.search_settings import MEASURED, OBJECTIVES, Settings, kept_settings, settings_of
-from fedtune.sweeps.study import distribution, has_record, number_of_values, open_study, same
+from fedtune.sweeps.options import (
+    MEASURED,
+    OBJECTIVES,
+    SearchSettings,
+    SweepOptions,
+    distinct_jobs,
+    saved_settings,
+    search_settings,
+    write_sweep,
+)
+from fedtune.sweeps.progress import SweepProgress
+from fedtune.sweeps.study import (
+    Pruning,
+    check_identity,
+    has_record,
+    number_of_values,
+    open_study,
+    optuna_distribution,
+)
 
 if TYPE_CHECKING:
+    from optuna.study import Study
     from optuna.trial import FrozenTrial
 
     from fedtune.config.schema import Config
@@ -78,7 +96,7 @@ def begin_search(
         import optuna  # noqa: F401
     except ImportError as error:
         raise ConfigError("sweep=optuna needs optuna: pip install 'fedtune[optuna]'.") from error
-    settings = settings_of(space.options if kept is None else kept_settings(kept), options)
+    settings = search_settings(space.options if kept is None else saved_settings(kept), options)
     _refuse_measured(settings, space)
     if space.base is not None and "accuracy" in settings.objectives:
         _refuse_blind(space.base)
@@ -88,12 +106,12 @@ def begin_search(
         "objectives": list(settings.objectives),
     }
     if kept is not None:
-        same(kept["search"].get("identity"), identity, space.folder)
+        check_identity(kept["search"].get("identity"), identity, space.folder)
     write_sweep(space.folder, overrides, [], search={**dataclasses.asdict(settings), "identity": identity})
     return Search(space, settings, identity, say, warn)
 
 
-def _refuse_measured(settings: Settings, space: Space) -> None:
+def _refuse_measured(settings: SearchSettings, space: Space) -> None:
     """Raises ConfigError if trials of private data would be chosen by what is measured of them.
 
     Which settings are tried next is published, and what a run takes depends on private records.
@@ -123,20 +141,20 @@ class Search:
     """The one who chooses: `fedtune.config.search.Searcher`, on optuna."""
 
     def __init__(
-        self, space: Space, settings: Settings, identity: Mapping[str, Any], say: Say, warn: Say
+        self, space: Space, settings: SearchSettings, identity: Mapping[str, Any], say: Say, warn: Say
     ) -> None:
         self._space, self.settings, self._say, self._warn = space, settings, say, warn
         self._open = contextlib.ExitStack()
         self._open.enter_context(lock_folder(space.folder))
         try:
             self._study = open_study(space.folder, settings, identity)
-            self._distributions = {axis.name: distribution(axis) for axis in space.axes}
-            self.progress = Progress(space.folder, settings.trials, {}, workers=space.workers)
+            self._distributions = {axis.name: optuna_distribution(axis) for axis in space.axes}
+            self.progress = SweepProgress(space.folder, settings.trials, {}, workers=space.workers)
             self._tried: set[str] = set()
             self._waiting: list[FrozenTrial] = []
             self._left = settings.trials
-            self._look_back()
-            self.progress.look()
+            self._recover()
+            self.progress.refresh()
         except BaseException:
             self.close()
             raise
@@ -172,9 +190,9 @@ class Search:
             self.progress.names[trial.number] = ",".join(
                 f"{name}={_text(value, short=True)}" for name, value in trial.params.items()
             )
-            batch.append((trial.number, meaningful([[*self._space.fixed, *words]])[0]))
+            batch.append((trial.number, distinct_jobs([[*self._space.fixed, *words]])[0]))
         if not batch:
-            for line in closing(self._study, self.settings.objectives, self._space.folder):
+            for line in result_lines(self._study, self.settings.objectives, self._space.folder):
                 self._say(line)
         return batch
 
@@ -211,7 +229,7 @@ class Search:
 
     # --- pieces ---------------------------------------------------------------------------------
 
-    def _look_back(self) -> None:
+    def _recover(self) -> None:
         """What earlier sessions did: finished trials count, and what was under way is to be finished."""
         from optuna.trial import TrialState
 
@@ -279,3 +297,72 @@ def _any_value(axis: Axis, chance: random.Random) -> Any:
 
 def _key(params: Mapping[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
+
+
+# --- its end ---------------------------------------------------------------------------------------
+
+
+_MOST_SHOWN = 8
+
+
+def result_lines(study: Study, objectives: Sequence[str], folder: Path) -> list[str]:
+    """How many trials there were, the best of them, and the epsilon of all runs composed."""
+    from optuna.trial import TrialState
+
+    trials = study.get_trials(deepcopy=False)
+    finished = [trial for trial in trials if trial.state is TrialState.COMPLETE]
+    pruned = sum(trial.state is TrialState.PRUNED for trial in trials)
+    failed = sum((folder / str(trial.number) / "failure.json").exists() for trial in trials)
+    counts = [f"{len(finished)} finished", f"{pruned} given up early", f"{failed} failed"]
+    lines = [f"{len(finished) + pruned + failed} trials: {', '.join(counts)}."]
+    if not finished:
+        return lines
+    best = sorted(study.best_trials, key=lambda trial: trial.values[0], reverse=objectives[0] == "accuracy")
+    if len(objectives) == 1:
+        lines.append(f"Best: {_trial_text(best[0], objectives)}")
+    else:
+        lines.append(f"{len(best)} of them are not beaten in everything by another:")
+        lines += [f"  {_trial_text(trial, objectives)}" for trial in best[:_MOST_SHOWN]]
+        if len(best) > _MOST_SHOWN:
+            lines.append(f"  and {len(best) - _MOST_SHOWN} more: fedtune report {folder}")
+    try:
+        found = collect([folder])
+    except RecordError:
+        return lines
+    return [*lines, _spent(found, folder / str(best[0].number))]
+
+
+def _trial_text(trial: FrozenTrial, objectives: Sequence[str]) -> str:
+    values = ", ".join(
+        f"{name} {format_number(value)}" for name, value in zip(objectives, trial.values, strict=True)
+    )
+    chosen = ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in trial.params.items()
+    )
+    return f"run {trial.number + 1}: {values} ({chosen})"
+
+
+def _spent(found: Collection, best: Path) -> str:
+    """The epsilon of all runs composed: the chosen run's alone is not what was told."""
+    chosen = next((run for run in found.runs if run.path.parent.resolve() == best.resolve()), None)
+    tuning = None if chosen is None else tuning_of(found.runs, chosen, found.sweeps)
+    if chosen is None or tuning is None:
+        return "That run has no privacy (trust none), so nothing is promised about this search."
+    text = (
+        f"All {tuning.runs} private runs composed: epsilon {format_number(tuning.epsilon_composed)} (delta "
+        f"{tuning.delta:.1e}, {tuning.adjacency}); run {_position(chosen)} alone would be "
+        f"{format_number(tuning.epsilon_alone)}, which is not the whole truth: it was chosen by looking at "
+        "the others"
+    )
+    if tuning.searched_mechanism or tuning.pruned:
+        text += f". {describe_search(tuning).rstrip('.')}"
+    if tuning.without_privacy:
+        text += f". {tuning.without_privacy} more runs had no privacy: with them nothing is promised"
+    if tuning.public:
+        text += ". The data was declared public by its owner, so this is what it would have cost"
+    return f"{text}. Failed runs are in the ledgers only: fedtune budget show."
+
+
+def _position(run: Run) -> int:
+    return int(run.path.parent.name) + 1

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from fedtune.config.search import Axis
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["dearest", "spending"]
+__all__ = ["costliest_run", "spending_text"]
 
 _DELTA = 1e-5  # where the run's own follows from sizes that are not known yet
 _UNITS = 1000  # any size below one over it: noise does not follow from it
 
 
-def spending(configs: Sequence[Config | None], *, most: bool = False) -> str:
+def spending_text(configs: Sequence[Config | None], *, most: bool = False) -> str:
     """One sentence for each data set and unit that the runs of `configs` use; empty if there is no run.
 
     A run that is None, or cannot be planned, is counted and not priced. `most`: the runs are those of a
-    search, at their dearest.
+    search, at their costliest_run.
     """
     groups: dict[tuple[str, bool, str], list[PrivacyPlan]] = {}
     exact = True
@@ -66,7 +66,7 @@ def spending(configs: Sequence[Config | None], *, most: bool = False) -> str:
     return "; ".join(parts)
 
 
-def dearest(base: Config | None, axes: Iterable[Axis]) -> Config | None:
+def costliest_run(base: Config | None, axes: Iterable[Axis]) -> Config | None:
     """The run of a search that spends most: the largest epsilon, or the least noise, that it may choose.
 
     None where the base does not stand alone, or where noise is given and how often it is used is searched.

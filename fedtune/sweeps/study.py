@@ -1,31 +1,57 @@
-"""The optuna study of a search: opened or made, mended after a kill, refused if it is another search's."""
+"""The optuna study of a search: its journal file, samplers, and when a trial is ended early.
+
+The study is opened or made, repaired after a kill, and refused if it belongs to another search.
+
+A trial is ended early (pruned) by its accuracy after a round, compared with the other trials at that round.
+The accuracy is that of an adapter which the nodes have released, on public test data, so that looking at it
+costs no privacy, or from noised counts that the nodes were charged for (`federation.evaluation`); in rounds
+without either no trial is ended. What the run had released until then stays released, and its record and the
+ledgers keep it. A `Pruning` is small, because the run that it ends may be made in another process than the
+search: both open the study. Does not do: prune for several objectives, of which a round measures only one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import CheckpointError
+from fedtune.federation.events import PRUNED, RoundSummary, StopRule
+from fedtune.report.words import format_percent
 from fedtune.runs import record
-from fedtune.sweeps.pruning import STUDY_FILE, STUDY_NAME, storage
-from fedtune.sweeps.search_settings import OBJECTIVES, Settings
+from fedtune.sweeps.options import OBJECTIVES, SearchSettings
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.study import Study
 
     from fedtune.config.search import Axis
 
-__all__ = ["distribution", "has_record", "number_of_values", "open_study", "same"]
+__all__ = [
+    "STUDY_FILE",
+    "STUDY_NAME",
+    "Pruning",
+    "check_identity",
+    "has_record",
+    "number_of_values",
+    "open_study",
+    "optuna_distribution",
+    "storage",
+]
 
+STUDY_FILE = "study.journal"
+STUDY_NAME = "fedtune"
 _IDENTITY = "fedtune"  # the study's own note of what it belongs to
 
 
-def open_study(folder: Path, settings: Settings, identity: Mapping[str, Any]) -> Study:
+def open_study(folder: Path, settings: SearchSettings, identity: Mapping[str, Any]) -> Study:
     """The study in `folder`, made if there is none.
 
     Raises: CheckpointError if it is missing beside runs, damaged, or another search's.
@@ -53,11 +79,11 @@ def open_study(folder: Path, settings: Settings, identity: Mapping[str, Any]) ->
             return study
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise CheckpointError(f"The study {path} cannot be read: {' '.join(str(error).split())}.") from error
-    same(noted, identity, path)
+    check_identity(noted, identity, path)
     return study
 
 
-def same(noted: Any, wanted: Mapping[str, Any], where: Path) -> None:
+def check_identity(noted: Any, wanted: Mapping[str, Any], where: Path) -> None:
     """Raises `CheckpointError`, with what differs, unless a study belongs to this search."""
     if noted == wanted:
         return
@@ -83,7 +109,7 @@ def _mend(path: Path) -> None:
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def _sampler(settings: Settings) -> BaseSampler:
+def _sampler(settings: SearchSettings) -> BaseSampler:
     from optuna import samplers
 
     if settings.sampler == "random":
@@ -94,7 +120,7 @@ def _sampler(settings: Settings) -> BaseSampler:
     return samplers.TPESampler(n_startup_trials=max(4, min(10, settings.trials // 4)))
 
 
-def distribution(axis: Axis) -> BaseDistribution:
+def optuna_distribution(axis: Axis) -> BaseDistribution:
     """An axis of the search as Optuna has it."""
     from optuna import distributions
 
@@ -117,3 +143,70 @@ def number_of_values(axis: Axis) -> float:
 def has_record(folder: Path) -> bool:
     """Did the run in this folder finish?"""
     return (folder / record.RECORD_NAME).exists()
+
+
+# --- ending a trial early --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """When a trial is given up.
+
+    Attributes:
+        folder: of the sweep; the study lies in it.
+        pruner: `median`: worse than the median of the others at this round. `halving`: not in the better half
+            of those that came as far (asynchronous successive halving, Li et al. 2020, with factor 2).
+        warm_up: rounds in which no trial is given up; noise is large there, and accuracy still rising.
+    """
+
+    folder: Path
+    pruner: str
+    warm_up: int
+
+    def stop_rule(self, number: int) -> StopRule:
+        """Says after each round why the trial `number` should end there, or None."""
+        from optuna.trial import Trial
+
+        study = self._study()
+        trial = Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+
+        def stop_rule(summary: RoundSummary) -> str | None:
+            if summary.accuracy is None:
+                return None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a resumed run tells a round for the second time
+                trial.report(summary.accuracy, summary.round)
+            if summary.round >= summary.num_rounds or not trial.should_prune():
+                return None
+            against = "the median of" if self.pruner == "median" else "the better half of"
+            return (
+                f"{PRUNED} after {summary.round} of {summary.num_rounds} rounds: accuracy "
+                f"{format_percent(summary.accuracy)} is below {against} the other trials at that round."
+            )
+
+        return stop_rule
+
+    def _study(self) -> Study:
+        import optuna
+
+        return optuna.load_study(
+            study_name=STUDY_NAME, storage=storage(self.folder / STUDY_FILE), pruner=self._pruner()
+        )
+
+    def _pruner(self) -> BasePruner:
+        from optuna import pruners
+
+        first = self.warm_up + 1  # the first round at which a trial may be given up
+        if self.pruner == "median":
+            return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=first)
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)
+
+
+def storage(path: Path) -> Any:
+    """optuna's storage in the file `path`: an append-only journal, which several processes may use."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return JournalStorage(JournalFileBackend(str(path)))

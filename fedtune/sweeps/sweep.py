@@ -33,29 +33,42 @@ from fedtune.federation import local_record
 from fedtune.privacy.publication import publish, told
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.runs import record
-from fedtune.runs.history import Expected, History, timeless
+from fedtune.runs.history import RunEstimate, RunHistory, keeps_duration
 from fedtune.sweeps.options import (
     SweepOptions,
+    distinct_jobs,
     draw_trials,
-    meaningful,
     read_sweep,
     split_options,
     write_sweep,
 )
-from fedtune.sweeps.progress import Progress
-from fedtune.sweeps.spending import dearest, spending
+from fedtune.sweeps.progress import SweepProgress
+from fedtune.sweeps.spending import costliest_run, spending_text
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.config.search import Searcher, Space
     from fedtune.federation.events import StopRule
-    from fedtune.sweeps.pruning import Pruning
+    from fedtune.sweeps.study import Pruning
 
-__all__ = ["Start", "Sweep", "run_sweep"]
+__all__ = ["Start", "Sweep", "SweepOutcome", "run_sweep"]
 
 Say = Callable[[str], None]
 # Configuration, title, who may end it early, and: is it the only run on this terminal?
 Start = Callable[["Config", str, "StopRule | None", bool], Path]
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep left behind.
+
+    Attributes:
+        folder: where its runs lie; None if it ended before it had one.
+        failures: its failed runs; the others finished.
+    """
+
+    folder: Path | None
+    failures: list[JobFailure]
 
 
 def run_sweep(
@@ -66,8 +79,8 @@ def run_sweep(
     say: Say,
     warn: Say,
     extra_dirs: Sequence[Path] = (),
-) -> list[JobFailure]:
-    """Runs the sweep that `words` ask for (overrides and `sweep.*` options); returns its failures.
+) -> SweepOutcome:
+    """Runs the sweep that `words` ask for (overrides and `sweep.*` options).
 
     Args:
         start: runs one configuration and returns the path of its record; see `Start`.
@@ -86,7 +99,7 @@ def run_sweep(
         overrides.append(f"hydra.sweep.dir={_quoted(options.resume)}")
     sweep = Sweep(options, list(overrides), start, describe, say, warn, kept)
     try:
-        return launch(
+        failures = launch(
             overrides,
             sweep.task,
             on_failure=sweep.failed,
@@ -94,6 +107,7 @@ def run_sweep(
             extra_dirs=extra_dirs,
             watcher=sweep,
         )
+        return SweepOutcome(sweep.folder, failures)
     except KeyboardInterrupt as interrupt:
         if sweep.folder is None:
             raise
@@ -120,7 +134,7 @@ class Sweep:
     say: Say
     warn: Say
     kept: dict[str, Any] | None = None
-    progress: Progress | None = None
+    progress: SweepProgress | None = None
     drawn: bool = False  # number and settings of the runs were drawn at random
     pruning: Pruning | None = None
     close: Callable[[], None] | None = None  # lets others into the folder of a search
@@ -151,8 +165,8 @@ class Sweep:
             jobs = self.kept["jobs"]
             self.drawn = "private_selection" in self.kept
         else:
-            self._refuse_another(folder)
-            jobs = meaningful(jobs)
+            self._refuse_other_sweep(folder)
+            jobs = distinct_jobs(jobs)
             drawn: dict[str, Any] = {}
             combinations = len(jobs)
             if self.options.private_selection:
@@ -162,8 +176,8 @@ class Sweep:
             write_sweep(folder, self.overrides, jobs, **drawn)
         common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
         names = {i: ",".join(word for word in job if word not in common) for i, job in enumerate(jobs)}
-        self.progress = Progress(folder, len(jobs), names)
-        self.progress.look()
+        self.progress = SweepProgress(folder, len(jobs), names)
+        self.progress.refresh()
         if not jobs:
             self.say(self._opening([]))
         return jobs
@@ -172,9 +186,9 @@ class Sweep:
         """Told of the configurations of the grid; says what is to come."""
         assert self.progress is not None
         self.progress.workers = workers
-        known = History()
-        opening = self._opening([None if one is None else known.expected(one) for one in configs])
-        cost = spending([one for i, one in enumerate(configs) if not self.progress.is_finished(i)])
+        known = RunHistory()
+        opening = self._opening([None if one is None else known.estimate(one) for one in configs])
+        cost = spending_text([one for i, one in enumerate(configs) if not self.progress.is_finished(i)])
         self.say(f"{opening}. {cost[:1].upper()}{cost[1:]}." if cost else opening)
 
     def search(self, space: Space) -> Searcher:
@@ -182,28 +196,28 @@ class Sweep:
         from fedtune.sweeps.search import begin_search
 
         if self.kept is None:
-            self._refuse_another(space.folder)
+            self._refuse_other_sweep(space.folder)
         elif "search" not in self.kept:
             raise CheckpointError(f"{space.folder} holds a grid of runs, and sweep=optuna is a search.")
         search = begin_search(space, self.options, self.overrides, self.kept, self.say, self.warn)
         self.close = search.close
         self.pruning = search.pruning
         self.progress = search.progress
-        alike = all(timeless(axis.name) for axis in space.axes)
-        one = History().expected(space.base) if alike and space.base is not None else None
+        alike = all(keeps_duration(axis.name) for axis in space.axes)
+        one = RunHistory().estimate(space.base) if alike and space.base is not None else None
         left = search.progress.left
-        cost = spending([dearest(space.base, space.axes)] * left, most=True)
+        cost = spending_text([costliest_run(space.base, space.axes)] * left, most=True)
         self.say(f"{self._opening([one] * left)}. {search.opening()}{f': {cost}' if cost else ''}")
         return search
 
-    def _refuse_another(self, folder: Path) -> None:
+    def _refuse_other_sweep(self, folder: Path) -> None:
         if (folder / SWEEP_NAME).exists():
             raise ConfigError(
                 f"{folder} holds a sweep already. Go on with it by 'fedtune run sweep.resume={folder}', "
                 "or choose another folder with hydra.sweep.dir=FOLDER."
             )
 
-    def _opening(self, expected: Sequence[Expected | None]) -> str:
+    def _opening(self, expected: Sequence[RunEstimate | None]) -> str:
         assert self.progress is not None
         total = self.progress.total
         text = f"{total} run{'s' if total != 1 else ''} in {self.folder}"
@@ -219,7 +233,7 @@ class Sweep:
     def task(self, job: Job) -> float | None:
         """Makes one run, or reads it if it is finished, and says one line; returns its accuracy."""
         assert self.progress is not None and job.number is not None
-        self._keep_to_the_ledgers(job.config)
+        self._refuse_other_machine(job.config)
         folder = Path(job.config.output or "")
         made = self._finished(folder)
         before = made is not None
@@ -231,7 +245,7 @@ class Sweep:
             path = self.start(self._config(job.config, folder), title, stop_rule, alone)
             made = record.whole(path.parent)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
-        self.progress.look()
+        self.progress.refresh()
         self.say(self.progress.line(self._place(job), self._name(job), made, before))
         accuracy: float | None = made["metrics"]["accuracy"]
         return accuracy
@@ -251,7 +265,7 @@ class Sweep:
         self.warn(f"{which}{text}")
         return text
 
-    def _keep_to_the_ledgers(self, config: Config) -> None:
+    def _refuse_other_machine(self, config: Config) -> None:
         """A launcher may send a run to another machine, and the ledgers lie on this one."""
         if platform.node() == self.machine or config.data.public or config.privacy.trust == "none":
             return

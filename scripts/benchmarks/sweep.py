@@ -53,8 +53,8 @@ def start(config, title, *_):
 def describe(error):
     raise error
 
-failures = run_sweep(sys.argv[1:], start, describe=describe, say=lambda line: None, warn=print)
-assert not failures
+outcome = run_sweep(sys.argv[1:], start, describe=describe, say=lambda line: None, warn=print)
+assert not outcome.failures
 print("RESULT", json.dumps({"runs": runs, "seconds": now()[0] - marks[1][0]}))
 """
 

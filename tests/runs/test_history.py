@@ -10,8 +10,8 @@ import pytest
 
 from fedtune.config.convert import from_dict
 from fedtune.config.paths import state_dir
-from fedtune.runs.history import NAME, History, kind, remember
-from fedtune.sweeps.progress import Progress
+from fedtune.runs.history import NAME, RunHistory, kind, note_run
+from fedtune.sweeps.progress import SweepProgress
 from tests.support.synthetic import ROUNDS, make_record
 
 HERE = {"processor": "one", "usable_cores": 2, "memory_bytes": 8}
@@ -32,18 +32,18 @@ def config(record: dict[str, Any], **federation: Any) -> Any:
 
 
 def test_a_kind_that_was_never_run_has_no_estimate() -> None:
-    assert History(HERE).expected(config(made())) is None
-    progress = Progress(Path("x"), 3, {})
+    assert RunHistory(HERE).estimate(config(made())) is None
+    progress = SweepProgress(Path("x"), 3, {})
     assert "made none of their kind" in progress.opening([None] * 3)
 
 
 def test_seconds_by_hand_and_money_by_the_price_book() -> None:
     record = made(seconds=100.0)  # 6 rounds of 10 s, and 40 s around them
-    remember(record)
-    same = History(HERE).expected(config(record))
+    note_run(record)
+    same = RunHistory(HERE).estimate(config(record))
     assert same is not None and same.seconds == pytest.approx(100.0)
     assert same.money is not None and same.money.total == pytest.approx(record["cost"]["money"]["total"])
-    twice = History(HERE).expected(config(record, num_rounds=2 * ROUNDS))
+    twice = RunHistory(HERE).estimate(config(record, num_rounds=2 * ROUNDS))
     assert twice is not None and twice.seconds == pytest.approx(40 + 120)
     assert twice.money is not None
     assert twice.money.total == pytest.approx(2 * record["cost"]["money"]["total"])
@@ -51,46 +51,46 @@ def test_seconds_by_hand_and_money_by_the_price_book() -> None:
 
 def test_privacy_seed_and_rate_leave_the_time_alone_and_the_model_does_not() -> None:
     first = made()
-    remember(first)
-    known = History(HERE)
-    assert known.expected(config(made(epsilon=1.0, seed=5, train__learning_rate=0.3))) is not None
+    note_run(first)
+    known = RunHistory(HERE)
+    assert known.estimate(config(made(epsilon=1.0, seed=5, train__learning_rate=0.3))) is not None
     for other in ({"quantization": "nf4"}, {"adapter": "head"}, {"train__local_steps": 9}, {"epsilon": None}):
-        assert known.expected(config(made(**other))) is None, other
+        assert known.estimate(config(made(**other))) is None, other
     assert kind(first["config"]) == kind(made(seed=3)["config"])
 
 
 def test_another_machine_says_nothing_about_this_one() -> None:
     record = made()
-    remember(record)
-    assert History(HERE | {"processor": "another"}).expected(config(record)) is None
+    note_run(record)
+    assert RunHistory(HERE | {"processor": "another"}).estimate(config(record)) is None
 
 
 def test_the_median_of_the_last_runs() -> None:
     for seconds in (1000.0, 70.0, 80.0, 90.0, 75.0, 500.0):
-        remember(made(seconds=seconds))
-    expected = History(HERE).expected(config(made()))
+        note_run(made(seconds=seconds))
+    expected = RunHistory(HERE).estimate(config(made()))
     assert expected is not None and expected.seconds == pytest.approx(80.0), "the first of six is too old"
 
 
 def test_a_resumed_run_and_one_without_rounds_are_left_out() -> None:
     resumed = made()
     resumed["run"]["attempt"] = 2
-    remember(resumed)
-    remember(made(rounds=0))
+    note_run(resumed)
+    note_run(made(rounds=0))
     assert not (state_dir() / NAME).exists()
 
 
 def test_a_damaged_line_costs_that_line() -> None:
-    remember(made())
+    note_run(made())
     path = state_dir() / NAME
     path.write_text('{"kind": \n[1]\n' + path.read_text() + '{"kind": "half')
-    assert History(HERE).expected(config(made())) is not None
+    assert RunHistory(HERE).estimate(config(made())) is not None
     path.write_bytes(b"\xff\xfe")
-    assert History(HERE).expected(config(made())) is None
+    assert RunHistory(HERE).estimate(config(made())) is None
 
 
 def test_what_the_file_holds_is_no_data_and_no_result() -> None:
-    remember(made())
+    note_run(made())
     line = json.loads((state_dir() / NAME).read_text())
     assert set(line) == {"kind", "machine", "rounds", "seconds", "in_rounds", "records", "cost"}
     assert (state_dir() / NAME).stat().st_mode & 0o077 == 0, "times of private runs are their owner's"
@@ -102,15 +102,15 @@ def test_a_full_disk_costs_the_estimate_only(monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as patch:
         patch.setattr("fedtune.runs.history.os.open", full)
-        remember(made())
+        note_run(made())
     assert not (state_dir() / NAME).exists()
 
 
 def test_the_opening_says_what_is_known_and_what_is_not() -> None:
-    remember(made())
-    one = History(HERE).expected(config(made()))
-    progress = Progress(Path("x"), 4, {}, workers=1)
+    note_run(made())
+    one = RunHistory(HERE).estimate(config(made()))
+    progress = SweepProgress(Path("x"), 4, {}, workers=1)
     text = progress.opening([one, one, one, one])
     assert text.startswith("about 6 min 40 s and ") and "USD" in text and "on this machine" in text
     assert "for 2 of them, and no estimate for those" in progress.opening([one, one, None, None])
-    assert Progress(Path("x"), 4, {}, workers=2).opening([one] * 4).startswith("about 3 min 20 s")
+    assert SweepProgress(Path("x"), 4, {}, workers=2).opening([one] * 4).startswith("about 3 min 20 s")

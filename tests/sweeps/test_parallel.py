@@ -68,7 +68,7 @@ def sweep(*words: str) -> tuple[list[Any], list[str]]:
         with log.open("a") as file:
             file.write(line + "\n")
 
-    failures = run_sweep(words, start, describe=lambda error: str(error), say=say, warn=say)
+    failures = run_sweep(words, start, describe=lambda error: str(error), say=say, warn=say).failures
     return failures, log.read_text().splitlines()
 
 
@@ -106,7 +106,7 @@ def test_a_search_with_two_workers_judges_in_them(tmp_path: Path) -> None:
     assert failures == [] and any(line.startswith("4 trials: ") for line in lines)
     from optuna import load_study
 
-    from fedtune.sweeps.pruning import STUDY_FILE, STUDY_NAME, storage
+    from fedtune.sweeps.study import STUDY_FILE, STUDY_NAME, storage
 
     trials = load_study(study_name=STUDY_NAME, storage=storage(folder / STUDY_FILE)).get_trials()
     assert [len(trial.intermediate_values) for trial in trials] == [6] * 4
@@ -116,12 +116,12 @@ def test_a_run_that_is_sent_away_from_the_ledgers_is_refused() -> None:
     away = Sweep(SweepOptions(), [], lambda *_: Path(), str, print, print, machine="elsewhere")
     private = load(["data=files", "data.path=x", "data.name=x"])
     with pytest.raises(LedgerError, match="lie on elsewhere"):
-        away._keep_to_the_ledgers(private)
+        away._refuse_other_machine(private)
     private.data.public = True
-    away._keep_to_the_ledgers(private)
+    away._refuse_other_machine(private)
     here = Sweep(SweepOptions(), [], lambda *_: Path(), str, print, print)
     private.data.public = False
-    here._keep_to_the_ledgers(private)
+    here._refuse_other_machine(private)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError, ConfigError, DataError
 from fedtune.federation.events import PRUNED, RoundSummary
 from fedtune.report.collect import collect
-from fedtune.sweeps.pruning import STUDY_FILE, Pruning
+from fedtune.sweeps.study import STUDY_FILE, Pruning
 from fedtune.sweeps.sweep import run_sweep
 
 pytest.importorskip("optuna")
@@ -64,13 +64,13 @@ class Trainer:
             describe=lambda error: f"{type(error).__name__}: {error}",
             say=self.said.append,
             warn=self.warned.append,
-        )
+        ).failures
 
 
 def trials() -> list[Any]:
     import optuna
 
-    from fedtune.sweeps.pruning import STUDY_NAME, storage
+    from fedtune.sweeps.study import STUDY_NAME, storage
 
     return optuna.load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE)).get_trials()
 
@@ -208,7 +208,7 @@ def test_a_judge_says_why() -> None:
     )
     import optuna
 
-    from fedtune.sweeps.pruning import STUDY_NAME, storage
+    from fedtune.sweeps.study import STUDY_NAME, storage
 
     study = optuna.load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE))
     number = study.ask({}).number

@@ -16,7 +16,7 @@ from fedtune.federation.client.release import ledger_of
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
 from fedtune.privacy.planning import make_plan
 from fedtune.sweeps.search import _refuse_blind
-from fedtune.sweeps.spending import dearest, spending
+from fedtune.sweeps.spending import costliest_run, spending_text
 from fedtune.sweeps.sweep import run_sweep
 from tests.support import tiny_federation as tiny
 from tests.support.synthetic import make_record, write
@@ -41,7 +41,7 @@ def test_the_cost_of_a_sweep_is_all_of_its_runs_composed(base: Any) -> None:
     configs = [with_epsilon(one, one.privacy.epsilon, data=own) for one in configs]
     plans = [make_plan(config, [30] * 4) for config in configs]
     total = compose_terms(*(plan.everything(plan.num_rounds, plan.evaluation_answers) for plan in plans))
-    text = spending(configs)
+    text = spending_text(configs)
     assert shown(text) == pytest.approx(epsilon_rdp_of_terms(total, plans[0].delta), rel=0.01)
     assert shown(text) > 8.0  # more than any run alone, and than the last
     for word in ("3 runs together", "Renyi DP", f"delta {plans[0].delta:.1e}", "add or remove one record"):
@@ -51,32 +51,34 @@ def test_the_cost_of_a_sweep_is_all_of_its_runs_composed(base: Any) -> None:
 
 def test_public_data_is_recorded_and_runs_without_noise_promise_nothing(base: Any) -> None:
     declared = dataclasses.replace(base, data=dataclasses.replace(base.data, public=True))
-    assert "declared public, so ledgers record it and refuse nothing" in spending([declared, declared])
+    assert "declared public, so ledgers record it and refuse nothing" in spending_text([declared, declared])
     free = dataclasses.replace(base, privacy=dataclasses.replace(base.privacy, trust="none", epsilon=None))
-    assert "with them epsilon is infinite" in spending([base, free])
-    assert "1 run spends about epsilon 7.9" in spending([base])
-    assert "1 run cannot be planned yet" in spending([base, None])
-    assert spending([]) == ""
+    assert "with them epsilon is infinite" in spending_text([base, free])
+    assert "1 run spends about epsilon 7.9" in spending_text([base])
+    assert "1 run cannot be planned yet" in spending_text([base, None])
+    assert spending_text([]) == ""
 
 
 def test_units_are_not_added_up_as_one(base: Any) -> None:
     person = dataclasses.replace(base, privacy=dataclasses.replace(base.privacy, unit="person"))
     person = dataclasses.replace(person, data=dataclasses.replace(person.data, unit="text"))
-    text = spending([base, person])
+    text = spending_text([base, person])
     assert "add or remove one record" in text and "add or remove one person" in text
 
 
 def test_a_search_is_priced_at_its_dearest(base: Any) -> None:
-    found = dearest(base, [Axis("privacy.epsilon", (), 0.5, 4.0), Axis("train.learning_rate", ("1", "2"))])
+    found = costliest_run(
+        base, [Axis("privacy.epsilon", (), 0.5, 4.0), Axis("train.learning_rate", ("1", "2"))]
+    )
     assert found is not None and found.privacy.epsilon == 4.0
-    least = dearest(base, [Axis("privacy.noise_multiplier", ("2", "0.7"))])
+    least = costliest_run(base, [Axis("privacy.noise_multiplier", ("2", "0.7"))])
     assert least is not None and (least.privacy.noise_multiplier, least.privacy.epsilon) == (0.7, None)
     given = dataclasses.replace(base.privacy, epsilon=None, noise_multiplier=1.0)
     noised = dataclasses.replace(base, privacy=given)
-    assert dearest(noised, [Axis("train.local_steps", ("1", "9"))]) is None
-    assert dearest(base, [Axis("privacy.unit", ("record", "person"))]) is None
-    assert dearest(None, []) is None
-    assert "at most" in spending([found] * 3, most=True)
+    assert costliest_run(noised, [Axis("train.local_steps", ("1", "9"))]) is None
+    assert costliest_run(base, [Axis("privacy.unit", ("record", "person"))]) is None
+    assert costliest_run(None, []) is None
+    assert "at most" in spending_text([found] * 3, most=True)
 
 
 def test_a_sweep_says_its_price_before_its_first_run_and_a_resumed_one_what_is_left(

@@ -15,7 +15,7 @@ from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import collect
-from fedtune.sweeps.options import SweepOptions, meaningful, split_options
+from fedtune.sweeps.options import SweepOptions, distinct_jobs, split_options
 from fedtune.sweeps.sweep import Sweep, run_sweep
 from tests.support.synthetic import make_record, write
 
@@ -57,7 +57,7 @@ class Runs:
             describe=lambda error: f"{type(error).__name__}: {error}",
             say=self.said.append,
             warn=self.warned.append,
-        )
+        ).failures
 
 
 def test_all_combinations_run_and_each_says_one_line() -> None:
@@ -252,8 +252,8 @@ def _stop(total: int | None) -> str:
 
 def test_settings_without_meaning_do_not_multiply_runs() -> None:
     jobs = [[f"privacy={p}", f"privacy.epsilon={e}"] for p in ("local", "none") for e in (1, 2)]
-    assert meaningful(jobs) == [*jobs[:2], ["privacy=none"]]
-    assert meaningful([["adapter=head", "adapter.layers=2"], ["adapter=lora", "adapter.layers=2"]]) == [
+    assert distinct_jobs(jobs) == [*jobs[:2], ["privacy=none"]]
+    assert distinct_jobs([["adapter=head", "adapter.layers=2"], ["adapter=lora", "adapter.layers=2"]]) == [
         ["adapter=head"],
         ["adapter=lora", "adapter.layers=2"],
     ]
