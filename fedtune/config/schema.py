@@ -39,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "Trust",
     "Unit",
+    "as_tuple",
     "setting",
 ]
 
@@ -97,6 +98,11 @@ def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError("a text that is not empty")
     return str(value) if type(value) is int else value  # a column may be called 0
+
+
+def as_tuple(value: object) -> object:
+    """A list as a tuple, which is how JSON and YAML give one."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 Text = Annotated[str, Before(_text)]  # not empty

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import certificates
-from fedtune.deploy.provision import read_yaml
+from fedtune.deploy.provision import Federation
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = ["enrol", "enrolled", "note_revoked", "requests", "revoke", "revoked"]
@@ -34,7 +34,7 @@ def enrol(server: Path, line: str) -> tuple[str, str]:
     if "\n" not in line.strip() and len(line) < 1000 and " " not in line.strip() and Path(line).is_file():
         line = Path(line).read_text()
     key, site = certificates.read_public_line(line)
-    known = read_yaml(server / "server.yaml").get("sites", [])
+    known = Federation.read(server / "server.yaml").sites
     if site not in known:
         raise ConfigError(
             f"The key is for site {site!r}, and the federation's sites are {', '.join(known)}. Add it to the "

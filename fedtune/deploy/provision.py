@@ -16,13 +16,15 @@ from __future__ import annotations
 import re
 import secrets
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import yaml
 
+from fedtune.config.convert import build, read_yaml
 from fedtune.config.files import replace_whole
+from fedtune.config.schema import Before, Group, as_tuple
 from fedtune.deploy import certificates
 from fedtune.deploy.handout import server_readme, write_archive
 from fedtune.errors import ConfigError, ResourceError
@@ -33,61 +35,60 @@ __all__ = [
     "parse_address",
     "provision",
     "read_token",
-    "read_yaml",
 ]
 
 _SITE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 TOKEN = "operator.token"
 _TOKEN_BYTES = 32
 _TOKEN_LENGTH = 43  # characters that 32 bytes have in base64 without padding
-_KEYS = {"name", "server", "sites", "certificate_names", "certificate_days"}
+
+
+def _word(value: object) -> object:
+    if not isinstance(value, str) or not _SITE.fullmatch(value):
+        raise ValueError("a word such as 'hospitals' or 'clinic-1': letters, digits, '.', '_' and '-'")
+    return value
+
+
+def _sites(value: object) -> object:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError("a list of names such as [clinic-1, clinic-2]")
+    if twice := sorted({str(site) for site in value if value.count(site) > 1}):
+        raise ValueError(
+            f"a list with each site once (one archive, one key), and {', '.join(twice)} is there twice"
+        )
+    return tuple(value)
+
+
+def _address(value: object) -> object:
+    parse_address(str(value))
+    return value
+
+
+Word = Annotated[str, Before(_word)]
 
 
 @dataclass(frozen=True)
-class Federation:
-    """What a federation file says. `server` is the address by which the sites reach the server."""
+class Federation(Group):
+    """What a federation file, or a server folder's `server.yaml`, says.
 
-    name: str
-    server: str
-    sites: tuple[str, ...]
-    certificate_names: tuple[str, ...] = ()  # further names and addresses of the server
-    certificate_days: int = 397
+    Attributes:
+        name: of the federation.
+        server: the address by which the sites reach the server, HOST:PORT.
+        sites: their names.
+        certificate_names: further names and addresses of the server.
+        certificate_days: how long its certificate is good for.
+    """
+
+    name: Word
+    server: Annotated[str, Before(_address)]
+    sites: Annotated[tuple[Word, ...], Before(_sites)]
+    certificate_names: Annotated[tuple[str, ...], Before(as_tuple)] = ()
+    certificate_days: int = field(default=397, metadata={"ge": 1, "le": 3650})
 
     @classmethod
     def read(cls, path: Path) -> Federation:
         """Raises ConfigError, which names the key and what it should be."""
-        values = read_yaml(path)
-        if unknown := sorted(set(values) - _KEYS):
-            raise ConfigError(
-                f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(_KEYS))}."
-            )
-        name, server, sites = values.get("name"), values.get("server"), values.get("sites")
-        if not isinstance(name, str) or not _SITE.fullmatch(name):
-            raise ConfigError(f"{path}: name should be a word such as 'hospitals', not {name!r}.")
-        if not isinstance(server, str):
-            raise ConfigError(
-                f"{path}: server should be HOST:PORT, such as 'fed.example.org:9443', not {server!r}."
-            )
-        parse_address(server)
-        if not isinstance(sites, list) or not sites or not all(isinstance(site, str) for site in sites):
-            raise ConfigError(
-                f"{path}: sites should be a list of names, such as [clinic-1, clinic-2], not {sites!r}."
-            )
-        for site in sites:
-            if not _SITE.fullmatch(site):
-                raise ConfigError(
-                    f"{path}: {site!r} is no name for a site; use letters, digits, '.', '_' and '-'."
-                )
-        if twice := sorted({site for site in sites if sites.count(site) > 1}):
-            raise ConfigError(
-                f"{path} lists {', '.join(twice)} twice; each site has one archive and one key."
-            )
-        names, days = values.get("certificate_names", []), values.get("certificate_days", 397)
-        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-            raise ConfigError(f"{path}: certificate_names should be a list of host names, not {names!r}.")
-        if type(days) is not int or not 1 <= days <= 3650:
-            raise ConfigError(f"{path}: certificate_days should be 1 to 3650, not {days!r}.")
-        return cls(name, server, tuple(sites), tuple(names), days)
+        return build(cls, read_yaml(path), str(path))
 
 
 @dataclass(frozen=True)
@@ -175,16 +176,3 @@ def parse_address(address: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"{address!r} is no address; give HOST:PORT, such as 'fed.example.org:9443'.")
     return host.strip("[]"), int(port)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError if there is none."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no file {path}.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} should be a mapping of settings (key: value), and is none.")
-    return values

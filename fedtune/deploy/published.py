@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.files import replace_whole
+from fedtune.config.schema import UNITS
 from fedtune.deploy.site import open_ledger
 from fedtune.federation.client.policy import SiteSettings
 
 __all__ = ["Board", "checked", "of_site", "shown"]
 
 _KEYS = ("epsilon_left", "epsilon", "delta", "unit")
-_UNITS = ("record", "person", "client", "any")
+_UNITS = (*UNITS, "any")
 
 
 def of_site(site: SiteSettings) -> dict[str, Any] | None:

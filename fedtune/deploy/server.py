@@ -23,7 +23,7 @@ from typing import Any
 from fedtune.deploy import certificates
 from fedtune.deploy.admission import Admission
 from fedtune.deploy.gate import Gate
-from fedtune.deploy.provision import parse_address, read_token, read_yaml
+from fedtune.deploy.provision import Federation, parse_address, read_token
 from fedtune.deploy.published import Board
 from fedtune.deploy.reach import expiry_warning
 from fedtune.errors import ConfigError, ResourceError
@@ -41,9 +41,8 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
 
     Raises ConfigError for a folder, key or certificate that is wrong, ResourceError if the port is taken.
     """
-    settings = read_yaml(folder / "server.yaml")
-    name, address = str(settings.get("name")), str(settings.get("server"))
-    named, port = parse_address(address)
+    federation = Federation.read(folder / "server.yaml")
+    named, port = parse_address(federation.server)
     host = host or ("127.0.0.1" if named in ("127.0.0.1", "localhost") else "0.0.0.0")
     days = certificates.check_server_certificate(folder)
     certificates.load_private_key(folder / "server.key")
@@ -72,7 +71,10 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     threading.Thread(target=admission.keep, args=(ending,), daemon=True).start()
     renewed = (_Certificate(folder, config.ssl), ending, say)
     threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
-    say(f"federation {name} on {host}:{port} (sites reach it as {address}); {admitted} sites enrolled")
+    say(
+        f"federation {federation.name} on {host}:{port} (sites reach it as {federation.server}); "
+        f"{admitted} sites enrolled"
+    )
     try:
         uvicorn.Server(config).run()
     finally:

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fedtune.config.convert import read_yaml
 from fedtune.deploy import certificates
-from fedtune.deploy.provision import parse_address, read_yaml
+from fedtune.deploy.provision import parse_address
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.client.books import Books

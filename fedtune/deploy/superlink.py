@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.deploy.gate import PUBLISHED_PATH, TOKEN_HEADER
-from fedtune.deploy.provision import read_token, read_yaml
+from fedtune.deploy.provision import Federation, read_token
 from fedtune.deploy.published import checked
 from fedtune.deploy.reach import check_server, tls_context
 from fedtune.errors import FederationError
@@ -52,7 +52,7 @@ class Server:
     @classmethod
     def of(cls, folder: Path) -> Server:
         """The server that a folder made by `fedtune provision` describes, which must answer."""
-        address, token = str(read_yaml(folder / "server.yaml").get("server")), read_token(folder)
+        address, token = Federation.read(folder / "server.yaml").server, read_token(folder)
         check_server(address, folder / "ca.crt")
         return cls(folder, address, (folder / "ca.crt").read_bytes(), token)
 

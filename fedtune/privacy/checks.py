@@ -10,6 +10,7 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.schema import TRUSTS, UNITS
 from fedtune.errors import PrivacyError
 
 if TYPE_CHECKING:
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MECHANISMS", "TRUSTS", "UNITS", "number", "validate", "whole"]
 
-TRUSTS = ("local", "distributed", "central", "none")
 MECHANISMS = ("gaussian", "dp_ftrl")
-UNITS = ("record", "person", "client")  # from the finest to the coarsest
 
 # What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
 _NOISE = (1e-6, 1e6)

@@ -28,6 +28,7 @@ from fedtune.config.schema import (
     Source,
     Trust,
     Unit,
+    as_tuple,
     setting,
 )
 from fedtune.errors import ConfigError, PrivacyError
@@ -37,21 +38,17 @@ from fedtune.privacy.plan import UNITS, PrivacyPlan
 __all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _classes(value: object) -> object:
     if isinstance(value, (list, tuple)) and (len(value) < 2 or len(set(map(str, value))) < len(value)):
         raise ValueError("two classes or more, each once")
-    return _tuple(value)
+    return as_tuple(value)
 
 
 ADAPTERS: tuple[AdapterName, ...] = typing.get_args(AdapterName)
 
-Words = Annotated[tuple[str, ...], Before(_tuple)]
-Trusts = Annotated[tuple[Trust, ...], Before(_tuple)]
-Adapters = Annotated[tuple[AdapterName, ...], Before(_tuple)]
+Words = Annotated[tuple[str, ...], Before(as_tuple)]
+Trusts = Annotated[tuple[Trust, ...], Before(as_tuple)]
+Adapters = Annotated[tuple[AdapterName, ...], Before(as_tuple)]
 Classes = Annotated[tuple[str, ...], Before(_classes)]
 
 

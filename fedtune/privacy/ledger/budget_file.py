@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.files import replace_whole
+from fedtune.config.schema import UNITS
 from fedtune.errors import LedgerError, PrivacyError
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 _VERSION = 1
-_UNITS = ("record", "person", "client")
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class PrivacyBudget:
             raise PrivacyError(f"A budget's epsilon must be above 0, not {self.epsilon}.")
         if not 0.0 < self.delta < 1.0:
             raise PrivacyError(f"A budget's delta must lie strictly between 0 and 1, not {self.delta}.")
-        if self.unit is not None and self.unit not in _UNITS:
-            raise PrivacyError(f"A budget's unit must be one of {', '.join(_UNITS)}, not {self.unit!r}.")
+        if self.unit is not None and self.unit not in UNITS:
+            raise PrivacyError(f"A budget's unit must be one of {', '.join(UNITS)}, not {self.unit!r}.")
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
@@ -165,7 +165,7 @@ def strictest(one: Budgets, other: Budgets) -> Budgets:
         return PrivacyBudget(
             min(budget.epsilon for budget in kept),
             min(budget.delta for budget in kept),
-            max(units, key=_UNITS.index) if units else None,
+            max(units, key=UNITS.index) if units else None,
         )
 
     names = sorted({*one.datasets, *other.datasets})

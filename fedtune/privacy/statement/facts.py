@@ -26,6 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtune.config.schema import TRUSTS
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting.epsilon import Term, conversions
 from fedtune.privacy.accounting.filter import FILTER
@@ -96,7 +97,7 @@ def statement_markdown(record: Mapping[str, Any], image: str | None = None) -> s
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     run, privacy = record["run"], record["privacy"]
     trust, unit = privacy["trust"], privacy["unit"]
-    if unit not in UNITS or trust not in ("local", "distributed", "central", "none"):
+    if unit not in UNITS or trust not in TRUSTS:
         raise RecordError(
             f"No statement can be made for unit {unit!r} and trust {trust!r}: they are unknown here."
         )
