@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedtune.errors import ConfigError
 
-__all__ = ["GROUPS", "conf_dir", "first_comment", "group_options"]
+__all__ = ["GROUPS", "conf_dir", "group_options"]
 
 GROUPS = (
     "data",
@@ -52,14 +52,3 @@ def group_options(group: str, extra_dirs: Sequence[Path] = ()) -> list[str]:
         folder = root / group
         names.update(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
     return sorted(names)
-
-
-def first_comment(path: Path) -> list[str]:
-    """The lines of a YAML file's first comment, without their '#': its command, then what it is."""
-    lines: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            lines.append(line[1:].strip())
-    return lines
