@@ -30,7 +30,7 @@ from fedtune.deploy import channel
 from fedtune.deploy.thin import Apps
 from fedtune.deploy.watch import Watch, processor_seconds
 from fedtune.errors import FederationError, FedtuneError, ResourceError
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.privacy.publication import told
 
@@ -262,7 +262,7 @@ class Answers:
         from flwr.common.constant import SubStatus
         from flwr.supernode.start_client_internal import _insert_message
 
-        from fedtune.federation.client.release import public_reason
+        from fedtune.federation.client.node_context import public_reason
         from fedtune.federation.flower import act_as
 
         state = self._state

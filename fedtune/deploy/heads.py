@@ -1,7 +1,7 @@
 """The heads of the sites' books, kept by the server: an anchor outside of each site, against backups and
 copies.
 
-A site's ledger and audit log name one another's heads (`fedtune.federation.client.books`), which shows
+A site's ledger and audit log name one another's heads (`fedtune.federation.client.audit_log`), which shows
 nothing if both were restored together from an older backup. So a node tells the server the head of its
 books when it joins and within a minute of each change, in a request signed by its key. The server keeps the
 highest (`heads.json`), and does not let in a node whose head went back, or is another at the same place.
@@ -25,7 +25,7 @@ from typing import Any
 
 from fedtune.config.files import lock_file, replace_whole
 from fedtune.errors import ConfigError
-from fedtune.federation.client.books import parts_of
+from fedtune.federation.client.audit_log import parts_of
 
 __all__ = ["Heads"]
 

@@ -32,7 +32,7 @@ from fedtune.deploy.conversation import HEARTBEAT_SECONDS
 from fedtune.deploy.provision import parse_address
 from fedtune.deploy.reach import tls_context
 from fedtune.errors import ConfigError, FederationError, ResourceError
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.privacy.publication import publish as door
 

@@ -22,7 +22,7 @@ from fedtune.deploy.reach import check_server, expiry_warning, wait_for_server
 from fedtune.deploy.site import books_of, check_books, open_ledger
 from fedtune.deploy.thin import Apps
 from fedtune.errors import FederationError, FedtuneError, ResourceError
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 
 __all__ = ["run_node"]

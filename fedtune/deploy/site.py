@@ -12,8 +12,7 @@ from fedtune.config.convert import read_yaml
 from fedtune.deploy import certificates
 from fedtune.deploy.provision import parse_address
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
-from fedtune.federation.client.audit_log import AuditLog
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import AuditLog, Books
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 

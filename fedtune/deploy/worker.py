@@ -33,7 +33,7 @@ from fedtune.deploy import channel
 if TYPE_CHECKING:
     from flwr.app import Context, Message
 
-    from fedtune.federation.client.books import Books
+    from fedtune.federation.client.audit_log import Books
     from fedtune.federation.client.policy import SiteSettings
 
 __all__ = ["answer", "main"]
@@ -78,8 +78,8 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
 
     from fedtune.errors import FedtuneError, ResourceError
     from fedtune.federation.client.app import app
-    from fedtune.federation.client.books import Books
-    from fedtune.federation.client.release import public_reason
+    from fedtune.federation.client.audit_log import Books
+    from fedtune.federation.client.node_context import public_reason
     from fedtune.federation.flower import act_as, deserialize, serialize
 
     proto = ProtoContext()
@@ -144,12 +144,12 @@ def _lean() -> None:
 
 def _spent(context: Context) -> dict[str, Any]:
     """Releases and epsilon of this node's data until now."""
-    from fedtune.federation.client import release as node
+    from fedtune.federation.client import node_context as node
 
     try:
         shard = node.own_shard(node.node_config(context), context)
         assert shard is not None
-        ledger = node.ledger_of(shard.node, context)
+        ledger = node.node_ledger(context)
         epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.identity)
         return {
             "releases": len(ledger.releases(dataset=shard.dataset)),

@@ -26,16 +26,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fedtune.federation.client.release import public_reason
+from fedtune.federation.client.node_context import public_reason
 from fedtune.federation.flower import (
     SERVER_NODE_ID,
     Run,
     deserialize,
     empty_run,
+    error_answer,
     serialize,
     serialized_size,
     set_message_id,
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["LocalGrid", "Worker", "run"]
 
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
-_CLIENT_RAISED = 2
 
 
 class _Abandoned(BaseException):
@@ -248,21 +248,17 @@ class LocalGrid(Grid):
             if self._on_abandoned is not None:
                 self._on_abandoned()
             inside[0] = self._timeout
-            answer = self._failed(
+            answer = error_answer(
                 message, f"did not answer in {self._timeout:g} s (federation.round_timeout)"
             )
         except Exception as error:
             whose = f"partition {self._nodes[node_id]['partition-id']}"
-            answer = self._failed(message, public_reason(error, whose, context))
+            answer = error_answer(message, public_reason(error, whose, context))
         set_message_id(answer, str(uuid4()))
         self.bytes_up += serialized_size(answer)
         self.client_seconds += inside[0]
         self.overhead_seconds += time.perf_counter() - started - inside[0]
         return answer
-
-    @staticmethod
-    def _failed(message: Message, reason: str) -> Message:
-        return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:

@@ -22,13 +22,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.engines.local import Worker
 from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
-from fedtune.federation.flower import quiet
+from fedtune.federation.flower import error_answer, quiet
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -38,7 +38,6 @@ __all__ = ["ConfiguredClientApp", "run"]
 
 # What worker processes need to be told, beyond what they inherit: where ledgers are, and not to phone home.
 _PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
-_CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _worker: Worker | None = None  # this process's, if it is one of Ray's
 
 
@@ -75,7 +74,7 @@ class ConfiguredClientApp(ClientApp):
             _worker = None
             forget()
             reason = f"did not answer in {self._timeout:g} s (federation.round_timeout)"
-            return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
+            return error_answer(message, reason)
         context.state = own.state
         return answer
 

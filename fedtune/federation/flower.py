@@ -21,16 +21,19 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-from flwr.app import Message  # noqa: E402
+from flwr.app import Error, Message  # noqa: E402
 from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
 from flwr.proto.message_pb2 import Message as ProtoMessage  # noqa: E402
 from flwr.supercore.run import Run  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 __all__ = [
+    "SERVER_NODE_ID",
     "Run",
     "act_as",
     "deserialize",
+    "empty_run",
+    "error_answer",
     "quiet",
     "serialize",
     "serialized_size",
@@ -39,6 +42,12 @@ __all__ = [
 ]
 
 SERVER_NODE_ID = 1
+_CLIENT_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+def error_answer(question: Message, reason: str) -> Message:
+    """An answer that carries an error instead of content; `reason` must be fit to be published."""
+    return Message(Error(_CLIENT_RAISED, reason), reply_to=question)
 
 
 def serialize(message: Message) -> bytes:

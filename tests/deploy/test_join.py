@@ -24,7 +24,7 @@ from fedtune.deploy.enrolment import enrol, revoke
 from fedtune.deploy.provision import provision, read_token
 from fedtune.deploy.published import Board, checked, of_site, shown
 from fedtune.errors import ConfigError, FederationError, ResourceError
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import Books
 from tests.support.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.federation.server.agreement import Consent, Proposal
+from fedtune.federation.messages import Consent, Proposal
+from fedtune.federation.server.agreement import read_consent
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
@@ -23,7 +24,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def propose(site: Site, plan: PrivacyPlan) -> Consent:
     proposal = Proposal("r", 1, plan)
-    return Consent.from_answer(site.send(proposal.to_records(), "query.propose"), "clinic-1", proposal)
+    return read_consent(site.send(proposal.to_records(), "query.propose"), "clinic-1", proposal)
 
 
 def test_a_site_tells_the_delta_of_its_budget_and_the_plan_takes_it(tmp_path: Path, model: Path) -> None:

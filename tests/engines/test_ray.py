@@ -17,7 +17,7 @@ from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.ray import ConfiguredClientApp
 from fedtune.errors import CheckpointError, ConfigError, ResourceError
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.flower import task_identity
 from fedtune.federation.server.evaluation import NodesEvaluation
 from tests.support.tiny_federation import private
@@ -107,7 +107,7 @@ def test_accounting_is_the_same_in_both_engines(tiny: Callable[..., Config], tmp
     assert ray.epsilon == local.epsilon
     assert ray.releases == local.releases == {f"site-{i}": 2 for i in range(4)}
     for i in range(4):
-        assert len(ledger_of(f"site-{i}").releases(run=ray.run, node=f"site-{i}")) == 2
+        assert len(node_ledger().releases(run=ray.run, node=f"site-{i}")) == 2
     # An error of the server loop comes out of the simulation as itself.
     with pytest.raises(CheckpointError, match="already holds a run"):
         engines.run(config, tmp_path / "ray")
@@ -137,5 +137,5 @@ def test_private_evaluation_is_the_same_in_both_engines(tiny: Callable[..., Conf
     assert noised.answers == {f"site-{i}": 1 for i in range(4)}
     assert noised.epsilon == pytest.approx(noised.plan.epsilon(2, 1))
     for i in range(4):
-        (release,) = ledger_of(f"site-{i}").releases(run=noised.run, node=f"site-{i}", purpose="evaluation")
+        (release,) = node_ledger().releases(run=noised.run, node=f"site-{i}", purpose="evaluation")
         assert release.committed and release.steps is not None

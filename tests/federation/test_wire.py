@@ -104,9 +104,7 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
 
 
 def test_the_list_in_the_code_is_the_list_here() -> None:
-    from fedtune.federation.evaluation_messages import EVALUATION_KEYS
-    from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS
-    from fedtune.federation.server.agreement import CONSENT_KEYS
+    from fedtune.federation.messages import CONSENT_KEYS, EVALUATION_KEYS, HELLO_KEYS, REPLY_KEYS
 
     assert set(CONSENT_KEYS) == ALLOWED["consent"]
     assert set(EVALUATION_KEYS) == ALLOWED["evaluation"]

@@ -19,7 +19,7 @@ from fedtune.config.convert import to_json
 from fedtune.config.loader import load
 from fedtune.config.schema import Config, DataConfig, PartitionConfig, PrivacyConfig
 from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, FederationError
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.resources import RunResources, run_resources
 from fedtune.federation.server import loop as server
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
@@ -132,7 +132,7 @@ def test_19_sizes_that_nobody_declared_are_noised_and_charged_before_they_are_co
     told = SizePlan.told
 
     def watched(self: SizePlan, units: int, entropy: Any) -> int:
-        rows = ledger_of("site-0").releases(purpose="size")
+        rows = node_ledger().releases(purpose="size")
         assert len(rows) == len(counted) + 1  # this node's row is on the disk before its data is counted
         counted.append(units)
         return told(self, units, entropy)
@@ -166,7 +166,7 @@ def test_19_a_resumed_run_goes_on_with_the_size_that_it_has(parts: tuple[Path, P
     second = finish(config, tmp_path / "run")
     assert {path.name: path.read_text() for path in (tmp_path / "run" / "sizes").iterdir()} == kept
     assert second["data"]["declared_sizes"] == first["data"]["declared_sizes"]
-    assert len(ledger_of("site-0").releases(purpose="size")) == 4  # one a node, once
+    assert len(node_ledger().releases(purpose="size")) == 4  # one a node, once
 
 
 def test_19_a_run_that_begins_anew_in_a_folder_tells_its_sizes_anew(
@@ -187,7 +187,7 @@ def test_19_a_run_that_begins_anew_in_a_folder_tells_its_sizes_anew(
     config.partition = PartitionConfig(name="iid")
     config.federation.nodes = 3
     made = finish(config, tmp_path / "run")
-    rows = ledger_of("site-0").releases(purpose="size")
+    rows = node_ledger().releases(purpose="size")
     assert len(rows) == 4 + 3 and {one.run == made["run"]["id"] for one in rows[:4]} == {False}
     assert {one.run for one in rows[4:]} == {made["run"]["id"]}
     assert {path.stem for path in (tmp_path / "run" / "sizes").iterdir()} == {one.node for one in rows[4:]}
@@ -199,10 +199,10 @@ def test_19_a_run_that_begins_anew_in_a_folder_tells_its_sizes_anew(
 def test_19_a_budget_that_does_not_hold_the_run_is_not_spent_on_a_size(
     parts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    ledger_of("site-0").set_budget(PrivacyBudget(4.0, 1e-5))
+    node_ledger().set_budget(PrivacyBudget(4.0, 1e-5))
     with pytest.raises((FederationError, BudgetExhausted), match="budget"):
         finish(undeclared(parts), tmp_path / "run")
-    assert ledger_of("site-0").releases() == []
+    assert node_ledger().releases() == []
 
 
 def test_19_nothing_is_charged_for_a_run_that_cannot_be_planned(
@@ -214,7 +214,7 @@ def test_19_nothing_is_charged_for_a_run_that_cannot_be_planned(
         CalibrationError, match=r"leaves nothing of privacy.epsilon=0.05 .* data.declared_size=N"
     ):
         finish(config, tmp_path / "run")
-    assert ledger_of("site-0").releases() == []
+    assert node_ledger().releases() == []
 
 
 @pytest.mark.parametrize(("trust", "sizes"), [("none", {26}), ("central", {1})])
@@ -251,7 +251,7 @@ def test_19_a_flower_simulation_without_a_folder_asks_for_a_declared_size(parts:
     context = Context(1, 2, {"partition-id": 0}, RecordDict(), {"fedtune": to_json(config)})
     with pytest.raises(FederationError, match=r"data\.declared_size=N"):
         declare_size(config, context)
-    assert ledger_of("site-0").releases() == []
+    assert node_ledger().releases() == []
 
 
 # --- 20: a guarantee per record where a person has many ----------------------------------------------

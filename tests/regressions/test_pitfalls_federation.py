@@ -17,7 +17,7 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.events import NullObserver
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import HELLO_KEYS, REPLY_KEYS, RoundReply, RoundRequest
@@ -87,7 +87,7 @@ def test_pitfall_2_the_accountant_does_not_start_afresh_every_round(
     assert epsilons[2] is not None
     assert epsilons[0] < 0.9 * epsilons[2] <= 0.9 * 8.0
     # And the node's own books say the same, although each message came in by itself.
-    ledger = ledger_of("site-0")
+    ledger = node_ledger()
     assert len(ledger.releases(run=result.run, node="site-0")) == 3
     (shard, *_) = run_resources(config).prepared.shards
     epsilon = ledger.epsilon(dataset=shard.dataset, fingerprint=shard.identity, delta=result.plan.delta)
@@ -114,7 +114,7 @@ def test_pitfall_3_a_node_that_joins_late_or_restarts_trains_with_the_same_prote
     assert len(drawn) == 4 * config.train.local_steps
     assert len(set(drawn)) == 1
     assert drawn[0] > 0
-    assert len(ledger_of("site-0").releases(run="run")) == 4
+    assert len(node_ledger().releases(run="run")) == 4
 
 
 def test_pitfall_4_weights_are_public_and_the_same_as_the_noise_assumes(tmp_path: Path) -> None:
@@ -158,14 +158,14 @@ def test_pitfall_21_a_round_that_is_retried_is_charged_twice_or_not_answered(
     again = ask(config, round=1, state=state)  # the same message once more
     assert first.update is not None
     assert again.update is None
-    assert len(ledger_of("site-0").releases(run="run")) == 1
+    assert len(node_ledger().releases(run="run")) == 1
     retried = ask(config, round=1, attempt=2, state=state)  # the server came back from a crash
     assert retried.update is not None
-    assert len(ledger_of("site-0").releases(run="run")) == 2
+    assert len(node_ledger().releases(run="run")) == 2
     # Without any memory but the ledger, never more releases than were agreed to.
     answers = [ask(config, round=1, attempt=a).update is not None for a in (3, 4, 5, 6)]
     assert answers == [True, True, False, False]
-    assert len(ledger_of("site-0").releases(run="run")) == 4
+    assert len(node_ledger().releases(run="run")) == 4
 
 
 def test_pitfall_21_a_training_that_failed_stays_charged(
@@ -178,7 +178,7 @@ def test_pitfall_21_a_training_that_failed_stays_charged(
     reply = ask(private(), round=1)
     assert reply.update is None
     assert reply.releases == 1
-    assert len(ledger_of("site-0").releases(run="run")) == 1
+    assert len(node_ledger().releases(run="run")) == 1
 
 
 def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
@@ -195,9 +195,9 @@ def test_pitfall_22_a_resumed_run_does_not_repeat_noise(
     # So no such run is taken for a private one: the node's books count its releases as without noise.
     (shard, *_) = run_resources(config).prepared.shards
     data = {"dataset": shard.dataset, "fingerprint": shard.identity}
-    charged = [release.steps for release in ledger_of("site-0").releases()]
+    charged = [release.steps for release in node_ledger().releases()]
     assert [steps is None for steps in charged] == [False, False, True, True]
-    assert ledger_of("site-0").epsilon(**data, delta=1e-5) == math.inf
+    assert node_ledger().epsilon(**data, delta=1e-5) == math.inf
     # And the server's attempt rises with every start of a run, even of one that died before its first round.
     attempts = []
 
@@ -224,9 +224,9 @@ def test_pitfall_26_no_sizes_losses_epsilons_or_exact_times_leave_a_node(
     for word in ("example", "loss", "accuracy", "epsilon", "histogram", "labels", "batch", "drawn"):
         assert not any(word in key for key in {*REPLY_KEYS, *HELLO_KEYS})
     config = private(federation__num_rounds=6)
-    assert {ask(config, round=round).cost["seconds"] for round in range(1, 4)} == {0.0}
+    assert {ask(config, round=round).seconds for round in range(1, 4)} == {0.0}
     config = private(federation__num_rounds=6, data__public=True)
-    seconds = {ask(config, round=round).cost["seconds"] for round in range(4, 7)}
+    seconds = {ask(config, round=round).seconds for round in range(4, 7)}
     assert 0.0 not in seconds
     grid = [float(f"{1.25**k:.4g}") for k in range(-40, 20)]
     assert all(any(s == pytest.approx(g, rel=1e-3) for g in grid) for s in seconds)
@@ -281,7 +281,7 @@ def test_pitfall_33_another_partition_of_spent_data_is_refused_before_its_first_
     assert first.epsilon is not None and 7.0 < first.epsilon <= 8.0
     again = private(federation__num_rounds=2, partition__name="iid", federation__nodes=3, seed=1)
     shards = run_resources(again).prepared.shards
-    ledger = ledger_of("node-0")
+    ledger = node_ledger()
     ledger.set_budget(PrivacyBudget(8.0, first.plan.delta), dataset=shards[0].dataset)
     spent = ledger.epsilon(dataset=shards[0].dataset, fingerprint=shards[0].identity, delta=first.plan.delta)
     assert spent == pytest.approx(first.epsilon, rel=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.config.schema import PrivacyConfig
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
@@ -43,7 +43,7 @@ def test_a_whole_run_says_and_charges_what_it_did(world: dict[str, Path], tmp_pa
     for node, held in zip(privacy["per_node"], privacy["ledger"], strict=True):
         assert node["epsilon"] == pytest.approx(whole, rel=2e-3)
         assert held["epsilon"] == pytest.approx(whole, rel=2e-3)
-        releases = ledger_of(node["node"]).releases(run=made["run"]["id"], node=node["node"])
+        releases = node_ledger().releases(run=made["run"]["id"], node=node["node"])
         rounds = [release.round for release in releases]
         assert all(later - sooner >= 2 for sooner, later in itertools.pairwise(rounds))
 

@@ -20,8 +20,7 @@ from fedtune.config.schema import Config, FederationConfig, PrivacyConfig, Train
 from fedtune.engines.local import LocalGrid
 from fedtune.federation.events import FederationResult, RoundSummary
 from fedtune.federation.flower import task_identity
-from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
-from fedtune.federation.server.agreement import Consent, Proposal
+from fedtune.federation.messages import Consent, NodeHello, Proposal, RoundReply, RoundRequest
 from fedtune.federation.server.loop import run_rounds
 
 SIZE = 6
@@ -68,7 +67,7 @@ def fake_app(behave: Behaviour = honest) -> ClientApp:
             attempt=request.attempt,
             releases=request.round,
             steps=request.plan.local_steps,
-            cost={"seconds": 0.5},
+            seconds=0.5,
             update=honest_update(i, request.round),
         )
         answer = behave(i, request, reply)

@@ -25,7 +25,7 @@ from typing import Any
 
 from fedtune.config.convert import config_from_json
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.federation.client.test_client_app import Node
@@ -100,7 +100,7 @@ def main() -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the victim ended by itself"
-        ledger = PrivacyLedger(ledger_of(node.name).path, shared=True)
+        ledger = PrivacyLedger(node_ledger().path, shared=True)
         shown = {(one.run, one.round): one.committed for one in ledger.releases()}
         assert ledger.verify()[1] == []
         ledger.close()

@@ -12,7 +12,7 @@ import pytest
 
 from fedtune.config.search import Axis
 from fedtune.errors import ConfigError
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
 from fedtune.privacy.planning import make_plan
 from fedtune.sweeps.search import _refuse_blind
@@ -97,7 +97,7 @@ def test_a_sweep_says_its_price_before_its_first_run_and_a_resumed_one_what_is_l
 
     def start(*_: Any) -> Path:
         assert len(said) == 1  # the price is known before anything runs
-        assert ledger_of("node-0").releases() == []
+        assert node_ledger().releases() == []
         raise Stop
 
     def describe(error: Exception) -> str:

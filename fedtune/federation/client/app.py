@@ -1,55 +1,71 @@
 """What a node does when it is asked: Flower's ClientApp, the same in every engine.
 
-It reads its message and its Context and nothing else. The server proposes; the node disposes:
+It reads its message and its Context and nothing else. The server proposes; the node disposes. For `train`:
 
 1. read and check the request;
 2. open its own shard (Context: `partition-id`, `num-partitions`) and its own ledger;
 3. check the plan against its own configuration, and the ledger against its second witness;
-4. `reserve` the release, durably, BEFORE training touches the data; or refuse, with the numbers;
-5. train, `commit`, and send the update with public numbers.
+4. reserve the release, durably, BEFORE training touches the data; or refuse, with the numbers;
+5. train, commit, and send the update with public numbers.
 
-Before the first round the whole run is proposed, and checked against settings and budget, without any
-charge (`fedtune.federation.client.agreement`). Steps 2 to 4 are
-`fedtune.federation.client.release.reserve_release`. All of this happens for every message, from the
-beginning: there is no state of round 1 that a restart, or a node that joins late, could go on without
-(PITFALLS 3). Distributed rounds and questions about held-out data have messages of their own, in
-`fedtune.federation.secagg.client` and `fedtune.federation.client.evaluation`.
+Steps 2 to 4 are `fedtune.federation.client.release.reserve_release`. All of this happens for every message,
+from the beginning: there is no state of round 1 that a restart, or a node that joins late, could go on
+without (PITFALLS 3). `propose` asks in advance, and without any charge, whether all rounds of the run would
+be permitted. `evaluate` goes the same way as `train`: only after the charge is the held-out part of the shard
+predicted, with the adapter that the server sent, and what is right and wrong is counted and noised by the
+plan's own object (`EvaluationPlan.answer`). Distributed rounds have messages of their own, in
+`fedtune.federation.secagg.client`.
+
+An answer to one (attempt, round) is given once. One that was charged and never arrived stays charged; asked
+again, in a new attempt, it is charged again, with fresh noise.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
+import numpy as np
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.federation.client.agreement import register as register_agreement
-from fedtune.federation.client.evaluation import register as register_evaluation
-from fedtune.federation.client.release import (
-    Release,
-    declare_size,
+from fedtune.errors import LedgerError
+from fedtune.federation.client.node_context import (
     delay_answer,
-    failure_reply,
     node_config,
     node_label,
+    node_ledger,
     own_shard,
     owner_delta,
     public_reason,
+)
+from fedtune.federation.client.release import (
+    Release,
+    charged_releases,
+    check_run,
+    declare_size,
+    failure_fields,
+    failure_reply,
     reserve_release,
 )
-from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, coarse_seconds
+from fedtune.federation.flower import error_answer
+from fedtune.federation.messages import (
+    Consent,
+    EvaluationReply,
+    NodeHello,
+    Proposal,
+    RoundReply,
+    RoundRequest,
+    coarse_seconds,
+)
 from fedtune.federation.secagg.client import register as register_distributed
 from fedtune.federation.sizes import size_to_declare
 
 __all__ = ["app"]
 
-_CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-
 app = ClientApp()
-register_agreement(app)
 register_distributed(app)
-register_evaluation(app)
 
 
 @app.query("hello")
@@ -72,25 +88,55 @@ def hello(message: Message, context: Context) -> Message:
         )
         return Message(answer.to_records(), reply_to=message)
     except Exception as error:
-        reason = public_reason(error, node_label(context), context)
-        return Message(Error(_CLIENT_RAISED, reason), reply_to=message)
+        return error_answer(message, public_reason(error, node_label(context), context))
+
+
+@app.query("propose")
+def propose(message: Message, context: Context) -> Message:
+    """Answers whether this whole run may be done here. Charges nothing, trains nothing."""
+    try:
+        proposal = Proposal.from_records(message.content)
+    except Exception as error:
+        return error_answer(message, public_reason(error, "?", context))
+    refusal: str | None = None
+    try:
+        fields = {"node": check_run(proposal.plan, proposal.run, context)}
+    except Exception as error:
+        refusal = type(error).__name__
+        fields = failure_fields(context, None, 0, error)
+    node, refused = fields["node"], fields.get("refused") or fields.get("error")
+    last = _last_round(proposal.run, node, context)
+    consent = Consent(node, proposal.run, proposal.attempt, refused, refusal, last)
+    return Message(consent.to_records(), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round on this node; see the module's docstring for the steps."""
+    return _answer(message, context, _training_reply)
+
+
+@app.query("evaluate")
+def evaluate(message: Message, context: Context) -> Message:
+    """Answers with two noised counts: how often an adapter is right on held-out data, and how often wrong."""
+    return _answer(message, context, _evaluation_reply)
+
+
+def _answer(
+    message: Message, context: Context, reply: Callable[[RoundRequest, Context], RecordDict]
+) -> Message:
+    """`reply` to a request, which must not raise, after the delay that the node's owner asks for."""
     arrived = time.monotonic()
     try:
         request = RoundRequest.from_records(message.content)
     except Exception as error:
-        return Message(Error(_CLIENT_RAISED, public_reason(error, "?", context)), reply_to=message)
-    answer = _answer(request, context)
+        return error_answer(message, public_reason(error, "?", context))
+    content = reply(request, context)
     delay_answer(context, arrived)
-    return Message(answer, reply_to=message)
+    return Message(content, reply_to=message)
 
 
-def _answer(request: RoundRequest, context: Context) -> RecordDict:
-    """The reply to a request, as it leaves; never raises."""
+def _training_reply(request: RoundRequest, context: Context) -> RecordDict:
     release: Release | None = None
     try:
         release = reserve_release(request, context)
@@ -106,13 +152,13 @@ def _answer(request: RoundRequest, context: Context) -> RecordDict:
         attempt=request.attempt,
         releases=release.count,
         steps=release.training.local_steps,
-        cost={"seconds": coarse_seconds(seconds)},
+        seconds=coarse_seconds(seconds),
         update=update,
     )
     return reply.to_records(public_data=release.config.data.public)
 
 
-def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:
+def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
     """The update, float32 [P], and the seconds that it took once the model was free."""
     from fedtune.federation.resources import run_resources, training_usage
     from fedtune.training.local import train_locally
@@ -130,3 +176,51 @@ def _train(release: Release, request: RoundRequest) -> tuple[Any, float]:
         seconds = time.perf_counter() - started
     training_usage.add(seconds, result.flops)
     return result.update, seconds
+
+
+def _evaluation_reply(request: RoundRequest, context: Context) -> RecordDict:
+    release: Release | None = None
+    asked: dict[str, Any] = {"run": request.run, "round": request.round, "attempt": request.attempt}
+    try:
+        release = reserve_release(request, context, evaluation=True)
+        counts = _noised_counts(release, request)
+        release.ledger.commit(release.reservation)
+    except Exception as error:
+        # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
+        fields = failure_fields(context, release, request.round, error)
+        if release is None:
+            answers = charged_releases(fields["node"], request.run, context, "evaluation")
+        else:
+            answers = release.count
+        return EvaluationReply(**asked, **fields, answers=answers).to_records()
+    reply = EvaluationReply(**asked, node=release.shard.node, answers=release.count, counts=counts)
+    return reply.to_records()
+
+
+def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
+    """What leaves the node of its held-out data: (right, wrong), in steps of the plan."""
+    from fedtune.federation.resources import run_resources
+
+    plan = release.plan.evaluation()
+    assert plan is not None
+    resources = run_resources(release.config)
+    (held_out,) = (part for part in resources.prepared.held_out if part.node == release.shard.node)
+    with resources.using_model() as model:
+        right = np.zeros(0, dtype=np.bool_)
+        if held_out.data.num_records:
+            from fedtune.training.evaluation import predict_probabilities
+
+            model.set_vector(request.adapter)
+            predicted = predict_probabilities(model, held_out.data, release.config.train).argmax(1)
+            right = predicted == held_out.data.labels
+    entropy = plan.entropy(release.shard.node, request.round, request.attempt)
+    return plan.answer(right, held_out.data.unit_index, entropy)
+
+
+def _last_round(run: str, node: str, context: Context) -> int:
+    """The last round of a run that this node has charged; 0 if it has none, or its ledger cannot be read."""
+    try:
+        releases = node_ledger(context).releases(run=run, node=node)
+    except LedgerError:
+        return 0
+    return max((release.round for release in releases), default=0)

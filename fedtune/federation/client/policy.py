@@ -1,10 +1,12 @@
-"""What one site permits: its own file, against which everything that a server asks is checked.
+"""What a node permits: its own configuration and file, against which all that a server asks is checked.
 
 The server proposes, the node disposes. A site's settings (`node.yaml`, read by the deployment engine)
 reach the ClientApp as the node's own Context, never by a message. They replace the whole data section of a
 run's configuration, so that a server can name no other data, and `SiteSettings.check` refuses a run that
 asks for a mechanism, model, adapter, noise, clipping norm, step count, rate or number of rounds that the
 site has not permitted. Budgets are the ledger's; a fingerprint that changes within a run is refused here.
+`check_plan` is what every node checks, simulated ones too: that the plan is the one which its own
+configuration makes.
 
 Pure: no Flower, no file is opened.
 """
@@ -17,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from fedtune.config.choices import resolved
 from fedtune.config.convert import build, parse_json, to_json
 from fedtune.config.schema import (
     AdapterName,
@@ -35,7 +38,9 @@ from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.ledger.budget_file import PrivacyBudget
 from fedtune.privacy.plan import UNITS, PrivacyPlan
 
-__all__ = ["Limits", "Permit", "SiteData", "SiteSettings"]
+__all__ = ["Limits", "Permit", "SiteData", "SiteSettings", "check_plan"]
+
+_MOST_NODES = 1_000_000  # a plan is made from as many sizes: a server that names more would fill the memory
 
 
 def _classes(value: object) -> object:
@@ -295,3 +300,69 @@ class SiteSettings(Group):
             )
         if plan.trust != "central" and not plan.sample_rate <= permit.max_sample_rate:
             yield f"sample_rate={plan.sample_rate:g} is above the permitted {permit.max_sample_rate:g}"
+
+
+def check_plan(plan: PrivacyPlan, config: Config) -> None:
+    """The node's own check of what the server proposes.
+
+    The plan must be the one that the node's own configuration makes, in every field: another unit, trust
+    model, rate, clipping norm or number of steps is refused. The noise may be any, as long as it meets
+    the configured epsilon over all the rounds that the plan is for.
+
+    Raises:
+        PrivacyError: they differ; it names both values.
+    """
+    from fedtune.privacy.evaluation import evaluation_epsilon
+    from fedtune.privacy.planning import make_plan
+
+    config = resolved(config)
+    privacy, federation, nodes = config.privacy, config.federation, plan.nodes
+    if nodes > _MOST_NODES:
+        raise PrivacyError(
+            f"The server proposes a plan for {nodes:,} nodes, and this node makes none for more than "
+            f"{_MOST_NODES:,}."
+        )
+    if federation.evaluation == "private" and plan.is_private():
+        # What the configuration says, before the target that it may be a part of is taken out below.
+        federation = dataclasses.replace(federation, evaluation_epsilon=evaluation_epsilon(config))
+    # Sizes that give the plan's own union; what they are one by one the node need not know.
+    others = [1] * (nodes - 1) if plan.trust == "distributed" else [plan.declared_size] * (nodes - 1)
+    sizes = [
+        max(1, plan.declared_size - len(others)) if plan.trust == "distributed" else plan.declared_size,
+        *others,
+    ]
+    if privacy.trust != "none" and plan.is_private():
+        given = privacy.noise_multiplier
+        noise = plan.noise_multiplier if given is None else given
+        privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
+    # A default delta may be any smaller one: the smallest of the sites' budgets'.
+    limit = plan.delta if plan.is_private() else None
+    mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes, limit)
+    # An adaptive norm moves from round to round, at a price that the plan's event includes.
+    free = {"target_epsilon", "evaluation_noise", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
+    if plan.trust == "central":
+        free |= {"declared_size"}
+    for item in dataclasses.fields(plan):
+        proposed, permitted = getattr(plan, item.name), getattr(mine, item.name)
+        if item.name not in free and proposed != permitted:
+            raise PrivacyError(
+                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
+                f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
+            )
+    about = plan.evaluation()
+    if about is not None and plan.is_private():
+        cost, permitted = about.epsilon(), evaluation_epsilon(config)
+        if not cost <= permitted * (1 + 1e-6):
+            raise PrivacyError(
+                f"The server proposes evaluation_noise={plan.evaluation_noise:.4g}, with which "
+                f"{about.num_rounds} answers cost epsilon {cost:.4g}; this node's configuration permits "
+                f"{permitted:g}. Use the calibrated noise."
+            )
+    if plan.is_private() and config.privacy.epsilon is not None:
+        epsilon = plan.epsilon()
+        if not epsilon <= config.privacy.epsilon * (1 + 1e-6):
+            raise PrivacyError(
+                f"The server proposes noise_multiplier={plan.noise_multiplier:.4g}, which gives epsilon "
+                f"{epsilon:.4g} over {plan.num_rounds} rounds at delta {plan.delta:g}; this node's "
+                f"configuration permits {config.privacy.epsilon:g}. Use the calibrated noise multiplier."
+            )

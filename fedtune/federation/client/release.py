@@ -1,39 +1,35 @@
-"""A node's own decisions: what it is, what it agrees to, and what it charges before anything leaves it.
+"""What a node agrees to, and what it charges before anything leaves it.
 
 `reserve_release` is the one gate: whoever lets anything about a shard leave the node, by whatever
 protocol, calls it first. It opens the node's shard and ledger, checks the server's plan against the
 node's own configuration and the ledger against its second witness, and reserves the release, durably.
 
-The second witness: `Context.state` remembers the last (attempt, round) answered and how many releases
-that makes. The ledger may know more (a crash, a node that hung); if it knows less, it has lost or been
-robbed of something and the node refuses. A message for an (attempt, round) that was answered before is
+The second witness, `ReleaseCounter`: `Context.state` holds the last (attempt, round) answered and how many
+releases that makes. The ledger may know more (a crash, a node that hung); if it knows less, it has lost or
+been robbed of something and the node refuses. A message for an (attempt, round) that was answered before is
 refused too: one charge, one release (PITFALLS 21).
-
-What is told of a failure is the text of an error that is made of public values, and of any other only its
-kind (`fedtune.privacy.publication.told`). The node's own log has the rest. What a real site has spent and
-may spend is its own: a server hears that the budget is exhausted, and the numbers only if the site publishes
-them (`publish_budget` in its file).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import logging
-import math
-import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedtune.config.choices import resolved
-from fedtune.errors import BudgetExhausted, FederationError, FedtuneError, LedgerError, PrivacyError
-from fedtune.federation import local_record
+from fedtune.errors import FederationError, LedgerError, PrivacyError
+from fedtune.federation.client.node_context import (
+    node_config,
+    node_label,
+    node_ledger,
+    own_shard,
+    owner_delta,
+    public_reason,
+    site_settings,
+)
+from fedtune.federation.client.policy import check_plan
 from fedtune.federation.messages import RoundReply, RoundRequest
-from fedtune.federation.sizes import sized, tell_size
-from fedtune.privacy.publication import told
+from fedtune.federation.sizes import tell_size
 from fedtune.privacy.sizes import size_plan
 
 if TYPE_CHECKING:
@@ -47,183 +43,19 @@ __all__ = [
     "Permitted",
     "Release",
     "ReleaseCounter",
-    "check_plan",
+    "charged_releases",
+    "check_run",
     "declare_size",
-    "delay_answer",
+    "failure_fields",
     "failure_reply",
-    "failure_text",
-    "ledger_of",
-    "node_config",
-    "node_label",
-    "own_shard",
-    "owner_delta",
     "permitted",
-    "public_reason",
     "releases_of",
     "reserve_release",
-    "site_settings",
 ]
-
-_log = logging.getLogger("fedtune.node")
-_MOST_NODES = 1_000_000  # a plan is made from as many sizes: a server that names more would fill the memory
-
-
-def site_settings(context: Context) -> SiteSettings | None:
-    """A real site's own file, as its administrator started the node with; None in a simulation."""
-    from fedtune.federation.client.policy import SiteSettings
-
-    text = context.node_config.get("site")
-    return SiteSettings.from_json(str(text)) if text is not None else None
-
-
-def node_config(context: Context) -> Config:
-    """The configuration that the run was started with; a real site's own data in it.
-
-    Raises: ConfigError; PrivacyError if the site does not permit the run's data, model or adapter.
-    """
-    from fedtune.federation.resources import config_of
-
-    asked = config_of(str(context.run_config.get("fedtune", "")))
-    site = site_settings(context)
-    if site is None:
-        return asked
-    site.admit(asked)
-    return site.own(asked)
-
-
-def own_shard(config: Config, context: Context) -> Shard | None:
-    """This node's shard, with the size that it tells; None if the federation has fewer shards than nodes and
-    this one is spare.
-
-    Raises: DataError, ModelError, ResourceError; FederationError if Flower gave the node no place.
-    """
-    from fedtune.federation.resources import run_resources
-
-    if config.engine.name == "deployment":
-        return run_resources(config).prepared.shards[0]
-    position = context.node_config.get("partition-id")
-    if type(position) is not int or position < 0:
-        raise FederationError(
-            f"Flower gave this node the partition-id {position!r}. Start it with --node-config "
-            "'partition-id=N num-partitions=M', N from 0 to M-1."
-        )
-    shards = run_resources(config).prepared.shards
-    return sized(config, context, shards[position]) if position < len(shards) else None
-
-
-def declare_size(config: Config, context: Context) -> None:
-    """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
-
-    What the whole run will release is known before, for no part of it follows from a size that is told so.
-    Raises: BudgetExhausted if the owner's budget does not allow all of that, and then nothing is charged;
-    PrivacyError, LedgerError, and as `own_shard` does.
-    """
-    from fedtune.federation.resources import run_resources
-    from fedtune.privacy.planning import make_plan
-
-    position = context.node_config.get("partition-id")
-    if size_plan(config) is None or type(position) is not int:
-        return
-    data = run_resources(config).prepared
-    if not 0 <= position < len(data.shards):
-        return
-    shard = data.shards[position]
-    limit = owner_delta(shard, config, context) or None
-    plan = make_plan(config, [1] * len(data.shards), limit)
-    tell_size(config, context, data, position, ledger_of(shard.node, context), releases_of(plan))
-
-
-def ledger_of(node: str, context: Context | None = None) -> PrivacyLedger:
-    """The ledger that `node` charges, a file that outlives process and run.
-
-    A real node's is its own; all nodes of simulations share one. Raises: LedgerError, ResourceError.
-    """
-    from fedtune.config.paths import state_dir
-    from fedtune.privacy.ledger.ledger import PrivacyLedger
-    from fedtune.privacy.ledger.simulation import simulation_ledger
-
-    site = None if context is None else site_settings(context)
-    if site is not None:
-        return PrivacyLedger.open(Path(site.ledger), require_budget=True)
-    return simulation_ledger(state_dir() / "ledgers")
-
-
-def owner_delta(shard: Shard, config: Config, context: Context) -> float:
-    """Delta of the budget that the owner of `shard` has set, which is public; 0.0 where none bounds it."""
-    site = site_settings(context)
-    if config.data.public:
-        return 0.0
-    if site is not None:
-        return site.budget_delta
-    budget = ledger_of(shard.node, context).budget(dataset=shard.dataset)
-    return 0.0 if budget is None else budget.delta
-
-
-def check_plan(plan: PrivacyPlan, config: Config) -> None:
-    """The node's own check of what the server proposes. Raises PrivacyError, with both values.
-
-    The plan must be the one that the node's own configuration makes, in every field: another unit, trust
-    model, rate, clipping norm or number of steps is refused. The noise may be any, as long as it meets
-    the configured epsilon over all the rounds that the plan is for.
-    """
-    from fedtune.privacy.evaluation import evaluation_epsilon
-    from fedtune.privacy.planning import make_plan
-
-    config = resolved(config)
-    privacy, federation, nodes = config.privacy, config.federation, plan.nodes
-    if nodes > _MOST_NODES:
-        raise PrivacyError(
-            f"The server proposes a plan for {nodes:,} nodes, and this node makes none for more than "
-            f"{_MOST_NODES:,}."
-        )
-    if federation.evaluation == "private" and plan.is_private():
-        # What the configuration says, before the target that it may be a part of is taken out below.
-        federation = dataclasses.replace(federation, evaluation_epsilon=evaluation_epsilon(config))
-    # Sizes that give the plan's own union; what they are one by one the node need not know.
-    others = [1] * (nodes - 1) if plan.trust == "distributed" else [plan.declared_size] * (nodes - 1)
-    sizes = [
-        max(1, plan.declared_size - len(others)) if plan.trust == "distributed" else plan.declared_size,
-        *others,
-    ]
-    if privacy.trust != "none" and plan.is_private():
-        given = privacy.noise_multiplier
-        noise = plan.noise_multiplier if given is None else given
-        privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
-    # A default delta may be any smaller one: the smallest of the sites' budgets'.
-    limit = plan.delta if plan.is_private() else None
-    mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes, limit)
-    # An adaptive norm moves from round to round, at a price that the plan's event includes.
-    free = {"target_epsilon", "evaluation_noise", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
-    if plan.trust == "central":
-        free |= {"declared_size"}
-    for item in dataclasses.fields(plan):
-        proposed, permitted = getattr(plan, item.name), getattr(mine, item.name)
-        if item.name not in free and proposed != permitted:
-            raise PrivacyError(
-                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
-                f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
-            )
-    about = plan.evaluation()
-    if about is not None and plan.is_private():
-        cost, permitted = about.epsilon(), evaluation_epsilon(config)
-        if not cost <= permitted * (1 + 1e-6):
-            raise PrivacyError(
-                f"The server proposes evaluation_noise={plan.evaluation_noise:.4g}, with which "
-                f"{about.num_rounds} answers cost epsilon {cost:.4g}; this node's configuration permits "
-                f"{permitted:g}. Use the calibrated noise."
-            )
-    if plan.is_private() and config.privacy.epsilon is not None:
-        epsilon = plan.epsilon()
-        if not epsilon <= config.privacy.epsilon * (1 + 1e-6):
-            raise PrivacyError(
-                f"The server proposes noise_multiplier={plan.noise_multiplier:.4g}, which gives epsilon "
-                f"{epsilon:.4g} over {plan.num_rounds} rounds at delta {plan.delta:g}; this node's "
-                f"configuration permits {config.privacy.epsilon:g}. Use the calibrated noise multiplier."
-            )
 
 
 class ReleaseCounter:
-    """The second witness: what `Context.state` remembers of this run's releases. Never leaves the node."""
+    """The second witness: this run's releases, counted in `Context.state`, which never leaves the node."""
 
     NAME = "fedtune.releases"
 
@@ -268,37 +100,6 @@ class ReleaseCounter:
                 "max_grad_norm": float(plan.max_grad_norm),
             }
         )
-
-
-def public_reason(error: Exception, node: str, context: Context | None = None, round: int = 0) -> str:
-    """What may be told of an error that happened at `node`; the whole goes to the node's own log.
-
-    In a simulation that is the run folder's too, where the person at the keyboard reads it
-    (`fedtune.federation.local_record`).
-    """
-    whole = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    expected = isinstance(error, FedtuneError)
-    _log.log(
-        logging.INFO if expected else logging.ERROR,
-        "Node %r gives no answer in round %d: %s",
-        node,
-        round,
-        whole,
-        exc_info=None if expected else error,
-    )
-    permitted, run_dir = False, None
-    if context is not None:
-        with contextlib.suppress(Exception):  # settings that cannot be read permit nothing
-            site = site_settings(context)
-            config = node_config(context)
-            if site is None:
-                permitted, run_dir = config.data.public, config.resume or config.output
-            else:
-                permitted = site.publish_budget and isinstance(error, BudgetExhausted)
-    said = told(error, node, permitted=permitted)
-    if run_dir is not None and said != whole:
-        local_record.log_reason(Path(run_dir), node, round, said, whole)
-    return said
 
 
 @dataclass(frozen=True)
@@ -347,7 +148,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
             f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
             f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
         )
-    ledger = ledger_of(shard.node, context)
+    ledger = node_ledger(context)
     site = site_settings(context)
     if site is not None:
         asked = config_of(str(context.run_config.get("fedtune", "")))
@@ -370,6 +171,31 @@ def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[Rel
         except PrivacyError:
             answers = None
     return [plan, *(one for one in (answers, plan.sizing()) if one is not None)]
+
+
+def check_run(plan: PrivacyPlan, run: str, context: Context) -> str:
+    """Whether this node can go through with a whole run: by its settings, its owner's file and its ledger.
+
+    Charges nothing. A real site also refuses a plan whose delta is above that of its owner's budget, since
+    epsilon at a larger delta is not what its owner allowed.
+
+    Returns:
+        This node's name.
+
+    Raises:
+        PrivacyError: (of some kind) it cannot.
+        FederationError: the node has no part in the run.
+    """
+    own = permitted(plan, run, context)
+    own.ledger.check_run(
+        dataset=own.shard.dataset,
+        fingerprint=own.shard.identity,
+        node=own.shard.node,
+        run=run,
+        plans=releases_of(own.plan, site_settings(context)),
+        public=own.config.data.public,
+    )
+    return own.shard.node
 
 
 def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
@@ -411,28 +237,58 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     return Release(config, shard, plan, training, ledger, reservation, count)
 
 
-def failure_text(round: int, context: Context, release: Release | None, error: Exception) -> tuple[str, str]:
-    """(this node's name, what may be told of `error`), as `public_reason` says."""
+def declare_size(config: Config, context: Context) -> None:
+    """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
+
+    What the whole run will release is known before, for no part of it follows from a size that is told so.
+    Raises: BudgetExhausted if the owner's budget does not allow all of that, and then nothing is charged;
+    PrivacyError, LedgerError, and as `own_shard` does.
+    """
+    from fedtune.federation.resources import run_resources
+    from fedtune.privacy.planning import make_plan
+
+    position = context.node_config.get("partition-id")
+    if size_plan(config) is None or type(position) is not int:
+        return
+    data = run_resources(config).prepared
+    if not 0 <= position < len(data.shards):
+        return
+    shard = data.shards[position]
+    limit = owner_delta(shard, config, context) or None
+    plan = make_plan(config, [1] * len(data.shards), limit)
+    tell_size(config, context, data, position, node_ledger(context), releases_of(plan))
+
+
+def failure_fields(context: Context, release: Release | None, round: int, error: Exception) -> dict[str, Any]:
+    """What an answer says of `error`: `refused` and `refusal` if it is the node's decision, else `error`; and
+    `node`."""
     node = release.shard.node if release else _name(context)
-    return node, public_reason(error, node, context, round)
+    reason = public_reason(error, node, context, round)
+    if isinstance(error, PrivacyError):
+        return {"node": node, "refused": reason, "refusal": type(error).__name__}
+    return {"node": node, "error": reason}
 
 
 def failure_reply(
     request: RoundRequest, context: Context, release: Release | None, error: Exception
 ) -> RoundReply:
     """What a node answers instead of an update: a refusal if it is the node's decision, else a failure."""
-    node, reason = failure_text(request.round, context, release, error)
-    decided = isinstance(error, PrivacyError)
+    fields = failure_fields(context, release, request.round, error)
     return RoundReply(
-        node=node,
         run=request.run,
         round=request.round,
         attempt=request.attempt,
-        releases=release.count if release else _charged(node, request.run, context),
-        refused=reason if decided else None,
-        refusal=type(error).__name__ if decided else None,
-        error=None if decided else reason,
+        releases=release.count if release else charged_releases(fields["node"], request.run, context),
+        **fields,
     )
+
+
+def charged_releases(node: str, run: str, context: Context, purpose: str = "training") -> int:
+    """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
+    try:
+        return len(node_ledger(context).releases(run=run, node=node, purpose=purpose))
+    except Exception:
+        return 0
 
 
 def _name(context: Context) -> str:
@@ -442,24 +298,3 @@ def _name(context: Context) -> str:
     except Exception:
         shard = None
     return shard.node if shard else node_label(context)
-
-
-def node_label(context: Context) -> str:
-    """What to call a node whose data cannot be read: its site, or its place in a simulation."""
-    site = site_settings(context)
-    return site.site if site is not None else f"partition {context.node_config.get('partition-id')}"
-
-
-def _charged(node: str, run: str, context: Context) -> int:
-    """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
-    try:
-        return len(ledger_of(node, context).releases(run=run, node=node, purpose="training"))
-    except Exception:
-        return 0
-
-
-def delay_answer(context: Context, arrived: float) -> None:
-    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
-    hold = context.node_config.get("answer-after")
-    if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):
-        time.sleep(max(0.0, hold - (time.monotonic() - arrived)))

@@ -24,10 +24,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedtune.errors import FederationError
-from fedtune.federation.client import release as node_side
+from fedtune.federation.client.node_context import (
+    delay_answer,
+    node_config,
+    node_label,
+    own_shard,
+    public_reason,
+)
+from fedtune.federation.client.policy import check_plan
+from fedtune.federation.client.release import Release, failure_reply, reserve_release
+from fedtune.federation.flower import error_answer
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.secagg import messages as wire
 from fedtune.federation.secagg.messages import Place
@@ -38,15 +47,12 @@ from fedtune.privacy.plan import PrivacyPlan
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from fedtune.federation.client.release import Release
+__all__ = ["MaskerStore", "clipped_gradient_sum", "register"]
 
-__all__ = ["Memory", "clipped_gradient_sum", "register"]
-
-_CLIENT_RAISED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _WHAT = "The server's request"
 
 
-class Memory:
+class MaskerStore:
     """This node's Masker between two requests, in `Context.state`."""
 
     NAME = "fedtune.secagg"
@@ -67,7 +73,7 @@ class Memory:
                 "which starts a new attempt."
             )
         self._values = {"run": place.run, "attempt": place.attempt, "round": place.round}
-        self.keep(masker)
+        self.save(masker)
 
     def masker(self, place: Place) -> Masker:
         """The Masker of this attempt. Raises FederationError if another, or none, was begun."""
@@ -80,7 +86,7 @@ class Memory:
             )
         return Masker.from_json(json.loads(str(values["masker"])))
 
-    def keep(self, masker: Masker) -> None:
+    def save(self, masker: Masker) -> None:
         """Writes the Masker back, in place of what it was before."""
         self._values["masker"] = json.dumps(masker.to_json())
         self._state[self.NAME] = ConfigRecord(dict(self._values))
@@ -120,39 +126,39 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
 
 def _advertise(message: Message, context: Context) -> RecordDict:
     place, values = wire.take(message.content, wire.ASKS["advertise"], "advertise", _WHAT)
-    config = node_side.node_config(context)
-    shard = node_side.own_shard(config, context)
+    config = node_config(context)
+    shard = own_shard(config, context)
     if shard is None:
         raise FederationError("This node holds no shard of this federation.")
     plan = PrivacyPlan.from_json(json.loads(values["plan"]))
-    node_side.check_plan(plan, config)
+    check_plan(plan, config)
     DiscreteMechanism.for_plan(plan, values["size"])  # refuses what does not fit before any key is made
     masker = Masker(wire.session_for(place, plan, values["names"], values["size"]), shard.node)
-    Memory(context.state).begin(place, shard.node, masker)
+    MaskerStore(context.state).begin(place, shard.node, masker)
     keys = masker.advertise()
-    Memory(context.state).keep(masker)
+    MaskerStore(context.state).save(masker)
     return wire.answer_records(place, sealing=keys.sealing, masking=keys.masking)
 
 
 def _share(message: Message, context: Context) -> RecordDict:
     place, values = wire.take(message.content, wire.ASKS["share"], "share", _WHAT)
-    memory = Memory(context.state)
-    masker = memory.masker(place)
+    store = MaskerStore(context.state)
+    masker = store.masker(place)
     try:
         dealt = masker.share(wire.read_roster(values))
     finally:
-        memory.keep(masker)  # also after an error: what was begun is not begun again
+        store.save(masker)  # also after an error: what was begun is not begun again
     return wire.share_answer(place, dealt)
 
 
 def _unmask(message: Message, context: Context) -> RecordDict:
     place, values = wire.take(message.content, wire.ASKS["unmask"], "unmask", _WHAT)
-    memory = Memory(context.state)
-    masker = memory.masker(place)
+    store = MaskerStore(context.state)
+    masker = store.masker(place)
     try:
         shares = masker.unmask(values["names"])
     finally:
-        memory.keep(masker)
+        store.save(masker)
     return wire.answer_records(place, names=list(shares), shares=list(shares.values()))
 
 
@@ -160,9 +166,9 @@ def _mask(message: Message, context: Context) -> RecordDict:
     plain, more = wire.split_mask_ask(message.content)
     place, values = wire.take(more, wire.ASKS["mask"], "mask", _WHAT)
     request = RoundRequest.from_records(plain)
-    memory, release = Memory(context.state), None
+    store, release = MaskerStore(context.state), None
     try:
-        masker = memory.masker(place)
+        masker = store.masker(place)
         session = masker.session
         if session != wire.session_for(place, request.plan, session.nodes, request.adapter.size) or (
             (request.run, request.round, request.attempt) != (place.run, place.round, place.attempt)
@@ -171,14 +177,14 @@ def _mask(message: Message, context: Context) -> RecordDict:
         received = wire.read_received(values)
         try:
             masker.check_received(received)
-            release = node_side.reserve_release(request, context)
+            release = reserve_release(request, context)
             noised, seconds = clipped_gradient_sum(release, request)
             masked = masker.mask(noised, received)
         finally:
-            memory.keep(masker)
+            store.save(masker)
         release.ledger.commit(release.reservation)
     except Exception as error:
-        return node_side.failure_reply(request, context, release, error).to_records()
+        return failure_reply(request, context, release, error).to_records()
     reply = RoundReply(
         node=release.shard.node,
         run=request.run,
@@ -186,24 +192,23 @@ def _mask(message: Message, context: Context) -> RecordDict:
         attempt=request.attempt,
         releases=release.count,
         steps=release.plan.local_steps,
-        cost={"seconds": coarse_seconds(seconds)},
+        seconds=coarse_seconds(seconds),
     )
     return wire.mask_answer(place, reply, masked, public_data=release.config.data.public)
 
 
 def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
-    """Answers with what `work` gives, or with an error that may be shown; what state it left is kept."""
+    """Answers with what `work` gives, or with an error that may be published; the state it left is stored."""
 
     def answer(message: Message, context: Context) -> Message:
         arrived = time.monotonic()
         try:
-            content: Any = work(message, context)
+            reply = Message(work(message, context), reply_to=message)
         except Exception as error:
-            reason = node_side.public_reason(error, node_side.node_label(context), context)
-            content = Error(_CLIENT_RAISED, reason)
+            reply = error_answer(message, public_reason(error, node_label(context), context))
         if work is _mask:
-            node_side.delay_answer(context, arrived)
-        return Message(content, reply_to=message)
+            delay_answer(context, arrived)
+        return reply
 
     return answer
 

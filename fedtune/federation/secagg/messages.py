@@ -254,7 +254,6 @@ def read_mask_answer(
             raise FederationError(f"{what} has a vector {vector.dtype}{list(vector.shape)}.")
     except (FederationError, ValueError, TypeError, EOFError) as error:
         raise UpdateRejected(str(error)) from error
-    cost = {"seconds": max(0.0, float(values["seconds"]))}
     reply = RoundReply(
         node,
         place.run,
@@ -262,7 +261,7 @@ def read_mask_answer(
         place.attempt,
         releases=values["releases"],
         steps=values["steps"],
-        cost=cost,
+        seconds=max(0.0, float(values["seconds"])),
     )
     return reply, vector
 

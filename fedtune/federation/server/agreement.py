@@ -18,106 +18,33 @@ each.
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config.schema import Config
-from fedtune.errors import FederationError, PrivacyError, UpdateRejected
+from fedtune.errors import FederationError, PrivacyError
 from fedtune.federation.events import Dropped, NodeInfo, Observer
-from fedtune.federation.messages import VERSION, only_records, publishable_record, read_config, read_plan
+from fedtune.federation.messages import Consent, Proposal
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 
-__all__ = ["PROPOSE", "Consent", "Proposal", "agree", "check_enough", "propose"]
+__all__ = ["PROPOSE", "agree", "check_enough", "propose", "read_consent"]
 
 PROPOSE = "query.propose"
-PROPOSAL_KEYS: Mapping[str, type] = {"version": int, "run": str, "attempt": int, "plan": str}
-CONSENT_KEYS: Mapping[str, type] = {
-    "version": int, "node": str, "run": str, "attempt": int, "refused": str, "refusal": str,
-    "last_round": int,
-}  # fmt: skip
-_MAX_TEXT = 2000
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """What a server means to do with a run, from its first round to its last."""
-
-    run: str
-    attempt: int
-    plan: PrivacyPlan
-
-    def to_records(self) -> RecordDict:
-        """Inverse of `from_records`."""
-        values: dict[str, Any] = {
-            "version": VERSION,
-            "run": self.run,
-            "attempt": self.attempt,
-            "plan": json.dumps(self.plan.to_json(), sort_keys=True),
-        }
-        return RecordDict({"proposal": publishable_record("proposal", values)})
-
-    @classmethod
-    def from_records(cls, content: RecordDict) -> Proposal:
-        """Raises FederationError (or what `PrivacyPlan.from_json` raises) if it is no usable proposal."""
-        what = "The server's proposal"
-        only_records(content, {"proposal"}, what)
-        values = read_config(content, "proposal", PROPOSAL_KEYS, what)
-        plan = read_plan(values["plan"], what)
-        return cls(values["run"], values["attempt"], plan)
-
-
-@dataclass(frozen=True)
-class Consent:
-    """A node's answer to a proposal: it agrees, or `refused` says why not (`refusal`: by which exception).
-
-    `last_round`: the last round of this run that the node was asked for and charged, as its ledger has it; 0:
-    none. A server whose books know less was wound back.
-    """
-
-    node: str
-    run: str
-    attempt: int
-    refused: str | None = None
-    refusal: str | None = None
-    last_round: int = 0
-
-    def to_records(self) -> RecordDict:
-        """Inverse of `from_records`; sends nothing that is not in `CONSENT_KEYS`."""
-        values: dict[str, Any] = {
-            "version": VERSION,
-            "node": self.node,
-            "run": self.run,
-            "attempt": self.attempt,
-            "refused": (self.refused or "")[:_MAX_TEXT],
-            "refusal": self.refusal or "",
-            "last_round": self.last_round,
-        }
-        return RecordDict({"consent": publishable_record("consent", values)})
-
-    @classmethod
-    def from_answer(cls, answer: Message, node: str, proposal: Proposal) -> Consent:
-        """A node's answer, whatever it is: what is no consent is a refusal."""
-        what = f"The answer of node {node!r} to the proposed run"
-        try:
-            if answer.has_error():
-                raise FederationError(reason_of(answer))
-            only_records(answer.content, {"consent"}, what)
-            values = read_config(answer.content, "consent", CONSENT_KEYS, what)
-            for key, expected in (("node", node), ("run", proposal.run), ("attempt", proposal.attempt)):
-                if values[key] != expected:
-                    raise UpdateRejected(f"{what} is for {key} {values[key]!r}, and {expected!r} was asked.")
-        except FederationError as error:
-            return cls(node, proposal.run, proposal.attempt, str(error), type(error).__name__)
-        refused, refusal = (values[key] or None for key in ("refused", "refusal"))
-        return cls(node, proposal.run, proposal.attempt, refused, refusal, values["last_round"])
+def read_consent(answer: Message, node: str, proposal: Proposal) -> Consent:
+    """A node's answer, whatever it is: what is no consent is a refusal."""
+    try:
+        if answer.has_error():
+            raise FederationError(reason_of(answer))
+        return Consent.from_records(answer.content, node=node, run=proposal.run, attempt=proposal.attempt)
+    except FederationError as error:
+        return Consent(node, proposal.run, proposal.attempt, str(error), type(error).__name__)
 
 
 def propose(
@@ -139,7 +66,7 @@ def propose(
     messages = make_messages(proposal.to_records(), PROPOSE, nodes, 0, ttl=ttl)
     for node_id, answer in exchange(grid, messages, timeout, stop, deadline=deadline):
         name = waiting[node_id].name
-        found[name] = Consent.from_answer(answer, name, proposal)
+        found[name] = read_consent(answer, name, proposal)
     return [found[node.name] for node in nodes]
 
 

@@ -19,10 +19,9 @@ from flwr.serverapp import Grid
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import PrivacyError, UpdateRejected
-from fedtune.federation.evaluation_messages import EvaluationReply
 from fedtune.federation.events import NodeInfo, Observer, RoundSummary
 from fedtune.federation.flower import serialized_size
-from fedtune.federation.messages import RoundRequest
+from fedtune.federation.messages import EvaluationReply, RoundRequest
 from fedtune.federation.server.rounds import RoundAsk, exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.evaluation import estimate, evaluation_rounds
 from fedtune.privacy.plan import PrivacyPlan

@@ -39,8 +39,9 @@ from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Observer, SafeObserver
+from fedtune.federation.messages import Proposal
 from fedtune.federation.server import checkpoint as checkpoints
-from fedtune.federation.server.agreement import Proposal, agree, check_enough, propose
+from fedtune.federation.server.agreement import agree, check_enough, propose
 from fedtune.federation.server.cohort import discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.federation.server.evaluation import evaluator_for

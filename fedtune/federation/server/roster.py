@@ -21,8 +21,8 @@ from flwr.app import Message, RecordDict
 
 from fedtune.errors import FederationError
 from fedtune.federation.events import Dropped, NodeInfo, Observer
-from fedtune.federation.messages import NodeHello
-from fedtune.federation.server.agreement import PROPOSE, Consent, Proposal
+from fedtune.federation.messages import NodeHello, Proposal
+from fedtune.federation.server.agreement import PROPOSE, read_consent
 from fedtune.federation.server.cohort import pause
 from fedtune.federation.server.rounds import make_messages, reason_of, time_to_live
 from fedtune.federation.server.tracking_grid import TrackingGrid
@@ -170,7 +170,7 @@ class Roster:
         info = self._asked.pop(node_id, None)
         if info is None or self._proposal is None:
             return
-        consent = Consent.from_answer(answer, info.name, self._proposal)
+        consent = read_consent(answer, info.name, self._proposal)
         self.last_rounds[info.name] = consent.last_round
         if consent.refused is not None:
             self._drop(node_id, info.name, round, consent.refused)

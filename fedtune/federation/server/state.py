@@ -208,7 +208,7 @@ class RunState:
             bytes_down=outcome.bytes_down,
             dropped=list(outcome.dropped),
             updates=len(outcome.used),
-            train_seconds=sum(reply.cost.get("seconds", 0.0) for reply in outcome.replies),
+            train_seconds=sum(reply.seconds for reply in outcome.replies),
             void=outcome.aggregate is None,
         )
 

@@ -5,7 +5,7 @@ A hash chain shows what was changed within it, and not that its end was cut off,
 written anew. Of two books that name one another's heads, each shows it of the other: a ledger that was rolled
 back lacks a row that the audit log knows, and an audit log that was cut, rotated or removed lacks a line that
 the ledger knows. What neither shows is that both were rolled back together: for that a head is kept elsewhere
-(`fedtune.federation.client.books`).
+(`fedtune.federation.client.audit_log`).
 
 A head is a number and a hash. It holds no text, and says how many rows or lines there are, which count
 releases and questions: whoever sends the questions knows that too.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.errors import ConfigError, LedgerError
-from fedtune.federation.client.books import Books
+from fedtune.federation.client.audit_log import Books
 from fedtune.privacy.ledger.ledger import PrivacyBudget, PrivacyLedger
 from tests.support.plans import local_plan
 

@@ -16,7 +16,8 @@ from fedtune.config.schema import Config
 from fedtune.errors import LedgerError, PreflightError, PrivacyError
 from fedtune.federation.client import release as node_module
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import check_plan, ledger_of
+from fedtune.federation.client.node_context import node_ledger
+from fedtune.federation.client.policy import check_plan
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.resources import run_resources
@@ -56,7 +57,7 @@ class Node:
         return RoundReply.from_records(answer.content, node=self.name, run=run, round=round, attempt=attempt)
 
     def charged(self) -> int:
-        return len(ledger_of(self.name).releases(node=self.name))
+        return len(node_ledger().releases(node=self.name))
 
 
 def test_a_node_answers_with_an_update_and_has_charged_it(tiny: Make) -> None:
@@ -159,7 +160,7 @@ def test_a_budget_refuses_and_the_numbers_stay_with_its_owner(
 
     node = Node(private(tiny(), epsilon=8.0))
     shard = run_resources(node.config).prepared.shards[0]
-    ledger_of(node.name).set_budget(PrivacyBudget(epsilon=1.0, delta=node.plan.delta), dataset=shard.dataset)
+    node_ledger().set_budget(PrivacyBudget(epsilon=1.0, delta=node.plan.delta), dataset=shard.dataset)
     reply = node.ask()
     assert reply.update is None
     assert reply.refusal == "BudgetExhausted"
@@ -267,7 +268,7 @@ def test_a_ledger_error_is_a_refusal(tiny: Make, monkeypatch: pytest.MonkeyPatch
     def broken(*args: object) -> None:
         raise LedgerError("the ledger is read-only")
 
-    monkeypatch.setattr(node_module, "ledger_of", broken)
+    monkeypatch.setattr(node_module, "node_ledger", broken)
     reply = Node(tiny()).ask()
     assert (reply.update, reply.refusal, reply.releases) == (None, "LedgerError", 0)
 

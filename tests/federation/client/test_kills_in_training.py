@@ -13,7 +13,7 @@ import pytest
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import Term
 from tests.support.ledgers import charged
 
@@ -48,7 +48,7 @@ def test_kills_in_real_trainings_leave_nothing_uncharged(
     # Nearly all of those: a few were killed when the release was committed and its answer not yet written.
     assert found["unfinished"] >= 15
     # What is composed is all of it, unfinished releases too, and the books go on.
-    ledger = ledger_of("site-0")
+    ledger = node_ledger()
     releases = ledger.releases()
     assert len(releases) == found["shown"]
     (first, *_) = releases

@@ -27,7 +27,8 @@ from fedtune.errors import (
     UpdateRejected,
 )
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import Release, ledger_of
+from fedtune.federation.client.node_context import node_ledger
+from fedtune.federation.client.release import Release
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.flower import serialized_size, task_identity
 from fedtune.federation.messages import RoundReply, RoundRequest
@@ -107,7 +108,7 @@ class Bench:
             return self.grid.pull_messages(list(self.grid._pending))[0]
 
     def charged(self) -> dict[str, int]:
-        return {node.name: len(ledger_of(node.name).releases(run="r", node=node.name)) for node in self.nodes}
+        return {node.name: len(node_ledger().releases(run="r", node=node.name)) for node in self.nodes}
 
 
 @pytest.fixture
@@ -243,7 +244,7 @@ def test_the_release_is_charged_before_data_is_touched(tiny: Make, monkeypatch: 
     charged: list[int] = []
 
     def touch(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
-        charged.append(len(ledger_of(release.shard.node).releases(run="r", node=release.shard.node)))
+        charged.append(len(node_ledger().releases(run="r", node=release.shard.node)))
         raise RuntimeError("killed while it read private text")
 
     monkeypatch.setattr(distributed_node, "clipped_gradient_sum", touch)
@@ -280,7 +281,7 @@ def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors
     bench = Bench(distributed(tiny()), SIZE)
     # All simulated nodes share one ledger: of them only site-1 has records that were used before.
     spent = run_resources(bench.config).prepared.shards[1]
-    ledger = ledger_of("site-1")
+    ledger = node_ledger()
     ledger.reserve(
         dataset=spent.dataset, fingerprint=spent.identity, node="site-1", run="earlier", round=1,
         plan=dataclasses.replace(bench.plan, num_rounds=1, noise_multiplier=0.05),
@@ -513,7 +514,7 @@ def test_a_node_sends_at_most_twice_the_bytes_of_a_plain_update(nodes: int) -> N
     for name in names[1:]:
         maskers[name].check_received(server.shared(dealt)[name])
     shares = maskers["node-0"].unmask(names)
-    reply = RoundReply("node-0", session.run, 1, 1, releases=1, steps=1, cost={"seconds": 1.0})
+    reply = RoundReply("node-0", session.run, 1, 1, releases=1, steps=1, seconds=1.0)
     first = roster["node-0"]
 
     def place(phase: str) -> Place:

@@ -15,11 +15,12 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.events import FederationResult
 from fedtune.federation.flower import task_identity
+from fedtune.federation.messages import Proposal
 from fedtune.federation.resources import run_resources
-from fedtune.federation.server.agreement import Consent, Proposal
+from fedtune.federation.server.agreement import read_consent
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.planning import make_plan
@@ -48,12 +49,11 @@ def shards(config: Config) -> list[Any]:
 
 
 def allow(config: Config, epsilon: float, delta: float = 1e-5) -> None:
-    for shard in shards(config):
-        ledger_of(shard.node).set_budget(PrivacyBudget(epsilon, delta))
+    node_ledger().set_budget(PrivacyBudget(epsilon, delta))
 
 
 def charged(config: Config) -> list[int]:
-    return [len(ledger_of(shard.node).releases(node=shard.node)) for shard in shards(config)]
+    return [len(node_ledger().releases(node=shard.node)) for shard in shards(config)]
 
 
 def spend(config: Config, position: int, rounds: int) -> None:
@@ -61,7 +61,7 @@ def spend(config: Config, position: int, rounds: int) -> None:
     shard = shards(config)[position]
     plan = make_plan(config, [one.declared_size for one in shards(config)]).for_shard(shard.declared_size)
     for number in range(rounds):
-        ledger_of(shard.node).reserve(
+        node_ledger().reserve(
             dataset=shard.dataset, fingerprint=shard.identity, node=shard.node, run="before",
             round=number + 1, plan=plan,
         )  # fmt: skip
@@ -89,7 +89,7 @@ def test_a_run_that_fits_exactly_runs_to_its_end_within_the_budget(config: Confi
     assert result.plan.delta == 1e-5, "the smallest of the owners', not 1/(2n)"
     assert charged(config) == [3, 3, 3, 3] and not result.dropped
     for shard in shards(config):
-        spent = ledger_of(shard.node).epsilon(dataset=shard.dataset, fingerprint=shard.identity, delta=1e-5)
+        spent = node_ledger().epsilon(dataset=shard.dataset, fingerprint=shard.identity, delta=1e-5)
         assert 3.0 < spent <= 4.0
 
 
@@ -197,8 +197,8 @@ def test_a_proposal_that_is_none_is_answered_with_an_error(config: Config) -> No
             assert app(Message(content, 10, "query.propose"), context).has_error()
         answer = app(Message(good, 10, "query.propose"), context)
         name = shards(config)[0].node
-        assert Consent.from_answer(answer, name, Proposal("r", 1, plan)).refused is None
+        assert read_consent(answer, name, Proposal("r", 1, plan)).refused is None
         weak = Proposal("r", 1, dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier / 2))
         answer = app(Message(weak.to_records(), 10, "query.propose"), context)
-        refused = Consent.from_answer(answer, name, weak)
+        refused = read_consent(answer, name, weak)
     assert refused.refusal == "PrivacyError" and "permits 4" in str(refused.refused)

@@ -15,9 +15,8 @@ import pytest
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CheckpointError, SeparationError
 from fedtune.federation.events import NodeInfo
-from fedtune.federation.messages import RoundReply, RoundRequest
+from fedtune.federation.messages import Consent, RoundReply, RoundRequest
 from fedtune.federation.server import checkpoint
-from fedtune.federation.server.agreement import Consent
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from tests.privacy.mechanisms.test_matrix import dense, ftrl

@@ -15,11 +15,11 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, FederationError, PrivacyError, UpdateRejected
 from fedtune.federation.client.app import app
-from fedtune.federation.client.release import check_plan, ledger_of
-from fedtune.federation.evaluation_messages import EvaluationReply
+from fedtune.federation.client.node_context import node_ledger
+from fedtune.federation.client.policy import check_plan
 from fedtune.federation.events import FederationResult
 from fedtune.federation.flower import task_identity
-from fedtune.federation.messages import RoundRequest
+from fedtune.federation.messages import EvaluationReply, RoundRequest
 from fedtune.federation.resources import run_resources
 from fedtune.federation.server.evaluation import NodesEvaluation
 from fedtune.federation.server.loop import run_rounds
@@ -64,16 +64,14 @@ def test_an_answer_is_noised_and_charged_by_its_own_event(tiny: Make) -> None:
     reply = question(node)
     assert reply.counts is not None
     assert reply.answers == 1
-    (release,) = ledger_of(node.name).releases(node=node.name)
+    (release,) = node_ledger().releases(node=node.name)
     assert (release.purpose, release.committed, release.round) == ("evaluation", True, 1)
     ((term, count),) = release.steps or ()
     assert (term.sample_rate, term.noise_multiplier, count) == (1.0, node.plan.evaluation_noise, 1)
     # The training of the same round is another release, and both count.
     assert node.ask().releases == 1
     held = run_resources(node.config).prepared.held_out[0]
-    spent = ledger_of(node.name).epsilon(
-        dataset=held.dataset, fingerprint=held.identity, delta=node.plan.delta
-    )
+    spent = node_ledger().epsilon(dataset=held.dataset, fingerprint=held.identity, delta=node.plan.delta)
     assert spent == pytest.approx(node.plan.epsilon(1, 1))
 
 
@@ -120,7 +118,7 @@ def test_a_crash_between_charge_and_answer_stays_charged(tiny: Make, monkeypatch
     assert seen == [1]  # before the data was touched
     assert reply.counts is None
     assert reply.error == f"Node '{node.name}' failed with MemoryError; its own log says more."
-    (release,) = ledger_of(node.name).releases(node=node.name)
+    (release,) = node_ledger().releases(node=node.name)
     assert not release.committed
 
     # Again in the same attempt: one charge, one answer. In a new one: charged again, with fresh noise.
@@ -255,16 +253,16 @@ def test_a_private_run_stays_within_its_target_with_the_answers_in_it(tiny: Make
 def test_a_node_that_does_not_answer_is_named_and_left_out(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedtune.federation.client import evaluation as evaluation_node
+    from fedtune.federation.client import app as node
 
-    true = evaluation_node._counts
+    true = node._noised_counts
 
     def some(release: Any, request: Any) -> tuple[int, int]:
         if release.shard.node == "site-2":
             raise RuntimeError("the disk of patient Jane Doe")
         return true(release, request)
 
-    monkeypatch.setattr(evaluation_node, "_counts", some)
+    monkeypatch.setattr(node, "_noised_counts", some)
     result = run(asking(tiny(federation__num_rounds=1)), tmp_path / "run")
     found = result.evaluation
     assert isinstance(found, NodesEvaluation)

@@ -17,7 +17,7 @@ from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation import local_record
-from fedtune.federation.client.release import ledger_of
+from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.server.checkpoint import load_latest
 from tests.support.tiny_federation import private
 
@@ -82,7 +82,7 @@ def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(
     saved, notices = load_latest(run_dir)
     assert saved.round == 1
     assert notices == []
-    released = {f"site-{i}": len(ledger_of(f"site-{i}").releases(node=f"site-{i}")) for i in range(4)}
+    released = {f"site-{i}": len(node_ledger().releases(node=f"site-{i}")) for i in range(4)}
     assert released["site-0"] == released["site-1"] == 2  # round 2 is charged although its result is lost
 
     config.resume = str(run_dir)
@@ -97,7 +97,7 @@ def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(
     assert result.epsilon is not None
     assert result.epsilon <= 8.0
     for i in range(4):
-        ledger = ledger_of(f"site-{i}")
+        ledger = node_ledger()
         assert len(ledger.releases(run=result.run, node=f"site-{i}")) == 4
     assert {d.node for d in result.dropped} >= {"site-0", "site-1"}
     assert all("BudgetExhausted" in d.reason for d in result.dropped if d.node in ("site-0", "site-1"))

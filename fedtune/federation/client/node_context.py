@@ -1,0 +1,164 @@
+"""What a node knows of itself: its owner's settings, its shard, its ledger, and what it may say of a failure.
+
+Everything is read from the node's own Context and files for every message anew: nothing that a server says
+replaces it.
+
+What is published of a failure is the text of an error that is made of public values, and of any other only
+its kind (`fedtune.privacy.publication.told`). The node's own log has the rest. What a real site has spent and
+may spend is its own: a server hears that the budget is exhausted, and the numbers only if the site publishes
+them (`publish_budget` in its file).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context
+
+from fedtune.errors import BudgetExhausted, FederationError, FedtuneError
+from fedtune.federation import local_record
+from fedtune.federation.sizes import sized
+from fedtune.privacy.publication import told
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.data.corpus import Shard
+    from fedtune.federation.client.policy import SiteSettings
+    from fedtune.privacy.ledger.ledger import PrivacyLedger
+
+__all__ = [
+    "delay_answer",
+    "node_config",
+    "node_label",
+    "node_ledger",
+    "own_shard",
+    "owner_delta",
+    "public_reason",
+    "site_settings",
+]
+
+_log = logging.getLogger("fedtune.node")
+
+
+def site_settings(context: Context) -> SiteSettings | None:
+    """A real site's own file, as its administrator started the node with; None in a simulation."""
+    from fedtune.federation.client.policy import SiteSettings
+
+    text = context.node_config.get("site")
+    return SiteSettings.from_json(str(text)) if text is not None else None
+
+
+def node_config(context: Context) -> Config:
+    """The configuration that the run was started with; a real site's own data in it.
+
+    Raises: ConfigError; PrivacyError if the site does not permit the run's data, model or adapter.
+    """
+    from fedtune.federation.resources import config_of
+
+    asked = config_of(str(context.run_config.get("fedtune", "")))
+    site = site_settings(context)
+    if site is None:
+        return asked
+    site.admit(asked)
+    return site.own(asked)
+
+
+def own_shard(config: Config, context: Context) -> Shard | None:
+    """This node's shard, with the size that it tells; None if the federation has fewer shards than nodes and
+    this one is spare.
+
+    Raises:
+        FederationError: Flower gave the node no place.
+        DataError, ModelError, ResourceError: the data cannot be prepared.
+    """
+    from fedtune.federation.resources import run_resources
+
+    if config.engine.name == "deployment":
+        return run_resources(config).prepared.shards[0]
+    position = context.node_config.get("partition-id")
+    if type(position) is not int or position < 0:
+        raise FederationError(
+            f"Flower gave this node the partition-id {position!r}. Start it with --node-config "
+            "'partition-id=N num-partitions=M', N from 0 to M-1."
+        )
+    shards = run_resources(config).prepared.shards
+    return sized(config, context, shards[position]) if position < len(shards) else None
+
+
+def node_ledger(context: Context | None = None) -> PrivacyLedger:
+    """The ledger that this node charges, a file that outlives process and run.
+
+    A real node's is its own; all nodes of simulations share one.
+
+    Raises:
+        LedgerError: it cannot be read, or was changed.
+        ResourceError: it cannot be opened.
+    """
+    from fedtune.config.paths import state_dir
+    from fedtune.privacy.ledger.ledger import PrivacyLedger
+    from fedtune.privacy.ledger.simulation import simulation_ledger
+
+    site = None if context is None else site_settings(context)
+    if site is not None:
+        return PrivacyLedger.open(Path(site.ledger), require_budget=True)
+    return simulation_ledger(state_dir() / "ledgers")
+
+
+def owner_delta(shard: Shard, config: Config, context: Context) -> float:
+    """Delta of the budget that the owner of `shard` has set, which is public; 0.0 where none bounds it."""
+    site = site_settings(context)
+    if config.data.public:
+        return 0.0
+    if site is not None:
+        return site.budget_delta
+    budget = node_ledger(context).budget(dataset=shard.dataset)
+    return 0.0 if budget is None else budget.delta
+
+
+def node_label(context: Context) -> str:
+    """What to call a node whose data cannot be read: its site, or its place in a simulation."""
+    site = site_settings(context)
+    return site.site if site is not None else f"partition {context.node_config.get('partition-id')}"
+
+
+def public_reason(error: Exception, node: str, context: Context | None = None, round: int = 0) -> str:
+    """What may be published of an error that happened at `node`; the whole goes to the node's own log.
+
+    In a simulation that is the run folder's too, where the person at the keyboard reads it
+    (`fedtune.federation.local_record`).
+    """
+    full = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    expected = isinstance(error, FedtuneError)
+    _log.log(
+        logging.INFO if expected else logging.ERROR,
+        "Node %r gives no answer in round %d: %s",
+        node,
+        round,
+        full,
+        exc_info=None if expected else error,
+    )
+    permitted, run_dir = False, None
+    if context is not None:
+        with contextlib.suppress(Exception):  # settings that cannot be read permit nothing
+            site = site_settings(context)
+            config = node_config(context)
+            if site is None:
+                permitted, run_dir = config.data.public, config.resume or config.output
+            else:
+                permitted = site.publish_budget and isinstance(error, BudgetExhausted)
+    published = told(error, node, permitted=permitted)
+    if run_dir is not None and published != full:
+        local_record.log_reason(Path(run_dir), node, round, published, full)
+    return published
+
+
+def delay_answer(context: Context, arrived: float) -> None:
+    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
+    hold = context.node_config.get("answer-after")
+    if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):
+        time.sleep(max(0.0, hold - (time.monotonic() - arrived)))
