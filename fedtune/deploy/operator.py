@@ -37,7 +37,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     from fedtune.config.convert import to_json
     from fedtune.config.schema import TrackerConfig
     from fedtune.federation.events import SafeObserver
-    from fedtune.federation.server import checkpoint as checkpoints
+    from fedtune.federation.run_folder import lock_folder
+    from fedtune.federation.server.checkpoint import has_checkpoint
     from fedtune.federation.server.loop import run_rounds
 
     if not config.engine.server:
@@ -53,7 +54,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         engine=dataclasses.replace(config.engine, server=None),
         tracker=TrackerConfig(),
     )
-    with checkpoints.lock_folder(run_dir):
+    with lock_folder(run_dir):
         pass  # not in use: what its last run left at the server may be stopped
     for _ in range(_MAX_RUNS):
         try:
@@ -65,7 +66,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
                 "going on from the last complete round.",
                 server.address,
             )
-            if checkpoints.has_checkpoint(run_dir):
+            if has_checkpoint(run_dir):
                 config = dataclasses.replace(config, resume=str(run_dir))
     raise FederationError(
         f"The server {server.address} ended the run {_MAX_RUNS} times. Finished rounds are saved; when its "

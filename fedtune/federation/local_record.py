@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.federation.server.checkpoint import write_durably
+from fedtune.federation.run_folder import write_durably
 
 __all__ = ["LOCAL_NAME", "collect_reasons", "log_reason", "read", "reasons", "restore_reasons", "update"]
 

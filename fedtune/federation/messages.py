@@ -366,7 +366,7 @@ def _record(
         if key == "version":
             continue
         value = more[key] if key in more else getattr(message, key)
-        if isinstance(value, PrivacyPlan):
+        if key == "plan":
             value = json.dumps(value.to_json(), sort_keys=True)
         elif kind is str:
             value = (value or "")[:_MAX_TEXT] if key in ("refused", "error") else value or ""

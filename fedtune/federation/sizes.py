@@ -6,19 +6,15 @@ resumed goes on with it, and is not charged again. Under trust=central the size 
 the node, and 1 is told.
 
 The release is charged to the run, whose number a simulation's server writes into the folder before it
-discovers the nodes (`new_run_number`): the ledger then sees one run, fixed before its first release. A run
-that begins anew in a folder where an earlier one ended before its first checkpoint has another number, and
-its nodes tell their sizes again: its partition or its unit may be another, and the ledger counts what the
-nodes of *one* run release as releases of different people's data.
+discovers the nodes (`fedtune.federation.run_folder`): the ledger then sees one run, fixed before its first
+release. A run with another number has its nodes tell their sizes again: its partition or its unit may be
+another, and the ledger counts what the nodes of *one* run release as releases of different people's data.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import secrets
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +24,7 @@ from flwr.app import Context
 from fedtune.config.files import replace_whole
 from fedtune.data.partition import split_size
 from fedtune.errors import FederationError
+from fedtune.federation.run_folder import SIZES, run_number
 from fedtune.privacy.sizes import size_plan
 
 if TYPE_CHECKING:
@@ -37,28 +34,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from fedtune.privacy.plan import ReleasePlan
 
-__all__ = ["new_run_number", "run_number", "size_to_declare", "sized", "tell_size"]
-
-_RUN, _SIZES = "run_number", "sizes"
-
-
-def run_number(run_dir: Path) -> str:
-    """The number of the run in `run_dir`: that which was drawn for it, or a new one."""
-    try:
-        if known := (run_dir / _RUN).read_text(encoding="ascii").strip():
-            return known
-    except FileNotFoundError:
-        pass
-    return new_run_number(run_dir)
-
-
-def new_run_number(run_dir: Path) -> str:
-    """Draws the number of a run that begins in `run_dir`, and forgets what sizes an earlier one was told."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(run_dir / _SIZES)
-    run = secrets.token_hex(8)
-    replace_whole(run_dir / _RUN, run.encode())
-    return run
+__all__ = ["size_to_declare", "sized", "tell_size"]
 
 
 def tell_size(
@@ -147,4 +123,4 @@ def _folder(config: Config, context: Context, node: str) -> Path:
 
 
 def _path(folder: Path, node: str) -> Path:
-    return folder / _SIZES / f"{node}.json"
+    return folder / SIZES / f"{node}.json"

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config.choices import resolved
 from fedtune.errors import ConfigError, RecordError
-from fedtune.federation.server.checkpoint import lock_folder
+from fedtune.federation.run_folder import lock_folder
 from fedtune.report.collect import Collection, Run, collect
 from fedtune.report.tuning import describe_search, tuning_of
 from fedtune.report.words import format_number

@@ -9,7 +9,7 @@ A node that refuses, or does not answer, is left out with its reason, and the pl
 are left and proposed to them, until all of them agree. (Under trust=distributed the noise is shared out over
 the nodes; under any, delta and the expected batch follow from who is there.) If too few are left, the run
 ends, and nothing was charged. A node that comes later is asked before its first round
-(`fedtune.federation.server.roster`).
+(`fedtune.federation.server.cohort`).
 
 A refusal tells the server that the node's budget does not reach; the numbers stay with the node. Whoever
 submits run after run and counts refusals learns how much is left there, as from any refusal; a node logs

@@ -1,23 +1,42 @@
-"""Who takes part: which nodes are there, and which of them a round asks."""
+"""Who takes part: which nodes there are, which a round asks, and who joins or leaves between rounds.
+
+`discover_nodes` asks everybody who they are before the first round; `draw_cohort` draws who is asked in a
+round; `Roster` knows, round by round, who is there and free. Nodes join late, leave, come back, or still work
+on an earlier round. With fewer free nodes than it needs a round is not begun, for what it would ask is
+charged whether or not the round can be used: `wait_for` waits, and tells the observer for whom. A node that
+connects after the run began is asked who it is between two rounds, without waiting for it; the run is
+proposed to it (all of it: what it would cost at most), and it takes part from the first round after it
+agreed.
+
+Under trust=distributed the plan's noise is shared out over the nodes of the beginning: these may leave and
+come back, and no other joins. In a simulation nobody comes later, so nobody is waited for.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import FederationError
-from fedtune.federation.events import NodeInfo, Observer
-from fedtune.federation.messages import NodeHello
+from fedtune.federation.events import Dropped, NodeInfo, Observer
+from fedtune.federation.messages import NodeHello, Proposal
+from fedtune.federation.server.agreement import PROPOSE, read_consent
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
+from fedtune.federation.server.tracking_grid import TrackingGrid
 
-__all__ = ["connected", "discover_nodes", "draw_cohort", "pause"]
+__all__ = ["Roster", "connected", "discover_nodes", "draw_cohort", "pause"]
 
+_log = logging.getLogger(__name__)
+_HELLO = "query.hello"
 _SETTLED_SECONDS = 3.0
+_LOOK_SECONDS = 1.0
+_SAY_SECONDS = 60.0
 _COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
 
 
@@ -110,7 +129,7 @@ def discover_nodes(
     idle = shards = 0
     waiting = set(ids)
     ttl = time_to_live(timeout) if deadline else None
-    messages = make_messages(RecordDict(), "query.hello", unknown, 0, ttl=ttl)
+    messages = make_messages(RecordDict(), _HELLO, unknown, 0, ttl=ttl)
     for node_id, answer in exchange(grid, messages, timeout, stop, deadline=deadline):
         waiting.discard(node_id)
         try:
@@ -150,3 +169,157 @@ def discover_nodes(
             f"shards: --federation-config 'num-supernodes={shards}'."
         )
     return nodes, failed, notices
+
+
+class Roster:
+    """The nodes of one run.
+
+    Args:
+        grid: the way to the nodes.
+        nodes: those that have said who they are.
+        failed: ids of nodes that could not; they are asked again when they come back.
+        proposal: what a node must agree to before its first round; None: nothing is asked.
+        dynamic: nodes come and go (a real federation); False: those of the beginning are all there will be.
+        closed: no node joins that was not there at the beginning.
+        timeout: seconds that a node has to say who it is.
+
+    Attributes:
+        nodes: every node that ever took part, by name, whether or not it is there.
+        dropped: nodes that came and could not take part, with the reason, until somebody takes them.
+        last_rounds: of nodes that were proposed the run, the last round of it that each says it has charged.
+    """
+
+    def __init__(
+        self,
+        grid: TrackingGrid,
+        nodes: Sequence[NodeInfo],
+        failed: Collection[int] = (),
+        *,
+        proposal: Proposal | None = None,
+        dynamic: bool = False,
+        closed: bool = False,
+        timeout: float = 600.0,
+        observer: Observer,
+        stop: threading.Event | None = None,
+    ) -> None:
+        self._grid, self._observer, self._stop = grid, observer, stop
+        self._dynamic, self._closed, self._timeout = dynamic, closed, timeout
+        self.nodes = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
+        self.dropped: list[Dropped] = []
+        self.last_rounds: dict[str, int] = {}
+        self._failed = set(failed)
+        self._proposal = proposal
+        self._agreed = {node.name for node in nodes if node.node_id}
+        self._asked: dict[int, NodeInfo] = {}  # nodes that have the proposal, by id
+        self._here: set[int] = set()
+
+    def look(self, round: int = 0) -> list[NodeInfo]:
+        """The nodes that are connected and free, by name. Asks those that are new who they are."""
+        for question, answer in self._grid.late():
+            if question.kind == _HELLO:
+                self._on_hello(question.node_id, answer, round)
+            elif question.kind == PROPOSE:
+                self._on_consent(question.node_id, answer, round)
+            else:
+                _log.info("A late answer of node id %d was dropped.", question.node_id)
+        here = set(self._grid.get_node_ids())
+        if self._dynamic:
+            for node in self.nodes.values():
+                if (node.node_id in here) != (node.node_id in self._here) and self._here:
+                    self._observer.on_client(node.name, "joined" if node.node_id in here else "left")
+        self._here = here
+        self._failed &= here  # whoever was away may have been mended
+        busy = self._grid.busy()
+        known = {node.node_id for node in self.nodes.values()}
+        new = sorted(here - known - self._failed - busy)
+        if new and self._dynamic:
+            infos = [NodeInfo(f"node id {node_id}", node_id, 0) for node_id in new]
+            ttl = time_to_live(self._timeout)
+            self._grid.push_messages(make_messages(RecordDict(), _HELLO, infos, round, ttl=ttl))
+        return [node for node in self.nodes.values() if node.node_id in here and node.node_id not in busy]
+
+    def wait_for(self, need: int, exhausted: Collection[str], round: int) -> list[NodeInfo]:
+        """The nodes that round `round` can ask: at least `need`, unless no more can come.
+
+        Those in `exhausted` have used up their releases and are not asked. Raises KeyboardInterrupt if
+        told to stop.
+        """
+        said, logged = "", -_SAY_SECONDS
+        while True:
+            free = [node for node in self.look(round) if node.name not in exhausted]
+            able = [name for name in self.nodes if name not in exhausted]
+            if len(free) >= need or not self._dynamic or (exhausted and len(able) < need):
+                if said:
+                    self._observer.on_wait("")
+                return free
+            reason = self._reason(free, able, need, round)
+            if reason != said:
+                self._observer.on_wait(reason)
+                said = reason
+            if time.monotonic() - logged >= _SAY_SECONDS:
+                _log.info("%s", reason)
+                logged = time.monotonic()
+            pause(_LOOK_SECONDS, self._stop)
+
+    def _reason(self, free: Sequence[NodeInfo], able: Sequence[str], need: int, round: int) -> str:
+        busy = self._grid.busy()
+        late = [name for name in able if self.nodes[name].node_id in self._here & busy]
+        away = [name for name in able if self.nodes[name].node_id not in self._here]
+        parts = [f"round {round} waits: {len(free)} of the {need} nodes that it needs are here and free"]
+        if away:
+            parts.append(f"not connected: {', '.join(away)}")
+        if late:
+            parts.append(f"still at work on an earlier round: {', '.join(late)}")
+        return "; ".join(parts)
+
+    def _on_hello(self, node_id: int, answer: Message, round: int) -> None:
+        try:
+            if answer.has_error():
+                raise FederationError(reason_of(answer))
+            hello = NodeHello.from_records(answer.content)
+            mine = self.nodes.get(hello.node)
+            if hello.idle:
+                raise FederationError("it has no shard of this federation")
+            if mine is not None and mine.node_id in self._here:
+                raise FederationError(
+                    f"It says that it is {hello.node}, and another node of that name is connected. Shards "
+                    "are disjoint, so each node needs a name of its own."
+                )
+            if mine is None and self._closed:
+                raise FederationError(
+                    f"{hello.node} came after the run began, and under privacy.trust=distributed the noise "
+                    "is shared out over the nodes of the beginning. It can take part in the next run."
+                )
+        except FederationError as error:
+            self._drop(node_id, f"node id {node_id}", round, str(error))
+            return
+        info = NodeInfo(hello.node, node_id, hello.declared_size)
+        if self._proposal is None or hello.node in self._agreed:
+            self._joined(info)
+            return
+        self._asked[node_id] = info
+        ttl = time_to_live(self._timeout)
+        records = self._proposal.to_records()
+        self._grid.push_messages(make_messages(records, PROPOSE, [info], round, ttl=ttl))
+
+    def _on_consent(self, node_id: int, answer: Message, round: int) -> None:
+        info = self._asked.pop(node_id, None)
+        if info is None or self._proposal is None:
+            return
+        consent = read_consent(answer, info.name, self._proposal)
+        self.last_rounds[info.name] = consent.last_round
+        if consent.refused is not None:
+            self._drop(node_id, info.name, round, consent.refused)
+            return
+        self._agreed.add(info.name)
+        self._joined(info)
+
+    def _joined(self, info: NodeInfo) -> None:
+        self.nodes[info.name] = info
+        self.nodes = {name: self.nodes[name] for name in sorted(self.nodes)}
+        self._observer.on_client(info.name, "joined")
+
+    def _drop(self, node_id: int, name: str, round: int, reason: str) -> None:
+        self._failed.add(node_id)
+        self.dropped.append(Dropped(name, round, reason))
+        self._observer.on_client(name, f"dropped: {reason}")

@@ -36,7 +36,7 @@ import numpy as np
 from fedtune.config.paths import state_dir
 from fedtune.errors import CheckpointError
 from fedtune.federation.events import NodeInfo
-from fedtune.federation.server.checkpoint import write_durably
+from fedtune.federation.run_folder import write_durably
 from fedtune.privacy.mechanisms.matrix import CorrelatedNoise
 from fedtune.privacy.plan import PrivacyPlan
 

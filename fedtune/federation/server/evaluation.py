@@ -9,9 +9,9 @@ kept in the checkpoint, so that a run that is resumed at its end does not pay fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -19,17 +19,14 @@ from flwr.serverapp import Grid
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import PrivacyError, UpdateRejected
-from fedtune.federation.events import NodeInfo, Observer, RoundSummary
+from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.flower import serialized_size
 from fedtune.federation.messages import EvaluationReply, RoundRequest
 from fedtune.federation.server.rounds import RoundAsk, exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.evaluation import estimate, evaluation_rounds
 from fedtune.privacy.plan import PrivacyPlan
 
-if TYPE_CHECKING:
-    from fedtune.federation.server.state import RunState
-
-__all__ = ["Evaluator", "NodeScore", "NodesEvaluation", "evaluator_for"]
+__all__ = ["EvaluationOutcome", "Evaluator", "NodeScore", "NodesEvaluation", "evaluator_for"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,8 @@ class NodesEvaluation:
         # digits of the sums.
         counts = dict(sorted(counts.items()))
         for node, (right, wrong) in counts.items():
-            one = estimate(right, wrong, 1, noise_std)
-            scores.append(NodeScore(node, right, wrong, one.accuracy, one.standard_error))
+            own = estimate(right, wrong, 1, noise_std)
+            scores.append(NodeScore(node, right, wrong, own.accuracy, own.standard_error))
         right, wrong = (sum(cells) for cells in zip((0.0, 0.0), *counts.values(), strict=True))
         whole = estimate(right, wrong, max(len(counts), 1), noise_std)
         return cls(
@@ -94,29 +91,44 @@ class NodesEvaluation:
             "standard_error": self.standard_error,
             "units": self.units,
             "nodes": [vars(score) for score in self.nodes],
-            "missing": [list(one) for one in self.missing],
+            "missing": [list(pair) for pair in self.missing],
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> NodesEvaluation:
         """Raises TypeError or KeyError if a key is missing or unknown."""
-        nodes = tuple(NodeScore(**one) for one in values["nodes"])
+        nodes = tuple(NodeScore(**score) for score in values["nodes"])
         missing = tuple((str(node), str(reason)) for node, reason in values["missing"])
         return cls(**{**values, "nodes": nodes, "missing": missing})
+
+
+@dataclass(frozen=True)
+class EvaluationOutcome:
+    """What an evaluation gave.
+
+    Attributes:
+        result: has `accuracy` and `loss`, either of which may be None.
+        answers: by node that was asked, how often it says that it has answered in this run; None where it
+            may have answered, and been charged, and does not say.
+        bytes_up, bytes_down: serialized bytes of all messages.
+    """
+
+    result: Any
+    answers: Mapping[str, int | None] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Evaluator(Protocol):
     """How a run learns how good its adapter is."""
 
     def due(self, round: int, last: bool) -> bool:
-        """Whether to evaluate after `round`."""
+        """Whether to evaluate after `round`; `last`: the run ends here."""
 
-    def evaluate(self, grid: Grid, ask: RoundAsk, state: RunState, observer: Observer) -> Any:
-        """Has `accuracy` and `loss`. Notes in `state` what nodes spent, and in its last summary
-        what travelled."""
-
-    def kept(self, state: RunState) -> Any:
-        """What is known of the last state without asking again; None if nothing is."""
+    def evaluate(
+        self, grid: Grid, ask: RoundAsk, away: Sequence[str], observer: Observer
+    ) -> EvaluationOutcome:
+        """Evaluates `ask.adapter`; of all nodes, those in `away` cannot be asked."""
 
 
 def evaluator_for(plan: PrivacyPlan, config: Config, score: Callable[[np.ndarray], Any]) -> Evaluator:
@@ -126,24 +138,24 @@ def evaluator_for(plan: PrivacyPlan, config: Config, score: Callable[[np.ndarray
         return NoEvaluator()
     if federation.evaluation == "private":
         return NodesEvaluator(plan, federation.num_rounds)
-    return OpenEvaluator(score, federation.evaluate_every)
+    return ServerEvaluator(score, federation.evaluate_every)
 
 
 class NoEvaluator:
-    """Knows nothing."""
+    """Never evaluates."""
 
     def due(self, round: int, last: bool) -> bool:
         """Never."""
         return False
 
-    def evaluate(self, grid: Grid, ask: RoundAsk, state: RunState, observer: Observer) -> None:
+    def evaluate(
+        self, grid: Grid, ask: RoundAsk, away: Sequence[str], observer: Observer
+    ) -> EvaluationOutcome:
         """Nothing."""
-
-    def kept(self, state: RunState) -> None:
-        """Nothing."""
+        return EvaluationOutcome(None)
 
 
-class OpenEvaluator:
+class ServerEvaluator:
     """On the server, without noise: on public data, which costs no privacy, or in a run that has none."""
 
     def __init__(self, score: Callable[[np.ndarray], Any], every: int) -> None:
@@ -153,57 +165,50 @@ class OpenEvaluator:
         """Every so many rounds, and after the last."""
         return last or round % self._every == 0
 
-    def evaluate(self, grid: Grid, ask: RoundAsk, state: RunState, observer: Observer) -> Any:
+    def evaluate(
+        self, grid: Grid, ask: RoundAsk, away: Sequence[str], observer: Observer
+    ) -> EvaluationOutcome:
         """See `Evaluator`."""
-        return self._score(state.adapter)
-
-    def kept(self, state: RunState) -> None:
-        """Nothing: it is computed again."""
+        return EvaluationOutcome(self._score(ask.adapter))
 
 
 class NodesEvaluator:
     """By the nodes, on what they hold out."""
 
     def __init__(self, plan: PrivacyPlan, num_rounds: int) -> None:
-        about = plan.evaluation()
-        if about is None:
+        answers = plan.evaluation()
+        if answers is None:
             raise PrivacyError(
                 "federation.evaluation is private, and the run's plan has no answers about held-out data: it "
                 "was made with other settings. Start a new run."
             )
-        self._about = about
-        self._rounds = evaluation_rounds(num_rounds, about.num_rounds)
+        self._plan = answers
+        self._rounds = evaluation_rounds(num_rounds, answers.num_rounds)
 
     def due(self, round: int, last: bool) -> bool:
         """In the planned rounds; and at the end, should that come early."""
         return last or round in self._rounds
 
-    def kept(self, state: RunState) -> NodesEvaluation | None:
-        """The checkpoint's, if it is of the last round."""
-        known = state.evaluation
-        return known if known is not None and known.round == state.round else None
-
-    def evaluate(self, grid: Grid, ask: RoundAsk, state: RunState, observer: Observer) -> NodesEvaluation:
+    def evaluate(
+        self, grid: Grid, ask: RoundAsk, away: Sequence[str], observer: Observer
+    ) -> EvaluationOutcome:
         """Asks every node of `ask` once. Never raises because of one of them."""
         counts: dict[str, tuple[float, float]] = {}
-        missing: list[tuple[str, str]] = []
-        summary = state.history[-1] if state.history else None
+        answers: dict[str, int | None] = {}
+        missing = [(name, "was not connected, or still at work") for name in away]
 
-        def lost(node: NodeInfo, reason: str) -> None:
+        def drop(node: NodeInfo, reason: str) -> None:
             missing.append((node.name, reason))
             observer.on_client(node.name, f"refused: {reason}")
 
-        request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, state.adapter)
+        request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
         ttl = time_to_live(ask.timeout)
         messages = make_messages(request.to_records(), "query.evaluate", ask.nodes, ask.round, ttl=ttl)
-        _traffic(summary, 0, sum(serialized_size(message) for message in messages))
+        bytes_down, bytes_up = sum(serialized_size(message) for message in messages), 0
         waiting = {node.node_id: node for node in ask.nodes}
-        away = [node for node in state.nodes if node not in ask.nodes]
-        missing += [(node.name, "was not connected, or still at work") for node in away]
         for node_id, answer in exchange(grid, messages, ask.timeout, ask.stop, deadline=ask.deadline):
             node = waiting.pop(node_id)
-            _traffic(summary, serialized_size(answer), 0)
-            known = state.answers.get(node.name, 0)
+            bytes_up += serialized_size(answer)
             try:
                 if answer.has_error():
                     raise UpdateRejected(reason_of(answer))
@@ -211,28 +216,17 @@ class NodesEvaluator:
                     answer.content, node=node.name, run=ask.run, round=ask.round, attempt=ask.attempt
                 )
             except UpdateRejected as error:
-                state.answers[node.name] = known + 1  # it may have been charged
-                lost(node, str(error))
+                answers[node.name] = None
+                drop(node, str(error))
                 continue
-            state.answers[node.name] = max(known, reply.answers)
+            answers[node.name] = reply.answers
             if reply.counts is None:
-                lost(node, reply.refused or reply.error or "")
+                drop(node, reply.refused or reply.error or "")
                 continue
-            right, wrong = (cell / self._about.scale for cell in reply.counts)
+            right, wrong = (count / self._plan.scale for count in reply.counts)
             counts[node.name] = (right, wrong)
         for node in waiting.values():
-            state.answers[node.name] = state.answers.get(node.name, 0) + 1
-            lost(node, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
-        # By name, for a checkpoint must not say who answered first.
-        state.answers = dict(sorted(state.answers.items()))
-        found = NodesEvaluation.of(ask.round, counts, missing, self._about.noise_std)
-        state.evaluation = found
-        if summary is not None:
-            summary.epsilon = state.epsilon()
-            summary.accuracy, summary.accuracy_error = found.accuracy, found.standard_error
-        return found
-
-
-def _traffic(summary: RoundSummary | None, up: int, down: int) -> None:
-    if summary is not None:
-        summary.bytes_up, summary.bytes_down = summary.bytes_up + up, summary.bytes_down + down
+            answers[node.name] = None
+            drop(node, f"did not answer in {ask.timeout:g} s (federation.round_timeout)")
+        result = NodesEvaluation.of(ask.round, counts, missing, self._plan.noise_std)
+        return EvaluationOutcome(result, answers, bytes_up, bytes_down)

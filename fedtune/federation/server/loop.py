@@ -6,16 +6,17 @@ average whatever they are sent. In short:
     1  lock the run folder, take an attempt number, load the checkpoint (or write the first)
     2  discover the nodes: names and declared sizes
     3  make the plan from public numbers (or take the checkpoint's), and propose the whole run to every node:
-    who
-       refuses is left out before anything is charged (`fedtune.federation.server.agreement`)
+       who refuses is left out before anything is charged (`fedtune.federation.server.agreement`)
     for each round:
-    4      wait until enough nodes are there; draw the cohort of those that are, from (seed, round), so that a
-           resumed run draws the same (dp_ftrl: of those whose last round is long enough ago; and note durably
-           that the round is begun)
-    5      run the round's protocol; a node that raises, hangs, refuses or lies costs its own update 6
-    too few updates: the round is void, the adapter stays, what was released stays charged 7      server
-    optimizer, checkpoint, evaluation (`fedtune.federation.server.evaluation`), tell the observer 8
-    evaluate the last state, unless that is known, and hand over the result
+    4      wait until enough nodes are free; draw the cohort from (seed, round), so that a resumed run draws
+           the same (dp_ftrl: of those whose last round is long enough ago; and note durably that the round
+           is begun)
+    5      run the round's protocol; a node that raises, hangs, refuses or lies costs its own update
+    6      charge the cohort; server optimizer; with too few updates the round is void, the adapter stays, and
+           what was released stays charged
+    7      checkpoint
+    8      evaluation (`fedtune.federation.server.evaluation`), checkpoint, tell the observer
+    9  evaluate the last state, unless that is known, and hand over the result
 
 A run ends early, without error, when every node has refused because its releases are used up (as after
 a crash: the round that was lost is charged, so the last one cannot be paid). Three void rounds in a row
@@ -28,7 +29,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,19 +41,24 @@ from flwr.serverapp import Grid
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError, FederationError
-from fedtune.federation.events import Dropped, FederationResult, NodeInfo, Observer, SafeObserver
+from fedtune.federation.events import (
+    Dropped,
+    FederationResult,
+    NodeInfo,
+    Observer,
+    RoundSummary,
+    SafeObserver,
+)
 from fedtune.federation.messages import Proposal
-from fedtune.federation.server import checkpoint as checkpoints
+from fedtune.federation.run_folder import lock_folder, new_run_number, run_number
 from fedtune.federation.server.agreement import agree, check_enough, propose
-from fedtune.federation.server.cohort import discover_nodes, draw_cohort
+from fedtune.federation.server.checkpoint import RunState, has_checkpoint, load_latest, next_attempt
+from fedtune.federation.server.cohort import Roster, discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
-from fedtune.federation.server.evaluation import evaluator_for
+from fedtune.federation.server.evaluation import Evaluator, evaluator_for
 from fedtune.federation.server.optimizers import server_optimizer
-from fedtune.federation.server.roster import Roster
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
-from fedtune.federation.server.state import RunState
 from fedtune.federation.server.tracking_grid import TrackingGrid
-from fedtune.federation.sizes import new_run_number, run_number
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from fedtune.privacy.sizes import size_plan
@@ -85,6 +93,24 @@ def protocol_for(plan: PrivacyPlan, config: Config) -> RoundProtocol:
     return DistributedRound(config, plan)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What stays the same from the first round to the last.
+
+    `dynamic`: nodes come and go, each on a machine of its own (a real federation).
+    """
+
+    grid: TrackingGrid
+    config: Config
+    run_dir: Path
+    observer: Observer
+    stop: threading.Event | None
+
+    @property
+    def dynamic(self) -> bool:
+        return self.config.engine.name == "deployment"
+
+
 def run_rounds(
     grid: Grid,
     config: Config,
@@ -115,117 +141,76 @@ def run_rounds(
         CheckpointError: nothing to resume, another run's folder, or a folder in use.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    config, observer = resolved(config), SafeObserver(observer)
-    with checkpoints.lock_folder(run_dir):
-        try:
-            return _run(
-                TrackingGrid(grid),
-                config,
-                run_dir,
-                observer,
-                server_side,
-                protocol,
-                usage,
-                stop,
-                expected_nodes,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
-                "round that was interrupted counts as released by the nodes that had begun it."
-            ) from None
-
-
-def _run(
-    grid: TrackingGrid,
-    config: Config,
-    run_dir: Path,
-    observer: Observer,
-    server_side: ServerSide | None,
-    protocol: RoundProtocol | None,
-    usage: Usage | None,
-    stop: threading.Event | None,
-    expected_nodes: int | None,
-) -> FederationResult:
+    config = resolved(config)
     if server_side is None:
         from fedtune.federation.resources import run_resources
 
         server_side = run_resources(config)
-    started = time.monotonic()
-    federation = config.federation
-    expected = federation.nodes if expected_nodes is None else expected_nodes
-    dynamic = config.engine.name == "deployment"
-    state, roster = _begin(grid, config, run_dir, server_side, observer, stop, expected, dynamic)
-    protocol = protocol or protocol_for(state.plan, config)
-    observer.on_start(state.info(config, run_dir))
-    before = (state.seconds, state.train_seconds, state.flops)
-    evaluator = evaluator_for(state.plan, config, server_side.evaluate)
-    evaluation, void = evaluator.kept(state), 0
-    while state.round < federation.num_rounds and state.ended_early is None:
-        free = roster.wait_for(_needed(state.plan, config), state.exhausted, state.round + 1)
-        state.joined(roster)
-        round_started = time.monotonic()
-        state.round += 1
-        if state.correlated is not None:
-            for name, last in roster.last_rounds.items():
-                state.correlated.behind(last, f"node '{name}'")
-            free = state.correlated.able(free, state.round)
-        cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
-        if state.correlated is not None:
-            state.correlated.begin(state.round, cohort)
-        ask = _ask(state, config, cohort, stop)
-        outcome = _one_round(protocol, grid, ask, observer)
-        state.account(outcome, ask.nodes)
-        if all(node.name in state.exhausted for node in state.nodes):
-            reason = outcome.dropped[0][1] if outcome.dropped else "none is left to ask"
-            state.ended_early = (
-                f"After {state.round - 1} of {federation.num_rounds} rounds every node had used up the "
-                f"releases that it agreed to: {reason}"
-            )
-        if outcome.aggregate is None:
-            void += 1
-        else:
-            void = 0
-            state.adapter = state.optimizer.step(state.adapter, outcome.aggregate)
-        state.plan = outcome.next_plan or state.plan
+    setting = _Setting(TrackingGrid(grid), config, run_dir, SafeObserver(observer), stop)
+    with lock_folder(run_dir), _says_how_to_resume(run_dir):
+        # 1 to 3. Attempt number, nodes, plan: from the beginning, or from the checkpoint.
+        state, roster = _begin(setting, server_side, expected_nodes or config.federation.nodes)
+        protocol = protocol or protocol_for(state.plan, config)
+        evaluator = evaluator_for(state.plan, config, server_side.evaluate)
+        return _rounds(setting, state, roster, protocol, evaluator, _Clock(state, usage))
 
-        summary = state.summary(outcome, federation.num_rounds)
+
+def _rounds(
+    setting: _Setting,
+    state: RunState,
+    roster: Roster,
+    protocol: RoundProtocol,
+    evaluator: Evaluator,
+    clock: _Clock,
+) -> FederationResult:
+    """Steps 4 to 9, from the state's round on."""
+    config, observer, num_rounds = setting.config, setting.observer, setting.config.federation.num_rounds
+    observer.on_start(state.info(config, setting.run_dir))
+    evaluation: Any = state.known_evaluation()
+    void_rounds = 0
+    while state.round < num_rounds and state.ended_early is None:
+        # 4. Wait until enough nodes are free, and draw the cohort.
+        free = roster.wait_for(_needed(state.plan, config), state.exhausted, state.round + 1)
+        state.join(roster)
+        clock.start_round()
+        cohort = _next_cohort(state, free, roster, config)
+
+        # 5. Ask it. A node that raises, hangs, refuses or lies costs its own update.
+        outcome = _one_round(protocol, setting.grid, _ask(setting, state, cohort), observer)
+
+        # 6. Charge it, and take a step; with too few updates the round is void and the adapter stays.
+        state.account(outcome, cohort, num_rounds)
+        if outcome.aggregate is not None:
+            state.adapter = state.optimizer.step(state.adapter, outcome.aggregate)
+        void_rounds = 0 if outcome.aggregate is not None else void_rounds + 1
+        state.plan = outcome.next_plan or state.plan
+        summary = state.summary(outcome, num_rounds)
         state.history.append(summary)
-        if usage is None:
-            state.train_seconds, state.flops = state.train_seconds + summary.train_seconds, None
-        else:
-            seconds, flops = usage()
-            state.train_seconds = before[1] + seconds
-            state.flops = None if before[2] is None else before[2] + flops
-        # Before the evaluation: what the round released is paid for, so its result must not be lost to it.
-        summary.seconds = time.monotonic() - round_started
-        state.seconds = before[0] + time.monotonic() - started
-        state.save(run_dir, config)
-        last = state.round == federation.num_rounds or state.ended_early is not None
+
+        # 7. Save: what the round released is paid for, so its result must not be lost to the evaluation.
+        clock.count_training(state, summary)
+        clock.stamp(state, summary)
+        state.save(setting.run_dir, config)
+
+        # 8. Evaluate, save, and tell the observer, who may end the run.
+        last = state.round == num_rounds or state.ended_early is not None
         evaluation = None
         if evaluator.due(state.round, last):
-            there = _ask(state, config, roster.look(state.round), stop)
-            evaluation = evaluator.evaluate(grid, there, state, observer)
+            evaluation = _evaluate(setting, evaluator, state, roster)
             summary.accuracy, summary.loss = evaluation.accuracy, evaluation.loss
-        summary.seconds = time.monotonic() - round_started
-        state.seconds = before[0] + time.monotonic() - started
-        state.save(run_dir, config)
-        said = observer.on_round(summary)
-        if said is not None and not last:
-            state.ended_early = said
-            state.save(run_dir, config)  # a resumed run must not go on with what was given up
-        if void >= MAX_VOID_ROUNDS and state.ended_early is None:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in outcome.dropped[:4])
-            raise FederationError(
-                f"{void} rounds in a row had fewer than federation.min_updates={federation.min_updates} "
-                f"usable updates, the last of them round {state.round}, for these reasons: {reasons}. The "
-                "adapter is as after the last good round; correct the cause and go on with "
-                f"`fedtune run resume={run_dir}`."
-            )
+        clock.stamp(state, summary)
+        state.save(setting.run_dir, config)
+        stop_reason = observer.on_round(summary)
+        if stop_reason is not None and not last:
+            state.ended_early = stop_reason
+            state.save(setting.run_dir, config)  # a resumed run must not go on with what was given up
+        if void_rounds >= MAX_VOID_ROUNDS and state.ended_early is None:
+            raise _too_many_void_rounds(void_rounds, outcome, setting, state.round)
+
+    # 9. Evaluate the last state, unless that is known, and hand over the result.
     if evaluation is None and evaluator.due(state.round, last=True):
-        there = _ask(state, config, roster.look(state.round), stop)
-        evaluation = evaluator.evaluate(grid, there, state, observer)
-        state.save(run_dir, config)
+        evaluation = _evaluate(setting, evaluator, state, roster)
+        state.save(setting.run_dir, config)
     if state.correlated is not None:
         state.correlated.finish()
     result = state.result(evaluation)
@@ -233,26 +218,18 @@ def _run(
     return result
 
 
-def _begin(
-    grid: TrackingGrid,
-    config: Config,
-    run_dir: Path,
-    server_side: ServerSide,
-    observer: Observer,
-    stop: threading.Event | None,
-    expected: int | None,
-    dynamic: bool,
-) -> tuple[RunState, Roster]:
+def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> tuple[RunState, Roster]:
     """Steps 1 to 3: a new state, checkpointed, or the checkpoint's; and who takes part."""
-    there = checkpoints.has_checkpoint(run_dir)
-    if config.resume is None and there:
+    config, run_dir, dynamic = setting.config, setting.run_dir, setting.dynamic
+    started_before = has_checkpoint(run_dir)
+    if config.resume is None and started_before:
         raise CheckpointError(
             f"{run_dir} already holds a run. Go on with it by `fedtune run resume={run_dir}`, or choose "
             "another folder by hydra.run.dir."
         )
-    if config.resume is not None and not there:
-        checkpoints.load_latest(run_dir)  # raises, with the way out
-    attempt = checkpoints.next_attempt(run_dir)
+    if config.resume is not None and not started_before:
+        load_latest(run_dir)  # raises, with the way out
+    attempt = next_attempt(run_dir)
     # Before nodes are discovered: a simulated one may tell its size then, and is charged.
     run = new_run_number(run_dir) if config.resume is None else run_number(run_dir)
     if config.resume is None and expected and size_plan(config) is not None:
@@ -262,14 +239,16 @@ def _begin(
     timeout = config.federation.round_timeout
     least = max(1, config.federation.min_updates) if dynamic else 0
     nodes, failed, notices = discover_nodes(
-        grid, timeout, stop, expected, least=least, deadline=dynamic, observer=observer
-    )
+        setting.grid, timeout, setting.stop, expected,
+        least=least, deadline=dynamic, observer=setting.observer,
+    )  # fmt: skip
     refused: list[Dropped] = []
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
         plan, nodes, refused = agree(
-            grid, config, nodes, run, attempt, stop=stop, deadline=dynamic, observer=observer
-        )
+            setting.grid, config, nodes, run, attempt,
+            stop=setting.stop, deadline=dynamic, observer=setting.observer,
+        )  # fmt: skip
         adapter, optimizer = server_side.initial(), server_optimizer(config)
         state = RunState(run, plan, adapter, optimizer, attempt, nodes=nodes)
         if plan.root() is not None:
@@ -277,59 +256,77 @@ def _begin(
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
-        nodes, refused = _agreed_again(grid, state, config, nodes, stop, dynamic, observer)
+        nodes, refused = _agreed_again(setting, state, nodes)
         nodes = state.reconnect(nodes)
     state.notices += notices
     state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed] + refused
     for notice in state.notices:
         _log.warning("%s", notice)
     roster = Roster(
-        grid,
+        setting.grid,
         nodes,
-        [node_id for node_id, _ in failed] + [ids[one.node] for one in refused],
+        [node_id for node_id, _ in failed] + [ids[lost.node] for lost in refused],
         proposal=Proposal(state.run, attempt, state.plan),
         dynamic=dynamic,
         closed=state.plan.trust == "distributed",
         timeout=timeout,
-        observer=observer,
-        stop=stop,
+        observer=setting.observer,
+        stop=setting.stop,
     )
     return state, roster
 
 
 def _agreed_again(
-    grid: TrackingGrid,
-    state: RunState,
-    config: Config,
-    nodes: Sequence[NodeInfo],
-    stop: threading.Event | None,
-    dynamic: bool,
-    observer: Observer,
+    setting: _Setting, state: RunState, nodes: Sequence[NodeInfo]
 ) -> tuple[list[NodeInfo], list[Dropped]]:
     """Of a run that goes on: who of `nodes` agrees to what is left of it, and who does not."""
-    if state.round >= config.federation.num_rounds or state.ended_early is not None:
+    federation = setting.config.federation
+    if state.round >= federation.num_rounds or state.ended_early is not None:
         return list(nodes), []
+    proposal = Proposal(state.run, state.attempt, state.plan)
     answers = propose(
-        grid, Proposal(state.run, state.attempt, state.plan), nodes, config.federation.round_timeout, stop,
-        deadline=dynamic,
-    )  # fmt: skip
+        setting.grid, proposal, nodes, federation.round_timeout, setting.stop, deadline=setting.dynamic
+    )
     if state.correlated is not None:
         for answer in answers:
             state.correlated.behind(answer.last_round, f"node '{answer.node}'")
-    refused = [Dropped(one.node, state.round, one.refused) for one in answers if one.refused is not None]
-    for one in refused:
-        observer.on_client(one.node, f"refused: {one.reason}")
-    gone = {one.node for one in refused}
+    refused = [
+        Dropped(answer.node, state.round, answer.refused) for answer in answers if answer.refused is not None
+    ]
+    for lost in refused:
+        setting.observer.on_client(lost.node, f"refused: {lost.reason}")
+    gone = {lost.node for lost in refused}
     left = [node for node in nodes if node.name not in gone]
     if refused:
-        check_enough(left, refused, len(nodes), config, _needed(state.plan, config))
+        check_enough(left, refused, len(nodes), setting.config, _needed(state.plan, setting.config))
     return left, refused
 
 
-def _ask(
-    state: RunState, config: Config, nodes: Sequence[NodeInfo], stop: threading.Event | None
-) -> RoundAsk:
+def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, config: Config) -> list[NodeInfo]:
+    """Begins the next round (with dp_ftrl durably, before the first message): who of `free` it asks."""
+    state.round += 1
+    if state.correlated is not None:
+        for name, last in roster.last_rounds.items():
+            state.correlated.behind(last, f"node '{name}'")
+        free = state.correlated.able(free, state.round)
+    cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
+    if state.correlated is not None:
+        state.correlated.begin(state.round, cohort)
+    return cohort
+
+
+def _evaluate(setting: _Setting, evaluator: Evaluator, state: RunState, roster: Roster) -> Any:
+    """Evaluates the adapter as it is now; the nodes' answers are charged."""
+    free = roster.look(state.round)
+    away = [node.name for node in state.nodes if node not in free]
+    outcome = evaluator.evaluate(setting.grid, _ask(setting, state, free), away, setting.observer)
+    state.record_evaluation(outcome)
+    return outcome.result
+
+
+def _ask(setting: _Setting, state: RunState, nodes: Sequence[NodeInfo]) -> RoundAsk:
     """What `nodes` are asked with the adapter as it is now."""
+    federation = setting.config.federation
     return RoundAsk(
         run=state.run,
         round=state.round,
@@ -337,11 +334,11 @@ def _ask(
         plan=state.plan,
         adapter=state.adapter,
         nodes=nodes,
-        timeout=config.federation.round_timeout,
-        max_update_norm=config.federation.max_update_norm,
-        min_updates=config.federation.min_updates,
-        stop=stop,
-        deadline=config.engine.name == "deployment",
+        timeout=federation.round_timeout,
+        max_update_norm=federation.max_update_norm,
+        min_updates=federation.min_updates,
+        stop=setting.stop,
+        deadline=setting.dynamic,
         noise=None if state.correlated is None else state.correlated.noise,
     )
 
@@ -364,3 +361,56 @@ def _one_round(protocol: RoundProtocol, grid: Grid, ask: RoundAsk, observer: Obs
         return protocol.run_round(grid, ask, observer)
     except AggregationAborted as error:
         return RoundOutcome(dropped=[(node.name, str(error)) for node in ask.nodes])
+
+
+def _too_many_void_rounds(
+    count: int, outcome: RoundOutcome, setting: _Setting, round: int
+) -> FederationError:
+    reasons = "; ".join(f"{node}: {reason}" for node, reason in outcome.dropped[:4])
+    return FederationError(
+        f"{count} rounds in a row had fewer than federation.min_updates="
+        f"{setting.config.federation.min_updates} usable updates, the last of them round {round}, for these "
+        f"reasons: {reasons}. The adapter is as after the last good round; correct the cause and go on with "
+        f"`fedtune run resume={setting.run_dir}`."
+    )
+
+
+@contextmanager
+def _says_how_to_resume(run_dir: Path) -> Iterator[None]:
+    """Gives a KeyboardInterrupt a text that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
+            "round that was interrupted counts as released by the nodes that had begun it."
+        ) from None
+
+
+class _Clock:
+    """Wall time and training time of a run, on top of what the checkpoint has of it."""
+
+    def __init__(self, state: RunState, usage: Usage | None) -> None:
+        self._usage = usage
+        self._before = (state.seconds, state.train_seconds, state.flops)
+        self._started = self._round_started = time.monotonic()
+
+    def start_round(self) -> None:
+        """From here on time is the next round's."""
+        self._round_started = time.monotonic()
+
+    def stamp(self, state: RunState, summary: RoundSummary) -> None:
+        """Writes the time that has passed into the round's summary and the state."""
+        now = time.monotonic()
+        summary.seconds = now - self._round_started
+        state.seconds = self._before[0] + now - self._started
+
+    def count_training(self, state: RunState, summary: RoundSummary) -> None:
+        """Adds the round's training: as the engine measured it, else as the nodes report it."""
+        if self._usage is None:
+            state.train_seconds, state.flops = state.train_seconds + summary.train_seconds, None
+            return
+        seconds, flops = self._usage()
+        _, seconds_before, flops_before = self._before
+        state.train_seconds = seconds_before + seconds
+        state.flops = None if flops_before is None else flops_before + flops

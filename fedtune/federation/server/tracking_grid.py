@@ -4,7 +4,7 @@ A round is over at its deadline, and a node that was late may still be at work o
 it would be late again, and be charged for that too. So whoever goes over the rounds asks `late` first, which
 fetches what has come since (a late update is in no round), and leaves `busy` nodes in peace.
 
-What it does not do: wait, or decide who takes part (`fedtune.federation.server.roster`).
+What it does not do: wait, or decide who takes part (`fedtune.federation.server.cohort`).
 """
 
 from __future__ import annotations

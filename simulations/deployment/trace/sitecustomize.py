@@ -24,7 +24,7 @@ WATCHED = {
     "fedtune.deploy.executor": ("Worker.ask",),
     "fedtune.deploy.worker": ("answer",),
     "fedtune.federation.client.release": ("reserve_release",),
-    "fedtune.federation.server.state": ("RunState.save",),
+    "fedtune.federation.server.checkpoint": ("RunState.save",),
     "fedtune.federation.resources": ("RunResources.evaluate",),
     "fedtune.training.local": ("train_locally",),
 }

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from fedtune.errors import CheckpointError, ResourceError
+from fedtune.federation.run_folder import lock_folder
 from fedtune.federation.server import checkpoint as checkpoints
 from fedtune.federation.server.checkpoint import (
     Checkpoint,
     has_checkpoint,
     load_latest,
-    lock_folder,
     next_attempt,
     save,
 )
@@ -125,7 +125,7 @@ def test_attempt_numbers_only_rise(tmp_path: Path) -> None:
 
 def test_two_processes_cannot_run_one_folder(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fedtune.federation.server.checkpoint import lock_folder\n"
+        "import sys; from pathlib import Path; from fedtune.federation.run_folder import lock_folder\n"
         "with lock_folder(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()\n"
     )
     other = subprocess.Popen(

@@ -303,6 +303,7 @@ def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: py
 
     from fedtune.federation.events import NodeInfo, NullObserver
     from fedtune.federation.server import cohort, evaluation
+    from fedtune.federation.server.checkpoint import RunState
 
     nodes, kept = [NodeInfo("a", 1, 80), NodeInfo("b", 2, 80)], []
     about = SimpleNamespace(num_rounds=1, noise_std=1.0, scale=1)
@@ -315,13 +316,13 @@ def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: py
         for module in (evaluation, cohort):
             monkeypatch.setattr(module, "exchange", lambda *_, came=came, **__: iter(came))
             monkeypatch.setattr(module, "make_messages", lambda *_, **__: [])
-        state = cast(
-            Any, SimpleNamespace(adapter=np.zeros(3, np.float32), answers={}, history=[], nodes=nodes)
-        )
+        adapter = np.zeros(3, np.float32)
+        state = RunState("r", plan, adapter, cast(Any, None), 1, nodes=nodes)
         ask = cast(Any, SimpleNamespace(run="r", round=1, attempt=1, plan=plan, nodes=nodes, timeout=1.0,
-                                        stop=None, deadline=False))  # fmt: skip
-        found = evaluation.NodesEvaluator(plan, 1).evaluate(grid, ask, state, NullObserver())
+                                        stop=None, deadline=False, adapter=adapter))  # fmt: skip
+        outcome = evaluation.NodesEvaluator(plan, 1).evaluate(grid, ask, [], NullObserver())
+        state.record_evaluation(outcome)
         with pytest.raises(FederationError) as refused:
             cohort.discover_nodes(grid, 1.0, expected=2)
-        kept.append(json.dumps([state.answers, found.to_json(), str(refused.value)]))
+        kept.append(json.dumps([state.answers, outcome.result.to_json(), str(refused.value)]))
     assert kept[0] == kept[1]

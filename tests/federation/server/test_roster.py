@@ -17,11 +17,11 @@ from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation.events import FederationResult, NodeInfo
 from fedtune.federation.flower import task_identity
-from fedtune.federation.server import roster as roster_module
+from fedtune.federation.server import cohort as roster_module
 from fedtune.federation.server.agreement import PROPOSE
 from fedtune.federation.server.checkpoint import load_latest
+from fedtune.federation.server.cohort import Roster
 from fedtune.federation.server.loop import run_rounds
-from fedtune.federation.server.roster import Roster
 from fedtune.federation.server.tracking_grid import TrackingGrid
 from tests.support.fake_federation import FakeServerSide, Watcher, fake_app, fake_config, honest_update
 
@@ -137,7 +137,7 @@ def test_below_the_minimum_a_run_waits_says_why_and_asks_nobody(
                 grid.away = {1}
 
     watcher = Leaves()
-    with caplog.at_level(logging.INFO, "fedtune.federation.server.roster"):
+    with caplog.at_level(logging.INFO, "fedtune.federation.server.cohort"):
         result = run(grid, real(num_rounds=3, min_updates=2), tmp_path, watcher)
     assert [summary.updates for summary in result.history] == [3, 2, 3]
     assert [summary.void for summary in result.history] == [False] * 3
