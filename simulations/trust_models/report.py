@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from study import ARRANGEMENTS, EPSILONS, neighbour
+from arrangements import ARRANGEMENTS, EPSILONS, neighbour
 
 _first = neighbour("report")
 COLORS = {"local": "#1f5fa8", "distributed": "#b5651d", "pooled": "#4a4a4a", "central": "#2e8b57"}

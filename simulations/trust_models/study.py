@@ -20,17 +20,18 @@ the README tells of; they were made with
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
-EPSILONS = (1, 3, 8)
+sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours too
+
+from arrangements import ARRANGEMENTS, EPSILONS, neighbour  # noqa: E402
+
 ALL = ("none", *map(str, EPSILONS))
 SEEDS = (0, 1, 2)
 COMMON = (
@@ -41,52 +42,8 @@ COMMON = (
     "federation.evaluate_every=1000",
 )
 
-# A record is protected, and one delta is below 1/n for every size; a larger one would be another promise.
-_RECORD = ("privacy.unit=record", "privacy.delta=2.5e-5")
-# How 48 steps are spent. A distributed round is one step, and its optimizer lives on the server for all 48;
-# the pool takes them in one round, for a node's optimizer lives for a round. Local nodes meet 12 times.
-# 100 clients are central's own privacy unit, and there its delta is 1 / (2 x 100), once fedtune's default.
-ARRANGEMENTS: dict[str, tuple[str, ...]] = {
-    "local": (
-        "privacy=local",
-        *_RECORD,
-        "partition=natural",
-        "federation.num_rounds=12",
-        "train.local_steps=4",
-    ),
-    "distributed": ("privacy=distributed", *_RECORD, "partition=natural", "federation.num_rounds=48"),
-    "pooled": (
-        "privacy=local",
-        *_RECORD,
-        "partition=iid",
-        "federation.nodes=1",
-        "federation.num_rounds=1",
-        "train.local_steps=48",
-    ),
-    "central": (
-        "privacy=central",
-        "privacy.delta=0.005",
-        "privacy.max_grad_norm=1",
-        "partition=iid",
-        "federation.nodes=100",
-        "federation.num_rounds=6",
-        "train.local_steps=8",
-    ),
-}
 # What is lost to privacy at all, and what to meeting only 12 times: the same steps, not noised.
 REFERENCES = ("pooled", "local")
-
-
-def neighbour(name: str) -> ModuleType:
-    """`study` or `report` of simulations/first_federation, under a name of its own."""
-    known = f"first_federation_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, HERE.parent / "first_federation" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[known] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    return sys.modules[known]
 
 
 @dataclass(frozen=True)
@@ -134,7 +91,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing; make figure and README")
     parser.add_argument("overrides", nargs="*", help="name=value, for every run")
     options = parser.parse_args(arguments)
-    sys.path.insert(0, str(HERE))
     import report
 
     if not options.report:
