@@ -16,7 +16,7 @@ from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CheckpointError, SeparationError
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.messages import Consent, RoundReply, RoundRequest
-from fedtune.federation.server import checkpoint
+from fedtune.federation.server import agreement, checkpoint
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from tests.privacy.mechanisms.test_matrix import dense, ftrl
@@ -201,12 +201,12 @@ def test_a_node_that_knows_a_later_round_has_a_wound_back_folder_refused(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", nodes, Stops(5), resume=tmp_path / "a")
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
-    consent = Consent.from_answer
+    consent = agreement.read_consent
 
     def tells(answer: Any, node: str, proposal: Any) -> Consent:
         return replace(consent(answer, node, proposal), last_round=max(nodes.rounds.get(int(node[5:]), [0])))
 
-    monkeypatch.setattr(Consent, "from_answer", tells)
+    monkeypatch.setattr(agreement, "read_consent", tells)
     with pytest.raises(CheckpointError, match=r"was wound back.*node 'node-\d' of round [45]"):
         run(tmp_path / "b", nodes, resume=tmp_path / "b")
 
