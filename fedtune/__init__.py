@@ -35,13 +35,61 @@ nodes (their epsilons add up); the choice of settings by looking at results of p
 as each of those runs is itself in the ledger; and what the owner declares public: data set name,
 label set, declared sizes, maximum length, and a test split that is declared so.
 
+The API, which the command line calls too:
+
+    import fedtune
+
+    result = fedtune.run("privacy.epsilon=4", "adapter=lora")
+    print(result.epsilon, result.delta, result.accuracy)
+    model = fedtune.load(result.path)
+    model.predict(["what a film"])
+
 Heavy libraries are imported when they are needed, never by `import fedtune`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from fedtune.errors import FedtuneError
 
-__all__ = ["FedtuneError", "__version__"]
+if TYPE_CHECKING:
+    from fedtune.api import Model, Prediction, Result, SweepResult, epsilon, load, run, sweep
+    from fedtune.config.schema import Config
+    from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.report.frame import Frontier
+
+__all__ = [
+    "Config",
+    "FedtuneError",
+    "Frontier",
+    "Model",
+    "Prediction",
+    "PrivacyPlan",
+    "Result",
+    "SweepResult",
+    "__version__",
+    "epsilon",
+    "load",
+    "run",
+    "sweep",
+]
 
 __version__ = "0.1.0"
+
+_MODULES = {"Config": "config.schema", "Frontier": "report.frame", "PrivacyPlan": "privacy.plan"}  # else: api
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fedtune' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"fedtune.{_MODULES.get(name, 'api')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

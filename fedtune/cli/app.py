@@ -14,16 +14,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from fedtune import __version__
 from fedtune.cli.deployment import add_deployment_commands
 from fedtune.errors import ConfigError, FedtuneError
-
-if TYPE_CHECKING:
-    from fedtune.config.launch import Job
-    from fedtune.config.schema import Config
-    from fedtune.federation.events import StopRule
 
 __all__ = ["main"]
 
@@ -95,7 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        print(_paragraph(error), file=sys.stderr)
+        from fedtune.api import describe
+
+        print(describe(error), file=sys.stderr)
         status = _status(error)
     raise SystemExit(status)
 
@@ -110,7 +107,11 @@ def _dispatch(given: list[str], debug: bool) -> int:
     if arguments.command is None:
         parser.print_help()
         return OK
-    _quiet_libraries(debug)
+    from fedtune.api import keep_private, silence_libraries
+
+    keep_private()
+    if not debug:
+        silence_libraries()
     result: int = arguments.call(arguments, rest, debug)
     return result
 
@@ -259,59 +260,18 @@ def _run(arguments: argparse.Namespace, overrides: list[str], debug: bool) -> in
             raise ConfigError(f"'fedtune run' has no option {word}. See 'fedtune run --help'.")
     if arguments.show_config:
         return _show_config(overrides, arguments.config_dir)
-    from fedtune.config.launch import is_sweep, launch
+    from fedtune import api
+    from fedtune.config.launch import is_sweep
 
     resumes = any(word.startswith("sweep.resume=") for word in overrides)
-    if arguments.multirun or resumes or is_sweep(overrides):
-        return _sweep(overrides, arguments.config_dir, debug)
-    alone = [word for word in overrides if word.startswith("sweep.")]
-    if alone:
-        raise ConfigError(f"{alone[0]} is an option of a sweep: add -m and a setting with several values.")
-
-    def task(job: Job) -> None:
-        from fedtune.runs import run
-
-        run.run(job.config)
-
-    def on_failure(job: Job | None, error: Exception) -> str:
-        raise error
-
-    launch(overrides, task, on_failure=on_failure, extra_dirs=arguments.config_dir)
-    return OK
-
-
-def _sweep(overrides: list[str], extra_dirs: list[Path], debug: bool) -> int:
-    from fedtune.sweeps.sweep import run_sweep
-
-    def start(config: Config, title: str, stop_rule: StopRule | None, alone: bool) -> Path:
-        from rich.console import Console
-
-        from fedtune.runs import run
-        from fedtune.runs.display import Display
-
-        if not alone:
-            _quiet_libraries(debug)  # one process of several
-        console = Console(highlight=False, quiet=not alone, force_terminal=None if alone else False)
-        view = Display(title, unit=config.privacy.unit, brief=True, console=console)
-        return run.run(config, view=view, stop_rule=stop_rule)
-
-    def describe(error: Exception) -> str:
-        if debug and not isinstance(error, FedtuneError):
-            raise error
-        return _paragraph(error)
-
-    outcome = run_sweep(
-        overrides,
-        start,
-        describe=describe,
-        say=lambda line: print(line, flush=True),
-        warn=lambda line: print(line, file=sys.stderr, flush=True),
-        extra_dirs=extra_dirs,
-    )
-    if outcome.failures:
-        numbers = ", ".join(str(failure.number) for failure in outcome.failures)
+    if not (arguments.multirun or resumes or is_sweep(overrides)):
+        api.run(*overrides, config_dirs=arguments.config_dir)
+        return OK
+    made = api.sweep({}, *overrides, config_dirs=arguments.config_dir, debug=debug)
+    if made.failures:
+        numbers = ", ".join(str(number) for number in made.failures)
         raise FedtuneError(
-            f"{len(outcome.failures)} of the sweep's runs failed (number {numbers}); the others finished."
+            f"{len(made.failures)} of the sweep's runs failed (number {numbers}); the others finished."
         )
     return OK
 
@@ -327,26 +287,28 @@ def _show_config(overrides: list[str], extra_dirs: list[Path]) -> int:
 
 def _statement(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
     from fedtune.privacy.statement.facts import statement_json
-    from fedtune.runs import record, statements
+    from fedtune.runs import record
 
     finished = record.read(arguments.run_dir)
     if arguments.json:
         _print_json(statement_json(finished))
     else:
-        folder = arguments.run_dir if arguments.run_dir.is_dir() else arguments.run_dir.parent
-        print(statements.page(finished, folder).rstrip())
+        print(record.statement_page(finished, record.run_folder(arguments.run_dir)).rstrip())
     return OK
 
 
 def _predict(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.runs.predict import predict, show
+    from dataclasses import asdict
+
+    from fedtune import api
+    from fedtune.runs.predict import show
 
     texts: list[str] = []
     for text in arguments.texts:
         texts += [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
-    predictions = predict(arguments.run_dir, texts)
+    predictions = api.load(arguments.run_dir).predict(texts)
     if arguments.json:
-        _print_json(predictions)
+        _print_json([asdict(prediction) for prediction in predictions])
     else:
         show(predictions)
     return OK
@@ -458,42 +420,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def _paragraph(error: BaseException) -> str:
-    name, text = type(error).__name__, " ".join(str(error).split())
-    if isinstance(error, FedtuneError):
-        return f"{name}: {text}"
-    if isinstance(error, (OSError, MemoryError)):
-        return f"{name}: {text or 'out of memory'} (--debug shows where)."
-    return (
-        f"{name}: {text.rstrip('.')}. This is not an error that fedtune foresaw, so it is a bug: run the "
-        "same command with --debug for the traceback."
-    )
-
-
 def _status(error: BaseException) -> int:
     if isinstance(error, ConfigError):
         return USAGE
     return FAILED if isinstance(error, (FedtuneError, OSError, MemoryError)) else BUG
-
-
-def _quiet_libraries(debug: bool) -> None:
-    """Keeps libraries from calling home, and from talking over the display."""
-    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "TOKENIZERS_PARALLELISM"):
-        os.environ.setdefault(name, "0")
-    for name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would keep lines of a sweep back that look alike
-    if not debug:
-        import logging
-        import warnings
-
-        # At every import torchao says which of its CUDA kernels this machine cannot load, and torch that
-        # torchao registers enums in an old way. Neither matters to anybody here.
-        for logger in ("torchao", "torch.utils._pytree"):
-            logging.getLogger(logger).setLevel(logging.ERROR)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        warnings.simplefilter("ignore")
 
 
 if __name__ == "__main__":

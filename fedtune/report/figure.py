@@ -13,7 +13,7 @@ from fedtune.report.words import format_number, short_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "series_setting"]
+__all__ = ["draw", "draw_on", "series_setting"]
 
 # Okabe and Ito 2008: told apart by all common kinds of colour vision; the marker says the same again.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
@@ -39,7 +39,15 @@ def draw(points: Sequence[Point], names: Sequence[str], promise: str) -> bytes:
 
     figure = Figure(figsize=(7.2, 4.5), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    draw_on(figure.add_subplot(), points, names)
+    figure.supxlabel(promise, fontsize=7.5, color="#555555")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def draw_on(axes: Axes, points: Sequence[Point], names: Sequence[str]) -> None:
+    """Draws one group of points on `axes`, told apart by the first of `names` that has a few values."""
     rated = [point for point in points if point.accuracy is not None]
     place = _places(rated)
     by = series_setting(rated, names)
@@ -54,10 +62,6 @@ def draw(points: Sequence[Point], names: Sequence[str], promise: str) -> bytes:
     _dress(axes, rated, place)
     if by:
         axes.legend(frameon=False, loc="lower right", fontsize=9)
-    figure.supxlabel(promise, fontsize=7.5, color="#555555")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _order(value: str) -> tuple[float, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,16 +81,13 @@ def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-# What Hydra takes for something else than a text, or would split.
-_PLAIN = re.compile(r"[A-Za-z_./:@-][\w./:@-]*")
-_WORDS = frozenset({"null", "true", "false", "nan", "inf"})
-
-
 def repeat_command(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> str:
     """`fedtune run ...` for flat `settings` (by dotted name) and `seeds`; several seeds make a sweep.
 
     Settings that this version of fedtune does not have are left out.
     """
+    from fedtune.config.overrides import value_text
+
     defaults = _defaults()
     trust = settings.get("privacy.trust")
     parts = []
@@ -103,7 +99,7 @@ def repeat_command(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> st
             continue
         if trust == "none" and name in ("privacy.epsilon", "privacy.noise_multiplier"):
             continue
-        parts.append(f"{name}={_value(value)}")
+        parts.append(f"{name}={value_text(value)}")
     if len(seeds) == 1:
         parts.append(f"seed={seeds[0]}")
     elif seeds:
@@ -121,18 +117,3 @@ def _defaults() -> dict[str, Any]:
         for name, value in flatten(to_dict(load())).items()
         if not name.startswith(("pricing.", "tracker.")) and name not in ("seed", "resume", "output")
     }
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value).removesuffix(".0")
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_value(item) for item in value) + "]"
-    text = str(value)
-    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

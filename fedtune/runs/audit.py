@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import AuditError, RecordError
-from fedtune.runs import record, statements
+from fedtune.runs import record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def audit(
     from fedtune.audit.attack import audit_mechanism, audit_model
 
     finished = record.read(run_dir)
-    folder = Path(run_dir) if Path(run_dir).is_dir() else Path(run_dir).parent
+    folder = record.run_folder(run_dir)
     if not (folder / record.RECORD_NAME).is_file():
         raise RecordError(
             f"{run_dir} is a record outside of its run folder, and an audit is written beside it: put "
@@ -144,7 +144,7 @@ def _keep(folder: Path, found: dict[str, Any], figure: bytes) -> None:
     written["artifacts"]["audit"] = FIGURE
     (folder / FIGURE).write_bytes(figure)
     record.write(written, folder / record.RECORD_NAME)
-    statements.write(written, folder / written["artifacts"]["statement"])
+    record.write_statement(written, folder / written["artifacts"]["statement"])
 
 
 def _progress(console: Console | None, what: str) -> Any:

@@ -1,4 +1,4 @@
-"""Labels with probabilities from a finished run: what `fedtune predict` does.
+"""Labels with probabilities from a finished run: `fedtune.load`, and what `fedtune predict` does.
 
 The model is built the way anybody else would: the encoder that the run's adapter folder names, and the
 adapter through `peft.PeftModel.from_pretrained`. So what is predicted here is what a user of the saved
@@ -10,7 +10,9 @@ adapter; the texts that are asked about are not protected by anything and go now
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,105 +20,166 @@ from fedtune.errors import DataError, RecordError
 from fedtune.runs import record
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
-__all__ = ["predict", "show"]
+__all__ = ["Model", "Prediction", "load", "show"]
 
 _BATCH = 32  # texts at a time
 
 
-def predict(run_dir: Path | str, texts: Sequence[str], *, device: str = "auto") -> list[dict[str, Any]]:
-    """One `{"text", "label", "probability", "probabilities": {label: p}}` a text, in the order given.
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one text.
+
+    Attributes:
+        text: the text.
+        label: the most probable label.
+        probability: its probability, in [0, 1].
+        probabilities: of every label; they sum to 1.
+    """
+
+    text: str
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class Model:
+    """A trained classifier, as `fedtune.load` returns it.
+
+    Attributes:
+        path: the run folder that it comes from.
+        labels: the label names, in the order of the model's classes.
+
+    ```
+    >>> result = fedtune.run("privacy=none", progress=False)
+    >>> model = fedtune.load(result.path)
+    >>> model.labels
+    ('negative', 'positive')
+    >>> (prediction,) = model.predict(["what a film"])
+    >>> prediction.label in model.labels and 0.5 <= prediction.probability <= 1
+    True
+
+    ```
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str], module: Any, tokenizer: Any, max_length: int):
+        self.path = path
+        self.labels = tuple(labels)
+        self._module, self._tokenizer, self._max_length = module, tokenizer, max_length
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, labels={list(self.labels)})"
+
+    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+        """Classifies each text by itself; what else is asked with it changes nothing.
+
+        Args:
+            texts: one or more texts, none of them empty.
+
+        Returns:
+            One prediction a text, in the order given.
+
+        Raises:
+            DataError: there is no text, one is empty, or `texts` is one text and no list.
+        """
+        if isinstance(texts, str):
+            raise DataError("predict takes a list of texts: write predict([text]) for a single one.")
+        if not texts:
+            raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
+        for number, text in enumerate(texts, start=1):
+            if not text.strip():
+                raise DataError(
+                    f"Text {number} of {len(texts)} is empty. Give a text with at least one word."
+                )
+        predictions: list[Prediction] = []
+        for start in range(0, len(texts), _BATCH):
+            predictions += self._predict_batch(list(texts[start : start + _BATCH]))
+        return predictions
+
+    def _predict_batch(self, texts: list[str]) -> list[Prediction]:
+        import torch
+
+        batch = self._tokenizer(
+            texts, truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
+        ).to(next(self._module.parameters()).device)
+        with torch.no_grad():
+            logits = self._module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            probabilities = logits.float().softmax(-1).tolist()  # [b, c]
+        predictions = []
+        for text, row in zip(texts, probabilities, strict=True):
+            by_label = dict(zip(self.labels, row, strict=True))
+            label = max(by_label, key=by_label.__getitem__)
+            predictions.append(Prediction(text, label, by_label[label], by_label))
+        return predictions
+
+
+def load(path: Path | str, *, device: str = "auto") -> Model:
+    """The classifier that a finished run trained.
+
+    Args:
+        path: the run folder (`Result.path`), or its record.json.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+
+    Returns:
+        The model, in memory and ready to predict.
 
     Raises:
-        RecordError: `run_dir` is not a run folder, or its run is not finished.
-        DataError: there is no text, or one is empty; the run was trained on pairs of texts.
+        RecordError: `path` is not a run folder, its run is not finished, or its adapter is missing.
+        DataError: the run was trained on pairs of texts.
         ModelError, ResourceError: the encoder or adapter cannot be loaded.
+
+    ```
+    >>> result = fedtune.run(progress=False)
+    >>> [prediction.text for prediction in fedtune.load(result.path).predict(["a", "b"])]
+    ['a', 'b']
+
+    ```
     """
-    finished = record.read(run_dir)
-    folder = Path(run_dir) if Path(run_dir).is_dir() else Path(run_dir).parent
+    finished = record.read(path)
+    folder = record.run_folder(path)
     adapter = folder / finished["artifacts"]["adapter"]
     if not (adapter / "adapter_config.json").exists():
         raise RecordError(
             f"The run in {folder} has a record and no adapter at {adapter}. Copy the whole run folder, "
             f"or resume the run to write it again: fedtune run resume={folder}"
         )
-    if not texts:
-        raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
     if pair := finished["config"]["data"].get("text_pair"):
         raise DataError(
             f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and fedtune predict "
             "takes one text at a time: what it said of one alone would mean nothing. Load the adapter with "
             "peft.PeftModel.from_pretrained, and give both texts to the tokenizer."
         )
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            raise DataError(f"Text {number} of {len(texts)} is empty. Give a text with at least one word.")
-    probabilities = _probabilities(adapter, texts, finished["config"]["data"]["max_length"], device)
-    labels = finished["data"]["labels"]
-    return [_row(text, labels, row) for text, row in zip(texts, probabilities, strict=True)]
-
-
-def _row(text: str, labels: Sequence[str], probabilities: np.ndarray) -> dict[str, Any]:
-    best = int(probabilities.argmax())
-    return {
-        "text": text,
-        "label": labels[best],
-        "probability": float(probabilities[best]),
-        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
-    }
-
-
-def _probabilities(adapter: Path, texts: Sequence[str], max_length: int, device: str) -> np.ndarray:
-    """float32 [n, c] for n texts and c classes."""
-    import json
-
-    import numpy as np
-    import torch
-
     from fedtune.config.schema import ModelConfig
     from fedtune.models.classifier import load_saved
     from fedtune.models.encoder import load_tokenizer
 
-    model = load_saved(adapter, device)
+    module = load_saved(adapter, device)
     saved = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
     tokenizer, _ = load_tokenizer(ModelConfig(**saved["model"]))
-    where = next(model.parameters()).device
-    rows = []
-    with torch.no_grad():
-        for start in range(0, len(texts), _BATCH):
-            batch = tokenizer(
-                list(texts[start : start + _BATCH]),
-                truncation=True,
-                max_length=max_length,
-                padding=True,
-                return_tensors="pt",
-            ).to(where)
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            rows.append(logits.float().softmax(-1).cpu().numpy())
-    return np.concatenate(rows)
+    labels = finished["data"]["labels"]
+    return Model(folder, labels, module, tokenizer, finished["config"]["data"]["max_length"])
 
 
-def show(predictions: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def show(predictions: Sequence[Prediction], console: Console | None = None) -> None:
     """Prints predictions as a table: label, probability, text; with many labels, the next best too."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console(highlight=False)
-    several = len(predictions[0]["probabilities"]) > 2
+    several = len(predictions[0].probabilities) > 2
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("label", style="bold", overflow="fold")
     table.add_column("probability", justify="right")
     if several:
         table.add_column("then", overflow="fold")
     table.add_column("text", overflow="fold")
-    for one in predictions:
+    for prediction in predictions:
         # Text, not str: what a text holds in brackets is no markup.
-        row = [Text(one["label"]), Text(f"{one['probability']:.3f}")]
+        row = [Text(prediction.label), Text(f"{prediction.probability:.3f}")]
         if several:
-            ranked = sorted(one["probabilities"].items(), key=lambda item: -item[1])[1:3]
+            ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[1:3]
             row.append(Text(", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
-        table.add_row(*row, Text(one["text"]))
+        table.add_row(*row, Text(prediction.text))
     console.print(table)

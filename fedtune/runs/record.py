@@ -5,8 +5,9 @@
 numbers for them. A record is for publication: what depends on private records and was not charged is null in
 it (`fedtune.privacy.publication`), and lies in `local.json` beside it.
 
-Does not do: make a record (`fedtune.runs.assemble`), judge it (`fedtune.report.frontier`) or put
-it in words (`fedtune.privacy.statement.facts`).
+The statement is the record in words (`fedtune.privacy.statement`); this module writes it beside the record.
+
+Does not do: make a record (`fedtune.runs.assemble`) or judge it (`fedtune.report.frontier`).
 """
 
 from __future__ import annotations
@@ -23,10 +24,24 @@ from fedtune.federation import local_record
 from fedtune.privacy.publication import merge
 from fedtune.privacy.publication import publish as door
 
-__all__ = ["RECORD_NAME", "SCHEMA", "clean", "flatten", "publish", "read", "validate", "whole", "write"]
+__all__ = [
+    "RECORD_NAME",
+    "SCHEMA",
+    "clean",
+    "flatten",
+    "publish",
+    "read",
+    "run_folder",
+    "statement_page",
+    "validate",
+    "whole",
+    "write",
+    "write_statement",
+]
 
 SCHEMA = 1
 RECORD_NAME = "record.json"
+PICTURE_NAME = "strength.svg"  # beside statement.md
 
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "run": (
@@ -99,6 +114,33 @@ def whole(run_dir: Path) -> dict[str, Any]:
     """The record of a folder with what the folder keeps for the owner. Raises as `read` does."""
     found: dict[str, Any] = merge(read(run_dir), local_record.read(run_dir).get("record"))
     return found
+
+
+def run_folder(path: Path | str) -> Path:
+    """The run folder that `path` names: itself, or the folder of the record.json that it is."""
+    path = Path(path).expanduser()
+    return path.parent if path.is_file() else path
+
+
+def statement_page(record: Mapping[str, Any], folder: Path) -> str:
+    """The statement of `record` as Markdown; it shows the picture of its strength if `folder` has one."""
+    from fedtune.privacy.statement.facts import statement_markdown
+
+    return statement_markdown(record, PICTURE_NAME if (folder / PICTURE_NAME).exists() else None)
+
+
+def write_statement(record: Mapping[str, Any], path: Path) -> str:
+    """Writes the statement to `path` and its picture beside it; returns the page."""
+    from fedtune.privacy.statement.facts import statement_picture
+
+    picture = statement_picture(record)
+    if picture is None:
+        (path.parent / PICTURE_NAME).unlink(missing_ok=True)  # of the same run, before an audit disproved it
+    else:
+        (path.parent / PICTURE_NAME).write_text(picture, encoding="utf-8")
+    text = statement_page(record, path.parent)
+    path.write_text(text, encoding="utf-8")
+    return text
 
 
 def _split(made: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,7 +29,7 @@ from fedtune.errors import FederationError, ResourceError
 from fedtune.federation import local_record
 from fedtune.federation.events import StoppingObserver
 from fedtune.privacy.publication import merge, publish
-from fedtune.runs import assemble, environment, history, record, statements
+from fedtune.runs import assemble, environment, history, record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -210,7 +210,7 @@ def finish(
         )
     local_record.collect_reasons(run_dir)
     written, _ = publish("record", made, public_data=resources.prepared.public)
-    statement = statements.write(written, run_dir / STATEMENT)
+    statement = record.write_statement(written, run_dir / STATEMENT)
     record.publish(made, run_dir)
     (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
     return written

@@ -17,7 +17,16 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["duration", "human_bytes", "ledger_line", "money_line", "privacy_line", "summary"]
+__all__ = [
+    "accuracy_line",
+    "duration",
+    "facts_and_notes",
+    "human_bytes",
+    "ledger_line",
+    "money_line",
+    "privacy_line",
+    "summary",
+]
 
 
 def duration(seconds: float) -> str:
@@ -42,9 +51,8 @@ def human_bytes(count: float | None) -> str:
     return f"{size:.0f} {unit}" if unit == "B" or round(size, 1) >= 100 else f"{size:.1f} {unit}"
 
 
-def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table at the end of a run, from its record. `run_dir`: as the person would type it."""
-    console = console or Console(highlight=False)
+def facts_and_notes(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(facts, notes) of a run, each a name and a text; a text is empty where there is nothing to say."""
     privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
     facts = [
         ("privacy", privacy_line(privacy)),
@@ -59,6 +67,19 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     if privacy["reproducible_noise"]:
         notes.append(("note", "the noise is reproducible from the seed: a simulation, no guarantee"))
     notes += [("note", text) for text in privacy.get("cautions", [])]
+    return facts, notes
+
+
+def accuracy_line(metrics: Mapping[str, Any]) -> str:
+    """Accuracy with its standard error where it was noised, or that it is not known."""
+    error = (metrics.get("evaluation") or {}).get("standard_error")
+    return "unknown" if metrics["accuracy"] is None else _share(metrics["accuracy"], error)
+
+
+def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
+    """Prints the table at the end of a run, from its record. `run_dir`: as the person would type it."""
+    console = console or Console(highlight=False)
+    privacy = record["privacy"]
     paths = [("record", str(run_dir / "record.json"))]
     paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
     folder = shlex.quote(str(run_dir))
@@ -68,6 +89,7 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     if record["run"]["engine"] != "deployment":  # there the ledgers lie with the sites
         commands.append("budget show")
 
+    facts, notes = facts_and_notes(record)
     for part in (_sites(record["metrics"]), _facts(facts, notes), _facts(paths, [])):
         console.print()
         console.print(part)

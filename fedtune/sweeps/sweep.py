@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config.files import save
 from fedtune.config.launch import Job, JobFailure, launch
+from fedtune.config.overrides import value_text
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import local_record
 from fedtune.privacy.publication import publish, told
@@ -96,7 +97,7 @@ def run_sweep(
     if options.resume is not None:
         kept = read_sweep(options.resume)
         overrides = [word for word in kept["overrides"] if not word.startswith("hydra.sweep.dir=")]
-        overrides.append(f"hydra.sweep.dir={_quoted(options.resume)}")
+        overrides.append(f"hydra.sweep.dir={value_text(options.resume)}")
     sweep = Sweep(options, list(overrides), start, describe, say, warn, kept)
     try:
         failures = launch(
@@ -116,11 +117,6 @@ def run_sweep(
     finally:
         if sweep.close is not None:
             sweep.close()
-
-
-def _quoted(folder: Path) -> str:
-    """`folder` as a text in Hydra's syntax, whatever characters its name has."""
-    return "'" + str(folder).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @dataclass
@@ -291,7 +287,7 @@ class Sweep:
             return config
         from fedtune.config.loader import load
 
-        return load([f"resume={_quoted(folder)}"])
+        return load([f"resume={value_text(folder)}"])
 
     def _place(self, job: Job) -> str:
         assert self.progress is not None

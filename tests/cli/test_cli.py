@@ -249,7 +249,7 @@ def test_debug_shows_the_traceback(runs: list[Config], place: int) -> None:
 
 
 def test_full_disk_is_no_bug(fake: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
-    def run(config: Config) -> Path:
+    def run(config: Config, **_: Any) -> Path:
         raise OSError(28, "No space left on device", "/x")
 
     fake("fedtune.runs.run", run=run)
@@ -285,13 +285,13 @@ def test_closed_pipe() -> None:
 
 
 @pytest.fixture
-def finished(fake: Callable[..., None]) -> None:
+def finished(fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     def read(path: Path) -> dict[str, Any]:
         if path.name == "missing":
             raise RecordError("missing has no record.json.")
         return {"epsilon": 2.0}
 
-    fake("fedtune.runs.record", read=read)
+    monkeypatch.setattr("fedtune.runs.record.read", read)
     fake(
         "fedtune.privacy.statement.facts",
         statement_json=lambda record: {"unit": "record", **record},
@@ -313,19 +313,21 @@ def test_statement_of_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert one_paragraph(capsys).startswith("RecordError: ")
 
 
-def test_predict(
-    fake: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
-    def predict(run_dir: Path, texts: list[str]) -> list[dict[str, Any]]:
-        return [{"text": text, "label": "positive", "probabilities": {"positive": 0.9}} for text in texts]
+    from fedtune.runs.predict import Prediction
 
-    def show(predictions: list[dict[str, Any]]) -> None:
-        for item in predictions:
-            print(item["label"], item["text"])
+    class Model:
+        def predict(self, texts: list[str]) -> list[Prediction]:
+            return [Prediction(text, "positive", 0.9, {"positive": 0.9}) for text in texts]
 
-    fake("fedtune.runs.predict", predict=predict, show=show)
+    def show(predictions: list[Prediction]) -> None:
+        for prediction in predictions:
+            print(prediction.label, prediction.text)
+
+    monkeypatch.setattr("fedtune.api.load", lambda path: Model())
+    monkeypatch.setattr("fedtune.runs.predict.show", show)
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
     assert call("predict", "run", "one", "-") == 0
     assert capsys.readouterr().out == "positive one\npositive two\npositive three\n"

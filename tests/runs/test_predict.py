@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,26 +14,31 @@ from rich.console import Console
 
 from fedtune.errors import DataError, RecordError
 from fedtune.runs import record as records
-from fedtune.runs.predict import predict, show
+from fedtune.runs.predict import Prediction, load, show
+
+
+def predict(folder: Path, texts: list[str]) -> list[Prediction]:
+    return load(folder, device="cpu").predict(texts)
+
 
 TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
 
 
 def test_a_text_has_a_label_and_probabilities_that_sum_to_one(finished: tuple[Path, str]) -> None:
     found = predict(finished[0], TEXTS)
-    assert [one["text"] for one in found] == TEXTS
+    assert [one.text for one in found] == TEXTS
     for one in found:
-        assert sum(one["probabilities"].values()) == pytest.approx(1.0, abs=1e-6)
-        assert one["label"] == max(one["probabilities"], key=one["probabilities"].get)
-        assert one["probability"] == one["probabilities"][one["label"]]
-    json.dumps(found)
+        assert sum(one.probabilities.values()) == pytest.approx(1.0, abs=1e-6)
+        assert one.label == max(one.probabilities, key=one.probabilities.__getitem__)
+        assert one.probability == one.probabilities[one.label]
+    json.dumps([asdict(one) for one in found])
 
 
 def test_they_do_not_depend_on_what_else_is_asked(finished: tuple[Path, str]) -> None:
     together = predict(finished[0], TEXTS * 20)
     for number, text in enumerate(TEXTS):
         (alone,) = predict(finished[0], [text])
-        assert together[number]["probability"] == pytest.approx(alone["probability"], abs=1e-5)
+        assert together[number].probability == pytest.approx(alone.probability, abs=1e-5)
 
 
 def test_they_are_those_of_the_run_itself(finished: tuple[Path, str]) -> None:
@@ -45,9 +50,9 @@ def test_they_are_those_of_the_run_itself(finished: tuple[Path, str]) -> None:
     config, made = read_config(folder), records.read(folder)
     _, test = load_corpus(config.data, config.seed)
     found = predict(folder, test.texts)
-    right = np.mean([one["label"] == test.label_names[y] for one, y in zip(found, test.labels, strict=True)])
+    right = np.mean([one.label == test.label_names[y] for one, y in zip(found, test.labels, strict=True)])
     assert right == pytest.approx(made["metrics"]["accuracy"])
-    chosen = [one["probabilities"][test.label_names[y]] for one, y in zip(found, test.labels, strict=True)]
+    chosen = [one.probabilities[test.label_names[y]] for one, y in zip(found, test.labels, strict=True)]
     assert -np.mean(np.log(chosen)) == pytest.approx(made["metrics"]["loss"], abs=1e-4)
 
 
@@ -64,6 +69,11 @@ def test_a_moved_folder_still_predicts(finished: tuple[Path, str], tmp_path: Pat
 def test_no_text_is_refused(finished: tuple[Path, str], texts: list[str]) -> None:
     with pytest.raises(DataError, match=r"text"):
         predict(finished[0], texts)
+
+
+def test_one_text_is_no_list_of_texts(finished: tuple[Path, str]) -> None:
+    with pytest.raises(DataError, match=r"predict\(\[text\]\)"):
+        load(finished[0], device="cpu").predict("what a film")
 
 
 def test_a_model_of_pairs_does_not_judge_one_text(finished: tuple[Path, str], tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_folders_that_cannot_predict_say_why(finished: tuple[Path, str], tmp_pat
         predict(folder, TEXTS)
 
 
-def shown(predictions: list[dict[str, Any]]) -> str:
+def shown(predictions: list[Prediction]) -> str:
     console = Console(file=io.StringIO(), width=80, highlight=False)
     show(predictions, console)
     assert isinstance(console.file, io.StringIO)
@@ -98,7 +108,7 @@ def shown(predictions: list[dict[str, Any]]) -> str:
 
 
 def test_the_table_has_a_line_a_text() -> None:
-    one = {"text": "a [b]day[/b]", "label": "p", "probability": 0.75, "probabilities": {"n": 0.25, "p": 0.75}}
+    one = Prediction("a [b]day[/b]", "p", 0.75, {"n": 0.25, "p": 0.75})
     text = shown([one, one])
     assert len(text.splitlines()) == 3
     assert "0.750" in text and "a [b]day[/b]" in text  # what looks like markup is text
@@ -106,15 +116,10 @@ def test_the_table_has_a_line_a_text() -> None:
 
 def test_with_many_labels_the_next_best_are_shown() -> None:
     probabilities = {"a": 0.1, "b": 0.6, "c": 0.2, "d": 0.05, "e": 0.05}
-    text = shown([{"text": "t", "label": "b", "probability": 0.6, "probabilities": probabilities}])
+    text = shown([Prediction("t", "b", 0.6, probabilities)])
     assert "c 0.200, a 0.100" in text and "0.050" not in text
 
 
 def test_labels_and_texts_of_any_length_fit() -> None:
-    one = {
-        "text": "word " * 80,
-        "label": "l" * 50,
-        "probability": 1.0,
-        "probabilities": {"l" * 50: 1.0, "n": 0.0},
-    }
+    one = Prediction("word " * 80, "l" * 50, 1.0, {"l" * 50: 1.0, "n": 0.0})
     assert all(len(line) <= 80 for line in shown([one]).splitlines())

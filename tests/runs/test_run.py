@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_in_one_paragraph(
 
         monkeypatch.setattr(AdaptedModel, "save", full)
     elif where == "statement":
-        monkeypatch.setattr("fedtune.runs.statements.write", full)
+        monkeypatch.setattr("fedtune.runs.record.write_statement", full)
     else:
         monkeypatch.setattr(records.os, "fsync", full)
     folder = tmp_path / "run"
