@@ -349,7 +349,7 @@ def _folders_and_prices(words: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def _budget(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.privacy.ledger import budget
+    from fedtune.privacy.ledger import budget_report as budget
 
     return budget.main(arguments)
 

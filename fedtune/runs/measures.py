@@ -127,7 +127,7 @@ def _ledger(
     unit that this epsilon is about)) as the node's ledger knows them."""
     from fedtune.config.paths import state_dir
     from fedtune.privacy.ledger.simulation import simulation_ledger
-    from fedtune.privacy.ledger.state import Body
+    from fedtune.privacy.ledger.state import NamedData
 
     ledger = simulation_ledger(state_dir() / "ledgers")
     if not ledger.path.exists():
@@ -138,7 +138,7 @@ def _ledger(
         return mine, answers, (None, None, None)
     data: dict[str, Any] = {"dataset": shard.dataset, "fingerprint": shard.identity}
     # From the running sum: to read every row of a long ledger would take longer with each run of a sweep.
-    made = ledger.state().releases.get(Body(shard.dataset, ledger.known_as(shard.identity)), 0)
+    made = ledger.state().releases.get(NamedData(shard.dataset, ledger.known_as(shard.identity)), 0)
     return mine, answers, (ledger.epsilon(**data, delta=delta or None), made, ledger.account(**data).unit())
 
 

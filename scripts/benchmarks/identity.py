@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.identity import Identity, mark_of
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from scripts.benchmarks.common import plan_for, seconds, write

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from scripts.benchmarks.common import plan_for, seconds, write
 

@@ -13,7 +13,7 @@ from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyC
 from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.privacy.accounting.epsilon import epsilon_of
 from fedtune.privacy.evaluation import EvaluationPlan, estimate, evaluation_rounds
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan

@@ -22,7 +22,7 @@ from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, Feder
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.resources import RunResources, run_resources
 from fedtune.federation.server import loop as server
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.sizes import SIZE_NOISE, SizePlan
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
 from fedtune.runs import record

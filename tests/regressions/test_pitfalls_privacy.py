@@ -27,9 +27,9 @@ from fedtune.privacy.accounting.epsilon import (
     epsilon_rdp,
     terms_of,
 )
-from fedtune.privacy.accounting.filter import Charge, spent
-from fedtune.privacy.ledger import budget
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.accounting.filter import RunSteps, spent
+from fedtune.privacy.ledger import budget_report as budget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms import noise
 from fedtune.privacy.mechanisms.noise import Entropy, on_grid
@@ -180,7 +180,7 @@ def test_pitfall_11_tuning_leaks(tmp_path: Path) -> None:
     best = ledger.epsilon(dataset="d", fingerprint="f", run="trial-3", delta=1e-5)
     total = ledger.epsilon(dataset="d", fingerprint="f", delta=1e-5)
     # Each trial was chosen after the last one was seen: their sum is counted by Renyi DP, which is larger.
-    assert total == spent([Charge({Term(0.05, 1.0): 15}, None)] * 5, 1e-5)
+    assert total == spent([RunSteps({Term(0.05, 1.0): 15}, None)] * 5, 1e-5)
     assert total > epsilon_of_terms({Term(0.05, 1.0): 75}, 1e-5) > best
     text = statement_markdown(record())
     assert "Choice of settings" in text and "epsilon over all uses" in text

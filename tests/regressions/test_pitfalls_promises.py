@@ -19,7 +19,7 @@ from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.federation.client.policy import Permit, SiteData, SiteSettings
 from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
 from fedtune.privacy.accounting.filter import fits
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.mechanisms.noise import Entropy

@@ -35,7 +35,7 @@ from fedtune.config.schema import (
     setting,
 )
 from fedtune.errors import ConfigError, PrivacyError
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.plan import UNITS, PrivacyPlan
 
 __all__ = ["Limits", "Permit", "SiteData", "SiteSettings", "check_plan"]

@@ -64,7 +64,7 @@ from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_t
 
 __all__ = [
     "FILTER",
-    "Charge",
+    "RunSteps",
     "admits",
     "closes",
     "fits",
@@ -83,7 +83,7 @@ _SLACK = 1e-8  # relative: far above what the sums below round
 Terms = Mapping[Term, int]
 
 
-class Charge(NamedTuple):
+class RunSteps(NamedTuple):
     """What one run has released of some data, and what its plan, fixed before, allows it to release.
 
     Attributes:
@@ -97,7 +97,7 @@ class Charge(NamedTuple):
 
 
 def admits(
-    runs: Sequence[Charge],
+    runs: Sequence[RunSteps],
     epsilon: float,
     delta: float,
     *,
@@ -139,7 +139,7 @@ def fits(terms: Terms | None, epsilon: float, delta: float) -> bool:
 
 
 def spent(
-    runs: Sequence[Charge],
+    runs: Sequence[RunSteps],
     delta: float,
     budget: float | None = None,
     *,

@@ -1,10 +1,14 @@
-"""Whether a node's owner allows one more release: what every key was charged, beside the budget.
+"""Whether one more release is allowed: by the plan that its run began with, and by its owner's budget.
 
-A budget is enforced by a filter that is proven for releases that are chosen while their results are seen,
-and one run that was fixed in advance may be admitted as a whole by its privacy loss distribution
-(`fedtune.privacy.accounting.filter`, which has the proof). Both are asked for every class of keys that the
+**The plan.** A run is held to the plan of its first release: no more releases than it allows, none sooner,
+and each for the unit of privacy and with the rate, noise and steps that it began with (`RunCounts`). Only so
+may a run be accounted as one that was fixed in advance: the same noise for another unit is another promise.
+
+**The budget.** It is enforced by a filter that is proven for releases that are chosen while their results are
+seen, and one run that was fixed in advance may be admitted as a whole by its privacy loss distribution
+(`fedtune.privacy.accounting.filter`, which has the proof). Both are asked for every group of keys that the
 release would charge (`fedtune.privacy.ledger.accounts`): a release is allowed if it is allowed for all of
-them.
+them (`Allowance`).
 
 Sums of Renyi divergences at one order take no time; the privacy loss distribution of a run's plan does, and
 is cached on disk (`fedtune.privacy.accounting.cache`), so that another process need not even load the
@@ -15,22 +19,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fedtune.errors import BudgetExhausted
+from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.privacy.accounting.cache import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.filter import closes, order_of, renyi_budget, renyi_of_terms, spent
-from fedtune.privacy.ledger.accounts import NEVER, Account, Domain
-from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
-from fedtune.privacy.ledger.state import Use, coarser, terms_of_plan
-from fedtune.privacy.plan import UNITS, ReleasePlan
+from fedtune.privacy.ledger.accounts import NEVER, Account, AccountKeys
+from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget
+from fedtune.privacy.ledger.chain import Chain
+from fedtune.privacy.ledger.releases import RELEASED, Planned, is_coarser, purpose_of, steps_of, terms_of_plan
+from fedtune.privacy.ledger.state import Use
+from fedtune.privacy.plan import UNITS, PrivacyPlan, ReleasePlan
 
-__all__ = ["Allowance", "Asked"]
+__all__ = ["Allowance", "ReleaseRequest", "RunCounts"]
 
+_MOST_RUNS = 1024  # of a node and purpose each, whose releases a process counts
+_RELEASES = {"training": "releases", "evaluation": "answers about held-out data"}
 _WHAT = {
     "training": "round {}",
     "evaluation": "the evaluation after round {}",
@@ -44,8 +52,85 @@ _NO_FOLLOWER = "Its first run was admitted as a whole, as it was fixed in advanc
 _SPENT = "Nothing is left: use other data, or its owner allows more."
 
 
+@dataclass
+class _Counted:
+    """Releases that one node made in one run for one purpose, up to row `seq`."""
+
+    seq: int = 0
+    rounds: list[int] = field(default_factory=list)  # of each release
+    agreed: float = math.inf  # the fewest that a plan allowed
+    steps: Any = None  # what the first of them added to the account
+    planned: tuple[Planned] | None = None  # the whole run's plan as its first release named it
+    unit: str | None = None  # of privacy, of the node's first release in the run, for whatever purpose
+
+
+class RunCounts:
+    """Counts that last from one release to the next; rows of other processes are read as they come."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._counted: dict[tuple[str, str, str], _Counted] = {}
+
+    def made(
+        self, connection: Any, plan: ReleasePlan, planned: tuple[Planned] | None, *, node: str, run: str,
+        round: int,
+    ) -> int:  # fmt: skip
+        """Releases for the plan's purpose so far. `planned`: the whole run's plan, if it is known.
+
+        Raises `BudgetExhausted`, `SeparationError` or `PrivacyError` if the run may not make one more.
+        """
+        counted = self._count(connection, plan.purpose, node, run)
+        made, agreed = len(counted.rounds), min(counted.agreed, plan.num_rounds)
+        if isinstance(plan, PrivacyPlan):
+            plan.check_round(node, run, round, counted.rounds)
+        if made >= agreed:
+            what = _RELEASES.get(plan.purpose, f"releases of a {plan.purpose}")
+            raise BudgetExhausted(
+                f"node '{node}' refuses round {round} of run '{run}': its plan allows {agreed:.0f} {what}, "
+                f"and {made} were made (rounds that were repeated or interrupted count, because they may "
+                "have been seen). Start a new run; its noise will be calibrated for its own number of "
+                "rounds.",
+                public=True,
+            )
+        if counted.unit not in (None, plan.unit):
+            raise PrivacyError(
+                f"node '{node}' refuses round {round} of run '{run}': it is asked for a release that "
+                f"protects one {plan.unit} (privacy.unit), and the run began with releases that protect one "
+                f"{counted.unit}. Start a new run."
+            )
+        other_steps = made > 0 and counted.steps != steps_of(plan, 0)
+        if other_steps or (planned is not None and counted.planned not in (None, planned)):
+            raise PrivacyError(
+                f"node '{node}' refuses round {round} of run '{run}': it is asked for releases with another "
+                "sampling rate, noise, number of steps or number of rounds than the run began with. A run is "
+                "accounted by the plan of its first release; start a new run."
+            )
+        return made
+
+    def _count(self, connection: Any, purpose: str, node: str, run: str) -> _Counted:
+        # Only rows that this process has not counted yet: those before them are proven by the chain, whose
+        # last known row is looked at before every reservation.
+        key = (run, node, purpose)
+        if key not in self._counted and len(self._counted) >= _MOST_RUNS:
+            self._counted.clear()
+        counted = self._counted.setdefault(key, _Counted())
+        for row in () if connection is None else self._chain.run_rows(connection, run, after=counted.seq):
+            if row.kind in RELEASED:
+                if row.body["node"] == node:
+                    counted.unit = counted.unit or row.body["unit"]
+                if row.body["node"] == node and "planned" in row.body:
+                    counted.planned = (row.body["planned"],)
+                if row.body["node"] == node and purpose_of(row) == purpose:
+                    if not counted.rounds:
+                        counted.steps = row.body["steps"]
+                    counted.rounds.append(row.body["round"])
+                    counted.agreed = min(counted.agreed, row.body["num_rounds"])
+            counted.seq = row.seq
+        return counted
+
+
 @dataclass(frozen=True)
-class Asked:
+class ReleaseRequest:
     """What a run asks for.
 
     Attributes:
@@ -64,72 +149,75 @@ class Asked:
 
     def uses(self) -> dict[Use, int]:
         """`steps` as a ledger counts them."""
-        found: dict[Use, int] = {}
+        uses: dict[Use, int] = {}
         for unit, terms in self.steps.items():
             if terms is None:
-                found[Use(False, unit, False, 1.0, 0.0)] = 1
+                uses[Use(False, unit, False, 1.0, 0.0)] = 1
             else:
-                found |= {
+                uses |= {
                     Use(False, unit, True, t.sample_rate, t.noise_multiplier): n for t, n in terms.items()
                 }
-        return found
+        return uses
 
 
 class Allowance:
-    """What budgets allow; remembers which plans let no other run follow."""
+    """What budgets allow; it remembers which plans let no other run follow."""
 
     def __init__(self) -> None:
         self._closing: dict[tuple[object, PrivacyBudget], bool] = {}
 
     def check(
-        self, budgets: Budgets, account: Account, asked: Asked, *, dataset: str, node: str, round: int,
-        public: bool,
+        self, budgets: Budgets, account: Account, request: ReleaseRequest, *, dataset: str, node: str,
+        round: int, public: bool,
     ) -> bool:  # fmt: skip
-        """Raises `BudgetExhausted` if what is asked would exceed a budget of this data.
+        """Whether the release counts as public: declared so, and never treated as private before.
 
-        Returns whether the release counts as public: declared so, and never treated as private before.
+        Raises:
+            BudgetExhausted: what is requested would exceed a budget of this data.
         """
         names = account.names
         if public and not account.is_private and not (set(budgets.datasets) & names):
             return True
-        what = _WHAT.get(asked.what, f"its {asked.what} after round {{}}").format(round)
+        what = _WHAT.get(request.what, f"its {request.what} after round {{}}").format(round)
         for budget in budgets.of(names):
-            if budget.unit is not None and coarser(budget.unit, asked.plan.unit):
+            if budget.unit is not None and is_coarser(budget.unit, request.plan.unit):
                 raise BudgetExhausted(
-                    f"node '{node}' refuses {what}: the plan protects one {asked.plan.unit}, and the "
+                    f"node '{node}' refuses {what}: the plan protects one {request.plan.unit}, and the "
                     f"owner's budget asks for every {budget.unit} of '{dataset}' to be protected. Set "
                     f"privacy.unit={budget.unit}.",
                     public=True,
                 )
-            for domain in account.charged_domains(asked.plan.unit):
-                place = self._refused(account, domain, asked, budget)
-                if place is not None:
-                    raise self._refusal(account, domain, place, asked, budget, dataset, node, what)
+            for keys in account.charged_keys(request.plan.unit):
+                group = self._refused(account, keys, request, budget)
+                if group is not None:
+                    raise self._refusal(account, keys, group, request, budget, dataset, node, what)
         return False
 
-    def _refused(self, account: Account, domain: Domain, asked: Asked, budget: PrivacyBudget) -> int | None:
-        """The class of keys that would be charged most over its budget; None if the release is allowed."""
+    def _refused(
+        self, account: Account, keys: AccountKeys, request: ReleaseRequest, budget: PrivacyBudget
+    ) -> int | None:
+        """The group of keys that would be charged most over its budget; None if the release is allowed."""
         order = order_of(budget.epsilon, budget.delta)
-        others = account.standing(
-            domain, asked.run, order, budget,
+        others = account.others_spending(
+            keys, request.run, order, budget,
             lambda run: any(
                 self._closes(terms_of_plan(one), budget) for one in account.state.plans[run].values()
             ),
         )  # fmt: skip
-        own = account.own(domain, asked.run, order)
-        finest = np.full(len(domain.sizes), min(UNITS.index(unit) for unit in asked.steps))
-        for standing in (others, own):
-            for unit, released in standing.units.items():
+        own = account.own_spending(keys, request.run, order)
+        finest = np.full(len(keys.sizes), min(UNITS.index(unit) for unit in request.steps))
+        for spending in (others, own):
+            for unit, released in spending.units.items():
                 finest[released] = np.minimum(finest[released], UNITS.index(unit))
-        total = _at(finest, {(u, r): np.full(len(finest), v) for (u, r), v in _costs(asked, order).items()})
+        total = _at(finest, {(u, r): np.full(len(finest), v) for (u, r), v in _costs(request, order).items()})
         total += _at(finest, others.spent) + _at(finest, own.spent)
         touched = others.first != NEVER
-        # Which run charged the class first; one that closed the account lets no other follow.
+        # Which run charged the group first; one that closed the account lets no other follow.
         mine = ~touched | (own.first < others.first)
-        closed = np.where(mine, self._closes(asked.planned, budget), others.closed)
+        closed = np.where(mine, self._closes(request.planned, budget), others.closed)
         within = total <= renyi_budget(budget.epsilon, budget.delta, order)
         allowed = np.where(
-            closed, ~touched & account.is_part(domain, asked.run, asked.uses(), asked.planned), within
+            closed, ~touched & account.is_part(keys, request.run, request.uses(), request.planned), within
         )
         if allowed.all():
             return None
@@ -145,40 +233,40 @@ class Allowance:
         return self._closing[key]
 
     def _refusal(
-        self, account: Account, domain: Domain, place: int, asked: Asked, budget: PrivacyBudget, dataset: str,
-        node: str, what: str,
+        self, account: Account, keys: AccountKeys, group: int, request: ReleaseRequest, budget: PrivacyBudget,
+        dataset: str, node: str, what: str,
     ) -> BudgetExhausted:  # fmt: skip
         limit, delta = budget.epsilon, budget.delta
-        before = account.runs_of(domain, place)
-        after = account.runs_of(domain, place, adding=(asked.run, asked.uses(), asked.planned))
+        before = account.runs_of(keys, group)
+        after = account.runs_of(keys, group, adding=(request.run, request.uses(), request.planned))
         now = spent(before, delta, limit, fixed=cached_epsilon)
         then = spent(after, delta, limit, fixed=cached_epsilon)
         text = (
             f"node '{node}' refuses {what}: it would raise epsilon from {now:.4g} to {then:.4g}, over its "
             f"budget of {limit:g} at delta {delta:g} for '{dataset}'."
         )
-        seen, records = account.seen(asked.run)
+        seen, records = account.seen(request.run)
         if seen:
             text += f" {seen} of its {records} records were used before."
         if len(after) > 1 and self._closes(after[0].planned, budget):
             return BudgetExhausted(f"{text} {_NO_FOLLOWER} {_SPENT}")
         if len(after) > 1 and now >= limit:
             return BudgetExhausted(f"{text} {_SPENT}")
-        return BudgetExhausted(f"{text} {_way_out(asked.plan)}")
+        return BudgetExhausted(f"{text} {_way_out(request.plan)}")
 
 
 def _at(finest: Any, spent: Mapping[tuple[str, bool], Any]) -> Any:
-    """What was spent, [c]: as a replacement where the release's unit is coarser than the class's finest."""
+    """What was spent, [g]: as a replacement where the release's unit is coarser than the group's finest."""
     total = np.zeros(len(finest))
     for (unit, replaced), values in spent.items():
         total += np.where((UNITS.index(unit) > finest) == replaced, values, 0.0)
     return total
 
 
-def _costs(asked: Asked, order: int) -> dict[tuple[str, bool], float]:
-    """The Renyi divergence of what is asked, by unit and by whether it counts as a replacement."""
+def _costs(request: ReleaseRequest, order: int) -> dict[tuple[str, bool], float]:
+    """The Renyi divergence of what is requested, by unit and by whether it counts as a replacement."""
     costs: dict[tuple[str, bool], float] = {}
-    for unit, terms in asked.steps.items():
+    for unit, terms in request.steps.items():
         for replaced in (False, True):
             costs[unit, replaced] = math.inf
             if terms is not None:

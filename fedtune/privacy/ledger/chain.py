@@ -216,20 +216,20 @@ class Chain:
     def add_set(
         self, connection: sqlite3.Connection, name: str, records: bytes, persons: bytes | None
     ) -> None:
-        """Keeps the keys of a set, within the caller's transaction, which appends the row that names it."""
+        """Stores the keys of a set, within the caller's transaction, which appends the row that names it."""
         connection.execute(
             "INSERT INTO sets (id, records, persons) VALUES (?, ?, ?)", (name, records, persons)
         )
 
     def set_of(self, connection: sqlite3.Connection, name: str) -> tuple[bytes, bytes | None] | None:
-        """The keys of records and persons of set `name` as they were kept; None if there are none."""
+        """The keys of records and persons of set `name` as they were stored; None if there are none."""
         if not self._has_sets(connection):
             return None
         found = connection.execute("SELECT records, persons FROM sets WHERE id = ?", (name,)).fetchone()
         return None if found is None else (bytes(found[0]), None if found[1] is None else bytes(found[1]))
 
     def set_names(self, connection: sqlite3.Connection) -> set[str]:
-        """The names of all sets whose keys are kept."""
+        """The names of all sets whose keys are stored."""
         if not self._has_sets(connection):
             return set()
         return {str(name) for (name,) in connection.execute("SELECT id FROM sets")}

@@ -1,14 +1,20 @@
-"""By what a ledger knows records and persons again: keyed hashes that only its own node can make.
+"""How a ledger knows records and persons again: keyed hashes that only its own node can make.
 
 A data set's name, its file and its columns change from export to export; what was spent belongs to the
 records and persons in it. So each record is known by its text (and pair), each person by their value in the
 unit column. Both are normalised first (`normalised`), so that a new export with other capitals, spaces or
 look-alike characters is known again.
 
-Whoever guesses a text can test an unkeyed hash of it, so what a ledger keeps is a keyed one: HMAC-SHA256
-with a secret of the node's (`fedtune.privacy.ledger.secret`), records and persons in separate domains. It
-is cut to 8 bytes: of ten million keys two collide with a probability of 3e-6, and then each of the two is
-charged for both, which is the safe side.
+Whoever guesses a text can test an unkeyed hash of it, so a ledger stores a keyed one: HMAC-SHA256 with a
+secret of the node's, records and persons in separate domains. It is cut to 8 bytes: of ten million keys two
+collide with a probability of 3e-6, and then each of the two is charged for both, which is the safe side.
+
+The secret is 32 bytes from the operating system, in a file beside the ledger (`ledger.sqlite` has
+`ledger.key`) that only its owner may read. It is written whole or not at all, and a file that is short,
+empty, all zero (what a power cut may leave) or readable by others is refused, never replaced: under another
+secret every record would look new, and what was spent would be forgotten. For the same reason the ledger
+stores a value that only this secret gives (`check_of`), and refuses another one. A backup is of the folder,
+which has both.
 
 What it does not do: know a text again that was rewritten, or a person under a new pseudonym. That stays with
 the owner.
@@ -18,20 +24,38 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import secrets
+import stat
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Identity", "KeySet", "keyed", "mark_of", "normalised"]
+from fedtune.config.files import create_whole
+from fedtune.errors import LedgerError
+
+__all__ = [
+    "Identity",
+    "KeyArray",
+    "KeySet",
+    "check_of",
+    "check_secret",
+    "keyed",
+    "make_secret",
+    "mark_of",
+    "normalised",
+    "read_secret",
+]
 
 ByteArray = npt.NDArray[np.uint8]
 KeyArray = npt.NDArray[np.uint64]
 
 _KEY_BYTES = 8
+_SECRET_BYTES = 32
 
 
 def normalised(text: str) -> str:
@@ -76,10 +100,14 @@ class Identity:
 
 @dataclass(frozen=True, eq=False)
 class KeySet:
-    """The keys of one body of data: `records` and `persons`, each sorted and distinct, uint64.
+    """The keys of one body of data.
 
-    `persons` is None where the data names nobody. `id` is a keyed digest of both, 32 hex digits: the same
-    for the same records and persons in any order, under any name. `fingerprint`: as in `Identity`.
+    Attributes:
+        id: a keyed digest of both kinds, 32 hex digits: the same for the same records and persons in any
+            order, under any name.
+        records: sorted and distinct, uint64 [n].
+        persons: sorted and distinct, uint64; None where the data names nobody.
+        fingerprint: as in `Identity`.
     """
 
     id: str
@@ -89,7 +117,7 @@ class KeySet:
 
 
 def keyed(identity: Identity, secret: bytes) -> KeySet:
-    """The keys of `identity` under a node's `secret`; computed once and kept on the identity."""
+    """The keys of `identity` under a node's `secret`; computed once and cached on the identity."""
     known = identity._keyed
     if secret not in known:
         known.clear()
@@ -109,3 +137,87 @@ def keyed(identity: Identity, secret: bytes) -> KeySet:
 def _keys(secret: bytes, domain: bytes, values: Iterable[bytes]) -> KeyArray:
     joined = b"".join(hmac.digest(secret, domain + value, "sha256")[:_KEY_BYTES] for value in values)
     return np.unique(np.frombuffer(joined, dtype="<u8").astype(np.uint64))
+
+
+# --- the secret -------------------------------------------------------------------------------------
+
+
+def check_of(secret: bytes) -> str:
+    """What a ledger stores to know this secret again; it says nothing about the secret."""
+    return hmac.digest(secret, b"fedtune ledger|", "sha256").hex()[:32]
+
+
+def read_secret(path: Path) -> bytes | None:
+    """The secret in `path`, None if there is no such file.
+
+    Raises:
+        LedgerError: it cannot be used.
+    """
+    try:
+        mode = path.stat().st_mode
+        secret = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger's secret {path} cannot be read ({error}). No release is made."
+        ) from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise LedgerError(
+            f"The ledger's secret {path} can be read by other users of this machine (mode "
+            f"{stat.S_IMODE(mode):o}), who could then test which records this node holds. No release is "
+            f"made. Run: chmod 600 {path}"
+        )
+    if len(secret) != _SECRET_BYTES or not any(secret):
+        what = f"has {len(secret)} bytes" if len(secret) != _SECRET_BYTES else "holds nothing but zeros"
+        raise LedgerError(
+            f"The ledger's secret {path} {what} instead of {_SECRET_BYTES} random ones: it was torn. No "
+            "release is made, for without it no record that was released before is known again. "
+            f"{_way_out(path)}"
+        )
+    return secret
+
+
+def make_secret(path: Path) -> bytes:
+    """Writes a new secret to `path`, where there must be none.
+
+    Raises:
+        LedgerError: it cannot be written.
+    """
+    secret = secrets.token_bytes(_SECRET_BYTES)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        create_whole(path, secret)
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger's secret {path} cannot be written ({error}). Nothing was released."
+        ) from error
+    return secret
+
+
+def check_secret(path: Path, secret: bytes | None, check: str) -> bytes:
+    """`secret` if it is the one that gave `check`.
+
+    Raises:
+        LedgerError: it is missing, or another.
+    """
+    if secret is None:
+        raise LedgerError(
+            f"The ledger's secret {path} is missing, and without it no record that was released before is "
+            f"known again. No release is made. {_way_out(path)}"
+        )
+    if not hmac.compare_digest(check_of(secret), check):
+        raise LedgerError(
+            f"The ledger's secret {path} is not the one that its ledger was written with, so no record that "
+            f"was released before would be known again. No release is made. {_way_out(path)}"
+        )
+    return secret
+
+
+def _way_out(path: Path) -> str:
+    ledger = path.with_suffix(".sqlite")
+    return (
+        "Restore it from a backup of its folder. Without one, what each record has spent cannot be told any "
+        "more: do not use this data again. If its owner accepts in writing that the earlier spending, which "
+        f"{ledger} lists, counts no more, move all files {ledger.stem}.* of that folder away."
+    )

@@ -1,32 +1,47 @@
-"""The sets of keys that one ledger keeps, and the accounts that follow from them.
+"""The sets of keys in one ledger: which records and persons data sets share, and the accounts that follow.
 
-A set is written once, in the transaction of its first release; its row of the log has the digest of its keys,
-against which they are checked whenever they are read. Accounts are kept from one release to the next: only a
-body of data that is new to the ledger changes which keys are where.
+Data that was released from is a set of keys (`fedtune.privacy.ledger.identity`). A set is written once, in
+the transaction of its first release; its row of the log has the digest of its keys, against which they are
+checked whenever they are read.
+
+For one body of data this finds, for every other set in the ledger, which of its keys are in that too, and
+puts keys together that are in the same sets: they were charged alike, so that an account of a million records
+is one of a few groups. Sets are many where a sweep cuts the same data anew for each seed; then the small
+ones are looked up together in one sorted array. Accounts are cached from one release to the next: only a body
+of data that is new to the ledger changes which keys are where.
+
+Shapes: n keys of the body, g groups of keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import numpy.typing as npt
 
-from fedtune.privacy.ledger.accounts import Account, account_of, account_without_keys
+from fedtune.privacy.ledger.accounts import Account, KeyGroups, account_of, account_without_keys
 from fedtune.privacy.ledger.chain import Chain
 from fedtune.privacy.ledger.identity import KeyArray, KeySet
-from fedtune.privacy.ledger.overlap import Membership, Pool, array_of, bytes_of, digest_of
 from fedtune.privacy.ledger.state import KnownSet, LedgerState
 
-__all__ = ["KeySets"]
+__all__ = ["KeySets", "Membership", "Pool", "array_of", "bytes_of", "digest_of"]
 
-_KEPT = 256  # bodies of data whose accounts a process keeps
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+_SMALL = 65_536  # keys of a set that is pooled
+_POOLED = 8_000_000  # keys in the pool at most: 100 MB
+_FEW = 64  # sets that are looked up one by one, rather than through the pool
+_CACHED = 256  # bodies of data whose accounts a process remembers
 _NONE: KeyArray = np.empty(0, dtype=np.uint64)
 
 
 class KeySets:
-    """The sets in one ledger's file."""
+    """The sets of keys in one ledger's file."""
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
@@ -37,24 +52,25 @@ class KeySets:
     def account(
         self, connection: sqlite3.Connection | None, state: LedgerState, dataset: str, data: KeySet | str
     ) -> Account:
-        """The account of `data` (keys, the id of a kept set, or a name without keys), called `dataset`.
+        """The account of `data` (keys, the id of a stored set, or a name without keys), called `dataset`.
 
-        Raises `LedgerError` if the keys of a set in the ledger were changed.
+        Raises:
+            LedgerError: the keys of a set in the ledger were changed.
         """
         name = data.id if isinstance(data, KeySet) else data
         version = (len(state.releases), len(state.sets))
         # Equal keys may have other fingerprints of version 0.1, which saw every space.
-        asked = (dataset, name, data.fingerprint if isinstance(data, KeySet) else "")
-        kept = self._accounts.get(asked)
-        if kept is None or kept[0] != version:
+        key = (dataset, name, data.fingerprint if isinstance(data, KeySet) else "")
+        cached = self._accounts.get(key)
+        if cached is None or cached[0] != version:
             account = self._account(connection, state, dataset, name, data)
-            while len(self._accounts) >= _KEPT:
+            while len(self._accounts) >= _CACHED:
                 self._accounts.pop(next(iter(self._accounts)))
-            self._accounts[asked] = kept = (version, account)
-        return dataclasses.replace(kept[1], state=state)
+            self._accounts[key] = cached = (version, account)
+        return dataclasses.replace(cached[1], state=state)
 
     def add(self, connection: sqlite3.Connection, keys: KeySet, state: LedgerState) -> dict[str, object]:
-        """Keeps `keys`, within the caller's transaction; returns the body of the row that must name them."""
+        """Stores `keys`, within the caller's transaction; returns the body of the row that must name them."""
         records = bytes_of(keys.records)
         persons = None if keys.persons is None else bytes_of(keys.persons)
         self._chain.add_set(connection, keys.id, records, persons)
@@ -68,16 +84,16 @@ class KeySets:
         }
 
     def problems(self, connection: sqlite3.Connection, state: LedgerState) -> list[str]:
-        """What is wrong with the keys that are kept, by the rows that name them."""
-        there = self._chain.set_names(connection)
-        found = [
+        """What is wrong with the stored keys, by the rows that name them."""
+        stored = self._chain.set_names(connection)
+        problems = [
             f"the keys of set {name} are there, and no row names them"
-            for name in sorted(there - set(state.sets))
+            for name in sorted(stored - set(state.sets))
         ]
         for name, known in sorted(state.sets.items()):
             if wrong := self._read(connection, name, known)[1]:
-                found.append(wrong)
-        return found
+                problems.append(wrong)
+        return problems
 
     def _account(
         self, connection: sqlite3.Connection | None, state: LedgerState, dataset: str, name: str,
@@ -92,16 +108,16 @@ class KeySets:
         members = self._members.get(name)
         if members is None:
             mine = self._mine(connection, name, known, data)
-            while len(self._members) >= _KEPT:
+            while len(self._members) >= _CACHED:
                 self._members.pop(next(iter(self._members)))
             members = {unit: Membership(keys) for unit, keys in mine.items()}
             self._members[name] = members
         others = [other for other in state.sets if other != name]
-        classes = {
-            unit: member.classes(others, self._reader(connection, state, unit), self._pools[unit])
+        groups = {
+            unit: member.groups(others, self._reader(connection, state, unit), self._pools[unit])
             for unit, member in members.items()
         }
-        return account_of(state, dataset, name, old, classes)
+        return account_of(state, dataset, name, old, groups)
 
     def _mine(
         self, connection: sqlite3.Connection | None, name: str, known: KnownSet | None, data: KeySet | str
@@ -128,18 +144,140 @@ class KeySets:
         self, connection: sqlite3.Connection | None, name: str, known: KnownSet
     ) -> tuple[KeyArray, KeyArray | None]:
         assert connection is not None
-        kept, wrong = self._read(connection, name, known)
-        if kept is None:
+        stored, wrong = self._read(connection, name, known)
+        if stored is None:
             raise self._chain.broken(wrong)
-        return array_of(kept[0]), None if kept[1] is None else array_of(kept[1])
+        records, persons = stored
+        return array_of(records), None if persons is None else array_of(persons)
 
     def _read(
         self, connection: sqlite3.Connection, name: str, known: KnownSet
     ) -> tuple[tuple[bytes, bytes | None] | None, str]:
-        """The keys of a set as they are kept, or what is wrong with them."""
-        kept = self._chain.set_of(connection, name)
-        if kept is None:
+        """The keys of a set as they are stored, or what is wrong with them."""
+        stored = self._chain.set_of(connection, name)
+        if stored is None:
             return None, f"the keys of set {name} are missing"
-        if digest_of(*kept) != known.digest:
+        if digest_of(*stored) != known.digest:
             return None, f"the keys of set {name} were changed after they were written"
-        return kept, ""
+        return stored, ""
+
+
+def bytes_of(keys: KeyArray) -> bytes:
+    """Keys as they are stored: 8 bytes each, little-endian, sorted."""
+    return keys.astype("<u8").tobytes()
+
+
+def array_of(stored: bytes) -> KeyArray:
+    """The keys in `stored`, uint64."""
+    return np.frombuffer(stored, dtype="<u8").astype(np.uint64)
+
+
+def digest_of(records: bytes, persons: bytes | None) -> str:
+    """SHA-256 over the keys of a set as they are stored, by which its row of the log vouches for them."""
+    content = hashlib.sha256(b"fedtune keys 1|%d|" % len(records) + records)
+    content.update(b"-" if persons is None else b"+" + persons)
+    return content.hexdigest()
+
+
+class Pool:
+    """The small sets of a ledger in one sorted array, each key with the set that it is of."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._known: set[str] = set()
+        self._keys: KeyArray = np.empty(0, dtype=np.uint64)
+        self._owners: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+        self._waiting: list[KeyArray] = []
+
+    def add(self, name: str, keys: KeyArray) -> bool:
+        """Takes a set in, once; False if it is too large, or the pool full."""
+        if name in self._known:
+            return True
+        if len(keys) > _SMALL or len(self._keys) + sum(map(len, self._waiting)) > _POOLED:
+            return False
+        self._known.add(name)
+        self._names.append(name)
+        self._waiting.append(keys)
+        return True
+
+    def columns(self, keys: KeyArray) -> dict[str, BoolArray]:
+        """By set of the pool, which of `keys` [n] are in it, bool [n]; only sets that have one of them."""
+        if self._waiting:
+            first = len(self._names) - len(self._waiting)
+            owners = np.repeat(
+                np.arange(first, len(self._names), dtype=np.int32), [len(one) for one in self._waiting]
+            )
+            all_keys = np.concatenate([self._keys, *self._waiting])
+            order = np.argsort(all_keys, kind="stable")
+            self._keys, self._owners = all_keys[order], np.concatenate([self._owners, owners])[order]
+            self._waiting = []
+        low = np.searchsorted(self._keys, keys, "left")
+        counts = np.searchsorted(self._keys, keys, "right") - low
+        rows = np.repeat(np.arange(len(keys)), counts)
+        # Where each hit lies: its key's first place plus how many hits of that key came before it.
+        places = np.arange(len(rows)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        owners = self._owners[places]
+        order = np.argsort(owners, kind="stable")
+        owners, rows = owners[order], rows[order]
+        found: dict[str, BoolArray] = {}
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(owners)) + 1) if len(rows) else ():
+            column = np.zeros(len(keys), dtype=np.bool_)
+            column[rows[part]] = True
+            found[self._names[owners[part[0]]]] = column
+        return found
+
+
+class Membership:
+    """The sets that each key of one body is in; learns of further sets as they come."""
+
+    def __init__(self, keys: KeyArray) -> None:
+        self.keys = keys
+        self._columns: dict[str, BoolArray] = {}
+        self._asked: set[str] = set()
+        self._groups: KeyGroups | None = None
+
+    def groups(self, names: Iterable[str], keys_of: Callable[[str], KeyArray], pool: Pool) -> KeyGroups:
+        """The groups of this body's keys by the sets `names`; `keys_of` gives the keys of one."""
+        new = [name for name in names if name not in self._asked]
+        if new or self._groups is None:
+            pooled = {} if len(new) <= _FEW else self._from_pool(new, keys_of, pool)
+            for name in new:
+                self._asked.add(name)
+                column = pooled[name] if name in pooled else contained(self.keys, keys_of(name))
+                if column is not None and column.any():
+                    self._columns[name] = column
+            self._groups = self._grouped()
+        return self._groups
+
+    def _from_pool(
+        self, names: list[str], keys_of: Callable[[str], KeyArray], pool: Pool
+    ) -> dict[str, BoolArray | None]:
+        """The columns of those of `names` that the pool holds; None: no key in common."""
+        held = [name for name in names if pool.add(name, keys_of(name))]
+        columns = pool.columns(self.keys)
+        return {name: columns.get(name) for name in held}
+
+    def _grouped(self) -> KeyGroups:
+        count = len(self.keys)
+        telling = [name for name, column in self._columns.items() if not column.all()]
+        if not telling:
+            return KeyGroups(np.array([count]), {name: np.ones(1, dtype=np.bool_) for name in self._columns})
+        packed = np.zeros((count, -(-len(telling) // 64) * 8), dtype=np.uint8)
+        for start in range(0, len(telling), 8):
+            byte = np.zeros(count, dtype=np.uint8)
+            for place, name in enumerate(telling[start : start + 8]):
+                byte |= self._columns[name].astype(np.uint8) << place
+            packed[:, start // 8] = byte
+        words = packed.view(np.uint64)
+        patterns = words[:, 0] if words.shape[1] == 1 else packed.view(f"V{packed.shape[1]}")[:, 0]
+        _, first, sizes = np.unique(patterns, return_index=True, return_counts=True)
+        return KeyGroups(sizes, {name: column[first] for name, column in self._columns.items()})
+
+
+def contained(keys: KeyArray, others: KeyArray) -> BoolArray:
+    """Which of `keys` [n] are among `others`, bool [n]; both sorted."""
+    if not len(others):
+        return np.zeros(len(keys), dtype=np.bool_)
+    places = np.searchsorted(others, keys)
+    places[places == len(others)] = 0
+    return np.asarray(others[places] == keys)

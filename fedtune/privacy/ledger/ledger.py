@@ -29,8 +29,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ from fedtune.privacy.accounting.cache import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.accounting.filter import spent
 from fedtune.privacy.ledger.accounts import Account
-from fedtune.privacy.ledger.allowance import Allowance, Asked
-from fedtune.privacy.ledger.budget_file import (
+from fedtune.privacy.ledger.allowance import Allowance, ReleaseRequest, RunCounts
+from fedtune.privacy.ledger.budget import (
     Budgets,
     PrivacyBudget,
     budgets_in_force,
@@ -50,30 +50,33 @@ from fedtune.privacy.ledger.budget_file import (
     write_budgets,
 )
 from fedtune.privacy.ledger.chain import GENESIS, Chain
-from fedtune.privacy.ledger.identity import Identity, KeySet, keyed
+from fedtune.privacy.ledger.identity import (
+    Identity,
+    KeySet,
+    check_of,
+    check_secret,
+    keyed,
+    make_secret,
+    read_secret,
+)
 from fedtune.privacy.ledger.key_sets import KeySets
-from fedtune.privacy.ledger.run_counts import RunCounts, steps_of
-from fedtune.privacy.ledger.secret import check_of, check_secret, make_secret, read_secret
-from fedtune.privacy.ledger.state import (
+from fedtune.privacy.ledger.releases import (
     RELEASED,
-    LedgerState,
-    Pen,
     Planned,
     Release,
-    added_up,
     charge_of,
-    is_wrong_summary,
+    noise_scope,
     purpose_of,
     release_of,
-    state_of,
+    steps_of,
     terms_of_plan,
-    towards,
 )
+from fedtune.privacy.ledger.state import LedgerState, LedgerWriter, StateReader, replay
 from fedtune.privacy.plan import ReleasePlan
 
 __all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation"]
 
-_KEPT_OPEN = 16  # ledgers that one process holds open
+_MOST_OPEN = 16  # ledgers that one process holds open
 _opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
 _NO_SECRET = secrets.token_bytes(32)
 
@@ -108,7 +111,7 @@ class PrivacyLedger:
         self._shared = shared
         self._chain = Chain(path)
         self._sets = KeySets(self._chain)
-        self._state = LedgerState()
+        self._reader = StateReader(self._chain)
         self._allowance = Allowance()
         self._runs = RunCounts(self._chain)
 
@@ -126,10 +129,10 @@ class PrivacyLedger:
         ledger = _opened.get(key)
         if ledger is None:
             ledger = cls(Path(path), require_budget=require_budget, shared=shared)
-            while len(_opened) >= _KEPT_OPEN:
+            while len(_opened) >= _MOST_OPEN:
                 _opened.pop(next(iter(_opened))).close()
             _opened[key] = ledger
-        ledger._secret(ledger._current())
+        ledger._secret(ledger.state())
         return ledger
 
     def close(self) -> None:
@@ -175,37 +178,37 @@ class PrivacyLedger:
         def allowed(connection: Any, state: LedgerState) -> tuple[int, bool]:
             made = self._runs.made(connection, plan, named, node=node, run=run, round=round)
             steps = {plan.unit: charge_of(plan, 1, made)}
-            asked = Asked(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
+            request = ReleaseRequest(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
             account = self._sets.account(connection, state, dataset, known)
             budgets = self._budgets(connection, state)
             return made, self._allowance.check(
-                budgets, account, asked, dataset=dataset, node=node, round=round, public=public
+                budgets, account, request, dataset=dataset, node=node, round=round, public=public
             )
 
-        state = self._current()
+        state = self.state()
         with self._chain.reading() as view:
             allowed(view, state)
-        with self.writing() as pen:
-            state = pen.state
+        with self.writing() as writer:
+            state = writer.state
             if state.node is not None and state.node != node and not self._shared:
                 raise LedgerError(
                     f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
                     "it for a release. Two nodes with one ledger would spend one another's budget: give each "
                     "its own file."
                 )
-            made, public = allowed(pen.connection, state)
+            made, public = allowed(writer.connection, state)
             if isinstance(known, KeySet) and known.id not in state.sets:
-                pen.write("set", self._sets.add(pen.connection, known, state))
+                writer.write("set", self._sets.add(writer.connection, known, state))
             body: dict[str, Any] = {
                 "dataset": dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
                 "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
                 "delta": plan.delta, "num_rounds": plan.num_rounds,
                 "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
-                "steps": steps_of(plan, made), **towards(plan),
+                "steps": steps_of(plan, made), **noise_scope(plan),
             }  # fmt: skip
             if node not in state.plans.get(run, {}):
                 body["planned"] = _as_json(planned)
-            row = pen.write("reserved", body, run=run)
+            row = writer.write("reserved", body, run=run)
         return Reservation(row.seq, row.hash, node, run, round)
 
     def check_run(
@@ -226,10 +229,10 @@ class PrivacyLedger:
         exceed a budget of this data, `LedgerError` if the ledger cannot be used.
         """
         known = self._keys(fingerprint)
-        state, asked = self._asked(node, run, plans)
+        state, request = self._request(node, run, plans)
         with self._chain.reading() as view:
             account, budgets = self._sets.account(view, state, dataset, known), self._budgets(view, state)
-        self._allowance.check(budgets, account, asked, dataset=dataset, node=node, round=0, public=public)
+        self._allowance.check(budgets, account, request, dataset=dataset, node=node, round=0, public=public)
 
     def outlook(
         self,
@@ -247,10 +250,10 @@ class PrivacyLedger:
         `epsilon`: that of the owner's budget; then the second number is above it where `check_run` refuses.
         """
         known = self._keys(fingerprint)
-        state, asked = self._asked(node, run, plans)
+        state, request = self._request(node, run, plans)
         with self._chain.reading() as view:
             account = self._sets.account(view, state, dataset, known)
-        adding = (run, asked.uses(), asked.planned)
+        adding = (run, request.uses(), request.planned)
         now, then = account.histories(), account.histories(adding=adding, unit=plans[0].unit)
         both = (
             max((spent(one, delta, epsilon, fixed=cached_epsilon) for one in runs), default=0.0)
@@ -260,7 +263,7 @@ class PrivacyLedger:
 
     def head(self) -> tuple[int, str]:
         """Number and hash of the last row; (0, 64 zeros) before the first."""
-        state = self._current()
+        state = self.state()
         return state.seq, state.hash
 
     def commit(self, reservation: Reservation) -> None:
@@ -268,34 +271,27 @@ class PrivacyLedger:
 
         A second commit of the same reservation changes nothing. Without any, the release counts all the same.
         """
-        with self.writing() as pen:
-            if self._chain.hash_of(pen.connection, reservation.seq) != reservation.hash:
+        with self.writing() as writer:
+            if self._chain.hash_of(writer.connection, reservation.seq) != reservation.hash:
                 raise LedgerError(
                     f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
                     f"'{reservation.run}', round {reservation.round}: was it made in another file?"
                 )
-            for row in self._chain.run_rows(pen.connection, reservation.run, after=reservation.seq):
+            for row in self._chain.run_rows(writer.connection, reservation.run, after=reservation.seq):
                 if row.kind == "committed" and row.body["reservation"] == reservation.seq:
                     return
-            pen.write("committed", {"reservation": reservation.seq}, run=reservation.run)
+            writer.write("committed", {"reservation": reservation.seq}, run=reservation.run)
 
-    @contextmanager
-    def writing(self) -> Iterator[Pen]:
-        """A transaction that holds the writer's lock, begun after every row that there is.
-
-        What its pen wrote is durable when the block ends, and gone if it raises. Raises `LedgerError`.
-        """
-        with self._chain.writing() as connection:
-            pen = Pen(self._chain, connection, self._caught_up(connection).copy())
-            yield pen
-        self._state = pen.state
+    def writing(self) -> AbstractContextManager[LedgerWriter]:
+        """A transaction that holds the writer's lock (`StateReader.writing`)."""
+        return self._reader.writing()
 
     # --- asking -------------------------------------------------------------------------------------
 
     @property
     def node(self) -> str | None:
         """The node that released first: whose ledger this is, if it is not shared; None before that."""
-        return self._current().node
+        return self.state().node
 
     def known_as(self, fingerprint: str | Identity) -> str:
         """The text by which this ledger knows data. Local to the node: never to be sent or published."""
@@ -334,7 +330,7 @@ class PrivacyLedger:
 
     def account(self, *, dataset: str, fingerprint: str | Identity) -> Account:
         """Everything that this data was ever charged; see `fedtune.privacy.ledger.accounts`."""
-        known, state = self._keys(fingerprint), self._current()
+        known, state = self._keys(fingerprint), self.state()
         with self._chain.reading() as view:
             return self._sets.account(view, state, dataset, known)
 
@@ -368,13 +364,13 @@ class PrivacyLedger:
 
         The others stay as the ledger's own rows have them, whatever became of the file.
         """
-        with self.writing() as pen:
-            old = self.stored_budgets(pen.connection, pen.state)
+        with self.writing() as writer:
+            old = self.stored_budgets(writer.connection, writer.state)
             if dataset is None:
                 new = Budgets(budget, old.datasets)
             else:
                 new = Budgets(old.default, {**old.datasets, dataset: budget})
-            pen.write("budget", {"dataset": dataset, **budget.to_json()})
+            writer.write("budget", {"dataset": dataset, **budget.to_json()})
             # Under the lock, so that no reservation sees the row without the file.
             write_budgets(self.budget_path, new)
 
@@ -388,13 +384,17 @@ class PrivacyLedger:
 
     def budgets(self) -> Budgets:
         """All budgets in the node's budget file (none where there is no file)."""
-        state = self._current()
+        state = self.state()
         with self._chain.reading() as view:
             return self._budgets(view, state)
 
     def state(self) -> LedgerState:
-        """The releases so far, added up."""
-        return self._current()
+        """The releases so far, added up.
+
+        Raises:
+            LedgerError: the file cannot be used or trusted.
+        """
+        return self._reader.current()
 
     def stored_budgets(self, connection: Any, state: LedgerState) -> Budgets:
         """What the rows up to `state` say; where they say nothing, the budget file."""
@@ -406,7 +406,7 @@ class PrivacyLedger:
             if connection is None:
                 return 0, []
             rows, problems = self._chain.audit(connection)
-            state, wrong = added_up(rows)
+            state, wrong = replay(rows)
             problems += wrong + self._sets.problems(connection, state)
         return len(rows), problems
 
@@ -421,19 +421,21 @@ class PrivacyLedger:
         """Data as the ledger knows it. `register`: it is to be released, so a secret is made if need be."""
         if not isinstance(data, Identity):
             return data
-        state = self._current()
+        state = self.state()
         secret = self._secret(state)
         if state.secret is None and register:
-            with self.writing() as pen:
-                secret = self._secret(pen.state) or make_secret(self.secret_path)
-                if pen.state.secret is None:
-                    pen.write("secret", {"check": check_of(secret)})
+            with self.writing() as writer:
+                secret = self._secret(writer.state) or make_secret(self.secret_path)
+                if writer.state.secret is None:
+                    writer.write("secret", {"check": check_of(secret)})
         # Without a secret there are no keys yet that these could agree with.
         return keyed(data, secret or _NO_SECRET)
 
-    def _asked(self, node: str, run: str, plans: Sequence[ReleasePlan]) -> tuple[LedgerState, Asked]:
+    def _request(
+        self, node: str, run: str, plans: Sequence[ReleasePlan]
+    ) -> tuple[LedgerState, ReleaseRequest]:
         """What is left of `plans` in a run that may have begun."""
-        state = self._current()
+        state = self.state()
         with self._chain.reading() as view:
             rows = [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind in RELEASED]
         made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
@@ -442,7 +444,9 @@ class PrivacyLedger:
             done = made[plan.purpose]
             further = charge_of(plan, max(0, plan.num_rounds - done), done)
             steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
-        return state, Asked(run, plans[0], steps, self._planned(state, run, node, _planned(plans)), "run")
+        return state, ReleaseRequest(
+            run, plans[0], steps, self._planned(state, run, node, _planned(plans)), "run"
+        )
 
     def _planned(
         self, state: LedgerState, run: str, node: str, planned: dict[Term, int] | None
@@ -460,33 +464,6 @@ class PrivacyLedger:
         if connection is None or not state.has_budget:
             return None
         return budgets_of(row.body for row in self._chain.latest_of_kind(connection, "budget", state.seq))
-
-    def _current(self) -> LedgerState:
-        with self._chain.reading() as connection:
-            if connection is not None:
-                self._state = self._caught_up(connection)
-            elif self._state.seq:
-                raise self._chain.broken("the file is gone")
-        return self._state
-
-    def _caught_up(self, connection: Any) -> LedgerState:
-        """The state with every row that was written since; starts from the last summary if it knows none."""
-        state = self._state
-        if state.seq == 0:
-            # From the last summary but one, so that the last is checked against the rows that it sums up.
-            summaries = self._chain.latest_of_kind(connection, "summary", 2)
-            if summaries:
-                state = state_of(summaries[0]) or state
-        elif self._chain.hash_of(connection, state.seq) != state.hash:
-            raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
-        after = state
-        for row in self._chain.rows(connection, state.seq, state.hash):
-            if after is state:
-                after = state.copy()
-            if is_wrong_summary(row, after):
-                raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
-            after.add(row)
-        return after
 
 
 def _planned(plans: Sequence[ReleasePlan]) -> dict[Term, int] | None:

@@ -16,10 +16,10 @@ import os
 from pathlib import Path
 
 from fedtune.errors import LedgerError
-from fedtune.privacy.ledger.budget_file import Budgets, budgets_of, read_budgets, strictest, write_budgets
+from fedtune.privacy.ledger.budget import Budgets, budgets_of, read_budgets, strictest, write_budgets
 from fedtune.privacy.ledger.chain import Chain
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from fedtune.privacy.ledger.state import added_up
+from fedtune.privacy.ledger.state import replay
 
 __all__ = ["NAME", "ledgers_in", "simulation_ledger", "take_over"]
 
@@ -67,7 +67,7 @@ def take_over(ledger: PrivacyLedger, path: Path) -> int:
         if view is None or ledger.state().has_imported(*old.ends(view)):
             return 0
         rows, problems = old.audit(view)
-    problems += added_up(rows)[1]
+    problems += replay(rows)[1]
     old.close()
     if problems:
         raise LedgerError(
@@ -76,18 +76,20 @@ def take_over(ledger: PrivacyLedger, path: Path) -> int:
         )
     stored = read_budgets(path.with_suffix(".budget.json"), anew=True)
     budgets = stored or budgets_of(row.body for row in rows if row.kind == "budget")
-    with ledger.writing() as pen:
-        known = pen.state.imported_of(rows[0].hash, {row.seq: row.hash for row in rows})
+    with ledger.writing() as writer:
+        known = writer.state.imported_of(rows[0].hash, {row.seq: row.hash for row in rows})
         new = [row for row in rows[known:] if row.kind == "reserved"]
         for row in new:
-            pen.write("imported", row.body, run=row.run)
+            writer.write("imported", row.body, run=row.run)
         last = rows[-1]
-        pen.write("import", {"ledger": rows[0].hash, "node": path.stem, "seq": last.seq, "hash": last.hash})
+        writer.write(
+            "import", {"ledger": rows[0].hash, "node": path.stem, "seq": last.seq, "hash": last.hash}
+        )
         if budgets != Budgets(None, {}):
-            both = strictest(ledger.stored_budgets(pen.connection, pen.state), budgets)
+            both = strictest(ledger.stored_budgets(writer.connection, writer.state), budgets)
             for name, budget in [(None, both.default), *both.datasets.items()]:
                 if budget is not None:
-                    pen.write("budget", {"dataset": name, **budget.to_json()})
+                    writer.write("budget", {"dataset": name, **budget.to_json()})
             write_budgets(ledger.budget_path, both)
     return len(new)
 

@@ -3,73 +3,35 @@
 A state is copied before it is changed, so one that was handed out stays what it was. The ledger writes one
 into itself now and then (a summary row, part of the hash chain), so that a new process need not read years
 of rows. Which records the data sets share is not here but in the sets of keys
-(`fedtune.privacy.ledger.overlap`).
+(`fedtune.privacy.ledger.key_sets`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.ledger.chain import GENESIS, Chain, Row
-from fedtune.privacy.plan import UNITS, ReleasePlan
+from fedtune.privacy.ledger.releases import RELEASED, Planned, charged_steps, planned_in
 
 __all__ = [
-    "RELEASED",
-    "Body",
-    "Charge",
+    "Charges",
     "Imported",
     "KnownSet",
     "LedgerState",
-    "Pen",
-    "Planned",
-    "Release",
-    "Tally",
+    "LedgerWriter",
+    "NamedData",
+    "NodeData",
+    "StateReader",
     "Use",
-    "added_up",
-    "charge_of",
-    "coarser",
-    "is_wrong_summary",
-    "planned_in",
-    "purpose_of",
-    "release_of",
-    "state_of",
-    "terms_of_plan",
-    "towards",
+    "replay",
+    "state_from_summary",
+    "summary_differs",
 ]
 
-Planned = (
-    list[list[Any]] | None
-)  # [sample_rate, noise_multiplier, count] of each kind of step; None: unnoised
-
 _SNAPSHOT_EVERY = 256  # rows between two summaries at least; more where a summary is longer than that
-_TOWARDS = "towards"  # key of a row of trust=distributed: towards whom its noise counts
-_LEAST_SHARE = math.sqrt(0.5) * (1.0 - 1e-12)
-RELEASED = ("reserved", "imported")  # kinds of rows that are releases: made here, or in a ledger of before
-
-
-@dataclass(frozen=True)
-class Release:
-    """One release as the ledger holds it. `steps`: its noised steps, None if it had no noise."""
-
-    seq: int
-    time: str
-    node: str
-    run: str
-    round: int
-    dataset: str
-    fingerprint: str  # the id of a set of keys; of data known without keys, what it was called by
-    public: bool
-    trust: str
-    unit: str
-    delta: float
-    reproducible_noise: bool
-    steps: tuple[tuple[Term, int], ...] | None
-    committed: bool
-    purpose: str = "training"
 
 
 class Use(NamedTuple):
@@ -82,22 +44,22 @@ class Use(NamedTuple):
     noise_multiplier: float  # 0.0 if not noised
 
 
-class Body(NamedTuple):
+class NamedData(NamedTuple):
     """One body of data under one name. `fingerprint` as in `Release`."""
 
     dataset: str
     fingerprint: str
 
 
-class Charge(NamedTuple):
-    """What was charged together within one run: by which node, for which data."""
+class NodeData(NamedTuple):
+    """Whose charges are counted together within one run: which node's, for which data."""
 
     node: str
-    body: Body
+    data: NamedData
 
 
-class Tally(NamedTuple):
-    """What one charge comes to."""
+class Charges(NamedTuple):
+    """What one node charged to one body of data in one run."""
 
     first: int  # row of its first release
     uses: dict[Use, int]  # noised steps (releases, if not noised)
@@ -131,13 +93,13 @@ class LedgerState:
     node: str | None = None  # of the first release
     has_budget: bool = False
     secret: str | None = None  # how the ledger knows its secret again
-    runs: dict[str, dict[Charge, Tally]] = field(default_factory=dict)
+    runs: dict[str, dict[NodeData, Charges]] = field(default_factory=dict)
     plans: dict[str, dict[str, Planned]] = field(default_factory=dict)  # by run and node, as it began
-    releases: dict[Body, int] = field(default_factory=dict)
+    releases: dict[NamedData, int] = field(default_factory=dict)
     by_run: dict[str, int] = field(default_factory=dict)  # releases
     total: int = 0  # releases
-    deltas: dict[Body, float] = field(default_factory=dict)  # the smallest that a plan named
-    nodes: dict[Body, tuple[str, ...]] = field(default_factory=dict)  # that released it
+    deltas: dict[NamedData, float] = field(default_factory=dict)  # the smallest that a plan named
+    nodes: dict[NamedData, tuple[str, ...]] = field(default_factory=dict)  # that released it
     sets: dict[str, KnownSet] = field(default_factory=dict)
     imports: dict[str, Imported] = field(default_factory=dict)  # by the hash of the old ledger's first row
 
@@ -170,26 +132,26 @@ class LedgerState:
 
     def count(self, row: Row) -> None:
         """Counts the release of a row."""
-        said, run = row.body, row.run or ""
-        body = Body(said["dataset"], said["fingerprint"])
-        charge, charges = Charge(said["node"], body), dict(self.runs.get(run, {}))
-        tally = charges.get(charge, Tally(row.seq, {}))
-        counted = dict(tally.uses)
-        for use, steps in _uses(bool(said["public"]), said["unit"], _steps_of(said)):
-            counted[use] = counted.get(use, 0) + steps
-        charges[charge] = Tally(tally.first, counted)
-        self.runs[run] = charges
-        if said["node"] not in self.plans.get(run, {}):
-            self.plans[run] = {**self.plans.get(run, {}), said["node"]: planned_in(said)}
+        body, run = row.body, row.run or ""
+        data = NamedData(body["dataset"], body["fingerprint"])
+        source, of_run = NodeData(body["node"], data), dict(self.runs.get(run, {}))
+        before = of_run.get(source, Charges(row.seq, {}))
+        uses = dict(before.uses)
+        for use, steps in _uses(bool(body["public"]), body["unit"], charged_steps(body)):
+            uses[use] = uses.get(use, 0) + steps
+        of_run[source] = Charges(before.first, uses)
+        self.runs[run] = of_run
+        if body["node"] not in self.plans.get(run, {}):
+            self.plans[run] = {**self.plans.get(run, {}), body["node"]: planned_in(body)}
         self.by_run[run] = self.by_run.get(run, 0) + 1
         self.total += 1
-        if said["delta"] > 0.0:
-            self.deltas[body] = min(said["delta"], self.deltas.get(body, 1.0))
-        self.releases[body] = self.releases.get(body, 0) + 1
-        known = self.nodes.get(body, ())
-        if said["node"] not in known:
-            self.nodes[body] = (*known, said["node"])
-        self.node = self.node or said["node"]
+        if body["delta"] > 0.0:
+            self.deltas[data] = min(body["delta"], self.deltas.get(data, 1.0))
+        self.releases[data] = self.releases.get(data, 0) + 1
+        known = self.nodes.get(data, ())
+        if body["node"] not in known:
+            self.nodes[data] = (*known, body["node"])
+        self.node = self.node or body["node"]
 
     @property
     def size(self) -> int:
@@ -210,23 +172,23 @@ class LedgerState:
 
     def names_of_set(self, name: str) -> set[str]:
         """The names of the data sets under which a set of keys was released."""
-        return {body.dataset for body in self.releases if body.fingerprint == name}
+        return {data.dataset for data in self.releases if data.fingerprint == name}
 
-    def linked(self, names: set[str], prints: set[str], *, all_bodies: bool) -> set[Body]:
-        """Every body with one of `names` or `prints`, those that share either with one of these, and so on.
+    def linked(self, names: set[str], prints: set[str], *, all_data: bool) -> set[NamedData]:
+        """All data with one of `names` or `prints`, what shares either with one of these, and so on.
 
-        Without `all_bodies` only bodies without keys are asked: what version 0.1 wrote.
+        Without `all_data` only data without keys is looked at: what version 0.1 wrote.
         """
         names, prints = set(names), set(prints)
-        asked = [body for body in self.releases if all_bodies or body.fingerprint not in self.sets]
-        found: set[Body] = set()
+        candidates = [data for data in self.releases if all_data or data.fingerprint not in self.sets]
+        linked: set[NamedData] = set()
         while True:
-            reached = {b for b in asked if b.dataset in names or b.fingerprint in prints} - found
+            reached = {d for d in candidates if d.dataset in names or d.fingerprint in prints} - linked
             if not reached:
-                return found
-            found |= reached
-            names |= {body.dataset for body in reached}
-            prints |= {body.fingerprint for body in reached}
+                return linked
+            linked |= reached
+            names |= {data.dataset for data in reached}
+            prints |= {data.fingerprint for data in reached}
 
     # --- as text ------------------------------------------------------------------------------------
 
@@ -239,25 +201,25 @@ class LedgerState:
             "runs": [
                 [
                     run,
-                    *charge.body,
-                    charge.node,
-                    tally.first,
-                    sorted([*use, n] for use, n in tally.uses.items()),
+                    *source.data,
+                    source.node,
+                    charges.first,
+                    sorted([*use, n] for use, n in charges.uses.items()),
                 ]
-                for run, charges in sorted(self.runs.items())
-                for charge, tally in sorted(charges.items())
+                for run, of_run in sorted(self.runs.items())
+                for source, charges in sorted(of_run.items())
             ],
             "plans": self.plans,
             "by_run": sorted([run, count] for run, count in self.by_run.items()),
-            "releases": [[*body, count] for body, count in sorted(self.releases.items())],
-            "deltas": [[*body, delta] for body, delta in sorted(self.deltas.items())],
-            "nodes": [[*body, list(nodes)] for body, nodes in sorted(self.nodes.items())],
-            "sets": [[name, *one[:3], list(one.old)] for name, one in sorted(self.sets.items())],
-            "imports": [[ledger, *one] for ledger, one in sorted(self.imports.items())],
+            "releases": [[*data, count] for data, count in sorted(self.releases.items())],
+            "deltas": [[*data, delta] for data, delta in sorted(self.deltas.items())],
+            "nodes": [[*data, list(nodes)] for data, nodes in sorted(self.nodes.items())],
+            "sets": [[name, *known[:3], list(known.old)] for name, known in sorted(self.sets.items())],
+            "imports": [[ledger, *known] for ledger, known in sorted(self.imports.items())],
         }
 
 
-class Pen:
+class LedgerWriter:
     """Adds rows to a ledger within one transaction, and to the state that they give."""
 
     def __init__(self, chain: Chain, connection: Any, state: LedgerState) -> None:
@@ -267,48 +229,103 @@ class Pen:
 
     def write(self, kind: str, body: dict[str, Any], *, run: str | None = None) -> Row:
         """Adds one row, and a summary where it is time for one."""
+        row = self._append(kind, body, run)
+        if row.seq - self.state.summarised >= max(_SNAPSHOT_EVERY, self.state.size):
+            self._append("summary", self.state.to_json(), None)
+        return row
+
+    def _append(self, kind: str, body: dict[str, Any], run: str | None) -> Row:
         row = self._chain.append(self.connection, kind, body, run=run, previous=self.state.hash)
         self.state.add(row)
-        if row.seq - self.state.summarised >= max(_SNAPSHOT_EVERY, self.state.size):
-            said = self.state.to_json()
-            self.state.add(
-                self._chain.append(self.connection, "summary", said, run=None, previous=self.state.hash)
-            )
         return row
 
 
-def state_of(summary: Row) -> LedgerState | None:
+class StateReader:
+    """The state of one ledger's file; it remembers what it has read, and reads only what came after."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._state = LedgerState()
+
+    def current(self) -> LedgerState:
+        """The state with every row that there is.
+
+        Raises:
+            LedgerError: the file cannot be used or trusted, or what was read of it before is gone.
+        """
+        with self._chain.reading() as connection:
+            if connection is not None:
+                self._state = self._caught_up(connection)
+            elif self._state.seq:
+                raise self._chain.broken("the file is gone")
+        return self._state
+
+    @contextmanager
+    def writing(self) -> Iterator[LedgerWriter]:
+        """A transaction that holds the writer's lock, begun after every row that there is.
+
+        What is written is durable when the block ends, and gone if it raises.
+
+        Raises:
+            LedgerError: as `current`, or the file cannot be written.
+        """
+        with self._chain.writing() as connection:
+            writer = LedgerWriter(self._chain, connection, self._caught_up(connection).copy())
+            yield writer
+        self._state = writer.state
+
+    def _caught_up(self, connection: Any) -> LedgerState:
+        """The state with every row that was written since; starts from the last summary if it knows none."""
+        state = self._state
+        if state.seq == 0:
+            # From the last summary but one, so that the last is checked against the rows that it sums up.
+            summaries = self._chain.latest_of_kind(connection, "summary", 2)
+            if summaries:
+                state = state_from_summary(summaries[0]) or state
+        elif self._chain.hash_of(connection, state.seq) != state.hash:
+            raise self._chain.broken(f"row {state.seq}, which this process has read, is gone or another")
+        after = state
+        for row in self._chain.rows(connection, state.seq, state.hash):
+            if after is state:
+                after = state.copy()
+            if summary_differs(row, after):
+                raise self._chain.broken(f"row {row.seq} sums the rows before it up wrongly")
+            after.add(row)
+        return after
+
+
+def state_from_summary(summary: Row) -> LedgerState | None:
     """The state that a summary row holds; None for one of version 0.1, which did not count by run."""
-    said = summary.body
-    if "runs" not in said:
+    body = summary.body
+    if "runs" not in body:
         return None
-    runs: dict[str, dict[Charge, Tally]] = {}
-    for run, dataset, fingerprint, node, first, uses in said["runs"]:
-        counted = {Use(*use): count for *use, count in uses}
-        runs.setdefault(run, {})[Charge(node, Body(dataset, fingerprint))] = Tally(first, counted)
+    runs: dict[str, dict[NodeData, Charges]] = {}
+    for run, dataset, fingerprint, node, first, counted in body["runs"]:
+        uses = {Use(*use): count for *use, count in counted}
+        runs.setdefault(run, {})[NodeData(node, NamedData(dataset, fingerprint))] = Charges(first, uses)
     return LedgerState(
         seq=summary.seq,
         hash=summary.hash,
         summarised=summary.seq,
-        node=said["node"],
-        has_budget=said["has_budget"],
-        secret=said["secret"],
+        node=body["node"],
+        has_budget=body["has_budget"],
+        secret=body["secret"],
         runs=runs,
-        plans=said["plans"],
-        releases={Body(*values[:-1]): values[-1] for values in said["releases"]},
-        by_run=dict(said["by_run"]),
-        total=sum(count for _, count in said["by_run"]),
-        deltas={Body(*values[:-1]): values[-1] for values in said["deltas"]},
-        nodes={Body(*values[:-1]): tuple(values[-1]) for values in said["nodes"]},
+        plans=body["plans"],
+        releases={NamedData(*values[:-1]): values[-1] for values in body["releases"]},
+        by_run=dict(body["by_run"]),
+        total=sum(count for _, count in body["by_run"]),
+        deltas={NamedData(*values[:-1]): values[-1] for values in body["deltas"]},
+        nodes={NamedData(*values[:-1]): tuple(values[-1]) for values in body["nodes"]},
         sets={
             name: KnownSet(records, persons, digest, tuple(old))
-            for name, records, persons, digest, old in said["sets"]
+            for name, records, persons, digest, old in body["sets"]
         },
-        imports={values[0]: Imported(*values[1:]) for values in said["imports"]},
+        imports={values[0]: Imported(*values[1:]) for values in body["imports"]},
     )
 
 
-def is_wrong_summary(row: Row, state: LedgerState) -> bool:
+def summary_differs(row: Row, state: LedgerState) -> bool:
     """Whether `row` is a summary of other rows than `state`, which those before it add up to.
 
     One of version 0.1 has nothing of what a state is now: the rows themselves are read then.
@@ -316,12 +333,12 @@ def is_wrong_summary(row: Row, state: LedgerState) -> bool:
     return row.kind == "summary" and "runs" in row.body and row.body != state.to_json()
 
 
-def added_up(rows: Iterable[Row]) -> tuple[LedgerState, list[str]]:
+def replay(rows: Iterable[Row]) -> tuple[LedgerState, list[str]]:
     """The state after all rows, and what is wrong with what they say of one another."""
     state, problems = LedgerState(), []
     open_reservations: set[int] = set()
     for row in rows:
-        if is_wrong_summary(row, state):
+        if summary_differs(row, state):
             problems.append(f"row {row.seq} sums the rows before it up wrongly")
         if row.kind == "reserved":
             open_reservations.add(row.seq)
@@ -334,94 +351,6 @@ def added_up(rows: Iterable[Row]) -> tuple[LedgerState, list[str]]:
         except (KeyError, TypeError, ValueError):
             problems.append(f"row {row.seq} is not what a ledger writes")
     return state, problems
-
-
-def release_of(row: Row, *, committed: bool) -> Release:
-    """A row of a release as a Release."""
-    body = row.body
-    steps = body["steps"]
-    return Release(
-        seq=row.seq,
-        time=row.time,
-        node=body["node"],
-        run=row.run or "",
-        round=body["round"],
-        dataset=body["dataset"],
-        fingerprint=body["fingerprint"],
-        public=body["public"],
-        trust=body["trust"],
-        unit=body["unit"],
-        delta=body["delta"],
-        reproducible_noise=body["reproducible_noise"],
-        steps=None
-        if steps is None
-        else tuple((Term(s["sample_rate"], s["noise_multiplier"]), s["count"]) for s in steps),
-        committed=committed,
-        purpose=purpose_of(row),
-    )
-
-
-def charge_of(plan: ReleasePlan, releases: int, after: int = 0) -> dict[Term, int] | None:
-    """What `releases` of `plan` cost the data; None without privacy.
-
-    Noise that comes from `seed` counts as none: the seed stands in the run's record, and whoever has it can
-    take the noise off. What such a run shows as its epsilon is that of the same run with secret noise.
-    """
-    return None if plan.reproducible_noise else plan.terms(releases, after=after)
-
-
-def purpose_of(row: Row) -> str:
-    """What a release is for: training, or evaluation (rows of old do not say: training)."""
-    return str(row.body.get("purpose", "training"))
-
-
-def planned_in(said: dict[str, Any]) -> Planned:
-    """The steps of a run's whole plan, as the row of its first release names them.
-
-    A row that does not name them (of version 0.1) tells of its own purpose: so many releases like this one.
-    """
-    if "planned" in said:
-        return [list(step) for step in said["planned"]] if said["planned"] is not None else None
-    steps = _steps_of(said)
-    if steps is None:
-        return None
-    return [[s["sample_rate"], s["noise_multiplier"], s["count"] * said["num_rounds"]] for s in steps]
-
-
-def towards(plan: ReleasePlan) -> dict[str, str]:
-    """For a row of trust=distributed: its noise counts towards those, too, who know some of it."""
-    shared = plan.trust == "distributed" and plan.purpose == "training"
-    return {_TOWARDS: "everybody"} if shared else {}
-
-
-def _steps_of(said: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The noised steps of a row as they are charged.
-
-    Version 0.1 wrote down the noise of trust=distributed towards the server. Another node knows its own share
-    of it, and is left with (h - 1) / h of the variance if h nodes add noise: half, at worst. How many there
-    were such a row does not say.
-    """
-    steps: list[dict[str, Any]] | None = said["steps"]
-    old = (
-        said["trust"] == "distributed"
-        and said.get("purpose", "training") == "training"
-        and _TOWARDS not in said
-    )
-    if steps is None or not old:
-        return steps
-    return [{**step, "noise_multiplier": step["noise_multiplier"] * _LEAST_SHARE} for step in steps]
-
-
-def terms_of_plan(planned: Planned) -> dict[Term, int] | None:
-    """A plan's steps as the accountant takes them; None without privacy."""
-    if planned is None:
-        return None
-    return compose_terms(*({Term(rate, noise): count} for rate, noise, count in planned))
-
-
-def coarser(unit: str, than: str) -> bool:
-    """Whether `unit` is a larger unit of privacy than `than`."""
-    return UNITS.index(unit) > UNITS.index(than)
 
 
 def _uses(public: bool, unit: str, steps: list[dict[str, Any]] | None) -> Iterable[tuple[Use, int]]:

@@ -21,7 +21,7 @@ from fedtune.privacy.accounting import pld as losses
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms, epsilon_rdp_of_terms
 from fedtune.privacy.accounting.filter import (
-    Charge,
+    RunSteps,
     admits,
     fits,
     order_of,
@@ -125,9 +125,9 @@ def test_nothing_fits_everything_and_no_noise_fits_nothing() -> None:
     assert fits({}, 1e-3, 1e-9)
     assert not fits(None, 1e6, 0.9)
     assert admits([], 1.0, 1e-5)
-    assert not admits([Charge(None, None)], 1e6, 0.9)
-    assert math.isinf(spent([Charge(None, None)], 1e-5))
-    assert spent([], 1e-5) == spent([Charge({}, {})], 1e-5) == 0.0
+    assert not admits([RunSteps(None, None)], 1e6, 0.9)
+    assert math.isinf(spent([RunSteps(None, None)], 1e-5))
+    assert spent([], 1e-5) == spent([RunSteps({}, {})], 1e-5) == 0.0
 
 
 # The table in the module's docstring.
@@ -154,8 +154,8 @@ def test_what_the_filter_costs_is_what_its_docstring_says(epsilon: int, steps: i
 # --- a run that was fixed in advance -------------------------------------------------------------------
 
 
-def run(rate: float, noise: float, made: int, planned: int) -> Charge:
-    return Charge({Term(rate, noise): made}, {Term(rate, noise): planned})
+def run(rate: float, noise: float, made: int, planned: int) -> RunSteps:
+    return RunSteps({Term(rate, noise): made}, {Term(rate, noise): planned})
 
 
 def test_one_run_is_admitted_whole_by_its_privacy_loss_distribution() -> None:
@@ -322,7 +322,7 @@ def test_the_rule_for_one_run_keeps_its_promise_and_gives_what_the_filter_alone_
     planned = max(count for count in range(1, 17) if fixed((count,)))
 
     def rule(used: Counts) -> bool:
-        runs = (Charge({first: used[0]}, {first: planned}), Charge({other: used[1]}, {other: 16}))
+        runs = (RunSteps({first: used[0]}, {first: planned}), RunSteps({other: used[1]}, {other: 16}))
         return admits([run for run, count in zip(runs, used, strict=True) if count], epsilon, delta)
 
     def alone(used: Counts) -> bool:

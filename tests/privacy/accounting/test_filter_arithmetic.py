@@ -11,7 +11,7 @@ import pytest
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.filter import (
-    Charge,
+    RunSteps,
     _is_part,
     _renyi,
     admits,
@@ -149,27 +149,27 @@ def test_the_filter_decides_where_the_first_run_fits_it() -> None:
     fixed = says({8: 99.0, 16: 99.0, 17: 99.0})
     assert admits([], 1.0, DELTA) is True
     # A hair less noise than the edge's, so that sixteen steps fit.
-    assert admits([Charge(SMALL, SMALL)], 1.0, DELTA, fixed=fixed) is True
-    assert admits([Charge(SMALL, LARGE)], 1.0, DELTA, fixed=fixed) is True  # what was asked for so far
-    assert admits([Charge(LARGE, LARGE)], 1.0, DELTA, fixed=fixed) is False
-    assert admits([Charge(SMALL, SMALL), Charge(SMALL, SMALL)], 1.001, DELTA, fixed=fixed) is True
-    assert admits([Charge(SMALL, SMALL), Charge(LARGE, LARGE)], 1.001, DELTA, fixed=fixed) is False
-    assert admits([Charge(SMALL, SMALL), Charge(None, None)], 1.0, DELTA, fixed=fixed) is False
-    assert admits([Charge(None, None)], 1.0, DELTA, fixed=fixed) is False
+    assert admits([RunSteps(SMALL, SMALL)], 1.0, DELTA, fixed=fixed) is True
+    assert admits([RunSteps(SMALL, LARGE)], 1.0, DELTA, fixed=fixed) is True  # what was asked for so far
+    assert admits([RunSteps(LARGE, LARGE)], 1.0, DELTA, fixed=fixed) is False
+    assert admits([RunSteps(SMALL, SMALL), RunSteps(SMALL, SMALL)], 1.001, DELTA, fixed=fixed) is True
+    assert admits([RunSteps(SMALL, SMALL), RunSteps(LARGE, LARGE)], 1.001, DELTA, fixed=fixed) is False
+    assert admits([RunSteps(SMALL, SMALL), RunSteps(None, None)], 1.0, DELTA, fixed=fixed) is False
+    assert admits([RunSteps(None, None)], 1.0, DELTA, fixed=fixed) is False
 
 
 def test_one_run_that_only_its_own_distribution_admits_closes_the_account() -> None:
     for cost, admitted in ((1.0, True), (math.nextafter(1.0, 2.0), False)):
         fixed = says({8: 0.4, 16: 0.9, 17: cost})
-        assert admits([Charge(LARGE, LARGE)], 1.0, DELTA, fixed=fixed) is admitted
+        assert admits([RunSteps(LARGE, LARGE)], 1.0, DELTA, fixed=fixed) is admitted
         # It ended early: what follows would fit, but the account is closed.
-        two = [Charge(SMALL, LARGE), Charge({Term(1.0, 90 * NOISE): 1}, {Term(1.0, 90 * NOISE): 1})]
+        two = [RunSteps(SMALL, LARGE), RunSteps({Term(1.0, 90 * NOISE): 1}, {Term(1.0, 90 * NOISE): 1})]
         assert admits(two, 1.0, DELTA, fixed=fixed) is not admitted
     # More than its plan, or another step than the plan's, is not what was admitted.
     fixed = says({8: 0.4, 17: 0.9, 18: 0.95, 1: 0.1})
-    assert not admits([Charge({Term(1.0, 4 * NOISE): 18}, LARGE)], 1.0, DELTA, fixed=fixed)
-    assert not admits([Charge({Term(1.0, 5 * NOISE): 1}, LARGE)], 1.0, DELTA, fixed=fixed)
-    assert admits([Charge({}, LARGE)], 1.0, DELTA, fixed=fixed)
+    assert not admits([RunSteps({Term(1.0, 4 * NOISE): 18}, LARGE)], 1.0, DELTA, fixed=fixed)
+    assert not admits([RunSteps({Term(1.0, 5 * NOISE): 1}, LARGE)], 1.0, DELTA, fixed=fixed)
+    assert admits([RunSteps({}, LARGE)], 1.0, DELTA, fixed=fixed)
 
 
 def test_a_part_has_no_step_that_the_whole_lacks() -> None:
@@ -181,23 +181,23 @@ def test_a_part_has_no_step_that_the_whole_lacks() -> None:
 
 def test_one_run_is_shown_by_its_distribution_where_its_plan_fits() -> None:
     fixed = says({8: 0.4, 16: 0.9, 17: 1.0})
-    assert spent([], DELTA, fixed=fixed) == spent([Charge({}, LARGE)], DELTA, fixed=fixed) == 0.0
-    nothing = Charge({Term(1.0, 1.0): 0}, LARGE)
+    assert spent([], DELTA, fixed=fixed) == spent([RunSteps({}, LARGE)], DELTA, fixed=fixed) == 0.0
+    nothing = RunSteps({Term(1.0, 1.0): 0}, LARGE)
     assert spent([nothing], DELTA, 1.0, fixed=fixed) == 0.0
-    assert spent([Charge(SMALL, LARGE), nothing], DELTA, fixed=fixed) == 0.4
+    assert spent([RunSteps(SMALL, LARGE), nothing], DELTA, fixed=fixed) == 0.4
     for budget in (None, 1.0, 2.0):
-        assert spent([Charge(SMALL, LARGE)], DELTA, budget, fixed=fixed) == 0.4
-        assert spent([Charge({Term(1.0, 1.0): 0, **SMALL}, LARGE)], DELTA, budget, fixed=fixed) == 0.4
+        assert spent([RunSteps(SMALL, LARGE)], DELTA, budget, fixed=fixed) == 0.4
+        assert spent([RunSteps({Term(1.0, 1.0): 0, **SMALL}, LARGE)], DELTA, budget, fixed=fixed) == 0.4
     # A plan that does not fit the budget: as the filter counts it.
-    counted = spent([Charge(SMALL, LARGE)], DELTA, 0.99, fixed=fixed)
+    counted = spent([RunSteps(SMALL, LARGE)], DELTA, 0.99, fixed=fixed)
     assert counted == pytest.approx(least_epsilon(SMALL, DELTA)) and counted != 0.4
-    for runs in ([Charge(None, None)], [Charge(SMALL, SMALL), Charge(None, SMALL)]):
+    for runs in ([RunSteps(None, None)], [RunSteps(SMALL, SMALL), RunSteps(None, SMALL)]):
         assert spent(runs, DELTA, fixed=fixed) == math.inf
 
 
 def test_several_runs_are_shown_by_the_least_epsilon_of_their_total() -> None:
     fixed = says({8: 0.4, 16: 0.9, 17: 1.0})
-    two = [Charge(SMALL, SMALL), Charge(SMALL, SMALL)]
+    two = [RunSteps(SMALL, SMALL), RunSteps(SMALL, SMALL)]
     assert spent(two, DELTA, fixed=fixed) == least_epsilon(WHOLE, DELTA)
     # Never above a budget that admits them, nor within one that does not.
     least = least_epsilon(WHOLE, DELTA)
@@ -213,9 +213,9 @@ def test_a_run_that_closed_the_account_counts_whole_beside_others() -> None:
     other = {Term(1.0, 90 * NOISE): 1}
     whole = least_epsilon({**LARGE, **other}, DELTA)
     part = least_epsilon({**SMALL, **other}, DELTA)
-    runs = [Charge(SMALL, LARGE), Charge(other, other)]
+    runs = [RunSteps(SMALL, LARGE), RunSteps(other, other)]
     assert spent(runs, DELTA, 1.0, fixed=fixed) == pytest.approx(whole, rel=2e-4)
     assert spent(runs, DELTA, fixed=fixed) == part
     assert spent(runs, DELTA, 0.9, fixed=fixed) == part  # its plan did not fit by either rule
-    unnoised = [Charge(SMALL, None), Charge(other, other)]
+    unnoised = [RunSteps(SMALL, None), RunSteps(other, other)]
     assert spent(unnoised, DELTA, 1.0, fixed=fixed) == part

@@ -1,10 +1,12 @@
-"""The best of a random number of trials: exact divergences, dp_accounting, and wrong bounds that fail."""
+"""The best of a random number of trials: exact sums, another implementation, and mutants."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections import Counter
+from typing import Any
 
 import dp_accounting as dp
 import numpy as np
@@ -13,8 +15,17 @@ from dp_accounting.dp_event import RepeatAndSelectDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 from fedtune.errors import PrivacyError
+from fedtune.privacy.accounting import selection
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.accounting.selection import TrialCount, best_of_curve, epsilon_best_of, renyi_curve
+from fedtune.privacy.accounting.selection import (
+    TrialCount,
+    _delta,
+    _epsilon,
+    _truncated_mean,
+    best_of_curve,
+    epsilon_best_of,
+    renyi_curve,
+)
 
 TERMS = {Term(0.05, 1.0): 60}
 EVENT = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(1.0)), 60)
@@ -136,3 +147,194 @@ def test_distributions_without_meaning_are_refused(mean: float, shape: float) ->
 def test_delta_without_meaning_is_refused(delta: float) -> None:
     with pytest.raises(PrivacyError, match="delta"):
         epsilon_best_of([TERMS], TrialCount(2.0), delta)
+
+
+NEGATIVE_BINOMIAL = [0.0, 0.5, 1.0, 2.0]
+
+
+def mean_of(gamma: float, shape: float) -> float:
+    """Of the truncated negative binomial (Papernot and Steinke 2022, definition 1)."""
+    if shape == 0.0:
+        return (1 / gamma - 1) / math.log(1 / gamma)
+    return shape * (1 - gamma) / (gamma * (1 - gamma**shape))
+
+
+@pytest.mark.parametrize("shape", NEGATIVE_BINOMIAL)
+@pytest.mark.parametrize("mean", [1.5, 3.0, 1e5])
+def test_gamma_gives_the_mean_and_is_rounded_down(mean: float, shape: float) -> None:
+    gamma = TrialCount(mean, shape).gamma()
+    assert mean_of(gamma, shape) == pytest.approx(mean, rel=1e-9)
+    assert _truncated_mean(gamma, shape) == pytest.approx(mean_of(gamma, shape), rel=1e-9)
+    assert _truncated_mean(gamma, shape) >= mean > _truncated_mean(gamma * (1 + 1e-11), shape)
+
+
+def test_edges_of_gamma() -> None:
+    assert 1.0 - 2e-12 < TrialCount(1.0).gamma() <= 1.0
+    assert _truncated_mean(1.0, 0.0) == _truncated_mean(1.0, 2.0) == 1.0
+    with pytest.raises(PrivacyError, match="no gamma"):
+        TrialCount(2.0, math.inf).gamma()
+    # It ends, even where no gamma that floats can tell from 0 is small enough.
+    assert 0.0 <= TrialCount(1e305).gamma() < 1e-300
+
+
+def probability(k: int, mean: float, shape: float) -> float:
+    if math.isinf(shape):
+        return math.exp(-mean) * mean**k / math.factorial(k)
+    gamma = TrialCount(mean, shape).gamma()
+    if k == 0:
+        return 0.0
+    if shape == 0.0:
+        return (1 - gamma) ** k / (k * math.log(1 / gamma))
+    rising = math.prod((i + shape) / (i + 1) for i in range(k))
+    return (1 - gamma) ** k * rising / (gamma**-shape - 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_probabilities_are_those_of_the_definition(shape: float) -> None:
+    found = list(itertools.islice(TrialCount(3.0, shape).probabilities(), 8))
+    assert found == pytest.approx([probability(k, 3.0, shape) for k in range(8)], rel=1e-9)
+    if not math.isinf(shape):
+        assert list(itertools.islice(TrialCount(1.0, shape).probabilities(), 5)) == [0.0, 1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_draw_is_the_first_number_whose_sum_is_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = TrialCount(2.0, math.inf)
+    sums = [sum(probability(k, 2.0, math.inf) for k in range(n)) for n in range(1, 6)]
+    assert [trials.draw(s - 1e-9) for s in sums] == [0, 1, 2, 3, 4]
+    assert [trials.draw(s + 1e-9) for s in sums] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(selection, "_MOST_TRIALS", 5)
+    assert TrialCount(1e6).draw(0.5) == 5
+    assert selection._MOST_TRIALS == 5
+
+
+def test_draws_ask_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fixed:
+        def random(self) -> float:
+            return 0.99
+
+    monkeypatch.setattr(selection.secrets, "SystemRandom", Fixed)
+    assert TrialCount(3.0).draw() == 12
+    assert TrialCount(3.0).draw(0.0) == 1
+
+
+def test_distributions_are_called_by_name() -> None:
+    names = [TrialCount(2.0, shape).name for shape in (0.0, 1.0, 2.5, math.inf)]
+    assert names == ["logarithmic", "geometric", "truncated negative binomial (eta 2.5)", "Poisson"]
+    assert TrialCount(2.0).shape == 1.0
+
+
+def test_the_least_that_is_allowed_and_the_first_that_is_not() -> None:
+    assert TrialCount(1.0, 0.0).mean == 1.0
+    for mean, shape in ((0.999, 1.0), (2.0, -0.001), (True, 1.0), (2.0, False)):
+        name = "shape" if mean == 2.0 else "mean"
+        with pytest.raises(PrivacyError, match=f"The {name} of the number of trials must be [01] or more"):
+            TrialCount(mean, shape)
+    with pytest.raises(PrivacyError, match="must be finite"):
+        TrialCount(math.inf, 1.0)
+
+
+def test_the_curve_composes_every_term() -> None:
+    terms = {Term(0.1, 2.0): 3, Term(1.0, 4.0): 2, Term(0.1, 5.0, True): 4}
+    orders, curve = renyi_curve(terms)
+    accountant = dp.rdp.RdpAccountant()
+    accountant.compose(dp.PoissonSampledDpEvent(0.1, dp.GaussianDpEvent(2.0)), 3)
+    accountant.compose(dp.GaussianDpEvent(4.0), 2)
+    accountant.compose(dp.GaussianDpEvent(2.5), 4)
+    assert orders.tolist() == list(accountant.orders)
+    assert curve == pytest.approx(np.asarray(accountant.rdp), rel=1e-12)
+    assert renyi_curve({})[1].tolist() == [0.0] * len(orders)
+
+
+ORDERS = np.array([5.0, 1.5, 0.5, 1.0, 2.0, 9.0])
+CURVE = np.array([0.9, 0.2, 0.05, 0.1, 0.35, 1.2])
+
+
+@pytest.mark.parametrize("shape", NEGATIVE_BINOMIAL)
+@pytest.mark.parametrize("mean", [1.0, 6.0])
+def test_the_bound_on_the_best_is_theorem_2(mean: float, shape: float) -> None:
+    trials = TrialCount(mean, shape)
+    gamma = trials.gamma()
+    second = min((1 - 1 / a) * r - math.log(gamma) / a for a, r in zip(ORDERS, CURVE, strict=True))
+    raw = {
+        a: r + (1 + shape) * second + math.log(mean) / (a - 1)
+        for a, r in zip(ORDERS, CURVE, strict=True)
+        if a > 1
+    }
+    # Renyi divergence does not fall in its order: a bound at a higher one holds below.
+    expected = [min(value for a, value in raw.items() if a >= order) for order in ORDERS]
+    assert best_of_curve(ORDERS, CURVE, trials) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("mean", [1.0, 6.0])
+def test_the_bound_on_the_best_is_theorem_6(mean: float) -> None:
+    def converted(epsilon: float) -> float:
+        """delta at epsilon (Canonne, Kamath and Steinke 2020, proposition 12)."""
+        usable = [(a, r) for a, r in zip(ORDERS, CURVE, strict=True) if a > 1.01]
+        return min(
+            [1.0, *(math.exp((a - 1) * (r - epsilon)) / a * (1 - 1 / a) ** (a - 1) for a, r in usable)]
+        )
+
+    raw = {
+        a: r + mean * converted(math.log(a / (a - 1))) + math.log(mean) / (a - 1)
+        for a, r in zip(ORDERS, CURVE, strict=True)
+        if a > 1
+    }
+    expected = [min(value for a, value in raw.items() if a >= order) for order in ORDERS]
+    assert best_of_curve(ORDERS, CURVE, TrialCount(mean, math.inf)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_conversions_are_the_best_over_the_orders() -> None:
+    def epsilon(a: float, r: float, delta: float) -> float:
+        return r + math.log(1 - 1 / a) - math.log(delta * a) / (a - 1)
+
+    by_order = [epsilon(a, r, 1e-3) for a, r in zip(ORDERS, CURVE, strict=True) if a > 1.0]
+    assert _epsilon(ORDERS, CURVE, 1e-3) == pytest.approx(min(by_order), rel=1e-12)
+    found = _epsilon(ORDERS, CURVE, 1e-3)
+    assert _delta(ORDERS, CURVE, found) == pytest.approx(1e-3, rel=1e-9)
+    assert _delta(ORDERS, np.full(6, 50.0), 0.0) == 1.0
+    assert _epsilon(ORDERS, np.zeros(6), 0.9) == 0.0
+
+
+def test_orders_near_one_and_infinite_curves_say_nothing() -> None:
+    near = np.array([1.01, 2.0])
+    # At delta near 1 the order of 1.01 would give less than 0, far below what order 2 gives.
+    assert _epsilon(near, np.array([0.0, 5.0]), 0.999) == pytest.approx(
+        5.0 + math.log(0.5) - math.log(2 * 0.999)
+    )
+    assert _delta(near, np.array([0.0, 5.0]), 1e-3) == 1.0
+    assert _delta(np.array([1.01]), np.array([0.0]), 100.0) == 1.0
+    assert _epsilon(np.array([1.01]), np.array([0.0]), 0.5) == math.inf
+    infinite = np.array([math.inf, math.inf])
+    assert _epsilon(near, infinite, 1e-5) == math.inf and _delta(near, infinite, 3.0) == 1.0
+    half = np.array([math.inf, 0.5])
+    assert _epsilon(np.array([3.0, 2.0]), half, 1e-3) == pytest.approx(0.5 + math.log(0.5) - math.log(2e-3))
+
+
+def test_the_worst_kind_counts_at_each_order() -> None:
+    # One is worse at small orders, the other at large ones.
+    kinds: list[Any] = [{Term(1.0, 3.0): 1}, {Term(0.01, 0.6): 30}]
+    curves = [renyi_curve(kind)[1] for kind in kinds]
+    assert (curves[0] > curves[1]).any() and (curves[0] < curves[1]).any()
+    orders, trials = renyi_curve(kinds[0])[0], TrialCount(4.0)
+    bound = best_of_curve(orders, np.maximum(*curves), trials)
+    assert epsilon_best_of(kinds, trials, 1e-5) == pytest.approx(_epsilon(orders, bound, 1e-5), rel=1e-12)
+    with pytest.raises(PrivacyError, match="no trial to choose"):
+        epsilon_best_of([], trials, 1e-5)
+
+
+def test_the_log_level_of_others_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger, levels = logging.getLogger("absl"), []
+    real = dp.rdp.RdpAccountant.compose
+
+    def compose(self: Any, *arguments: Any) -> Any:
+        levels.append(logger.level)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(dp.rdp.RdpAccountant, "compose", compose)
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        renyi_curve({Term(0.1, 2.0): 3})
+        assert levels == [logging.ERROR] and logger.level == logging.DEBUG
+    finally:
+        logger.setLevel(before)

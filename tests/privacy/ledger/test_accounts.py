@@ -18,10 +18,10 @@ from fedtune.data.sources.columns import Columns, build_corpus
 from fedtune.data.sources.files import read_table
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
-from fedtune.privacy.accounting.filter import Charge, admits, fits, spent
+from fedtune.privacy.accounting.filter import RunSteps, admits, fits, spent
 from fedtune.privacy.ledger import accounts
 from fedtune.privacy.ledger import state as ledger_state
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.identity import Identity
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.state import Use
@@ -115,7 +115,7 @@ def test_half_shared_persons_carry_what_they_have_spent(ledger: PrivacyLedger) -
         for runs in ledger.account(dataset="b", fingerprint=second).histories()
     } == {frozenset({STEP: 5}.items())}
     release(ledger, second, local_plan(unit="person"), dataset="b", run="run-3")
-    both = spent([Charge({STEP: 5}, None)] * 2, DELTA)
+    both = spent([RunSteps({STEP: 5}, None)] * 2, DELTA)
     assert ledger.epsilon(dataset="b", fingerprint=second, delta=DELTA) >= both
     assert ledger.epsilon(dataset="a", fingerprint=first, delta=DELTA) == both
 
@@ -128,7 +128,7 @@ def test_equal_texts_at_two_nodes_of_one_run_are_two_records(ledger: PrivacyLedg
     assert charged(ledger, "visits", one) == {STEP: 15}
     release(ledger, other, node="b", run="run-2")
     assert ledger.epsilon(dataset="visits", fingerprint=one, delta=DELTA) == spent(
-        [Charge({STEP: 15}, None), Charge({STEP: 5}, None)], DELTA
+        [RunSteps({STEP: 15}, None), RunSteps({STEP: 5}, None)], DELTA
     )
 
 
@@ -229,7 +229,7 @@ def test_what_is_admitted_is_what_the_filter_admits_for_every_key(tmp_path: Path
         run = chance.randrange(4)
         data, plan = bodies[run % 3], plans[run]
         account = ledger.account(dataset="visits", fingerprint=data)
-        domain = account.domains[0]
+        domain = account.keys[0]
         planned = compose_terms(plan.terms(plan.num_rounds))
         adding = (f"run-{run}", {Use(False, "record", True, 0.05, plan.noise_multiplier): 5}, planned)
         expected = all(
@@ -392,5 +392,5 @@ def test_many_histories_are_bounded_by_one(ledger: PrivacyLedger, monkeypatch: A
     exact = ledger.epsilon(**data, delta=DELTA)
     monkeypatch.setattr(accounts, "_CANDIDATES", 3)
     bound = ledger.epsilon(**data, delta=DELTA)
-    everything = spent([Charge({Term(0.05, 2.0 + run): 5}, None) for run in range(8)], DELTA)
+    everything = spent([RunSteps({Term(0.05, 2.0 + run): 5}, None) for run in range(8)], DELTA)
     assert exact <= bound <= everything * 1.001

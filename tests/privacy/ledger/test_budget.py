@@ -1,213 +1,225 @@
-"""`fedtune budget`: readable on a terminal, exact as JSON, and a status that a script can trust."""
+"""What a budget file may say, and whose word counts: each rule from both sides."""
 
 from __future__ import annotations
 
 import json
-import math
-import sqlite3
-from argparse import Namespace
+import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtune.config.paths import state_dir
-from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
-from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.ledger import budget
-from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget, read_budgets, write_budgets
-from fedtune.privacy.ledger.ledger import PrivacyLedger
-from fedtune.privacy.ledger.simulation import simulation_ledger
-from tests.support.plans import local_plan, public_plan
+from fedtune.errors import LedgerError, PrivacyError
+from fedtune.privacy.ledger.budget import (
+    Budgets,
+    PrivacyBudget,
+    budgets_in_force,
+    budgets_of,
+    read_budgets,
+    strictest,
+    write_budgets,
+)
+
+ONE = {"epsilon": 3.0, "delta": 1e-5}
+BUDGET = PrivacyBudget(3.0, 1e-5)
 
 
-def folder() -> Path:
-    return state_dir() / "ledgers"
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "clinic.budget.json"
 
 
-def release(node: str, rounds: int = 2, plan: Any = None, **changes: Any) -> PrivacyLedger:
-    ledger = PrivacyLedger.open(folder() / f"{node}.sqlite")
-    values = {"dataset": "visits", "fingerprint": "f1", "run": "run-1", **changes}
-    for round in range(rounds):
-        reservation = ledger.reserve(node=node, round=round, plan=plan or local_plan(), **values)
-        if round < rounds - 1:
-            ledger.commit(reservation)
-    return ledger
+def written(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
 
 
-def run(capsys: pytest.CaptureFixture[str], action: str, **given: Any) -> tuple[int, Any]:
-    status = budget.main(Namespace(action=action, json=True, **given))
-    return status, json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("value", [True, "1", None, float("nan"), float("inf")])
+def test_numbers_of_a_budget_are_finite_numbers(value: Any) -> None:
+    with pytest.raises(PrivacyError, match=r"^A budget's epsilon must be a finite number"):
+        PrivacyBudget(value, 0.1)
+    with pytest.raises(PrivacyError, match=r"^A budget's delta must be a finite number"):
+        PrivacyBudget(1.0, value)
 
 
-def test_show_is_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a")
-    release("b", rounds=3, dataset="calls", fingerprint="f2")
-    status, entries = run(capsys, "show")
-    assert status == 0
-    assert {(e["node"], e["dataset"], e["fingerprint"], e["releases"]) for e in entries} == {
-        ("a", "visits", "f1", 2),
-        ("b", "calls", "f2", 3),
-    }
-    for entry in entries:
-        assert {"dataset", "fingerprint", "epsilon", "delta", "budget_epsilon", "releases"} <= set(entry)
-        assert entry["budget_epsilon"] is None
-        assert entry["unfinished"] == 1
-        steps = {Term(0.05, 1.0): 5 * entry["releases"]}
-        assert entry["epsilon"] == epsilon_of_terms(steps, entry["delta"])
-    assert run(capsys, "show", node="a")[1] == [entries[0]]
-    assert run(capsys, "show", dataset="calls")[1] == [entries[1]]
+def test_limits_of_a_budget() -> None:
+    assert PrivacyBudget(5e-324, 5e-324).unit is None
+    assert PrivacyBudget(1, 0.9999).epsilon == 1
+    assert PrivacyBudget(1.5, 0.1).delta == 0.1
+    for epsilon in (0.0, -1.0, 0):
+        with pytest.raises(PrivacyError, match="epsilon must be above 0"):
+            PrivacyBudget(epsilon, 0.1)
+    for delta in (0.0, 1.0, -0.1, 1.5, 1):
+        with pytest.raises(PrivacyError, match="strictly between 0 and 1"):
+            PrivacyBudget(1.0, delta)
+    for unit in ("record", "person", "client"):
+        assert PrivacyBudget(1.0, 0.1, unit).to_json() == {"epsilon": 1.0, "delta": 0.1, "unit": unit}
+    assert BUDGET.to_json() == ONE
+    for unit in ("house", ""):
+        with pytest.raises(PrivacyError, match=rf"one of record, person, client, not '{unit}'"):
+            PrivacyBudget(1.0, 0.1, unit)
 
 
-def test_show_says_what_was_allowed(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a")
-    assert run(capsys, "set", epsilon=3.0, delta=1e-6, node="a")[0] == 0
-    (entry,) = run(capsys, "show")[1]
-    assert (entry["budget_epsilon"], entry["delta"]) == (3.0, 1e-6)
-    assert entry["epsilon"] == epsilon_of_terms({Term(0.05, 1.0): 10}, 1e-6)
+def test_budgets_of_names_from_the_strictest() -> None:
+    a, b, c = PrivacyBudget(2.0, 1e-5), PrivacyBudget(2.0, 1e-6), PrivacyBudget(1.0, 1e-4)
+    budgets = Budgets(a, {"b": b, "c": c})
+    assert budgets.of({"b", "c", "x", "y"}) == [c, b, a]
+    assert budgets.of({"b"}) == [b]
+    assert budgets.of(set()) == []
+    assert Budgets(None, {"b": b}).of({"b", "x"}) == [b]
 
 
-def test_infinity_is_null_and_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a", plan=public_plan())
-    assert run(capsys, "show")[1][0]["epsilon"] is None
-    assert budget.main(Namespace(action="show")) == 0
-    assert "infinite" in capsys.readouterr().out
+def test_rows_replace_the_rows_before_them() -> None:
+    rows: list[dict[str, Any]] = [
+        {"dataset": None, **ONE},
+        {"dataset": "x", "epsilon": 1.0, "delta": 1e-6, "unit": "person"},
+        {"dataset": None, "epsilon": 2.0, "delta": 1e-4},
+    ]
+    assert budgets_of(rows) == Budgets(PrivacyBudget(2.0, 1e-4), {"x": PrivacyBudget(1.0, 1e-6, "person")})
+    assert budgets_of(rows[1:2]) == Budgets(None, {"x": PrivacyBudget(1.0, 1e-6, "person")})
+    assert budgets_of([]) == Budgets(None, {})
 
 
-def test_a_terminal_gets_aligned_columns_and_the_caveat(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a")
-    budget.main(Namespace(action="show"))
-    out = capsys.readouterr().out
-    lines = out.splitlines()
-    assert " ".join(lines[0].split()) == "node data set fingerprint unit epsilon budget delta releases"
-    assert lines[1].index("visits") == lines[0].index("data set")
-    assert "2 (1 unfinished)" in lines[1]
-    assert "upper bound" in out and max(map(len, lines[:2])) <= 110
+def test_the_file_that_is_written(path: Path) -> None:
+    path = path.parent / "a" / "b" / path.name
+    budgets = Budgets(BUDGET, {"z": PrivacyBudget(1.0, 1e-6, "person"), "a": PrivacyBudget(2.0, 1e-4)})
+    write_budgets(path, budgets)
+    assert path.read_text() == (
+        '{\n  "version": 1,\n  "default": {\n    "epsilon": 3.0,\n    "delta": 1e-05\n  },\n'
+        '  "datasets": {\n    "a": {\n      "epsilon": 2.0,\n      "delta": 0.0001\n    },\n'
+        '    "z": {\n      "epsilon": 1.0,\n      "delta": 1e-06,\n      "unit": "person"\n    }\n  }\n}\n'
+    )
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert read_budgets(path) == budgets
+    write_budgets(path, Budgets(None, {}))
+    assert json.loads(path.read_text()) == {"version": 1, "default": None, "datasets": {}}
+    assert read_budgets(path) == Budgets(None, {})
 
 
-def test_nothing_yet_is_said_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    for action, found in (("show", []), ("history", []), ("verify", [])):
-        assert run(capsys, action) == (0, found)
-    budget.main(Namespace(action="show"))
-    assert "No ledger knows of a release" in capsys.readouterr().out
+def test_a_file_that_cannot_be_written_leaves_the_old_budget(path: Path) -> None:
+    path.write_text("")
+    with pytest.raises(LedgerError, match="cannot be written.*The old budget stands"):
+        write_budgets(path / "below", Budgets(None, {}))
 
 
-def test_history_lists_every_release(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a", rounds=3)
-    status, entries = run(capsys, "history")
-    assert status == 0
-    assert [entry["round"] for entry in entries] == [0, 1, 2]
-    assert [entry["finished"] for entry in entries] == [True, True, False]
-    first = entries[0]
-    assert (first["steps"], first["sample_rate"], first["noise_multiplier"]) == (5, 0.05, 1.0)
-    budget.main(Namespace(action="history"))
-    assert len(capsys.readouterr().out.splitlines()) == 4
-
-
-def test_history_of_a_run_without_noise(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a", plan=public_plan())
-    entry = run(capsys, "history")[1][0]
-    assert (entry["steps"], entry["noise_multiplier"], entry["delta"]) == (None, 0.0, None)
-    budget.main(Namespace(action="history"))
-    assert "none" in capsys.readouterr().out
-
-
-def test_history_and_show_of_noise_from_the_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a", plan=local_plan(reproducible_noise=True))
-    entry = run(capsys, "history")[1][0]
-    assert (entry["reproducible_noise"], entry["noise_multiplier"]) == (True, 0.0)
-    budget.main(Namespace(action="history"))
-    assert "seed's" in capsys.readouterr().out
-    assert run(capsys, "show")[1][0]["epsilon"] is None
-
-
-def test_verify_fails_and_names_the_row(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a")
-    ledger = release("b")
-    assert run(capsys, "verify")[0] == 0
-    ledger.close()
-    with sqlite3.connect(ledger.path) as connection:
-        connection.execute("DROP TRIGGER log_is_not_edited")
-        connection.execute("UPDATE log SET run = 'x' WHERE seq = 2")
-    connection.close()
-    status, results = run(capsys, "verify")
-    assert status == 1
-    assert results[0]["problems"] == []
-    assert "row 2 was changed after it was written" in results[1]["problems"]
-    assert budget.main(Namespace(action="verify")) == 1
-    out = capsys.readouterr().out
-    assert "a: whole" in out and "b: NOT whole" in out and "row 2" in out
-
-
-def test_set_writes_the_owners_file(capsys: pytest.CaptureFixture[str]) -> None:
-    release("a")
-    release("b")
-    run(capsys, "set", epsilon=3.0, delta=1e-6)  # every node that has a ledger
-    run(capsys, "set", epsilon=1.0, delta=1e-5, node="a", dataset="visits", unit="person")
-    both = read_budgets(folder() / "a.budget.json")
-    assert both == Budgets(PrivacyBudget(3.0, 1e-6), {"visits": PrivacyBudget(1.0, 1e-5, "person")})
-    assert read_budgets(folder() / "b.budget.json") == Budgets(PrivacyBudget(3.0, 1e-6), {})
-
-
-def test_an_empty_name_sets_no_budget(capsys: pytest.CaptureFixture[str]) -> None:
-    """It set the budget of the data set called '' and said that it was everybody's."""
-    with pytest.raises(LedgerError, match="--dataset is an empty text, and no budget was set"):
-        run(capsys, "set", dataset="", epsilon=3.0, delta=1e-5)
-    assert not folder().exists() or not list(folder().iterdir())
-
-
-def test_a_budget_can_be_set_before_the_first_release(capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "set", epsilon=3.0, delta=1e-6, node="new", dataset="visits")
-    (entry,) = run(capsys, "show")[1]
-    # No node of that name has a ledger of its own: the budget belongs to the data of every simulation.
-    assert (entry["node"], entry["dataset"], entry["epsilon"], entry["releases"]) == (None, "visits", 0.0, 0)
+def test_the_least_that_a_file_says(path: Path) -> None:
+    assert read_budgets(path) is None
+    assert read_budgets(written(path, {"version": 1})) == Budgets(None, {})
+    assert read_budgets(written(path, {"version": 1, "default": ONE})) == Budgets(BUDGET, {})
+    assert read_budgets(
+        written(path, {"version": 1, "datasets": {"x": {**ONE, "unit": "person"}}})
+    ) == Budgets(None, {"x": PrivacyBudget(3.0, 1e-5, "person")})
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "delta"),
-    [(0.0, 1e-5), (-1.0, 1e-5), (math.nan, 1e-5), (math.inf, 1e-5), (None, 1e-5), (True, 1e-5),
-     (1.0, 0.0), (1.0, 1.0), (1.0, math.nan), (1.0, None), (1e-5, 8.0)],
-)  # fmt: skip
-def test_a_budget_without_meaning_is_refused_before_a_file_is_touched(epsilon: Any, delta: Any) -> None:
-    release("a")
-    with pytest.raises(PrivacyError):
-        budget.main(Namespace(action="set", epsilon=epsilon, delta=delta))
-    assert not (folder() / "a.budget.json").exists()
+    ("content", "why"),
+    [
+        ([], r"\(it must be an object with the keys version, default and datasets\)"),
+        (["version"], "it must be an object"),
+        ({"version": 1, "other": 2}, "it must be an object"),
+        ({}, "its version is None, not 1"),
+        ({"version": 2}, "its version is 2, not 1"),
+        ({"version": 0}, "its version is 0, not 1"),
+        ({"version": True}, "its version is True, not 1"),
+        ({"version": 1, "datasets": []}, "`datasets` must be an object"),
+        ({"version": 1, "default": []}, "a budget is an object"),
+        ({"version": 1, "default": ["epsilon", "delta"]}, "a budget is an object"),
+        ({"version": 1, "default": {**ONE, "x": 1}}, "a budget is an object"),
+        ({"version": 1, "datasets": {"x": {**ONE, "x": 1}}}, "a budget is an object"),
+        ({"version": 1, "default": {"epsilon": 1.0}}, "'delta'"),
+        ({"version": 1, "default": {**ONE, "epsilon": -1.0}}, "epsilon must be above 0"),
+        ('{"version": 1, "default": {"epsilon": Infinity, "delta": 1e-5}}', "Infinity is no number"),
+        ('{"version": NaN}', "NaN is no number"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_file_that_is_no_budget(path: Path, content: Any, why: str) -> None:
+    written(path, content)
+    with pytest.raises(LedgerError, match=f"cannot be used.*{why}.*No release is made"):
+        read_budgets(path)
+    assert read_budgets(path, anew=True) is None  # about to be replaced
 
 
-@pytest.mark.parametrize("node", ["../escape", "", ".", "a/b"])
-def test_a_node_name_is_no_path(node: str) -> None:
-    with pytest.raises(LedgerError, match="no name"):
-        budget.main(Namespace(action="set", epsilon=1.0, delta=1e-5, node=node))
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch, anew: bool) -> None:
+    below = written(path, "{}") / "below"
+    with pytest.raises(LedgerError, match="cannot be used.*Not a directory"):
+        read_budgets(below, anew=anew)
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise OSError("the disk is broken")
+
+    monkeypatch.setattr(Path, "read_text", fails)
+    with pytest.raises(LedgerError, match="cannot be used.*the disk is broken"):
+        read_budgets(path, anew=anew)
 
 
-def test_an_unknown_node_is_named_with_the_known_ones() -> None:
-    release("a")
-    with pytest.raises(LedgerError, match=r"'b'.*Known nodes: a"):
-        budget.main(Namespace(action="show", node="b"))
+def test_a_file_that_everybody_may_write_is_none(path: Path) -> None:
+    written(path, {"version": 1}).chmod(0o664)
+    assert read_budgets(path) == Budgets(None, {})
+    path.chmod(0o602)
+    for anew in (False, True):
+        with pytest.raises(LedgerError, match="can be written by every user.*chmod o-w"):
+            read_budgets(path, anew=anew)
 
 
-def test_simulations_have_a_budget_before_their_first_release(capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "set", epsilon=1.0, delta=1e-5)
-    assert read_budgets(folder() / "simulation.budget.json") == Budgets(PrivacyBudget(1.0, 1e-5), {})
-    with pytest.raises(BudgetExhausted, match="budget of 1"):
-        simulation_ledger(folder()).reserve(
-            dataset="visits", fingerprint="f", node="a", run="r", round=0, plan=local_plan()
-        )
+IN_FORCE: list[tuple[bool, str, bool, str]] = [
+    # whether there is a file, what the ledger has heard, whether there must be one; what is refused
+    (True, "the same", True, ""),
+    (True, "the same", False, ""),
+    (True, "another", False, "does not say what was set last"),
+    (True, "another", True, "does not say what was set last"),
+    (True, "", False, ""),
+    (True, "", True, "never heard of a budget"),
+    (False, "the same", False, "is missing, but a budget was set before"),
+    (False, "the same", True, "is missing, but a budget was set before"),
+    (False, "", False, ""),
+    (False, "", True, "There is no budget file"),
+]
 
 
-def test_budgets_survive_the_file(tmp_path: Path) -> None:
-    budgets = Budgets(None, {"ä b": PrivacyBudget(0.5, 1e-9, "client")})
-    write_budgets(tmp_path / "x.json", budgets)
-    assert read_budgets(tmp_path / "x.json") == budgets
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-    assert read_budgets(tmp_path / "none.json") is None
+@pytest.mark.parametrize(("is_there", "heard", "required", "refused"), IN_FORCE)
+def test_which_budgets_are_in_force(
+    path: Path, is_there: bool, heard: str, required: bool, refused: str
+) -> None:
+    budgets = Budgets(BUDGET, {})
+    if is_there:
+        write_budgets(path, budgets)
+    said = {"the same": budgets, "another": Budgets(None, {"x": BUDGET}), "": None}[heard]
+
+    def ask() -> Budgets:
+        return budgets_in_force(path, Path("clinic.sqlite"), said=said, required=required)
+
+    if refused:
+        with pytest.raises(LedgerError, match=refused):
+            ask()
+    else:
+        assert ask() == (budgets if is_there else Budgets(None, {}))
 
 
-def test_data_with_several_names_keeps_all_their_budgets() -> None:
-    strict, loose = PrivacyBudget(1.0, 1e-5), PrivacyBudget(9.0, 1e-5)
-    budgets = Budgets(loose, {"a": strict})
-    assert budgets.of({"a"}) == [strict]
-    assert budgets.of({"b"}) == [loose]
-    assert budgets.of({"a", "b"}) == [strict, loose]
-    assert Budgets(None, {}).of({"a"}) == []
+@pytest.mark.parametrize("turned", [lambda a, b: (a, b), lambda a, b: (b, a)])
+def test_the_strictest_of_two_files(turned: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    a = Budgets(
+        PrivacyBudget(3.0, 1e-5, "person"),
+        {"x": PrivacyBudget(1.0, 1e-4, "client"), "z": PrivacyBudget(9.0, 0.1)},
+    )
+    b = Budgets(None, {"y": PrivacyBudget(5.0, 1e-6, "record"), "x": PrivacyBudget(2.0, 1e-6, "person")})
+    both = strictest(*turned(a, b))
+    assert both == Budgets(
+        PrivacyBudget(3.0, 1e-5, "person"),
+        {
+            "x": PrivacyBudget(1.0, 1e-6, "client"),
+            "y": PrivacyBudget(3.0, 1e-6, "person"),
+            "z": PrivacyBudget(9.0, 0.1),
+        },
+    )
+    assert list(both.datasets) == ["x", "y", "z"]
+    assert strictest(Budgets(None, {}), Budgets(None, {})) == Budgets(None, {})
+    names = [f"data {i:02}" for i in range(12)]
+    assert list(strictest(Budgets(None, dict.fromkeys(names[::-1], BUDGET)), a).datasets) == [
+        *names,
+        "x",
+        "z",
+    ]

@@ -12,7 +12,7 @@ import pytest
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.chain import GENESIS, Chain
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.support.ledgers import identity

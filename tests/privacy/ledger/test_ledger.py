@@ -24,12 +24,12 @@ import pytest
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.accounting.filter import Charge, spent
+from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger import allowance
 from fedtune.privacy.ledger import state as ledger_state
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.allowance import steps_of
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
-from fedtune.privacy.ledger.run_counts import steps_of
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.planning import make_plan
 from tests.support.ledgers import charged
@@ -117,7 +117,7 @@ def test_epsilon_is_composed_over_all_releases_and_not_added_up(path: Path) -> N
     everything = ledger.epsilon(dataset="visits", fingerprint="f1", delta=1e-5)
     one_run = ledger.epsilon(dataset="visits", fingerprint="f1", delta=1e-5, run="a")
     # One run was fixed in advance; that another followed was chosen, so both are counted by Renyi DP.
-    assert everything == spent([Charge({Term(0.05, 1.0): 15}, None)] * 2, 1e-5)
+    assert everything == spent([RunSteps({Term(0.05, 1.0): 15}, None)] * 2, 1e-5)
     assert one_run == epsilon_of_terms({Term(0.05, 1.0): 15}, 1e-5)
     assert epsilon_of_terms({Term(0.05, 1.0): 30}, 1e-5) < everything < 2 * one_run
     assert ledger.epsilon(dataset="other", fingerprint="f9") == 0.0
@@ -218,7 +218,7 @@ def test_it_refuses_with_the_numbers_and_the_way_out(path: Path) -> None:
     # A run that does not fit as a whole goes as far as the filter reaches, and is told in its numbers.
     plan = {Term(0.05, 1.0): 2500}
     before, after = (
-        spent([Charge({Term(0.05, 1.0): 5 * count}, plan)], 1e-5, 2.3) for count in (made, made + 1)
+        spent([RunSteps({Term(0.05, 1.0): 5 * count}, plan)], 1e-5, 2.3) for count in (made, made + 1)
     )
     assert made > 0 and before <= 2.3 < after
     text = " ".join(str(refusal.value).split())
@@ -263,7 +263,7 @@ def test_names_and_fingerprints_link_through_third_ones(path: Path) -> None:
     reserve(ledger, dataset="b", fingerprint="1", run="2")  # renamed
     reserve(ledger, dataset="b", fingerprint="2", run="3")  # and then changed
     reserve(ledger, dataset="z", fingerprint="9", run="4")  # something else
-    together = spent([Charge({Term(0.05, 1.0): 5}, None)] * 3, 1e-5)
+    together = spent([RunSteps({Term(0.05, 1.0): 5}, None)] * 3, 1e-5)
     for dataset, fingerprint in (("a", "1"), ("b", "1"), ("b", "2"), ("new", "2"), ("a", "new")):
         assert ledger.epsilon(dataset=dataset, fingerprint=fingerprint, delta=1e-5) == together
     assert ledger.epsilon(dataset="z", fingerprint="9", delta=1e-5) < together
@@ -863,11 +863,11 @@ def fill(path: Path, count: int, *, short_runs: bool) -> None:
     reserve(PrivacyLedger(path), run="run-0")
     ledger = PrivacyLedger(path)
     plan = local_plan(num_rounds=20_000, noise_multiplier=400.0)
-    with ledger.writing() as pen:
-        body = json.loads(pen.connection.execute("SELECT body FROM log WHERE seq = 1").fetchone()[0])
+    with ledger.writing() as writer:
+        body = json.loads(writer.connection.execute("SELECT body FROM log WHERE seq = 1").fetchone()[0])
         body |= {"steps": steps_of(plan, 0), "num_rounds": plan.num_rounds, "planned": [[0.05, 400.0, 10**5]]}
         for i in range(count - 1):
-            pen.write("reserved", body, run=f"run-{i // 12 + 1}" if short_runs else "warm")
+            writer.write("reserved", body, run=f"run-{i // 12 + 1}" if short_runs else "warm")
 
 
 def test_a_run_that_was_fixed_in_advance_is_accounted_once(path: Path, monkeypatch: Any) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.accounting.filter import Charge, spent
+from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger import ledger as module
-from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget
+from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
 from tests.support.ledgers import identity
@@ -166,7 +166,7 @@ def test_budgets_of_all_and_of_one(ledger: PrivacyLedger) -> None:
 def test_delta_is_the_budgets_or_the_smallest_that_was_planned(ledger: PrivacyLedger) -> None:
     reserve(ledger)
     reserve(ledger, run="run-2", plan=local_plan(delta=1e-6))
-    two = [Charge({STEP: 5}, {STEP: 60})] * 2
+    two = [RunSteps({STEP: 5}, {STEP: 60})] * 2
     of = {"dataset": "visits", "fingerprint": "f1"}
     assert ledger.epsilon(**of) == pytest.approx(ledger.epsilon(**of, delta=1e-6))
     assert ledger.epsilon(**of, delta=1e-4) == pytest.approx(spent(two, 1e-4))
@@ -179,22 +179,22 @@ def test_delta_is_the_budgets_or_the_smallest_that_was_planned(ledger: PrivacyLe
 
 def test_what_is_left_of_a_run(ledger: PrivacyLedger) -> None:
     plans = [local_plan(num_rounds=3), local_plan(num_rounds=3, unit="person", noise_multiplier=2.0)]
-    state, asked = ledger._asked("clinic", "run-1", plans[:1])
-    assert (asked.run, asked.plan, asked.steps) == ("run-1", plans[0], {"record": {STEP: 15}})
-    assert asked.planned == {STEP: 15} and state is ledger.state()
+    state, request = ledger._request("clinic", "run-1", plans[:1])
+    assert (request.run, request.plan, request.steps) == ("run-1", plans[0], {"record": {STEP: 15}})
+    assert request.planned == {STEP: 15} and state is ledger.state()
     reserve(ledger, plan=plans[0])
     ledger.commit(reserve(ledger, plan=plans[0], round=1))
-    assert ledger._asked("clinic", "run-1", plans[:1])[1].steps == {"record": {STEP: 5}}
-    assert ledger._asked("other", "run-1", plans[:1])[1].steps == {"record": {STEP: 15}}
-    assert ledger._asked("clinic", "run-2", plans[:1])[1].steps == {"record": {STEP: 15}}
-    assert ledger._asked("clinic", "run-2", [plans[0]] * 2)[1].steps == {"record": {STEP: 30}}
-    both = ledger._asked("clinic", "run-2", plans)[1]
+    assert ledger._request("clinic", "run-1", plans[:1])[1].steps == {"record": {STEP: 5}}
+    assert ledger._request("other", "run-1", plans[:1])[1].steps == {"record": {STEP: 15}}
+    assert ledger._request("clinic", "run-2", plans[:1])[1].steps == {"record": {STEP: 15}}
+    assert ledger._request("clinic", "run-2", [plans[0]] * 2)[1].steps == {"record": {STEP: 30}}
+    both = ledger._request("clinic", "run-2", plans)[1]
     assert both.steps == {"record": {STEP: 15}, "person": {Term(0.05, 2.0): 15}}
     assert both.planned == {STEP: 15, Term(0.05, 2.0): 15}
     reserve(ledger, plan=plans[0], round=2)
-    assert ledger._asked("clinic", "run-1", [local_plan(num_rounds=1)])[1].steps == {"record": {}}
+    assert ledger._request("clinic", "run-1", [local_plan(num_rounds=1)])[1].steps == {"record": {}}
     # What the first release named, whatever is said later.
-    assert ledger._asked("clinic", "run-1", [local_plan(num_rounds=99)])[1].planned == {STEP: 15}
+    assert ledger._request("clinic", "run-1", [local_plan(num_rounds=99)])[1].planned == {STEP: 15}
 
 
 def test_a_whole_run_is_looked_at_and_nothing_written(ledger: PrivacyLedger) -> None:
@@ -211,7 +211,7 @@ def test_a_whole_run_is_looked_at_and_nothing_written(ledger: PrivacyLedger) -> 
     assert then == pytest.approx(epsilon_of_terms({STEP: 15}, DELTA))
     now, then = ledger.outlook(**of, run="run-2", plans=[plan], delta=DELTA)
     assert now == pytest.approx(epsilon_of_terms({STEP: 5}, DELTA))
-    assert then == spent([Charge({STEP: 5}, {STEP: 15}), Charge({STEP: 15}, {STEP: 15})], DELTA)
+    assert then == spent([RunSteps({STEP: 5}, {STEP: 15}), RunSteps({STEP: 15}, {STEP: 15})], DELTA)
     fresh = PrivacyLedger(ledger.path.with_name("fresh.sqlite"))
     assert fresh.outlook(**of, run="run-1", plans=[plan], delta=DELTA) == (
         0.0, epsilon_of_terms({STEP: 15}, DELTA)
@@ -256,7 +256,7 @@ def test_the_record_that_has_spent_most_counts(ledger: PrivacyLedger) -> None:
         "dataset": "calls", "fingerprint": identity(range(4, 9)), "node": "clinic", "run": "run-2",
         "plans": [plan],
     }  # fmt: skip
-    then = spent([Charge({STEP: 5}, {STEP: 60}), Charge({STEP: 15}, {STEP: 15})], DELTA)
+    then = spent([RunSteps({STEP: 5}, {STEP: 60}), RunSteps({STEP: 15}, {STEP: 15})], DELTA)
     assert ledger.outlook(**of, delta=DELTA) == (epsilon_of_terms({STEP: 5}, DELTA), then)
     ledger.set_budget(PrivacyBudget(then * 1.001, DELTA))
     ledger.check_run(**of)

@@ -15,7 +15,7 @@ import pytest
 from fedtune.errors import BudgetExhausted
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.filter import least_epsilon
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.identity import Identity, keyed
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan

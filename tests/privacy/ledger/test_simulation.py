@@ -15,11 +15,11 @@ import pytest
 
 from fedtune.errors import BudgetExhausted, LedgerError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.accounting.filter import Charge, spent
+from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger import ledger as privacy_ledger
 from fedtune.privacy.ledger import simulation
-from fedtune.privacy.ledger.budget import find_ledgers, history, show
-from fedtune.privacy.ledger.budget_file import Budgets, PrivacyBudget, strictest, write_budgets
+from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget, strictest, write_budgets
+from fedtune.privacy.ledger.budget_report import find_ledgers, history, show
 from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger, take_over
@@ -106,7 +106,7 @@ def test_a_record_that_is_linked_to_old_releases_takes_them_into_other_data(fold
     release(ledger, identity(range(10)))
     export = {"dataset": "2026-02", "fingerprint": identity(range(9, 30))}
     assert ledger.epsilon(**export, delta=DELTA) == spent(
-        [Charge({STEP: 30}, None), Charge({STEP: 5}, None)], DELTA
+        [RunSteps({STEP: 30}, None), RunSteps({STEP: 5}, None)], DELTA
     )
 
 
@@ -162,7 +162,7 @@ def test_a_real_node_goes_on_in_its_own_ledger_with_its_old_rows(tmp_path: Path)
     )
     release(ledger, data, node="clinic-1")
     assert ledger.verify()[1] == [] and len(ledger.releases()) == 5
-    both = spent([Charge({STEP: 20}, None), Charge({STEP: 5}, None)], DELTA)
+    both = spent([RunSteps({STEP: 20}, None), RunSteps({STEP: 5}, None)], DELTA)
     fresh = PrivacyLedger(path, require_budget=True)
     # Every record of it, under whatever name; others under the old name; others under another name not.
     assert fresh.epsilon(dataset="x", fingerprint=identity([7, 99]), delta=DELTA) == both

@@ -13,8 +13,8 @@ import pytest
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, ConfigError, PrivacyError, SeparationError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms
-from fedtune.privacy.accounting.filter import Charge, spent
-from fedtune.privacy.ledger.budget_file import PrivacyBudget
+from fedtune.privacy.accounting.filter import RunSteps, spent
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise, _down
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -355,7 +355,7 @@ def test_the_ledger_charges_each_participation_and_refuses_one_too_soon(tmp_path
     assert ledger.epsilon(**known) == pytest.approx(epsilon_of_terms({Term(1.0, 2.0): 1}, 1e-4), rel=2e-3)
     _reserve(ledger, plan, 1, run="run-2")  # another run has noise of its own, and adds up
     # Which run came second was chosen, so both together are counted by Renyi DP.
-    both = [Charge(plan.terms(4), None), Charge(plan.terms(1), None)]
+    both = [RunSteps(plan.terms(4), None), RunSteps(plan.terms(1), None)]
     assert ledger.epsilon(**known) == pytest.approx(spent(both, 1e-4), rel=2e-3)
     assert ledger.verify()[1] == []
 

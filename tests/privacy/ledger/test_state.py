@@ -11,25 +11,27 @@ import pytest
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.ledger import state as ledger_state
 from fedtune.privacy.ledger.chain import GENESIS, Row
-from fedtune.privacy.ledger.state import (
-    Body,
-    Charge,
-    Imported,
-    KnownSet,
-    LedgerState,
-    Pen,
-    Tally,
-    Use,
-    added_up,
+from fedtune.privacy.ledger.releases import (
     charge_of,
-    coarser,
-    is_wrong_summary,
+    is_coarser,
+    noise_scope,
     planned_in,
     purpose_of,
     release_of,
-    state_of,
     terms_of_plan,
-    towards,
+)
+from fedtune.privacy.ledger.state import (
+    Charges,
+    Imported,
+    KnownSet,
+    LedgerState,
+    LedgerWriter,
+    NamedData,
+    NodeData,
+    Use,
+    replay,
+    state_from_summary,
+    summary_differs,
 )
 from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
@@ -70,8 +72,8 @@ def rows() -> list[Row]:
 
 
 def test_a_state_is_the_sum_of_its_rows() -> None:
-    state, problems = added_up(rows())
-    visits, old = Body("visits", "s1"), Body("b", "old")
+    state, problems = replay(rows())
+    visits, old = NamedData("visits", "s1"), NamedData("b", "old")
     assert problems == []
     assert state == LedgerState(
         seq=12,
@@ -81,12 +83,12 @@ def test_a_state_is_the_sum_of_its_rows() -> None:
         has_budget=True,
         secret="c",
         runs={
-            "r1": {Charge("a", visits): Tally(4, {USE: 10}), Charge("b", visits): Tally(6, {USE: 5})},
+            "r1": {NodeData("a", visits): Charges(4, {USE: 10}), NodeData("b", visits): Charges(6, {USE: 5})},
             "r2": {
-                Charge("a", old): Tally(7, {BARE: 1}),
-                Charge("a", visits): Tally(8, {USE: 5, USE._replace(noise_multiplier=2.0): 5}),
+                NodeData("a", old): Charges(7, {BARE: 1}),
+                NodeData("a", visits): Charges(8, {USE: 5, USE._replace(noise_multiplier=2.0): 5}),
             },
-            "": {Charge("a", old): Tally(11, {BARE: 1})},
+            "": {NodeData("a", old): Charges(11, {BARE: 1})},
         },
         plans={"r1": {"a": [[0.05, 1.0, 15]], "b": None}, "r2": {"a": None}, "": {"a": None}},
         releases={visits: 4, old: 2},
@@ -102,7 +104,7 @@ def test_a_state_is_the_sum_of_its_rows() -> None:
 
 
 def test_a_summary_says_all_of_a_state_and_gives_it_back() -> None:
-    state, _ = added_up(rows())
+    state, _ = replay(rows())
     said = state.to_json()
     use = [False, "record", True, 0.05]
     assert said == {
@@ -125,12 +127,12 @@ def test_a_summary_says_all_of_a_state_and_gives_it_back() -> None:
         "imports": [["first", "a", 40, "h40"]],
     }
     summary = row(13, "summary", **json.loads(json.dumps(said)))
-    assert not is_wrong_summary(summary, state)
-    again = state_of(summary)
+    assert not summary_differs(summary, state)
+    again = state_from_summary(summary)
     state.add(summary)
     assert (state.seq, state.hash, state.summarised) == (13, "h13", 13)
     assert again == state
-    assert state_of(row(13, "summary", releases=[])) is None
+    assert state_from_summary(row(13, "summary", releases=[])) is None
 
 
 def test_the_order_of_rows_does_not_change_a_summary() -> None:
@@ -142,14 +144,14 @@ def test_the_order_of_rows_does_not_change_a_summary() -> None:
         row(5, "import", ledger="l2", node="a", seq=1, hash="h"),
         row(6, "import", ledger="l1", node="a", seq=1, hash="h"), released(7, dataset="a", run="a"),
     ]  # fmt: skip
-    said = added_up(one)[0].to_json()
+    said = replay(one)[0].to_json()
     for key in ("runs", "by_run", "releases", "deltas", "nodes", "sets", "imports"):
         assert said[key] == sorted(said[key]), key
         assert len(said[key]) > 1, key
 
 
 def test_a_copy_is_added_to_alone() -> None:
-    state, _ = added_up(rows())
+    state, _ = replay(rows())
     before = state.to_json()
     copy = state.copy()
     assert copy == state and copy is not state
@@ -165,7 +167,7 @@ def test_a_copy_is_added_to_alone() -> None:
 
 
 def test_what_was_taken_over_is_known_by_row_and_hash() -> None:
-    state, _ = added_up(rows())
+    state, _ = replay(rows())
     assert state.has_imported("first", 40, "h40") is True
     assert state.has_imported("first", 41, "h40") is False and state.has_imported("first", 40, "x") is False
     assert state.has_imported("other", 40, "h40") is False and state.has_imported("other", 0, "") is True
@@ -177,29 +179,36 @@ def test_what_was_taken_over_is_known_by_row_and_hash() -> None:
 def test_names_and_fingerprints_are_followed() -> None:
     state = LedgerState(
         releases=dict.fromkeys(
-            (Body("a", "1"), Body("b", "1"), Body("b", "2"), Body("c", "3"), Body("b", "s")), 1
+            (
+                NamedData("a", "1"),
+                NamedData("b", "1"),
+                NamedData("b", "2"),
+                NamedData("c", "3"),
+                NamedData("b", "s"),
+            ),
+            1,
         ),
         sets={"s": KnownSet(1, None, "", ())},
     )
-    linked = {Body("a", "1"), Body("b", "1"), Body("b", "2")}
-    assert state.linked({"a"}, set(), all_bodies=False) == linked
-    assert state.linked(set(), {"2"}, all_bodies=True) == linked | {Body("b", "s")}
-    assert state.linked({"1"}, {"a"}, all_bodies=True) == set()
+    linked = {NamedData("a", "1"), NamedData("b", "1"), NamedData("b", "2")}
+    assert state.linked({"a"}, set(), all_data=False) == linked
+    assert state.linked(set(), {"2"}, all_data=True) == linked | {NamedData("b", "s")}
+    assert state.linked({"1"}, {"a"}, all_data=True) == set()
     assert state.names_of_set("1") == {"a", "b"} and state.names_of_set("a") == set()
 
 
 def test_rows_that_contradict_one_another_are_named() -> None:
-    lie = row(13, "summary", **{**added_up(rows())[0].to_json(), "node": "z"})
-    assert added_up([*rows(), lie])[1] == ["row 13 sums the rows before it up wrongly"]
-    assert added_up([*rows(), row(13, "summary", old=1)])[1] == []  # of version 0.1
-    assert added_up([row(1, "other", runs=[])])[1] == []
-    assert added_up([released(1), row(2, "committed", reservation=9)])[1] == [
+    lie = row(13, "summary", **{**replay(rows())[0].to_json(), "node": "z"})
+    assert replay([*rows(), lie])[1] == ["row 13 sums the rows before it up wrongly"]
+    assert replay([*rows(), row(13, "summary", old=1)])[1] == []  # of version 0.1
+    assert replay([row(1, "other", runs=[])])[1] == []
+    assert replay([released(1), row(2, "committed", reservation=9)])[1] == [
         "row 2 finishes release 9, which nothing began"
     ]
-    assert added_up([row(1, "committed")])[1] == ["row 1 finishes release None, which nothing began"]
-    assert added_up([released(1, kind="imported"), row(2, "committed", reservation=1)])[1] != []
+    assert replay([row(1, "committed")])[1] == ["row 1 finishes release None, which nothing began"]
+    assert replay([released(1, kind="imported"), row(2, "committed", reservation=1)])[1] != []
     for wrong in (row(1, "set", id="x"), released(1, delta="x"), released(1, steps=[3])):
-        assert added_up([wrong])[1] == ["row 1 is not what a ledger writes"]
+        assert replay([wrong])[1] == ["row 1 is not what a ledger writes"]
 
 
 def test_a_release_is_told_as_it_was_written() -> None:
@@ -230,19 +239,19 @@ def test_what_a_release_costs() -> None:
     assert charge_of(plan, 2) == {Term(0.05, 1.0): 10}
     assert charge_of(public_plan(), 1) is None
     assert charge_of(local_plan(reproducible_noise=True), 1) is None
-    assert coarser("person", "record") is True and coarser("record", "record") is False
-    assert coarser("record", "client") is False
+    assert is_coarser("person", "record") is True and is_coarser("record", "record") is False
+    assert is_coarser("record", "client") is False
 
 
 def test_noise_that_nodes_share_counts_towards_another_node() -> None:
     """A row of version 0.1 has the noise towards the server: half the variance is left towards a node."""
     shared = released(1, trust="distributed").body
-    told = {**shared, **towards(distributed_plan())}
+    told = {**shared, **noise_scope(distributed_plan())}
     assert planned_in(told) == [[0.05, 1.0, 15]]
     ((rate, noise, count),) = planned_in(shared) or []
     assert (rate, count) == (0.05, 15)
     assert math.sqrt(0.5) * (1 - 1e-9) < noise < math.sqrt(0.5)  # rounded to the safe side
-    assert towards(local_plan()) == {} and towards(distributed_plan()) == {"towards": "everybody"}
+    assert noise_scope(local_plan()) == {} and noise_scope(distributed_plan()) == {"towards": "everybody"}
 
 
 class Paper:
@@ -259,13 +268,13 @@ class Paper:
 def test_a_summary_is_written_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_state, "_SNAPSHOT_EVERY", 4)
     paper = Paper()
-    pen = Pen(paper, object(), LedgerState())  # type: ignore[arg-type]
+    writer = LedgerWriter(paper, object(), LedgerState())  # type: ignore[arg-type]
     for place in range(9):
-        written = pen.write("budget", {}, run=f"r{place}")
+        written = writer.write("budget", {}, run=f"r{place}")
         assert written.kind == "budget" and written.run == f"r{place}"
     assert [one.seq for one in paper.rows if one.kind == "summary"] == [4 + 1, 5 + 4 + 1]
     assert [one.previous for one in paper.rows] == [GENESIS, *(f"h{seq}" for seq in range(1, 11))]
-    assert (pen.state.seq, pen.state.summarised) == (11, 10)
+    assert (writer.state.seq, writer.state.summarised) == (11, 10)
     assert paper.rows[4].body == LedgerState(has_budget=True).to_json() and paper.rows[4].run is None
 
 
@@ -273,9 +282,9 @@ def test_a_long_summary_is_written_less_often(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ledger_state, "_SNAPSHOT_EVERY", 2)
     paper = Paper()
     sets = {f"s{i}": KnownSet(1, None, "", ()) for i in range(6)}
-    pen = Pen(paper, object(), LedgerState(sets=sets))  # type: ignore[arg-type]
+    writer = LedgerWriter(paper, object(), LedgerState(sets=sets))  # type: ignore[arg-type]
     for _ in range(7):
-        pen.write("budget", {})
+        writer.write("budget", {})
     assert [one.seq for one in paper.rows if one.kind == "summary"] == [7]
 
 

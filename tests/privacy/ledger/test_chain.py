@@ -29,11 +29,11 @@ def chain(tmp_path: Path) -> Iterator[Chain]:
 def filled(chain: Chain, count: int = 5) -> list[Row]:
     """Rows of kinds x, y, x, ...; of runs r0, r1, none, r0, ..."""
     rows: list[Row] = []
-    with chain.writing() as pen:
+    with chain.writing() as writer:
         previous = GENESIS
         for i in range(count):
             run = (f"r{i % 3}", None)[i % 3 == 2]
-            rows.append(chain.append(pen, "xy"[i % 2], {"b": i, "a": [1.5]}, run=run, previous=previous))
+            rows.append(chain.append(writer, "xy"[i % 2], {"b": i, "a": [1.5]}, run=run, previous=previous))
             previous = rows[-1].hash
     return rows
 
@@ -72,18 +72,18 @@ def test_a_row_has_the_hash_of_its_content_and_of_the_row_before(chain: Chain) -
         assert len(row.time) == len("2026-11-29T20:00:00.000+00:00")
     assert [(row.seq, row.kind, row.run) for row in rows] == [(1, "x", "r0"), (2, "y", "r1"), (3, "x", None)]
     assert read(chain) == rows
-    with chain.writing() as pen, pytest.raises(ValueError, match="JSON compliant"):
-        chain.append(pen, "x", {"a": float("nan")}, run=None, previous=rows[-1].hash)
+    with chain.writing() as writer, pytest.raises(ValueError, match="JSON compliant"):
+        chain.append(writer, "x", {"a": float("nan")}, run=None, previous=rows[-1].hash)
 
 
 def test_questions_to_a_log(chain: Chain) -> None:
     with chain.reading() as view:
         assert view is None
     assert not chain.path.parent.exists() and not chain.is_old()
-    with chain.writing() as pen:
-        assert chain.ends(pen) == (GENESIS, 0, GENESIS) and chain.last(pen) == (0, GENESIS)
-        assert list(chain.rows(pen, 0, GENESIS)) == [] and chain.audit(pen) == ([], [])
-        assert chain.hash_of(pen, 0) == GENESIS and chain.hash_of(pen, 1) is None
+    with chain.writing() as writer:
+        assert chain.ends(writer) == (GENESIS, 0, GENESIS) and chain.last(writer) == (0, GENESIS)
+        assert list(chain.rows(writer, 0, GENESIS)) == [] and chain.audit(writer) == ([], [])
+        assert chain.hash_of(writer, 0) == GENESIS and chain.hash_of(writer, 1) is None
     rows = filled(chain, 7)
     with chain.reading() as view:
         assert view is not None
@@ -102,13 +102,13 @@ def test_questions_to_a_log(chain: Chain) -> None:
 
 
 def test_sets_of_keys(chain: Chain) -> None:
-    with chain.writing() as pen:
-        assert chain.set_names(pen) == set()
-        chain.add_set(pen, "one", b"12", None)
-        chain.add_set(pen, "two", b"34", b"5")
-        assert chain.set_names(pen) == {"one", "two"}
-        assert chain.set_of(pen, "one") == (b"12", None) and chain.set_of(pen, "two") == (b"34", b"5")
-        assert chain.set_of(pen, "three") is None
+    with chain.writing() as writer:
+        assert chain.set_names(writer) == set()
+        chain.add_set(writer, "one", b"12", None)
+        chain.add_set(writer, "two", b"34", b"5")
+        assert chain.set_names(writer) == {"one", "two"}
+        assert chain.set_of(writer, "one") == (b"12", None) and chain.set_of(writer, "two") == (b"34", b"5")
+        assert chain.set_of(writer, "three") is None
 
 
 def test_a_file_of_the_first_version_has_no_sets_until_it_is_written_to(chain: Chain) -> None:
@@ -122,8 +122,8 @@ def test_a_file_of_the_first_version_has_no_sets_until_it_is_written_to(chain: C
         assert view is not None
         assert chain.set_of(view, "one") is None and chain.set_names(view) == set()
         assert chain.audit(view) == (rows, [])
-    with chain.writing() as pen:
-        chain.add_set(pen, "one", b"12", None)
+    with chain.writing() as writer:
+        chain.add_set(writer, "one", b"12", None)
     assert not chain.is_old() and problems(chain) == []
 
 
@@ -221,8 +221,8 @@ def test_a_transaction_is_whole_or_none(chain: Chain) -> None:
     filled(chain, 1)
 
     def is_interrupted() -> None:
-        with chain.writing() as pen:
-            chain.append(pen, "x", {}, run=None, previous=chain.last(pen)[1])
+        with chain.writing() as writer:
+            chain.append(writer, "x", {}, run=None, previous=chain.last(writer)[1])
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -230,10 +230,10 @@ def test_a_transaction_is_whole_or_none(chain: Chain) -> None:
     assert len(read(chain)) == 1
     with pytest.raises(ZeroDivisionError), chain.reading():
         raise ZeroDivisionError
-    with chain.writing() as pen:
-        assert pen.in_transaction
-        chain.append(pen, "x", {}, run=None, previous=chain.last(pen)[1])
-    assert len(read(chain)) == 2 and not pen.in_transaction
+    with chain.writing() as writer:
+        assert writer.in_transaction
+        chain.append(writer, "x", {}, run=None, previous=chain.last(writer)[1])
+    assert len(read(chain)) == 2 and not writer.in_transaction
 
 
 def test_one_connection_is_kept_until_the_file_is_another(chain: Chain) -> None:
@@ -349,8 +349,8 @@ def test_a_reader_sees_one_state_of_the_file(chain: Chain) -> None:
     other = Chain(chain.path)
     with chain.reading() as view:
         assert view is not None and chain.last(view)[0] == 1
-        with other.writing() as pen:
-            other.append(pen, "x", {}, run=None, previous=other.last(pen)[1])
+        with other.writing() as writer:
+            other.append(writer, "x", {}, run=None, previous=other.last(writer)[1])
         assert chain.last(view)[0] == 1
     assert len(read(chain)) == 2
     other.close()

@@ -1,0 +1,166 @@
+"""One release as a row of the ledger: what is written down of it, and what it costs.
+
+Rows of version 0.1 are read too, which knew less: they do not name the plan of their run, nor the purpose,
+and their noise of trust=distributed was that towards the server.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.privacy.ledger.chain import Row
+from fedtune.privacy.plan import UNITS, ReleasePlan
+
+__all__ = [
+    "RELEASED",
+    "Planned",
+    "Release",
+    "charge_of",
+    "charged_steps",
+    "is_coarser",
+    "noise_scope",
+    "planned_in",
+    "purpose_of",
+    "release_of",
+    "steps_of",
+    "terms_of_plan",
+]
+
+# [sample_rate, noise_multiplier, count] of each kind of step; None: one has no noise
+Planned = list[list[Any]] | None
+
+RELEASED = ("reserved", "imported")  # kinds of rows that are releases: made here, or in a ledger of before
+_SCOPE = "towards"  # key of a row of trust=distributed: towards whom its noise counts
+_LEAST_SHARE = math.sqrt(0.5) * (1.0 - 1e-12)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release as the ledger holds it.
+
+    Attributes:
+        seq: number of its row.
+        fingerprint: the id of a set of keys; of data known without keys, what it was called by.
+        public: whether it counts as one of public data.
+        steps: its noised steps with their counts, None if it had no noise.
+        committed: whether it came to its end; one that did not counts all the same.
+        purpose: `training`, `evaluation` or `size`.
+    """
+
+    seq: int
+    time: str
+    node: str
+    run: str
+    round: int
+    dataset: str
+    fingerprint: str
+    public: bool
+    trust: str
+    unit: str
+    delta: float
+    reproducible_noise: bool
+    steps: tuple[tuple[Term, int], ...] | None
+    committed: bool
+    purpose: str = "training"
+
+
+def release_of(row: Row, *, committed: bool) -> Release:
+    """A row of a release as a Release."""
+    body = row.body
+    steps = body["steps"]
+    return Release(
+        seq=row.seq,
+        time=row.time,
+        node=body["node"],
+        run=row.run or "",
+        round=body["round"],
+        dataset=body["dataset"],
+        fingerprint=body["fingerprint"],
+        public=body["public"],
+        trust=body["trust"],
+        unit=body["unit"],
+        delta=body["delta"],
+        reproducible_noise=body["reproducible_noise"],
+        steps=None
+        if steps is None
+        else tuple((Term(s["sample_rate"], s["noise_multiplier"]), s["count"]) for s in steps),
+        committed=committed,
+        purpose=purpose_of(row),
+    )
+
+
+def charge_of(plan: ReleasePlan, releases: int, after: int = 0) -> dict[Term, int] | None:
+    """What `releases` of `plan` cost the data; None without privacy.
+
+    Noise that comes from `seed` counts as none: the seed stands in the run's record, and whoever has it can
+    take the noise off. What such a run shows as its epsilon is that of the same run with secret noise.
+    """
+    return None if plan.reproducible_noise else plan.terms(releases, after=after)
+
+
+def purpose_of(row: Row) -> str:
+    """What a release is for; rows of version 0.1 may not say: training."""
+    return str(row.body.get("purpose", "training"))
+
+
+def planned_in(body: dict[str, Any]) -> Planned:
+    """The steps of a run's whole plan, as the row of its first release names them.
+
+    A row of version 0.1, which does not name them, is taken for one of `num_rounds` releases like itself.
+    """
+    if "planned" in body:
+        return [list(step) for step in body["planned"]] if body["planned"] is not None else None
+    steps = charged_steps(body)
+    if steps is None:
+        return None
+    return [[s["sample_rate"], s["noise_multiplier"], s["count"] * body["num_rounds"]] for s in steps]
+
+
+def noise_scope(plan: ReleasePlan) -> dict[str, str]:
+    """What a row of trust=distributed says beside: its noise counts towards other nodes too."""
+    shared = plan.trust == "distributed" and plan.purpose == "training"
+    return {_SCOPE: "everybody"} if shared else {}
+
+
+def charged_steps(body: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The noised steps of a row as they are charged.
+
+    Version 0.1 wrote down the noise of trust=distributed towards the server. Another node knows its own share
+    of it: if h nodes add noise, (h - 1) / h of the variance is left, half of it at worst. Such a row does not
+    say how many there were.
+    """
+    steps: list[dict[str, Any]] | None = body["steps"]
+    old = (
+        body["trust"] == "distributed"
+        and body.get("purpose", "training") == "training"
+        and _SCOPE not in body
+    )
+    if steps is None or not old:
+        return steps
+    return [{**step, "noise_multiplier": step["noise_multiplier"] * _LEAST_SHARE} for step in steps]
+
+
+def terms_of_plan(planned: Planned) -> dict[Term, int] | None:
+    """A plan's steps as the accountant takes them; None without privacy."""
+    if planned is None:
+        return None
+    return compose_terms(*({Term(rate, noise): count} for rate, noise, count in planned))
+
+
+def is_coarser(unit: str, than: str) -> bool:
+    """Whether `unit` is a larger unit of privacy than `than`."""
+    return UNITS.index(unit) > UNITS.index(than)
+
+
+def steps_of(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:
+    """What the release after `made` others of its run adds to the account."""
+    terms = charge_of(plan, 1, made)
+    if terms is None:
+        return None
+    return [
+        {"sample_rate": term.sample_rate, "noise_multiplier": term.noise_multiplier, "count": count}
+        for term, count in sorted(terms.items())
+    ]
