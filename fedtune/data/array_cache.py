@@ -28,8 +28,7 @@ HEADER = 2
 
 
 def load_array(path: Path) -> Int32Array | None:
-    """The array stored at `path`, memory-mapped and read-only; None if there is none, or (with a warning)
-    if the file is damaged."""
+    """The array in `path`, mapped and read-only; None if it is not there or, with a warning, damaged."""
     if not path.exists():
         return None
     try:
@@ -45,7 +44,7 @@ def load_array(path: Path) -> Int32Array | None:
 
 
 def warn_unusable(path: Path, why: str) -> None:
-    """Says that the cached file at `path` is not what it should be."""
+    """Warns that the cached file at `path` is not what it should be."""
     warnings.warn(f"The cached file {path} is unusable ({why}); it is built anew.", stacklevel=4)
 
 

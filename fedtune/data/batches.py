@@ -36,8 +36,10 @@ OVERHEAD_TOKENS = 96
 class MicroBatch:
     """One tensor's worth of records.
 
-    Fields: `records` int64 [r], positions in the `lengths` that were cut; `rows` >= r, rows of the
-    tensor: the last `rows - r` are dummies and must get weight zero; `length`, tokens of each row.
+    Attributes:
+        records: int64 [r], positions in the `lengths` that were cut.
+        rows: rows of the tensor, r or more; the last `rows - r` are dummies and must get weight zero.
+        length: tokens of each row.
     """
 
     records: Int64Array
@@ -54,11 +56,17 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Cuts records into micro-batches of at most `max_tokens` padded tokens, longest first.
 
-    Args: `lengths`, int [n], tokens of each drawn record, n may be 0; `max_tokens`, bound on
-    rows x padded length; `groups`, int [n], records with equal numbers stay in one micro-batch.
-    Returns every position 0..n-1 exactly once. A record, or a group, that is too large for
-    `max_tokens` by itself gets a micro-batch of its own that is over the bound.
-    Raises `ValueError` if `max_tokens` or a length is below 1, or if `groups` has another length.
+    Args:
+        lengths: int [n], tokens of each drawn record; n may be 0.
+        max_tokens: bound on rows x padded length.
+        groups: int [n]; records with equal numbers stay in one micro-batch.
+
+    Returns:
+        Every position 0..n-1 exactly once. A record, or a group, that is too large for `max_tokens` by
+        itself gets a micro-batch of its own that is over the bound.
+
+    Raises:
+        ValueError: `max_tokens` or a length is below 1, or `groups` has another length.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.ndim != 1 or (len(sizes) and sizes.min() < 1) or max_tokens < 1:
@@ -147,11 +155,13 @@ def pad(
 
     `s` is `length` and `b` is `rows`, or the number of indices. Dummy rows, which follow the records,
     hold padding only; their first position is unmasked, because attention over nothing is NaN.
-    Raises `ValueError` if a record is longer than `length` or there are more indices than rows.
+
+    Raises:
+        ValueError: a record is longer than `length`, or there are more indices than rows.
     """
-    wanted = np.asarray(indices, dtype=np.int64)
-    lengths = data.lengths[wanted]
-    count = len(wanted)
+    records = np.asarray(indices, dtype=np.int64)
+    lengths = data.lengths[records]
+    count = len(records)
     rows = count if rows is None else rows
     if count > rows or (count and lengths.max() > length):
         raise ValueError(f"{count} records of up to {lengths.max()} tokens do not fit into {rows} x {length}")
@@ -159,7 +169,7 @@ def pad(
     mask = np.zeros((rows, length), dtype=np.bool_)
     mask[:count] = np.arange(length) < lengths[:, None]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    ids[:count][mask[:count]] = data.input_ids[np.repeat(data.offsets[wanted], lengths) + within]
+    ids[:count][mask[:count]] = data.input_ids[np.repeat(data.offsets[records], lengths) + within]
     mask[count:, 0] = True
     return ids, mask
 

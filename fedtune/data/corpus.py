@@ -78,7 +78,7 @@ def take_tokens(
     """The token ids and offsets of the records at `rows`, copied, from those of all."""
     lengths = np.diff(offsets)[rows]
     ends = offsets_of(lengths)
-    # Position of every kept token in the source: its record's start plus its place in the record.
+    # Position of every taken token in the source: its record's start plus its place in the record.
     source = np.repeat(offsets[rows] - ends[:-1], lengths) + np.arange(ends[-1])
     return np.asarray(input_ids[source], dtype=np.int32), ends
 
@@ -94,12 +94,19 @@ def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
 class Corpus:
     """One split of a data set, as text.
 
-    Fields: `name`, what the ledger calls this data; `texts` and, for sentence pairs, `pairs`, n each;
-    `labels` int64 [n], indices into the public `label_names`; `units` str [n], the person that each
-    record belongs to, and `sites` str [n], where the data names them; `notes`, what was decided while
-    loading and must not go unsaid (dropped records, a label set taken from the data); `source`, the
-    fingerprint of the corpus that this is a part of ('': it is whole); `part_of`, that corpus and the rows
-    int64 [n] of it that these are, so that nothing is hashed or tokenised again for another split.
+    Attributes:
+        name: what the ledger calls this data.
+        texts: n texts.
+        pairs: n second texts, where records are sentence pairs.
+        labels: int64 [n], indices into `label_names`.
+        label_names: the label set, which is public.
+        units: str [n], the person that each record belongs to, where the data names persons.
+        sites: str [n], the site that each record comes from, where the data names sites.
+        notes: what was decided while loading and must not go unsaid (dropped records, a label set taken
+            from the data).
+        source: the fingerprint of the corpus that this is a part of; '' if it is whole.
+        part_of: that corpus, and the rows int64 [n] of it that these are, so that nothing is hashed or
+            tokenised again for another split.
     """
 
     name: str
@@ -188,12 +195,17 @@ class Corpus:
 class TokenizedCorpus:
     """One split of a data set, as token ids: ragged, so nothing is padded before a batch is known.
 
-    Fields: `input_ids` int32 [t], special tokens included, each record cut to the public `max_length`
-    (may be memory-mapped and read-only); `offsets` int64 [n + 1], record i is
-    `input_ids[offsets[i]:offsets[i + 1]]`; `pad_id`, the tokenizer's padding token; `digests` uint8
-    [n, 32] and `marks` uint8 [n, 32], as in `Corpus`, private; `source`, the fingerprint of the whole
-    corpus; the others as in `Corpus`. Segment ids are not kept: a pair's second text is known to the encoder
-    by the separator alone.
+    Segment ids are not stored: the encoder knows a pair's second text by the separator.
+
+    Attributes:
+        input_ids: int32 [t], special tokens included, each record cut to the public `max_length`; may be
+            memory-mapped and read-only.
+        offsets: int64 [n + 1]; record i is `input_ids[offsets[i]:offsets[i + 1]]`.
+        digests: uint8 [n, 32], private, as in `Corpus`; so are `marks`.
+        source: the fingerprint of the whole corpus.
+        pad_id: the tokenizer's padding token.
+
+    The others are as in `Corpus`.
     """
 
     name: str
@@ -211,8 +223,8 @@ class TokenizedCorpus:
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.labels) + 1 or self.offsets[-1] != len(self.input_ids):
             raise ValueError(
-                f"offsets [{len(self.offsets)}] do not fit {len(self.labels)} records "
-                f"of {len(self.input_ids)} tokens"
+                f"offsets [{len(self.offsets)}] do not fit {len(self.labels)} records of "
+                f"{len(self.input_ids)} tokens"
             )
 
     @property
@@ -251,7 +263,7 @@ class TokenizedCorpus:
         return Identity(self.marks, persons, self.source)
 
     def tokens(self, index: int) -> Int32Array:
-        """Token ids of one record: int32 [its length], a view."""
+        """Token ids of one record, int32 [its length], without a copy: what a test compares with."""
         return self.input_ids[self.offsets[index] : self.offsets[index + 1]]
 
     def subset(self, indices: npt.ArrayLike) -> TokenizedCorpus:
@@ -277,16 +289,20 @@ class TokenizedCorpus:
 class Shard:
     """One node's private part of a corpus.
 
-    Fields: `node`, its name; `data`, private; `declared_size`, PUBLIC, in units of the plan (persons
-    for `unit=person`, else records): its owner declares it, because the expected batch size and delta
-    are computed from it and a size counted from the data would be a release (see `partition`);
-    `dataset`, the name of its data set; `fingerprint`, that of the whole source, private: for caches and
-    ledgers of version 0.1; `record_index` int64 [n], the row of each record in the train corpus it was cut
-    from; `whole`, the data of the shard that this is a part of (None: it is whole), so that what is trained
-    on and what is held out are charged together.
-
     Guarantee: shards made together are disjoint in records, so a federation's epsilon is the
     maximum over its nodes; for `unit=person` they are disjoint in persons too.
+
+    Attributes:
+        node: its name.
+        data: private.
+        declared_size: PUBLIC, in units of the plan (persons for `unit=person`, else records). Its owner
+            declares it, because the expected batch size and delta are computed from it, and a size counted
+            from the data would be a release (see `partition`).
+        fingerprint: of the whole source, private: for caches and ledgers of version 0.1.
+        dataset: the name of its data set.
+        record_index: int64 [n], the row of each record in the train corpus that it was cut from.
+        whole: the data of the shard that this is a part of (None: it is whole), so that what is trained on
+            and what is held out are charged together.
     """
 
     node: str

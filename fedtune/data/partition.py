@@ -55,12 +55,19 @@ def make_shards(
 ) -> list[Shard]:
     """Cuts `train` into one Shard a node.
 
-    Args: `nodes`, None for as many as there are sites (4 without sites); `seed` drives the deal and no
-    noise; `unit`, of privacy, in which sizes are declared: persons for 'person', else records.
     Guarantee: every record is in exactly one shard; records of a person are in one shard (for `natural`,
     where the data says who is where, this is checked if `unit` is 'person').
-    Raises `PartitionError` if there are fewer persons than nodes, if `natural` does not fit `nodes`, if a
-    person is at two sites, or if no draw leaves every node with data.
+
+    Args:
+        train: what is dealt out.
+        partition: which way, and how uneven.
+        nodes: None for as many as there are sites (4 without sites).
+        seed: drives the deal, and no noise.
+        unit: of privacy, in which sizes are declared: persons for 'person', else records.
+
+    Raises:
+        PartitionError: there are fewer persons than nodes, `natural` does not fit `nodes`, a person is at
+            two sites, or no draw leaves every node with data.
     """
     name = partition.name
     if nodes is not None and nodes < 1:

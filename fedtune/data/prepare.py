@@ -48,12 +48,16 @@ _lock = threading.Lock()
 class PreparedData:
     """Everything a simulation needs to know about its data.
 
-    Fields: `train` and `test`, tokenised (`test` is empty unless the server evaluates without noise);
-    `shards`, one a node, cut from `train`: what may be trained on. Where `data.declared_size` is not set
-    their sizes are counts, which are private with private data: a node tells `fedtune.federation.sizes` what;
-    `label_names`, public; `public`, whether the owner declared the data public; `notes`, what was decided
-    while loading and belongs into the record; `held_out`, one a shard where evaluation is private: what is
-    evaluated on and not in `shards` (else empty).
+    Attributes:
+        train: tokenised.
+        test: tokenised; empty unless the server evaluates without noise.
+        shards: one a node, cut from `train`: what may be trained on. Where `data.declared_size` is not set
+            their sizes are counts, which are private with private data: nodes then answer with noise
+            (`fedtune.federation.sizes`).
+        label_names: public.
+        public: whether the owner declared the data public.
+        notes: what was decided while loading and belongs into the record.
+        held_out: one a shard where evaluation is private: what is evaluated on and not in `shards`.
     """
 
     train: TokenizedCorpus
@@ -79,7 +83,11 @@ def prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     """Loads, splits, tokenises and partitions the data of `config`; warns of every note, once.
 
     The same object is returned for equal settings: treat its arrays as read-only.
-    Raises as `load_corpus`, `tokenize` and `make_shards` do.
+
+    Raises:
+        DataError: data, settings and tokenizer do not fit together (as `load_corpus`, `tokenize`,
+            `make_shards`).
+        ResourceError: the machine lacks what it takes to read them.
     """
     config = resolved(config)
     key = _key(config, tokenizer_id)
@@ -167,7 +175,11 @@ def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> Prepa
     """A site's own shard (`data.only_site` names the site), or else the server's public test split.
 
     A site's `test` and a server's `train` and `shards` are empty, and so is a server's `test` where nothing
-    is evaluated on public data: it then needs none. Raises DataError, ResourceError.
+    is evaluated on public data: it then needs none.
+
+    Raises:
+        DataError: as `prepare`, or no label set is declared.
+        ResourceError: as `prepare`.
     """
     if config.data.only_site is not None:
         return _site(config, config.data.only_site, tokenizer, tokenizer_id)

@@ -28,9 +28,14 @@ CHUNK = 4096  # texts handed to the tokenizer at once; bounds memory, not speed
 def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int) -> TokenizedCorpus:
     """Token ids of every record, with special tokens, cut to `max_length` tokens.
 
-    Args: `tokenizer`, a (fast) Hugging Face tokenizer; `tokenizer_id`, a string that changes whenever
-    the tokenizer's output may; `max_length`, in tokens, special tokens included.
-    Raises `DataError` if `max_length` leaves no room for text or is more than the encoder has positions for.
+    Args:
+        corpus: what is tokenised.
+        tokenizer: a (fast) Hugging Face tokenizer.
+        tokenizer_id: a string that changes whenever the tokenizer's output may.
+        max_length: in tokens, special tokens included.
+
+    Raises:
+        DataError: `max_length` leaves no room for text, or is more than the encoder has positions for.
     """
     special = int(tokenizer.num_special_tokens_to_add(pair=corpus.pairs is not None))
     limit = int(getattr(tokenizer, "model_max_length", max_length) or max_length)
@@ -58,7 +63,7 @@ def tokenize(corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int)
 def _tokens(
     corpus: Corpus, tokenizer: Any, tokenizer_id: str, max_length: int
 ) -> tuple[Int32Array, Int32Array]:
-    """Lengths [n] and token ids [t]: kept ones, or those of the whole that this is a part of, or new ones."""
+    """Lengths [n] and token ids [t]: from the cache, from the whole that this is a part of, or new."""
     path = _cache_path(corpus, tokenizer_id, max_length)
     cached = _read(path, corpus.num_records)
     if cached is None:

@@ -32,7 +32,8 @@ _LAYER = re.compile(r"\.layer\.(\d+)\.")
 def lowest_trained_layer(config: AdapterConfig, num_layers: int) -> int:
     """Index of the lowest encoder layer with trainable parameters; `num_layers` if there is none.
 
-    Raises: ModelError if more layers are asked for than there are.
+    Raises:
+        ModelError: there is no such adapter, or more layers are asked for than there are.
     """
     if config.name not in ADAPTERS:
         raise ModelError(
@@ -71,7 +72,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int) -> Any
     Exactly the adapter's parameters require gradients afterwards. The random start of LoRA's A comes
     from torch's global generator: seed it before.
 
-    Raises: ModelError.
+    Raises:
+        ModelError: as `lowest_trained_layer`, or `adapter.target_modules` names a layer that is not there.
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES

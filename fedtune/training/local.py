@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.config.schema import TrainConfig
-from fedtune.data.corpus import Shard
+from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import ConfigError, UpdateRejected
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
@@ -31,7 +31,7 @@ from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum, per_example_gradients
 from fedtune.training.preflight import preflight
 
-__all__ = ["LocalResult", "ShardView", "make_optimizer", "train_locally"]
+__all__ = ["LocalResult", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class ShardView:
 def make_optimizer(theta: torch.nn.Parameter, train: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer over the whole packed adapter.
 
-    Raises: ConfigError for an unknown name.
+    Raises:
+        ConfigError: there is no such optimizer.
     """
     if train.optimizer == "sgd":
         return torch.optim.SGD(
@@ -135,15 +136,26 @@ def train_locally(
 ) -> LocalResult:
     """Runs `plan.local_steps` steps from the adapter `start` [P] and returns the change.
 
-    For an audit: `repetition` tells one run of the plan from another, `view` holds the shard's units and
-    canaries beside them, and `observe` is shown what each
-    step releases, float64 [P] (the noised average, which the accountant takes as published anyway).
+    Args:
+        model: the resident model; its adapter is replaced.
+        shard: what is trained on.
+        plan: who is drawn, how much is clipped, how much noise, what is divided by.
+        start: the adapter to start from, float32 [P].
+        train: learning rate, optimizer, precision.
+        round: of the federation, from 1.
+        repetition: tells one run of the plan from another; for an audit.
+        progress: called with (texts done, texts to do) while frozen layers are computed.
+        view: the shard's units, with canaries beside them; for an audit.
+        observe: is shown what each step releases, float64 [P] (the noised average, which the accountant
+            takes as published anyway); for an audit.
 
     Guarantee: for `trust=local` the update is a function of `plan.local_steps` Gaussian releases with
     Poisson sampling, which is what `plan.event(1)` accounts for. The caller must have reserved that in
     the node's ledger before.
 
-    Raises: PreflightError before anything is trained; UpdateRejected if training diverged.
+    Raises:
+        PreflightError: model, plan, sampler and accountant disagree; nothing was trained.
+        UpdateRejected: training diverged.
     """
     model.set_vector(start)
     view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
@@ -171,3 +183,42 @@ def train_locally(
             f"Lower train.learning_rate, which is {train.learning_rate:g}."
         )
     return LocalResult(update, plan.local_steps, time.perf_counter() - began, model.flops.total - flops)
+
+
+def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, max_length: int, train: TrainConfig) -> float:
+    """Floating point operations of one step for one record of `max_length` tokens, made up, counted by torch.
+
+    What a node really computed depends on who was drawn and how long the texts are, so that number is the
+    owner's. Here every record is as long as texts are cut to (`data.max_length`), which is public.
+    A full micro-batch of such records is worked on once; nothing of it is kept. What is computed once a text
+    and cached (layers below the lowest adapted one) is not in it, as it is not in what is measured.
+    """
+    count = max(1, min(64, train.micro_batch_tokens // max_length))
+    corpus = _made_up(count, max_length, model.base.num_labels)
+    pooled = model.first_layer == model.num_layers
+    width, rows = model.base.encoder.width, None
+    if model.first_layer > 0:
+        rows = [np.zeros((1 if pooled else max_length, width), dtype=np.float16)] * count
+    features = Features(corpus, rows, pooled, width, model.first_layer)
+    before = model.flops.total
+    with per_example_gradients(model):
+        tokens, precision = train.micro_batch_tokens, train.precision
+        clipped_sum(
+            model, features, np.arange(count), None, plan, micro_batch_tokens=tokens, precision=precision
+        )
+    return (model.flops.total - before) / count
+
+
+def _made_up(count: int, length: int, num_labels: int) -> TokenizedCorpus:
+    return TokenizedCorpus(
+        name="made up",
+        input_ids=np.ones(count * length, dtype=np.int32),
+        offsets=np.arange(count + 1, dtype=np.int64) * length,
+        labels=np.zeros(count, dtype=np.int64),
+        label_names=tuple(str(i) for i in range(num_labels)),
+        units=None,
+        sites=None,
+        digests=np.zeros((count, 32), dtype=np.uint8),
+        marks=np.zeros((count, 32), dtype=np.uint8),
+        source="made up",
+    )

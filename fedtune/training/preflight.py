@@ -25,7 +25,7 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["check_gradients", "check_layers", "check_parameters", "preflight"]
+__all__ = ["check_gradients", "check_layers", "check_parameters", "check_plan", "preflight"]
 
 _log = logging.getLogger("fedtune.node")
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -35,14 +35,15 @@ _TOLERANCE = 2e-3  # relative, float32 sums in another order; a wrong gradient i
 def check_layers(model: AdaptedModel) -> None:
     """Refuses layers whose output for one example depends on the others, and dropout.
 
-    Raises: PreflightError naming the layer.
+    Raises:
+        PreflightError: there is one; it is named.
     """
     for name, module in model.base.named_modules():
         if isinstance(module, _MIXING):
             raise PreflightError(
                 f"Layer {name!r} ({type(module).__name__}) mixes the examples of a batch, so clipping one "
-                "example's "
-                "gradient does not bound its influence. Use an encoder with LayerNorm, as every BERT has."
+                "example's gradient does not bound its influence. Use an encoder with LayerNorm, as every "
+                "BERT has."
             )
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise PreflightError(
@@ -55,7 +56,8 @@ def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
 
     All three must be the same memory: the packed adapter.
 
-    Raises: PreflightError naming the parameters that differ.
+    Raises:
+        PreflightError: they differ; the parameters are named.
     """
     trained = {n: p for n, p in model.base.named_parameters() if p.requires_grad}
     packed = {id(p) for p in model.parameters.values()}
@@ -63,16 +65,15 @@ def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
     if stray or len(trained) != len(model.parameters):
         raise PreflightError(
             f"{len(trained)} parameters are trainable and {len(model.parameters)} are clipped and noised; "
-            "not in both: "
-            f"{', '.join(stray[:5]) or 'frozen ones'}. Do not change requires_grad after the model is loaded."
+            f"not in both: {', '.join(stray[:5]) or 'frozen ones'}. Do not change requires_grad after the "
+            "model is loaded."
         )
     begin, offset = model.theta.data_ptr(), 0
     for name, parameter in model.parameters.items():
         if parameter.data_ptr() != begin + 4 * offset or parameter.dtype != torch.float32:
             raise PreflightError(
                 f"Parameter {name!r} is no longer a part of the packed adapter (was the model moved or cast "
-                "after it "
-                "was loaded?): it would be trained without noise. Choose the device by device=..."
+                "after it was loaded?): it would be trained without noise. Choose the device by device=..."
             )
         offset += parameter.numel()
     if optimized.data_ptr() != begin or optimized.numel() != offset:
@@ -88,16 +89,17 @@ def check_gradients(model: AdaptedModel, features: Features) -> None:
     They are compared at a random adapter: LoRA starts with B = 0, where every gradient of A is zero and
     a wrong one would look right. The adapter is put back. Must run within `per_example_gradients(model)`.
 
-    Raises: PreflightError with the parameter and the difference.
+    Raises:
+        PreflightError: they differ by more than rounding; the parameter is named.
     """
-    kept = model.theta.clone()
+    adapter = model.theta.clone()
     model.theta += 0.05 * torch.randn(model.num_parameters, generator=torch.Generator().manual_seed(0)).to(
         model.device
     )
     try:
         _compare(model, features)
     finally:
-        model.theta.copy_(kept)
+        model.theta.copy_(adapter)
         for parameter in model.parameters.values():
             parameter.grad_sample = parameter.grad = None
 
@@ -138,9 +140,8 @@ def _compare(model: AdaptedModel, features: Features) -> None:
             got = together[name]
             if not isinstance(got, Tensor) or got.shape[0] != len(records):
                 raise PreflightError(
-                    f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would "
-                    "be trained "
-                    "without clipping. Use another adapter, or a layer type that Opacus supports."
+                    f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would be "
+                    "trained without clipping. Use another adapter, or a layer type that Opacus supports."
                 )
             want = torch.zeros_like(got[row]) if expected is None else expected
             difference = float((got[row] - want).abs().max())
@@ -162,7 +163,8 @@ def _trained(module: nn.Module) -> bool:
 def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:
     """Sampler, clip, noise and accounted steps come from one plan that promises something, or nothing.
 
-    Raises: PreflightError.
+    Raises:
+        PreflightError: the plan has no clip or no noise, or `train` takes other steps than it accounts for.
     """
     if plan.is_private() and not (math.isfinite(plan.max_grad_norm) and plan.noise_multiplier > 0):
         raise PreflightError(
@@ -171,9 +173,8 @@ def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:
         )
     if plan.local_steps != train.local_steps or plan.sample_rate != train.sample_rate:
         raise PreflightError(
-            f"The plan accounts for {plan.local_steps} steps at a sampling rate of {plan.sample_rate:g}, "
-            "and training "
-            f"is set to {train.local_steps} steps at {train.sample_rate:g}."
+            f"The plan accounts for {plan.local_steps} steps at a sampling rate of {plan.sample_rate:g}, and "
+            f"training is set to {train.local_steps} steps at {train.sample_rate:g}."
         )
 
 
@@ -182,7 +183,8 @@ def preflight(
 ) -> None:
     """Runs every check; see the module. Must run within `per_example_gradients(model)`.
 
-    Raises: PreflightError.
+    Raises:
+        PreflightError: one of them failed.
     """
     check_plan(plan, train)
     check_parameters(model, theta)

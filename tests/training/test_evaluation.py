@@ -11,7 +11,7 @@ import torch
 
 from fedtune.config.schema import TrainConfig
 from fedtune.training.evaluation import evaluate, predict_probabilities, score
-from fedtune.training.precision import autocast, fast_bf16
+from fedtune.models.encoder import autocast, fast_bf16
 from tests.training.conftest import load, make_shard
 
 

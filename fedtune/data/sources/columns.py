@@ -54,8 +54,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Table:
-    """One split as it was read: `where` names it in messages; `columns`, name -> n values;
-    `class_names`, the label names that the source itself declares, if any."""
+    """One split as it was read.
+
+    Attributes:
+        where: names it in messages.
+        columns: name -> n values.
+        class_names: the label names that the source itself declares, if any.
+    """
 
     where: str
     columns: dict[str, Sequence[Any]]
@@ -109,10 +114,17 @@ def build_corpus(
 ) -> Corpus:
     """Checks `table` and makes it a Corpus.
 
-    Labels may be names in `label_names`, or numbers 0..k-1 that index it. `part`: others hold the rest of
-    the data, so all records here may be of one class.
-    Raises `DataError` if a column or value is missing, a text is no text, a label is not in the label
-    set, or nothing is left.
+    Args:
+        name: what the ledger calls this data.
+        table: as it was read.
+        columns: which column is which.
+        label_names: the label set; labels may be names in it, or numbers 0..k-1 that index it.
+        notes: what was decided on the way here.
+        part: others hold the rest of the data, so all records here may be of one class.
+
+    Raises:
+        DataError: a column or value is missing, a text is no text, a label is not in the label set, or
+            nothing is left.
     """
     existing = list(table.columns)
     for setting, column in columns.used().items():

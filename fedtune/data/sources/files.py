@@ -113,7 +113,9 @@ def beside(path: Path) -> tuple[str, ...] | None:
 def read_table(path: Path, columns: Columns) -> Table:
     """Reads the columns in use; columns that are not there are left for `build_corpus` to name.
 
-    Raises `DataError` if the file is empty, malformed, not UTF-8 or has a column in use twice.
+    Raises:
+        DataError: the file is empty, malformed, not UTF-8, or has a column in use twice.
+        ResourceError: it may not be read.
     """
     try:
         header, values = READERS[path.suffix.lower()](path, columns)
@@ -161,9 +163,9 @@ def _delimited(delimiter: str) -> Callable[[Path, Columns], Read]:
                     continue
                 if len(row) != len(header):
                     raise DataError(
-                        f"Row {number} of {path} (line {rows.line_num}) has {len(row)} fields, the header"
-                        f" {len(header)}. Put quotes around texts that hold"
-                        f" {'tabs' if delimiter == chr(9) else 'commas'} or line ends."
+                        f"Row {number} of {path} (line {rows.line_num}) has {len(row)} fields, the header "
+                        f"{len(header)}. Put quotes around texts that hold "
+                        f"{'tabs' if delimiter == chr(9) else 'commas'} or line ends."
                     )
                 for column, at in wanted.items():
                     values[column].append(row[at])

@@ -26,8 +26,9 @@ PLACEHOLDER = "OWNER/NAME"  # what conf/data/hub.yaml has in place of a data set
 def read_split(config: DataConfig, split: str) -> Table:
     """Reads the columns in use of one split.
 
-    Raises `DataError` if the hub has no such data set, configuration or split, `ResourceError` without
-    network.
+    Raises:
+        DataError: the hub has no such data set, configuration or split.
+        ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
     if config.name == PLACEHOLDER:
         raise DataError(
@@ -74,9 +75,9 @@ def _load(config: DataConfig, split: str) -> Any:
         raise _bad_choice(config, split, error) from error
     except DatasetGenerationError as error:
         raise DataError(
-            f"The files of the data set {title} cannot be read as one table"
-            f" ({type(error.__cause__).__name__}). Check data.revision, or save it as Parquet files and use"
-            " data=files with data.path."
+            f"The files of the data set {title} cannot be read as one table "
+            f"({type(error.__cause__).__name__}). Check data.revision, or save it as Parquet files and use "
+            "data=files with data.path."
         ) from error
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
@@ -115,15 +116,15 @@ def _no_network(title: str) -> ResourceError:
 
 
 def _bad_choice(config: DataConfig, split: str, error: ValueError) -> DataError:
-    """`datasets` says a wrong split or configuration as a ValueError that lists the right ones."""
+    """For a wrong split or configuration `datasets` raises a ValueError that lists the right ones."""
     message = " ".join(str(error).split())
     if "split" in message.lower() and split in message:
         known = [name for name in re.findall(r"'([^']+)'", message) if name != split]
         nearest = difflib.get_close_matches(split, known, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         return DataError(
-            f"The data set {_title(config)} has no split {split!r}; it has"
-            f" {', '.join(known) or 'others'}.{hint} Set data.train_split and data.test_split."
+            f"The data set {_title(config)} has no split {split!r}; it has "
+            f"{', '.join(known) or 'others'}.{hint} Set data.train_split and data.test_split."
         )
     return DataError(
         f"The data set {_title(config)} cannot be loaded: {message.rstrip('.')}. Check data.name and"

@@ -33,8 +33,14 @@ LABELS_TAKEN = (  # a note of the data, and a caution of the run
 def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple[Corpus, Corpus]:
     """(train, test), with equal `label_names`; what was decided on the way is in `notes`.
 
-    `testing` False: nothing is held out or read to test on, `train` is all there is, and `test` is empty.
-    Raises `DataError` for data that is missing or unusable, `ResourceError` for what the machine lacks.
+    Args:
+        config: where the data is, and which column is which.
+        seed: drives who is held out, where no test split is named.
+        testing: False: nothing is held out or read to test on, `train` is all there is, `test` is empty.
+
+    Raises:
+        DataError: the data is missing or unusable.
+        ResourceError: the machine lacks what it takes to read it.
     """
     if config.source == "opinions":
         from fedtune.data.sources.opinions import load_opinions
@@ -81,8 +87,12 @@ def load_corpus(config: DataConfig, seed: int, *, testing: bool = True) -> tuple
 def hold_out(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
     """Splits off `fraction` of the persons of each site (at least one, if a site has two) as the test part.
 
-    A person with records at several sites is counted where their first record is. Guarantee: no person
-    is on both sides. Records keep their order. Raises `DataError` if either side would be empty.
+    A person with records at several sites is counted where their first record is. Records keep their order.
+
+    Guarantee: no person is on both sides.
+
+    Raises:
+        DataError: either side would be empty.
     """
     if not 0 < fraction < 1:
         raise DataError(f"data.test_fraction is {fraction}; give a number between 0 and 1, such as 0.15.")

