@@ -1,4 +1,4 @@
-"""Kept outputs of frozen layers give the same results, survive damage, and never mix up texts."""
+"""Cached outputs of frozen layers give the same results, survive damage, and never mix up texts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from fedtune.config.paths import cache_dir
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ResourceError
-from fedtune.models import frozen_outputs as hidden_states
+from fedtune.models import frozen_outputs
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.frozen_outputs import Features, FeatureStore
 from tests.models.conftest import random_corpus
-
-
-@pytest.fixture(autouse=True)
-def forget() -> None:
-    hidden_states._STORES.clear()
-    hidden_states._RESIDENT.clear()
 
 
 def load(folder: Path, quantization: str = "none", **adapter: object) -> AdaptedModel:
@@ -37,28 +32,24 @@ def load(folder: Path, quantization: str = "none", **adapter: object) -> Adapted
 
 
 def store_folder() -> Path:
-    from fedtune.config.paths import cache_dir
-
     (folder,) = (cache_dir() / "frozen_layers").iterdir()
     return folder
 
 
-@pytest.fixture
-def clean_cache() -> None:
-    import shutil
-
-    from fedtune.config.paths import cache_dir
-
-    shutil.rmtree(cache_dir() / "frozen_layers", ignore_errors=True)
+@pytest.fixture(autouse=True)
+def clean_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache of this test's own: tests damage it, and others of the session share theirs."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    frozen_outputs._STORES.clear()
+    frozen_outputs._RESIDENT.clear()
 
 
 @pytest.mark.parametrize("adapter", [{"name": "lora", "layers": 1}, {"name": "head"}, {"name": "lora"}])
-@pytest.mark.usefixtures("clean_cache")
 def test_logits_are_those_of_the_whole_model(tiny_bert: Path, adapter: dict[str, object]) -> None:
     model, corpus = load(tiny_bert, **adapter), random_corpus()
     for _ in range(2):  # computed, then read back
-        hidden_states._STORES.clear()
-        hidden_states._RESIDENT.clear()
+        frozen_outputs._STORES.clear()
+        frozen_outputs._RESIDENT.clear()
         features = Features.of(model, corpus, 64)
         records = np.array([5, 0, 9])
         logits = model.base(**features.inputs(records, 4, 16, model.device))[:3]
@@ -67,7 +58,6 @@ def test_logits_are_those_of_the_whole_model(tiny_bert: Path, adapter: dict[str,
             assert torch.allclose(model.base(input_ids=ids)[0], logits[row], atol=5e-3)
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_nothing_is_computed_twice_even_in_another_order(tiny_bert: Path) -> None:
     model, corpus = load(tiny_bert, layers=1), random_corpus(12)
     seen: list[tuple[int, int]] = []
@@ -83,7 +73,6 @@ def test_nothing_is_computed_twice_even_in_another_order(tiny_bert: Path) -> Non
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("adapter", [{"name": "lora", "layers": 1}, {"name": "head"}])
-@pytest.mark.usefixtures("clean_cache")
 def test_what_is_kept_does_not_depend_on_the_batch_it_was_computed_in(
     tiny_bert: Path, adapter: dict[str, object], quantization: str
 ) -> None:
@@ -92,7 +81,7 @@ def test_what_is_kept_does_not_depend_on_the_batch_it_was_computed_in(
     whole = Features.of(model, corpus, 256).rows
     assert whole is not None
     for folder, size, part in (("alone", 64, 1), ("few", 512, 7)):
-        hidden_states._STORES.clear()
+        frozen_outputs._STORES.clear()
         store_folder().rename(store_folder().parent.parent / f"{folder}-{adapter['name']}-{quantization}")
         for first in range(0, 30, part):
             chosen = list(range(first, min(30, first + part)))[::-1]
@@ -102,14 +91,12 @@ def test_what_is_kept_does_not_depend_on_the_batch_it_was_computed_in(
                 np.testing.assert_array_equal(kept, whole[record])
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_files_are_private(tiny_bert: Path) -> None:
     Features.of(load(tiny_bert, layers=1), random_corpus(), 64)
     for file in store_folder().iterdir():
         assert file.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.usefixtures("clean_cache")
 @pytest.mark.parametrize("damage", ["values cut", "index cut", "index garbage"])
 def test_damage_is_noticed_and_mended(tiny_bert: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     model, corpus = load(tiny_bert, layers=1), random_corpus()
@@ -121,14 +108,13 @@ def test_damage_is_noticed_and_mended(tiny_bert: Path, damage: str, caplog: pyte
         index.write_bytes(index.read_bytes()[:-7])
     else:
         index.write_bytes(b"\xff" * 320)
-    hidden_states._STORES.clear()
-    hidden_states._RESIDENT.clear()
+    frozen_outputs._STORES.clear()
+    frozen_outputs._RESIDENT.clear()
     with caplog.at_level(logging.WARNING):
         got = Features.of(model, corpus, 64).rows
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_a_cache_that_cannot_be_written_costs_nothing_but_memory(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,13 +148,12 @@ def test_a_disk_that_fills_is_given_back_what_was_taken(
     assert store.rows(b"b" * 16).shape == (500, 4)  # in memory
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_gigabytes_that_the_disk_lacks_are_refused_before_any_is_computed(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hidden_states, "_GIGABYTE", 100)
+    monkeypatch.setattr(frozen_outputs, "_GIGABYTE", 100)
     usage = type("Usage", (), {"free": 3000})
-    monkeypatch.setattr(hidden_states.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(frozen_outputs.shutil, "disk_usage", lambda _: usage)
     model, corpus = load(tiny_bert, layers=1), random_corpus()
     needed = 2 * 32 * int(corpus.lengths.sum())
     assert needed > 3000
@@ -189,7 +174,6 @@ def test_two_writers_do_not_overwrite_one_another(tmp_path: Path) -> None:
         assert np.array_equal(store.rows(b"b" * 16), b)
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_another_encoder_has_another_store(tiny_bert: Path) -> None:
     corpus = random_corpus()
     first = load(tiny_bert, layers=1)
@@ -207,7 +191,6 @@ def test_another_encoder_has_another_store(tiny_bert: Path) -> None:
     assert seen
 
 
-@pytest.mark.usefixtures("clean_cache")
 def test_adapters_that_freeze_the_same_layers_share_a_store(tiny_bert: Path) -> None:
     corpus = random_corpus()
     Features.of(load(tiny_bert, layers=1), corpus, 64)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedtune.config.schema import TrainConfig
-from fedtune.training.evaluation import evaluate, predict_probabilities, score
 from fedtune.models.encoder import autocast, fast_bf16
+from fedtune.training.evaluation import evaluate, predict_probabilities, score
 from tests.training.conftest import load, make_shard
 
 

@@ -18,7 +18,7 @@ from fedtune.errors import DataError, ResourceError
 
 ROWS = [(f"a text of number {i}", "yes" if i % 2 else "no", f"p{i // 3}", f"s{i % 2}") for i in range(30)]
 HEADER = ("text", "label", "person", "place")
-BANKING = Path(__file__).parents[2].parent / "shared" / "data" / "banking77"
+BANKING = Path(__file__).parents[4] / "shared" / "data" / "banking77"
 
 
 def delimited(rows: list[tuple[str, ...]], header: tuple[str, ...] = HEADER, by: str = ",") -> str:

@@ -17,7 +17,7 @@ from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import Term
 from tests.support.ledgers import charged
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def killed(config: Config, folder: Path, kills: int, seed: int, broken: str = "nothing") -> dict[str, int]:

@@ -21,7 +21,7 @@ from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.server.checkpoint import load_latest
 from tests.support.tiny_federation import private
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 # Tells what it does on standard output, so that the test can kill it at a chosen moment.
 CHILD = """
 import sys

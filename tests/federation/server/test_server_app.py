@@ -98,7 +98,7 @@ def test_the_function_that_pyproject_names_exists() -> None:
     import importlib
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
     flower = project["tool"]["flwr"]["app"]
     for name in (*flower["components"].values(), flower["config"]["finish"]):
         module, _, attribute = name.partition(":")
