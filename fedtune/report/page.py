@@ -8,6 +8,7 @@ once, numbers have six significant digits, learning curves four decimals. An inf
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import html
 import json
@@ -36,7 +37,7 @@ from fedtune.report.frontier import (
     write_csv,
     write_parquet,
 )
-from fedtune.report.tuning import Tuning, describe_search, tuning_of
+from fedtune.report.tuning import Tuning, describe_search, tuning_cards, tuning_of, tuning_text
 from fedtune.report.words import describe_settings, format_number, repeat_command, short_names
 
 __all__ = ["Report", "page_data", "promise_line", "write_report"]
@@ -45,7 +46,10 @@ _FOR_OWNERS = (
     "Not for publication: this page shows times, energy and prices that depend on private records and are in "
     "no guarantee. Make it without --local for others."
 )
-_SCRIPTS = ("util.js", "axes.js", "points.js", "lines.js", "parallel.js", "table.js", "page.js")
+# Observable Plot draws, and D3 under it; both lie in `templates/vendor` with their licences, as published.
+_LIBRARY = ("vendor/d3.min.js", "vendor/plot.min.js")
+_MOST_SITES = 7  # with a colour and a shape of their own
+_SCRIPTS = ("page.js", "charts.js")
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ def page(data: dict[str, Any]) -> str:
     for name, content in (
         ("TITLE", html.escape(_title(data))),
         ("STYLE", read("report.css")),
+        ("LIBRARY", "\n".join(read(name) for name in _LIBRARY)),
         ("SCRIPT", "\n".join(read(name) for name in _SCRIPTS)),
         ("NUMBERS", numbers),
     ):
@@ -207,6 +212,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
         "family": [point.id for point in advice.family],
         "promise": promise_line(advice.chosen, tuning),
         "tuning": None if tuning is None else _tuning_json(tuning),
+        **_sites(advice.family),
         "series": figure.series_setting(points, names),
         "adoption": None if wanted is None else {
             "accuracy": wanted.accuracy,
@@ -257,17 +263,43 @@ def _tuning_json(tuning: Tuning) -> dict[str, Any]:
         "alone": _digits(tuning.epsilon_alone),
         "composed": _finite(tuning.epsilon_composed),
         "best_of": None if tuning.epsilon_best is None else _finite(tuning.epsilon_best),
-        "trials": None if tuning.trials is None else
-        f"{tuning.trials.name}, mean {format_number(tuning.trials.mean)}",
-        "delta": tuning.delta,
-        "unit": tuning.unit,
-        "adjacency": tuning.adjacency,
-        "runs": tuning.runs,
-        "without_privacy": tuning.without_privacy,
-        "public": tuning.public,
+        "cards": [dataclasses.asdict(card) for card in tuning_cards(tuning)],
+        "text": tuning_text(tuning),
         "search": describe_search(tuning),
-        "seed": tuning.chosen.seed,
-    }  # fmt: skip
+    }
+
+
+def _sites(family: Sequence[Point]) -> dict[str, Any]:
+    """The sites, those that the chart names (of many, the least accurate ones), and a text."""
+    rated = [point for point in family if point.accuracy is not None]
+    sites = sorted({site for point in rated for site in point.per_site})
+    if not sites:
+        return {"sites": [], "sites_named": [], "sites_text": "These runs measured no accuracy by site."}
+    named, low, high = sites, rated[0], rated[-1]
+    text = "The recommended configuration at each epsilon that was run."
+    loss = {
+        site: 100 * (high.per_site[site].mean - low.per_site[site].mean)
+        for site in sites
+        if site in low.per_site and site in high.per_site
+    }
+    if len(rated) > 1 and loss:
+        start = f"epsilon {format_number(high.epsilon)}" if math.isfinite(high.epsilon) else "no privacy"
+        text += f" From {start} down to epsilon {format_number(low.epsilon)}"
+        most, least = max(loss, key=loss.__getitem__), min(loss, key=loss.__getitem__)
+        for site in dict.fromkeys((most, least)):
+            text += f", {site} loses {f'{loss[site]:.1f} points' if loss[site] > 0 else 'nothing'}"
+        text += "."
+    if len(sites) > _MOST_SITES:
+        first = {
+            site: next(point.per_site[site].mean for point in rated if site in point.per_site)
+            for site in sites
+        }
+        named = sorted(sites, key=first.__getitem__)[:_MOST_SITES]
+        text += (
+            f" Named are the {len(named)} of {len(sites)} sites with the lowest accuracy at the smallest "
+            "epsilon."
+        )
+    return {"sites": sites, "sites_named": named, "sites_text": text}
 
 
 def _point(point: Point, group: int, names: Sequence[str], named: Sequence[str]) -> dict[str, Any]:

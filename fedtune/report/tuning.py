@@ -31,8 +31,17 @@ from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.accounting.filter import least_epsilon
 from fedtune.privacy.accounting.selection import TrialCount, epsilon_best_of
 from fedtune.report.collect import Run
+from fedtune.report.words import format_number
 
-__all__ = ["Tuning", "changes_mechanism", "composed_terms", "describe_search", "tuning_of"]
+__all__ = [
+    "Tuning",
+    "changes_mechanism",
+    "composed_terms",
+    "describe_search",
+    "tuning_cards",
+    "tuning_of",
+    "tuning_text",
+]
 
 # What changes the privacy of a trial, or the data that it is on. Trials of a private selection must be alike
 # in all of it, for the bound is that of one mechanism that is repeated; of a search it is said if it chose
@@ -139,6 +148,89 @@ def describe_search(tuning: Tuning) -> str:
             "hold for that (Feldman and Zrnic 2021); this total is proven for what was planned together."
         )
     return text
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of the three epsilons as the page shows it.
+
+    Attributes:
+        epsilon: as text; None where there is none.
+        tag: what to warn of; empty for none.
+        main: the number that holds.
+    """
+
+    name: str
+    epsilon: str | None
+    tag: str
+    text: str
+    main: bool
+
+
+def tuning_cards(tuning: Tuning) -> list[Card]:
+    """The three epsilons, each with what it holds for."""
+    several, best = tuning.runs > 1, tuning.epsilon_best
+    gains = best is not None and best < tuning.epsilon_composed
+    if best is not None and tuning.trials is not None:
+        text = (
+            f"Papernot and Steinke 2022, {tuning.trials.name}, mean {format_number(tuning.trials.mean)}. "
+            "Holds if the best run is published and nothing else: neither this page nor the number of trials."
+        )
+        if not gains:
+            text += " With so few trials, composing all of them gives the smaller bound."
+    elif tuning.searched:
+        text = "Not available: it is for trials that do not depend on one another, and a search chose these."
+    else:
+        text = (
+            "Not available: it needs a sweep whose number of trials was drawn at random beforehand "
+            "(sweep.private_selection=true), and the best run of it."
+        )
+    return [
+        Card(
+            "The chosen run alone",
+            format_number(tuning.epsilon_alone),
+            "not the whole truth" if several else "",
+            f"What the record of seed {tuning.chosen.seed} says. True only if it had not been chosen by "
+            "looking at the others."
+            if several
+            else "There was nothing to choose from, so as far as these records go this is the whole truth.",
+            main=not several,
+        ),
+        Card(
+            "All private runs, composed",
+            format_number(tuning.epsilon_composed),
+            "",
+            f"What {tuning.runs} {'runs have' if several else 'run has'} spent together. Holds for "
+            "publishing everything on this page.",
+            main=several and not gains,
+        ),
+        Card(
+            "The best of a random number of trials",
+            None if best is None else format_number(best),
+            "",
+            text,
+            main=gains,
+        ),
+    ]
+
+
+def tuning_text(tuning: Tuning) -> str:
+    """What the three epsilons have in common, and what they leave out."""
+    sentences = [
+        "The owner declared this data public: tuning on it was free, and the numbers say what it would have "
+        "cost."
+        if tuning.public
+        else "",
+        f"At delta {tuning.delta:.1e}, unit {tuning.unit}, {tuning.adjacency}.",
+        "Runs outside of this report are not counted here; the ledgers of the nodes count them "
+        "(fedtune budget show).",
+        describe_search(tuning),
+        f"{tuning.without_privacy} runs on the same data had no privacy: if it was private data, nothing is "
+        "guaranteed for it any more."
+        if tuning.without_privacy
+        else "",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
 
 
 def composed_terms(runs: Sequence[Run]) -> dict[str, dict[Term, int] | None]:
