@@ -132,20 +132,20 @@ def _provision(arguments: argparse.Namespace, rest: list[str], debug: bool) -> i
 
 
 def _server(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.deploy import enrolment
+    from fedtune.deploy import admission
 
     if arguments.enrol is not None:
-        site, fingerprint = enrolment.enrol(arguments.folder, arguments.enrol)
+        site, fingerprint = admission.enrol(arguments.folder, arguments.enrol)
         print(f"enrolled {site}; compare the fingerprint of its key with the site: {fingerprint}")
         return 0
     if arguments.revoke is not None:
-        enrolment.revoke(arguments.folder, arguments.revoke)
+        admission.revoke(arguments.folder, arguments.revoke)
         print(f"revoked {arguments.revoke}; a running server lets it in no more")
         return 0
     if arguments.accept_restore is not None:
-        from fedtune.deploy.heads import Heads
+        from fedtune.deploy.admission import BookHeads
 
-        kept, restored = Heads(arguments.folder).accept(arguments.accept_restore)
+        kept, restored = BookHeads(arguments.folder).accept(arguments.accept_restore)
         site = arguments.accept_restore
         print(f"accepted, and noted in heads.log: {site} goes on from {restored}, not from {kept}")
         return 0
@@ -232,8 +232,8 @@ def _submit(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
 
 
 def _status(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.deploy.operator import status
-    from fedtune.deploy.published import shown
+    from fedtune.deploy.join import budget_text
+    from fedtune.deploy.submit import status
 
     found = status(arguments.folder)
     if arguments.json:
@@ -244,7 +244,9 @@ def _status(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
         return 0
     print(f"server {found.address}")
     for one in found.sites:
-        print(f"site {one['site']:<20} {one['state']:<12} {one['since'][:19]:<20} {shown(one['budget'])}")
+        print(
+            f"site {one['site']:<20} {one['state']:<12} {one['since'][:19]:<20} {budget_text(one['budget'])}"
+        )
     for one in found.runs:
         print(f"run {one['run']:<21} {one['state']:<12} {one['started']} {one['details']}".rstrip())
     return 0

@@ -1,33 +1,310 @@
-"""Whom a running server lets in now, and why not the others; looked at anew every few seconds.
+"""Which sites a server lets in: enrolled and revoked keys, the heads of the sites' books, and the decision.
 
-A node is let in while the file with its key is there (`enrolment`). Flower forgets a node's key for good when
-it is told to, so it is told to only for keys that were revoked; a key whose file is missing or broken is
-suspended: it stays registered, counts as not connected, and each of its requests is answered with "not now"
-(HTTP status 503, at which a node asks again), until the file is back, also after a restart.
+    nodes/SITE.pub          the key that SITE is let in by: one line, as its `fedtune node init` printed it
+    revoked/PRINT.pub       a key that is let in no more, ever; written by `--revoke`, and where a site's new
+                            key is enrolled, for its old one
+    revoked/SITE.request    "whatever key SITE was let in by": where no file could be read to name the key
+    heads.json, heads.log   the highest head of each site's books; the restores that were accepted
 
-Uses Flower's internals (checked with 1.41): the LinkState of a SuperLink.
+**Keys.** Only these files revoke. Flower forgets a node's key for good when it is told to, so it is told to
+only for keys that were revoked. A key whose file is missing or broken is suspended: it stays registered,
+counts as not connected, and each of its requests is answered with "not now" (HTTP status 503, at which a node
+asks again) until the file is back, also after a restart of the server.
+
+**Heads** anchor each site's books outside of the site, against backups and copies. A site's ledger and audit
+log name one another's heads (`federation.client.audit_log`), which shows nothing if both were restored
+together from an older backup. So a node reports the head of its books when it joins and within a minute of
+each change, in a request signed by its key. The server keeps the highest, and does not let in a node whose
+head went back, or is another at the same place. A node first asks which head the server keeps; one whose
+books do not go on from there (they went back and have grown since) says so, and is not let in either. A
+restore that is meant is acknowledged by the operator (`fedtune server DIR --accept-restore SITE`): what the
+site released since its backup is then counted by nobody but whoever reads `heads.log`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import datetime
+import json
 import logging
+import os
+import re
+import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import lock_file, replace_whole
 from fedtune.deploy import certificates
-from fedtune.deploy.enrolment import enrolled, note_revoked, requests, revoked
-from fedtune.deploy.heads import Heads
-from fedtune.errors import FedtuneError
+from fedtune.deploy.provision import Federation
+from fedtune.errors import ConfigError, FedtuneError, ResourceError
+from fedtune.federation.client.audit_log import parts_of
 
-__all__ = ["Admission"]
+__all__ = ["Admission", "BookHeads", "enrol", "enrolled", "note_revoked", "requests", "revoke", "revoked"]
 
+_SITE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _log = logging.getLogger("fedtune.server")
 _LOOK_SECONDS = 2.0
 _NOT_ENROLLED = "This key is not enrolled at this server, or was revoked."
+
+
+# --- keys: the files of a server folder ---------------------------------------------------------------
+
+
+def enrol(server: Path, line: str) -> tuple[str, str]:
+    """Enrols the public key in `line` (or in the file that `line` names): (site, fingerprint of the key).
+
+    The key that the site had before is revoked. Raises ConfigError for an unknown site, a key that another
+    site uses or that was revoked, or a line that is none.
+    """
+    if "\n" not in line.strip() and len(line) < 1000 and " " not in line.strip() and Path(line).is_file():
+        line = Path(line).read_text()
+    key, site = certificates.read_public_line(line)
+    known = Federation.read(server / "server.yaml").sites
+    if site not in known:
+        raise ConfigError(
+            f"The key is for site {site!r}, and the federation's sites are {', '.join(known)}. Add it to the "
+            "federation file and run `fedtune provision` again."
+        )
+    now = enrolled(server)
+    for other, used in now.items():
+        if used == key and other != site:
+            raise ConfigError(
+                f"The key of {site!r} is the key of {other!r} already. Each site makes its own with "
+                "`fedtune node init`; a private key must not be copied."
+            )
+    print_ = certificates.fingerprint(key)
+    if key in revoked(server):
+        raise ConfigError(
+            f"The key of {site!r} (fingerprint {print_}) was revoked, and a key that was revoked stays so. "
+            "The site moves its node.key away, makes a new one with `fedtune node init`, and sends that line."
+        )
+    if now.get(site, key) != key:
+        note_revoked(server, site, now[site])
+    _write(server / "nodes" / f"{site}.pub", line.strip() + "\n")
+    return site, print_
+
+
+def revoke(server: Path, site: str) -> None:
+    """Revokes the key of `site`, for good; a running server lets it in no more.
+
+    A site whose file is broken or missing, though it was enrolled, loses every key that it was let in by.
+    Raises ConfigError if it was never enrolled or has been revoked.
+    """
+    path = server / "nodes" / f"{site}.pub"
+    broken: dict[str, str] = {}
+    key = enrolled(server, broken).get(site)
+    suspended = site in broken or (_SITE_FILE.fullmatch(site) and site in _known_to_the_server(server))
+    if key is not None:
+        note_revoked(server, site, key)
+    elif suspended:
+        _write(server / "revoked" / f"{site}.request", "every key that this site was let in by\n")
+    else:
+        raise ConfigError(
+            f"No key of {site!r} is enrolled; enrolled are {', '.join(enrolled(server)) or 'none'}."
+        )
+    path.unlink(missing_ok=True)
+
+
+def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str, bytes]:
+    """Public keys (PEM) of the enrolled sites, by name.
+
+    A file that is no key, or holds another site's (a copy: that site's books would be kept under this name),
+    is passed over, so that it keeps no other site from being let in or revoked; `unreadable` is given what is
+    wrong with it, and the way out, by the site's name.
+    """
+    found: dict[str, bytes] = {}
+    wrong: dict[str, object] = {}
+    for path in sorted((server / "nodes").glob("*.pub")):
+        try:
+            key, site = certificates.read_public_line(path.read_text())
+        except FileNotFoundError:
+            continue  # gone since the folder was listed
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            wrong[path.stem] = error
+            continue
+        if site == path.stem:
+            found[site] = key
+        else:
+            wrong[path.stem] = f"it holds the key of site {site!r}."
+    for site, key in found.items():
+        if others := [other for other, used in found.items() if used == key and other != site]:
+            wrong.setdefault(site, f"the key in it is also that of {', '.join(others)}.")
+    if unreadable is not None:
+        for site, why in wrong.items():
+            unreadable[site] = (
+                f"{server / 'nodes' / f'{site}.pub'} cannot be used: {why} Enrol {site} again (`fedtune "
+                f"server DIR --enrol 'LINE'`), or revoke it (`fedtune server DIR --revoke {site}`)."
+            )
+    return {site: key for site, key in found.items() if site not in wrong}
+
+
+def revoked(server: Path) -> dict[bytes, str]:
+    """The keys (PEM) that are let in no more, each with the site that it was of.
+
+    Raises ConfigError for a file that cannot be read: whom it keeps out would be let in.
+    """
+    found: dict[bytes, str] = {}
+    folder = server / "revoked"
+    if folder.exists() and not os.access(folder, os.R_OK | os.X_OK):
+        raise ConfigError(
+            f"{folder} may not be read by this user, and says whom not to let in. Change its mode."
+        )
+    for path in sorted(folder.glob("*.pub")):
+        try:
+            key, site = certificates.read_public_line(path.read_text())
+        except (ConfigError, OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}), and it names a key that must not be let in. Restore it "
+                "from a backup; if there is none, revoke the site that it is of again, and remove this file."
+            ) from error
+        found[key] = site
+    return found
+
+
+def requests(server: Path) -> dict[str, Path]:
+    """The sites of which every key is to be revoked, with the file that asks for it."""
+    return {path.stem: path for path in sorted((server / "revoked").glob("*.request"))}
+
+
+def note_revoked(server: Path, site: str, key: bytes) -> None:
+    """Writes down, durably, that the public key (PEM) of `site` is let in no more."""
+    name = certificates.fingerprint(key).replace(" ", "")
+    _write(server / "revoked" / f"{name}.pub", certificates.public_line_of(key, site) + "\n")
+
+
+def _known_to_the_server(server: Path) -> set[str]:
+    """The sites that the server's database lets in, without opening it as Flower does."""
+    path = server / "superlink.sqlite"
+    if not path.exists():
+        return set()
+    try:
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            rows = connection.execute("SELECT name FROM node WHERE status != 'unregistered'")
+            return {str(name) for (name,) in rows}
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        raise ResourceError(f"The server's database {path} cannot be read ({error}).") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole: a running server or a crash finds all of it or what was there before."""
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        replace_whole(path, text.encode())
+        path.chmod(0o644)  # nothing secret; the server may be another user than who enrols
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+# --- heads of the sites' books ------------------------------------------------------------------------
+
+
+class BookHeads:
+    """The highest head of each site, in a file of the server folder that survives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._lock = folder / "heads.json", threading.RLock()
+        self._known: dict[str, dict[str, Any]] = {}
+        self.look()
+
+    def look(self) -> None:
+        """Reads the file anew: another process may have accepted a restore."""
+        with self._lock:
+            self._known = self._read()
+
+    def kept(self, site: str) -> str | None:
+        """The highest head that a site told; None if it told none yet."""
+        head = self._known.get(site, {}).get("head")
+        return head if isinstance(head, str) else None
+
+    def reason(self, site: str) -> str | None:
+        """Why a site whose head went back is not let in; None if none did."""
+        back = self._known.get(site, {}).get("back")
+        if not isinstance(back, str):
+            return None
+        return (
+            f"the books of site '{site}' went back: the server keeps head {self.kept(site)}, and the node "
+            f"has {back}. Restore the newest copy of the site's whole folder state/. If there is none, and "
+            "the site's owner and its privacy officer accept that what was released since is counted by "
+            f"nobody, the operator acknowledges it with `fedtune server DIR --accept-restore {site}`"
+        )
+
+    def note(self, site: str, head: str, lost: bool = False) -> None:
+        """Keeps the head that a site told, or that it went back. Ignores what is no head.
+
+        `lost`: the site says itself that its books do not go on from the head that is kept, which a number
+        that has grown since does not show.
+        """
+        try:
+            new = parts_of(head)
+        except ConfigError:
+            return
+        with self._changing() as known:
+            kept = known.get(site, {}).get("head")
+            back = kept is not None and (lost or _went_back(parts_of(kept), new))
+            known[site] = {"head": kept, "back": head} if back else {"head": head, "back": None}
+
+    def accept(self, site: str) -> tuple[str, str]:
+        """Forgets the head that a site went back from, and notes that: (the head that was kept, the one
+        told).
+
+        Raises ConfigError if the site's head did not go back.
+        """
+        with self._changing() as known:
+            entry = known.get(site, {})
+            if not isinstance(entry.get("back"), str):
+                raise ConfigError(
+                    f"The books of site {site!r} did not go back, so there is nothing to accept."
+                )
+            now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            line = json.dumps({"time": now, "site": site, "kept": entry["head"], "accepted": entry["back"]})
+            with self._path.with_suffix(".log").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            known[site] = {"head": entry["back"], "back": None}
+            return entry["head"], entry["back"]
+
+    @contextmanager
+    def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """What is known, written when the block ends; no other process changes it meanwhile."""
+        with self._lock, lock_file(self._path.with_suffix(".lock")):
+            known = self._read()
+            before = json.dumps(known)
+            yield known
+            if json.dumps(known) != before:
+                replace_whole(self._path, json.dumps(known).encode(), mode=0o600)
+            self._known = known
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict) or not all(isinstance(one, dict) for one in known.values()):
+                raise ValueError("it is no list of sites")
+            for entry in known.values():
+                parts_of(str(entry["head"]))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, ConfigError) as error:
+            raise ConfigError(
+                f"{self._path} cannot be read ({error}), and it says from where each site's books go on. "
+                "Restore it from a backup; if there is none, move it away, and the sites tell their heads "
+                "anew."
+            ) from error
+        return known
+
+
+def _went_back(kept: tuple[int, str, int, str], new: tuple[int, str, int, str]) -> bool:
+    """Whether one of two books ends earlier than it did, or has another entry at the same place."""
+    pairs = ((kept[:2], new[:2]), (kept[2:], new[2:]))
+    return any(now[0] < was[0] or (now[0] == was[0] and now[1] != was[1]) for was, now in pairs)
+
+
+# --- whom a running server lets in --------------------------------------------------------------------
 
 
 class Admission:
@@ -44,7 +321,7 @@ class Admission:
 
     def __init__(self, state: Any, folder: Path, say: Callable[[str], None]) -> None:
         self._state, self._folder, self._say = state, folder, say
-        self.heads = Heads(folder)
+        self.heads = BookHeads(folder)
         self._admitted: dict[bytes, str] = {}  # site, by public key (PEM)
         self._suspended: dict[bytes, str] = {}  # reason, by public key (PEM)
         self._told: set[str] = set()
@@ -128,12 +405,10 @@ class Admission:
 
     def _enrol(self, key: bytes, site: str) -> bool:
         """Registers a new key; False if Flower has been told to forget it."""
-        from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+        from fedtune.deploy import flower  # late: `--enrol` and `--revoke` need no Flower
 
         try:
-            self._state.create_node(
-                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=site
-            )
+            flower.register_node(self._state, key, site)
         except ValueError:
             told = f"the key of {site} was revoked before and stays so; the site makes a new one"
             note_revoked(self._folder, site, key)  # it was told by a version that kept no record of its own
@@ -143,9 +418,9 @@ class Admission:
         return True
 
     def _remove(self, key: bytes, node: Any) -> None:
-        from flwr.common.constant import NOOP_FLWR_AID
+        from fedtune.deploy import flower
 
-        self._state.delete_node(NOOP_FLWR_AID, node.node_id)
+        flower.forget_node(self._state, node.node_id)
         self._say(f"revoked the key of {node.name} ({certificates.fingerprint(key)})")
 
     def _why(self, site: str, broken: dict[str, str]) -> str:

@@ -1,19 +1,23 @@
-"""Keys and certificates of a federation: one authority, one server certificate, one key pair a site.
+"""Keys, certificates and TLS: one authority, one server certificate, one key pair a site.
 
 The authority signs the server's certificate, and nodes trust no other authority. Nodes are known by their
-public keys: elliptic curve P-384, of which the private half is made at the site and stays there. So there
-is nothing secret in what is sent to a site, and revoking a node is forgetting its key.
+public keys (elliptic curve P-384), of which the private half is made at the site and stays there. So nothing
+that is sent to a site is secret, and revoking a node is forgetting its key.
 
 Secrets are written whole or not at all, with mode 0600, and refused where they are empty, torn, or readable
-by others.
+by others. `check_server` opens a TLS connection before Flower does, because Flower would not say in words
+what is wrong with a server.
 """
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
+import ssl
 import stat
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -23,26 +27,33 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtune.config.files import create_whole, replace_whole
-from fedtune.errors import ConfigError, ResourceError
+from fedtune.errors import ConfigError, FederationError, ResourceError
 
 __all__ = [
     "check_authority",
+    "check_server",
     "check_server_certificate",
+    "expiry_warning",
     "fingerprint",
     "load_private_key",
     "make_authority",
     "make_node_key",
     "make_server_certificate",
+    "parse_address",
     "public_key_of",
     "public_line",
     "public_line_of",
     "read_public_line",
     "read_secret",
+    "tls_context",
+    "wait_for_server",
     "write_secret",
 ]
 
 AUTHORITY_DAYS = 3650
 _EARLY = datetime.timedelta(minutes=5)  # a site's clock may be a little behind
+_LOG_EVERY = 60.0  # seconds between two lines about a server that does not answer
+_WARN_DAYS = 30
 
 
 def write_secret(path: Path, content: bytes) -> None:
@@ -248,6 +259,79 @@ def fingerprint(public_key: bytes) -> str:
     return " ".join(text[i : i + 4] for i in range(0, len(text), 4))
 
 
+def parse_address(address: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{address!r} is no address; give HOST:PORT, such as 'fed.example.org:9443'.")
+    return host.strip("[]"), int(port)
+
+
+def tls_context(authority: Path) -> ssl.SSLContext:
+    """Trusts servers of this one authority. Raises ConfigError for a file that cannot be read."""
+    try:
+        return ssl.create_default_context(cafile=str(authority))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no authority certificate {authority}; it came with the site's archive."
+        ) from error
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"{authority} holds no certificate; take ca.crt from the site's archive again."
+        ) from error
+
+
+def expiry_warning(days: float) -> str | None:
+    """What to say of a server's certificate that is good for `days` more; None if that is long."""
+    if days >= _WARN_DAYS:
+        return None
+    return (
+        f"the server's certificate expires in {max(0, int(days))} days, and then no site can join; its "
+        "operator renews it with `fedtune provision FEDERATION.yaml -o DIR --renew`"
+    )
+
+
+def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
+    """Opens a TLS connection and closes it; days for which the server's certificate is still good.
+
+    Raises ConfigError for an authority that cannot be read, FederationError for a server that is not to be
+    trusted or speaks no TLS (asking again would not help), ResourceError for one that does not answer.
+    """
+    host, port = parse_address(address)
+    context = tls_context(authority)
+    try:
+        with (
+            socket.create_connection((host, port), timeout) as plain,
+            context.wrap_socket(plain, server_hostname=host) as connection,
+        ):
+            ends = (connection.getpeercert() or {}).get("notAfter", "")
+            return (ssl.cert_time_to_seconds(str(ends)) - time.time()) / 86_400
+    except ssl.SSLCertVerificationError as error:
+        raise FederationError(_untrusted(address, authority, error)) from error
+    except ssl.SSLError as error:
+        raise FederationError(
+            f"Whatever answers at {address} does not speak TLS ({error.reason or 'no reason given'}), "
+            f"so nothing was "
+            "sent to it. Check host and port; a fedtune server always speaks TLS."
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"The server {address} does not answer ({error.strerror or error}).") from error
+
+
+def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> float:
+    """`check_server`, once the server is there: tries again for ever, and says so once a minute."""
+    pause, said = 1.0, -_LOG_EVERY
+    while True:
+        try:
+            return check_server(address, authority)
+        except ResourceError as error:
+            if time.monotonic() - said >= _LOG_EVERY:
+                say(f"{error} Trying again until it does.")
+                said = time.monotonic()
+            time.sleep(pause)
+            pause = min(30.0, 2 * pause)
+
+
 # --- inside ---------------------------------------------------------------------------------------
 
 
@@ -296,3 +380,27 @@ def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _untrusted(address: str, authority: Path, error: ssl.SSLCertVerificationError) -> str:
+    reason = error.verify_message
+    if "expired" in reason:
+        return (
+            f"The certificate of the server {address} has expired, so it is not trusted. Its operator "
+            f"makes a new one "
+            "with `fedtune provision FEDERATION.yaml -o DIR --renew`; if it is new, check this "
+            "machine's clock."
+        )
+    if "not yet valid" in reason:
+        return f"The certificate of the server {address} is not valid yet: check this machine's clock."
+    if "mismatch" in reason or "doesn't match" in reason:
+        return (
+            f"The certificate of the server {address} is for another name ({reason}). Use the address in the "
+            "federation file, or add this one to its certificate_names and renew."
+        )
+    return (
+        f"The server {address} is not the one that the authority in {authority} vouches for ({reason}). "
+        f"Nothing was "
+        "sent to it. Use the ca.crt of this federation; if it is that one, somebody else answers at "
+        "this address."
+    )

@@ -2,9 +2,14 @@
 
 Flower's SuperNode learns of a key that is not enrolled, of a key that is in use and of a clock that is off
 only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
-server (`gate`) answers whom it knows by that key, whether such a node is connected, what time it is
-and which fedtune it has. Only who holds a key learns anything about it. What a site publishes of its budget
-(`published`), and the head of its books (`heads`), go the same way.
+server answers which site it knows by that key, whether such a node is connected, what time it is and which
+fedtune it has. Only who holds a key learns anything about it. The head of a site's books
+(`admission.BookHeads`) goes the same way.
+
+So does what a site publishes of its budget: by default nothing. With `publish_budget: true` in its node.yaml
+a node reports how much epsilon is left, with delta and unit, when it joins and within a minute of each
+release; its audit log says so before. The server keeps the last report (`published.json`) and shows it to
+whoever has the operator's token: `fedtune status`.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import datetime
 import http.client
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,17 +32,31 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune import __version__
-from fedtune.deploy import certificates, published
+from fedtune.config.files import replace_whole
+from fedtune.config.schema import UNITS
+from fedtune.deploy import certificates
 from fedtune.deploy.admission import Admission
-from fedtune.deploy.conversation import HEARTBEAT_SECONDS
-from fedtune.deploy.provision import parse_address
-from fedtune.deploy.reach import tls_context
+from fedtune.deploy.certificates import parse_address, tls_context
+from fedtune.deploy.site import open_ledger
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.privacy.publication import publish as door
 
-__all__ = ["PATH", "answer", "as_enrolled", "check_in", "publish", "refusal", "suspension"]
+__all__ = [
+    "HEARTBEAT_SECONDS",
+    "PATH",
+    "PublishedBudgets",
+    "answer",
+    "as_enrolled",
+    "budget_of",
+    "budget_text",
+    "check_in",
+    "checked_budget",
+    "publish",
+    "refusal",
+    "suspension",
+]
 
 PATH = "/v1/fedtune/join"
 _KEY, _TIME, _SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
@@ -44,12 +64,18 @@ _PUBLISHED = "x-fedtune-published"  # JSON; without it, a question only
 _PURPOSE = b"fedtune-join:"
 # Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
 _AHEAD, _BEHIND = 5.0, 305.0
+# Flower's server holds a node that was killed for connected until it has missed two heartbeats, and lets the
+# one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds;
+# 10 s is the least that the server takes.
+HEARTBEAT_SECONDS = 10
 # A node that died without a word counts as connected until it has missed two heartbeats.
 _LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
 _TELLING = threading.Lock()
 _log = logging.getLogger("fedtune.server")
 _NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
+_BUDGET_KEYS = ("epsilon_left", "epsilon", "delta", "unit")
+_UNITS = (*UNITS, "any")
 
 
 @dataclass(frozen=True)
@@ -69,7 +95,7 @@ class Welcome:
 
 
 def answer(
-    headers: Mapping[bytes, bytes], admission: Admission, board: published.Board | None = None
+    headers: Mapping[bytes, bytes], admission: Admission, board: PublishedBudgets | None = None
 ) -> tuple[int, dict[str, Any]]:
     """The server's (HTTP status, answer). What an enrolled site tells is noted: what it publishes on `board`,
     the head of its books with `admission`; nothing of a request that is old, which may be one of before that
@@ -104,7 +130,7 @@ def answer(
     if refused is not None and suspended is None:
         known = None
     if site is not None and "budget" in told_of and board is not None:
-        board.note(site, published.checked(told_of["budget"]))
+        board.note(site, checked_budget(told_of["budget"]))
     return 200, {
         "fedtune": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -192,15 +218,14 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
 
     A node names itself in its hello; a site that took another's name would take its place in a run.
     """
-    from flwr.app import Error
-    from flwr.app.message import make_message
+    from fedtune.deploy import flower
 
     hello = message.content.get("hello") if message.has_content() else None
     name = hello.get("node") if isinstance(hello, Mapping) else None
     if name is None or name == (site := site_of(message.metadata.src_node_id)):
         return message
     reason = f"It says that it is {str(name)[:100]!r}, and its key is enrolled for {site!r}: it has no part."
-    return make_message(metadata=message.metadata, error=Error(_NOT_ITSELF, reason))
+    return flower.error_in_place_of(message, _NOT_ITSELF, reason)
 
 
 def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
@@ -309,3 +334,72 @@ def _now() -> datetime.datetime:
 
 def _print(key: ec.EllipticCurvePrivateKey) -> str:
     return certificates.fingerprint(certificates.public_key_of(key))
+
+
+# --- what a site publishes of its budget --------------------------------------------------------------
+
+
+def budget_of(site: SiteSettings) -> dict[str, Any] | None:
+    """What this site publishes now; None if its owner did not ask for it. Raises LedgerError.
+
+    `epsilon_left` is what no release has spent, of whichever state of its data has spent most, rounded down.
+    """
+    if not site.publish_budget:
+        return None
+    ledger, budget = open_ledger(site), site.budget
+    releases = [one for one in ledger.releases() if not one.public]
+    used = {(one.dataset, one.fingerprint) for one in releases}
+    spent = max(
+        (ledger.epsilon(dataset=name, fingerprint=mark, delta=budget.delta) for name, mark in used),
+        default=0.0,
+    )
+    return {
+        "epsilon_left": math.floor(max(0.0, budget.epsilon - spent) * 1e4) / 1e4,
+        "epsilon": budget.epsilon,
+        "delta": budget.delta,
+        "unit": budget.unit or "any",
+    }
+
+
+def checked_budget(values: Any) -> dict[str, Any] | None:
+    """`values` if a site may have published them; None for anything else."""
+    if not isinstance(values, dict) or set(values) != set(_BUDGET_KEYS) or values["unit"] not in _UNITS:
+        return None
+    numbers = [values[name] for name in _BUDGET_KEYS[:3]]
+    right = all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in numbers)
+    return values if right else None
+
+
+def budget_text(values: dict[str, Any] | None) -> str:
+    """For a person."""
+    if values is None:
+        return "budget not published"
+    unit = "" if values["unit"] == "any" else f", unit {values['unit']}"
+    return (
+        f"epsilon {values['epsilon_left']:g} of {values['epsilon']:g} left at delta {values['delta']:g}{unit}"
+    )
+
+
+class PublishedBudgets:
+    """What the sites published last, by name; in a file of the server's, so that it outlives it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+
+    def all(self) -> dict[str, Any]:
+        """By site; nothing where the file is missing or cannot be read."""
+        try:
+            found = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def note(self, site: str, values: dict[str, Any] | None) -> None:
+        """Keeps what a site published; None takes it down."""
+        with self._lock:
+            kept = self.all()
+            if kept.get(site) == values:
+                return
+            kept[site] = values
+            content = json.dumps({name: one for name, one in kept.items() if one is not None})
+            replace_whole(self._path, content.encode(), mode=0o600)

@@ -1,10 +1,8 @@
 """`fedtune node`: a SuperNode for one site, which runs its own installed fedtune and nothing else.
 
-Flower's SuperNode keeps the connection, the identity and the messages; what it would do with an app or a
-message is replaced (`thin.Apps`, `executor.Answers`). Before it is started, the server is asked whether this
-site may join (`join`), for Flower would not say in words why not.
-
-Uses Flower's internals (checked with 1.41): its NodeState, and what `conversation` names.
+The connection, the identity and the messages are kept by Flower's parts; what Flower would do with an app or
+a message is replaced (`thin_app.AppAllowList`, `message_loop.MessageHandler`). Before it joins, the node asks
+the server whether this site may (`join`), because Flower would not say in words why not.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy import certificates, channel, join, published
-from fedtune.deploy.executor import Answers, Worker
-from fedtune.deploy.reach import check_server, expiry_warning, wait_for_server
+from fedtune.deploy import certificates, channel, join
+from fedtune.deploy.certificates import check_server, expiry_warning, wait_for_server
 from fedtune.deploy.site import books_of, check_books, open_ledger
-from fedtune.deploy.thin import Apps
+from fedtune.deploy.thin_app import AppAllowList
+from fedtune.deploy.worker_process import WorkerProcess
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
@@ -41,7 +39,7 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
     check_books(site)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
     _enter(site, key, say)
-    worker = Worker(site)
+    worker = WorkerProcess(site)
     try:
         worker.start()
         _join(site, key, worker, say)
@@ -64,48 +62,44 @@ def _enter(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
             time.sleep(5.0)
 
 
-def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], None]) -> None:
-    from flwr.supercore.object_store import ObjectStoreFactory
-    from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
-
-    from fedtune.deploy.conversation import converse
+def _join(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[str], None]) -> None:
+    # Late: Flower takes seconds, and most of what keeps a site out is known before.
+    from fedtune.deploy import flower
+    from fedtune.deploy.message_loop import MessageHandler, run_message_loop
 
     joined, ending = threading.Event(), threading.Event()
 
-    class State(InMemoryNodeState):
-        def set_node_id(self, node_id: int | None) -> None:
-            super().set_node_id(node_id)
-            say(f"joined {site.server} as {site.site}")
-            joined.set()
+    def on_joined() -> None:
+        say(f"joined {site.server} as {site.site}")
+        joined.set()
 
-    said, apps, log = _Capture(), Apps(), Books(Path(site.ledger), Path(site.audit_log))
-    store = ObjectStoreFactory().store()
-    state = State(store)
-    answer = Answers(state, store, site, worker, apps)
+    flower_log, apps, books = FlowerLog(), AppAllowList(), books_of(site)
+    state, store = flower.node_state(on_joined)
+    answer = MessageHandler(state, store, site, worker, apps)
 
-    threading.Thread(target=_watch, args=(site, key, worker, log, ending, say), daemon=True).start()
+    threading.Thread(target=_watch, args=(site, key, worker, books, ending, say), daemon=True).start()
     try:
         while True:
             joined.clear()
-            converse(
+            run_message_loop(
                 state,
                 store,
                 server=site.server,
                 authority=Path(site.ca),
                 key=key,
                 node_config={"site": site.to_json()},
-                guard=lambda connection: guard(connection, apps, log),
+                guard=lambda connection: guard(connection, apps, books),
                 answer=answer,
                 say=say,
             )
             # Something unforeseen ended it; identity and memory of runs are kept.
-            say(f"the connection ended ({said.last()}); joining again")
+            say(f"the connection ended ({flower_log.last()}); joining again")
             time.sleep(5.0)
             _enter(site, key, say)
     except SystemExit:
         if not joined.is_set():
             raise FederationError(
-                f"The server {site.server} did not let site '{site.site}' in. It said: {said.last()}."
+                f"The server {site.server} did not let site '{site.site}' in. It said: {flower_log.last()}."
             ) from None
         # Flower ends in the same way when it is told to and when the server refuses the key.
         if reason := join.refusal(site, key):
@@ -115,7 +109,7 @@ def _join(site: SiteSettings, key: Any, worker: Worker, say: Callable[[str], Non
         ending.set()
 
 
-def guard(connection: Any, apps: Apps, log: Books) -> Any:
+def guard(connection: Any, apps: AppAllowList, log: Books) -> Any:
     """Flower's connection (eight functions), with the app of a run judged before Flower reads it, and a
     message that grows beyond `channel.MAX_FRAME` bytes given up while it arrives."""
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
@@ -148,7 +142,7 @@ def guard(connection: Any, apps: Apps, log: Books) -> Any:
 def _watch(
     site: SiteSettings,
     key: Any,
-    worker: Worker,
+    worker: WorkerProcess,
     log: Books,
     ending: threading.Event,
     say: Callable[[str], None],
@@ -186,7 +180,7 @@ def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, An
     and a line each minute would say otherwise. An owner who publishes nothing has that told once: what the
     server kept of a time when it was otherwise is taken down.
     """
-    books, values = books_of(site), published.of_site(site)
+    books, values = books_of(site), join.budget_of(site)
     if told is None or (values, books.head()) != (told["published"], told["head"]):
         if values is not None and (told is None or values != told["published"]):
             check_server(site.server, Path(site.ca))
@@ -195,7 +189,7 @@ def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, An
     return {"published": values, "head": books.head()}
 
 
-class _Capture(logging.Handler):
+class FlowerLog(logging.Handler):
     """Keeps what Flower would print, to be told in fedtune's words."""
 
     def __init__(self) -> None:

@@ -3,14 +3,20 @@
 It relays messages between the process that submits a run (`submit`, which is the ServerApp) and the nodes,
 and runs nobody's code: there is no executor for apps in it. Nodes are let in by their enrolled keys
 (`admission`: a file that appears enrols, one that is missing or broken suspends, within seconds; only
-`--revoke` revokes). What is open to whom is said by `gate`. The database keeps nodes, runs and messages over
-a crash. A certificate that was renewed is taken up without a restart.
+`--revoke` revokes). The database keeps nodes, runs and messages over a crash. A renewed certificate is used
+without a restart.
 
-Uses Flower's internals (checked with 1.41): `create_app` and its lifespan, which `flower-superlink` uses.
+The `Gate` is the one way in. Flower's SuperLink has some eighty calls. fedtune uses those that are named
+here, one by one; every other is closed to everybody, so that a call which a later Flower adds is closed until
+somebody here opens it. In particular nobody registers or unregisters a node by Flower's own interfaces, with
+or without the operator's token.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hmac
+import json
 import logging
 import socket
 import ssl
@@ -20,20 +26,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy import certificates
+from fedtune.deploy import certificates, join
 from fedtune.deploy.admission import Admission
-from fedtune.deploy.gate import Gate
-from fedtune.deploy.provision import Federation, parse_address, read_token
-from fedtune.deploy.published import Board
-from fedtune.deploy.reach import expiry_warning
+from fedtune.deploy.certificates import expiry_warning, parse_address
+from fedtune.deploy.join import PublishedBudgets
+from fedtune.deploy.provision import Federation, read_token
 from fedtune.errors import ConfigError, ResourceError
 
-__all__ = ["run_server"]
-
+__all__ = ["FOR_NODES", "FOR_OPERATORS", "PUBLISHED_PATH", "TOKEN_HEADER", "Gate", "run_server"]
 _log = logging.getLogger("fedtune.server")
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
-_BUSY_MILLISECONDS = "60000"
+TOKEN_HEADER = "x-fedtune-operator"
+PUBLISHED_PATH = "/v1/fedtune/published"
+# Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
+_MAX_BODY = 2**25
+_NODE_KEY = b"flwr-public-key"  # flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER
+
+FOR_NODES = frozenset(
+    f"/v1/fleet/{call}"
+    for call in (
+        "activate-node", "confirm-message-received", "deactivate-node", "get-fab", "get-run",
+        "pull-messages", "pull-object", "push-messages", "push-object", "send-node-heartbeat",
+    )
+)  # fmt: skip
+FOR_OPERATORS = frozenset(
+    [f"/v1/control/{call}" for call in ("list-nodes", "list-runs", "start-run", "stop-run")]
+    + [
+        f"/v1/runtime/{call}"
+        for call in (
+            "acquire-task", "confirm-message-received", "get-nodes", "pull-messages", "pull-object",
+            "pull-task-input", "push-messages", "push-object", "push-task-output", "send-task-heartbeat",
+        )
+    ]
+)  # fmt: skip
 
 
 def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
@@ -51,14 +77,16 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         say(warning)
     token = read_token(folder)
     _check_port(host, port)
-    app = _application(folder, host, port)
+    from fedtune.deploy import flower  # late: what is wrong with the folder is known before
+
+    app = flower.superlink_app(folder, host, port)
     admission = Admission(app.state.linkstate_factory.state(), folder, say)
     admitted = admission.look()
     ending = threading.Event()
     import uvicorn
 
     config = uvicorn.Config(
-        Gate(app, token, admission, Board(folder / "published.json")),
+        Gate(app, token, admission, PublishedBudgets(folder / "published.json")),
         host=host,
         port=port,
         ssl_keyfile=str(folder / "server.key"),
@@ -80,49 +108,6 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     finally:
         ending.set()
     say("the server has ended; its database keeps nodes and runs")
-
-
-def _application(folder: Path, host: str, port: int) -> Any:
-    """Flower's SuperLink as an ASGI application, with the folder's database."""
-    from flwr.common.constant import TRANSPORT_TYPE_GRPC_RERE
-    from flwr.supercore import sql_mixin
-    from flwr.supercore.constant import SQLITE_PRAGMAS
-    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
-    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
-    from flwr.superlink.config_loader import SuperLinkLifespanConfig
-    from flwr.superlink.main import create_app
-
-    from fedtune.federation.flower import quiet
-
-    quiet()
-    # Flower waits 5 s for its database, which twenty nodes that ask at once on two cores outlast. Of two
-    # settings of one name the later one holds.
-    setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", _BUSY_MILLISECONDS)))  # noqa: B010
-    config = SuperLinkLifespanConfig(
-        control_address="",
-        health_server_address=None,
-        host=host,
-        port=port,
-        insecure=False,
-        certificates=None,
-        superexec_auth_secret=None,
-        authn_plugin=NoOpControlAuthnPlugin(),
-        event_log_plugin=None,
-        fleet_event_log_plugin=None,
-        enable_event_log=False,
-        artifact_provider=None,
-        enable_supernode_auth=True,
-        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
-        fleet_api_address=None,
-        simulation=False,
-        ssl_ca_certfile=str(folder / "ca.crt"),
-        ssl_certfile=str(folder / "server.crt"),
-        ssl_keyfile=str(folder / "server.key"),
-        database=str(folder.absolute() / "superlink.sqlite"),
-        isolation="process",
-        runtime_dependency_install=False,
-    )
-    return create_app(config, SuperLinkLifespan)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -149,6 +134,65 @@ def check_pair(folder: Path) -> None:
             f"({error.reason or error}). Put both there as they were made, or make new ones with `fedtune "
             "provision FEDERATION.yaml -o DIR --renew`."
         ) from error
+
+
+class Gate:
+    """Lets enrolled nodes to what nodes may call, and whoever has the operator's token to what operators may.
+
+    A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
+    who sent it. One that comes in chunks, whatever length it names beside, has no size; one that names two
+    keys is let to nothing, for the gate would read the one and Flower the other. `budgets` keeps what
+    sites publish. Raises ConfigError for an empty token, which would be everybody's.
+    """
+
+    def __init__(
+        self, app: Any, token: str, admission: Admission, budgets: PublishedBudgets | None = None
+    ) -> None:
+        if not token:
+            raise ConfigError("The operator's token is empty: everybody would have it. Nothing is served.")
+        self._app, self._token, self._admission, self._budgets = app, token.encode(), admission, budgets
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return None  # no websocket is spoken here
+        headers, path = dict(scope["headers"]), scope["path"]
+        if path == join.PATH:
+            # Asks the database, so not in the loop that serves everybody.
+            said = await asyncio.to_thread(join.answer, headers, self._admission, self._budgets)
+            return await _respond(send, *said)
+        if path in FOR_NODES:
+            keys = [value for name, value in scope["headers"] if name == _NODE_KEY]
+            refused = self._admission.of_request(keys[0] if len(keys) == 1 else b"")
+        elif path in FOR_OPERATORS or path == PUBLISHED_PATH:
+            refused = None if self._knows(headers) else (403, "This needs the operator's token.")
+        else:
+            refused = 403, "This server has no such call."
+        if refused is not None:
+            return await _respond(send, refused[0], {"error": refused[1]})
+        if path == PUBLISHED_PATH:
+            return await _respond(send, 200, self._budgets.all() if self._budgets else {})
+        length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
+        if not length.isdigit() or b"transfer-encoding" in headers:
+            return await _respond(send, 411, {"error": "A request has to say how long it is."})
+        if int(length) > _MAX_BODY:
+            error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."
+            return await _respond(send, 413, {"error": error})
+        await self._app(scope, receive, send)
+        return None
+
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        given = headers.get(TOKEN_HEADER.encode(), b"")
+        return bool(given) and hmac.compare_digest(given, self._token)
+
+
+async def _respond(send: Any, status: int, values: dict[str, Any]) -> None:
+    body = json.dumps(values).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _Certificate:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.config.convert import read_yaml
 from fedtune.deploy import certificates
-from fedtune.deploy.provision import parse_address
+from fedtune.deploy.certificates import parse_address
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
 from fedtune.federation.client.audit_log import AuditLog, Books
 from fedtune.federation.client.policy import SiteSettings

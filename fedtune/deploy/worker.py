@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["answer", "main"]
 
 _log = logging.getLogger("fedtune.node")
-_APP_FAILED = 2  # flwr's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 def main(path: str) -> None:
@@ -73,18 +72,20 @@ def main(path: str) -> None:
 
 def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSettings) -> list[bytes]:
     """[reply, context], serialized, to a serialized message."""
-    from flwr.common.serde import context_from_proto, context_to_proto
-    from flwr.proto.message_pb2 import Context as ProtoContext
-
     from fedtune.errors import FedtuneError, ResourceError
     from fedtune.federation.client.app import app
     from fedtune.federation.client.audit_log import Books
     from fedtune.federation.client.node_context import public_reason
-    from fedtune.federation.flower import act_as, deserialize, serialize
+    from fedtune.federation.flower import (
+        act_as,
+        deserialize,
+        deserialize_context,
+        error_answer,
+        serialize,
+        serialize_context,
+    )
 
-    proto = ProtoContext()
-    proto.ParseFromString(context)
-    received, its_context = deserialize(message), context_from_proto(proto)
+    received, its_context = deserialize(message), deserialize_context(context)
     act_as(header["task"], header["run"], header["node"])
     books = Books(Path(site.ledger), Path(site.audit_log))
     before: dict[str, Any] = {}
@@ -95,20 +96,14 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
     except Exception as error:  # books that disagree; a message of a kind that nobody answers
         known = isinstance(error, FedtuneError)
         _log.error("a message could not be answered: %s", error, exc_info=None if known else error)
-        reply = _failure(received, public_reason(error, site.site))
+        reply = error_answer(received, public_reason(error, site.site))
     data = serialize(reply)
     try:
         _audit(books, received, reply, its_context, before, len(data))
     except ResourceError as error:  # what is not in the log does not leave; what was charged stays charged
         _log.error("%s (%s)", error, site.audit_log)
-        data = serialize(_failure(received, public_reason(error, site.site)))
-    return [data, context_to_proto(its_context).SerializeToString()]
-
-
-def _failure(message: Message, reason: str) -> Message:
-    from flwr.app import Error, Message
-
-    return Message(Error(_APP_FAILED, reason), reply_to=message)
+        data = serialize(error_answer(received, public_reason(error, site.site)))
+    return [data, serialize_context(its_context)]
 
 
 def _limit(site: SiteSettings) -> None:

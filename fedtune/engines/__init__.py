@@ -35,7 +35,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
 
         return run_ray(config, run_dir, observer)
     if config.engine.name == "deployment":
-        from fedtune.deploy.operator import run as run_deployment
+        from fedtune.deploy.submit import run as run_deployment
 
         return run_deployment(config, run_dir, observer)
     raise ConfigError(f"engine={config.engine.name!r} is not known; it can be {' or '.join(ENGINES)}.")

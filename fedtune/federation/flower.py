@@ -1,4 +1,7 @@
-"""The only place that touches Flower's internals (checked with flwr 1.41; pyproject holds the range narrow).
+"""Every touch of Flower's internals but those of a real federation, which `fedtune.deploy.flower` has.
+
+Checked with flwr 1.41; pyproject holds the range narrow, and a test of the architecture holds the rest of the
+package to Flower's public names.
 
 Serialization is needed to count the bytes of a message and to isolate nodes from one another;
 `TaskIdentity` because a Message cannot be made outside of a Flower process without one. If an update
@@ -21,8 +24,14 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-from flwr.app import Error, Message  # noqa: E402
-from flwr.common.serde import message_from_proto, message_to_proto  # noqa: E402
+from flwr.app import Context, Error, Message  # noqa: E402
+from flwr.common.serde import (  # noqa: E402
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+)
+from flwr.proto.message_pb2 import Context as ProtoContext  # noqa: E402
 from flwr.proto.message_pb2 import Message as ProtoMessage  # noqa: E402
 from flwr.supercore.run import Run  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
@@ -32,10 +41,12 @@ __all__ = [
     "Run",
     "act_as",
     "deserialize",
+    "deserialize_context",
     "empty_run",
     "error_answer",
     "quiet",
     "serialize",
+    "serialize_context",
     "serialized_size",
     "set_message_id",
     "task_identity",
@@ -61,6 +72,19 @@ def deserialize(data: bytes) -> Message:
     proto = ProtoMessage()
     proto.ParseFromString(data)
     return message_from_proto(proto)
+
+
+def serialize_context(context: Context) -> bytes:
+    """A Context as bytes."""
+    data: bytes = context_to_proto(context).SerializeToString()
+    return data
+
+
+def deserialize_context(data: bytes) -> Context:
+    """Inverse of `serialize_context`."""
+    proto = ProtoContext()
+    proto.ParseFromString(data)
+    return context_from_proto(proto)
 
 
 def serialized_size(message: Message) -> int:

@@ -32,14 +32,9 @@ REPOSITORY = HERE.parents[1]
 if str(REPOSITORY) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(REPOSITORY))
 
-from fedtune.deploy.provision import (  # noqa: E402
-    enrol,
-    provision,
-)
-from fedtune.deploy.site import (  # noqa: E402
-    make_key,
-    read_site,
-)
+from fedtune.deploy.admission import enrol  # noqa: E402
+from fedtune.deploy.provision import provision  # noqa: E402
+from fedtune.deploy.site import make_key, read_site  # noqa: E402
 from fedtune.federation.client.audit_log import AuditLog  # noqa: E402
 from fedtune.privacy.ledger.ledger import PrivacyLedger  # noqa: E402
 from fedtune.runs.environment import hardware  # noqa: E402

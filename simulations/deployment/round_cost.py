@@ -43,7 +43,7 @@ def take_apart(events: list[Event], rounds: int) -> list[dict[str, float]]:
             return [one for one in inside if one["name"] == name]
 
         pulls = [one for one in named("_pull_and_store_message") if one["something"]]
-        asks, sends = named("Worker.ask"), named("_push_messages")
+        asks, sends = named("WorkerProcess.ask"), named("_push_messages")
         trainings = named("train_locally")
         answers = [one for one in named("HttpGrid.pull_messages") if one["size"]]
         saves, evaluations = named("RunState.save"), named("RunResources.evaluate")

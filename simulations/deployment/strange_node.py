@@ -77,7 +77,7 @@ def main() -> int:
     from fedtune.deploy import node
 
     kind, *rest = sys.argv[1:]
-    worker: Any = node.Worker
+    worker: Any = node.WorkerProcess
     if kind == "slow":
         worker.ask = slow(worker.ask, float(rest[0]), float(rest[1]))
         rest = rest[2:]

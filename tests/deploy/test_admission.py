@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.deploy import certificates, server
-from fedtune.deploy.admission import Admission
-from fedtune.deploy.enrolment import enrol, enrolled, revoke, revoked
+from fedtune.deploy import certificates
+from fedtune.deploy.admission import Admission, enrol, enrolled, revoke, revoked
+from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
 
@@ -36,7 +36,7 @@ class Books:
         self.restart()
 
     def restart(self) -> None:
-        self.state = server._application(self.folder, "127.0.0.1", 9).state.linkstate_factory.state()
+        self.state = superlink_app(self.folder, "127.0.0.1", 9).state.linkstate_factory.state()
         self.admission = Admission(self.state, self.folder, self.said.append)
         self.admission.look()
 

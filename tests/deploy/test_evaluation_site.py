@@ -108,5 +108,5 @@ def test_a_server_needs_no_test_data_where_nodes_evaluate(asked: Callable[..., S
 
 
 def test_less_than_no_answer_cannot_be_permitted(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="max_evaluations is -1"):
+    with pytest.raises(ConfigError, match="max_evaluations=-1"):
         settings(tmp_path, permit={"max_evaluations": -1})

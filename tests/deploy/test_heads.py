@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.cli.app import main
-from fedtune.deploy.heads import Heads
+from fedtune.deploy.admission import BookHeads
 from fedtune.errors import ConfigError
 
 
@@ -17,13 +17,13 @@ def head(row: int, line: int, mark: str = "a", other: str = "b") -> str:
 
 
 def test_heads_that_grow_or_stay_are_kept(tmp_path: Path) -> None:
-    heads = Heads(tmp_path)
+    heads = BookHeads(tmp_path)
     for one in (head(3, 2), head(3, 2), head(5, 4, "c", "d"), head(5, 6, "c", "e")):
         heads.note("clinic-1", one)
         assert heads.kept("clinic-1") == one and heads.reason("clinic-1") is None
     assert heads.kept("clinic-2") is None and heads.reason("clinic-2") is None
     assert (tmp_path / "heads.json").stat().st_mode & 0o077 == 0
-    assert Heads(tmp_path).kept("clinic-1") == head(5, 6, "c", "e"), "it outlives the server"
+    assert BookHeads(tmp_path).kept("clinic-1") == head(5, 6, "c", "e"), "it outlives the server"
 
 
 @pytest.mark.parametrize(
@@ -34,11 +34,11 @@ def test_a_head_that_went_back_or_is_another_is_refused_until_the_books_are_rest
     tmp_path: Path, lower: str
 ) -> None:
     lower = lower.replace("x", "0")
-    heads = Heads(tmp_path)
+    heads = BookHeads(tmp_path)
     heads.note("clinic-1", head(5, 6, "c", "e"))
     heads.note("clinic-1", lower)
     assert heads.kept("clinic-1") == head(5, 6, "c", "e")
-    for one in (heads, Heads(tmp_path)):
+    for one in (heads, BookHeads(tmp_path)):
         said = str(one.reason("clinic-1"))
         assert lower in said and head(5, 6, "c", "e") in said and "--accept-restore clinic-1" in said
     heads.note("clinic-1", head(6, 7, "c", "e"))  # the newest copy was found
@@ -48,7 +48,7 @@ def test_a_head_that_went_back_or_is_another_is_refused_until_the_books_are_rest
 def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    heads = Heads(tmp_path)
+    heads = BookHeads(tmp_path)
     heads.note("clinic-1", head(5, 6))
     with pytest.raises(ConfigError, match="did not go back"):
         heads.accept("clinic-1")
@@ -64,10 +64,10 @@ def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
 
 
 def test_a_broken_file_of_heads_is_named_and_nonsense_from_a_site_is_not_kept(tmp_path: Path) -> None:
-    heads = Heads(tmp_path)
+    heads = BookHeads(tmp_path)
     heads.note("clinic-1", "L1-zz")
     assert heads.kept("clinic-1") is None and not (tmp_path / "heads.json").exists()
     for content in ("", "[]", '{"clinic-1": {"head": "no"}}'):
         (tmp_path / "heads.json").write_text(content)
         with pytest.raises(ConfigError, match="heads.json cannot be read"):
-            Heads(tmp_path)
+            BookHeads(tmp_path)

@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from fedtune import __version__
-from fedtune.deploy import certificates, gate, join, reach, server
-from fedtune.deploy.admission import Admission
-from fedtune.deploy.enrolment import enrol, revoke
+from fedtune.deploy import certificates, join, server
+from fedtune.deploy.admission import Admission, enrol, revoke
+from fedtune.deploy.flower import superlink_app
+from fedtune.deploy.join import PublishedBudgets, budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision, read_token
-from fedtune.deploy.published import Board, checked, of_site, shown
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from tests.support.site_parts import settings
@@ -48,12 +48,12 @@ class Real:
             self.keys[site] = certificates.make_node_key(root / f"{site}.key")
             enrol(self.folder, certificates.public_line(self.keys[site], site))
         self.said: list[str] = []
-        self.app = server._application(self.folder, "127.0.0.1", self.port)
+        self.app = superlink_app(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
         self.admission = Admission(self.state, self.folder, self.said.append)
         self.admission.look()
-        self.board = Board(self.folder / "published.json")
-        self.gate = gate.Gate(self.app, read_token(self.folder), self.admission, self.board)
+        self.board = PublishedBudgets(self.folder / "published.json")
+        self.gate = server.Gate(self.app, read_token(self.folder), self.admission, self.board)
         self.config = uvicorn.Config(
             self.gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
             ssl_certfile=str(self.folder / "server.crt"), log_level="error",
@@ -75,7 +75,7 @@ class Real:
         return next(int(one.node_id) for one in self.admission.nodes() if one.name == site)
 
     def request(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
-        context = reach.tls_context(self.folder / "ca.crt")
+        context = certificates.tls_context(self.folder / "ca.crt")
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=context)
         connection.putrequest(method, path)
         for name, value in headers.items():
@@ -219,7 +219,7 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     with pytest.raises(ResourceError, match="does not let this site in now: the file with the key of site"):
         join.check_in(site, key, pytest.fail)
     assert "is missing at the server" in str(join.suspension(site, key))
-    named = {gate._NODE_KEY.decode(): base64.b64encode(certificates.public_key_of(key)).decode()}
+    named = {server._NODE_KEY.decode(): base64.b64encode(certificates.public_key_of(key)).decode()}
     assert real.request("POST", "/v1/fleet/pull-messages", content_length="0", **named)[0] == 503
     path.write_text(line)
     real.admission.look()
@@ -341,37 +341,40 @@ def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> No
     assert real.config.ssl is not None
     served = server._Certificate(real.folder, real.config.ssl)
     assert not served.renew()
-    before = reach.check_server(real.address, real.folder / "ca.crt")
+    before = certificates.check_server(real.address, real.folder / "ca.crt")
     real.file.write_text(real.file.read_text() + "certificate_days: 12\n")
     provision(real.file, real.root / "out", renew=True)
-    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
+    assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
     assert served.renew() and not served.renew()
-    days = reach.check_server(real.address, real.folder / "ca.crt")
+    days = certificates.check_server(real.address, real.folder / "ca.crt")
     assert days == pytest.approx(12, abs=0.01)
-    assert "expires in 11 days" in str(reach.expiry_warning(days)) and reach.expiry_warning(31) is None
+    assert (
+        "expires in 11 days" in str(certificates.expiry_warning(days))
+        and certificates.expiry_warning(31) is None
+    )
 
 
 def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Path) -> None:
     """OpenSSL drops the old key when it is given another certificate: nobody could connect any more."""
     assert real.config.ssl is not None
     served, said = server._Certificate(real.folder, real.config.ssl), []
-    before = reach.check_server(real.address, real.folder / "ca.crt")
+    before = certificates.check_server(real.address, real.folder / "ca.crt")
     certificates.make_server_certificate(real.folder.parent / "authority", tmp_path, ["127.0.0.1"], 9)
     (real.folder / "server.crt").write_bytes((tmp_path / "server.crt").read_bytes())
     server._keep_certificate(served, Looks(5), said.append)
     assert len(said) == 1 and "do not belong together" in said[0] and "of before is served on" in said[0]
-    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
+    assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
     with pytest.raises(ConfigError, match="do not belong together"):
         server.run_server(real.folder, print)
     (real.folder / "server.key").write_bytes((tmp_path / "server.key").read_bytes())
     server._keep_certificate(served, Looks(2), said.append)
     assert said[1:] == ["took up the renewed certificate, good for 8 days"]
-    assert reach.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
+    assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
 
 
 def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:
     key = certificates.public_key_of(real.keys["clinic-1"])
-    named = {gate._NODE_KEY.decode(): base64.b64encode(key).decode()}
+    named = {server._NODE_KEY.decode(): base64.b64encode(key).decode()}
     status, said = real.request("POST", "/v1/fleet/push-object", content_length=str(2**40), **named)
     assert status == 413 and str(2**40) in said["error"]
     status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked", **named)
@@ -410,7 +413,7 @@ def test_the_database_is_waited_for_when_many_nodes_ask_at_once(real: Real) -> N
 def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
     import shutil
 
-    from fedtune.deploy.operator import status
+    from fedtune.deploy.submit import status
 
     copy = tmp_path / "server"
     shutil.copytree(real.folder, copy)
@@ -422,8 +425,8 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
 
 def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_path: Path) -> None:
     from fedtune.deploy.node import publish
-    from fedtune.deploy.operator import status
     from fedtune.deploy.site import open_ledger
+    from fedtune.deploy.submit import status
     from fedtune.federation.client.audit_log import AuditLog
     from tests.support.plans import local_plan
 
@@ -433,10 +436,10 @@ def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_p
     log = AuditLog(tmp_path / "audit.jsonl")
     state = {"ledger": str(tmp_path / "ledger.sqlite")}
     silent, key = real.site("clinic-2", **state), real.keys["clinic-2"]
-    assert not silent.publish_budget and of_site(silent) is None
+    assert not silent.publish_budget and budget_of(silent) is None
     told = publish(silent, key, log, None)
     assert of("clinic-2") is None and log.entries() == []
-    assert shown(None) == "budget not published"
+    assert budget_text(None) == "budget not published"
 
     open_site = real.site("clinic-2", publish_budget=True, **state)
     told = publish(open_site, key, log, told)
@@ -452,7 +455,7 @@ def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_p
     assert [one["event"] for one in log.entries()] == ["published"] * 2, "once for each change"
     assert log.entries()[1]["epsilon_left"] == of("clinic-2")["epsilon_left"]
     assert (real.folder / "published.json").stat().st_mode & 0o077 == 0
-    assert shown(of("clinic-2")).endswith("of 50 left at delta 0.001")
+    assert budget_text(of("clinic-2")).endswith("of 50 left at delta 0.001")
     publish(silent, key, log, told)
     assert of("clinic-2") is None, "an owner who changes his mind is forgotten"
 
@@ -464,16 +467,16 @@ def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path
     join.publish(real.site("clinic-1"), stranger, good, books)
     join.publish(real.site("clinic-1"), real.keys["clinic-1"], {**good, "epsilon": float("inf")}, books)
     assert real.board.all().get("clinic-1") is None
-    assert checked({**good, "unit": "<b>"}) is None and checked({**good, "more": 1}) is None
-    assert checked([good]) is None and checked(good) == good
-    status, _ = real.request("GET", gate.PUBLISHED_PATH)
+    assert checked_budget({**good, "unit": "<b>"}) is None and checked_budget({**good, "more": 1}) is None
+    assert checked_budget([good]) is None and checked_budget(good) == good
+    status, _ = real.request("GET", server.PUBLISHED_PATH)
     assert status == 403, "for whoever has the operator's token"
 
 
 def test_a_node_that_answers_by_another_name_takes_no_part(real: Real) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
 
-    from fedtune.deploy.superlink import Server
+    from fedtune.deploy.submit import Server
     from fedtune.federation.flower import task_identity
     from fedtune.federation.messages import NodeHello
 
@@ -500,18 +503,18 @@ def test_a_server_that_is_not_there_is_told_once_a_minute(monkeypatch: pytest.Mo
         slept.append(seconds)
         clock[0] += seconds
 
-    monkeypatch.setattr(reach.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(reach.time, "sleep", sleep)
+    monkeypatch.setattr(certificates.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(certificates.time, "sleep", sleep)
     tries: list[float] = []
 
     def check(address: str, authority: Path) -> float:
         tries.append(clock[0])
         if len(tries) <= 20:
-            raise reach.ResourceError(f"The server {address} does not answer (refused).")
+            raise certificates.ResourceError(f"The server {address} does not answer (refused).")
         return 99.0
 
-    monkeypatch.setattr(reach, "check_server", check)
-    assert reach.wait_for_server("h:1", Path("ca.crt"), heard.append) == 99.0
+    monkeypatch.setattr(certificates, "check_server", check)
+    assert certificates.wait_for_server("h:1", Path("ca.crt"), heard.append) == 99.0
     assert slept[:6] == [1, 2, 4, 8, 16, 30] and max(slept) == 30
     assert len(heard) == pytest.approx((clock[0] - 1000.0) / 60, abs=2) and len(heard) < len(tries) / 1.5
     assert "does not answer" in heard[0] and "Trying again" in heard[0]

@@ -12,7 +12,7 @@ from cryptography import x509
 
 from fedtune.cli.app import main
 from fedtune.deploy import certificates
-from fedtune.deploy.enrolment import enrol, enrolled, revoke
+from fedtune.deploy.admission import enrol, enrolled, revoke
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
 

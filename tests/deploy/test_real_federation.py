@@ -18,7 +18,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from fedtune import engines
 from fedtune.config.loader import load
-from fedtune.deploy.superlink import Server
+from fedtune.deploy.submit import Server
 from fedtune.federation.server import checkpoint
 from fedtune.federation.server.checkpoint import load_latest
 from tests.support.real_federation import SITES, Federation, adapter, record
@@ -185,7 +185,7 @@ def test_a_submit_goes_on_when_the_server_has_given_its_run_up(federation: Feder
     federation.start("given-up", "submit", federation.server, *federation.settings("public", *more))
     federation.until("given-up", "round 1/3")
     number = note.read_text()
-    with Server.of(federation.server).asked(ControlHttpClient) as control:
+    with Server.of(federation.server).client(ControlHttpClient) as control:
         control.StopRun(StopRunRequest(run_id=int(number)))
     assert federation.processes["given-up"].wait(400) == 0, federation.log("given-up")[-3000:]
     done = record(folder)

@@ -14,7 +14,7 @@ import yaml
 from fedtune.config.files import create_whole, replace_whole
 from fedtune.deploy import certificates
 from fedtune.deploy.provision import provision, read_token
-from fedtune.deploy.superlink import Server
+from fedtune.deploy.submit import Server
 from fedtune.errors import ConfigError, FedtuneError
 
 SECRETS = ("authority/ca.key", "server/server.key", "server/operator.token")

@@ -20,9 +20,9 @@ import yaml
 
 from fedtune import __version__
 from fedtune.cli.app import main
-from fedtune.deploy import channel, executor
-from fedtune.deploy.executor import Worker
+from fedtune.deploy import channel, worker_process
 from fedtune.deploy.site import open_ledger
+from fedtune.deploy.worker_process import WorkerProcess
 from fedtune.errors import ConfigError, LedgerError
 from fedtune.privacy.ledger import ledger as ledger_module
 from fedtune.privacy.ledger.ledger import PrivacyBudget, PrivacyLedger
@@ -384,8 +384,8 @@ def test_nobody_but_the_nodes_own_worker_is_listened_to(
     def late(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         return started([sys.executable, "-c", LATE, command[-1]], **options)
 
-    monkeypatch.setattr(executor.subprocess, "Popen", late)
-    worker, heard = Worker(settings(tmp_path)), []
+    monkeypatch.setattr(worker_process.subprocess, "Popen", late)
+    worker, heard = WorkerProcess(settings(tmp_path)), []
 
     def intrude() -> None:
         stranger = socket.socket(socket.AF_UNIX)

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedtune.deploy.enrolment import enrol
-from fedtune.deploy.operator import status
+from fedtune.deploy.admission import enrol
 from fedtune.deploy.provision import provision
 from fedtune.deploy.site import make_key, read_site
+from fedtune.deploy.submit import status
 from fedtune.errors import FedtuneError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.privacy.ledger.ledger import PrivacyLedger

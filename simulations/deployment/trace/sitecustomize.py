@@ -21,7 +21,7 @@ from typing import Any
 WATCHED = {
     "flwr.superlink.grid.http_grid": ("HttpGrid.push_messages", "HttpGrid.pull_messages"),
     "flwr.supernode.start_client_internal": ("_pull_and_store_message", "_push_messages"),
-    "fedtune.deploy.executor": ("Worker.ask",),
+    "fedtune.deploy.worker_process": ("WorkerProcess.ask",),
     "fedtune.deploy.worker": ("answer",),
     "fedtune.federation.client.release": ("reserve_release",),
     "fedtune.federation.server.checkpoint": ("RunState.save",),

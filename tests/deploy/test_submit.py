@@ -17,12 +17,10 @@ import yaml
 from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
 from flwr.supercore.control import ControlHttpClient
 
-from fedtune.deploy import submission, superlink
-from fedtune.deploy.operator import status
+from fedtune.deploy import submit
 from fedtune.deploy.provision import provision
-from fedtune.deploy.submission import RunLost, served
-from fedtune.deploy.superlink import Server
-from fedtune.deploy.thin import thin_app
+from fedtune.deploy.submit import RunLost, Server, served, status
+from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import FederationError, FedtuneError
 from tests.support.fake_federation import Watcher
 
@@ -79,7 +77,7 @@ def number(run_dir: Path) -> str:
 
 
 def stop(running: Running, run: str) -> None:
-    with running.server.asked(ControlHttpClient) as control:
+    with running.server.client(ControlHttpClient) as control:
         control.StopRun(StopRunRequest(run_id=int(run)))
 
 
@@ -101,7 +99,7 @@ def test_a_run_begins_and_ends_at_the_server(running: Running, tmp_path: Path) -
 def test_a_server_that_is_killed_is_waited_for_and_the_observer_is_told(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(superlink, "_QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(submit, "_QUIET_SECONDS", 0.5)
     watcher, away = Watcher(), time.monotonic()
     again = threading.Thread(target=running.start)
     try:
@@ -150,7 +148,7 @@ def test_a_run_that_the_server_has_ended_is_lost_and_does_not_interrupt_the_proc
 def test_what_a_killed_submit_left_at_the_server_is_stopped(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = submission._start(running.server, "{}", tmp_path)  # and then nothing is heard of it
+    token = submit._start(running.server, "{}", tmp_path)  # and then nothing is heard of it
     assert token
     first = number(tmp_path)
     with served(running.server, "{}", tmp_path, None):
@@ -168,15 +166,15 @@ def test_a_task_that_nobody_took_is_ended_and_a_fresh_one_is_left_alone(
     from flwr.supercore.fab import Fab
 
     content, digest = thin_app()
-    with running.server.asked(ControlHttpClient) as control:
+    with running.server.client(ControlHttpClient) as control:
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
     with (
         pytest.raises(FederationError, match="at the same moment"),
         served(running.server, "{}", tmp_path, None),
     ):
         pass
-    monkeypatch.setattr(submission, "_ORPHAN_SECONDS", 0.0)
-    with running.server.asked(ControlHttpClient) as control:
+    monkeypatch.setattr(submit, "_ORPHAN_SECONDS", 0.0)
+    with running.server.client(ControlHttpClient) as control:
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
     with served(running.server, "{}", tmp_path, None):
         assert running.states()[str(orphan)] == "failed"

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedtune.deploy import gate, server
-from fedtune.deploy.gate import FOR_NODES, FOR_OPERATORS, Gate
+from fedtune.deploy import server
+from fedtune.deploy.flower import superlink_app
+from fedtune.deploy.server import FOR_NODES, FOR_OPERATORS, Gate
 from fedtune.errors import ConfigError
 
 TOKEN = "t" * 43
@@ -32,7 +33,7 @@ class Behind:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.asked.append(scope["path"])
-        await gate._respond(send, 200, {})
+        await server._respond(send, 200, {})
 
 
 def ask(path: str, token: bytes | None = None, node: bool = False) -> tuple[int, bool]:
@@ -40,9 +41,9 @@ def ask(path: str, token: bytes | None = None, node: bool = False) -> tuple[int,
     behind, statuses = Behind(), []
     headers = [(b"content-length", b"0")]
     if token is not None:
-        headers.append((gate.TOKEN_HEADER.encode(), token))
+        headers.append((server.TOKEN_HEADER.encode(), token))
     if node:
-        headers.append((gate._NODE_KEY, base64.b64encode(NODE)))
+        headers.append((server._NODE_KEY, base64.b64encode(NODE)))
 
     async def send(message: dict[str, Any]) -> None:
         statuses.append(message.get("status"))
@@ -60,7 +61,7 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     folder = tmp_path_factory.mktemp("server")
     for name in ("ca.crt", "server.crt", "server.key"):
         (folder / name).write_text("")
-    app = server._application(folder, "127.0.0.1", 9)
+    app = superlink_app(folder, "127.0.0.1", 9)
     paths = {str(one.route.path) for one in iter_route_contexts(app.routes) if hasattr(one.route, "path")}
     prefixed = {str(one.path) for one in iter_route_contexts(app.routes) if hasattr(one, "path")}
     return paths | prefixed
@@ -102,14 +103,14 @@ def passed(*headers: tuple[bytes, bytes]) -> list[str]:
 
 def test_a_request_that_names_two_keys_is_let_to_nothing() -> None:
     """The gate would look at the last of them and Flower at the first: a suspended node would be let in."""
-    length, mine = (b"content-length", b"0"), (gate._NODE_KEY, base64.b64encode(NODE))
+    length, mine = (b"content-length", b"0"), (server._NODE_KEY, base64.b64encode(NODE))
     assert passed(length, mine)
-    assert not passed(length, (gate._NODE_KEY, base64.b64encode(b"suspended")), mine)
-    assert not passed(length, mine, (gate._NODE_KEY, base64.b64encode(b"suspended")))
+    assert not passed(length, (server._NODE_KEY, base64.b64encode(b"suspended")), mine)
+    assert not passed(length, mine, (server._NODE_KEY, base64.b64encode(b"suspended")))
 
 
 def test_a_request_in_chunks_has_no_size_whatever_length_it_names() -> None:
-    mine = (gate._NODE_KEY, base64.b64encode(NODE))
+    mine = (server._NODE_KEY, base64.b64encode(NODE))
     assert not passed(mine, (b"content-length", b"5"), (b"transfer-encoding", b"chunked"))
     assert not passed(mine, (b"transfer-encoding", b"chunked"))
 
@@ -117,13 +118,13 @@ def test_a_request_in_chunks_has_no_size_whatever_length_it_names() -> None:
 def test_flowers_header_with_a_nodes_key_is_the_one_that_is_read() -> None:
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
-    assert FLEET_HTTP_PUBLIC_KEY_HEADER.encode() == gate._NODE_KEY
+    assert FLEET_HTTP_PUBLIC_KEY_HEADER.encode() == server._NODE_KEY
 
 
 @pytest.mark.parametrize("given", [None, b"", b"t", b"t" * 42, b"t" * 44, b"T" * 43])
 def test_a_token_that_is_empty_short_or_another_opens_nothing(given: bytes | None) -> None:
     assert ask("/v1/control/list-nodes", token=given) == (403, False)
-    assert ask(gate.PUBLISHED_PATH, token=given) == (403, False)
+    assert ask(server.PUBLISHED_PATH, token=given) == (403, False)
     assert ask("/v1/control/list-nodes", token=TOKEN.encode()) == (200, True)
 
 
@@ -135,7 +136,7 @@ def test_an_empty_token_serves_nobody() -> None:
 def test_an_empty_token_never_passes_even_if_it_were_the_token() -> None:
     made = Gate(Behind(), TOKEN, Admission())  # type: ignore[arg-type]
     made._token = b""
-    assert not made._knows({}) and not made._knows({gate.TOKEN_HEADER.encode(): b""})
+    assert not made._knows({}) and not made._knows({server.TOKEN_HEADER.encode(): b""})
 
 
 def test_the_server_is_not_started_with_a_token_that_is_none(tmp_path: Path) -> None:

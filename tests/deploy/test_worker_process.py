@@ -15,9 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from fedtune import __version__
-from fedtune.deploy import executor, node, watch
-from fedtune.deploy.executor import Worker, WorkerDied
-from fedtune.deploy.watch import Watch, processor_seconds
+from fedtune.deploy import node, worker_process
+from fedtune.deploy.worker_process import HangDetector, WorkerDied, WorkerProcess, processor_seconds
 from fedtune.errors import ResourceError
 from fedtune.federation.client.audit_log import AuditLog
 from tests.support.site_parts import settings
@@ -29,8 +28,8 @@ class Clock:
     def __init__(self) -> None:
         self.now = self.used = 0.0
 
-    def watch(self, awaited: float = 100.0, limit: float = 1000.0) -> Watch:
-        return Watch(awaited, limit, lambda: self.used, lambda: self.now)
+    def watch(self, awaited: float = 100.0, limit: float = 1000.0) -> HangDetector:
+        return HangDetector(awaited, limit, lambda: self.used, lambda: self.now)
 
 
 def test_an_idle_worker_is_given_up_when_nobody_waits_any_more() -> None:
@@ -66,7 +65,7 @@ def test_a_worker_that_stops_working_is_given_up_a_while_later() -> None:
 
 def test_without_proc_only_the_owners_limit_holds() -> None:
     now = 0.0
-    one = Watch(10.0, 100.0, lambda: None, lambda: now)
+    one = HangDetector(10.0, 100.0, lambda: None, lambda: now)
     now = 99.0
     assert one.hangs() == ""
     now = 101.0
@@ -124,13 +123,13 @@ def _started_as(code: str, monkeypatch: pytest.MonkeyPatch, stdin: int = subproc
         options["stdin"] = stdin
         return started([sys.executable, "-c", code, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(executor.subprocess, "Popen", other)
+    monkeypatch.setattr(worker_process.subprocess, "Popen", other)
 
 
 def test_a_worker_of_another_version_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed under a node that goes on: the server has let in the version of the node."""
     _started_as(HANGS.replace("__version__}", "'9.9'}"), monkeypatch)
-    worker = Worker(settings(tmp_path))
+    worker = WorkerProcess(settings(tmp_path))
     try:
         with pytest.raises(
             ResourceError, match=rf"upgraded under this node \({__version__} runs, 9.9 is inst"
@@ -160,8 +159,8 @@ def test_a_worker_that_ends_before_it_is_ready_is_told_with_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _started_as(ENDS_EARLY, monkeypatch)
-    monkeypatch.setattr(executor, "_BEAT_SECONDS", 60.0)
-    worker = Worker(settings(tmp_path))
+    monkeypatch.setattr(worker_process, "_BEAT_SECONDS", 60.0)
+    worker = WorkerProcess(settings(tmp_path))
     try:
         with pytest.raises(ResourceError, match=r"worker did not start \(exit status 3\)"):
             worker.ask(b"", b"", {"task": 1}, lambda: None)
@@ -173,9 +172,9 @@ def test_a_worker_that_is_never_ready_is_given_up_and_the_node_lives_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _started_as(IS_NEVER_READY, monkeypatch)
-    monkeypatch.setattr(executor, "_BEAT_SECONDS", 0.1)
-    worker, now, beats = Worker(settings(tmp_path)), [1000.0], []
-    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker_process, "_BEAT_SECONDS", 0.1)
+    worker, now, beats = WorkerProcess(settings(tmp_path)), [1000.0], []
+    monkeypatch.setattr(worker_process.time, "monotonic", lambda: now[0])
 
     def passes() -> None:
         if Path(worker._path + ".told").exists():  # it has its settings, and time passes now
@@ -194,10 +193,10 @@ def test_a_worker_that_is_never_ready_is_given_up_and_the_node_lives_meanwhile(
 def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(executor, "_BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(watch, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(worker_process, "_BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(worker_process, "_IDLE_SECONDS", 0.5)
     _started_as(HANGS, monkeypatch)
-    worker, beats = Worker(settings(tmp_path)), []
+    worker, beats = WorkerProcess(settings(tmp_path)), []
     try:
         assert worker.ask(b"", b"", {"task": 1}, lambda: beats.append(1), 1.0) == [b"reply", b"context"]
         worker.close_worker()
@@ -215,8 +214,8 @@ def test_a_worker_that_nobody_asks_ends_and_the_next_message_has_another(
 ) -> None:
     _started_as(HANGS, monkeypatch)
     now = [1000.0]
-    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
-    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
+    monkeypatch.setattr(worker_process.time, "monotonic", lambda: now[0])
+    worker = WorkerProcess(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
     try:
         worker.start()
         now[0] += 59.0
@@ -240,13 +239,13 @@ def test_a_worker_that_is_being_asked_does_not_rest(tmp_path: Path, monkeypatch:
     """However long it has been at it: the thread that looks once a minute is not the one that asks."""
     _started_as(HANGS.replace("time.sleep(1000)", "sys.stdin.read(1)"), monkeypatch, subprocess.PIPE)
     now, asked, replies = [1000.0], threading.Event(), []
-    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
-    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
+    monkeypatch.setattr(worker_process.time, "monotonic", lambda: now[0])
+    worker = WorkerProcess(settings(tmp_path, limits={"threads": 1, "idle_seconds": 60.0}))
     try:
         worker.start()
         one = worker.pid
         message = (b"", b"", {"task": 2}, lambda: None)
-        monkeypatch.setattr(executor.channel, "send", _and_then(executor.channel.send, asked.set))
+        monkeypatch.setattr(worker_process.channel, "send", _and_then(worker_process.channel.send, asked.set))
         other = threading.Thread(target=lambda: replies.append(worker.ask(*message)), daemon=True)
         other.start()
         assert asked.wait(60)
@@ -266,9 +265,9 @@ def test_a_worker_that_is_being_asked_does_not_rest(tmp_path: Path, monkeypatch:
 
 
 def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "_END_SECONDS", 0.2)
+    monkeypatch.setattr(worker_process, "_END_SECONDS", 0.2)
     _started_as(HANGS, monkeypatch)
-    worker = Worker(settings(tmp_path))
+    worker = WorkerProcess(settings(tmp_path))
     worker.start()
     one, process = worker.pid, worker._process
     assert one is not None and process is not None
@@ -298,8 +297,8 @@ def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: py
 def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _started_as(HANGS, monkeypatch)
     now = [1000.0]
-    monkeypatch.setattr(executor.time, "monotonic", lambda: now[0])
-    worker = Worker(settings(tmp_path, limits={"threads": 1, "idle_seconds": None}))
+    monkeypatch.setattr(worker_process.time, "monotonic", lambda: now[0])
+    worker = WorkerProcess(settings(tmp_path, limits={"threads": 1, "idle_seconds": None}))
     try:
         worker.start()
         now[0] += 1e9
@@ -324,7 +323,7 @@ def test_the_log_says_that_the_budget_was_published_when_it_leaves_and_not_befor
         answers()
         left.append((values, [one["event"] for one in log.entries()]))
 
-    monkeypatch.setattr(node.published, "of_site", lambda site: budget)
+    monkeypatch.setattr(node.join, "budget_of", lambda site: budget)
     monkeypatch.setattr(node, "check_server", answers)
     monkeypatch.setattr(node.join, "publish", leaves)
     for _ in range(3):  # minutes

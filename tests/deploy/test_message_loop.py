@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.deploy import conversation, submission
-from fedtune.deploy.conversation import UPLOAD_SECONDS, Pace, converse, pauses
+from fedtune.deploy import flower, message_loop, submit
+from fedtune.deploy.message_loop import UPLOAD_SECONDS, PollInterval, pauses, run_message_loop
 
 
 class Clock:
@@ -35,20 +35,20 @@ class Clock:
 
 def test_a_node_asks_often_after_a_message_and_seldom_when_it_is_idle() -> None:
     clock = Clock()
-    pace = Pace(clock)
-    assert pace.seconds() == Pace.LONGEST  # nothing has come yet
-    pace.message()
-    assert pace.seconds() == Pace.SHORTEST
+    pace = PollInterval(clock)
+    assert pace.seconds() == PollInterval.LONGEST  # nothing has come yet
+    pace.message_came()
+    assert pace.seconds() == PollInterval.SHORTEST
     clock.now += 20
     assert pace.seconds() == pytest.approx(1.0)
     clock.now += 1000
-    assert pace.seconds() == Pace.LONGEST
+    assert pace.seconds() == PollInterval.LONGEST
 
 
 def test_the_questions_of_an_idle_minute_are_few() -> None:
     clock = Clock()
-    pace = Pace(clock)
-    pace.message()
+    pace = PollInterval(clock)
+    pace.message_came()
     while clock.now < 1060:
         clock.sleep(pace.seconds())
     assert len(clock.slept) < 100  # of 2 ms each: well below 1 percent of a core
@@ -62,16 +62,14 @@ class Server:
     """What `_init_connection` gives: the answers of a SuperLink, one script of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> None:
-        from flwr.supernode import start_client_internal as flower
-
         self.script, self.did = script, []
         clock = Clock()
-        monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
-        monkeypatch.setattr("flwr.supercore.exit.register_signal_handlers", lambda **_: None)
+        monkeypatch.setattr(message_loop.time, "sleep", clock.sleep)
+        monkeypatch.setattr(flower, "register_signal_handlers", lambda **_: None)
         monkeypatch.setattr(flower, "_init_connection", self._connection)
-        monkeypatch.setattr(flower, "_pull_and_store_message", self._pull)
-        monkeypatch.setattr(conversation, "_delivery", lambda *_: "what sends it again")
-        monkeypatch.setattr(flower, "_push_messages", lambda **by: self.did.append(f"pushed by {by['send']}"))
+        monkeypatch.setattr(flower, "pull_message", self._pull)
+        monkeypatch.setattr(message_loop, "_with_retries", lambda *_: "what sends it again")
+        monkeypatch.setattr(flower, "push_replies", lambda **by: self.did.append(f"pushed by {by['send']}"))
 
     @contextlib.contextmanager
     def _connection(self, **_: Any) -> Iterator[Any]:
@@ -87,7 +85,7 @@ class Server:
     def talk(self, tmp_path: Path, answer: Any) -> list[str]:
         (tmp_path / "ca.crt").write_bytes(b"")
         state = SimpleNamespace(set_node_id=lambda node: self.did.append(f"joined {node}"))
-        converse(
+        run_message_loop(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
             answer=answer, say=pytest.fail,
@@ -133,7 +131,7 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
     from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 
     clock, calls = Clock(), []
-    monkeypatch.setattr(conversation.time, "sleep", clock.sleep)
+    monkeypatch.setattr(message_loop.time, "sleep", clock.sleep)
 
     def pull(run_id: int, object_id: str) -> bytes:
         calls.append(object_id)
@@ -142,12 +140,12 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
         return b"content"
 
     ready = 3
-    assert conversation._soon_again(pull)(1, "one") == b"content"
+    assert message_loop._patient(pull)(1, "one") == b"content"
     assert sum(clock.slept) < 0.2
     clock.slept.clear()
     ready = 10_000
     with pytest.raises(ObjectPullError, match="did not arrive in 60 s"):  # its sender has died
-        conversation._soon_again(pull)(1, "one")
+        message_loop._patient(pull)(1, "one")
     assert sum(clock.slept) == pytest.approx(UPLOAD_SECONDS)
 
 
@@ -155,7 +153,7 @@ def test_an_object_on_its_way_is_asked_for_again_soon(monkeypatch: pytest.Monkey
 def test_an_object_is_asked_for_again_when_the_server_failed(
     monkeypatch: pytest.MonkeyPatch, status: int, heals: bool
 ) -> None:
-    monkeypatch.setattr(conversation.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(message_loop.time, "sleep", lambda seconds: None)
     asked = []
 
     def pull(run_id: int, object_id: str) -> bytes:
@@ -166,10 +164,10 @@ def test_an_object_is_asked_for_again_when_the_server_failed(
         return b"content"
 
     if heals:
-        assert conversation._soon_again(pull)(1, "one") == b"content"
+        assert message_loop._patient(pull)(1, "one") == b"content"
     else:
         with pytest.raises(httpx.HTTPStatusError):
-            conversation._soon_again(pull)(1, "one")
+            message_loop._patient(pull)(1, "one")
 
 
 class Taker:
@@ -187,7 +185,7 @@ class Taker:
         from fedtune.federation.flower import task_identity
 
         self.clock, self.failures, self.said = Clock(), failures, []
-        monkeypatch.setattr(conversation.time, "sleep", self.clock.sleep)
+        monkeypatch.setattr(message_loop.time, "sleep", self.clock.sleep)
         self.requests, self.sessions, self.stored, self.lock = 0, 0, [], threading.Lock()
         self.objects = ObjectStoreFactory().store()
         self.state = InMemoryNodeState(self.objects)
@@ -241,7 +239,7 @@ class Taker:
     def push_all(self) -> None:
         from flwr.supernode.start_client_internal import _push_messages
 
-        deliver = conversation._delivery(self.objects, self.send, self.push, self.said.append)
+        deliver = message_loop._with_retries(self.objects, self.send, self.push, self.said.append)
         _push_messages(self.state, self.objects, deliver, lambda *_: pytest.fail("it was pushed"))
 
 
@@ -281,13 +279,13 @@ def test_an_answer_that_does_not_arrive_is_told(
 
 def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(submission.time, "sleep", clock.sleep)
+    monkeypatch.setattr(submit.time, "sleep", clock.sleep)
     answers = [
         SimpleNamespace(object_found=True, object_available=False),
         SimpleNamespace(object_found=True, object_available=True),
         SimpleNamespace(object_found=False, object_available=False),
     ]
-    client = submission._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
+    client = submit._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
     assert client.PullObject(None).object_available
     assert clock.slept == [next(pauses())]
     assert not client.PullObject(None).object_found  # it will never come: said at once

@@ -3,7 +3,7 @@
 Flower sends an app's code (a FAB, a zip archive) with each run. fedtune's holds one pyproject.toml that
 names modules of the installed fedtune, and is the same, byte for byte, wherever one version of fedtune
 makes it. So a node compares hashes; whatever else arrives is never unpacked, and no code of it runs. It is
-compared when it arrives (`Apps`), for Flower's SuperNode would read its pyproject.toml next.
+compared when it arrives (`AppAllowList`), for Flower's SuperNode would read its pyproject.toml next.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from fedtune import __version__
 from fedtune.errors import FederationError
 
-__all__ = ["Apps", "check_app", "thin_app"]
+__all__ = ["AppAllowList", "check_app", "thin_app"]
 
 _LARGEST = 10_000  # bytes of a thin app of any version; deflate makes at most 1,032 times as much of them
 
@@ -46,9 +46,9 @@ fedtune = ""
 @functools.cache
 def thin_app() -> tuple[bytes, str]:
     """(content, sha256) of this version's thin app."""
-    from flwr.cli.build import build_fab_from_files
+    from fedtune.deploy import flower
 
-    content, _ = build_fab_from_files({"pyproject.toml": _PYPROJECT.format(version=__version__).encode()})
+    content = flower.pack_app({"pyproject.toml": _PYPROJECT.format(version=__version__).encode()})
     return content, hashlib.sha256(content).hexdigest()
 
 
@@ -69,7 +69,7 @@ def check_app(content: bytes) -> None:
     )
 
 
-class Apps:
+class AppAllowList:
     """Which runs came with the thin app. Asked when an app arrives, and again for each message of its run."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class Apps:
         That is always this node's own thin app: an app that is any other is dropped here, unread, and
         `check` refuses the messages of its run.
         """
-        from flwr.supercore.fab import Fab
+        from fedtune.deploy import flower
 
         content, digest = thin_app()
         try:
@@ -91,7 +91,7 @@ class Apps:
             self._verdicts[run.run_id] = str(error)
             run.override_config = {}
         run.fab_hash = digest
-        return Fab(digest, content, {})
+        return flower.make_app(content, digest)
 
     def check(self, run_id: int) -> None:
         """Raises FederationError unless the run came with the thin app."""

@@ -17,10 +17,11 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedtune import __version__
-from fedtune.deploy import channel, thin
-from fedtune.deploy.executor import Answers
+from fedtune.deploy import channel
+from fedtune.deploy import thin_app as thin
+from fedtune.deploy.message_loop import MessageHandler
 from fedtune.deploy.node import guard
-from fedtune.deploy.thin import Apps, check_app, thin_app
+from fedtune.deploy.thin_app import AppAllowList, check_app, thin_app
 from fedtune.errors import FederationError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.flower import empty_run, serialize, task_identity
@@ -181,8 +182,8 @@ class Delivery:
         self.state.set_node_id(7)
         self.worker, self.site = Ears(), settings(root)
         self.log = AuditLog(Path(self.site.audit_log))
-        self.apps = Apps()
-        self.answers = Answers(self.state, self.store, self.site, self.worker, self.apps)  # type: ignore[arg-type]
+        self.apps = AppAllowList()
+        self.answers = MessageHandler(self.state, self.store, self.site, self.worker, self.apps)  # type: ignore[arg-type]
         with task_identity(5):
             message = Message(RecordDict(), 7, "query.hello")
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -248,7 +249,7 @@ def test_flower_never_reads_a_foreign_app(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_run_whose_app_never_came_is_refused() -> None:
     with pytest.raises(FederationError, match="came without an app"):
-        Apps().check(5)
+        AppAllowList().check(5)
 
 
 def test_a_message_that_cannot_be_read_is_answered(tmp_path: Path) -> None:

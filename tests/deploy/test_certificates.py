@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.deploy import certificates, channel
-from fedtune.deploy.reach import check_server
+from fedtune.deploy.certificates import check_server
 from fedtune.deploy.server import _check_port
 from fedtune.errors import ConfigError, FederationError, ResourceError
 

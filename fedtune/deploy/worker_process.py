@@ -1,17 +1,16 @@
-"""What a node does with a message: Flower's SuperNode has received it, the resident worker answers it.
+"""The node's end of its worker: starts the process, asks it, notices when it hangs, ends it when idle.
 
-Flower would start a process that installs and runs the app which came with the run; here an app that is not
-the thin one was turned away when it arrived (`thin.Apps`), and the message goes to the worker. Whatever is
-wrong with a message, it gets an answer, for Flower's SuperNode takes no other before it has one.
+`fedtune.deploy.worker` is what runs in the process; they talk over a local socket (`channel`).
 
-Uses Flower's internals (checked with 1.41): the NodeState and ObjectStore of a SuperNode.
+A worker that is late is not always one that hangs: the first round of a large site computes the frozen layers
+of all its texts, and what it has done so far helps the next round although nobody waits for its answer. So
+there are two limits: a worker that does nothing is killed once the server no longer waits (a deadlock, a disk
+that does not answer), and any worker is killed after its owner's own limit (`limits.message_seconds`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import math
 import os
 import select
@@ -25,29 +24,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fedtune import __version__
 from fedtune.deploy import channel
-from fedtune.deploy.thin import Apps
-from fedtune.deploy.watch import Watch, processor_seconds
-from fedtune.errors import FederationError, FedtuneError, ResourceError
-from fedtune.federation.client.audit_log import Books
+from fedtune.errors import ResourceError
 from fedtune.federation.client.policy import SiteSettings
-from fedtune.privacy.publication import told
 
-__all__ = ["Answers", "Worker", "WorkerDied"]
+__all__ = ["HangDetector", "WorkerDied", "WorkerProcess", "processor_seconds"]
 
-_log = logging.getLogger("fedtune.node")
 _START_SECONDS = 120.0
 _BEAT_SECONDS = 5.0
 _END_SECONDS = 10.0
-_INVALID_APP, _APP_CRASHED = 3, 4  # any of flwr's ErrorCode will do: the reason is what is read
+_IDLE_SECONDS = 30.0  # without work, past the time that anybody waits
+_WORK = 0.01  # processor seconds a second, below which a process does nothing
 
 
 class WorkerDied(Exception):
     """The worker ended in the middle of a message; the text says how."""
 
 
-class Worker:
+class WorkerProcess:
     """The resident worker: started when needed, and again when it has died.
 
     Between the rounds of a run it stays, so that a round costs training and not imports. When nothing has
@@ -165,12 +162,13 @@ class Worker:
     ) -> list[bytes]:
         connection, process = self._connection, self._process
         assert connection is not None and process is not None
-        watch = Watch(awaited, self._site.limits.message_seconds, lambda: processor_seconds(process.pid))
+        limit = self._site.limits.message_seconds
+        detector = HangDetector(awaited, limit, lambda: processor_seconds(process.pid))
         try:
             channel.send(connection, header, [message, context])
             while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
                 beat()
-                if why := watch.hangs():
+                if why := detector.hangs():
                     self.kill()
                     raise WorkerDied(f"the worker was killed, for {why}")
             return channel.receive(connection)[1]
@@ -229,118 +227,47 @@ class Worker:
         self._folder.cleanup()
 
 
-def _awaited(context: Any) -> float:
-    """Seconds for which the server waits for an answer, as the run's configuration says; else infinite."""
+def processor_seconds(pid: int) -> float | None:
+    """Processor time that a process has used, all its threads together; None where that cannot be known."""
     try:
-        seconds = json.loads(context.run_config["fedtune"])["federation"]["round_timeout"]
-        return float(seconds) if math.isfinite(seconds) else math.inf
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return math.inf
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return None
+    return float(times.user + times.system)
 
 
-class Answers:
-    """Has each message that Flower's SuperNode has received answered, and hands the answer back to it."""
+class HangDetector:
+    """One message's watch over the worker that answers it.
 
-    def __init__(self, state: Any, store: Any, site: SiteSettings, worker: Worker, apps: Apps) -> None:
-        self._state, self._store, self._site, self._worker, self._apps = state, store, site, worker, apps
-        self._books = Books(Path(site.ledger), Path(site.audit_log))
+    Args:
+        awaited: seconds for which the server waits for the answer.
+        limit: seconds after which the worker is given up whatever it does.
+        used: processor seconds that the worker has used so far, None if not known.
+    """
 
-    def __call__(self) -> bool:
-        """Answers what is pending. False if there was nothing that could be answered."""
-        from flwr.common.constant import Status
+    def __init__(
+        self,
+        awaited: float,
+        limit: float,
+        used: Callable[[], float | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._awaited, self._limit, self._used, self._clock = min(awaited, limit), limit, used, clock
+        self._begun = self._since = clock()
+        self._before = used()
 
-        done = False
-        for task in self._state.get_tasks(statuses=[Status.PENDING], order_by="pending_at"):
-            try:
-                done = self._handle(task) or done
-            except Exception:  # one message must not end the node
-                _log.exception("a message could not be answered")
-        return done
-
-    def _handle(self, task: Any) -> bool:
-        """Has the message of a task answered; by a refusal if nothing else, whatever is wrong with it."""
-        from flwr.common.constant import SubStatus
-        from flwr.supernode.start_client_internal import _insert_message
-
-        from fedtune.federation.client.node_context import public_reason
-        from fedtune.federation.flower import act_as
-
-        state = self._state
-        if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
-            return False
-        found = state.get_messages_legacy(run_ids=[task.run_id], is_reply=False, limit=1)
-        if not found:
-            return False
-        message = found[0]  # without its content, but who sent it and whom to answer
-        run = state.get_run(task.run_id)
-        context = state.get_run_series_context(run.series_id)
-        act_as(task.task_id, run.run_id, context.node_id)
-        state.record_message_processing_start(message_id=message.metadata.message_id)
-        try:
-            self._apps.check(run.run_id)
-            reply = self._ask(self._whole(message), run, context, task)
-        except WorkerDied as error:
-            _log.warning("%s", error)  # how it ended may tell how much there was to do
-            reason = (
-                f"Site '{self._site.site}' lost this round: its worker ended. If the release was reserved, "
-                "it stays charged; the next message starts another worker."
+    def hangs(self) -> str:
+        """Why the worker is to be given up, empty while it is not. To be asked every few seconds."""
+        now, used = self._clock(), self._used()
+        if now - self._begun > self._limit:
+            return f"it had not answered after {self._limit:g} s (limits.message_seconds)"
+        if used is None or self._before is None:
+            return ""
+        if used - self._before > _WORK * (now - self._since):
+            self._before, self._since = used, now
+        if now - self._begun > self._awaited and now - self._since > _IDLE_SECONDS:
+            return (
+                f"it had not answered after {now - self._begun:.0f} s, of which it did nothing for the last "
+                f"{now - self._since:.0f}"
             )
-            reply = self._refusal(message, _APP_CRASHED, "worker died", reason)
-        except FedtuneError as error:
-            reply = self._refusal(message, _INVALID_APP, "refused", public_reason(error, self._site.site))
-        except Exception as error:
-            _log.exception("a message could not be read")
-            reason = f"Site '{self._site.site}' cannot read this message ({type(error).__name__})."
-            reply = self._refusal(message, _INVALID_APP, "refused", reason)
-        state.record_message_processing_end(message_id=message.metadata.message_id)
-        self._store.delete(message.metadata.message_id)
-        _insert_message(reply, state, self._store)
-        state.finish_task(task.task_id, SubStatus.COMPLETED, "")
-        return True
-
-    def _ask(self, message: Any, run: Any, context: Any, task: Any) -> Any:
-        """The worker's reply; what its ClientApp remembers of the run is kept."""
-        from flwr.common.serde import context_from_proto, context_to_proto
-        from flwr.proto.message_pb2 import Context as ProtoContext
-
-        from fedtune.federation.flower import deserialize, serialize
-
-        data = self._worker.ask(
-            serialize(message),
-            context_to_proto(context).SerializeToString(),
-            {"task": task.task_id, "run": run.run_id, "node": context.node_id},
-            lambda: self._state.acknowledge_task_heartbeat(task.task_id),
-            _awaited(context),
-        )
-        proto = ProtoContext()
-        proto.ParseFromString(data[1])
-        self._state.set_run_series_context(run.series_id, context_from_proto(proto))
-        return deserialize(data[0])
-
-    def _whole(self, message: Any) -> Any:
-        """The message with its content. One that is wrong may raise anything."""
-        from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-        from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-
-        message_id = message.metadata.message_id
-        wanted = {tree.object_id for tree in iterate_object_tree(self._store.get_object_tree(message_id))}
-        contents = {name: data for name in wanted if (data := self._store.get(name))}
-        if len(contents) < len(wanted):
-            raise FederationError(f"Message {message_id[:12]} arrived in part only.")
-        whole: Any = inflate_object_from_contents(message_id, contents)
-        if type(whole) is not type(message):
-            raise FederationError(f"The server sent a {type(whole).__name__} where a message was announced.")
-        # What was announced is what is answered: the content may name another run or another node.
-        whole.__dict__["_metadata"] = message.metadata
-        return whole
-
-    def _refusal(self, message: Any, code: int, event: str, reason: str) -> Any:
-        from flwr.app import Error, Message
-
-        try:
-            self._books.append(event, message=message.metadata.message_type, reason=reason)
-        except ResourceError as error:  # it still carries nothing of the data, and the server waits for it
-            _log.error("%s", error)
-            reason = told(error, self._site.site)
-        _log.warning("%s", reason)
-        return Message(Error(code, reason), reply_to=message)
+        return ""

@@ -1,0 +1,283 @@
+"""Every touch of Flower's internals that a real federation needs (checked with flwr 1.41).
+
+Flower's public packages have no SuperLink, SuperNode or client that another program could embed, so
+`fedtune server`, `node` and `submit` are made of Flower's parts. This file takes each of them from where it
+is and says what it is for; what is called on the objects that it hands out (a LinkState, a NodeState, an
+ObjectStore, protobuf messages) is Flower's interface too. `fedtune.federation.flower` has what the other
+engines need as well. A test of the architecture holds every other file to Flower's public packages, so an
+update of Flower is checked in these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
+
+# isort: split
+from flwr.app import Error, Message
+from flwr.app.message import make_message
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    TRANSPORT_TYPE_GRPC_RERE,
+    Status,
+    SubStatus,
+)
+from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
+from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest, StopRunRequest
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore import heartbeat, sql_mixin
+from flwr.supercore.constant import SQLITE_PRAGMAS, TaskType
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.exit import register_signal_handlers
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    inflate_object_from_contents,
+    push_object_contents_from_iterable,
+)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.telemetry import EventType
+from flwr.superlink.grid import HttpGrid
+from flwr.supernode import fleet_http_connection
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
+from flwr.supernode.start_client_internal import (
+    _init_connection,
+    _insert_message,
+    _pull_and_store_message,
+    _push_messages,
+)
+
+__all__ = [
+    "ControlHttpClient",
+    "HeartbeatSender",
+    "HttpGrid",
+    "ListNodesRequest",
+    "ListRunsRequest",
+    "ObjectPullError",
+    "ObjectPushError",
+    "ObjectUnavailableError",
+    "PullTaskInputRequest",
+    "RetryInvoker",
+    "RuntimeHttpClient",
+    "SendTaskHeartbeatRequest",
+    "Status",
+    "StopRunRequest",
+    "SubStatus",
+    "acquire_request",
+    "client",
+    "error_in_place_of",
+    "exponential",
+    "forget_node",
+    "make_app",
+    "node_connection",
+    "node_state",
+    "object_ids",
+    "output_request",
+    "pack_app",
+    "pull_message",
+    "push_objects",
+    "push_replies",
+    "quiet",
+    "register_node",
+    "run_from_proto",
+    "start_request",
+    "store_reply",
+    "superlink_app",
+    "task_token",
+    "whole_message",
+]
+
+_BUSY_MILLISECONDS = "60000"
+
+
+# --- the server: a SuperLink ------------------------------------------------------------------------------
+
+
+def superlink_app(folder: Path, host: str, port: int) -> Any:
+    """Flower's SuperLink as an ASGI application with the database of a server folder.
+
+    What `flower-superlink` runs, without an executor for apps.
+    """
+    from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin  # late: a node has no use for its 10 MB
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig
+    from flwr.superlink.main import create_app
+
+    quiet()
+    # Flower waits 5 s for its database, which twenty nodes that ask at once on two cores outlast. Of two
+    # settings of one name the later one holds.
+    setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", _BUSY_MILLISECONDS)))  # noqa: B010
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=False,
+        certificates=None,
+        superexec_auth_secret=None,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=str(folder / "ca.crt"),
+        ssl_certfile=str(folder / "server.crt"),
+        ssl_keyfile=str(folder / "server.key"),
+        database=str(folder.absolute() / "superlink.sqlite"),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+def register_node(link_state: Any, key: bytes, site: str) -> None:
+    """Registers a public key (PEM) under a site's name.
+
+    Raises:
+        ValueError: it was registered before and is so no more; Flower forgets a key for good.
+    """
+    link_state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=site)
+
+
+def forget_node(link_state: Any, node_id: int) -> None:
+    """Ends the registration of a node's key, for good."""
+    link_state.delete_node(NOOP_FLWR_AID, node_id)
+
+
+# --- the node: the parts of a SuperNode -------------------------------------------------------------------
+
+pull_message = _pull_and_store_message
+push_replies = _push_messages
+store_reply = _insert_message
+
+
+def node_state(on_joined: Callable[[], None]) -> tuple[Any, Any]:
+    """(NodeState, ObjectStore) of a node in memory; calls `on_joined` each time it has joined a server."""
+
+    class State(InMemoryNodeState):
+        def set_node_id(self, node_id: int | None) -> None:
+            super().set_node_id(node_id)
+            on_joined()
+
+    store = ObjectStoreFactory().store()
+    return State(store), store
+
+
+def node_connection(
+    server: str, authority: Path, key: Any, heartbeat_seconds: int
+) -> AbstractContextManager[tuple[Any, ...]]:
+    """A connection to the SuperLink at `server`: the node's id, and seven functions (see `guard` in node.py).
+
+    It ends with SystemExit if the server refuses the key, and on Ctrl-C or SIGTERM.
+
+    Args:
+        server: HOST:PORT.
+        authority: file with the certificate of whoever vouches for the server.
+        key: the node's private key.
+        heartbeat_seconds: how often the node says that it is alive.
+    """
+    for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
+        setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", heartbeat_seconds)  # noqa: B010 (Flower re-exports it)
+    register_signal_handlers(event_type=EventType.RUN_SUPERNODE_LEAVE)
+    return _init_connection(
+        server_address=server,
+        insecure=False,
+        root_certificates=authority.read_bytes(),
+        authentication_keys=(key, key.public_key()),
+    )
+
+
+def object_ids(tree: Any) -> list[str]:
+    """The ids of the objects in a tree of Flower's, each once."""
+    return list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
+
+
+def push_objects(store: Any, ids: Sequence[str], push: Callable[[str, bytes], None]) -> None:
+    """Pushes the content of each object, several at once. Raises what `push` raises."""
+    push_object_contents_from_iterable(((name, store.get(name)) for name in ids), push)
+
+
+def whole_message(message_id: str, store: Any) -> Any:
+    """The object `message_id` made of the contents in `store`; None if some are missing.
+
+    What the server sent is not to be believed: it may raise anything, or be no message.
+    """
+    wanted = object_ids(store.get_object_tree(message_id))
+    contents = {name: data for name in wanted if (data := store.get(name))}
+    return None if len(contents) < len(wanted) else inflate_object_from_contents(message_id, contents)
+
+
+def error_in_place_of(message: Message, code: int, reason: str) -> Message:
+    """A message with the same metadata that holds an error instead of its content."""
+    return make_message(metadata=message.metadata, error=Error(code, reason))
+
+
+# --- apps -------------------------------------------------------------------------------------------------
+
+
+def pack_app(files: dict[str, bytes]) -> bytes:
+    """An app as Flower sends it (a FAB), of files by name; the same bytes for the same files."""
+    content, _ = build_fab_from_files(files)
+    return content
+
+
+def make_app(content: bytes, digest: str) -> Fab:
+    """Flower's object for an app of this content and sha256."""
+    return Fab(digest, content, {})
+
+
+# --- the operator: clients, and the ServerApp of a run ----------------------------------------------------
+
+
+def client(
+    kind: Any, address: str, authority: bytes, interceptors: Sequence[Any], retries: Any = None
+) -> Any:
+    """One of Flower's HTTP clients, a `ControlHttpClient` or `RuntimeHttpClient`; by default it asks once."""
+    version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+    return kind.from_server_address(
+        address, False, authority, [version, *interceptors], retry_invoker=retries
+    )
+
+
+def task_token(token: str) -> Any:
+    """An interceptor that adds the token of a task to each request."""
+    return RuntimeTokenHttpInterceptor(token)
+
+
+def start_request(content: bytes, digest: str, config: str) -> Any:
+    """The request that starts a run of an app with a configuration, as JSON."""
+    app = fab_to_proto(make_app(content, digest))
+    return StartRunRequest(fab=app, override_config=user_config_to_proto({"fedtune": config}))
+
+
+def acquire_request() -> Any:
+    """The request that takes a ServerApp's task."""
+    return AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+
+
+def output_request(outcome: str, details: str) -> Any:
+    """The request that ends a run; `outcome` is one of `SubStatus`."""
+    return PushTaskOutputRequest(sub_status=outcome, details=details)

@@ -1,0 +1,435 @@
+"""What the operator asks of a running server: start a run and be its ServerApp, and what is going on.
+
+A run of fedtune is submitted by the process that will be its ServerApp: it starts the run at the SuperLink,
+takes the run's task itself, and runs the same loop as every other engine, with the display in front of the
+person. So record, adapter and statement are written where the person is, and the server runs nobody's code.
+What can go wrong on the way, and what becomes of it:
+
+- The server does not answer (it was killed, it restarts): asked again until it does; the observer is told.
+- The server has given the run up, because it was away for longer than the minute after which a ServerApp
+  that is not heard of counts as dead: `RunLost`. It goes on from its checkpoint, as another run there.
+- This process is killed: nothing is told to anybody. The run is resumed from its folder (`fedtune submit DIR
+  resume=RUN_DIR`), which stops what is left of the one before it, so that no node begins a round that nobody
+  waits for any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from fedtune.config.files import lock_file, replace_whole
+from fedtune.deploy import flower
+from fedtune.deploy.certificates import check_server, tls_context
+from fedtune.deploy.join import as_enrolled, checked_budget
+from fedtune.deploy.message_loop import pauses
+from fedtune.deploy.provision import Federation, read_token
+from fedtune.deploy.server import PUBLISHED_PATH, TOKEN_HEADER
+from fedtune.deploy.thin_app import thin_app
+from fedtune.errors import ConfigError, FederationError
+from fedtune.federation.flower import act_as
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+    from fedtune.federation.events import FederationResult, Observer
+
+__all__ = ["RunLost", "Server", "Status", "patient_retries", "run", "served", "status"]
+
+_log = logging.getLogger(__name__)
+_MAX_RUNS = 20  # of the server's, for one run of ours
+_TASK_SECONDS = 20.0
+_ORPHAN_SECONDS = 30.0  # a task that nobody has taken for so long is of a submit that was killed
+_NOTE = "server-run"  # in the run folder's checkpoint folder: the SuperLink's number of the last run
+_QUIET_SECONDS = 3.0  # without the server before anybody is told
+_LONGEST_PAUSE = 10
+
+
+def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
+    """Runs a federation over the sites that are connected to the server in `config.engine.server`.
+
+    Raises what `fedtune.federation.server.loop.run_rounds` raises; ConfigError or FederationError if there
+    is no server, no token, or a run that the server ends again and again.
+    """
+    from fedtune.config.convert import to_json
+    from fedtune.config.schema import TrackerConfig
+    from fedtune.federation.events import SafeObserver
+    from fedtune.federation.run_folder import lock_folder
+    from fedtune.federation.server.checkpoint import has_checkpoint
+    from fedtune.federation.server.loop import run_rounds
+
+    if not config.engine.server:
+        raise ConfigError(
+            "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
+        )
+    server = Server.of(Path(config.engine.server))
+    # What is the operator's own (folders, the tracker's too) is nobody else's business.
+    told = dataclasses.replace(
+        config,
+        output=None,
+        resume=None,
+        engine=dataclasses.replace(config.engine, server=None),
+        tracker=TrackerConfig(),
+    )
+    with lock_folder(run_dir):
+        pass  # not in use: what its last run left at the server may be stopped
+    for _ in range(_MAX_RUNS):
+        try:
+            with served(server, to_json(told), run_dir, SafeObserver(observer)) as (grid, lost):
+                return run_rounds(grid, config, run_dir, observer, stop=lost)
+        except RunLost:
+            _log.warning(
+                "The server %s had ended the run, as it does with one that it has not heard of for a minute; "
+                "going on from the last complete round.",
+                server.address,
+            )
+            if has_checkpoint(run_dir):
+                config = dataclasses.replace(config, resume=str(run_dir))
+    raise FederationError(
+        f"The server {server.address} ended the run {_MAX_RUNS} times. Finished rounds are saved; when its "
+        "own log has said why, go on with `fedtune submit DIR resume=RUN_DIR`."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What a server knows: sites with their state and what they publish, and runs, newest first."""
+
+    address: str
+    sites: tuple[dict[str, Any], ...]
+    runs: tuple[dict[str, str], ...]
+
+
+def status(folder: Path) -> Status:
+    """Asks the server that `folder` describes. Raises ConfigError, FederationError or ResourceError."""
+    flower.quiet()
+    server = Server.of(folder)
+    with server.client(flower.ControlHttpClient) as control:
+        nodes = control.ListNodes(flower.ListNodesRequest()).nodes_info
+        runs = control.ListRuns(flower.ListRunsRequest()).run_dict
+    budgets = server.published()
+    sites = [
+        {
+            "site": node.name,
+            "state": node.status,
+            "since": node.last_activated_at or "",
+            "budget": budgets.get(node.name),
+        }
+        for node in nodes
+        if node.status != "unregistered"
+    ]
+    listed = [
+        {
+            "run": str(one.run_id),
+            "state": one.status.sub_status or one.status.status,
+            "details": one.status.details,
+            "started": one.pending_at,
+        }
+        for one in runs.values()
+    ]
+    return Status(
+        server.address,
+        tuple(sorted(sites, key=lambda one: one["site"])),
+        tuple(sorted(listed, key=lambda one: one["started"], reverse=True)),
+    )
+
+
+# --- the server, to somebody who has its operator's token -----------------------------------------------
+
+
+class _OperatorToken:
+    """Adds the operator's token to each request; an interceptor of Flower's HTTP clients."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Any) -> Any:
+        """Flower's interface."""
+        context.request.headers[TOKEN_HEADER] = self._token
+        return call_next(context)
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """The server of a folder that `fedtune provision` made, to somebody with its operator's token."""
+
+    folder: Path
+    address: str
+    authority: bytes
+    token: str
+    sites: dict[int, str] = dataclasses.field(default_factory=dict)  # by Flower's node id
+
+    @classmethod
+    def of(cls, folder: Path) -> Server:
+        """The server that a folder made by `fedtune provision` describes, which must answer."""
+        address, token = Federation.read(folder / "server.yaml").server, read_token(folder)
+        check_server(address, folder / "ca.crt")
+        return cls(folder, address, (folder / "ca.crt").read_bytes(), token)
+
+    @contextlib.contextmanager
+    def client(self, kind: Any, *interceptors: Any) -> Iterator[Any]:
+        """A client for a question or two. Raises FederationError for a refusal or a connection that broke."""
+        with contextlib.closing(self.open_client(kind, *interceptors)) as client:
+            try:
+                yield client
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code == httpx.codes.FORBIDDEN:
+                    raise FederationError(
+                        f"The server {self.address} does not know the operator's token of this folder. "
+                        "Use the server folder itself, or copy its operator.token over this one."
+                    ) from error
+                raise FederationError(
+                    f"The server {self.address} refused the request (HTTP status "
+                    f"{error.response.status_code}); is it of the same version as this fedtune?"
+                ) from error
+            except httpx.HTTPError as error:
+                raise FederationError(
+                    f"The connection to the server {self.address} broke ({type(error).__name__}). Try again."
+                ) from error
+
+    def site_of(self, node_id: int) -> str | None:
+        """The site for which the key of a connected node is enrolled."""
+        if node_id not in self.sites:  # the first message of a node; its key never changes sites
+            client = self.open_client(flower.ControlHttpClient, retries=patient_retries(self.address))
+            with contextlib.closing(client) as control:
+                nodes = control.ListNodes(flower.ListNodesRequest()).nodes_info
+            self.sites.update({node.node_id: node.name for node in nodes})
+        return self.sites.get(node_id)
+
+    def published(self) -> dict[str, Any]:
+        """What the sites publish of their budgets, by name."""
+        context = tls_context(self.folder / "ca.crt")
+        try:
+            found = httpx.get(
+                f"https://{self.address}{PUBLISHED_PATH}", headers={TOKEN_HEADER: self.token}, verify=context
+            )
+            values = found.raise_for_status().json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise FederationError(
+                f"The server {self.address} does not tell what its sites publish ({type(error).__name__}); "
+                "is it of the same version as this fedtune?"
+            ) from error
+        return {name: checked_budget(one) for name, one in values.items()}
+
+    def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
+        """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""
+        added = [_OperatorToken(self.token), *interceptors]
+        return flower.client(kind, self.address, self.authority, added, retries)
+
+
+def patient_retries(address: str, observer: Observer | None = None) -> Any:
+    """Asks again for as long as the server does not answer, and tells the observer so.
+
+    Flower's own retries send this process a SIGINT when the server has ended its run; these raise.
+    """
+    told = threading.Event()
+
+    def on_backoff(state: Any) -> None:
+        if state.elapsed_time >= _QUIET_SECONDS and not told.is_set():
+            told.set()
+            if observer is not None:
+                observer.on_wait(f"the server {address} does not answer; trying again until it does")
+
+    def on_success(state: Any) -> None:
+        if told.is_set():
+            told.clear()
+            if observer is not None:
+                observer.on_wait("")
+
+    def give_up(error: Exception) -> bool:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code not in (502, 503, 504)
+        # A server that dies in the middle of a handshake is no reason; one that is another is.
+        return "certificate" in str(error).lower()
+
+    return flower.RetryInvoker(
+        wait_gen_factory=lambda: flower.exponential(max_delay=_LONGEST_PAUSE),
+        recoverable_exceptions=(httpx.TransportError, httpx.HTTPStatusError),
+        max_tries=None,
+        max_time=None,
+        on_success=on_success,
+        on_backoff=on_backoff,
+        should_giveup=give_up,
+    )
+
+
+# --- one run at the server, and this process as its ServerApp ------------------------------------------
+
+
+class RunLost(Exception):
+    """The server has ended the run although this process goes on."""
+
+
+@contextlib.contextmanager
+def served(
+    server: Server, config: str, run_dir: Path, observer: Observer | None
+) -> Iterator[tuple[Any, threading.Event]]:
+    """Starts a run at the server; gives the grid of its ServerApp, which this process now is, and the event
+    that is set when the server has ended the run.
+
+    Raises RunLost then; FederationError if there is no run to be had or the connection broke for good.
+    """
+    flower.quiet()
+    token = _start(server, config, run_dir)
+    interceptor = flower.task_token(token)
+    retries = patient_retries(server.address, observer)
+    client = server.open_client(flower.RuntimeHttpClient, interceptor, retries=retries)
+    impatient = server.open_client(flower.RuntimeHttpClient, interceptor)
+    lost = threading.Event()
+    beat = flower.HeartbeatSender(_heartbeat(impatient, lost))
+    outcome, details = flower.SubStatus.FAILED, "The submitting process ended."
+    try:
+        beat.start()
+        given = client.PullTaskInput(flower.PullTaskInputRequest())
+        act_as(given.task_id, given.run.run_id, given.context.node_id)
+        grid = _grid(server, client, token)
+        grid.set_run(flower.run_from_proto(given.run))
+        yield grid, lost
+        outcome, details = flower.SubStatus.COMPLETED, ""
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise RunLost from None
+        raise
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise RunLost from error
+        raise _broken(server, error) from error
+    except httpx.HTTPError as error:
+        raise _broken(server, error) from error
+    finally:
+        with contextlib.suppress(Exception):
+            impatient.PushTaskOutput(flower.output_request(outcome, details))
+        if beat.is_running:
+            beat.stop()
+        client.close()
+        impatient.close()
+
+
+def _broken(server: Server, error: Exception) -> FederationError:
+    return FederationError(
+        f"The connection to the server {server.address} was lost ({type(error).__name__}: {error}). Finished "
+        "rounds are saved; go on with `fedtune submit DIR resume=RUN_DIR`."
+    )
+
+
+def _start(server: Server, config: str, run_dir: Path) -> str:
+    """Starts a run and takes its task: the token of the ServerApp."""
+    content, digest = thin_app()
+    note = run_dir / "checkpoint" / _NOTE
+    with _one_at_a_time(server.folder):
+        with server.client(flower.ControlHttpClient) as control:
+            _stop(control, note)
+            started = control.StartRun(flower.start_request(content, digest, config))
+        if not started.HasField("run_id"):
+            raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_whole(note, str(started.run_id).encode())
+        request = flower.acquire_request()
+        end = time.monotonic() + _TASK_SECONDS
+        with server.client(flower.RuntimeHttpClient) as free:
+            while time.monotonic() < end:
+                taken = free.AcquireTask(request)
+                if taken.token and taken.task.run_id == started.run_id:
+                    return str(taken.token)
+                if not taken.token:
+                    time.sleep(0.2)
+                elif not _finished_orphan(server, taken):
+                    raise FederationError(
+                        "Somebody else submitted a run to this server at the same moment, and the two took "
+                        "one another's tasks. Submit again."
+                    )
+    raise FederationError(
+        f"The server {server.address} started run {started.run_id}, and has no task for it."
+    )
+
+
+def _stop(control: Any, note: Path) -> None:
+    """Stops what is left at the server of the run that this folder's last submit started."""
+    try:
+        number = int(note.read_text())
+    except (OSError, ValueError):
+        return
+    # It has ended, mostly; or the server has forgotten it.
+    with contextlib.suppress(httpx.HTTPStatusError):
+        control.StopRun(flower.StopRunRequest(run_id=number))
+
+
+def _finished_orphan(server: Server, taken: Any) -> bool:
+    """Ends the run of a task that nobody took because its submit was killed. False if it may be alive."""
+    since = datetime.datetime.fromisoformat(taken.task.pending_at)
+    if (datetime.datetime.now(datetime.UTC) - since).total_seconds() < _ORPHAN_SECONDS:
+        return False
+    details = "The submitting process was killed before it took the run."
+    with server.client(flower.RuntimeHttpClient, flower.task_token(taken.token)) as owner:
+        owner.PushTaskOutput(flower.output_request(flower.SubStatus.FAILED, details))
+    return True
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keeps two submits on this machine from taking one another's tasks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # somebody else's folder, to read only
+            stack.enter_context(lock_file(folder / ".submit.lock"))
+        yield
+
+
+def _heartbeat(client: Any, lost: threading.Event) -> Any:
+    """What Flower's HeartbeatSender calls: False if the server did not answer."""
+
+    def beat() -> bool:
+        try:
+            if not client.SendTaskHeartbeat(flower.SendTaskHeartbeatRequest()).success:
+                lost.set()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+                return False
+            lost.set()
+        except httpx.TransportError:
+            return False
+        return True
+
+    return beat
+
+
+class _SoonAgain:
+    """Flower's client, which waits for an answer that is on its way, and gives up one whose node has died."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullObject(self, request: Any) -> Any:
+        """Flower's interface."""
+        for pause in pauses():
+            response = self._client.PullObject(request)
+            if response.object_available or not response.object_found:
+                return response
+            time.sleep(pause)
+        response.object_found = False  # nobody will send the rest: Flower makes it an error of that node
+        return response
+
+
+def _grid(server: Server, client: Any, token: str) -> Any:
+    """Flower's Grid over `client`; a node takes part by the name that its key is enrolled for, if at all."""
+    prompt: Any = _SoonAgain(client)
+
+    class Grid(flower.HttpGrid):
+        def _connect(self) -> None:
+            self._client = prompt
+
+        def pull_messages(self, message_ids: Any) -> Any:
+            found = list(super().pull_messages(message_ids))
+            return [as_enrolled(one, server.site_of) for one in found]
+
+    return Grid(server.address, False, server.authority, token=token)
