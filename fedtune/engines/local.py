@@ -38,7 +38,6 @@ from fedtune.federation.flower import (
     empty_run,
     error_answer,
     serialize,
-    serialized_size,
     set_message_id,
     task_identity,
 )
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, Observer
 
-__all__ = ["LocalGrid", "Worker", "run"]
+__all__ = ["ClientThread", "LocalGrid", "run"]
 
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
 
@@ -56,7 +55,7 @@ class _Abandoned(BaseException):
     """Raised inside a client's thread that was given up; not an Exception, so nothing below catches it."""
 
 
-class Worker:
+class ClientThread:
     """A thread that does one call after another, and can be given up.
 
     One for all calls: every new thread that enters torch would get a pool of OpenMP threads of its own.
@@ -82,7 +81,7 @@ class Worker:
             return
 
     def run(self, function: Callable[[], Any], timeout: float) -> Any:
-        """What `function` returns; raises what it raises, or TimeoutError, after which the worker is lost."""
+        """What `function` returns; raises what it raises, or TimeoutError, after which the thread is lost."""
         result: list[Any] = []
         done = threading.Event()
         self._calls.put((function, result, done))
@@ -112,11 +111,6 @@ class LocalGrid(Grid):
         timeout: seconds that one client may take for one message.
         node_config: more keys for every Context's `node_config`.
         on_abandoned: called after a client was given up, before the next one starts.
-
-    Attributes:
-        client_seconds: time spent inside clients, in seconds.
-        overhead_seconds: time spent on messages around them.
-        bytes_up, bytes_down: serialized bytes of all messages.
     """
 
     def __init__(
@@ -140,16 +134,14 @@ class LocalGrid(Grid):
         }
         self._states = {node_id: RecordDict() for node_id in self._nodes}
         self._pending: dict[str, Message] = {}
-        self._worker: Worker | None = None
-        self.client_seconds = self.overhead_seconds = 0.0
-        self.bytes_up = self.bytes_down = 0
+        self._thread: ClientThread | None = None
 
     @property
     def run_id(self) -> int:
         """Flower's number of this run; of no meaning outside of the process."""
         return int(self._run.run_id)
 
-    # Flower's interface
+    # --- Flower's interface
 
     def set_run(self, run: Run) -> None:
         """Sets Flower's description of the run."""
@@ -205,19 +197,17 @@ class LocalGrid(Grid):
             answers.extend(self.pull_messages(ids))
         return answers
 
-    # Ours
+    # --- ours
 
     def close(self, wait: float = 5.0) -> None:
         """Ends the worker thread; waits for a client in the middle of something at most `wait` seconds."""
-        if self._worker is not None:
-            self._worker.abandon(wait)
-            self._worker = None
+        if self._thread is not None:
+            self._thread.abandon(wait)
+            self._thread = None
         self._pending.clear()
 
     def _deliver(self, message: Message) -> Message:
-        started = time.perf_counter()
-        data = serialize(message)
-        self.bytes_down += len(data)
+        received = deserialize(serialize(message))
         node_id = message.metadata.dst_node_id
         context = Context(
             run_id=self.run_id,
@@ -226,28 +216,19 @@ class LocalGrid(Grid):
             state=copy.deepcopy(self._states[node_id]),
             run_config=dict(self._run_config),
         )
-        received = deserialize(data)
-        inside = [0.0]
-
-        def call() -> bytes:
-            begin = time.perf_counter()
-            try:
-                return serialize(self._app(received, context))
-            finally:
-                inside[0] = time.perf_counter() - begin
-
-        if self._worker is None:
-            self._worker = Worker()
+        if self._thread is None:
+            self._thread = ClientThread()
+        thread = self._thread
         try:
-            answer = deserialize(self._worker.run(call, self._timeout))
+            data = thread.run(lambda: serialize(self._app(received, context)), self._timeout)
+            answer = deserialize(data)
             # A client that was given up may still be writing to its own copy; that copy is not kept.
             self._states[node_id] = context.state
         except TimeoutError:
-            self._worker.abandon()
-            self._worker = None
+            thread.abandon()
+            self._thread = None
             if self._on_abandoned is not None:
                 self._on_abandoned()
-            inside[0] = self._timeout
             answer = error_answer(
                 message, f"did not answer in {self._timeout:g} s (federation.round_timeout)"
             )
@@ -255,16 +236,14 @@ class LocalGrid(Grid):
             whose = f"partition {self._nodes[node_id]['partition-id']}"
             answer = error_answer(message, public_reason(error, whose, context))
         set_message_id(answer, str(uuid4()))
-        self.bytes_up += serialized_size(answer)
-        self.client_seconds += inside[0]
-        self.overhead_seconds += time.perf_counter() - started - inside[0]
         return answer
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
     """Runs a federation in this process.
 
-    Raises: what `fedtune.federation.server.loop.run_rounds` raises.
+    Raises:
+        FedtuneError: as `fedtune.federation.server.loop.run_rounds` does.
     """
     from fedtune.config.convert import to_json
     from fedtune.federation.client.app import app

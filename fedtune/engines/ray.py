@@ -26,7 +26,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.engines.local import Worker
+from fedtune.engines.local import ClientThread
 from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from fedtune.federation.flower import error_answer, quiet
 
@@ -38,7 +38,7 @@ __all__ = ["ConfiguredClientApp", "run"]
 
 # What worker processes need to be told, beyond what they inherit: where ledgers are, and not to phone home.
 _PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
-_worker: Worker | None = None  # this process's, if it is one of Ray's
+_thread: ClientThread | None = None  # this process's, if it is one of Ray's
 
 
 class ConfiguredClientApp(ClientApp):
@@ -64,14 +64,14 @@ class ConfiguredClientApp(ClientApp):
             state=copy.deepcopy(context.state),
             run_config=dict(self._run_config),
         )
-        global _worker
-        _worker = _worker or Worker()
+        global _thread
+        _thread = _thread or ClientThread()
         try:
-            answer: Message = _worker.run(lambda: app(message, own), self._timeout)
+            answer: Message = _thread.run(lambda: app(message, own), self._timeout)
         except TimeoutError:
             # Given up here and not by the server alone: Ray would wait for this worker for ever.
-            _worker.abandon()
-            _worker = None
+            _thread.abandon()
+            _thread = None
             forget()
             reason = f"did not answer in {self._timeout:g} s (federation.round_timeout)"
             return error_answer(message, reason)

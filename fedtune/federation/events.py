@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and what it hands over at the end.
+"""What a run reports while it goes on, and what it hands over at the end.
 
 The server loop calls an `Observer`; a live display, a log or a test is one. What is in these objects was sent
 over the wire under the plan, or measured by the server itself: who shows them to others than the owner of the
@@ -142,8 +142,11 @@ class FederationResult:
     unusable: list[Dropped] = field(default_factory=list)
 
 
+StopRule = Callable[[RoundSummary], str | None]
+
+
 class Observer(Protocol):
-    """Who is told how a run goes; every method may do nothing."""
+    """Receives the events of a run; every method may do nothing."""
 
     def on_start(self, info: dict[str, Any]) -> None:
         """Before the first round: run, run_dir, nodes (names), num_rounds, first_round, trust, epsilon,
@@ -162,125 +165,81 @@ class Observer(Protocol):
         """After the last round."""
 
 
-class NullObserver:
-    """Looks away."""
+class _Forwarding:
+    """An Observer whose events all go through one method."""
+
+    def _forward(self, event: str, *args: Any) -> Any:
+        raise NotImplementedError
 
     def on_start(self, info: dict[str, Any]) -> None:
-        """Nothing."""
+        """See `Observer`."""
+        self._forward("on_start", info)
 
-    def on_round(self, summary: RoundSummary) -> None:
-        """Nothing."""
+    def on_round(self, summary: RoundSummary) -> str | None:
+        """See `Observer`."""
+        reason = self._forward("on_round", summary)
+        return reason if isinstance(reason, str) and reason else None
 
     def on_client(self, node: str, status: str) -> None:
-        """Nothing."""
+        """See `Observer`."""
+        self._forward("on_client", node, status)
 
     def on_wait(self, reason: str) -> None:
-        """Nothing."""
+        """See `Observer`."""
+        self._forward("on_wait", reason)
 
     def on_finish(self, result: FederationResult) -> None:
-        """Nothing."""
+        """See `Observer`."""
+        self._forward("on_finish", result)
 
 
-StopRule = Callable[[RoundSummary], str | None]
+class NullObserver(_Forwarding):
+    """Ignores every event."""
+
+    def _forward(self, event: str, *args: Any) -> None:
+        return None
 
 
-class StoppingObserver:
+class StoppingObserver(_Forwarding):
     """Passes everything on to `observer`, and lets `rule` say after each round whether to go on."""
 
     def __init__(self, observer: Observer, rule: StopRule) -> None:
         self._observer, self._rule = observer, rule
 
-    def on_start(self, info: dict[str, Any]) -> None:
-        """See `Observer`."""
-        self._observer.on_start(info)
+    def _forward(self, event: str, *args: Any) -> Any:
+        return getattr(self._observer, event)(*args)
 
     def on_round(self, summary: RoundSummary) -> str | None:
         """Why the run should end here: what the rule says, or else the observer."""
-        said = self._observer.on_round(summary)
-        return self._rule(summary) or said
-
-    def on_client(self, node: str, status: str) -> None:
-        """See `Observer`."""
-        self._observer.on_client(node, status)
-
-    def on_wait(self, reason: str) -> None:
-        """See `Observer`."""
-        self._observer.on_wait(reason)
-
-    def on_finish(self, result: FederationResult) -> None:
-        """See `Observer`."""
-        self._observer.on_finish(result)
+        reason = super().on_round(summary)
+        return self._rule(summary) or reason
 
 
-class SafeObserver:
+class SafeObserver(_Forwarding):
     """Passes everything on, and stops doing so once the observer raises: a display must not end a run."""
 
     def __init__(self, observer: Observer | None) -> None:
-        self._observer: Observer | None = observer
+        self._observer: Observer = observer or NullObserver()
 
-    def _tell(self, method: str, *args: Any) -> Any:
-        if self._observer is None:
-            return None
+    def _forward(self, event: str, *args: Any) -> Any:
         try:
-            return getattr(self._observer, method)(*args)
+            return getattr(self._observer, event)(*args)
         except Exception as error:
             _log.warning(
                 "The display failed (%s: %s) and is switched off; the run goes on.",
                 type(error).__name__,
                 error,
             )
-            self._observer = None
+            self._observer = NullObserver()
             return None
 
-    def on_start(self, info: dict[str, Any]) -> None:
-        """See `Observer`."""
-        self._tell("on_start", info)
 
-    def on_round(self, summary: RoundSummary) -> str | None:
-        """See `Observer`."""
-        said = self._tell("on_round", summary)
-        return said if isinstance(said, str) and said else None
-
-    def on_client(self, node: str, status: str) -> None:
-        """See `Observer`."""
-        self._tell("on_client", node, status)
-
-    def on_wait(self, reason: str) -> None:
-        """See `Observer`."""
-        self._tell("on_wait", reason)
-
-    def on_finish(self, result: FederationResult) -> None:
-        """See `Observer`."""
-        self._tell("on_finish", result)
-
-
-class Observers:
-    """Tells several observers; one that raises is switched off, and the others go on."""
+class Observers(_Forwarding):
+    """Passes everything on to several observers; one that raises is switched off, and the others go on."""
 
     def __init__(self, *observers: Observer) -> None:
         self._all = [SafeObserver(observer) for observer in observers]
 
-    def on_start(self, info: dict[str, Any]) -> None:
-        """See `Observer`."""
-        for one in self._all:
-            one.on_start(info)
-
-    def on_round(self, summary: RoundSummary) -> str | None:
-        """Why the run should end here, if any of them says so; all of them are told."""
-        said = [one.on_round(summary) for one in self._all]
-        return next((reason for reason in said if reason), None)
-
-    def on_client(self, node: str, status: str) -> None:
-        """See `Observer`."""
-        for one in self._all:
-            one.on_client(node, status)
-
-    def on_wait(self, reason: str) -> None:
-        """See `Observer`."""
-        for one in self._all:
-            one.on_wait(reason)
-
-    def on_finish(self, result: FederationResult) -> None:
-        """See `Observer`."""
-        for one in self._all:
-            one.on_finish(result)
+    def _forward(self, event: str, *args: Any) -> Any:
+        answers = [getattr(observer, event)(*args) for observer in self._all]
+        return next((answer for answer in answers if answer), None)

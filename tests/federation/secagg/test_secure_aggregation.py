@@ -14,7 +14,6 @@ from scipy import stats
 from fedtune.errors import AggregationAborted, PrivacyError
 from fedtune.federation.secagg import crypto
 from fedtune.federation.secagg import protocol as secure_aggregation
-from fedtune.federation.secagg import session as secagg_session
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, PublicKeys, Sealed, Session
 
 NAMES = ("ada", "bob", "cleo", "dan", "eve")
@@ -124,7 +123,7 @@ def server_view(n=4, size=60_000) -> tuple[Exchange, dict[str, np.ndarray]]:
     holders = exchange.session.nodes[: exchange.session.threshold]
     for name in exchange.session.nodes:
         shares = {exchange.session.point(h): exchange.answers[h][name] for h in holders}
-        seen[name] = exchange.masked[name] - secagg_session.self_mask(
+        seen[name] = exchange.masked[name] - secure_aggregation.self_mask(
             exchange.session, crypto.combine_shares(shares)
         )
     return exchange, seen
@@ -154,9 +153,9 @@ def late_vector(size=60_000) -> tuple[np.ndarray, np.ndarray]:
     key = crypto.combine_shares(
         {exchange.session.point(h): exchange.answers[h]["dan"] for h in exchange.answers}
     )
-    digest = secagg_session.roster_digest(exchange.session, exchange.roster)
+    digest = secure_aggregation.roster_digest(exchange.session, exchange.roster)
     for peer in ("ada", "bob", "cleo"):
-        stripped += secagg_session.pair_mask(
+        stripped += secure_aggregation.pair_mask(
             exchange.session, digest, key, exchange.roster[peer].masking, peer, "dan"
         )
     return exchange.vectors["dan"], stripped
@@ -175,8 +174,7 @@ def test_a_mask_that_is_left_out_shows(monkeypatch, lost):
     def nothing(made, *_):
         return np.zeros(made.size, dtype=np.uint32)
 
-    for module in (secure_aggregation, secagg_session):
-        monkeypatch.setattr(module, lost, nothing)
+    monkeypatch.setattr(secure_aggregation, lost, nothing)
     if lost == "pair_mask":
         _, seen = server_view()
         assert max(uniform(one) for one in seen.values()) < 1e-12
@@ -198,10 +196,12 @@ def test_keys_seeds_and_masks_are_new_in_every_attempt_and_bound_to_it():
         session(3), session(3, run="other"), session(3, round=2), session(3, attempt=2), session(4),
         session(3, dropouts=1),
     ]  # fmt: skip
-    masks = [secagg_session.pair_mask(s, b"d", private, public, "ada", "bob").tobytes() for s in places]
+    masks = [secure_aggregation.pair_mask(s, b"d", private, public, "ada", "bob").tobytes() for s in places]
     assert len(set(masks)) == len(masks)
-    assert secagg_session.pair_mask(session(3), b"d", private, public, "bob", "ada").tobytes() == masks[0]
-    assert secagg_session.pair_mask(session(3), b"d", private, public, "ada", "cleo").tobytes() != masks[0]
+    assert secure_aggregation.pair_mask(session(3), b"d", private, public, "bob", "ada").tobytes() == masks[0]
+    assert (
+        secure_aggregation.pair_mask(session(3), b"d", private, public, "ada", "cleo").tobytes() != masks[0]
+    )
 
 
 def test_fewer_shares_than_the_threshold_say_nothing():
