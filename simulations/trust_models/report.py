@@ -331,7 +331,7 @@ A local node's noise is on the sum of its own batch, distributed's on the sum ov
 takes its 48 steps in one round because a node's optimizer lives for a round, and distributed's, on the
 server, for the run. What is sent includes the exchanges of secure aggregation. That one distributed round is
 the step that the pool would take, with everybody sampled and next to no noise, is a test
-(`tests/federation/secagg/test_distributed.py`); this study is about whole runs. One thing differs: the
+(`tests/federation/secagg/test_distributed_round.py`); this study is about whole runs. One thing differs: the
 declared sizes, rounded for each site, sum to about 1 percent more than the pool's one, and so does the
 divisor, a scale that Adam does not see.
 

@@ -1,6 +1,6 @@
 """Privacy bugs that others have shipped in secure aggregation and distributed noise; numbers as in PITFALLS.
 
-Whole rounds with dropouts, retries and lies are in tests/federation/test_distributed.py.
+Whole rounds with dropouts, retries and lies are in tests/federation/secagg/test_distributed_round.py.
 """
 
 from __future__ import annotations

@@ -85,9 +85,8 @@ class AuditLog:
                 return Head(int(entry["line"]), _hash(line[:-1]))
         except OSError as error:
             raise ResourceError(
-                f"The node's audit log cannot be written ({error.strerror}), so the node answers "
-                f"nothing. Make room "
-                "or give permission; its administrator knows where."
+                f"The node's audit log cannot be written ({error.strerror}), so the node answers nothing. "
+                "Make room or give permission; its administrator knows where."
             ) from error
 
     def head(self) -> Head:

@@ -59,15 +59,15 @@ def propose(
     """Asks all of `nodes`: their answers in the order of `nodes`; one that does not answer refuses."""
     waiting = {node.node_id: node for node in nodes}
     late = f"did not answer in {timeout:g} s (federation.round_timeout)"
-    found = {
+    consents = {
         node.name: Consent(node.name, proposal.run, proposal.attempt, late, "TimeoutError") for node in nodes
     }
     ttl = time_to_live(timeout) if deadline else None
     messages = make_messages(proposal.to_records(), PROPOSE, nodes, 0, ttl=ttl)
     for node_id, answer in exchange(grid, messages, timeout, stop, deadline=deadline):
         name = waiting[node_id].name
-        found[name] = read_consent(answer, name, proposal)
-    return [found[node.name] for node in nodes]
+        consents[name] = read_consent(answer, name, proposal)
+    return [consents[node.name] for node in nodes]
 
 
 def agree(
@@ -95,7 +95,7 @@ def agree(
         except PrivacyError as error:
             if not refused:
                 raise
-            reasons = " ".join(f"{one.node}: {one.reason}" for one in refused[:8])
+            reasons = " ".join(f"{lost.node}: {lost.reason}" for lost in refused[:8])
             raise FederationError(
                 f"{len(left)} of {len(nodes)} nodes agreed to the run, and no plan can be made for them "
                 f"alone: {error} Nothing was charged. {reasons}"
@@ -110,7 +110,7 @@ def agree(
             if answer.refused is not None:
                 refused.append(Dropped(node.name, 0, answer.refused))
                 observer.on_client(node.name, f"refused: {answer.refused}")
-        gone = {one.node for one in refused}
+        gone = {lost.node for lost in refused}
         if all(node.name not in gone for node in left):
             return plan, left, refused
         left = [node for node in left if node.name not in gone]
@@ -124,7 +124,7 @@ def check_enough(
     least = max(1, needed, config.federation.min_updates)
     if len(left) >= least:
         return
-    reasons = " ".join(f"{one.node}: {one.reason}" for one in refused[:8])
+    reasons = " ".join(f"{lost.node}: {lost.reason}" for lost in refused[:8])
     more = f" (and {len(refused) - 8} others)" if len(refused) > 8 else ""
     raise FederationError(
         f"{len(left)} of {asked} nodes agreed to the run, and a round needs {least} "

@@ -38,11 +38,11 @@ __all__ = ["app", "finish"]
 app = ServerApp()
 
 
-class _Log:
+class _PrintingObserver:
     """An Observer that writes lines: there is no terminal where a ServerApp runs."""
 
     def __init__(self) -> None:
-        self._said = -math.inf
+        self._last_printed = -math.inf
 
     def on_start(self, info: dict[str, Any]) -> None:
         """The run, its nodes and its folder."""
@@ -70,9 +70,9 @@ class _Log:
 
     def on_wait(self, reason: str) -> None:
         """Why it waits, at most once a minute."""
-        if reason and time.monotonic() - self._said >= 60.0:
+        if reason and time.monotonic() - self._last_printed >= 60.0:
             print(f"fedtune: {reason}", flush=True)
-            self._said = time.monotonic()
+            self._last_printed = time.monotonic()
 
     def on_finish(self, result: FederationResult) -> None:
         """Why it ended early, if it did."""
@@ -97,7 +97,7 @@ def main(grid: Grid, context: Context) -> None:
     if config.resume is None:
         save_config(config, run_dir)
     with Meter(children=True) as meter:
-        result = run_rounds(grid, config, run_dir, _Log())
+        result = run_rounds(grid, config, run_dir, _PrintingObserver())
         finish(config, run_dir, result, meter, str(context.run_config.get("finish", "")))
     print(f"fedtune: the run is in {run_dir}", flush=True)
 
@@ -112,11 +112,12 @@ def _run_dir(config: Config, context: Context) -> Path:
     return state_dir() / "runs" / f"{now}-{context.run_id}"
 
 
-def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter, named: str) -> None:
-    """Writes adapter and history, and calls the function that `named` names (`module:function`), if any.
+def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter, finisher: str) -> None:
+    """Writes adapter and history, and calls the function that `finisher` names (`module:function`), if any.
 
-    Raises: ConfigError if there is no such function, and what it raises; adapter and history are then
-    written already.
+    Raises:
+        ConfigError: there is no such function. Adapter and history are written by then, as they are when the
+            function itself raises.
     """
     from fedtune.federation.resources import run_resources
 
@@ -132,14 +133,14 @@ def finish(config: Config, run_dir: Path, result: FederationResult, meter: Meter
     }
     history, _ = publish("history", history, public_data=config.data.public)
     (run_dir / "history.json").write_text(json.dumps(history, indent=2) + "\n")
-    if not named:
+    if not finisher:
         return
-    module, _, function = named.partition(":")
+    module, _, function = finisher.partition(":")
     try:
         call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"The run config names finish={named!r}, and there is no such function ({error}). Leave the key "
-            f"out, or write module:function. Adapter and history of the run are in {run_dir}."
+            f"The run config names finish={finisher!r}, and there is no such function ({error}). Leave the "
+            f"key out, or write module:function. Adapter and history of the run are in {run_dir}."
         ) from error
     call(config, run_dir, result, meter)

@@ -82,7 +82,7 @@ class RunState:
     def save(self, run_dir: Path, config: Config) -> None:
         """Checkpoints the state after `round`."""
         if self.correlated is not None:
-            self.correlated.keep()  # first: noise that is in an adapter must be known to later rounds
+            self.correlated.save_noise()  # first: noise that is in an adapter must be known to later rounds
         meta: dict[str, Any] = {
             "config": asdict(config),
             "plan": self.plan.to_json(),
@@ -90,8 +90,8 @@ class RunState:
             "attempt": self.attempt,
             "nodes": [[node.name, node.declared_size] for node in self.nodes],
             "history": [summary.to_json() for summary in self.history],
-            "dropped": [asdict(one) for one in self.dropped],
-            "unusable": [asdict(one) for one in self.unusable],
+            "dropped": [asdict(lost) for lost in self.dropped],
+            "unusable": [asdict(lost) for lost in self.unusable],
             # By name, and not in the order of arrival, which tells who computed for how long.
             "releases": dict(sorted(self.releases.items())),
             "answers": dict(sorted(self.answers.items())),
@@ -124,9 +124,9 @@ class RunState:
                 attempt=attempt,
                 round=saved.round,
                 nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
-                history=[RoundSummary.from_json(one) for one in meta["history"]],
-                dropped=[Dropped(**one) for one in meta["dropped"]],
-                unusable=[Dropped(**one) for one in meta["unusable"]],
+                history=[RoundSummary.from_json(summary) for summary in meta["history"]],
+                dropped=[Dropped(**lost) for lost in meta["dropped"]],
+                unusable=[Dropped(**lost) for lost in meta["unusable"]],
                 releases=dict(meta["releases"]),
                 answers=dict(meta["answers"]),
                 evaluation=None
@@ -192,7 +192,7 @@ class RunState:
         before, self.round = self.round, max(self.round, self.correlated.round)
         if self.round == before:
             return
-        for name, asked in self.correlated.asked.items():
+        for name, asked in self.correlated.last_asked.items():
             self.releases[name] = self.releases.get(name, 0) + (asked > before)
         for number in range(before + 1, self.round + 1):
             self.history.append(
@@ -288,8 +288,8 @@ class RunState:
             seconds=self.seconds,
             train_seconds=self.train_seconds,
             flops=self.flops,
-            bytes_up=sum(one.bytes_up for one in self.history),
-            bytes_down=sum(one.bytes_down for one in self.history),
+            bytes_up=sum(summary.bytes_up for summary in self.history),
+            bytes_down=sum(summary.bytes_down for summary in self.history),
             attempt=self.attempt,
             ended_early=self.ended_early,
             notices=self.notices,

@@ -35,8 +35,8 @@ __all__ = ["Roster", "connected", "discover_nodes", "draw_cohort", "pause"]
 _log = logging.getLogger(__name__)
 _HELLO = "query.hello"
 _SETTLED_SECONDS = 3.0
-_LOOK_SECONDS = 1.0
-_SAY_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_LOG_SECONDS = 60.0
 _COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
 
 
@@ -79,7 +79,7 @@ def connected(
     deadline = changed = time.monotonic()
     deadline += timeout
     ids = list(grid.get_node_ids())
-    said = ""
+    announced = ""
     while len(ids) < least or time.monotonic() < deadline:
         if len(ids) >= least:
             if expected is not None and len(ids) >= expected:
@@ -88,15 +88,15 @@ def connected(
                 break
         if observer is not None and len(ids) < max(least, expected or 0):
             reason = _waits_for(len(ids), least, expected, timeout)
-            if reason != said:
+            if reason != announced:
                 observer.on_wait(reason)
-                said = reason
+                announced = reason
         pause(0.1, stop)
         now = list(grid.get_node_ids())
         if len(now) != len(ids):
             changed = time.monotonic()
         ids = now
-    if said and observer is not None:
+    if announced and observer is not None:
         observer.on_wait("")
     return ids
 
@@ -152,9 +152,9 @@ def discover_nodes(
         raise FederationError(f"None of {len(ids)} nodes can take part in this run. {reasons}")
     nodes.sort(key=lambda node: node.name)
     names = [node.name for node in nodes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise FederationError(
-            f"Two nodes say that they are {', '.join(twice)}. Shards are disjoint, so each node needs a "
+            f"Two nodes say that they are {', '.join(duplicates)}. Shards are disjoint, so each node needs a "
             "partition-id of its own; the guarantee does not hold for one person's data on two nodes."
         )
     notices = []
@@ -213,7 +213,7 @@ class Roster:
         self._asked: dict[int, NodeInfo] = {}  # nodes that have the proposal, by id
         self._here: set[int] = set()
 
-    def look(self, round: int = 0) -> list[NodeInfo]:
+    def refresh(self, round: int = 0) -> list[NodeInfo]:
         """The nodes that are connected and free, by name. Asks those that are new who they are."""
         for question, answer in self._grid.late():
             if question.kind == _HELLO:
@@ -244,22 +244,22 @@ class Roster:
         Those in `exhausted` have used up their releases and are not asked. Raises KeyboardInterrupt if
         told to stop.
         """
-        said, logged = "", -_SAY_SECONDS
+        announced, logged = "", -_LOG_SECONDS
         while True:
-            free = [node for node in self.look(round) if node.name not in exhausted]
+            free = [node for node in self.refresh(round) if node.name not in exhausted]
             able = [name for name in self.nodes if name not in exhausted]
             if len(free) >= need or not self._dynamic or (exhausted and len(able) < need):
-                if said:
+                if announced:
                     self._observer.on_wait("")
                 return free
             reason = self._reason(free, able, need, round)
-            if reason != said:
+            if reason != announced:
                 self._observer.on_wait(reason)
-                said = reason
-            if time.monotonic() - logged >= _SAY_SECONDS:
+                announced = reason
+            if time.monotonic() - logged >= _LOG_SECONDS:
                 _log.info("%s", reason)
                 logged = time.monotonic()
-            pause(_LOOK_SECONDS, self._stop)
+            pause(_POLL_SECONDS, self._stop)
 
     def _reason(self, free: Sequence[NodeInfo], able: Sequence[str], need: int, round: int) -> str:
         busy = self._grid.busy()
@@ -277,15 +277,15 @@ class Roster:
             if answer.has_error():
                 raise FederationError(reason_of(answer))
             hello = NodeHello.from_records(answer.content)
-            mine = self.nodes.get(hello.node)
+            known = self.nodes.get(hello.node)
             if hello.idle:
                 raise FederationError("it has no shard of this federation")
-            if mine is not None and mine.node_id in self._here:
+            if known is not None and known.node_id in self._here:
                 raise FederationError(
                     f"It says that it is {hello.node}, and another node of that name is connected. Shards "
                     "are disjoint, so each node needs a name of its own."
                 )
-            if mine is None and self._closed:
+            if known is None and self._closed:
                 raise FederationError(
                     f"{hello.node} came after the run began, and under privacy.trust=distributed the noise "
                     "is shared out over the nodes of the beginning. It can take part in the next run."

@@ -16,11 +16,12 @@ Two files beside the checkpoint, both replaced whole and synced:
 A run folder that was wound back (a copy, a backup) would begin rounds anew with another cohort, whose nodes
 do not know of the first time, and take back noise that was taken back before: those whose updates that noise
 covers would be published twice under it. So the last round that was begun stands in two other places too, and
-a folder that knows less is refused (`behind`): in fedtune's state folder on this machine (`rounds/RUN.json`,
-written before `rounds.json`), and in the nodes' ledgers, which tell it when the run is proposed to them
-again. What may still slip through is a folder that was wound back, on another machine, while every node that
-knows better is away; their ledgers refuse a second participation within `min_separation` rounds, and a round
-that any node refuses so is discarded whole (`fedtune.federation.server.rounds.CentralRound`).
+a folder that knows less is refused (`check_newest`): in fedtune's state folder on this machine
+(`rounds/RUN.json`, written before `rounds.json`), and in the nodes' ledgers, which tell it when the run is
+proposed to them again. What may still slip through is a folder that was wound back, on another machine, while
+every node that knows better is away; their ledgers refuse a second participation within `min_separation`
+rounds, and a round that any node refuses so is discarded whole
+(`fedtune.federation.server.rounds.CentralRound`).
 """
 
 from __future__ import annotations
@@ -44,116 +45,117 @@ __all__ = ["CorrelatedRounds"]
 
 
 class CorrelatedRounds:
-    """The books of one dp_ftrl run. `round`: the last that was begun; `noise`: what its rounds draw from."""
+    """The rounds of one dp_ftrl run. `round`: the last that was begun; `noise`: what its rounds draw from."""
 
     def __init__(self, run_dir: Path, run: str, plan: PrivacyPlan, size: int) -> None:
         root = plan.root()
         assert root is not None, "only a plan with mechanism dp_ftrl has correlated rounds"
-        self._book = run_dir / "checkpoint" / "rounds.json"
-        self._secret = run_dir / "checkpoint" / "noise.secret"
-        self._anchor = state_dir() / "rounds" / f"{run}.json"
+        self._rounds_file = run_dir / "checkpoint" / "rounds.json"
+        self._noise_file = run_dir / "checkpoint" / "noise.secret"
+        self._machine_file = state_dir() / "rounds" / f"{run}.json"
         self._run, self._root, self._size = run, root, size
-        self._kept = 0  # round of the noise that is on the disk
+        self._saved_round = 0  # round of the noise that is on the disk
         self.round = 0
-        self.asked: dict[str, int] = {}
+        self.last_asked: dict[str, int] = {}
         self.noise = CorrelatedNoise(root, size)
 
     @classmethod
     def start(cls, run_dir: Path, run: str, plan: PrivacyPlan, size: int) -> CorrelatedRounds:
         """Books of a new run, on the disk. Raises ResourceError if they cannot be written."""
-        books = cls(run_dir, run, plan, size)
-        books._secret.unlink(missing_ok=True)
-        books.begin(0, [])
-        return books
+        rounds = cls(run_dir, run, plan, size)
+        rounds._noise_file.unlink(missing_ok=True)
+        rounds.begin(0, [])
+        return rounds
 
     @classmethod
     def resume(
         cls, run_dir: Path, run: str, plan: PrivacyPlan, size: int
     ) -> tuple[CorrelatedRounds, list[str]]:
-        """The books that a run was stopped with, and a notice if its noise is lost.
+        """The rounds that a run was stopped with, and a notice if its noise is lost.
 
         Raises CheckpointError if `rounds.json` is missing or another run's (without it nobody knows which
         rounds were published), or this machine knows that later rounds were begun.
         """
-        books = cls(run_dir, run, plan, size)
+        rounds = cls(run_dir, run, plan, size)
         try:
-            values = json.loads(books._book.read_text(encoding="utf-8"))
+            values = json.loads(rounds._rounds_file.read_text(encoding="utf-8"))
             if values["run"] != run:
                 raise ValueError(f"it is of run {values['run']}")
-            books.round = int(values["round"])
-            books.asked = {str(name): int(round) for name, round in values["asked"].items()}
+            rounds.round = int(values["round"])
+            rounds.last_asked = {str(name): int(round) for name, round in values["asked"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{books._book} cannot be read ({type(error).__name__}: {error}), and without it nobody "
-                "knows which rounds were begun: with dp_ftrl each is published once. Restore the file, or "
-                "start a new run."
+                f"{rounds._rounds_file} cannot be read ({type(error).__name__}: {error}), and without it "
+                "nobody knows which rounds were begun: with dp_ftrl each is published once. Restore the "
+                "file, or start a new run."
             ) from error
         notices = []
         try:
-            books._restore()
+            rounds._restore()
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            books.noise.restore(books.round, np.zeros((0, size)))
-            if 0 < books.round < plan.num_rounds and plan.bands > 1:
+            rounds.noise.restore(rounds.round, np.zeros((0, size)))
+            if 0 < rounds.round < plan.num_rounds and plan.bands > 1:
                 notices.append(
-                    f"The noise of earlier rounds is lost ({books._secret.name}: {type(error).__name__}), so "
-                    "later rounds cannot take it back: the result is less accurate, its privacy as promised."
+                    f"The noise of earlier rounds is lost ({rounds._noise_file.name}: "
+                    f"{type(error).__name__}), so later rounds cannot take it back: the result is less "
+                    "accurate, its privacy as promised."
                 )
-        books.round = max(books.round, books.noise.round)
-        books.behind(books._begun(), "this machine")
-        return books, notices
+        rounds.round = max(rounds.round, rounds.noise.round)
+        rounds.check_newest(rounds._begun(), "this machine")
+        return rounds, notices
 
-    def behind(self, round: int, who: str) -> None:
-        """Raises CheckpointError if `who` knows that a later round than these books' was begun: `round`."""
+    def check_newest(self, round: int, who: str) -> None:
+        """Raises CheckpointError if `who` knows that `round` was begun, and it is later than any here."""
         if round <= self.round:
             return
         raise CheckpointError(
-            f"The run folder {self._book.parents[1]} was wound back, by a backup or a copy: it knows of "
-            f"round {self.round}, and {who} of round {round} of this run. With dp_ftrl a round is published "
-            "once, and noise that was taken back once must not be taken back again. Go on in the newest copy "
-            "of the folder, or start a new run; what was released stays charged."
+            f"The run folder {self._rounds_file.parents[1]} was wound back, by a backup or a copy: it knows "
+            f"of round {self.round}, and {who} of round {round} of this run. With dp_ftrl a round is "
+            "published once, and noise that was taken back once must not be taken back again. Go on in the "
+            "newest copy of the folder, or start a new run; what was released stays charged."
         )
 
-    def able(self, nodes: Sequence[NodeInfo], round: int) -> list[NodeInfo]:
-        """Those of `nodes` that may be asked in `round`."""
+    def separated(self, nodes: Sequence[NodeInfo], round: int) -> list[NodeInfo]:
+        """Those of `nodes` that may be asked in `round`: their last round is long enough ago."""
         apart = self._root.min_separation
-        return [node for node in nodes if round - self.asked.get(node.name, round - apart) >= apart]
+        return [node for node in nodes if round - self.last_asked.get(node.name, round - apart) >= apart]
 
     def begin(self, round: int, cohort: Sequence[NodeInfo]) -> None:
         """Notes, durably, that `cohort` is about to be asked in `round`. Raises ResourceError."""
-        self.asked |= {node.name: round for node in cohort}
-        write_durably(self._anchor, json.dumps({"round": round}).encode())
-        values = {"run": self._run, "round": round, "asked": self.asked}
-        write_durably(self._book, json.dumps(values).encode())
+        self.last_asked |= {node.name: round for node in cohort}
+        write_durably(self._machine_file, json.dumps({"round": round}).encode())
+        values = {"run": self._run, "round": round, "asked": self.last_asked}
+        write_durably(self._rounds_file, json.dumps(values).encode())
         self.round = round
 
-    def keep(self) -> None:
+    def save_noise(self) -> None:
         """Writes the noise down, if there is new noise. Raises ResourceError."""
-        if self._kept == self.noise.round or self._root.bands == 1:
+        if self._saved_round == self.noise.round or self._root.bands == 1:
             return
         buffer = io.BytesIO()
         rows = self.noise.rows()
         np.savez(buffer, allow_pickle=False, run=self._run, round=self.noise.round, rows=rows)
-        write_durably(self._secret, buffer.getvalue(), mode=0o600)
-        self._kept = self.noise.round
+        write_durably(self._noise_file, buffer.getvalue(), mode=0o600)
+        self._saved_round = self.noise.round
 
     def finish(self) -> None:
         """Forgets the noise: no round is to come."""
-        self._secret.unlink(missing_ok=True)
+        self._noise_file.unlink(missing_ok=True)
 
     def _begun(self) -> int:
         """The last round of this run that was begun on this machine; 0 if it knows of none."""
         try:
-            return int(json.loads(self._anchor.read_text(encoding="utf-8"))["round"])
+            return int(json.loads(self._machine_file.read_text(encoding="utf-8"))["round"])
         except FileNotFoundError:
             return 0  # the folder was moved here
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self._anchor} cannot be read ({type(error).__name__}), and it says which rounds of this "
-                "run were begun. Restore it, or start a new run."
+                f"{self._machine_file} cannot be read ({type(error).__name__}), and it says which rounds of "
+                "this run were begun. Restore it, or start a new run."
             ) from error
 
     def _restore(self) -> None:
-        with np.load(self._secret, allow_pickle=False) as arrays:
+        with np.load(self._noise_file, allow_pickle=False) as arrays:
             if str(arrays["run"]) != self._run:
                 raise ValueError("it is another run's")
             self.noise.restore(int(arrays["round"]), arrays["rows"])

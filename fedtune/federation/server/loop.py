@@ -289,7 +289,7 @@ def _agreed_again(
     )
     if state.correlated is not None:
         for answer in answers:
-            state.correlated.behind(answer.last_round, f"node '{answer.node}'")
+            state.correlated.check_newest(answer.last_round, f"node '{answer.node}'")
     refused = [
         Dropped(answer.node, state.round, answer.refused) for answer in answers if answer.refused is not None
     ]
@@ -307,8 +307,8 @@ def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, conf
     state.round += 1
     if state.correlated is not None:
         for name, last in roster.last_rounds.items():
-            state.correlated.behind(last, f"node '{name}'")
-        free = state.correlated.able(free, state.round)
+            state.correlated.check_newest(last, f"node '{name}'")
+        free = state.correlated.separated(free, state.round)
     cohort = draw_cohort(free, _cohort_size(state.plan, config), config.seed, state.round)
     if state.correlated is not None:
         state.correlated.begin(state.round, cohort)
@@ -317,7 +317,7 @@ def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, conf
 
 def _evaluate(setting: _Setting, evaluator: Evaluator, state: RunState, roster: Roster) -> Any:
     """Evaluates the adapter as it is now; the nodes' answers are charged."""
-    free = roster.look(state.round)
+    free = roster.refresh(state.round)
     away = [node.name for node in state.nodes if node not in free]
     outcome = evaluator.evaluate(setting.grid, _ask(setting, state, free), away, setting.observer)
     state.record_evaluation(outcome)

@@ -50,7 +50,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
 _GRACE_SECONDS = 300.0  # by which clocks may differ: a node that is further off may not join
-_OF_FLOWER = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # flwr 1.41, its simulation's vce_api
+_FLOWER_WRAPPED_ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # flwr 1.41, its simulation's vce_api
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
 
@@ -152,9 +152,11 @@ def exchange(
     was cut off are nobody's lateness.
     """
     ids = list(grid.push_messages(messages))
-    pending = {name: one.metadata.dst_node_id for name, one in zip(ids, messages, strict=True) if name}
-    heard = time.monotonic()
-    end = heard + timeout
+    pending = {
+        name: message.metadata.dst_node_id for name, message in zip(ids, messages, strict=True) if name
+    }
+    last_answer = time.monotonic()
+    end = last_answer + timeout
     while pending:
         asked = time.monotonic()
         answers = list(grid.pull_messages(set(pending)))
@@ -166,16 +168,16 @@ def exchange(
         if stop is not None and stop.is_set():
             raise KeyboardInterrupt
         if answers:
-            heard = time.monotonic()
+            last_answer = time.monotonic()
         if answers and not deadline:
-            end = heard + timeout
+            end = last_answer + timeout
         elif took > _STALL_SECONDS:
             end += took
         if pending and not answers:
             if time.monotonic() > end:
                 return
             # Often while answers come; while all train, the processor is theirs.
-            time.sleep(min(_LONGEST_POLL, max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - heard))))
+            time.sleep(min(_LONGEST_POLL, max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - last_answer))))
 
 
 def reason_of(answer: Message) -> str:
@@ -185,8 +187,8 @@ def reason_of(answer: Message) -> str:
     there, which nobody has looked at.
     """
     reason = one_line(str(answer.error.reason or f"error code {answer.error.code}"))
-    if found := _OF_FLOWER.match(reason):
-        return f"its worker failed with {found[1]}; the log of the engine says more"
+    if wrapped := _FLOWER_WRAPPED_ERROR.match(reason):
+        return f"its worker failed with {wrapped[1]}; the log of the engine says more"
     return reason[:500]
 
 

@@ -1,8 +1,8 @@
-"""Flower's Grid with a memory of what was asked and not answered yet.
+"""Flower's Grid, which also tracks what was asked and not answered yet.
 
 A round is over at its deadline, and a node that was late may still be at work on it: asked again meanwhile,
 it would be late again, and be charged for that too. So whoever goes over the rounds asks `late` first, which
-fetches what has come since (a late update is in no round), and leaves `busy` nodes in peace.
+fetches what has come since (a late update is in no round), and asks no `busy` node again.
 
 What it does not do: wait, or decide who takes part (`fedtune.federation.server.cohort`).
 """
@@ -31,7 +31,7 @@ class Question:
 
 
 class TrackingGrid(Grid):
-    """Hands everything on to another Grid, and remembers the questions that are open."""
+    """Passes everything on to another Grid, and remembers the questions that are open."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -68,8 +68,10 @@ class TrackingGrid(Grid):
         now = time.monotonic()
         for message_id, message in zip(ids, messages, strict=True):
             if message_id:
-                about = message.metadata
-                self._open[message_id] = Question(about.dst_node_id, about.message_type, now + about.ttl)
+                metadata = message.metadata
+                self._open[message_id] = Question(
+                    metadata.dst_node_id, metadata.message_type, now + metadata.ttl
+                )
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -93,15 +95,15 @@ class TrackingGrid(Grid):
         if not self._open:
             return []
         open_before = dict(self._open)
-        found = [
+        answers = [
             (open_before[answer.metadata.reply_to_message_id], answer)
             for answer in self.pull_messages(set(open_before))
             if answer.metadata.reply_to_message_id in open_before
         ]
         now = time.monotonic()
-        self._open = {name: one for name, one in self._open.items() if one.expires > now}
-        return found
+        self._open = {name: question for name, question in self._open.items() if question.expires > now}
+        return answers
 
     def busy(self) -> set[int]:
         """The nodes that have an open question: as far as is known they still work on it."""
-        return {one.node_id for one in self._open.values()}
+        return {question.node_id for question in self._open.values()}

@@ -280,7 +280,7 @@ def test_noise_that_cannot_be_used_is_lost_and_said_to_be(tmp_path: Path, damage
     books = CorrelatedRounds.start(tmp_path, "r", plan, 4)
     books.begin(1, [NodeInfo("a", 1, 5)])
     books.noise.next(1, np.ones(4))
-    books.keep()
+    books.save_noise()
     secret = tmp_path / "checkpoint" / "noise.secret"
     size = 4
     if damage == "cut":
@@ -288,13 +288,13 @@ def test_noise_that_cannot_be_used_is_lost_and_said_to_be(tmp_path: Path, damage
     elif damage == "another run":
         other = CorrelatedRounds(tmp_path, "other", plan, 4)
         other.noise.next(1, np.ones(4))
-        other.keep()
+        other.save_noise()
     else:
         size = 5
     again, notices = CorrelatedRounds.resume(tmp_path, "r", plan, size)
     assert len(notices) == 1 and "noise.secret" in notices[0]
     assert again.round == again.noise.round == 1
-    assert again.asked == {"a": 1}
+    assert again.last_asked == {"a": 1}
     np.testing.assert_array_equal(again.noise.next(2, np.ones(size)), np.ones(size))
 
 
@@ -303,7 +303,7 @@ def test_the_secret_is_private_whatever_the_umask(tmp_path: Path) -> None:
     try:
         books = CorrelatedRounds.start(tmp_path, "r", ftrl(num_rounds=9, bands=3, min_separation=3), 4)
         books.noise.next(1, np.ones(4))
-        books.keep()
+        books.save_noise()
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "checkpoint" / "noise.secret").stat().st_mode) == 0o600

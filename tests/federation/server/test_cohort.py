@@ -28,7 +28,7 @@ from tests.support.fake_federation import FakeServerSide, Watcher, fake_app, fak
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster_module, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(roster_module, "_POLL_SECONDS", 0.02)
 
 
 class Field(LocalGrid):
@@ -237,14 +237,14 @@ def test_no_node_joins_where_the_noise_is_shared_out() -> None:
     grid, watcher = Field(), Watcher()
     with task_identity(grid.run_id):
         roster = a_roster(grid, watcher, 2, closed=True)
-        roster.look()
-        here = roster.look(3)
+        roster.refresh()
+        here = roster.refresh(3)
         assert [node.name for node in here] == ["node-0", "node-1"]
         assert "shared out over the nodes of the beginning" in roster.dropped[0].reason
         grid.away = {0}
-        assert [node.name for node in roster.look(4)] == ["node-1"]
+        assert [node.name for node in roster.refresh(4)] == ["node-1"]
         grid.away = set()
-        assert [node.name for node in roster.look(5)] == ["node-0", "node-1"]
+        assert [node.name for node in roster.refresh(5)] == ["node-0", "node-1"]
         assert len(roster.dropped) == 1  # it is not asked again while it stays
 
 
@@ -253,15 +253,15 @@ def test_a_second_node_of_one_name_does_not_join() -> None:
     grid._nodes[4]["partition-id"] = 0
     with task_identity(grid.run_id):
         roster = a_roster(grid, watcher, 2)
-        roster.look()
-        roster.look()
+        roster.refresh()
+        roster.refresh()
         assert "another node of that name is connected" in roster.dropped[0].reason
         # The first is gone, and the second comes back: a site that made a new key.
         grid.away = {0, 2}
-        roster.look()
+        roster.refresh()
         grid.away = {0}
-        roster.look()
-        assert {node.node_id for node in roster.look()} == {3, 4}
+        roster.refresh()
+        assert {node.node_id for node in roster.refresh()} == {3, 4}
 
 
 def test_a_run_does_not_wait_for_nodes_that_have_used_up_their_releases() -> None:
