@@ -14,7 +14,7 @@ import pytest
 
 from fedtune.errors import AggregationAborted, PrivacyError
 from fedtune.federation.secagg import crypto as secagg_crypto
-from fedtune.federation.secagg.messages import Place, session_for
+from fedtune.federation.secagg.messages import PhaseId, session_for
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism, distributed_epsilon
 from fedtune.privacy.mechanisms.exact import discrete_gaussian
@@ -62,7 +62,7 @@ def test_pitfall_21_dropouts_do_not_lower_the_noise_below_the_plan():
 
 
 def test_pitfall_21_more_dropouts_than_planned_give_no_sum():
-    session = session_for(Place("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
+    session = session_for(PhaseId("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
     assert session.quorum == 5
     server, maskers, received = rounds_of_keys(session)
     for name in NAMES[:4]:
@@ -77,7 +77,7 @@ def test_pitfall_21_more_dropouts_than_planned_give_no_sum():
 def test_pitfall_21_and_22_a_retried_round_has_new_keys_new_masks_and_new_noise():
     drawn = []
     for attempt in (1, 2):
-        session = session_for(Place("r", 1, attempt, "advertise"), plan(), NAMES, SIZE)
+        session = session_for(PhaseId("r", 1, attempt, "advertise"), plan(), NAMES, SIZE)
         _, maskers, received = rounds_of_keys(session)
         made = DiscreteMechanism.for_plan(plan(), SIZE)
         entropy = plan().entropy("site-0", 1)
@@ -105,7 +105,7 @@ def test_pitfall_23_and_24_noise_is_integers_and_no_seed_reaches_it():
 
 def test_pitfall_25_masks_are_integers_of_a_key_for_each_pair_and_dropouts_are_recovered():
     """The bug: float masks, all from one secret that every node knows, and no way on without a node."""
-    session = session_for(Place("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
+    session = session_for(PhaseId("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
     server, maskers, received = rounds_of_keys(session)
     keys = {
         (u, v): secagg_crypto.agree(maskers[u].masking_key, maskers[u].roster[v].masking, b"pair")
@@ -151,11 +151,11 @@ def test_pitfall_8_the_plans_epsilon_is_a_bound_on_what_the_integers_really_cost
 
 def test_pitfall_20_and_28_the_server_cannot_choose_who_is_in_a_sum():
     """Amplification counts on a sample nobody sees; a sum over a few chosen nodes would show more of it."""
-    session = session_for(Place("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
+    session = session_for(PhaseId("r", 1, 1, "advertise"), plan(), NAMES, SIZE)
     for few in range(1, session.quorum):
         _, maskers, received = rounds_of_keys(session)
         maskers["site-0"].mask(np.zeros(SIZE, np.uint32), received["site-0"])
         with pytest.raises(AggregationAborted, match="needed"):
             maskers["site-0"].unmask(NAMES[:few])
     with pytest.raises(PrivacyError, match="hides nothing"):
-        session_for(Place("r", 1, 1, "advertise"), plan(nodes=1, max_dropouts=0, max_colluders=0), ["a"], 5)
+        session_for(PhaseId("r", 1, 1, "advertise"), plan(nodes=1, max_dropouts=0, max_colluders=0), ["a"], 5)

@@ -39,7 +39,7 @@ from fedtune.federation.client.release import Release, failure_reply, reserve_re
 from fedtune.federation.flower import error_answer
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.secagg import messages as wire
-from fedtune.federation.secagg.messages import Place
+from fedtune.federation.secagg.messages import PhaseId
 from fedtune.federation.secagg.protocol import Masker
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.plan import PrivacyPlan
@@ -62,27 +62,27 @@ class MaskerStore:
         record = state.get(self.NAME)
         self._values: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
 
-    def begin(self, place: Place, node: str, masker: Masker) -> None:
+    def begin(self, phase_id: PhaseId, node: str, masker: Masker) -> None:
         """Remembers a new attempt. Raises FederationError for one that was begun before, or an older one."""
         values = self._values
-        last = (values["attempt"], values["round"]) if values.get("run") == place.run else (-1, -1)
-        if (place.attempt, place.round) <= last:
+        last = (values["attempt"], values["round"]) if values.get("run") == phase_id.run else (-1, -1)
+        if (phase_id.attempt, phase_id.round) <= last:
             raise FederationError(
-                f"Node {node!r} has begun attempt {last[0]}, round {last[1]} of run {place.run} and is asked "
-                f"to begin attempt {place.attempt}, round {place.round}. Keys are made once; resume the run, "
-                "which starts a new attempt."
+                f"Node {node!r} has begun attempt {last[0]}, round {last[1]} of run {phase_id.run} and is "
+                f"asked to begin attempt {phase_id.attempt}, round {phase_id.round}. Keys are made once; "
+                "resume the run, which starts a new attempt."
             )
-        self._values = {"run": place.run, "attempt": place.attempt, "round": place.round}
+        self._values = {"run": phase_id.run, "attempt": phase_id.attempt, "round": phase_id.round}
         self.save(masker)
 
-    def masker(self, place: Place) -> Masker:
+    def masker(self, phase_id: PhaseId) -> Masker:
         """The Masker of this attempt. Raises FederationError if another, or none, was begun."""
         values = self._values
         mine = tuple(values.get(key) for key in ("run", "attempt", "round"))
-        if mine != (place.run, place.attempt, place.round):
+        if mine != (phase_id.run, phase_id.attempt, phase_id.round):
             raise FederationError(
-                f"This node has no keys for attempt {place.attempt}, round {place.round} of run {place.run}: "
-                "it did not take part in it from the beginning."
+                f"This node has no keys for attempt {phase_id.attempt}, round {phase_id.round} of run "
+                f"{phase_id.run}: it did not take part in it from the beginning."
             )
         return Masker.from_json(json.loads(str(values["masker"])))
 
@@ -125,7 +125,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
 
 
 def _advertise(message: Message, context: Context) -> RecordDict:
-    place, values = wire.take(message.content, wire.ASKS["advertise"], "advertise", _WHAT)
+    phase_id, values = wire.read_record(message.content, wire.ASKS["advertise"], "advertise", _WHAT)
     config = node_config(context)
     shard = own_shard(config, context)
     if shard is None:
@@ -133,45 +133,45 @@ def _advertise(message: Message, context: Context) -> RecordDict:
     plan = PrivacyPlan.from_json(json.loads(values["plan"]))
     check_plan(plan, config)
     DiscreteMechanism.for_plan(plan, values["size"])  # refuses what does not fit before any key is made
-    masker = Masker(wire.session_for(place, plan, values["names"], values["size"]), shard.node)
-    MaskerStore(context.state).begin(place, shard.node, masker)
+    masker = Masker(wire.session_for(phase_id, plan, values["names"], values["size"]), shard.node)
+    MaskerStore(context.state).begin(phase_id, shard.node, masker)
     keys = masker.advertise()
     MaskerStore(context.state).save(masker)
-    return wire.answer_records(place, sealing=keys.sealing, masking=keys.masking)
+    return wire.phase_records(phase_id, sealing=keys.sealing, masking=keys.masking)
 
 
 def _share(message: Message, context: Context) -> RecordDict:
-    place, values = wire.take(message.content, wire.ASKS["share"], "share", _WHAT)
+    phase_id, values = wire.read_record(message.content, wire.ASKS["share"], "share", _WHAT)
     store = MaskerStore(context.state)
-    masker = store.masker(place)
+    masker = store.masker(phase_id)
     try:
         dealt = masker.share(wire.read_roster(values))
     finally:
         store.save(masker)  # also after an error: what was begun is not begun again
-    return wire.share_answer(place, dealt)
+    return wire.share_answer(phase_id, dealt)
 
 
 def _unmask(message: Message, context: Context) -> RecordDict:
-    place, values = wire.take(message.content, wire.ASKS["unmask"], "unmask", _WHAT)
+    phase_id, values = wire.read_record(message.content, wire.ASKS["unmask"], "unmask", _WHAT)
     store = MaskerStore(context.state)
-    masker = store.masker(place)
+    masker = store.masker(phase_id)
     try:
         shares = masker.unmask(values["names"])
     finally:
         store.save(masker)
-    return wire.answer_records(place, names=list(shares), shares=list(shares.values()))
+    return wire.phase_records(phase_id, names=list(shares), shares=list(shares.values()))
 
 
 def _mask(message: Message, context: Context) -> RecordDict:
     plain, more = wire.split_mask_ask(message.content)
-    place, values = wire.take(more, wire.ASKS["mask"], "mask", _WHAT)
+    phase_id, values = wire.read_record(more, wire.ASKS["mask"], "mask", _WHAT)
     request = RoundRequest.from_records(plain)
     store, release = MaskerStore(context.state), None
     try:
-        masker = store.masker(place)
+        masker = store.masker(phase_id)
         session = masker.session
-        if session != wire.session_for(place, request.plan, session.nodes, request.adapter.size) or (
-            (request.run, request.round, request.attempt) != (place.run, place.round, place.attempt)
+        if session != wire.session_for(phase_id, request.plan, session.nodes, request.adapter.size) or (
+            (request.run, request.round, request.attempt) != (phase_id.run, phase_id.round, phase_id.attempt)
         ):
             raise FederationError("The server changed the plan or the adapter's size within a round.")
         received = wire.read_received(values)
@@ -194,7 +194,7 @@ def _mask(message: Message, context: Context) -> RecordDict:
         steps=release.plan.local_steps,
         seconds=coarse_seconds(seconds),
     )
-    return wire.mask_answer(place, reply, masked, public_data=release.config.data.public)
+    return wire.mask_answer(phase_id, reply, masked, public_data=release.config.data.public)
 
 
 def _handler(work: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:

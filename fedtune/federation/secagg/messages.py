@@ -26,14 +26,15 @@ __all__ = [
     "ASKS",
     "KINDS",
     "PHASES",
-    "Place",
+    "PhaseId",
     "advertise_ask",
-    "answer_records",
     "mask_answer",
     "mask_ask",
+    "phase_records",
     "read_keys",
     "read_mask_answer",
     "read_received",
+    "read_record",
     "read_roster",
     "read_sealed",
     "read_shares",
@@ -41,7 +42,6 @@ __all__ = [
     "share_answer",
     "share_ask",
     "split_mask_ask",
-    "take",
     "unmask_ask",
 ]
 
@@ -67,7 +67,7 @@ Received = dict[str, tuple[bytes, tuple[bytes, bytes]]]
 
 
 @dataclass(frozen=True)
-class Place:
+class PhaseId:
     """Which attempt of which round a message belongs to, and which exchange of it."""
 
     run: str
@@ -76,7 +76,7 @@ class Place:
     phase: str
 
 
-def session_for(place: Place, plan: PrivacyPlan, names: Sequence[str], size: int) -> Session:
+def session_for(phase_id: PhaseId, plan: PrivacyPlan, names: Sequence[str], size: int) -> Session:
     """The Session that `plan` gives for the nodes that were asked; nodes of the plan that were not asked are
     dropouts already. Raises `PrivacyError` if that cannot be kept, FederationError for more nodes than
     planned."""
@@ -87,32 +87,32 @@ def session_for(place: Place, plan: PrivacyPlan, names: Sequence[str], size: int
         )
     if missing > plan.max_dropouts:
         raise FederationError(
-            f"{missing} of {plan.nodes} nodes are missing before round {place.round} begins, and the noise "
-            f"covers privacy.max_dropouts={plan.max_dropouts}. Bring them back, or start a new run without "
-            "them."
+            f"{missing} of {plan.nodes} nodes are missing before round {phase_id.round} begins, and the "
+            f"noise covers privacy.max_dropouts={plan.max_dropouts}. Bring them back, or start a new run "
+            "without them."
         )
     left = plan.max_dropouts - missing
     # Of two nodes, one that sides with the server knows the other's part of the sum whatever the masks are;
     # its noise is full (`PrivacyPlan.honest_shares`).
     colluders = 0 if len(names) == 2 and plan.max_colluders == 1 else plan.max_colluders
-    return Session(place.run, place.round, place.attempt, tuple(names), size, left, colluders)
+    return Session(phase_id.run, phase_id.round, phase_id.attempt, tuple(names), size, left, colluders)
 
 
-def answer_records(place: Place, **values: Any) -> RecordDict:
-    """A record of `values` for this place; the asks that carry no adapter are made of the same."""
+def phase_records(phase_id: PhaseId, **values: Any) -> RecordDict:
+    """A record of `values` for this phase; the asks that carry no adapter are made of the same."""
     fixed: dict[str, Any] = {
         "version": VERSION,
-        "run": place.run,
-        "round": place.round,
-        "attempt": place.attempt,
+        "run": phase_id.run,
+        "round": phase_id.round,
+        "attempt": phase_id.attempt,
     }
-    return RecordDict({_NAME: publishable_record("secagg", {**fixed, "phase": place.phase, **values})})
+    return RecordDict({_NAME: publishable_record("secagg", {**fixed, "phase": phase_id.phase, **values})})
 
 
-def take(
+def read_record(
     content: RecordDict, keys: Mapping[str, type], phase: str, what: str
-) -> tuple[Place, dict[str, Any]]:
-    """Place and values of the record in `content`, with exactly `keys` of exactly these types.
+) -> tuple[PhaseId, dict[str, Any]]:
+    """Phase and values of the record in `content`, with exactly `keys` of exactly these types.
 
     Raises FederationError, saying whose message (`what`) it was.
     """
@@ -135,13 +135,13 @@ def take(
         raise FederationError(f"{what} lists nodes twice, or lists of different lengths.")
     if values["phase"] != phase:
         raise FederationError(f"{what} is for {values['phase']!r}, and {phase!r} was expected.")
-    return Place(values["run"], values["round"], values["attempt"], phase), values
+    return PhaseId(values["run"], values["round"], values["attempt"], phase), values
 
 
-def advertise_ask(place: Place, plan: PrivacyPlan, names: Sequence[str], size: int) -> RecordDict:
+def advertise_ask(phase_id: PhaseId, plan: PrivacyPlan, names: Sequence[str], size: int) -> RecordDict:
     """Asks for fresh keys, and says what will be asked for afterwards."""
     text = json.dumps(plan.to_json(), sort_keys=True)
-    return answer_records(place, plan=text, size=size, names=list(names))
+    return phase_records(phase_id, plan=text, size=size, names=list(names))
 
 
 def read_keys(values: Mapping[str, Any]) -> PublicKeys:
@@ -149,10 +149,10 @@ def read_keys(values: Mapping[str, Any]) -> PublicKeys:
     return PublicKeys(values["sealing"], values["masking"])
 
 
-def share_ask(place: Place, roster: Mapping[str, PublicKeys]) -> RecordDict:
+def share_ask(phase_id: PhaseId, roster: Mapping[str, PublicKeys]) -> RecordDict:
     """Shows all advertised keys and asks for sealed shares."""
-    return answer_records(
-        place,
+    return phase_records(
+        phase_id,
         names=list(roster),
         sealing=[keys.sealing for keys in roster.values()],
         masking=[keys.masking for keys in roster.values()],
@@ -165,11 +165,11 @@ def read_roster(values: Mapping[str, Any]) -> dict[str, PublicKeys]:
     return {name: PublicKeys(sealing, masking) for name, sealing, masking in rows}
 
 
-def share_answer(place: Place, dealt: Sealed) -> RecordDict:
+def share_answer(phase_id: PhaseId, dealt: Sealed) -> RecordDict:
     """A node's sealed shares; the one for itself is not sent and its place is empty."""
     names = list(dealt.commitments)
-    return answer_records(
-        place,
+    return phase_records(
+        phase_id,
         names=names,
         sealed=[dealt.shares.get(name, b"") for name in names],
         seed_hashes=[dealt.commitments[name][0] for name in names],
@@ -191,10 +191,10 @@ def read_sealed(values: Mapping[str, Any]) -> Sealed:
     return Sealed(shares, {name: hashes for name, (_, hashes) in rows.items()}, values["seed"])
 
 
-def mask_ask(place: Place, request: RecordDict, received: Received) -> RecordDict:
+def mask_ask(phase_id: PhaseId, request: RecordDict, received: Received) -> RecordDict:
     """A round's request with the peers' shares for this node."""
-    more = answer_records(
-        place,
+    more = phase_records(
+        phase_id,
         names=list(received),
         sealed=[sealed for sealed, _ in received.values()],
         seed_hashes=[hashes[0] for _, hashes in received.values()],
@@ -212,35 +212,35 @@ def split_mask_ask(content: RecordDict) -> tuple[RecordDict, RecordDict]:
 
 
 def mask_answer(
-    place: Place, reply: RoundReply, masked: np.ndarray, *, public_data: bool = False
+    phase_id: PhaseId, reply: RoundReply, masked: np.ndarray, *, public_data: bool = False
 ) -> RecordDict:
     """The masked vector, uint32 [P], with what an ordinary reply of such data tells."""
     vector = ArrayRecord({"masked": Array(np.ascontiguousarray(masked, dtype=np.uint32))})
     head = reply.to_records(public_data=public_data)
-    return RecordDict({**head, **answer_records(place), "masked": vector})
+    return RecordDict({**head, **phase_records(phase_id), "masked": vector})
 
 
 def read_mask_answer(
-    content: RecordDict, *, node: str, place: Place, size: int
+    content: RecordDict, *, node: str, phase_id: PhaseId, size: int
 ) -> tuple[RoundReply, np.ndarray | None]:
     """The reply and the masked vector; None where the node refused or failed, which the reply then says.
 
     Raises UpdateRejected, naming the node, if it is neither or of another form.
     """
-    what = f"The answer of node {node!r} in round {place.round}"
+    what = f"The answer of node {node!r} in round {phase_id.round}"
     try:
         if "masked" not in content:
             return RoundReply.from_records(
-                content, node=node, run=place.run, round=place.round, attempt=place.attempt
+                content, node=node, run=phase_id.run, round=phase_id.round, attempt=phase_id.attempt
             ), None
         if set(content) != {"reply", _NAME, "masked"}:
             raise FederationError(f"{what} carries records that nobody asked for: {sorted(content)}.")
-        where, _ = take(content, ANSWERS["mask"], "mask", what)
+        where, _ = read_record(content, ANSWERS["mask"], "mask", what)
         head = content["reply"]
         values: dict[str, Any] = dict(head) if isinstance(head, ConfigRecord) else {}
         if {key: type(value) for key, value in values.items()} != dict(REPLY_KEYS):
             raise FederationError(f"{what} has no usable record 'reply'.")
-        if where != place or values["node"] != node:
+        if where != phase_id or values["node"] != node:
             raise FederationError(f"{what} is of node {values['node']!r} for {where}.")
         record = content["masked"]
         array = record["masked"] if isinstance(record, ArrayRecord) and list(record) == ["masked"] else None
@@ -256,9 +256,9 @@ def read_mask_answer(
         raise UpdateRejected(str(error)) from error
     reply = RoundReply(
         node,
-        place.run,
-        place.round,
-        place.attempt,
+        phase_id.run,
+        phase_id.round,
+        phase_id.attempt,
         releases=values["releases"],
         steps=values["steps"],
         seconds=max(0.0, float(values["seconds"])),
@@ -266,9 +266,9 @@ def read_mask_answer(
     return reply, vector
 
 
-def unmask_ask(place: Place, survivors: Sequence[str]) -> RecordDict:
+def unmask_ask(phase_id: PhaseId, survivors: Sequence[str]) -> RecordDict:
     """Says whose vectors arrived, and asks for shares."""
-    return answer_records(place, names=list(survivors))
+    return phase_records(phase_id, names=list(survivors))
 
 
 def read_shares(values: Mapping[str, Any]) -> dict[str, bytes]:

@@ -33,7 +33,7 @@ from fedtune.federation.events import Observer
 from fedtune.federation.flower import serialized_size
 from fedtune.federation.messages import RoundRequest
 from fedtune.federation.secagg import messages as wire
-from fedtune.federation.secagg.messages import Place
+from fedtune.federation.secagg.messages import PhaseId
 from fedtune.federation.secagg.protocol import MaskedSum, Session
 from fedtune.federation.server.rounds import (
     RoundAsk,
@@ -48,7 +48,7 @@ from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["DistributedRound"]
 
-LIGHT_SECONDS = 120.0  # exchanges without training: seconds until a node that does not answer is left out
+KEY_SECONDS = 120.0  # exchanges without training: seconds until a node that does not answer is left out
 T = TypeVar("T")
 
 
@@ -66,7 +66,7 @@ class DistributedRound:
                 f"step over the union of all {plan.nodes} shards, so every node is asked. Leave "
                 "federation.cohort_size out."
             )
-        wire.session_for(Place("", 0, 0, "advertise"), plan, [str(i) for i in range(plan.nodes)], 1)
+        wire.session_for(PhaseId("", 0, 0, "advertise"), plan, [str(i) for i in range(plan.nodes)], 1)
 
     def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
         """See `RoundProtocol`. A round that was discarded has no aggregate and every node among `dropped`."""
@@ -87,11 +87,13 @@ class _Round:
         self.grid, self.ask, self.observer, self.outcome = grid, ask, observer, outcome
         self.nodes = {node.name: node for node in sorted(ask.nodes, key=lambda node: node.name)}
         names = list(self.nodes)
-        self.session: Session = wire.session_for(self.place("advertise"), ask.plan, names, ask.adapter.size)
+        self.session: Session = wire.session_for(
+            self.phase_id("advertise"), ask.plan, names, ask.adapter.size
+        )
         self.mechanism = DiscreteMechanism.for_plan(ask.plan, ask.adapter.size)
 
-    def place(self, phase: str) -> Place:
-        return Place(self.ask.run, self.ask.round, self.ask.attempt, phase)
+    def phase_id(self, phase: str) -> PhaseId:
+        return PhaseId(self.ask.run, self.ask.round, self.ask.attempt, phase)
 
     def run(self) -> None:
         ask, outcome, server = self.ask, self.outcome, MaskedSum(self.session)
@@ -99,26 +101,26 @@ class _Round:
             self.observer.on_client(name, "asked")
 
         # 1 to 2: keys and shares
-        asks = wire.advertise_ask(self.place("advertise"), ask.plan, list(self.nodes), ask.adapter.size)
-        keys = self.exchange("advertise", dict.fromkeys(self.nodes, asks), self.light(wire.read_keys))
+        asks = wire.advertise_ask(self.phase_id("advertise"), ask.plan, list(self.nodes), ask.adapter.size)
+        keys = self.exchange("advertise", dict.fromkeys(self.nodes, asks), self.reading(wire.read_keys))
         roster = server.advertised(keys)
-        asks = wire.share_ask(self.place("share"), roster)
-        dealt = self.exchange("share", dict.fromkeys(roster, asks), self.light(wire.read_sealed))
+        asks = wire.share_ask(self.phase_id("share"), roster)
+        dealt = self.exchange("share", dict.fromkeys(roster, asks), self.reading(wire.read_sealed))
         received = server.shared(dealt)
 
         # 3: the one exchange that touches data
         request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter).to_records()
-        place = self.place("mask")
+        phase_id = self.phase_id("mask")
         self.exchange(
             "mask",
-            {name: wire.mask_ask(place, request, peers) for name, peers in received.items()},
-            lambda name, content: self.take_vector(server, name, content),
+            {name: wire.mask_ask(phase_id, request, peers) for name, peers in received.items()},
+            lambda name, content: self.add_vector(server, name, content),
         )
         survivors = server.survivors()
 
         # 4 to 5
-        asks = wire.unmask_ask(self.place("unmask"), survivors)
-        shares = self.exchange("unmask", dict.fromkeys(survivors, asks), self.light(wire.read_shares))
+        asks = wire.unmask_ask(self.phase_id("unmask"), survivors)
+        shares = self.exchange("unmask", dict.fromkeys(survivors, asks), self.reading(wire.read_shares))
         total = self.mechanism.decode(server.unmask(shares))
         outcome.aggregate = -ask.plan.average(total)
         outcome.used = survivors
@@ -127,10 +129,10 @@ class _Round:
         for name in survivors:
             self.observer.on_client(name, "answered")
 
-    def take_vector(self, server: MaskedSum, name: str, content: RecordDict) -> None:
+    def add_vector(self, server: MaskedSum, name: str, content: RecordDict) -> None:
         """Adds a masked vector to the sum. Raises UpdateRejected if the node refused or failed."""
         reply, vector = wire.read_mask_answer(
-            content, node=name, place=self.place("mask"), size=self.ask.adapter.size
+            content, node=name, phase_id=self.phase_id("mask"), size=self.ask.adapter.size
         )
         self.outcome.replies.append(reply)
         if vector is None:
@@ -139,25 +141,25 @@ class _Round:
             raise UpdateRejected(reason)
         server.masked(name, vector)
 
-    def light(self, read: Callable[[Mapping[str, object]], T]) -> Callable[[str, RecordDict], T]:
+    def reading(self, read: Callable[[Mapping[str, object]], T]) -> Callable[[str, RecordDict], T]:
         """Reads an answer of one of the exchanges without training. Raises UpdateRejected for an unusable
         one.
         """
 
-        def of(name: str, content: RecordDict) -> T:
+        def read_answer(name: str, content: RecordDict) -> T:
             what = f"The answer of node {name!r} in round {self.ask.round}"
             phase = str(dict(content.config_records.get("secagg", {})).get("phase", ""))
             try:
                 if set(content) != {"secagg"} or phase not in wire.ANSWERS:
                     raise FederationError(f"{what} carries {sorted(content)} for {phase!r}.")
-                place, values = wire.take(content, wire.ANSWERS[phase], phase, what)
-                if place != self.place(self.phase):
-                    raise FederationError(f"{what} is for {place}.")
+                phase_id, values = wire.read_record(content, wire.ANSWERS[phase], phase, what)
+                if phase_id != self.phase_id(self.phase):
+                    raise FederationError(f"{what} is for {phase_id}.")
                 return read(values)
             except FederationError as error:
                 raise UpdateRejected(str(error)) from error
 
-        return of
+        return read_answer
 
     def exchange(
         self, phase: str, contents: Mapping[str, RecordDict], read: Callable[[str, RecordDict], T]
@@ -165,7 +167,7 @@ class _Round:
         """Sends each node its content and reads what comes back; who gives nothing usable is dropped."""
         self.phase = phase
         ask, outcome = self.ask, self.outcome
-        timeout = ask.timeout if phase == "mask" else min(ask.timeout, LIGHT_SECONDS)
+        timeout = ask.timeout if phase == "mask" else min(ask.timeout, KEY_SECONDS)
         messages: list[Message] = []
         for name, content in contents.items():
             to = [self.nodes[name]]

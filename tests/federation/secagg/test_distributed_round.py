@@ -30,12 +30,12 @@ from fedtune.federation.client.app import app
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.client.release import Release
 from fedtune.federation.events import NodeInfo, NullObserver
-from fedtune.federation.flower import serialized_size, task_identity
+from fedtune.federation.flower import error_answer, serialized_size, task_identity
 from fedtune.federation.messages import RoundReply, RoundRequest
 from fedtune.federation.resources import run_resources
 from fedtune.federation.secagg import client as distributed_node
 from fedtune.federation.secagg import messages as secagg_messages
-from fedtune.federation.secagg.messages import PHASES, Place
+from fedtune.federation.secagg.messages import PHASES, PhaseId
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
 from fedtune.federation.secagg.server import DistributedRound
 from fedtune.federation.server.optimizers import GradientOptimizer, server_optimizer
@@ -188,7 +188,7 @@ def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
 def test_one_dropout_in_any_exchange_is_recovered(tiny: Make, vectors, phase: str, how: str) -> None:
     bench = Bench(distributed(tiny()), SIZE)
     # An error answers a request, so it is made from the last one that was delivered.
-    fails = lambda answer: LocalGrid._failed(bench.grid.seen[-1][1], "gone")  # noqa: E731
+    fails = lambda answer: error_answer(bench.grid.seen[-1][1], "gone")  # noqa: E731
     bench.grid.faults[(2, phase)] = lost if how == "lost" else fails
     outcome = bench.round()
     names = ["site-0", "site-1", "site-3"]
@@ -330,7 +330,7 @@ def test_no_request_of_a_round_is_answered_twice(tiny: Make, vectors, phase: str
     answer = replay(bench, phase)
     if phase == "mask":
         _, vector = secagg_messages.read_mask_answer(
-            answer.content, node="site-0", place=Place("r", 1, 1, "mask"), size=SIZE
+            answer.content, node="site-0", phase_id=PhaseId("r", 1, 1, "mask"), size=SIZE
         )
         assert vector is None
         assert "in order" in answer.content["reply"]["error"]
@@ -517,14 +517,14 @@ def test_a_node_sends_at_most_twice_the_bytes_of_a_plain_update(nodes: int) -> N
     reply = RoundReply("node-0", session.run, 1, 1, releases=1, steps=1, seconds=1.0)
     first = roster["node-0"]
 
-    def place(phase: str) -> Place:
-        return Place(session.run, 1, 1, phase)
+    def place(phase: str) -> PhaseId:
+        return PhaseId(session.run, 1, 1, phase)
 
     answers = [
-        secagg_messages.answer_records(place("advertise"), sealing=first.sealing, masking=first.masking),
+        secagg_messages.phase_records(place("advertise"), sealing=first.sealing, masking=first.masking),
         secagg_messages.share_answer(place("share"), dealt["node-0"]),
         secagg_messages.mask_answer(place("mask"), reply, masked),
-        secagg_messages.answer_records(place("unmask"), names=list(shares), shares=list(shares.values())),
+        secagg_messages.phase_records(place("unmask"), names=list(shares), shares=list(shares.values())),
     ]
     with task_identity(1):
         up = sum(serialized_size(Message(content, 2, "train")) for content in answers)
@@ -532,22 +532,22 @@ def test_a_node_sends_at_most_twice_the_bytes_of_a_plain_update(nodes: int) -> N
 
 
 def test_messages_are_read_back_as_they_were_written_or_refused() -> None:
-    place = Place("r", 3, 2, "unmask")
+    place = PhaseId("r", 3, 2, "unmask")
     record = secagg_messages.unmask_ask(place, ["a", "b"])
     keys = secagg_messages.ASKS["unmask"]
-    assert secagg_messages.take(record, keys, "unmask", "It")[0] == place
+    assert secagg_messages.read_record(record, keys, "unmask", "It")[0] == place
     for wrong in (
         RecordDict(),
         secagg_messages.unmask_ask(place, ["a", "a"]),
-        secagg_messages.answer_records(place, names=[b"a"]),
-        secagg_messages.answer_records(place, names="a"),
-        secagg_messages.answer_records(Place("r", True, 2, "unmask"), names=["a"]),
-        secagg_messages.answer_records(Place("r", 3, 2, "mask"), names=["a"]),
+        secagg_messages.phase_records(place, names=[b"a"]),
+        secagg_messages.phase_records(place, names="a"),
+        secagg_messages.phase_records(PhaseId("r", True, 2, "unmask"), names=["a"]),
+        secagg_messages.phase_records(PhaseId("r", 3, 2, "mask"), names=["a"]),
     ):
         with pytest.raises(FederationError, match="^It"):
-            secagg_messages.take(wrong, keys, "unmask", "It")
+            secagg_messages.read_record(wrong, keys, "unmask", "It")
     with pytest.raises(UpdateRejected):
-        secagg_messages.read_mask_answer(RecordDict(), node="a", place=place, size=3)
+        secagg_messages.read_mask_answer(RecordDict(), node="a", phase_id=place, size=3)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------
