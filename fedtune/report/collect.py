@@ -123,7 +123,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
             Round(int(one["round"]), one.get("accuracy"), one.get("epsilon")) for one in metrics["by_round"]
         ),
         cost=_cost(values["cost"], values["run"]),
-        records=_records(privacy["unit"], data),
+        records=record.bought_records(values),
         pricing=_pricing(values["cost"]["pricing"]),
         terms=_terms(privacy),
         nodes_fixed=config["partition"]["name"] == "natural",
@@ -182,12 +182,6 @@ def _cost(values: Mapping[str, Any], run: Mapping[str, Any]) -> Cost:
 
 def _seconds(value: Any) -> float | None:
     return None if value is None else float(value)
-
-
-def _records(unit: str, data: Mapping[str, Any]) -> int | None:
-    """Declared records in all, which data is bought by; unknown where persons or clients are declared."""
-    sizes = data.get("declared_sizes")
-    return sum(int(size) for size in sizes.values()) if unit == "record" and sizes else None
 
 
 def _pricing(values: Mapping[str, Any] | None) -> PricingConfig:

@@ -1,12 +1,11 @@
-"""How long runs of a kind take on this machine: noted after each run, read before the first run of a sweep.
+"""How long runs of a kind take on this machine: written after each run, read before a sweep begins.
 
 One line of JSON a run in `runs.jsonl` of the state folder: a hash of the settings that time depends on, a
 hash of the machine, seconds and usage; no text, no label and no metric. A kind that this machine has never
-run has no estimate: a guess from operation counts would be off by the factor between a matrix product and a
-round.
+run has no estimate: from operation counts it would be off by the factor between a matrix product and a round.
 
-Losing the file costs an estimate, so trouble with it is no error. Does not do: estimate a run under way
-(`fedtune.sweeps.progress`).
+Without the file there is no estimate, so a failure to read or write it is no error. Does not do: estimate a
+run that is under way (`fedtune.sweeps.progress`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from fedtune.config.schema import Config
 from fedtune.cost.meter import Cost
 from fedtune.cost.prices import Money, price
 from fedtune.errors import FedtuneError
+from fedtune.runs.record import bought_records
 
 __all__ = ["NAME", "RunEstimate", "RunHistory", "kind", "note_run"]
 
@@ -61,14 +61,14 @@ _KEEP_DURATION = frozenset(
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What one run should take; `money` is None where its price or its usage is unknown."""
+    """What one run should take: wall seconds, and money; None where its price or its usage is unknown."""
 
     seconds: float
     money: Money | None
 
 
 def keeps_duration(name: str) -> bool:
-    """Does the setting leave the time of a run alone?"""
+    """Whether runs that differ in this setting alone take equally long."""
     return name in _KEEP_DURATION or name.split(".")[0] == "pricing"
 
 
@@ -90,7 +90,7 @@ def machine(hardware: Mapping[str, Any]) -> str:
 
 
 def note_run(made: Mapping[str, Any]) -> None:
-    """Notes what the finished run of this record took. A resumed one is left out: its time is in parts."""
+    """Writes down what the finished run of this record took; not a resumed one, whose time is in parts."""
     rounds = [float(one["seconds"]) for one in made["metrics"]["by_round"]]
     if not rounds or made["run"]["attempt"] != 1:
         return
@@ -101,7 +101,7 @@ def note_run(made: Mapping[str, Any]) -> None:
         "rounds": len(rounds),
         "seconds": made["run"]["seconds"],
         "in_rounds": sum(rounds),
-        "records": _bought(made),
+        "records": bought_records(made),
         "cost": {name: cost[name] for name in ("train_seconds", "bytes_up", "bytes_down", "energy_kwh")},
     }
     try:
@@ -118,10 +118,10 @@ def note_run(made: Mapping[str, Any]) -> None:
 
 
 class RunHistory:
-    """What this machine knows of its runs.
+    """The runs that this machine has finished.
 
     Args:
-        hardware: as in a record; None: of this machine.
+        hardware: as in a record; None: that of this machine.
     """
 
     def __init__(self, hardware: Mapping[str, Any] | None = None) -> None:
@@ -136,7 +136,7 @@ class RunHistory:
                 self._runs.setdefault(str(one.get("kind")), []).append(one)
 
     def estimate(self, config: Config) -> RunEstimate | None:
-        """The median of the last runs like `config`, for its number of rounds and its prices; None: none."""
+        """The median of the last runs like `config`, for its rounds and prices; None if there is none."""
         runs = self._runs.get(kind(to_dict(config)), [])[-_LIKE:]
         try:
             found = [_scaled(run, config) for run in runs]
@@ -169,11 +169,6 @@ def _scaled(run: Mapping[str, Any], config: Config) -> RunEstimate:
         energy_kwh=scaled("energy_kwh"),
     )
     return RunEstimate(seconds, price(config.pricing, cost, records=run["records"]))
-
-
-def _bought(made: Mapping[str, Any]) -> int | None:
-    sizes = (made.get("data") or {}).get("declared_sizes")
-    return sum(map(int, sizes.values())) if made["privacy"]["unit"] == "record" and sizes else None
 
 
 def _lines() -> Sequence[dict[str, Any]]:

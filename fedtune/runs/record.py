@@ -27,6 +27,7 @@ from fedtune.privacy.publication import publish as door
 __all__ = [
     "RECORD_NAME",
     "SCHEMA",
+    "bought_records",
     "clean",
     "flatten",
     "publish",
@@ -222,6 +223,12 @@ def validate(record: Any, name: str = "record") -> None:
             missing += [f"{section}.{key}" for key in keys if key not in part]
     if missing:
         raise RecordError(f"{name} is not a whole record: it lacks {', '.join(missing)}. Run it again.")
+
+
+def bought_records(record: Mapping[str, Any]) -> int | None:
+    """Declared records in all, which data is bought by; None where persons or clients are declared."""
+    sizes = (record.get("data") or {}).get("declared_sizes")
+    return sum(map(int, sizes.values())) if record["privacy"]["unit"] == "record" and sizes else None
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

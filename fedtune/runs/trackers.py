@@ -1,33 +1,54 @@
-"""A run told to TensorBoard, MLflow or Weights & Biases: the numbers of the record, while they come.
+"""A run written to TensorBoard, MLflow or Weights & Biases: the numbers of its record, as they come.
 
-From the beginning the configuration; after each round accuracy, loss, epsilon with its delta, bytes and, of
-data that is declared public, seconds; at the end every number of the record by its own name, the record and
-the statement. A tracker's files say of each when it was told. Nothing else: what a tracker gets has passed
-`fedtune.privacy.publication`, and folders of this machine are left out of it.
+At the start the configuration; after each round accuracy, loss, epsilon with its delta, bytes and, of data
+that is declared public, seconds; at the end every number of the record by its own name, the record and the
+statement. Nothing else: what a tracker gets has passed `fedtune.privacy.publication`, and folders of this
+machine are left out of it. The tracker's own files hold the time of each.
 
-A tracker cannot break a run: one that raises is told of once and switched off. One that is not installed is
-refused before the run begins. Nothing is sent anywhere (`fedtune.runs.tracker_writers`).
+Each library is used by one small writer, all with the same methods, and writes files only. MLflow gets a
+`file:` store and its telemetry is off; Weights & Biases runs in its offline mode, without crash reports,
+facts of the machine, code and console. Whoever wants a run on a server sends the files there afterwards, with
+those tools' own commands.
+
+A tracker cannot break a run: one that raises is reported once and switched off. One that is not installed is
+refused before the run begins.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import logging
 import math
+import os
+import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedtune.errors import ConfigError
 from fedtune.privacy.publication import publish
 from fedtune.runs.record import flatten
-from fedtune.runs.tracker_writers import WRITERS, Writer, import_library
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, RoundSummary
 
-__all__ = ["Tracker", "check", "open_tracker", "params", "record_numbers"]
+__all__ = [
+    "WRITERS",
+    "MLflowWriter",
+    "TensorBoardWriter",
+    "Tracker",
+    "WandbWriter",
+    "Writer",
+    "check",
+    "import_library",
+    "open_tracker",
+    "params",
+    "record_numbers",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +62,11 @@ _ROUND = (
 
 
 def check(config: Config) -> None:
-    """Imports the tracker that was asked for. Raises ConfigError if it is not installed, or broken."""
+    """Imports the tracker that was asked for, before a run begins.
+
+    Raises:
+        ConfigError: it is not installed, or cannot be imported.
+    """
     name = config.tracker.name
     if name == "none":
         return
@@ -94,7 +119,7 @@ class Tracker:
         published, own = publish("round", made, public_data=self._config.data.public)
         values: dict[str, Any] = {name: published[name] for name in (*_ROUND, "delta") if name not in own}
         values["dropped"] = len(summary.dropped)
-        self._tell("round", summary.round, _numbers(values, "round/"))
+        self._call("round", summary.round, _numbers(values, "round/"))
 
     def on_client(self, node: str, status: str) -> None:
         """Nothing: the round's summary says who was lost."""
@@ -110,22 +135,22 @@ class Tracker:
     def finish(self, record: Mapping[str, Any], result: FederationResult, statement: str) -> None:
         """The record's numbers, the record and the statement; then the tracker is closed.
 
-        A run that was not told of until now (Flower's own ServerApp runs the rounds) is told of whole.
+        A run that is not open yet (Flower's own ServerApp runs the rounds) is written as a whole.
         """
         if self._make is not None and not self._opened:
             delta = result.plan.delta if result.plan.is_private() else None
             self.on_start({"run": result.run, "attempt": 1, "delta": delta})
             for summary in result.history:
                 self.on_round(summary)
-        self._tell("summary", len(result.history), record_numbers(record))
+        self._call("summary", len(result.history), record_numbers(record))
         shown = json.dumps(self._without_folders(record), indent=2)
-        self._tell("text", "record.json", shown)
-        self._tell("text", "statement.md", self._without_folders(statement))
+        self._call("text", "record.json", shown)
+        self._call("text", "statement.md", self._without_folders(statement))
         self.close(failed=False)
 
     def close(self, failed: bool = True) -> None:
         """Ends the tracker's run; a second call does nothing."""
-        self._tell("close", failed)
+        self._call("close", failed)
         self._writer = None
 
     # --- pieces ---------------------------------------------------------------------------------
@@ -136,7 +161,7 @@ class Tracker:
         self._writer = self._make()
         self._writer.start(run, params(self._config), resumed)
 
-    def _tell(self, method: str, *args: Any) -> None:
+    def _call(self, method: str, *args: Any) -> None:
         if self._writer is not None:
             self._safely(lambda: getattr(self._writer, method)(*args))
 
@@ -181,15 +206,15 @@ def params(config: Config) -> dict[str, str]:
 def record_numbers(record: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a record, by its name in it: `record/privacy.epsilon`, `record/cost.money.total`.
 
-    What a node or a site is named by stands in place of its position in a list; rounds are left out, for
-    they were told when they were done. Null (an epsilon that is infinite, a cost unknown) is left out too.
+    Rows of nodes are keyed by the name of the node. Rounds are left out: they were written as they ended.
+    Null (an infinite epsilon, an unknown cost) is left out too.
     """
-    told = {section: record[section] for section in _SECTIONS}
-    told["metrics"] = {name: value for name, value in told["metrics"].items() if name != "by_round"}
+    sections = {section: record[section] for section in _SECTIONS}
+    sections["metrics"] = {name: value for name, value in sections["metrics"].items() if name != "by_round"}
     for name in ("per_node", "ledger"):
-        rows = told["privacy"].get(name) or []
-        told["privacy"] = {**told["privacy"], name: {row["node"]: row for row in rows}}
-    return _numbers(flatten(told), "record/")
+        rows = sections["privacy"].get(name) or []
+        sections["privacy"] = {**sections["privacy"], name: {row["node"]: row for row in rows}}
+    return _numbers(flatten(sections), "record/")
 
 
 def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
@@ -198,3 +223,209 @@ def _numbers(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
         for name, value in values.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+# --- how each library is written to -------------------------------------------------------------
+
+
+class Writer(Protocol):
+    """A tracker that is open for one run."""
+
+    def start(self, run: str, params: Mapping[str, str], resumed: bool) -> None:
+        """The run begins, or goes on if `resumed`."""
+
+    def round(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one round."""
+
+    def summary(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of the whole run, when it is done."""
+
+    def text(self, name: str, content: str) -> None:
+        """An artifact, by its file name."""
+
+    def close(self, failed: bool) -> None:
+        """The last call."""
+
+
+class TensorBoardWriter:
+    """Event files for `tensorboard --logdir`; artifacts are shown under Text, for it keeps no files."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def start(self, run: str, params: Mapping[str, str], resumed: bool) -> None:
+        """See `Writer`."""
+        if not resumed:
+            rows = "\n".join(f"| {name} | {value} |" for name, value in params.items())
+            self._writer.add_text("config", f"| setting | value |\n|---|---|\n{rows}", 0)
+        self._writer.flush()
+
+    def round(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step, new_style=True, double_precision=True)
+        self._writer.flush()
+
+    summary = round
+
+    def text(self, name: str, content: str) -> None:
+        """See `Writer`."""
+        self._writer.add_text(name, content if name.endswith(".md") else f"```\n{content}\n```", 0)
+
+    def close(self, failed: bool) -> None:
+        """See `Writer`."""
+        self._writer.close()
+
+
+class MLflowWriter:
+    """A local store of files; `mlflow ui --backend-store-uri FOLDER` shows it, for all runs of one folder."""
+
+    def __init__(self, folder: Path, project: str) -> None:
+        import_library("mlflow")
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=folder.as_uri())
+        found = self._client.get_experiment_by_name(project)
+        if found is None:
+            # Two processes of one sweep may both see that it is not there yet.
+            with contextlib.suppress(MlflowException):
+                self._client.create_experiment(project)
+            found = self._client.get_experiment_by_name(project)
+        if found is None:
+            raise RuntimeError(f"MLflow has made no experiment {project!r} in {folder}")
+        self._experiment = found.experiment_id
+        self._run = ""
+
+    def start(self, run: str, params: Mapping[str, str], resumed: bool) -> None:
+        """See `Writer`."""
+        if resumed:
+            same = self._client.search_runs([self._experiment], f"tags.`fedtune.run` = '{run}'")
+            if same:
+                self._run = same[0].info.run_id
+                self._client.update_run(self._run, status="RUNNING")
+                return
+        made = self._client.create_run(self._experiment, tags={"fedtune.run": run}, run_name=run)
+        self._run = made.info.run_id
+        from mlflow.entities import Param
+
+        rows = [Param(name, value) for name, value in params.items()]
+        for first in range(0, len(rows), 100):  # more are refused
+            self._client.log_batch(self._run, params=rows[first : first + 100])
+
+    def round(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        rows = [Metric(_mlflow_name(name), value, now, step) for name, value in values.items()]
+        for first in range(0, len(rows), 1000):
+            self._client.log_batch(self._run, metrics=rows[first : first + 1000])
+
+    summary = round
+
+    def text(self, name: str, content: str) -> None:
+        """See `Writer`."""
+        self._client.log_text(self._run, content, name)
+
+    def close(self, failed: bool) -> None:
+        """See `Writer`."""
+        if self._run:
+            self._client.set_terminated(self._run, "FAILED" if failed else "FINISHED")
+
+
+class WandbWriter:
+    """An offline run below FOLDER/wandb; `wandb sync` sends it to a server, if a person wants that.
+
+    A run that was resumed is two of these with one id: `wandb sync --append` joins them.
+    """
+
+    def __init__(self, folder: Path, project: str) -> None:
+        import_library("wandb")
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)  # where it cannot write it takes /tmp, silently
+        self._wandb, self._folder, self._project = wandb, folder, project
+        self._run: Any = None
+
+    def start(self, run: str, params: Mapping[str, str], resumed: bool) -> None:
+        """See `Writer`."""
+        quiet = self._wandb.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            disable_code=True,
+            disable_job_creation=True,
+            host="",
+            program="fedtune",
+            x_disable_machine_info=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        self._run = self._wandb.init(
+            project=self._project,
+            id=run,
+            name=run,
+            dir=str(self._folder),
+            config=dict(params),
+            mode="offline",
+            reinit="create_new",
+            settings=quiet,
+        )
+
+    def round(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        self._run.log(dict(values), step=step)
+
+    def summary(self, step: int, values: Mapping[str, float]) -> None:
+        """See `Writer`."""
+        for name, value in values.items():
+            self._run.summary[name] = value
+
+    def text(self, name: str, content: str) -> None:
+        """See `Writer`."""
+        path = Path(self._run.dir) / name
+        path.write_text(content, encoding="utf-8")
+        self._run.save(str(path), base_path=self._run.dir, policy="end")
+
+    def close(self, failed: bool) -> None:
+        """See `Writer`."""
+        if self._run is not None:
+            self._run.finish(exit_code=int(failed))
+
+
+def _mlflow_name(name: str) -> str:
+    """A site may be called whatever its owner likes; MLflow takes letters, digits and `_-./ :` only."""
+    return re.sub(r"[^\w\-./ :]", "_", name)
+
+
+WRITERS: dict[str, type[Any]] = {
+    "tensorboard": TensorBoardWriter,
+    "mlflow": MLflowWriter,
+    "wandb": WandbWriter,
+}
+
+# What the libraries read when they are imported.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # 3.17 asks whether files are really meant
+    "WANDB_ERROR_REPORTING": "false",
+}
+
+
+def import_library(name: str) -> None:
+    """Imports what `tracker=name` needs.
+
+    Early, because wandb takes many seconds once torch is loaded too: its models ask `inspect` for modules,
+    and each time that searches everything that is loaded.
+
+    Raises:
+        ImportError: it is not installed, or broken.
+    """
+    os.environ.update(_ENVIRONMENT)
+    importlib.import_module(name)

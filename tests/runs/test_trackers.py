@@ -19,7 +19,7 @@ from fedtune.config.schema import Config, TrackerConfig
 from fedtune.errors import ConfigError
 from fedtune.federation.events import RoundSummary
 from fedtune.runs import record as records
-from fedtune.runs import tracker_writers, trackers
+from fedtune.runs import trackers
 from fedtune.runs.run import run
 from tests.support import tiny_federation as tiny
 from tests.support.synthetic import make_record
@@ -112,7 +112,7 @@ def read_mlflow(folder: Path) -> dict[str, Any]:
 _WANDB = """
 import json, sys
 from pathlib import Path
-from fedtune.runs.tracker_writers import WandbWriter, import_library
+from fedtune.runs.trackers import WandbWriter, import_library
 import_library("wandb")
 folder, writer = Path(sys.argv[1]), None
 for method, *arguments in json.load(sys.stdin):
@@ -186,7 +186,7 @@ def everything_written(folder: Path) -> bytes:
 def test_a_tracker_has_the_numbers_of_the_record(
     name: str, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tracker_writers.WRITERS, "wandb", _Later)
+    monkeypatch.setitem(trackers.WRITERS, "wandb", _Later)
     run_dir = tmp_path / "private-folder"
     record["config"]["output"] = str(run_dir)
     record["config"]["data"]["path"] = str(tmp_path / "hospital-data")
@@ -204,7 +204,7 @@ def test_a_tracker_has_the_numbers_of_the_record(
     assert expected["record/cost.money.total"] == record["cost"]["money"]["total"]
     assert expected["record/privacy.per_node.movies.epsilon"] == record["privacy"]["per_node"][1]["epsilon"]
     assert len(expected) > 60
-    clean = tracker_writers._mlflow_name if name == "mlflow" else str
+    clean = trackers._mlflow_name if name == "mlflow" else str
     for key, value in expected.items():
         assert found["numbers"][clean(key)] == {6: pytest.approx(value)}, key
     assert found["params"]["privacy.epsilon"] == "8.0"
@@ -224,7 +224,7 @@ def test_a_tracker_has_the_numbers_of_the_record(
 def test_a_resumed_run_goes_on_where_it_was(
     name: str, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tracker_writers.WRITERS, "wandb", _Later)
+    monkeypatch.setitem(trackers.WRITERS, "wandb", _Later)
     told(record, name, tmp_path / "tracker", tmp_path / "run", last=2)
     told(record, name, tmp_path / "tracker", tmp_path / "run", first=2, attempt=2)
     found = READ[name](tmp_path / "tracker")
@@ -268,7 +268,7 @@ class Memory:
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> type[Memory]:
-    monkeypatch.setitem(tracker_writers.WRITERS, "tensorboard", Memory)
+    monkeypatch.setitem(trackers.WRITERS, "tensorboard", Memory)
     monkeypatch.setattr(Memory, "fail", "")
     return Memory
 
@@ -311,7 +311,7 @@ def test_a_tracker_that_fails_is_switched_off_and_the_run_goes_on(
     memory.fail = where
     if where == "open":
         (tmp_path / "tracker").write_text("in the way")
-        tracker_writers.WRITERS["tensorboard"] = _Unopened
+        trackers.WRITERS["tensorboard"] = _Unopened
     with caplog.at_level(logging.WARNING):
         told(record, "tensorboard", tmp_path / "tracker", tmp_path / "run")
     warnings = [one.getMessage() for one in caplog.records if "tracker=tensorboard" in one.getMessage()]
@@ -368,7 +368,7 @@ def test_wandb_stays_offline_whatever_the_environment_asks_for(
     asked: dict[str, Any] = {}
     wandb = SimpleNamespace(init=lambda **named: asked.update(named), Settings=dict)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    tracker_writers.WandbWriter(tmp_path, "fedtune").start("r", {}, False)
+    trackers.WandbWriter(tmp_path, "fedtune").start("r", {}, False)
     assert asked["mode"] == "offline" and asked["id"] == "r"
     quiet = asked["settings"]
     assert quiet["x_disable_stats"] and quiet["x_disable_meta"] and quiet["x_disable_machine_info"]

@@ -195,7 +195,7 @@ const drawCost = (host, key, label, color) => draw(host, 236, (width) => {
   if (!points.length) return "Nothing passes the filters.";
   const [least, most] = d3.extent(points, (point) => point.cost[key][0]), [size, unit] = unitOf(key, most);
   const wide = least > 0 && most / least > 12, domain = wide ? [0.85 * least / size, 1.15 * most / size] : padded([least / size, most / size]);
-  const ticks = wide ? roundTicks(domain).filter((_, i, all) => i % Math.ceil(all.length / 5) === 0) : Math.max(3, width / 90);
+  const ticks = wide ? roundTicks(domain).filter((_, i, all) => i % Math.ceil(all.length / 5) === 0) : Math.max(2, width / 100);
   const best = points.filter((point) => point.best.includes(key)), many = points.length > 150;
   const others = points.filter((point) => !point.best.includes(key)), quiet = points.length > MOST_MARKS;
   const at = { x: (point) => point.cost[key][0] / size, y: accuracy }, symbol = (point) => (infinite(point) ? "square" : "circle");
