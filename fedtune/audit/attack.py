@@ -130,7 +130,7 @@ def default_canaries(plan: PrivacyPlan, audited: str) -> int:
     """How many canaries an audit takes if it is not told: what a minute of one core allows."""
     if audited == "model":
         return 1000
-    return 4000 if plan.trust == "central" else 20_000
+    return 4000 if plan.mechanism.round == "clipped" else 20_000
 
 
 def audit_mechanism(
@@ -159,7 +159,7 @@ def audit_mechanism(
             progress(repeat + 1, repeats)
     scores, included = _pooled(found), np.concatenate(coins)
     estimate = None
-    if plan.trust == "central":
+    if plan.mechanism.round == "clipped":
         cosines = mechanism.one_shot_cosines(
             plan, releases, _ONE_SHOT_CLIENTS, _ONE_SHOT_DIMENSION, _auditor(repeats)
         )

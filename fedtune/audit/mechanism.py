@@ -32,15 +32,10 @@ from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["canary_sum", "one_shot_cosines", "rate_of", "released_sum", "watch"]
+__all__ = ["canary_sum", "one_shot_cosines", "released_sum", "watch"]
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-
-
-def rate_of(plan: PrivacyPlan) -> float:
-    """Probability that a unit takes part in a step (clients: always)."""
-    return 1.0 if plan.trust == "central" else plan.sample_rate
 
 
 def watch(
@@ -50,13 +45,13 @@ def watch(
 
     `repetition` keeps one repetition's randomness from another's where it is reproducible.
     """
-    scores = Scores(canaries, rate_of(plan), plan.steps(releases))
+    scores = Scores(canaries, plan.sample_rate, plan.steps(releases))
     if plan.root() is not None:
         _watch_correlated(plan, releases, canaries, scores, repetition)
         return scores.result()
     for round in range(1, releases + 1):
         entropy = plan.entropy("audit", round, repetition)
-        if plan.trust == "central":
+        if plan.mechanism.round == "clipped":
             released, following = _central(plan, canaries, entropy)
             scores.observe(released, plan)
             plan = following
@@ -82,7 +77,7 @@ def released_sum(plan: PrivacyPlan, total: FloatArray, entropy: Entropy) -> Floa
 
     For `distributed`: one node holds `total`, and as many others as can be counted on add noise alone.
     """
-    if plan.trust != "distributed":
+    if plan.mechanism.round != "secure_sum":
         return total + plan.noise(total.size, entropy)
     mechanism = DiscreteMechanism.for_plan(plan, total.size)
     integers = mechanism.share(total, entropy)  # uint32: sums wrap around, as they do behind the masks

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from fedtune.audit.canaries import GradientCanaries, Scores
-from fedtune.audit.mechanism import rate_of, released_sum
+from fedtune.audit.mechanism import released_sum
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
@@ -161,13 +161,13 @@ def watch(
         resources.prepared.test, min(canaries, _INPUT_CANARIES), _BACKGROUND, plan.declared_size, rng
     )
     # However many steps a node takes by itself: under `distributed` it takes the plan's one.
-    steps = plan.training_steps if plan.trust == "central" else plan.local_steps
+    steps = (plan.mechanism.client_training() or plan.mechanism).steps_per_release()
     train = dataclasses.replace(config.train, local_steps=steps)
     with resources.using_model() as model:
         blocks = [int(np.prod(shape)) for _, shape in model.layout()]
         count = min(canaries, model.num_parameters // 2)
         gradient = GradientCanaries.spread(count, model.num_parameters, rng, blocks)
-        scores = Scores(gradient, rate_of(plan), plan.steps(releases))
+        scores = Scores(gradient, plan.sample_rate, plan.steps(releases))
         before = _loss(model, model.initial, public.canaries, train)
         training = _Training(config, train, model, public.shard, gradient, scores)
         adapter = model.initial
@@ -200,10 +200,10 @@ class _Training:
         self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, repetition: int
     ) -> tuple[npt.NDArray[np.float32], PrivacyPlan]:
         """The next adapter and the next round's plan."""
-        if plan.trust == "central":
+        if plan.mechanism.round == "clipped":
             return self._central(adapter, plan, round, repetition)
         view = CanaryView(self.model, self.shard, plan.unit, self.train, self.canaries)
-        if plan.trust == "distributed":
+        if plan.mechanism.round == "secure_sum":
             gradient = self._distributed(adapter, plan, view, round, repetition)
             return self.optimizer.step(adapter, -gradient), plan
         result = train_locally(

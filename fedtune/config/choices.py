@@ -20,8 +20,12 @@ else a record.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
+
+if TYPE_CHECKING:
+    from fedtune.privacy.mechanisms.base import Mechanism
 
 __all__ = ["AUTO", "public_test", "resolved", "tests_openly"]
 
@@ -52,16 +56,14 @@ def tests_openly(config: Config) -> bool:
 
 
 def _unit(config: Config) -> Unit:
-    if config.privacy.trust == "central":
-        return "client"
-    return "record" if config.data.unit is None else "person"
+    return _mechanism(config).default_unit(config.data.unit is not None)
 
 
 def _evaluation(config: Config) -> Evaluation:
-    privacy = config.privacy
-    if public_test(config.data):
-        return "public"
-    if privacy.trust == "none":
-        return "held_out"
-    given = privacy.epsilon is None and config.federation.evaluation_epsilon is None
-    return "none" if privacy.trust == "central" or given else "private"
+    return "public" if public_test(config.data) else _mechanism(config).default_evaluation(config)
+
+
+def _mechanism(config: Config) -> type[Mechanism]:
+    from fedtune.privacy.mechanisms.registry import mechanism_of  # late, so that `fedtune.config` is light
+
+    return mechanism_of(config.privacy.trust)

@@ -250,51 +250,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def check_together(config: Config) -> None:
     """Rules that need two settings. Raises `ConfigError` with both of them named."""
-    privacy, federation = config.privacy, config.federation
-    if privacy.trust == "none":
-        if privacy.epsilon is not None or privacy.noise_multiplier:
-            raise ConfigError(
-                "privacy.trust=none adds no noise and has no epsilon, but "
-                + (
-                    f"privacy.epsilon={privacy.epsilon:g}"
-                    if privacy.epsilon is not None
-                    else f"privacy.noise_multiplier={privacy.noise_multiplier:g}"
-                )
-                + " was given. Leave it out, or choose privacy.trust=local."
-            )
-    elif privacy.epsilon is not None and privacy.noise_multiplier is not None:
-        raise ConfigError(
-            f"privacy.epsilon={privacy.epsilon:g} and privacy.noise_multiplier={privacy.noise_multiplier:g} "
-            "were both given, but each follows from the other. Give privacy.epsilon to have the noise "
-            "calibrated, or privacy.noise_multiplier to have the epsilon computed."
-        )
-    elif privacy.epsilon is None and privacy.noise_multiplier is None:
-        raise ConfigError(
-            f"privacy.trust={privacy.trust} needs privacy.epsilon (the noise is then calibrated) or "
-            "privacy.noise_multiplier (epsilon is then computed). For a run without any privacy, say "
-            "privacy.trust=none."
-        )
-    elif privacy.noise_multiplier == 0:
-        raise ConfigError(
-            f"privacy.noise_multiplier=0 with privacy.trust={privacy.trust} would promise privacy without "
-            "noise. Give a multiplier above 0, or say privacy.trust=none."
-        )
-    if privacy.adaptive_clipping and privacy.trust != "central":
-        raise ConfigError(
-            f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with {privacy.trust}."
-        )
-    _check_unit(config)
+    from fedtune.privacy.mechanisms.registry import mechanism_of  # late, so that `fedtune.config` is light
+
+    federation = config.federation
     _check_evaluation(config)
-    if privacy.mechanism == "dp_ftrl" and privacy.trust != "central":
-        raise ConfigError(
-            f"privacy.mechanism=dp_ftrl works with privacy.trust=central only, not with {privacy.trust}: a "
-            "server that all clients trust makes its noise."
-        )
-    if privacy.mechanism != "dp_ftrl" and (privacy.bands is not None or privacy.min_separation != 1):
-        raise ConfigError(
-            f"privacy.bands and privacy.min_separation are settings of privacy.mechanism=dp_ftrl, and it is "
-            f"{privacy.mechanism}. Leave them out, or start from privacy=central_ftrl."
-        )
+    kind = mechanism_of(config.privacy.trust)
+    kind.check_settings(config)
+    if kind.tells_size:
+        _check_unit(config)
     nodes, cohort = federation.nodes, federation.cohort_size
     if nodes is not None and cohort is not None and cohort > nodes:
         raise ConfigError(
@@ -314,7 +277,7 @@ def _check_unit(config: Config) -> None:
     # A real site names its own columns, and opinions knows its persons.
     if config.privacy.unit != "person" or data.unit is not None or data.source == "opinions":
         return
-    if config.engine.name == "deployment" or config.privacy.trust == "central":
+    if config.engine.name == "deployment":
         return
     raise ConfigError(
         f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
@@ -337,36 +300,6 @@ def _check_evaluation(config: Config) -> None:
             "private. Leave federation.evaluation out (nodes then answer with noised counts, inside "
             "epsilon), or, if it is true, declare a test split: "
             f"data.test_split={split} data.test_public=true."
-        )
-    if evaluation == "held_out" and config.privacy.trust != "none":
-        raise ConfigError(
-            "federation.evaluation=held_out evaluates on private data without noise, which only a run "
-            f"without privacy does (privacy.trust=none), and privacy.trust is {config.privacy.trust}. Leave "
-            "federation.evaluation out, or use private or none."
-        )
-    if evaluation == "private":
-        _check_private_evaluation(config)
-
-
-def _check_private_evaluation(config: Config) -> None:
-    privacy, federation = config.privacy, config.federation
-    if privacy.trust == "central":
-        raise ConfigError(
-            "federation.evaluation=private does not work with privacy.trust=central: the unit is a client, "
-            "and the noise that hides one client hides all that a client could tell about its own data. Use "
-            "federation.evaluation=public or none, or trust=local or distributed."
-        )
-    part, whole = federation.evaluation_epsilon, privacy.epsilon
-    if part is not None and whole is not None and part >= whole:
-        raise ConfigError(
-            f"federation.evaluation_epsilon={part:g} leaves nothing for training of "
-            f"privacy.epsilon={whole:g}, which it is a part of. Lower it (a quarter costs training little), "
-            "or raise privacy.epsilon."
-        )
-    if part is None and whole is None and privacy.trust != "none":
-        raise ConfigError(
-            "federation.evaluation=private with privacy.noise_multiplier needs "
-            "federation.evaluation_epsilon, which says what all answers about held-out data may cost."
         )
 
 

@@ -18,7 +18,7 @@ from fedtune.privacy.ledger.ledger import PrivacyLedger
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
-    from fedtune.privacy.evaluation import EvaluationPlan
+    from fedtune.privacy.mechanisms.counts import EvaluationPlan
 
 __all__ = [
     "DryRun",
@@ -269,7 +269,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     """
     from fedtune.federation.client.release import releases_of
     from fedtune.federation.resources import run_resources
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.plan import make_plan
 
     try:
         shard = run_resources(site.own(asked)).prepared.shards[0]

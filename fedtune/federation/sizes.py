@@ -1,8 +1,8 @@
 """What a node tells of its size where no owner declared one: asked once a run, charged before it is counted.
 
-Only in a simulation of private data (`fedtune.privacy.sizes` says where and by what mechanism). What was told
-is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a run that is
-resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
+Only in a simulation of private data (`fedtune.privacy.mechanisms.counts` says where and by what mechanism).
+What was told is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a run
+that is resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
 the node, and 1 is told.
 
 The release is charged to the run, whose number a simulation's server writes into the folder before it
@@ -25,7 +25,8 @@ from fedtune.config.files import replace_whole
 from fedtune.data.partition import split_size
 from fedtune.errors import FederationError
 from fedtune.federation.run_folder import SIZES, run_number
-from fedtune.privacy.sizes import size_plan
+from fedtune.privacy.mechanisms.counts import size_plan
+from fedtune.privacy.mechanisms.registry import mechanism_of
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -107,7 +108,8 @@ def sized(config: Config, context: Context, shard: Shard) -> Shard:
 def size_to_declare(config: Config, shard: Shard) -> int:
     """The size that a node tells with its name: its shard's, or 1 where it may not leave the node."""
     simulated = config.engine.name != "deployment"
-    hidden = config.privacy.trust == "central" and simulated and config.data.declared_size is None
+    tells = mechanism_of(config.privacy.trust).tells_size
+    hidden = not tells and simulated and config.data.declared_size is None
     return 1 if hidden and not config.data.public else shard.declared_size
 
 

@@ -3,33 +3,22 @@
 Frameworks of this kind lose their guarantee where two settings that must agree can be set apart: a
 sampler here and a sampling rate in the accountant there, a clipping norm here and a sensitivity there.
 A `PrivacyPlan` has each number once, and every part of a release asks the plan: `sample` draws the units,
-`clip_factors` bounds them, `noise` covers them, `average` divides by a public constant, and `event` says
+`clip_factors` bounds them, `noise` covers them, `average` divides by a public constant, and `terms` says
 to the accountant what exactly these four did.
 
-One *release* is what one node publishes in one round. By trust model:
-
-- `local`: `local_steps` steps of DP-SGD (Abadi et al. 2016; Poisson sampling as in Mironov et al. 2019),
-  full noise in each, so that what leaves the node is already private.
-- `distributed`: one step of DP-SGD over the union of all shards. Each node adds a share of the noise, and
-  under secure aggregation only the sum is seen. Everybody in it sees the model of every round and knows its
-  own share, so what is accounted is what the strongest observer cannot take off: the shares of
-  `honest_shares` nodes, with `max_dropouts` missing and `max_colluders` (one at least) known. Towards the
-  server alone less is lost (`epsilon_towards_server`). Accounted as the continuous Gaussian;
-  `fedtune.privacy.mechanisms.discrete` says how far the discrete one is from it.
-- `central`: one aggregation of whole updates, clipped and noised by a trusted server (McMahan et al.
-  2018); the unit is a client. Sampling of clients is not counted: the server, and whoever watches the
-  network, sees who takes part. With `mechanism=dp_ftrl` the noise is correlated over rounds and the run is
-  one Gaussian event (`fedtune.privacy.mechanisms.matrix`).
-- `none`: the same code path without noise; epsilon is infinite.
+One *release* is what one node publishes in one round. What differs between trust models is in the plan's
+`mechanism`, one file each: `fedtune.privacy.mechanisms.local`, `distributed`, `central` and `none`. How
+epsilon comes from settings: `make_plan` below, the mechanism's file, `fedtune.privacy.accounting.epsilon`,
+and `calibration` beside it for the way back.
 
 Amplification by sampling is claimed only for units drawn in secret on a node. Adding or removing one unit
 changes a sum of clipped units by at most `max_grad_norm`, and the event is for that adjacency. What the
 plan does not do: bound the records of a person (`records_per_unit` is applied where persons are formed),
 or keep books (`fedtune.privacy.ledger.ledger`).
 
-Where nodes answer questions about data that they hold out, the plan owns that mechanism too
-(`PrivacyPlan.evaluation`, `fedtune.privacy.evaluation`): its answers are inside the target epsilon. So is
-what nodes tell of their size, where no owner declares it (`PrivacyPlan.sizing`, `fedtune.privacy.sizes`).
+Where nodes answer questions about data that they hold out, or tell their sizes because no owner declared
+them, the plan owns these mechanisms too (`PrivacyPlan.evaluation`, `PrivacyPlan.sizing`;
+`fedtune.privacy.mechanisms.counts`), and they are inside the target epsilon.
 """
 
 from __future__ import annotations
@@ -43,21 +32,34 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting.epsilon import Term, compose_terms
+from fedtune.config.choices import resolved
+from fedtune.config.schema import Config
+from fedtune.errors import CalibrationError, ConfigError, PrivacyError
+from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
 from fedtune.privacy.accounting.strength import caution, trade_off
-from fedtune.privacy.checks import TRUSTS, UNITS, validate, whole
-from fedtune.privacy.evaluation import EvaluationPlan
-from fedtune.privacy.mechanisms.matrix import BandedRoot
+from fedtune.privacy.checks import UNITS, default_delta, validate, whole
+from fedtune.privacy.mechanisms.base import Mechanism
+from fedtune.privacy.mechanisms.counts import (
+    DELTA,
+    CountPlan,
+    EvaluationPlan,
+    SizePlan,
+    check_told,
+    evaluation_noise,
+    evaluation_settings,
+    largest,
+    size_noise,
+)
 from fedtune.privacy.mechanisms.noise import Entropy, FloatArray, IntArray, on_grid
-from fedtune.privacy.sizes import SizePlan, largest
+from fedtune.privacy.mechanisms.registry import mechanism_from_json, mechanism_of
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent
+    from fedtune.privacy.mechanisms.matrix import BandedRoot
 
-__all__ = ["TRUSTS", "UNITS", "PrivacyPlan", "ReleasePlan"]
+__all__ = ["UNITS", "PrivacyPlan", "ReleasePlan", "default_delta", "make_plan"]
 
-_VERSION = 2  # 1: distributed noise was counted towards the server alone
+_VERSION = 3  # 1: distributed noise was counted towards the server alone; 2: flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,73 +68,98 @@ class PrivacyPlan:
 
     All fields are public settings; what is private comes into the methods as arguments. Construction
     validates every field and raises `PrivacyError` naming the first that has no meaning.
+
+    Attributes:
+        mechanism: the trust model, with the settings that only it has.
+        unit: of privacy: `record`, `person` or `client`.
+        num_rounds: releases that a node agrees to, at most (resumed and retried ones included).
+        noise_multiplier: standard deviation of the accounted noise over its sensitivity, which is
+            `max_grad_norm` unless the mechanism says otherwise; 0.0 without privacy.
+        max_grad_norm: L2 norm of one unit's contribution; infinite only without privacy.
+        declared_size: units, public: of the node's shard, of the union, or clients.
+        delta: 0.0 without privacy.
+        records_per_unit: at most this many records of a person a step; 1 for unit=record.
+        nodes: for which the plan was made.
+        target_epsilon: what the noise was calibrated to, if it was.
+        reproducible_noise: simulation only: whoever knows `seed` knows the noise.
+        seed: drives sampling and noise only without privacy or with `reproducible_noise`.
+        evaluation_share: of a node's units, held out to be evaluated on; 0.0: none.
+        evaluation_answers: answers about them that a node agrees to, at most.
+        evaluation_noise: of one answer: standard deviation over its sensitivity.
+        size_noise: standard deviation, in units, of the sizes that nodes told; 0.0: declared ones.
     """
 
     purpose: ClassVar[str] = "training"
 
-    trust: str  # local | distributed | central | none
-    unit: str  # record | person | client
-    sample_rate: float  # probability that a unit is in a step's batch
-    local_steps: int  # noised steps a release; 1 for distributed and central
-    num_rounds: int  # releases that a node agrees to, at most (resumed and retried ones included)
-    noise_multiplier: float  # standard deviation of the accounted noise over its sensitivity, which is
-    # max_grad_norm (dp_ftrl: of the whole run, max_grad_norm times that of the strategy matrix);
-    # distributed: of the noise that the strongest observer does not know
-    max_grad_norm: float  # L2 norm of one unit's contribution; infinite only without privacy
-    declared_size: int  # units, public: of the node's shard (local), of all shards (distributed), clients
-    delta: float  # 0.0 without privacy
-    records_per_unit: int = 1  # at most this many records of a person a step; 1 for unit=record
-    target_epsilon: float | None = None  # what the noise was calibrated to, if it was
-    reproducible_noise: bool = False  # simulation only: whoever knows `seed` knows the noise
-    seed: int = 0  # drives sampling and noise only if trust is none or reproducible_noise is true
-    weighting: str = "uniform"  # uniform | declared: how updates are averaged (local and none)
-    nodes: int = 1  # distributed: nodes that share the noise; central: clients; else informative
-    max_dropouts: int = 0  # distributed: nodes that may be missing from a sum
-    max_colluders: int = 0  # distributed: nodes that may side with the server; the noise covers one at least
-    cohort_size: int = 1  # central: updates in one aggregation
-    training_sample_rate: float = 1.0  # central: record rate of the (not noised) steps on a client
-    training_steps: int = 1  # central: steps on a client between two aggregations
-    adaptive_clipping: bool = False  # central: the norm follows a private quantile
-    clip_quantile: float = 0.5  # central: which quantile
-    quantile_noise: float = 0.0  # central: standard deviation of the noise on the count of unclipped
-    evaluation_share: float = 0.0  # of a node's units, held out to be evaluated on; 0.0: none
-    evaluation_answers: int = 0  # answers about them that a node agrees to, at most
-    evaluation_noise: float = 0.0  # of one answer: standard deviation over its sensitivity
-    size_noise: float = 0.0  # standard deviation, in units, of the sizes that nodes told; 0.0: declared ones
-    mechanism: str = "gaussian"  # gaussian | dp_ftrl (central): independent or correlated noise
-    bands: int = 1  # dp_ftrl: rounds over which noise is correlated
-    min_separation: int = 1  # dp_ftrl: rounds between two participations of a client, at least
+    mechanism: Mechanism
+    unit: str
+    num_rounds: int
+    noise_multiplier: float
+    max_grad_norm: float
+    declared_size: int
+    delta: float
+    records_per_unit: int = 1
+    nodes: int = 1
+    target_epsilon: float | None = None
+    reproducible_noise: bool = False
+    seed: int = 0
+    evaluation_share: float = 0.0
+    evaluation_answers: int = 0
+    evaluation_noise: float = 0.0
+    size_noise: float = 0.0
 
     def __post_init__(self) -> None:
         validate(self)
 
     # --- what the plan says -------------------------------------------------------------------------
 
+    @property
+    def trust(self) -> str:
+        """The trust model's name."""
+        return self.mechanism.trust
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability that a unit is in a step's batch, as it is drawn and as it is accounted."""
+        return self.mechanism.sample_rate_accounted()
+
+    @property
+    def local_steps(self) -> int:
+        """Noised steps in one release."""
+        return self.mechanism.steps_per_release()
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether no node's own noise is what is accounted, but that of a sum over nodes."""
+        return self.mechanism.shares_noise
+
     def is_private(self) -> bool:
         """False exactly where there is no noise (trust `none`)."""
-        return self.trust != "none"
+        return self.mechanism.is_private
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting by name, the trust model's and its mechanism's among them."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del own["mechanism"]
+        return {**self.mechanism.to_json(), **own}
 
     def expected_batch_size(self) -> float:
         """Units that a step draws in expectation: a public constant, the divisor of every average."""
-        if self.trust == "central":
-            return float(self.cohort_size)
-        return self.sample_rate * self.declared_size
+        return self.mechanism.expected_batch_size(self)
 
     def most_units(self) -> float:
         """Units that the guarantee may be about, at most: what is held out, and what a size that was told
         with noise may hide, included. Delta must be below one over it."""
         told = self.declared_size / (1.0 - self.evaluation_share)
-        return largest(told, self.size_noise, self.nodes if self.trust == "distributed" else 1)
+        return largest(told, self.size_noise, self.mechanism.nodes_in_size(self))
 
     def steps(self, releases: int | None = None) -> int:
         """Accounted steps in `releases` releases (default: `num_rounds`)."""
         return self.local_steps * (self.num_rounds if releases is None else releases)
 
     def root(self) -> BandedRoot | None:
-        """The strategy matrix of dp_ftrl, None elsewhere."""
-        if self.mechanism != "dp_ftrl":
-            return None
-        return BandedRoot(self.num_rounds, self.bands, self.min_separation)
+        """The strategy matrix of noise that is correlated over rounds (dp_ftrl), None elsewhere."""
+        return self.mechanism.root(self)
 
     def check_round(self, node: str, run: str, round: int, earlier: Sequence[int]) -> None:
         """Raises `SeparationError` if a node that took part in rounds `earlier` may not do so in `round`."""
@@ -151,105 +178,59 @@ class PrivacyPlan:
         answered = {} if about is None else about.terms(answers)
         if releases == 0:
             return answered
-        if not self.is_private():
-            return None
-        if (root := self.root()) is not None:
-            return root.terms(self.noise_multiplier, releases, after)
-        # Clients are seen to take part, so for them the accountant is told of no sampling.
-        rate = 1.0 if self.trust == "central" else self.sample_rate
-        return compose_terms({Term(rate, self.noise_multiplier): self.steps(releases)}, answered)
-
-    def event(self, releases: int, answers: int = 0) -> DpEvent:
-        """What `releases` rounds and `answers` answers of this plan, and the size that was told before them,
-        cost one unit, for the accountant."""
-        import dp_accounting as dp
-
-        terms = self.everything(releases, answers)
-        if terms is None:
-            return dp.NonPrivateDpEvent()
-        if (root := self.root()) is not None:
-            terms = root.merged(self.noise_multiplier, releases)
-        parts = []
-        for term, count in terms.items():
-            step: DpEvent = dp.GaussianDpEvent(term.noise_multiplier)
-            if term.sample_rate < 1.0:
-                step = dp.PoissonSampledDpEvent(term.sample_rate, step)
-            parts.append(dp.SelfComposedDpEvent(step, count))
-        return parts[0] if len(parts) == 1 else dp.ComposedDpEvent(parts)
+        return compose_terms(self.mechanism.terms(self, releases, after), answered)
 
     def everything(self, releases: int, answers: int = 0) -> dict[Term, int] | None:
-        """`event` in the accountant's own form: `terms`, and the size that the node told before."""
+        """`terms`, and the size that the node told before: all that a unit is charged for in a run."""
         sizing = self.sizing()
         return compose_terms(self.terms(releases, answers), {} if sizing is None else sizing.terms(1))
 
     def epsilon(self, releases: int | None = None, answers: int = 0) -> float:
         """Upper bound on epsilon, at the plan's delta, of `releases` rounds and `answers` answers about
         held-out data; by default of all that the plan allows. A size that was told with noise is in it."""
-        from fedtune.privacy.accounting.epsilon import epsilon_of_terms
-
         if releases is None:
             releases, answers = self.num_rounds, self.evaluation_answers
         terms = self.everything(releases, answers)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
 
+    def epsilon_towards_server(self, releases: int | None = None, answers: int = 0) -> float:
+        """As `epsilon`, towards the server alone; infinite if it sees raw updates."""
+        if releases is None:
+            releases, answers = self.num_rounds, self.evaluation_answers
+        return self.mechanism.epsilon_towards_server(self, releases, answers)
+
     def sizing(self) -> SizePlan | None:
         """How a node told its size, before there was a plan; None where its owner declared it."""
-        if self.size_noise == 0.0:
-            return None
-        return SizePlan(
-            trust=self.trust,
-            unit=self.unit,
-            noise_multiplier=self.size_noise,
-            delta=self.delta,
-            reproducible_noise=self.reproducible_noise,
-            seed=self.seed,
-        )
+        return None if self.size_noise == 0.0 else SizePlan(**self._count(self.size_noise))
 
     def evaluation(self) -> EvaluationPlan | None:
         """How a node may answer about its held-out units; None where it may not."""
         if self.evaluation_answers == 0:
             return None
-        return EvaluationPlan(
-            trust=self.trust,
-            unit=self.unit,
-            share=self.evaluation_share,
-            num_rounds=self.evaluation_answers,
-            noise_multiplier=self.evaluation_noise,
-            delta=self.delta,
-            reproducible_noise=self.reproducible_noise,
-            seed=self.seed,
-        )
+        common = self._count(self.evaluation_noise)
+        return EvaluationPlan(**common, share=self.evaluation_share, num_rounds=self.evaluation_answers)
+
+    def _count(self, noise_multiplier: float) -> dict[str, Any]:
+        """What a noised count of this run obeys, whatever is counted."""
+        return {
+            "trust": self.trust,
+            "unit": self.unit,
+            "noise_multiplier": noise_multiplier,
+            "delta": self.delta,
+            "reproducible_noise": self.reproducible_noise,
+            "seed": self.seed,
+        }
 
     def adjacency(self) -> str:
-        """Which data sets count as neighbours, in words.
-
-        Clients are known by name and only their number is asked in a round, so that taking one away would
-        put another into its place; what is protected is what a client holds (Kairouz et al. 2021 call it
-        zero-out): its update is then zero, and is not counted.
-        """
-        if self.trust == "central":
-            return (
-                "replace all that one client holds by nothing, so that its updates are zero (the list of "
-                "clients is public)"
-            )
-        return f"add or remove one {self.unit}"
+        """Which data sets count as neighbours, in words."""
+        return self.mechanism.adjacency(self)
 
     def cautions(self) -> list[str]:
         """What a person should know before relying on this plan; empty where there is nothing to add."""
         found = []
         if self.reproducible_noise:
             found.append("Noise comes from `seed`: whoever knows it can subtract it. For simulations only.")
-        if self.trust == "central" and self.declared_size < 100:
-            found.append(
-                f"With {self.declared_size} clients no client hides among many, and useful accuracy needs a "
-                "large epsilon. unit=record or person with trust=local or distributed promises more here."
-            )
-        if (root := self.root()) is not None and (ratio := root.error_ratio()) > 0.99:
-            found.append(
-                f"dp_ftrl with {self.bands} bands and a client in every {self.min_separation} rounds has "
-                f"{ratio:.2f} times the error of independent noise: it helps where clients take part rarely "
-                "(privacy.min_separation)."
-            )
+        found += self.mechanism.cautions(self)
         if self.is_private():
             terms, epsilon = self.everything(self.num_rounds, self.evaluation_answers), self.epsilon()
             weak = caution(trade_off(terms, epsilon, self.delta), epsilon, self.delta)
@@ -299,11 +280,15 @@ class PrivacyPlan:
         correlated)."""
         return self.update_noise_multiplier() * self.max_grad_norm if self.is_private() else 0.0
 
+    def update_noise_multiplier(self) -> float:
+        """Noise on one sum over `max_grad_norm`; more than is accounted, where more is paid for."""
+        return self.mechanism.noise_multiplier_of_sum(self)
+
     def noise(self, size: int, entropy: Entropy) -> FloatArray:
         """Noise of one whole sum, float64 [size]; zeros without privacy.
 
-        For `distributed` this is what `honest_shares` nodes together add. For dp_ftrl it is white,
-        and `fedtune.privacy.mechanisms.matrix.CorrelatedNoise` makes of it what is added.
+        Where nodes share it, this is what those together add whose noise is counted on. For dp_ftrl it is
+        white, and `fedtune.privacy.mechanisms.matrix.CorrelatedNoise` makes of it what is added.
         """
         return entropy.gaussian(size, self.noise_std())
 
@@ -321,112 +306,35 @@ class PrivacyPlan:
     ) -> FloatArray:
         """Weights [len(nodes)] with which the server averages the updates of `nodes`.
 
-        Uniform, or by declared public sizes; never by what a node counted. Where the sum carries the
-        noise (central, distributed) each update counts 1 / `cohort_size` whoever came, because noise and
-        sensitivity were fixed before; elsewhere the weights sum to 1.
+        Uniform, or by declared public sizes; never by what a node counted. Where the sum carries the noise
+        they are fixed, whoever came, because noise and sensitivity were; elsewhere they sum to 1.
         """
-        count = len(nodes)
-        if count == 0:
+        if not nodes:
             return np.zeros(0, dtype=np.float64)
-        if self.trust == "central":
-            return np.full(count, 1.0 / self.cohort_size)
-        if self.trust == "distributed":
-            return np.ones(count, dtype=np.float64)
-        if self.weighting == "uniform":
-            return np.full(count, 1.0 / count)
-        missing = [name for name in nodes if name not in (declared_sizes or {})]
-        if declared_sizes is None or missing:
-            raise PrivacyError(
-                f"federation.weighting=declared needs the declared size of every node; missing: "
-                f"{', '.join(missing)}. Give them, or use federation.weighting=uniform."
-            )
-        sizes = np.array([whole(declared_sizes[n], f"declared size of {n}") for n in nodes], dtype=np.float64)
-        return np.asarray(sizes / sizes.sum(), dtype=np.float64)
-
-    # --- distributed --------------------------------------------------------------------------------
-
-    def honest_shares(self) -> int:
-        """Shares of the noise in every accepted sum that its strongest observer does not know (distributed).
-
-        All nodes but `max_dropouts` are in it. `max_colluders` tell the server theirs; a node that looks at
-        the result by itself knows its own. So one share at least is taken off, though no node colludes
-        (none where there is one node: it protects its data from others).
-        """
-        return self.nodes - self.max_dropouts - max(min(1, self.nodes - 1), self.max_colluders)
-
-    def epsilon_towards_server(self, releases: int | None = None, answers: int = 0) -> float:
-        """As `epsilon`, towards the server alone, with which no node sides; infinite if it sees raw updates.
-
-        Under `distributed` it knows no share of the noise: sigma * sqrt(1 + known / honest_shares).
-        """
-        if self.trust == "central":
-            return math.inf
-        if self.trust != "distributed":
-            return self.epsilon(releases, answers)
-        shares = self.nodes - self.max_dropouts
-        noise = self.noise_multiplier * math.sqrt(shares / self.honest_shares()) * (1.0 - 1e-12)
-        return dataclasses.replace(self, noise_multiplier=noise).epsilon(releases, answers)
-
-    # --- central ------------------------------------------------------------------------------------
-
-    def update_noise_multiplier(self) -> float:
-        """Noise on the updates, over `max_grad_norm`: more than is accounted where a quantile is paid too.
-
-        The count of unclipped updates, shifted to +-1/2, has sensitivity 1/2. Releasing it with noise
-        `quantile_noise` and the updates with (z^-2 - (2 quantile_noise)^-2)^(-1/2) costs exactly one Gaussian
-        of noise multiplier z (Andrew et al. 2021, Theorem 1). Under dp_ftrl one client's sensitivity is that
-        of the strategy matrix.
-        """
-        if (root := self.root()) is not None:
-            return self.noise_multiplier * root.sensitivity()
-        if not self.adaptive_clipping:
-            return self.noise_multiplier
-        return (self.noise_multiplier**-2 - (2.0 * self.quantile_noise) ** -2) ** -0.5
+        return self.mechanism.weights(nodes, declared_sizes)
 
     def adapt_clip(self, norms: npt.ArrayLike, entropy: Entropy, learning_rate: float = 0.2) -> PrivacyPlan:
-        """The plan of the next round, its norm moved towards the private quantile of `norms` [m].
-
-        Draws the count's noise itself, so the norm cannot adapt for free. With `adaptive_clipping` off
-        the plan comes back as it is. The cost is in `event` already. A client whose update is zero votes
-        neither way: the neighbour in which a client holds nothing must not count it as unclipped, for then
-        the vote of a large update would move the count by 1 and not by the 1/2 that is paid for.
-        """
-        if not self.adaptive_clipping:
-            return self
-        values = np.asarray(norms, dtype=np.float64)
-        votes = np.where(values <= self.max_grad_norm, 0.5, -0.5)
-        shifted = float(np.sum(np.where(values == 0.0, 0.0, votes)))
-        noised = shifted + float(entropy.gaussian(1, self.quantile_noise)[0])
-        fraction = min(max(noised / self.cohort_size + 0.5, 0.0), 1.0)
-        norm = self.max_grad_norm * math.exp(-learning_rate * (fraction - self.clip_quantile))
-        return dataclasses.replace(self, max_grad_norm=norm)
+        """The plan of the next round, its norm moved where the mechanism adapts it to `norms` [m]; else
+        itself. The cost is in `terms` already."""
+        return self.mechanism.adapt_clip(self, norms, entropy, learning_rate)
 
     # --- on a node ----------------------------------------------------------------------------------
 
     def for_shard(self, declared_size: int) -> PrivacyPlan:
         """The plan with which a node of `declared_size` units (public) trains.
 
-        For `local` and `none` its own size is the divisor. For `distributed` the union stays: all nodes
-        divide by one constant. Raises `PrivacyError` if delta is no delta for a shard of that size.
+        Raises `PrivacyError` if delta is no delta for a shard of that size.
         """
-        if self.trust in ("distributed", "central"):
-            whole(declared_size, "declared_size")
-            return self
-        return dataclasses.replace(self, declared_size=whole(declared_size, "declared_size"))
+        return self.mechanism.for_shard(self, declared_size)
 
     def training_plan(self, declared_size: int) -> PrivacyPlan:
-        """What the steps on one node obey: this plan itself, except under a trusted server.
-
-        For `central` the node trains without clipping or noise, and the server does both afterwards;
-        the plan that comes back says so (trust `none`).
-        """
-        if self.trust != "central":
+        """What the steps on one node obey: this plan itself, unless the server noises what they give."""
+        inner = self.mechanism.client_training()
+        if inner is None:
             return self.for_shard(declared_size)
         return PrivacyPlan(
-            trust="none",
+            mechanism=inner,
             unit="record",
-            sample_rate=self.training_sample_rate,
-            local_steps=self.training_steps,
             num_rounds=self.num_rounds,
             noise_multiplier=0.0,
             max_grad_norm=math.inf,
@@ -439,35 +347,147 @@ class PrivacyPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; an infinite norm is null."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["mechanism"] = self.mechanism.to_json()
         if math.isinf(self.max_grad_norm):
             values["max_grad_norm"] = None
         return {"version": _VERSION, **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PrivacyPlan:
-        """Reads what `to_json` wrote. Raises `PrivacyError` on another version, missing or unknown keys, and
-        on any value that the plan itself refuses."""
+        """Reads what `to_json` wrote.
+
+        Raises:
+            PrivacyError: another version, missing or unknown keys, any value that the plan itself refuses.
+        """
         if not isinstance(values, Mapping):
             raise PrivacyError(f"A privacy plan is a JSON object, not {type(values).__name__}.")
         given = dict(values)
         version = given.pop("version", None)
-        if version == 1 and given.get("trust") == "distributed" and not isinstance(version, bool):
+        if version != _VERSION or isinstance(version, bool):
             raise PrivacyError(
-                "This plan with privacy.trust=distributed was made by an earlier version of fedtune, which "
-                "counted the noise towards the server alone; towards another node it promises less than it "
-                "says. Start a new run."
+                f"A privacy plan of version {version!r} cannot be read; this is {_VERSION}. Use the same "
+                "version of fedtune everywhere, or start a new run."
             )
-        if version not in (1, _VERSION) or isinstance(version, bool):
-            raise PrivacyError(f"A privacy plan of version {version!r} cannot be read; this is {_VERSION}.")
         names = {field.name for field in dataclasses.fields(cls)}
-        wrong = sorted(set(given) ^ names)
-        if wrong:
+        if wrong := sorted(set(given) ^ names):
             raise PrivacyError(f"A privacy plan has missing or unknown keys: {', '.join(map(str, wrong))}.")
+        given["mechanism"] = mechanism_from_json(given["mechanism"])
         if given["max_grad_norm"] is None:
             given["max_grad_norm"] = math.inf
         return cls(**given)
 
 
 # What a release is made by, as far as a ledger reads it.
-ReleasePlan = PrivacyPlan | EvaluationPlan | SizePlan
+ReleasePlan = PrivacyPlan | CountPlan
+
+
+# --- a run's plan ------------------------------------------------------------------------------------
+
+
+def make_plan(
+    config: Config, declared_sizes: Sequence[int], largest_delta: float | None = None
+) -> PrivacyPlan:
+    """The plan of a run: settings checked, defaults filled in, the noise calibrated.
+
+    It reads settings and public sizes and nothing else, so that all of it happens before any private data is
+    read; a node makes the same plan from its own configuration and compares.
+
+    Args:
+        config: complete.
+        declared_sizes: the public size of each node's shard in units of `privacy.unit` (for unit=client only
+            their number counts), without what is held out for evaluation.
+        largest_delta: which a default delta is not to exceed (the smallest of the owners' budgets').
+
+    Returns:
+        A plan whose default delta is that of `default_delta`, where n is the number of units that the
+        mechanism is about (`Mechanism.declared_size`), so that it is below 1/n for every shard; where sizes
+        are told with noise, which is in the epsilon, it is a constant. A node takes its own plan with
+        `for_shard`.
+
+    Raises:
+        PrivacyError: a setting without meaning; or one unit has all the data, and no delta is given.
+        CalibrationError: no noise meets the target.
+    """
+    config = resolved(config)
+    privacy = config.privacy
+    if not declared_sizes:
+        raise PrivacyError("A plan needs the declared size of at least one node.")
+    sizes = [whole(size, "declared size of a node") for size in declared_sizes]
+    kind = mechanism_of(privacy.trust)
+    declared, nodes = kind.declared_size(sizes), len(sizes)
+    share, answers = evaluation_settings(config)
+    told = size_noise(config)
+    if config.federation.cohort_size is not None:
+        whole(config.federation.cohort_size, "federation.cohort_size")
+    common: dict[str, Any] = {
+        "unit": privacy.unit,
+        "num_rounds": config.federation.num_rounds,
+        "declared_size": declared,
+        "records_per_unit": 1,
+        "nodes": nodes,
+        "seed": config.seed,
+        "evaluation_share": share,
+        "evaluation_answers": answers,
+        "size_noise": told,
+    }
+    if privacy.unit == "person":
+        common["records_per_unit"] = whole(privacy.records_per_unit, "privacy.records_per_unit")
+    if not kind.is_private:
+        if privacy.noise_multiplier not in (None, 0.0):
+            raise PrivacyError(
+                f"privacy.trust={kind.trust} adds no noise, but privacy.noise_multiplier is "
+                f"{privacy.noise_multiplier}. Choose trust=local, distributed or central, or leave the noise "
+                "multiplier out."
+            )
+        mechanism = kind.from_settings(config, nodes)
+        return PrivacyPlan(
+            **common, mechanism=mechanism, noise_multiplier=0.0, max_grad_norm=math.inf, delta=0.0
+        )
+    try:
+        kind.check_server_noise(config)  # a setting of another mechanism is refused, never ignored
+    except ConfigError as error:
+        raise PrivacyError(str(error)) from error
+    mechanism = kind.from_settings(config, nodes)
+    if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+        both = privacy.epsilon is not None
+        raise PrivacyError(
+            f"privacy.epsilon and privacy.noise_multiplier are {'both' if both else 'neither'} set; one "
+            "determines the other. Set one and give the other as null: privacy.epsilon=null to choose the "
+            "noise, privacy.noise_multiplier=null to choose the guarantee."
+        )
+    if declared == 1 and not told and kind.tells_size and privacy.delta is None and largest_delta is None:
+        way_out = ", privacy.unit=record, or another column in data.unit" if privacy.unit == "person" else ""
+        raise PrivacyError(
+            f"One {privacy.unit} holds all the data, so there is nobody to hide it among, and no delta can "
+            f"be chosen for you. Choose a privacy.delta of your own (1e-5, say){way_out}."
+        )
+    # What is declared is what is trained on; who is held out is promised the same. Of sizes that were told
+    # with noise no part of the mechanism may follow: it would then be chosen after a release was seen.
+    default = DELTA if told else default_delta(declared / (1.0 - share))
+    limit = math.inf if largest_delta is None else largest_delta
+    delta = min(default, limit) if privacy.delta is None else privacy.delta
+    if told:
+        check_told(privacy.delta, delta, privacy.epsilon, largest(declared / (1.0 - share), told, nodes))
+    common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
+    common |= {
+        "max_grad_norm": privacy.max_grad_norm,
+        "delta": delta,
+        "target_epsilon": privacy.epsilon,
+        "reproducible_noise": privacy.reproducible_noise,
+    }
+
+    def with_noise(noise: float) -> PrivacyPlan:
+        return PrivacyPlan(**common, mechanism=mechanism.with_noise(noise), noise_multiplier=noise)
+
+    # A plan with any noise first: it refuses every setting without meaning before time is spent.
+    draft = with_noise(1.0 if privacy.noise_multiplier is None else privacy.noise_multiplier)
+    if privacy.epsilon is None:
+        return draft
+    rate, steps = mechanism.to_calibrate(draft)
+    also = draft.everything(0, answers)
+    try:
+        noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
+    except CalibrationError as error:
+        raise CalibrationError(f"{error}{mechanism.why_no_noise(draft)}") from error
+    return with_noise(noise)

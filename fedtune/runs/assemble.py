@@ -11,6 +11,7 @@ noise.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,6 @@ def assemble(
     num_parameters: int,
     expected_flops: float | None = None,
     artifacts: Mapping[str, str],
-    mechanism: str,
     accountant: str | None,
     evaluation: Mapping[str, Any] | None = None,
     sizes: Mapping[str, Any] | None = None,
@@ -118,7 +118,7 @@ def assemble(
     Raises `RecordError` if it would not pass `validate`.
     """
     plan = result.plan
-    private = plan.trust != "none"
+    private, settings = plan.is_private(), plan.settings()
     made = {
         "schema": record.SCHEMA,
         "run": dataclasses.asdict(facts),
@@ -139,7 +139,7 @@ def assemble(
             "unit": plan.unit,
             "adjacency": plan.adjacency(),
             "trust": plan.trust,
-            "mechanism": mechanism,
+            "mechanism": plan.mechanism.describe(plan),
             "noise_multiplier": plan.noise_multiplier,
             "max_grad_norm": plan.max_grad_norm,
             "sample_rate": plan.sample_rate,
@@ -188,9 +188,9 @@ def assemble(
                     ]
                 )
             ),
-            "max_dropouts": plan.max_dropouts,
-            "max_colluders": plan.max_colluders,
-            "adaptive_clipping": plan.adaptive_clipping,
+            "max_dropouts": settings.get("max_dropouts", 0),
+            "max_colluders": settings.get("max_colluders", 0),
+            "adaptive_clipping": settings.get("adaptive_clipping", False),
             "evaluation_data": _EVALUATED_ON[metrics.evaluation["data"]],
             "evaluation": None if evaluation is None else dict(evaluation),
             "sizes": None if sizes is None else dict(sizes),
@@ -241,13 +241,14 @@ def assemble(
 
 def _towards_server(plan: PrivacyPlan, nodes: Sequence[NodePrivacy]) -> float | None:
     """Epsilon towards the server alone: smaller under `distributed`, none where it sees raw updates."""
-    if plan.trust in ("central", "none"):
-        return None
     worst = _worst(one.epsilon for one in nodes)
-    if plan.trust != "distributed" or worst is None:
-        return worst
+    if worst is None:
+        return None
     releases, answers = max(one.releases for one in nodes), max(one.answers for one in nodes)
-    return min(worst, plan.epsilon_towards_server(releases, answers))
+    towards = plan.epsilon_towards_server(releases, answers)
+    if math.isinf(towards):
+        return None  # it sees raw updates
+    return min(worst, towards) if plan.shares_noise else worst
 
 
 def _round(summary: RoundSummary) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def plan_of(finished: Mapping[str, Any]) -> tuple[Config, PrivacyPlan, int]:
     """
     from fedtune.config.convert import from_dict
     from fedtune.errors import ConfigError, PrivacyError
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.plan import make_plan
 
     privacy = finished["privacy"]
     try:

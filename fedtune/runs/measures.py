@@ -7,7 +7,6 @@ epsilon is 0.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -37,36 +36,10 @@ __all__ = [
     "energy_of_run",
     "evaluation_facts",
     "expected_flops",
-    "mechanism",
     "metrics",
     "node_privacy",
     "size_facts",
 ]
-
-_MECHANISMS = {
-    "local": (
-        "DP-SGD on each node: Poisson sampling, clipping of each {unit}'s gradient, Gaussian noise in every "
-        "step"
-    ),
-    "distributed": (
-        "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
-        "Gaussian noise shared between the nodes, secure aggregation"
-    ),
-    "central": "DP-FedAvg: the server clips each client's update and adds Gaussian noise to their sum",
-    "none": "none",
-}
-_CORRELATED = (
-    "DP-FTRL: the server clips each client's update and adds Gaussian noise to their sum that is correlated "
-    "over {bands} rounds (banded square root of the prefix-sum matrix); a client takes part in one of "
-    "{min_separation} rounds at most, {participations} times in all"
-)
-
-
-def mechanism(plan: PrivacyPlan) -> str:
-    """The mechanism of `plan` in words."""
-    if (root := plan.root()) is not None:
-        return _CORRELATED.format(**dataclasses.asdict(root), participations=root.participations)
-    return _MECHANISMS[plan.trust].format(unit=plan.unit)
 
 
 def accountant(plan: PrivacyPlan) -> str | None:
@@ -75,7 +48,7 @@ def accountant(plan: PrivacyPlan) -> str | None:
     fedtune composes privacy loss distributions itself (`fedtune.privacy.accounting.pld`); its tests hold
     that to dp-accounting's own composition.
     """
-    if plan.trust == "none":
+    if not plan.is_private():
         return None
     return f"PLD (fedtune {metadata.version('fedtune')}, checked against dp-accounting)"
 
@@ -237,7 +210,7 @@ def expected_flops(config: Config, result: FederationResult, model: AdaptedModel
     from fedtune.training.local import flops_of_record
 
     plan = result.plan
-    if plan.trust == "central":
+    if not plan.mechanism.tells_size:
         return None
     records = 0.0
     for node in result.nodes:

@@ -271,7 +271,6 @@ def _record(
         num_parameters=model.num_parameters,
         expected_flops=None if data.public else measures.expected_flops(config, result, model),
         artifacts={"adapter": ADAPTER, "statement": STATEMENT},
-        mechanism=measures.mechanism(result.plan),
         accountant=measures.accountant(result.plan),
         evaluation=measures.evaluation_facts(result.plan),
         sizes=measures.size_facts(result.plan),

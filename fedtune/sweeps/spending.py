@@ -17,8 +17,8 @@ from fedtune.config.choices import resolved
 from fedtune.data.partition import DEFAULT_NODES
 from fedtune.errors import FedtuneError
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
-from fedtune.privacy.planning import make_plan
-from fedtune.privacy.sizes import size_noise
+from fedtune.privacy.mechanisms.counts import size_noise
+from fedtune.privacy.plan import make_plan
 from fedtune.report.words import format_number
 
 if TYPE_CHECKING:

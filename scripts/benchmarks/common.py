@@ -19,6 +19,8 @@ from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.prepare import PreparedData, prepare
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.encoder import load_tokenizer
+from fedtune.privacy.mechanisms.local import Local
+from fedtune.privacy.mechanisms.none import NoPrivacy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.environment import hardware
 
@@ -45,14 +47,12 @@ def take(shard: Shard, size: int) -> Shard:
     return replace(shard, data=data, declared_size=size, record_index=shard.record_index[:size])
 
 
-def plan_for(size: int, rate: float, steps: int, trust: str = "local") -> PrivacyPlan:
+def plan_for(size: int, rate: float, steps: int, private: bool = True) -> PrivacyPlan:
     """A plan with a fixed noise multiplier: the benchmarks compare work, and calibrate nothing."""
-    private = trust != "none"
+    kind = Local if private else NoPrivacy
     return PrivacyPlan(
-        trust=trust,
+        mechanism=kind(sample_rate=rate, local_steps=steps),
         unit="record",
-        sample_rate=rate,
-        local_steps=steps,
         num_rounds=1,
         noise_multiplier=NOISE_MULTIPLIER if private else 0.0,
         max_grad_norm=CLIP if private else float("inf"),

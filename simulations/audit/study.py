@@ -31,6 +31,8 @@ import numpy as np  # noqa: E402
 
 from fedtune.audit.attack import audit_mechanism  # noqa: E402
 from fedtune.privacy.accounting.calibration import noise_multiplier_for  # noqa: E402
+from fedtune.privacy.mechanisms.distributed import Distributed  # noqa: E402
+from fedtune.privacy.mechanisms.local import Local  # noqa: E402
 from fedtune.privacy.plan import PrivacyPlan  # noqa: E402
 from fedtune.runs import (  # noqa: E402
     environment,
@@ -44,11 +46,10 @@ DELTA = 1e-5
 BUGGY = ("sampled", 4.0)  # the plan in which the bugs are switched on
 
 PLANS: dict[str, dict[str, Any]] = {
-    "sampled": {"trust": "local", "sample_rate": 0.05, "local_steps": 5, "num_rounds": 24},
-    "every step": {"trust": "local", "sample_rate": 1.0, "local_steps": 1, "num_rounds": 12},
+    "sampled": {"mechanism": Local(sample_rate=0.05, local_steps=5), "num_rounds": 24},
+    "every step": {"mechanism": Local(sample_rate=1.0, local_steps=1), "num_rounds": 12},
     "distributed": {
-        "trust": "distributed", "sample_rate": 0.05, "local_steps": 1, "num_rounds": 30,
-        "nodes": 4, "max_dropouts": 1,
+        "mechanism": Distributed(sample_rate=0.05, max_dropouts=1), "num_rounds": 30, "nodes": 4,
     },
 }  # fmt: skip
 
@@ -120,14 +121,15 @@ class Cell:
         """The record of this audit."""
         started = time.perf_counter()
         settings = PLANS[self.plan]
-        steps = settings["local_steps"] * settings["num_rounds"]
+        mechanism = settings["mechanism"]
+        steps = mechanism.steps_per_release() * settings["num_rounds"]
         # Resetting the accountant: each round is calibrated as if it were the only one.
-        counted = settings["local_steps"] if self.bug == "ResetAccountant" else steps
+        counted = mechanism.steps_per_release() if self.bug == "ResetAccountant" else steps
         plan = PrivacyPlan(
             **settings,
             unit="record",
             noise_multiplier=noise_multiplier_for(
-                self.epsilon, DELTA, sample_rate=settings["sample_rate"], steps=counted
+                self.epsilon, DELTA, sample_rate=mechanism.sample_rate_accounted(), steps=counted
             ),
             max_grad_norm=1.0,
             declared_size=20_000,

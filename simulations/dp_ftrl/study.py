@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 
 from fedtune.federation.server.rounds import ClippedUpdates  # noqa: E402
 from fedtune.privacy.accounting.calibration import noise_multiplier_for  # noqa: E402
+from fedtune.privacy.mechanisms.central import Central  # noqa: E402
 from fedtune.privacy.mechanisms.matrix import (  # noqa: E402
     BandedRoot,
     CorrelatedNoise,
@@ -41,16 +42,18 @@ SHAPES = ((12, 1), (100, 1), (100, 4), (100, 25), (100, 100), (400, 20), (400, 2
 def plan_of(mechanism: str, epsilon: float, seed: int) -> PrivacyPlan:
     """The plan of one mechanism at `epsilon`: noise for clients in every round, or in one of `SEPARATION`."""
     values: dict[str, Any] = {
-        "trust": "central", "unit": "client", "sample_rate": 1.0, "local_steps": 1, "num_rounds": ROUNDS,
-        "max_grad_norm": NORM, "declared_size": CLIENTS, "nodes": CLIENTS, "cohort_size": COHORT,
+        "unit": "client", "num_rounds": ROUNDS, "max_grad_norm": NORM, "declared_size": CLIENTS,
+        "nodes": CLIENTS,
         "delta": DELTA, "reproducible_noise": True, "seed": seed, "target_epsilon": epsilon,
     }  # fmt: skip
     steps = ROUNDS if mechanism == "every round" else 1
     values["noise_multiplier"] = noise_multiplier_for(epsilon, DELTA, sample_rate=1.0, steps=steps)
     if mechanism in ("independent", "correlated"):
         bands = SEPARATION if mechanism == "correlated" else 1
-        values |= {"mechanism": "dp_ftrl", "bands": bands, "min_separation": SEPARATION}
-    return PrivacyPlan(**values)
+        central = Central(cohort_size=COHORT, method="dp_ftrl", bands=bands, min_separation=SEPARATION)
+    else:
+        central = Central(cohort_size=COHORT)
+    return PrivacyPlan(mechanism=central, **values)
 
 
 def world(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

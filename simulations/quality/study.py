@@ -37,7 +37,7 @@ from fedtune.data.prepare import PreparedData, prepare
 from fedtune.models.classifier import AdaptedModel, forget_models, load_model
 from fedtune.models.encoder import load_tokenizer
 from fedtune.models.frozen_outputs import Features
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from fedtune.training.evaluation import evaluate
 from fedtune.training.local import train_locally
 

@@ -16,13 +16,13 @@ from fedtune.config.paths import state_dir
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from fedtune.training.dp_step import per_example_gradients
 from fedtune.training.local import ShardView
 from tests.models.conftest import random_corpus
 from tests.support import audited_plans as plans
 from tests.support import tiny_federation as tiny
+from tests.support.plans import plan_of as flat_plan
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +152,8 @@ def test_a_step_that_forgets_to_clip_is_exposed(config: Any, monkeypatch: pytest
 
 def test_without_privacy_mislabelled_records_leave_their_mark(config: Any) -> None:
     """The black box sees the final model only: its scores of what was in are higher."""
-    open_plan = PrivacyPlan(
-        trust="none", unit="record", sample_rate=0.3, local_steps=2, num_rounds=8, noise_multiplier=0.0,
+    open_plan = flat_plan(
+        "none", unit="record", sample_rate=0.3, local_steps=2, num_rounds=8, noise_multiplier=0.0,
         max_grad_norm=float("inf"), declared_size=40, delta=0.0,
     )  # fmt: skip
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=0.05))

@@ -35,7 +35,7 @@ def asked(model: Path, tmp_path: Path) -> Callable[..., Site]:
 
 def question(site: Site, round: int = 1) -> dict[str, Any]:
     shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.plan import make_plan
 
     plan = make_plan(site.config, [shard.declared_size])
     request = RoundRequest("r", round, 1, plan, site.start())
@@ -69,7 +69,7 @@ def test_a_site_may_refuse_to_answer_and_still_train(asked: Callable[..., Site])
     assert site.charged() == 0
     assert site.log()[-1]["event"] == "refused"
     assert "permits none" in dry_run(site.settings, site.config).text()
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.plan import make_plan
 
     assert site.ask(plan=None) is not None
     shard = run_resources(site.settings.own(site.config)).prepared.shards[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,8 @@ from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.federation.client.audit_log import AuditLog, _hash
 from fedtune.federation.client.policy import SiteSettings
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.plans import changed
 
 VALUES: dict[str, Any] = {
     "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9443",
@@ -41,7 +40,7 @@ def asked(**privacy: Any) -> Config:
 
 
 def plan_of(config: Config, **changes: Any) -> PrivacyPlan:
-    return dataclasses.replace(make_plan(config, [1000, 800]), **changes)
+    return changed(make_plan(config, [1000, 800]), **changes)
 
 
 def test_a_permitted_run_passes() -> None:

@@ -10,8 +10,7 @@ import pytest
 from fedtune.federation.messages import Consent, Proposal
 from fedtune.federation.server.agreement import read_consent
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.site_parts import SIZE, Site
 from tests.support.tiny_federation import make_model, one_thread
 

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, check_update, coarse_seconds
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from tests.support.fake_federation import fake_config
 
 PLAN = make_plan(fake_config(), [100, 200])

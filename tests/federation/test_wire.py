@@ -21,7 +21,7 @@ from fedtune.federation import flower as _flower
 from fedtune.federation.client.app import app
 from fedtune.federation.resources import run_resources
 from fedtune.federation.server.loop import run_rounds
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from tests.support.tiny_federation import BAD, GOOD, OTHER, private
 
 # Spelt out again here on purpose: a key that someone adds to the code must be argued for in this file too.

@@ -12,13 +12,12 @@ import pytest
 from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.privacy.accounting.epsilon import epsilon_of
-from fedtune.privacy.evaluation import EvaluationPlan, estimate, evaluation_rounds
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.mechanisms.counts import EvaluationPlan, estimate, evaluation_rounds
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
-from tests.support.plans import central_plan, local_plan, public_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.plans import central_plan, event_of, local_plan, public_plan
 
 DELTA = 1e-5
 
@@ -220,7 +219,7 @@ def test_answers_and_training_compose_and_neither_is_free() -> None:
     assert both == plan.epsilon()
     assert training < both < training + evaluation.epsilon()
     assert plan.epsilon(0, 3) == pytest.approx(evaluation.epsilon())
-    assert epsilon_of(plan.event(12, 3), plan.delta) == pytest.approx(both)
+    assert epsilon_of(event_of(plan, 12, 3), plan.delta) == pytest.approx(both)
     assert plan.epsilon(12, 1) < both
 
 

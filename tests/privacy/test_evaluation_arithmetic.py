@@ -11,10 +11,10 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy import evaluation
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.evaluation import (
+from fedtune.privacy.mechanisms import counts as evaluation
+from fedtune.privacy.mechanisms.counts import (
     EvaluationPlan,
     estimate,
     evaluation_epsilon,
@@ -44,7 +44,7 @@ def test_a_vote_has_as_many_steps_as_the_noise_covers(noise: float) -> None:
 
 
 def test_without_privacy_there_is_no_noise_and_no_cost() -> None:
-    plan = about(trust="none")
+    plan = about(trust="none", noise_multiplier=0.0)
     assert (plan.scale, plan.noise_std) == (2**24, 0.0)
     assert (plan.terms(2), plan.terms(0)) == (None, {})
     assert not plan.is_private() and about().is_private()
@@ -89,7 +89,7 @@ def test_an_answer_is_the_sum_of_votes_and_exact_noise() -> None:
     noise = discrete_gaussian(2, 24, Entropy.reproducible(1, "n", 0, 0))
     assert answer == (2 * plan.scale + int(noise[0]), plan.scale + int(noise[1]))
     assert [type(part) for part in answer] == [int, int]
-    public = dataclasses.replace(plan, trust="none")
+    public = dataclasses.replace(plan, trust="none", noise_multiplier=0.0)
     assert public.answer(right, None, Entropy.reproducible(1, "n", 0, 0)) == (2 * 2**24, 2**24)
 
 

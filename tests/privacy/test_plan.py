@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -18,9 +19,9 @@ from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms, terms_of
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import default_delta, make_plan
-from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
+from fedtune.privacy.mechanisms.registry import mechanism_of
+from fedtune.privacy.plan import PrivacyPlan, default_delta, make_plan
+from tests.support.plans import central_plan, distributed_plan, event_of, local_plan, public_plan
 
 PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_plan(unit="person")]
 
@@ -43,13 +44,13 @@ def test_a_plan_cannot_be_changed() -> None:
 
 
 def test_the_event_is_what_the_plan_does() -> None:
-    assert terms_of(local_plan().event(3)) == {Term(0.05, 1.0): 15}
-    assert terms_of(distributed_plan().event(3)) == {Term(0.05, 1.0): 3}
-    assert terms_of(central_plan().event(3)) == {Term(1.0, 1.0): 3}
-    assert isinstance(public_plan().event(3), dp.NonPrivateDpEvent)
+    assert terms_of(event_of(local_plan(), 3)) == {Term(0.05, 1.0): 15}
+    assert terms_of(event_of(distributed_plan(), 3)) == {Term(0.05, 1.0): 3}
+    assert terms_of(event_of(central_plan(), 3)) == {Term(1.0, 1.0): 3}
+    assert isinstance(event_of(public_plan(), 3), dp.NonPrivateDpEvent)
     for plan in PLANS:
-        assert terms_of(plan.event(0)) == {}
-        assert terms_of(plan.event(4)) == plan.terms(4)
+        assert terms_of(event_of(plan, 0)) == {}
+        assert terms_of(event_of(plan, 4)) == plan.terms(4)
 
 
 def test_no_release_costs_nothing_even_without_noise() -> None:
@@ -59,9 +60,9 @@ def test_no_release_costs_nothing_even_without_noise() -> None:
 
 def test_releases_compose_and_do_not_start_afresh() -> None:
     plan = local_plan()
-    together = epsilon_of(plan.event(12), plan.delta)
+    together = epsilon_of(event_of(plan, 12), plan.delta)
     assert together == plan.epsilon()
-    assert together > 2 * epsilon_of(plan.event(1), plan.delta)
+    assert together > 2 * epsilon_of(event_of(plan, 1), plan.delta)
 
 
 @pytest.mark.parametrize("releases", [-1, True])
@@ -180,7 +181,7 @@ def test_honest_shares_leave_out_who_is_missing_and_who_knows_a_share(
 ) -> None:
     """No colluders and one are the same noise: a node that looks at the result knows its own share."""
     plan = distributed_plan(nodes=nodes, max_dropouts=dropouts, max_colluders=colluders)
-    assert plan.honest_shares() == honest
+    assert plan.mechanism.honest_shares(plan) == honest
 
 
 def test_more_dropouts_and_colluders_than_nodes_are_refused() -> None:
@@ -200,22 +201,22 @@ def test_towards_the_server_alone_no_share_is_known() -> None:
     assert math.isinf(central_plan().epsilon_towards_server())
 
 
-def test_a_distributed_plan_of_an_earlier_version_is_refused() -> None:
-    for plan, read in ((local_plan(), True), (central_plan(), True), (distributed_plan(), False)):
-        old = {**plan.to_json(), "version": 1}
-        if read:
-            assert PrivacyPlan.from_json(old) == plan
-            continue
-        with pytest.raises(PrivacyError, match="towards the server alone"):
-            PrivacyPlan.from_json(old)
+def test_a_plan_of_an_earlier_version_is_refused() -> None:
+    """Version 1 counted distributed noise towards the server alone; none may be taken for one of today."""
+    for plan, version in itertools.product((local_plan(), central_plan(), distributed_plan()), (1, 2)):
+        with pytest.raises(PrivacyError, match=f"version {version} cannot be read"):
+            PrivacyPlan.from_json({**plan.to_json(), "version": version})
 
 
 def test_the_quantile_of_adaptive_clipping_is_paid_for() -> None:
     plan = central_plan(noise_multiplier=1.0, adaptive_clipping=True, quantile_noise=0.8)
-    spent = plan.update_noise_multiplier() ** -2 + (2 * plan.quantile_noise) ** -2
+    spent = plan.update_noise_multiplier() ** -2 + (2 * plan.settings()["quantile_noise"]) ** -2
     assert spent == pytest.approx(plan.noise_multiplier**-2)
     # Two Gaussian queries, updates and count, cost exactly the accounted one.
-    both = {Term(1.0, plan.update_noise_multiplier()): 12, Term(1.0, 2 * plan.quantile_noise): 12}
+    both = {
+        Term(1.0, plan.update_noise_multiplier()): 12,
+        Term(1.0, 2 * plan.settings()["quantile_noise"]): 12,
+    }
     assert epsilon_of_terms(both, plan.delta) == pytest.approx(plan.epsilon(), rel=2e-3)
     # What the updates would cost alone is less: the quantile is not free.
     alone = {Term(1.0, plan.update_noise_multiplier()): 12}
@@ -248,7 +249,7 @@ def test_one_client_less_moves_the_count_by_half_a_vote_at_most() -> None:
 
     def count(norms: list[float]) -> float:
         moved = plan.adapt_clip(norms, Still()).max_grad_norm
-        return plan.cohort_size * (-math.log(moved) / 0.2 + plan.clip_quantile - 0.5)
+        return plan.expected_batch_size() * (-math.log(moved) / 0.2 + plan.settings()["clip_quantile"] - 0.5)
 
     others = [0.3, 2.0, 0.9, 5.0, 0.1]
     for norm in (0.5, 1.0, 3.0, math.inf, math.nan):
@@ -299,20 +300,39 @@ NOT_NUMBERS = [math.nan, True, "1", None]
         *[("target_epsilon", v) for v in (0.0, -1.0, math.inf, math.nan, True, "8")],
         *[("reproducible_noise", v) for v in (1, None, "yes")],
         *[("seed", v) for v in (1.5, *NOT_NUMBERS)],
-        *[("trust", v) for v in ("Local", "", None, 3)],
         *[("unit", v) for v in ("user", "", None, "client")],
         *[("weighting", v) for v in ("size", None)],
         *[("nodes", v) for v in (0, 1.5, True)],
-        *[("max_dropouts", v) for v in (-1, 1.5, True)],
-        *[("max_colluders", v) for v in (-1, 1.5, True)],
-        *[("cohort_size", v) for v in (0, 1.5, True)],
-        *[("clip_quantile", v) for v in (0.0, 1.0, math.nan, True)],
-        ("adaptive_clipping", True),  # not without a server that clips
     ],
 )
 def test_every_field_refuses_what_has_no_meaning(field: str, value: Any) -> None:
     with pytest.raises(PrivacyError, match=field.replace("target_", "")):
         local_plan(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "value"),
+    [
+        *[(distributed_plan, "max_dropouts", v) for v in (-1, 1.5, True)],
+        *[(distributed_plan, "max_colluders", v) for v in (-1, 1.5, True)],
+        *[(distributed_plan, "sample_rate", v) for v in (0.0, 1.1, math.nan, True)],
+        *[(central_plan, "cohort_size", v) for v in (0, 1.5, True)],
+        *[(central_plan, "clip_quantile", v) for v in (0.0, 1.0, math.nan, True)],
+        *[(central_plan, "adaptive_clipping", v) for v in (1, None, "yes")],
+    ],
+)
+def test_settings_of_one_mechanism_refuse_what_has_no_meaning(make: Any, field: str, value: Any) -> None:
+    with pytest.raises(PrivacyError, match=field):
+        make(**{field: value})
+
+
+@pytest.mark.parametrize("trust", ["Local", "", None, 3, [], {}])
+def test_a_trust_model_that_is_none_is_refused(trust: Any) -> None:
+    with pytest.raises(PrivacyError, match="privacy.trust must be one of local, distributed, central, none"):
+        mechanism_of(trust)
+    spoilt = {**local_plan().to_json(), "mechanism": {"trust": trust}}
+    with pytest.raises(PrivacyError, match="privacy.trust must be one of"):
+        PrivacyPlan.from_json(spoilt)
 
 
 @pytest.mark.parametrize(
@@ -334,10 +354,6 @@ def test_without_privacy_nothing_may_be_promised(changes: dict[str, Any]) -> Non
         lambda: central_plan(unit="record"),
         lambda: local_plan(unit="client"),
         lambda: distributed_plan(unit="client"),
-        lambda: distributed_plan(local_steps=2),
-        lambda: central_plan(local_steps=2),
-        lambda: distributed_plan(weighting="declared"),
-        lambda: central_plan(weighting="declared"),
         lambda: central_plan(cohort_size=201),
         lambda: central_plan(adaptive_clipping=True, quantile_noise=0.5),
         lambda: central_plan(adaptive_clipping=True, quantile_noise=math.inf),
@@ -369,12 +385,17 @@ def test_a_plan_survives_the_wire(plan: PrivacyPlan) -> None:
     [
         lambda v: {**v, "surprise": 1},
         lambda v: {k: x for k, x in v.items() if k != "noise_multiplier"},
-        lambda v: {**v, "version": 3},
+        lambda v: {**v, "version": 4},
         lambda v: {**v, "version": True},
         lambda v: {k: x for k, x in v.items() if k != "version"},
         lambda v: {**v, "noise_multiplier": math.nan},
         lambda v: {**v, "noise_multiplier": 0.0},
-        lambda v: {**v, "sample_rate": True},
+        lambda v: {**v, "mechanism": {**v["mechanism"], "sample_rate": True}},
+        lambda v: {**v, "mechanism": {**v["mechanism"], "cohort_size": 3}},
+        lambda v: {**v, "mechanism": {"trust": "local", "sample_rate": 0.05}},
+        lambda v: {**v, "mechanism": {**v["mechanism"], "trust": "central"}},
+        lambda v: {**v, "mechanism": "local"},
+        lambda v: {**v, "mechanism": None},
         lambda v: {**v, "max_grad_norm": None},
         lambda v: {**v, "num_rounds": "12"},
         lambda v: [v],
@@ -486,6 +507,9 @@ def test_few_clients_are_said_to_be_few() -> None:
         ({"federation__num_rounds": 0}, "num_rounds"),
         ({"federation__cohort_size": 0}, "cohort_size"),
         ({"trust": "distributed", "federation__weighting": "declared"}, "weighting"),
+        ({"trust": "central", "federation__weighting": "declared"}, "weighting"),
+        ({"mechanism": "dp_ftrl"}, "privacy.trust=central"),
+        ({"bands": 2}, "privacy.mechanism=dp_ftrl"),
     ],
 )
 def test_settings_without_meaning_are_named_before_anything_is_read(changes: Any, named: str) -> None:

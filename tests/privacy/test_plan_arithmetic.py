@@ -14,14 +14,17 @@ import pytest
 from fedtune.errors import PrivacyError, SeparationError
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.checks import number, whole
-from fedtune.privacy.evaluation import EvaluationPlan
+from fedtune.privacy.mechanisms.central import Central
+from fedtune.privacy.mechanisms.counts import EvaluationPlan
+from fedtune.privacy.mechanisms.distributed import Distributed
 from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.registry import MECHANISMS, mechanism_from_json
 from fedtune.privacy.plan import PrivacyPlan
-from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.plans import central_plan, distributed_plan, event_of, local_plan, plan_of, public_plan
 
 
 def ftrl(**changes: Any) -> PrivacyPlan:
-    values = {"mechanism": "dp_ftrl", "num_rounds": 40, "bands": 10, "min_separation": 10, "cohort_size": 20}
+    values = {"method": "dp_ftrl", "num_rounds": 40, "bands": 10, "min_separation": 10, "cohort_size": 20}
     return central_plan(**{**values, **changes})
 
 
@@ -31,25 +34,28 @@ def test_what_is_not_said_is_harmless() -> None:
         "trust", "unit", "sample_rate", "local_steps", "num_rounds", "noise_multiplier", "max_grad_norm",
         "declared_size", "delta",
     }  # fmt: skip
-    rest = {k: v for k, v in dataclasses.asdict(plan).items() if k not in said}
+    rest = {k: v for k, v in plan.settings().items() if k not in said}
     assert rest == {
         "records_per_unit": 1, "target_epsilon": None, "reproducible_noise": False, "seed": 0,
-        "weighting": "uniform", "nodes": 1, "max_dropouts": 0, "max_colluders": 0, "cohort_size": 1,
-        "training_sample_rate": 1.0, "training_steps": 1, "adaptive_clipping": False, "clip_quantile": 0.5,
-        "quantile_noise": 0.0, "evaluation_share": 0.0, "evaluation_answers": 0, "evaluation_noise": 0.0,
-        "size_noise": 0.0, "mechanism": "gaussian", "bands": 1, "min_separation": 1,
+        "weighting": "uniform", "nodes": 1, "evaluation_share": 0.0, "evaluation_answers": 0,
+        "evaluation_noise": 0.0, "size_noise": 0.0,
     }  # fmt: skip
+    assert Distributed(sample_rate=0.5) == Distributed(sample_rate=0.5, max_dropouts=0, max_colluders=0)
+    assert Central() == Central(
+        cohort_size=1, training_sample_rate=1.0, training_steps=1, adaptive_clipping=False,
+        clip_quantile=0.5, quantile_noise=0.0, method="gaussian", bands=1, min_separation=1,
+    )  # fmt: skip
     assert plan.purpose == "training"
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: local_plan(sample_rate=1.0, training_sample_rate=1.0),
+        lambda: local_plan(sample_rate=1.0),
         lambda: local_plan(local_steps=1, num_rounds=1, declared_size=2, delta=0.49),
         lambda: local_plan(delta=math.nextafter(1e-3, 0.0)),
         lambda: local_plan(seed=-3),
-        lambda: local_plan(clip_quantile=1e-9),
+        lambda: central_plan(clip_quantile=1e-9),
         lambda: local_plan(target_epsilon=1e-9),
         lambda: local_plan(max_grad_norm=1e-300),
         lambda: central_plan(cohort_size=200),
@@ -71,14 +77,14 @@ def test_the_last_value_that_is_allowed(make: Callable[[], PrivacyPlan]) -> None
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: local_plan(training_sample_rate=0.0), r"^train.sample_rate is a probability in \(0, 1\]"),
-        (lambda: local_plan(training_sample_rate=1.1), r"^train.sample_rate is a probability in \(0, 1\]"),
+        (lambda: central_plan(training_sample_rate=0.0), r"^train.sample_rate is a probability in \(0, 1\]"),
+        (lambda: central_plan(training_sample_rate=1.1), r"^train.sample_rate is a probability in \(0, 1\]"),
         (lambda: local_plan(sample_rate=0.0), r"^train.sample_rate is a probability in \(0, 1\]"),
         (lambda: local_plan(noise_multiplier=math.nan), "^privacy.noise_multiplier must be a number"),
         (lambda: local_plan(max_grad_norm=math.nan), "^privacy.max_grad_norm must be a number"),
         (lambda: local_plan(delta=math.nan), "^privacy.delta must be a number"),
         (lambda: local_plan(target_epsilon=math.nan), "^privacy.epsilon must be a number"),
-        (lambda: local_plan(clip_quantile=math.nan), "^privacy.clip_quantile must be a number"),
+        (lambda: central_plan(clip_quantile=math.nan), "^privacy.clip_quantile must be a number"),
         (lambda: local_plan(evaluation_share=math.nan), "^federation.evaluation_share must be a number"),
         (lambda: local_plan(evaluation_noise=math.nan), "^evaluation_noise "),
         (
@@ -89,34 +95,34 @@ def test_the_last_value_that_is_allowed(make: Callable[[], PrivacyPlan]) -> None
         (lambda: local_plan(size_noise=-1e-9), "^size_noise must be finite and 0 or more"),
         (lambda: local_plan(size_noise=math.inf), "^size_noise must be finite and 0 or more"),
         (lambda: central_plan(size_noise=20.0), "A plan with trust=central has sizes told with noise"),
-        (lambda: local_plan(training_steps=0), "training_steps must be a whole number of 1 or more"),
-        (lambda: local_plan(max_dropouts=-1), "privacy.max_dropouts must be a whole number of 0 or more"),
-        (lambda: local_plan(max_colluders=-1), "privacy.max_colluders must be a whole number of 0 or more"),
+        (lambda: central_plan(training_steps=0), "training_steps must be a whole number of 1 or more"),
+        (
+            lambda: distributed_plan(max_dropouts=-1),
+            "privacy.max_dropouts must be a whole number of 0 or more",
+        ),
+        (
+            lambda: distributed_plan(max_colluders=-1),
+            "privacy.max_colluders must be a whole number of 0 or more",
+        ),
         (lambda: local_plan(delta=1e-3), "is not below 1/n = 0.001, with n = 1000 units"),
         (lambda: local_plan(delta=1.0), "strictly between 0 and 1"),
-        (lambda: local_plan(bands=0), "privacy.bands must be a whole"),
-        (lambda: local_plan(min_separation=0), "privacy.min_separation must be a whole"),
-        (lambda: local_plan(bands=2), "are settings of privacy.mechanism=dp_ftrl"),
-        (lambda: local_plan(mechanism="tree"), "privacy.mechanism must be one of gaussian, dp_ftrl"),
-        (lambda: local_plan(quantile_noise=math.nan), "^quantile_noise must be a number"),
-        (lambda: public_plan(clip_quantile=0.5, delta=1e-9), "promises what nothing keeps"),
+        (lambda: central_plan(bands=0), "privacy.bands must be a whole"),
+        (lambda: central_plan(min_separation=0), "privacy.min_separation must be a whole"),
+        (lambda: central_plan(bands=2), "are settings of privacy.mechanism=dp_ftrl"),
+        (lambda: central_plan(method="tree"), "privacy.mechanism must be one of gaussian, dp_ftrl"),
+        (lambda: central_plan(quantile_noise=math.nan), "^quantile_noise must be a number"),
+        (lambda: public_plan(delta=1e-9), "promises what nothing keeps"),
         (lambda: public_plan(target_epsilon=3.0), "promises what nothing keeps"),
         (lambda: public_plan(noise_multiplier=1e-9), "promises what nothing keeps"),
         (lambda: public_plan(evaluation_share=0.1), "without answers"),
-        (lambda: central_plan(local_steps=2), "noises once a round; local_steps is 2"),
-        (lambda: distributed_plan(local_steps=2), "noises once a round; local_steps is 2"),
-        (lambda: central_plan(weighting="declared"), "weighting=declared does not fit privacy.trust=central"),
-        (lambda: distributed_plan(weighting="declared"), "weighting=declared does not fit"),
         (lambda: central_plan(cohort_size=201), "cohort_size=201 is more than the 200 clients"),
         (lambda: central_plan(unit="record"), "cannot protect privacy.unit=record"),
         (lambda: local_plan(unit="client"), "cannot protect privacy.unit=client"),
         (lambda: central_plan(adaptive_clipping=True, quantile_noise=0.5), "must be above 0.5"),
-        (lambda: local_plan(adaptive_clipping=True), "works with privacy.trust=central only"),
         (lambda: ftrl(num_rounds=9, bands=9), "min_separation=10 is more than federation.num_rounds=9"),
         (lambda: ftrl(num_rounds=9, min_separation=9), "bands=10 is more than federation.num_rounds=9"),
         (lambda: ftrl(cohort_size=21), "ask for 210 clients to fill every round, and there are 200"),
         (lambda: ftrl(adaptive_clipping=True, quantile_noise=3.0), "does not fit privacy.mechanism=dp_ftrl"),
-        (lambda: local_plan(mechanism="dp_ftrl"), "privacy.trust=central, not local"),
         (
             lambda: local_plan(evaluation_answers=1, evaluation_share=0.5),
             "evaluation_noise must be finite and above 0, not 0.0",
@@ -131,6 +137,22 @@ def test_the_last_value_that_is_allowed(make: Callable[[], PrivacyPlan]) -> None
 def test_the_first_value_that_is_not(make: Callable[[], PrivacyPlan], said: str) -> None:
     with pytest.raises(PrivacyError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    ("trust", "settings"),
+    [
+        ("distributed", {"sample_rate": 0.1, "local_steps": 2}), ("central", {"local_steps": 2}),
+        ("distributed", {"sample_rate": 0.1, "weighting": "uniform"}), ("central", {"weighting": "uniform"}),
+        ("local", {"sample_rate": 0.1, "local_steps": 1, "adaptive_clipping": True}),
+        ("local", {"sample_rate": 0.1, "local_steps": 1, "method": "dp_ftrl"}),
+    ],
+)  # fmt: skip
+def test_a_mechanism_has_no_setting_of_another(trust: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        MECHANISMS[trust](**settings)
+    with pytest.raises(PrivacyError, match="missing or unknown keys"):
+        mechanism_from_json({"trust": trust, **settings})
 
 
 def test_a_large_delta_among_few_clients_gets_advice_and_among_records_none() -> None:
@@ -214,13 +236,13 @@ def test_terms_and_events_of_rounds_and_answers() -> None:
     plan = answering()
     assert plan.terms(2, 1) == {Term(0.05, 1.0): 10, Term(1.0, 4.0): 1}
     assert plan.terms(0, 2) == {Term(1.0, 4.0): 2} and plan.terms(2) == {Term(0.05, 1.0): 10}
-    event = plan.event(2, 1)
+    event = event_of(plan, 2, 1)
     assert isinstance(event, dp.ComposedDpEvent) and len(event.events) == 2
     assert event.events == [
         dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(0.05, dp.GaussianDpEvent(1.0)), 10),
         dp.SelfComposedDpEvent(dp.GaussianDpEvent(4.0), 1),
     ]
-    assert plan.event(2) == event.events[0]
+    assert event_of(plan, 2) == event.events[0]
     assert plan.epsilon(2) < plan.epsilon(2, 1) < plan.epsilon() == plan.epsilon(12, 3)
     for releases in (-1, True):
         with pytest.raises(PrivacyError, match="releases must be 0 or more"):
@@ -265,8 +287,8 @@ def test_adaptive_clipping_moves_the_norm_by_the_noised_share(monkeypatch: pytes
 
 def test_a_client_of_a_trusted_server_trains_without_privacy() -> None:
     plan = central_plan(seed=3, num_rounds=7)
-    assert plan.training_plan(500) == PrivacyPlan(
-        trust="none", unit="record", sample_rate=0.05, local_steps=5, num_rounds=7, noise_multiplier=0.0,
+    assert plan.training_plan(500) == plan_of(
+        "none", unit="record", sample_rate=0.05, local_steps=5, num_rounds=7, noise_multiplier=0.0,
         max_grad_norm=math.inf, declared_size=500, delta=0.0, seed=3,
     )  # fmt: skip
     for make in (central_plan, distributed_plan, local_plan, public_plan):
@@ -326,7 +348,7 @@ def test_a_round_too_soon_names_node_and_run() -> None:
 
 def test_towards_the_server_the_shares_of_all_that_arrive_count() -> None:
     plan = distributed_plan(nodes=6, max_dropouts=2, noise_multiplier=0.9)
-    assert plan.honest_shares() == 3
+    assert plan.mechanism.honest_shares(plan) == 3
     towards = dataclasses.replace(plan, noise_multiplier=0.9 * math.sqrt(4 / 3)).epsilon()
     assert plan.epsilon_towards_server() == pytest.approx(towards, rel=1e-6) and towards < plan.epsilon()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,10 +9,11 @@ import pytest
 
 from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy import planning
+from fedtune.privacy import plan as planning
 from fedtune.privacy.accounting.epsilon import Term
-from fedtune.privacy.planning import default_delta, make_plan
-from fedtune.privacy.sizes import DELTA
+from fedtune.privacy.mechanisms import counts, distributed
+from fedtune.privacy.mechanisms.counts import DELTA
+from fedtune.privacy.plan import default_delta, make_plan
 
 Asked = list[tuple[float, float, float, int, Any]]
 
@@ -48,20 +48,17 @@ def config(declared: Any = 1000, **changes: Any) -> Config:
 
 
 USUAL = {
-    "unit": "record", "num_rounds": 12, "seed": 7, "weighting": "uniform", "records_per_unit": 1,
-    "reproducible_noise": False, "adaptive_clipping": False, "clip_quantile": 0.5, "quantile_noise": 0.0,
-    "mechanism": "gaussian", "bands": 1, "min_separation": 1, "evaluation_share": 0.0,
-    "evaluation_answers": 0, "evaluation_noise": 0.0, "size_noise": 0.0,
-    "training_sample_rate": 0.05, "training_steps": 3,
+    "unit": "record", "num_rounds": 12, "seed": 7, "records_per_unit": 1, "reproducible_noise": False,
+    "evaluation_share": 0.0, "evaluation_answers": 0, "evaluation_noise": 0.0, "size_noise": 0.0,
 }  # fmt: skip
 PRIVATE = {**USUAL, "noise_multiplier": 2.0, "max_grad_norm": 1.0, "target_epsilon": 8.0}
 
 
 def test_every_field_of_a_local_plan(asked: Asked) -> None:
     plan = make_plan(config(), [300, 900, 500])
-    assert dataclasses.asdict(plan) == {
+    assert plan.settings() == {
         **PRIVATE, "trust": "local", "sample_rate": 0.05, "local_steps": 3, "declared_size": 900,
-        "delta": 900**-1.1, "nodes": 3, "cohort_size": 3, "max_dropouts": 0, "max_colluders": 0,
+        "weighting": "uniform", "delta": 900**-1.1, "nodes": 3,
     }  # fmt: skip
     assert asked == [(8.0, 900**-1.1, 0.05, 36, {})]
 
@@ -69,9 +66,9 @@ def test_every_field_of_a_local_plan(asked: Asked) -> None:
 def test_every_field_of_a_distributed_plan(asked: Asked) -> None:
     made = config(trust="distributed", max_dropouts=1, federation__cohort_size=5)
     plan = make_plan(made, [300, 900, 500, 200, 100])
-    assert dataclasses.asdict(plan) == {
-        **PRIVATE, "trust": "distributed", "sample_rate": 0.05, "local_steps": 1, "declared_size": 2000,
-        "delta": 2000**-1.1, "nodes": 5, "cohort_size": 5, "max_dropouts": 1, "max_colluders": 1,
+    assert plan.settings() == {
+        **PRIVATE, "trust": "distributed", "sample_rate": 0.05, "declared_size": 2000, "delta": 2000**-1.1,
+        "nodes": 5, "max_dropouts": 1, "max_colluders": 1,
     }  # fmt: skip
     assert [one[2:4] for one in asked] == [(0.05, 12)]
 
@@ -79,10 +76,10 @@ def test_every_field_of_a_distributed_plan(asked: Asked) -> None:
 def test_every_field_of_a_central_plan(asked: Asked) -> None:
     made = config(trust="central", federation__cohort_size=4, max_dropouts=1, max_colluders=1)
     plan = make_plan(made, [300] * 8)
-    assert dataclasses.asdict(plan) == {
-        **PRIVATE, "trust": "central", "unit": "client", "sample_rate": 1.0, "local_steps": 1,
-        "declared_size": 8, "delta": 1e-3, "nodes": 8, "cohort_size": 4, "max_dropouts": 0,
-        "max_colluders": 0,
+    assert plan.settings() == {
+        **PRIVATE, "trust": "central", "unit": "client", "declared_size": 8, "delta": 1e-3, "nodes": 8,
+        "cohort_size": 4, "training_sample_rate": 0.05, "training_steps": 3, "adaptive_clipping": False,
+        "clip_quantile": 0.5, "quantile_noise": 0.0, "method": "gaussian", "bands": 1, "min_separation": 1,
     }  # fmt: skip
     assert [one[2:4] for one in asked] == [(1.0, 12)]
 
@@ -92,10 +89,10 @@ def test_every_field_of_a_plan_without_privacy(asked: Asked) -> None:
         trust="none", noise_multiplier=0.0, adaptive_clipping=True, reproducible_noise=True,
         mechanism="dp_ftrl", bands=3, min_separation=4,
     )  # fmt: skip
-    assert dataclasses.asdict(make_plan(made, [300, 900])) == {
-        **USUAL, "trust": "none", "sample_rate": 0.05, "local_steps": 3, "declared_size": 900, "delta": 0.0,
-        "nodes": 2, "cohort_size": 2, "max_dropouts": 0, "max_colluders": 0, "noise_multiplier": 0.0,
-        "max_grad_norm": math.inf, "target_epsilon": None,
+    assert make_plan(made, [300, 900]).settings() == {
+        **USUAL, "trust": "none", "sample_rate": 0.05, "local_steps": 3, "weighting": "uniform",
+        "declared_size": 900, "delta": 0.0, "nodes": 2, "noise_multiplier": 0.0, "max_grad_norm": math.inf,
+        "target_epsilon": None,
     }  # fmt: skip
     assert asked == []
 
@@ -105,23 +102,25 @@ def test_settings_that_are_passed_on(asked: Asked) -> None:
         "records_per_unit": 5,
         "reproducible_noise": True,
         "max_grad_norm": 0.5,
-        "clip_quantile": 0.25,
     }
-    plan = dataclasses.asdict(make_plan(config(unit="person", **said), [900]))
+    plan = make_plan(config(unit="person", **said), [900]).settings()
     assert {name: plan[name] for name in said} == said
     assert make_plan(config(records_per_unit=5), [900]).records_per_unit == 1
+    quantile = make_plan(config(trust="central", clip_quantile=0.25), [900] * 40)
+    assert quantile.settings()["clip_quantile"] == 0.25
     weighted = make_plan(config(federation__weighting="declared"), [900])
-    assert weighted.weighting == "declared"
+    assert weighted.settings()["weighting"] == "declared"
     assert make_plan(config(records_per_unit=0), [900]).records_per_unit == 1  # no persons: not asked
 
 
 def test_correlated_noise_is_one_gaussian_to_the_calibration(asked: Asked) -> None:
     made = config(trust="central", mechanism="dp_ftrl", min_separation=3, federation__cohort_size=8)
     plan = make_plan(made, [300] * 24)
-    assert (plan.mechanism, plan.bands, plan.min_separation) == ("dp_ftrl", 3, 3)
+    said = plan.settings()
+    assert (said["method"], said["bands"], said["min_separation"]) == ("dp_ftrl", 3, 3)
     assert [one[2:4] for one in asked] == [(1.0, 1)]
     made.privacy.bands = 2
-    assert make_plan(made, [300] * 24).bands == 2
+    assert make_plan(made, [300] * 24).settings()["bands"] == 2
 
 
 def test_answers_are_part_of_the_target_and_who_is_held_out_is_counted(asked: Asked) -> None:
@@ -150,10 +149,10 @@ def test_so_many_units_that_the_fixed_delta_is_too_large(asked: Asked) -> None:
 
 
 def test_the_largest_that_the_fixed_delta_is_good_for() -> None:
-    planning._check_told(None, 1000.0**-1.1, None, 1000.0)
+    counts.check_told(None, 1000.0**-1.1, None, 1000.0)
     with pytest.raises(PrivacyError, match="There may be 1,001 units"):
-        planning._check_told(None, 1000.0**-1.1, None, 1001.0)
-    planning._check_told(0.1, 0.1, None, 1001.0)  # a delta of the owner's own: checked by the plan
+        counts.check_told(None, 1000.0**-1.1, None, 1001.0)
+    counts.check_told(0.1, 0.1, None, 1001.0)  # a delta of the owner's own: checked by the plan
 
 
 def test_a_target_that_the_size_uses_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,15 +162,15 @@ def test_a_target_that_the_size_uses_up_is_refused(monkeypatch: pytest.MonkeyPat
         composed.append((terms, delta))
         return 0.16
 
-    monkeypatch.setattr(planning, "epsilon_of_terms", cost)
-    planning._check_told(None, 1e-6, math.nextafter(0.16, 1.0), 10.0)
-    planning._check_told(None, 1e-6, None, 10.0)
+    monkeypatch.setattr(counts, "epsilon_of_terms", cost)
+    counts.check_told(None, 1e-6, math.nextafter(0.16, 1.0), 10.0)
+    counts.check_told(None, 1e-6, None, 10.0)
     assert composed == [({Term(1.0, 20.0): 1}, 1e-6)] * 2
     for target in (0.16, 0.1):
         with pytest.raises(
             CalibrationError, match=rf"epsilon 0\.16, .*epsilon={target:g} for training\. Dec"
         ):
-            planning._check_told(None, 1e-6, target, 10.0)
+            counts.check_told(None, 1e-6, target, 10.0)
 
 
 def test_the_owners_delta_bounds_the_default_alone(asked: Asked) -> None:
@@ -211,7 +210,7 @@ def test_one_unit_with_all_the_data_is_told_what_to_do(asked: Asked, unit: str, 
 )
 def test_one_colluder_where_so_many_answer(nodes: int, dropouts: int, said: int | None, found: int) -> None:
     privacy = config(max_dropouts=dropouts, max_colluders=said).privacy
-    assert planning._colluders(privacy, nodes) == found
+    assert distributed._colluders(privacy, nodes) == found
 
 
 @pytest.mark.parametrize(("noise", "spread"), [(0.7, 1.0), (1.0, 1.0), (1.5, 1.5)])
@@ -221,11 +220,16 @@ def test_noise_on_the_quantile_is_a_twentieth_of_the_cohort_or_more(
     monkeypatch.setattr(planning, "noise_multiplier_for", lambda *_, **__: noise)
     made = config(trust="central", adaptive_clipping=True, federation__cohort_size=20)
     plan = make_plan(made, [900] * 40)
-    assert (plan.adaptive_clipping, plan.noise_multiplier) == (True, noise)
-    assert plan.quantile_noise == spread
+    said = plan.settings()
+    assert (said["adaptive_clipping"], plan.noise_multiplier) == (True, noise)
+    assert said["quantile_noise"] == spread
     made.privacy.epsilon, made.privacy.noise_multiplier = None, noise
     given = make_plan(made, [900] * 40)
-    assert (given.quantile_noise, given.noise_multiplier, given.target_epsilon) == (spread, noise, None)
+    assert (given.settings()["quantile_noise"], given.noise_multiplier, given.target_epsilon) == (
+        spread,
+        noise,
+        None,
+    )
 
 
 def test_which_of_the_two_is_said(asked: Asked) -> None:

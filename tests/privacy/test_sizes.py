@@ -13,11 +13,11 @@ from scipy import stats
 from fedtune.config.schema import Config, DataConfig, PrivacyConfig
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms
+from fedtune.privacy.mechanisms.counts import SIZE_NOISE, SizePlan, size_noise, size_plan
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
-from fedtune.privacy.sizes import SIZE_NOISE, SizePlan, size_noise, size_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support import plans
+from tests.support.plans import event_of
 
 
 def sizing(**changes: object) -> SizePlan:
@@ -66,7 +66,7 @@ def test_what_sizes_cost_is_inside_the_target(trust: str) -> None:
     training = plan.terms(plan.num_rounds)
     assert training is not None
     assert epsilon_of_terms(training, plan.delta) < plan.epsilon()  # the size is in it
-    event = plan.event(plan.num_rounds)
+    event = event_of(plan, plan.num_rounds)
     assert any(
         isinstance(part, dp.SelfComposedDpEvent) and part.event == dp.GaussianDpEvent(SIZE_NOISE)
         for part in event.events  # type: ignore[attr-defined]

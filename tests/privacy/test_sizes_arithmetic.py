@@ -10,9 +10,9 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
+from fedtune.privacy.mechanisms.counts import SizePlan, largest, size_noise, size_plan
 from fedtune.privacy.mechanisms.exact import discrete_gaussian, steps_of_one
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.sizes import SizePlan, largest, size_noise, size_plan
 
 PLAN = SizePlan(trust="local", unit="record", noise_multiplier=20.0, delta=1e-6)
 

@@ -23,7 +23,7 @@ from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.resources import RunResources, run_resources
 from fedtune.federation.server import loop as server
 from fedtune.privacy.ledger.budget import PrivacyBudget
-from fedtune.privacy.sizes import SIZE_NOISE, SizePlan
+from fedtune.privacy.mechanisms.counts import SIZE_NOISE, SizePlan
 from fedtune.privacy.statement.facts import statement_json, statement_markdown
 from fedtune.runs import record
 from fedtune.runs.run import run

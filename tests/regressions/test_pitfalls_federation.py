@@ -25,7 +25,7 @@ from fedtune.federation.resources import run_resources
 from fedtune.federation.server.cohort import discover_nodes
 from fedtune.federation.server.rounds import PlainRound, RoundAsk
 from fedtune.privacy.ledger.budget import PrivacyBudget
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from tests.support import tiny_federation
 from tests.support.fake_federation import (
     SIZE,

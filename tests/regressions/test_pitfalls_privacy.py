@@ -33,12 +33,11 @@ from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms import noise
 from fedtune.privacy.mechanisms.noise import Entropy, on_grid
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from fedtune.privacy.statement.facts import statement_markdown
 from tests.privacy.statement.test_statement import record
 from tests.support.ledgers import charged
-from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
+from tests.support.plans import central_plan, distributed_plan, event_of, local_plan, public_plan
 
 
 def release(ledger: PrivacyLedger, plan: PrivacyPlan, round: int = 0, run: str = "run-1") -> None:
@@ -53,17 +52,17 @@ def test_pitfall_01_poisson_accounting_for_batches_that_are_not_poisson() -> Non
     expected = 400 * term.sample_rate
     assert abs(sizes.mean() - expected) < 6 * math.sqrt(expected * 0.9 / 2000)
     assert sizes.var() > 0.7 * expected * 0.9  # a fixed or cyclic batch has none
-    assert terms_of(plan.event(1)) == {term: 5}
+    assert terms_of(event_of(plan, 1)) == {term: 5}
 
 
 def test_pitfall_02_accountant_starts_afresh_every_round(tmp_path: Path) -> None:
     plan = local_plan()
-    one = epsilon_of(plan.event(1), plan.delta)
+    one = epsilon_of(event_of(plan, 1), plan.delta)
     for round in range(12):
         # As the example does it: a new object every round. The books are in the file.
         release(PrivacyLedger(tmp_path / "n.sqlite"), plan, round)
     shown = PrivacyLedger(tmp_path / "n.sqlite").epsilon(dataset="d", fingerprint="f")
-    assert shown == epsilon_of(plan.event(12), plan.delta) > 1.9 * one
+    assert shown == epsilon_of(event_of(plan, 12), plan.delta) > 1.9 * one
 
 
 def test_pitfall_03_the_plan_of_a_resumed_or_late_node_is_the_whole_plan() -> None:
@@ -83,7 +82,7 @@ def test_pitfall_04_weights_by_example_counts_break_the_noise_scale() -> None:
     for present in (1, 5, 20):
         weights = plan.aggregation_weights([f"n{i}" for i in range(present)])
         # One update moves the weighted sum by at most C / cohort, which is what the noise was sized for.
-        assert weights.max() * plan.max_grad_norm <= plan.max_grad_norm / plan.cohort_size
+        assert weights.max() * plan.max_grad_norm <= plan.max_grad_norm / plan.expected_batch_size()
     uneven = np.array([0.7, 0.1, 0.1, 0.1])
     assert uneven.max() > central_plan(cohort_size=4).aggregation_weights(list("abcd")).max()
 
@@ -251,7 +250,7 @@ def test_pitfall_21_a_repeated_round_is_charged_again_and_dropouts_leave_enough_
         release(ledger, local_plan(), round=3)  # failed, and asked again
     assert charged(ledger, "d", "f") == {Term(0.05, 1.0): 10}
     plan = distributed_plan(nodes=10, max_dropouts=3, noise_multiplier=1.0)
-    share = 1.0 / math.sqrt(plan.honest_shares())
+    share = 1.0 / math.sqrt(plan.mechanism.honest_shares(plan))
     # as much as promised, with three gone and one that knows its own
     assert math.sqrt(10 - 3 - 1) * share == pytest.approx(1.0)
     naive = 1.0 / math.sqrt(10)
@@ -323,7 +322,7 @@ def test_pitfall_27_epsilon_without_delta_unit_or_adjacency() -> None:
         assert f"Unit of privacy: {unit}" in text and "Adjacency:" in text
     assert {"delta", "unit", "trust"} <= {f.name for f in dataclasses.fields(PrivacyPlan)}
     with pytest.raises(TypeError):
-        epsilon_of(local_plan().event(1))  # type: ignore[call-arg]
+        epsilon_of(event_of(local_plan(), 1))  # type: ignore[call-arg]
 
 
 def test_pitfall_28_amplification_although_the_adversary_sees_who_took_part() -> None:

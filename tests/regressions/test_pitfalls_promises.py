@@ -23,8 +23,7 @@ from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from fedtune.privacy.statement.facts import statement_json, statement_markdown, statement_picture
 from tests.privacy.statement.test_statement import first_paragraph, record
 from tests.regressions.test_pitfalls_privacy import release
@@ -80,7 +79,7 @@ def test_36_by_the_closed_form_of_one_step_without_sampling(nodes: int) -> None:
     )
     plan = make_plan(config, [1000] * nodes)
     known = 1
-    share = plan.noise_multiplier / math.sqrt(plan.honest_shares())
+    share = plan.noise_multiplier / math.sqrt(plan.mechanism.honest_shares(plan))
     assert analytic_gaussian(share * math.sqrt(nodes - known), 1e-4) == pytest.approx(8.0, rel=0.01)
     towards_server = analytic_gaussian(share * math.sqrt(nodes), 1e-4)
     assert plan.epsilon_towards_server() == pytest.approx(towards_server, rel=0.01)
@@ -99,7 +98,7 @@ def test_36_the_noise_that_a_node_does_not_know_is_really_there() -> None:
 
 def test_36_no_colluders_and_one_are_the_same_noise_and_more_are_more() -> None:
     four = [distributed(4, max_colluders=colluders) for colluders in (None, 0, 1)]
-    assert len({plan.honest_shares() for plan in four}) == 1 and four[0].max_colluders == 1
+    assert len({plan.mechanism.honest_shares(plan) for plan in four}) == 1 and four[0].max_colluders == 1
     assert distributed(4, max_colluders=2).honest_shares() == 2
     # secure aggregation cannot have one more colluder beside this dropout; the noise is the same
     assert distributed(3, max_dropouts=1).max_colluders == 0

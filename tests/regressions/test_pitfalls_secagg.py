@@ -20,6 +20,7 @@ from fedtune.privacy.mechanisms.discrete import DiscreteMechanism, distributed_e
 from fedtune.privacy.mechanisms.exact import discrete_gaussian
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
+from tests.support.plans import plan_of
 
 SIZE = 6000
 NAMES = tuple(f"site-{i}" for i in range(6))
@@ -27,11 +28,11 @@ NAMES = tuple(f"site-{i}" for i in range(6))
 
 def plan(**changes) -> PrivacyPlan:
     settings = {
-        "trust": "distributed", "unit": "record", "sample_rate": 0.1, "local_steps": 1, "num_rounds": 20,
+        "trust": "distributed", "unit": "record", "sample_rate": 0.1, "num_rounds": 20,
         "noise_multiplier": 1.2, "max_grad_norm": 0.7, "declared_size": 3000, "delta": 1e-4, "nodes": 6,
         "max_dropouts": 1, "max_colluders": 1,
     }  # fmt: skip
-    return PrivacyPlan(**{**settings, **changes})
+    return plan_of(**{**settings, **changes})
 
 
 def noise_of(mechanism: DiscreteMechanism, nodes: int) -> float:

@@ -16,9 +16,10 @@ from fedtune.privacy.ledger.simulation import simulation_ledger
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs import measures
 from fedtune.training.evaluation import score
+from tests.support.plans import plan_of
 
-PLAN = PrivacyPlan(
-    trust="local", unit="record", sample_rate=0.1, local_steps=2, num_rounds=5, noise_multiplier=1.0,
+PLAN = plan_of(
+    "local", unit="record", sample_rate=0.1, local_steps=2, num_rounds=5, noise_multiplier=1.0,
     max_grad_norm=1.0, declared_size=1000, delta=1e-4,
 )  # fmt: skip
 
@@ -105,16 +106,16 @@ def test_guessing_the_commonest_label_and_the_sites_sizes_are_beside_the_accurac
 
 
 def test_without_privacy_there_is_no_accountant() -> None:
-    none = PrivacyPlan(
-        trust="none", unit="record", sample_rate=0.1, local_steps=2, num_rounds=5, noise_multiplier=0.0,
+    none = plan_of(
+        "none", unit="record", sample_rate=0.1, local_steps=2, num_rounds=5, noise_multiplier=0.0,
         max_grad_norm=float("inf"), declared_size=1000, delta=0.0,
     )  # fmt: skip
-    assert measures.accountant(none) is None and measures.mechanism(none) == "none"
+    assert measures.accountant(none) is None and none.mechanism.describe(none) == "none"
     (a,) = measures.node_privacy([shard("a")], result(none, ("a",), a=3))
     assert a.epsilon is None and a.epsilon_rdp is None and a.releases == 3
     named = str(measures.accountant(PLAN))
     assert named.startswith("PLD (fedtune ") and "checked against dp-accounting" in named
-    assert "record" in measures.mechanism(PLAN)
+    assert "record" in PLAN.mechanism.describe(PLAN)
 
 
 def test_the_energy_of_a_resumed_run_is_unknown_and_not_that_of_its_last_session() -> None:

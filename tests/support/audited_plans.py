@@ -12,6 +12,7 @@ import numpy as np
 
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
+from tests.support.plans import plan_of
 
 __all__ = [
     "CyclicBatches",
@@ -46,28 +47,31 @@ def local(**changes: Any) -> PrivacyPlan:
         "num_rounds": 2,
         "noise_multiplier": 1.6,
     }
-    return PrivacyPlan(**{**_COMMON, **values, **changes})
+    return plan_of(**{**_COMMON, **values, **changes})
 
 
 def distributed(**changes: Any) -> PrivacyPlan:
     """Four rounds over the union of four shards; one node may drop out and one collude."""
     nodes = {"nodes": 4, "max_dropouts": 1, "max_colluders": 1}
-    return local(**{"trust": "distributed", "local_steps": 1, "num_rounds": 4, **nodes, **changes})
+    values = {
+        "trust": "distributed", "sample_rate": 0.5, "num_rounds": 4, "noise_multiplier": 1.6,
+    }  # fmt: skip
+    return plan_of(**{**_COMMON, **values, **nodes, **changes})
 
 
 def central(**changes: Any) -> PrivacyPlan:
     """Two rounds of a trusted server over 1,000 clients."""
     values = {
-        "trust": "central", "unit": "client", "sample_rate": 1.0, "local_steps": 1, "num_rounds": 2,
+        "trust": "central", "unit": "client", "num_rounds": 2,
         "declared_size": 1000, "nodes": 1000, "cohort_size": 1000, "noise_multiplier": 1.6,
     }  # fmt: skip
-    return PrivacyPlan(**{**_COMMON, **values, **changes})
+    return plan_of(**{**_COMMON, **values, **changes})
 
 
 def correlated(**changes: Any) -> PrivacyPlan:
     """Twelve rounds of dp_ftrl; a client takes part in one of four, three times in all."""
     values = {
-        "mechanism": "dp_ftrl", "num_rounds": 12, "bands": 4, "min_separation": 4, "cohort_size": 250,
+        "method": "dp_ftrl", "num_rounds": 12, "bands": 4, "min_separation": 4, "cohort_size": 250,
     }  # fmt: skip
     return central(**{**values, **changes})
 

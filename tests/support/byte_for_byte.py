@@ -108,7 +108,7 @@ def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
     `patch` sets an attribute, as `setattr` does.
     """
     from fedtune.federation.secagg import client as distributed_node
-    from fedtune.privacy.evaluation import EvaluationPlan
+    from fedtune.privacy.mechanisms.counts import EvaluationPlan
     from fedtune.training import local as training
 
     train, clipped = training.train_locally, distributed_node.clipped_gradient_sum
@@ -152,8 +152,8 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from fedtune.federation import sizes
     from fedtune.federation.secagg import crypto as secagg_crypto
     from fedtune.federation.secagg import protocol as secure_aggregation
+    from fedtune.privacy.mechanisms.counts import SizePlan
     from fedtune.privacy.plan import PrivacyPlan
-    from fedtune.privacy.sizes import SizePlan
     from fedtune.report import page
     from fedtune.runs import run, trackers
 

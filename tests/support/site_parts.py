@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,9 +18,9 @@ from fedtune.federation.client.policy import SiteSettings
 from fedtune.federation.flower import deserialize, serialize, task_identity
 from fedtune.federation.messages import RoundRequest
 from fedtune.privacy.ledger.ledger import PrivacyLedger
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support import tiny_federation
+from tests.support.plans import changed
 
 SIZE = 80
 
@@ -58,7 +57,7 @@ class Site:
         self.state = RecordDict()
 
     def plan(self, **changes: Any) -> PrivacyPlan:
-        return dataclasses.replace(make_plan(self.config, [SIZE]), **changes)
+        return changed(make_plan(self.config, [SIZE]), **changes)
 
     def start(self) -> np.ndarray:
         """The adapter that a run begins with."""

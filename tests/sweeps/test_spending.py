@@ -14,7 +14,7 @@ from fedtune.config.search import Axis
 from fedtune.errors import ConfigError
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from fedtune.sweeps.search import _refuse_blind
 from fedtune.sweeps.spending import costliest_run, spending_text
 from fedtune.sweeps.sweep import run_sweep

@@ -14,6 +14,7 @@ from fedtune.data.corpus import Shard
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.privacy.plan import PrivacyPlan
 from tests.models.conftest import random_corpus, tiny_bert  # noqa: F401
+from tests.support.plans import plan_of
 
 
 def load(folder: Path, spread: float = 0.2, **options: Any) -> AdaptedModel:
@@ -39,7 +40,7 @@ def make_plan(**changes: Any) -> PrivacyPlan:
         "trust": "local", "unit": "record", "sample_rate": 0.5, "local_steps": 2, "num_rounds": 3,
         "noise_multiplier": 1.0, "max_grad_norm": 0.1, "declared_size": 12, "delta": 1e-3,
     }  # fmt: skip
-    return PrivacyPlan(**(values | changes))
+    return plan_of(**(values | changes))
 
 
 def open_plan(**changes: Any) -> PrivacyPlan:

@@ -36,6 +36,7 @@ from fedtune.config.schema import (
 )
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.ledger.budget import PrivacyBudget
+from fedtune.privacy.mechanisms.registry import MECHANISMS, mechanism_of
 from fedtune.privacy.plan import UNITS, PrivacyPlan
 
 __all__ = ["Limits", "Permit", "SiteData", "SiteSettings", "check_plan"]
@@ -154,11 +155,12 @@ class SiteSettings(Group):
     def from_dict(cls, values: Mapping[str, Any], where: str) -> SiteSettings:
         """Checked settings from nested mappings. Raises ConfigError, which names key, value and `where`."""
         settings = build(cls, values, where)
-        if "none" in settings.permit.trust and not settings.data.public:
-            raise ConfigError(
-                f"{where}: permit.trust names none, which protects nobody, and data.public is false. Take "
-                "it out, or declare the data public."
-            )
+        for trust in settings.permit.trust:
+            if not MECHANISMS[trust].is_private and not settings.data.public:
+                raise ConfigError(
+                    f"{where}: permit.trust names {trust}, which protects nobody, and data.public is false. "
+                    "Take it out, or declare the data public."
+                )
         _ = settings.budget
         return settings
 
@@ -271,7 +273,7 @@ class SiteSettings(Group):
             yield f"{plan.local_steps} local steps are more than the permitted {permit.max_local_steps}"
         if plan.reproducible_noise:
             yield "reproducible noise is for simulations only"
-        if plan.trust == "none":
+        if not plan.is_private():
             return
         if (unit := self.budget.unit) is not None and UNITS.index(plan.unit) < UNITS.index(unit):
             yield f"privacy.unit={plan.unit} is finer than the site's budget allows: set privacy.unit={unit}"
@@ -280,7 +282,7 @@ class SiteSettings(Group):
                 "privacy.unit=person asks it to protect persons, and its file names no column that says "
                 "whose record is whose (data.unit)"
             )
-        if not self.data.public and plan.is_private() and plan.delta > self.budget_delta:
+        if not self.data.public and plan.delta > self.budget_delta:
             yield (
                 f"its delta is {plan.delta:g}, and the budget is at delta {self.budget_delta:g}, whose "
                 "epsilon is not promised at a larger one (set privacy.delta to that or less, or leave it "
@@ -293,13 +295,7 @@ class SiteSettings(Group):
             )
         if not plan.max_grad_norm <= permit.max_grad_norm:
             yield f"max_grad_norm={plan.max_grad_norm:g} is above the permitted {permit.max_grad_norm:g}"
-        if plan.trust == "distributed" and max(1, plan.max_colluders) < permit.min_colluders:
-            yield (
-                f"privacy.max_colluders={plan.max_colluders} is below the least permitted, "
-                f"{permit.min_colluders}"
-            )
-        if plan.trust != "central" and not plan.sample_rate <= permit.max_sample_rate:
-            yield f"sample_rate={plan.sample_rate:g} is above the permitted {permit.max_sample_rate:g}"
+        yield from plan.mechanism.refusals(plan, permit.max_sample_rate, permit.min_colluders)
 
 
 def check_plan(plan: PrivacyPlan, config: Config) -> None:
@@ -312,8 +308,8 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     Raises:
         PrivacyError: they differ; it names both values.
     """
-    from fedtune.privacy.evaluation import evaluation_epsilon
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.mechanisms.counts import evaluation_epsilon
+    from fedtune.privacy.plan import make_plan
 
     config = resolved(config)
     privacy, federation, nodes = config.privacy, config.federation, plan.nodes
@@ -325,38 +321,31 @@ def check_plan(plan: PrivacyPlan, config: Config) -> None:
     if federation.evaluation == "private" and plan.is_private():
         # What the configuration says, before the target that it may be a part of is taken out below.
         federation = dataclasses.replace(federation, evaluation_epsilon=evaluation_epsilon(config))
-    # Sizes that give the plan's own union; what they are one by one the node need not know.
-    others = [1] * (nodes - 1) if plan.trust == "distributed" else [plan.declared_size] * (nodes - 1)
-    sizes = [
-        max(1, plan.declared_size - len(others)) if plan.trust == "distributed" else plan.declared_size,
-        *others,
-    ]
-    if privacy.trust != "none" and plan.is_private():
+    sizes = plan.mechanism.sizes_like(plan)  # what they are one by one the node need not know
+    if mechanism_of(privacy.trust).is_private and plan.is_private():
         given = privacy.noise_multiplier
         noise = plan.noise_multiplier if given is None else given
         privacy = dataclasses.replace(privacy, epsilon=None, noise_multiplier=noise)
     # A default delta may be any smaller one: the smallest of the sites' budgets'.
     limit = plan.delta if plan.is_private() else None
     mine = make_plan(dataclasses.replace(config, privacy=privacy, federation=federation), sizes, limit)
-    # An adaptive norm moves from round to round, at a price that the plan's event includes.
-    free = {"target_epsilon", "evaluation_noise", *(["max_grad_norm"] if mine.adaptive_clipping else [])}
-    if plan.trust == "central":
-        free |= {"declared_size"}
-    for item in dataclasses.fields(plan):
-        proposed, permitted = getattr(plan, item.name), getattr(mine, item.name)
-        if item.name not in free and proposed != permitted:
+    free = {"target_epsilon", "evaluation_noise", *mine.mechanism.free_settings()}
+    proposed, permitted = plan.settings(), mine.settings()
+    for name in [*permitted, *proposed]:
+        if name not in free and proposed.get(name) != permitted.get(name):
             raise PrivacyError(
-                f"The server proposes a plan with {item.name}={proposed!r}, and this node's configuration "
-                f"permits {item.name}={permitted!r}. Start server and nodes with the same configuration."
+                f"The server proposes a plan with {name}={proposed.get(name)!r}, and this node's "
+                f"configuration permits {name}={permitted.get(name)!r}. Start server and nodes with "
+                "the same configuration."
             )
     about = plan.evaluation()
     if about is not None and plan.is_private():
-        cost, permitted = about.epsilon(), evaluation_epsilon(config)
-        if not cost <= permitted * (1 + 1e-6):
+        cost, most = about.epsilon(), evaluation_epsilon(config)
+        if not cost <= most * (1 + 1e-6):
             raise PrivacyError(
                 f"The server proposes evaluation_noise={plan.evaluation_noise:.4g}, with which "
                 f"{about.num_rounds} answers cost epsilon {cost:.4g}; this node's configuration permits "
-                f"{permitted:g}. Use the calibrated noise."
+                f"{most:g}. Use the calibrated noise."
             )
     if plan.is_private() and config.privacy.epsilon is not None:
         epsilon = plan.epsilon()

@@ -30,7 +30,7 @@ from fedtune.federation.client.node_context import (
 from fedtune.federation.client.policy import check_plan
 from fedtune.federation.messages import RoundReply, RoundRequest
 from fedtune.federation.sizes import tell_size
-from fedtune.privacy.sizes import size_plan
+from fedtune.privacy.mechanisms.counts import size_plan
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -142,12 +142,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
         raise FederationError("This node holds no shard of this federation.")
     check_plan(proposed, config)
     plan = proposed.for_shard(shard.declared_size)
-    if plan.trust == "distributed" and plan.declared_size < shard.declared_size:
-        # Delta follows from the size of the union, which this node's own part is in.
-        raise PrivacyError(
-            f"The server proposes a plan for a union of {plan.declared_size} units, and node {shard.node!r} "
-            f"alone declares {shard.declared_size}. Start server and nodes with the same configuration."
-        )
+    plan.mechanism.check_shard(plan, shard.node, shard.declared_size)
     ledger = node_ledger(context)
     site = site_settings(context)
     if site is not None:
@@ -245,7 +240,7 @@ def declare_size(config: Config, context: Context) -> None:
     PrivacyError, LedgerError, and as `own_shard` does.
     """
     from fedtune.federation.resources import run_resources
-    from fedtune.privacy.planning import make_plan
+    from fedtune.privacy.plan import make_plan
 
     position = context.node_config.get("partition-id")
     if size_plan(config) is None or type(position) is not int:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedtune.errors import FederationError, UpdateRejected
+from fedtune.errors import FederationError, PrivacyError, UpdateRejected
 from fedtune.federation.messages import REPLY_KEYS, RoundReply, publishable_record
 from fedtune.federation.secagg.protocol import PublicKeys, Sealed, Session
+from fedtune.privacy.mechanisms.distributed import Distributed
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = [
@@ -80,21 +81,24 @@ def session_for(phase_id: PhaseId, plan: PrivacyPlan, names: Sequence[str], size
     """The Session that `plan` gives for the nodes that were asked; nodes of the plan that were not asked are
     dropouts already. Raises `PrivacyError` if that cannot be kept, FederationError for more nodes than
     planned."""
+    mechanism = plan.mechanism
+    if not isinstance(mechanism, Distributed):
+        raise PrivacyError(f"A secure sum is for trust=distributed; this plan has trust={plan.trust}.")
     missing = plan.nodes - len(names)
     if missing < 0:
         raise FederationError(
             f"{len(names)} nodes are asked, and the noise was shared out over {plan.nodes}. Start a new run."
         )
-    if missing > plan.max_dropouts:
+    if missing > mechanism.max_dropouts:
         raise FederationError(
             f"{missing} of {plan.nodes} nodes are missing before round {phase_id.round} begins, and the "
-            f"noise covers privacy.max_dropouts={plan.max_dropouts}. Bring them back, or start a new run "
+            f"noise covers privacy.max_dropouts={mechanism.max_dropouts}. Bring them back, or start a new run "
             "without them."
         )
-    left = plan.max_dropouts - missing
+    left = mechanism.max_dropouts - missing
     # Of two nodes, one that sides with the server knows the other's part of the sum whatever the masks are;
-    # its noise is full (`PrivacyPlan.honest_shares`).
-    colluders = 0 if len(names) == 2 and plan.max_colluders == 1 else plan.max_colluders
+    # its noise is full (`Distributed.honest_shares`).
+    colluders = 0 if len(names) == 2 and mechanism.max_colluders == 1 else mechanism.max_colluders
     return Session(phase_id.run, phase_id.round, phase_id.attempt, tuple(names), size, left, colluders)
 
 

@@ -29,8 +29,7 @@ from fedtune.errors import FederationError, PrivacyError
 from fedtune.federation.events import Dropped, NodeInfo, Observer
 from fedtune.federation.messages import Consent, Proposal
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 
 __all__ = ["PROPOSE", "agree", "check_enough", "propose", "read_consent"]
 

@@ -151,7 +151,7 @@ class RunState:
     def reconnect(self, there: Sequence[NodeInfo]) -> list[NodeInfo]:
         """Those who took part before, with the ids of those who are there now, who join if they may."""
         known = {node.name: node for node in self.nodes}
-        closed = self.plan.trust == "distributed"  # the noise is shared out over the nodes of the beginning
+        closed = self.plan.mechanism.fixed_nodes
         known |= {node.name: node for node in there if node.name in known or not closed}
         self.nodes = [known[name] for name in sorted(known)]
         return self.nodes

@@ -94,7 +94,7 @@ class CorrelatedRounds:
             rounds._restore()
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             rounds.noise.restore(rounds.round, np.zeros((0, size)))
-            if 0 < rounds.round < plan.num_rounds and plan.bands > 1:
+            if 0 < rounds.round < plan.num_rounds and rounds._root.bands > 1:
                 notices.append(
                     f"The noise of earlier rounds is lost ({rounds._noise_file.name}: "
                     f"{type(error).__name__}), so later rounds cannot take it back: the result is less "

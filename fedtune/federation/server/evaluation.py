@@ -2,9 +2,9 @@
 
 `evaluator_for` chooses by `federation.evaluation`. Where nodes answer, the server sums their noised counts
 and divides them: it never learns how much anybody holds out, and what it makes of the counts costs no more
-(`fedtune.privacy.evaluation.estimate`). Nodes are asked in rounds that are fixed beforehand, all of them,
-also those that were not in the cohort; who refuses or fails is named and left out of the sum. An answer is
-kept in the checkpoint, so that a run that is resumed at its end does not pay for it twice.
+(`fedtune.privacy.mechanisms.counts.estimate`). Nodes are asked in rounds that are fixed beforehand, all of
+them, also those that were not in the cohort; who refuses or fails is named and left out of the sum. An
+answer is kept in the checkpoint, so that a run that is resumed at its end does not pay for it twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedtune.federation.events import NodeInfo, Observer
 from fedtune.federation.flower import serialized_size
 from fedtune.federation.messages import EvaluationReply, RoundRequest
 from fedtune.federation.server.rounds import RoundAsk, exchange, make_messages, reason_of, time_to_live
-from fedtune.privacy.evaluation import estimate, evaluation_rounds
+from fedtune.privacy.mechanisms.counts import estimate, evaluation_rounds
 from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["EvaluationOutcome", "Evaluator", "NodeScore", "NodesEvaluation", "evaluator_for"]

@@ -59,9 +59,8 @@ from fedtune.federation.server.evaluation import Evaluator, evaluator_for
 from fedtune.federation.server.optimizers import server_optimizer
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.server.tracking_grid import TrackingGrid
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
-from fedtune.privacy.sizes import size_plan
+from fedtune.privacy.mechanisms.counts import size_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 
 __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 
@@ -83,10 +82,10 @@ class ServerSide(Protocol):
 
 
 def protocol_for(plan: PrivacyPlan, config: Config) -> RoundProtocol:
-    """How a round is done under a plan's trust model."""
-    if plan.trust in ("local", "none"):
+    """How a round is done, by how the plan's mechanism has its sum formed."""
+    if plan.mechanism.round == "plain":
         return PlainRound()
-    if plan.trust == "central":
+    if plan.mechanism.round == "clipped":
         return CentralRound()
     from fedtune.federation.secagg.server import DistributedRound
 
@@ -268,7 +267,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         [node_id for node_id, _ in failed] + [ids[lost.node] for lost in refused],
         proposal=Proposal(state.run, attempt, state.plan),
         dynamic=dynamic,
-        closed=state.plan.trust == "distributed",
+        closed=state.plan.mechanism.fixed_nodes,
         timeout=timeout,
         observer=setting.observer,
         stop=setting.stop,
@@ -345,14 +344,12 @@ def _ask(setting: _Setting, state: RunState, nodes: Sequence[NodeInfo]) -> Round
 
 def _needed(plan: PrivacyPlan, config: Config) -> int:
     """Nodes without which a round is not worth beginning: what it asks is charged whatever becomes of it."""
-    least = max(1, config.federation.min_updates)
-    return max(least, plan.nodes - plan.max_dropouts) if plan.trust == "distributed" else least
+    return max(1, config.federation.min_updates, plan.mechanism.least_nodes(plan))
 
 
 def _cohort_size(plan: PrivacyPlan, config: Config) -> int | None:
     """Nodes that a round asks at most; None: all."""
-    # A trusted server divides by the plan's cohort: more updates than that would be a larger step.
-    return plan.cohort_size if plan.trust == "central" else config.federation.cohort_size
+    return plan.mechanism.cohort(config.federation.cohort_size)
 
 
 def _one_round(protocol: RoundProtocol, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:

@@ -29,6 +29,7 @@ import numpy as np
 
 from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
+from fedtune.privacy.mechanisms.registry import mechanism_of
 
 __all__ = [
     "OPTIMIZERS",
@@ -266,7 +267,7 @@ def server_optimizer(config: Config) -> ServerOptimizer:
 
     Raises ConfigError for settings without meaning.
     """
-    if config.privacy.trust != "distributed":
+    if not mechanism_of(config.privacy.trust).sums_gradients:
         return averaging_optimizer(config.federation)
     federation = config.federation
     if federation.strategy != "fedavg" or federation.server_learning_rate != 1.0:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.ledger.chain import Row
+from fedtune.privacy.mechanisms.registry import MECHANISMS
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = [
@@ -120,9 +121,8 @@ def planned_in(body: dict[str, Any]) -> Planned:
 
 
 def noise_scope(plan: ReleasePlan) -> dict[str, str]:
-    """What a row of trust=distributed says beside: its noise counts towards other nodes too."""
-    shared = plan.trust == "distributed" and plan.purpose == "training"
-    return {_SCOPE: "everybody"} if shared else {}
+    """What a row of shared noise says beside: it counts towards other nodes too."""
+    return {_SCOPE: "everybody"} if plan.shares_noise else {}
 
 
 def charged_steps(body: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -133,12 +133,9 @@ def charged_steps(body: dict[str, Any]) -> list[dict[str, Any]] | None:
     say how many there were.
     """
     steps: list[dict[str, Any]] | None = body["steps"]
-    old = (
-        body["trust"] == "distributed"
-        and body.get("purpose", "training") == "training"
-        and _SCOPE not in body
-    )
-    if steps is None or not old:
+    kind = MECHANISMS.get(body["trust"])
+    shared = kind is not None and kind.shares_noise and body.get("purpose", "training") == "training"
+    if steps is None or not shared or _SCOPE in body:
         return steps
     return [{**step, "noise_multiplier": step["noise_multiplier"] * _LEAST_SHARE} for step in steps]
 

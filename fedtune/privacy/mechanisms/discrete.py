@@ -58,6 +58,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import PrivacyError
+from fedtune.privacy.mechanisms.distributed import Distributed
 from fedtune.privacy.mechanisms.exact import MAX_LOG2_STD, discrete_gaussian
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class DiscreteMechanism:
     Everything follows from public numbers (`for_plan`), so that a node computes it and believes no server.
 
     `noise_multiplier`, `max_grad_norm`, `sample_rate`: the plan's. `nodes`: that take part. `shares`:
-    honest nodes whose noise is counted on (`PrivacyPlan.honest_shares`). `log2_std`: each node's noise,
+    honest nodes whose noise is counted on (`Distributed.honest_shares`). `log2_std`: each node's noise,
     in integer steps. `scale`: integer steps per unit of the gradient.
     """
 
@@ -118,12 +119,12 @@ class DiscreteMechanism:
         Raises `PrivacyError` if the plan is of another trust model, if no honest node would be left, or if
         sums of so many units in so many dimensions do not fit into 32 bits beside a fine enough grid.
         """
-        if plan.trust != "distributed":
+        if not isinstance(plan.mechanism, Distributed):
             raise PrivacyError(f"Integer noise is for trust=distributed; this plan has trust={plan.trust}.")
         return cls.design(
             dimension=dimension,
             nodes=plan.nodes,
-            shares=plan.honest_shares(),
+            shares=plan.mechanism.honest_shares(plan),
             noise_multiplier=plan.noise_multiplier,
             max_grad_norm=plan.max_grad_norm,
             sample_rate=plan.sample_rate,

@@ -21,8 +21,8 @@ from fedtune.federation.client.policy import check_plan
 from fedtune.federation.flower import task_identity
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest
 from fedtune.federation.resources import run_resources
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.plans import changed
 from tests.support.tiny_federation import private
 
 Make = Callable[..., Config]
@@ -192,7 +192,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reproducible_noise": {"reproducible_noise": True},
     "weighting": {"weighting": "declared"},
     "seed": {"seed": 1},
-    "nodes": {"nodes": 5, "cohort_size": 1},
+    "nodes": {"nodes": 5},
 }
 
 
@@ -203,7 +203,7 @@ def test_a_plan_that_the_configuration_does_not_permit_is_refused(tiny: Make, na
     plan = make_plan(config, [30, 30, 30, 30])
     check_plan(plan, config)
     with pytest.raises(PrivacyError, match="this node's configuration permits"):
-        check_plan(dataclasses.replace(plan, **CHANGES[name]), config)
+        check_plan(changed(plan, **CHANGES[name]), config)
 
 
 def test_a_delta_that_is_not_the_default_is_refused_where_the_default_was_agreed(tiny: Make) -> None:

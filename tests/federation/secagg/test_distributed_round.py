@@ -42,8 +42,9 @@ from fedtune.federation.server.optimizers import GradientOptimizer, server_optim
 from fedtune.federation.server.rounds import RoundAsk, RoundOutcome
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from tests.support import tiny_federation
+from tests.support.plans import changed
 
 Make = Callable[..., Config]
 SIZE = 4000  # of the vectors where no model is needed
@@ -305,7 +306,7 @@ def test_a_node_over_its_budget_refuses_and_the_others_go_on(tiny: Make, vectors
 )  # fmt: skip
 def test_a_node_refuses_another_plan_than_its_own_before_it_makes_keys(tiny: Make, vectors, change) -> None:
     bench = Bench(distributed(tiny()), SIZE)
-    outcome = bench.round(plan=dataclasses.replace(bench.plan, **change))
+    outcome = bench.round(plan=changed(bench.plan, **change))
     assert outcome.aggregate is None
     assert {phase for phase, *_ in bench.grid.seen} == {"advertise"}
     assert "PrivacyError" in outcome.dropped[0][1]

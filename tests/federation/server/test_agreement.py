@@ -23,7 +23,7 @@ from fedtune.federation.resources import run_resources
 from fedtune.federation.server.agreement import read_consent
 from fedtune.federation.server.loop import run_rounds
 from fedtune.privacy.ledger.ledger import PrivacyBudget
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import make_plan
 from tests.support.fake_federation import FakeServerSide, Watcher, fake_app, fake_config
 from tests.support.tiny_federation import private
 

@@ -16,8 +16,7 @@ from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.flower import task_identity
 from fedtune.federation.server import rounds
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.fake_federation import (
     SIZE,
     Watcher,

@@ -28,7 +28,7 @@ from fedtune.privacy.ledger.state import Use
 from fedtune.privacy.plan import UNITS, PrivacyPlan
 from tests.data.test_partition import shard_of
 from tests.support.ledgers import charged, identity
-from tests.support.plans import central_plan, local_plan
+from tests.support.plans import central_plan, changed, local_plan
 
 DELTA = 1e-5
 STEP = Term(0.05, 1.0)  # local_plan: five of them a release
@@ -290,7 +290,7 @@ def test_a_run_is_held_to_its_rate_noise_steps_and_whole_plan(ledger: PrivacyLed
     release(ledger, data, plan, whole=[plan, answers])
     for change in ({"noise_multiplier": 1.1}, {"sample_rate": 0.06}, {"local_steps": 6}):
         with pytest.raises(PrivacyError, match="start a new run"):
-            release(ledger, data, dataclasses.replace(plan, **change), round=1)
+            release(ledger, data, changed(plan, **change), round=1)
     for whole in ([plan], [plan, dataclasses.replace(answers, num_rounds=3)]):
         with pytest.raises(PrivacyError, match="start a new run"):
             release(ledger, data, plan, round=1, whole=whole)

@@ -30,8 +30,7 @@ from fedtune.privacy.ledger import state as ledger_state
 from fedtune.privacy.ledger.allowance import steps_of
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.ledgers import charged
 from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 

@@ -290,5 +290,5 @@ def test_a_long_summary_is_written_less_often(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_charge_begins_with_the_first_round() -> None:
     """A plan of correlated noise is charged from its first round, whose share is not that of the second."""
-    plan = central_plan(mechanism="dp_ftrl", num_rounds=15, bands=10, min_separation=10, cohort_size=20)
+    plan = central_plan(method="dp_ftrl", num_rounds=15, bands=10, min_separation=10, cohort_size=20)
     assert charge_of(plan, 1) == plan.terms(1, after=0) != plan.terms(1, after=1)

@@ -18,9 +18,8 @@ from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise, _down
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.privacy.plan import PrivacyPlan
-from fedtune.privacy.planning import make_plan
-from tests.support.plans import central_plan
+from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.plans import central_plan, event_of
 
 SHAPES = [
     (n, bands, b)
@@ -49,7 +48,7 @@ def patterns(n: int, b: int) -> list[tuple[int, ...]]:
 
 def ftrl(**changes: Any) -> PrivacyPlan:
     """Forty rounds; a client takes part in one of ten, four times in all."""
-    values = {"mechanism": "dp_ftrl", "num_rounds": 40, "bands": 10, "min_separation": 10, "cohort_size": 20}
+    values = {"method": "dp_ftrl", "num_rounds": 40, "bands": 10, "min_separation": 10, "cohort_size": 20}
     return central_plan(**{**values, **changes})
 
 
@@ -147,7 +146,7 @@ def test_the_plans_event_is_one_gaussian() -> None:
     import dp_accounting as dp
 
     plan = ftrl(noise_multiplier=2.0)
-    event = plan.event(4)
+    event = event_of(plan, 4)
     assert isinstance(event, dp.SelfComposedDpEvent) and event.count == 1
     assert event.event.noise_multiplier == pytest.approx(2.0, rel=1e-8)
     assert epsilon_of(event, plan.delta) == pytest.approx(plan.epsilon(), rel=1e-3)
@@ -386,7 +385,8 @@ def _config(**changes: Any) -> Config:
 
 def test_noise_is_calibrated_to_the_whole_run() -> None:
     plan = make_plan(_config(), [5] * 200)
-    assert (plan.mechanism, plan.bands, plan.min_separation) == ("dp_ftrl", 10, 10)
+    said = plan.settings()
+    assert (said["method"], said["bands"], said["min_separation"]) == ("dp_ftrl", 10, 10)
     assert 0.98 * 3.0 <= plan.epsilon() <= 3.0
     # By dp_accounting alone, from the dense matrix: one Gaussian.
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
@@ -395,7 +395,7 @@ def test_noise_is_calibrated_to_the_whole_run() -> None:
     whole = from_gaussian_mechanism(plan.noise_std() / (sensitivity * plan.max_grad_norm))
     assert plan.epsilon() == pytest.approx(whole.get_epsilon_for_delta(plan.delta), rel=0.01)
     assert PrivacyPlan.from_json(plan.to_json()) == plan
-    assert make_plan(_config(bands=3), [5] * 200).bands == 3
+    assert make_plan(_config(bands=3), [5] * 200).settings()["bands"] == 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,171 @@
+"""DP-SGD over the union of all shards: central accuracy without a trusted server.
+
+Each round is one step. Every node draws from its own shard, clips, and adds a share of the noise; under
+secure aggregation the server sees the sum alone, whose noise suffices. Everybody in the run sees the model of
+every round and knows its own share, so what is accounted is what the strongest observer cannot take off: the
+shares of `honest_shares` nodes. It is accounted as the continuous Gaussian;
+`fedtune.privacy.mechanisms.discrete` says how far the discrete one is from it.
+
+The server must follow the protocol (honest but curious): it passes the nodes' keys on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from fedtune.errors import PrivacyError
+from fedtune.privacy.checks import probability, whole
+from fedtune.privacy.mechanisms.base import Mechanism, Round
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config, PrivacyConfig
+    from fedtune.privacy.mechanisms.noise import FloatArray
+    from fedtune.privacy.plan import PrivacyPlan
+
+__all__ = ["Distributed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributed(Mechanism):
+    """One step a round over the union, by secure sums of partly noised gradients.
+
+    `plan.noise_multiplier` is that of the noise which the strongest observer does not know, and
+    `plan.declared_size` that of the union.
+
+    Attributes:
+        sample_rate: probability that a unit is in a round's batch.
+        max_dropouts: nodes that may be missing from a sum.
+        max_colluders: nodes that may side with the server; the noise covers one at least.
+    """
+
+    trust: ClassVar[str] = "distributed"
+    round: ClassVar[Round] = "secure_sum"
+    sums_gradients: ClassVar[bool] = True
+    fixed_nodes: ClassVar[bool] = True
+    shares_noise: ClassVar[bool] = True
+
+    sample_rate: float
+    max_dropouts: int = 0
+    max_colluders: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `PrivacyError`, naming the first setting without meaning."""
+        probability(self.sample_rate, "train.sample_rate")
+        for name in ("max_dropouts", "max_colluders"):
+            whole(getattr(self, name), f"privacy.{name}", 0)
+
+    @classmethod
+    def from_settings(cls, config: Config, nodes: int) -> Distributed:
+        """See `Mechanism`."""
+        if config.federation.weighting != "uniform":
+            raise PrivacyError(
+                f"federation.weighting={config.federation.weighting} does not fit privacy.trust={cls.trust}: "
+                "the noise was sized for equal weights. Use federation.weighting=uniform."
+            )
+        privacy = config.privacy
+        return cls(
+            sample_rate=config.train.sample_rate,
+            max_dropouts=privacy.max_dropouts,
+            max_colluders=_colluders(privacy, nodes),
+        )
+
+    @classmethod
+    def declared_size(cls, sizes: Sequence[int]) -> int:
+        """See `Mechanism`: that of the union."""
+        return sum(sizes)
+
+    def check(self, plan: PrivacyPlan) -> None:
+        """See `Mechanism`."""
+        if self.honest_shares(plan) < 1:
+            raise PrivacyError(
+                f"With {plan.nodes} nodes, privacy.max_dropouts={self.max_dropouts} and "
+                f"privacy.max_colluders={self.max_colluders} leave no honest node to add noise: dropouts and "
+                f"colluders (one at least, for a node knows its own noise) must be fewer than {plan.nodes} "
+                "together. Lower privacy.max_dropouts or privacy.max_colluders, or use privacy.trust=local."
+            )
+
+    # --- what the accountant is told ----------------------------------------------------------------
+
+    def sample_rate_accounted(self) -> float:
+        """See `Mechanism`."""
+        return self.sample_rate
+
+    def steps_per_release(self) -> int:
+        """See `Mechanism`: a round is one step."""
+        return 1
+
+    def honest_shares(self, plan: PrivacyPlan) -> int:
+        """Shares of the noise in every accepted sum that its strongest observer does not know.
+
+        All nodes but `max_dropouts` are in it. `max_colluders` tell the server theirs; a node that looks at
+        the result by itself knows its own. So one share at least is taken off, though no node colludes (none
+        where there is one node: it protects its data from others).
+        """
+        return plan.nodes - self.max_dropouts - max(min(1, plan.nodes - 1), self.max_colluders)
+
+    def epsilon_towards_server(self, plan: PrivacyPlan, releases: int, answers: int) -> float:
+        """See `Mechanism`. It knows no share of the noise: sigma * sqrt(1 + known / honest_shares)."""
+        shares = plan.nodes - self.max_dropouts
+        noise = plan.noise_multiplier * math.sqrt(shares / self.honest_shares(plan)) * (1.0 - 1e-12)
+        return dataclasses.replace(plan, noise_multiplier=noise).epsilon(releases, answers)
+
+    # --- what is done -------------------------------------------------------------------------------
+
+    def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:
+        """See `Mechanism`. Sums are added up: noise and sensitivity were fixed before."""
+        return np.ones(len(nodes), dtype=np.float64)
+
+    def for_shard(self, plan: PrivacyPlan, declared_size: int) -> PrivacyPlan:
+        """See `Mechanism`. The union stays: all nodes divide by one constant."""
+        whole(declared_size, "declared_size")
+        return plan
+
+    def sizes_like(self, plan: PrivacyPlan) -> list[int]:
+        """See `Mechanism`: any that add up to the union, which is all that a node knows."""
+        others = [1] * (plan.nodes - 1)
+        return [max(1, plan.declared_size - len(others)), *others]
+
+    def check_shard(self, plan: PrivacyPlan, node: str, declared_size: int) -> None:
+        """See `Mechanism`. Delta follows from the size of the union, which this node's part is in."""
+        if plan.declared_size < declared_size:
+            raise PrivacyError(
+                f"The server proposes a plan for a union of {plan.declared_size} units, and node {node!r} "
+                f"alone declares {declared_size}. Start server and nodes with the same configuration."
+            )
+
+    def refusals(self, plan: PrivacyPlan, max_sample_rate: float, min_colluders: int) -> Iterable[str]:
+        """See `Mechanism`."""
+        if max(1, self.max_colluders) < min_colluders:
+            yield f"privacy.max_colluders={self.max_colluders} is below the least permitted, {min_colluders}"
+        yield from super().refusals(plan, max_sample_rate, min_colluders)
+
+    def least_nodes(self, plan: PrivacyPlan) -> int:
+        """See `Mechanism`."""
+        return plan.nodes - self.max_dropouts
+
+    def nodes_in_size(self, plan: PrivacyPlan) -> int:
+        """See `Mechanism`."""
+        return plan.nodes
+
+    # --- in words -----------------------------------------------------------------------------------
+
+    def describe(self, plan: PrivacyPlan) -> str:
+        """See `Mechanism`."""
+        return (
+            "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
+            "Gaussian noise shared between the nodes, secure aggregation"
+        )
+
+
+def _colluders(privacy: PrivacyConfig, nodes: int) -> int:
+    """`privacy.max_colluders`, or what can be had: one, unless dropouts leave secure aggregation too few
+    answers for that (it needs those of more than half of nodes and colluders together)."""
+    if privacy.max_colluders is not None:
+        return privacy.max_colluders
+    return 1 if nodes > 1 and (nodes + 1) // 2 + 1 <= nodes - privacy.max_dropouts else 0
