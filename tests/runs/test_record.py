@@ -82,7 +82,6 @@ def build(**changes: Any) -> dict[str, Any]:
         "adapter_bytes": 20,
         "num_parameters": 5,
         "artifacts": {"adapter": "adapter", "statement": "statement.md"},
-        "mechanism": "DP-SGD",
         "accountant": "PLD",
     }
     return assemble(**(parts | changes))

@@ -192,7 +192,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "reproducible_noise": {"reproducible_noise": True},
     "weighting": {"weighting": "declared"},
     "seed": {"seed": 1},
-    "nodes": {"nodes": 5},
 }
 
 
@@ -204,6 +203,15 @@ def test_a_plan_that_the_configuration_does_not_permit_is_refused(tiny: Make, na
     check_plan(plan, config)
     with pytest.raises(PrivacyError, match="this node's configuration permits"):
         check_plan(changed(plan, **CHANGES[name]), config)
+
+
+def test_another_cohort_of_a_trusted_server_is_refused(tiny: Make) -> None:
+    config = private(tiny(), epsilon=30.0)
+    config.privacy.trust, config.privacy.unit, config.privacy.delta = "central", "client", 0.1
+    plan = make_plan(config, [30, 30, 30, 30])
+    check_plan(plan, config)
+    with pytest.raises(PrivacyError, match="permits cohort_size=4"):
+        check_plan(changed(plan, cohort_size=1), config)
 
 
 def test_a_delta_that_is_not_the_default_is_refused_where_the_default_was_agreed(tiny: Make) -> None:

@@ -68,7 +68,7 @@ def config(resume: Path | None = None, **privacy: Any) -> Config:
     made.data.test_split, made.data.test_public = "test", True  # what the adapters are looked at through
     values = {
         "trust": "central", "unit": "client", "epsilon": None, "noise_multiplier": 1.0,
-        "method": "dp_ftrl", "bands": 3, "min_separation": 3, "max_grad_norm": 0.5,
+        "mechanism": "dp_ftrl", "bands": 3, "min_separation": 3, "max_grad_norm": 0.5,
     }  # fmt: skip
     made.privacy = PrivacyConfig(**{**values, **privacy})
     made.resume = None if resume is None else str(resume)
