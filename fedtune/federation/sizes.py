@@ -1,9 +1,9 @@
 """What a node tells of its size where no owner declared one: asked once a run, charged before it is counted.
 
 Only in a simulation of private data (`fedtune.privacy.mechanisms.counts` says where and by what mechanism).
-What was told is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a run
-that is resumed goes on with it, and is not charged again. Under trust=central the size of private data does not leave
-the node, and 1 is told.
+What was told is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a
+run that is resumed goes on with it, and is not charged again. Under trust=central the size of private data
+does not leave the node, and 1 is told.
 
 The release is charged to the run, whose number a simulation's server writes into the folder before it
 discovers the nodes (`fedtune.federation.run_folder`): the ledger then sees one run, fixed before its first

@@ -336,7 +336,7 @@ def test_counts_of_so_many_runs_are_kept(
 def test_correlated_noise_holds_rounds_apart_and_is_charged_with_the_first(
     books: Books, counts: RunCounts
 ) -> None:
-    plan = central_plan(mechanism="dp_ftrl", num_rounds=15, bands=10, min_separation=10, cohort_size=20)
+    plan = central_plan(method="dp_ftrl", num_rounds=15, bands=10, min_separation=10, cohort_size=20)
     books.add(unit="client", steps=steps_of(plan, 0), num_rounds=plan.num_rounds)
     assert counts.made(object(), plan, None, node="n", run="r", round=10) == 1
     assert counts.made(object(), plan, None, node="another", run="r", round=3) == 0
