@@ -92,8 +92,8 @@ def session_for(phase_id: PhaseId, plan: PrivacyPlan, names: Sequence[str], size
     if missing > mechanism.max_dropouts:
         raise FederationError(
             f"{missing} of {plan.nodes} nodes are missing before round {phase_id.round} begins, and the "
-            f"noise covers privacy.max_dropouts={mechanism.max_dropouts}. Bring them back, or start a new run "
-            "without them."
+            f"noise covers privacy.max_dropouts={mechanism.max_dropouts}. Bring them back, or start a new "
+            "run without them."
         )
     left = mechanism.max_dropouts - missing
     # Of two nodes, one that sides with the server knows the other's part of the sum whatever the masks are;
