@@ -11,8 +11,9 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, PrivacyError
-from fedtune.federation.client.audit_log import AuditLog, _hash
+from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.client.policy import SiteSettings
+from fedtune.privacy.ledger.chain import hash_entry
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.plans import changed
 
@@ -167,9 +168,9 @@ def test_audit_log_shows_what_was_changed(tmp_path: Path) -> None:
     assert log.path.stat().st_mode & 0o077 == 0
     lines = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(lines[0] + lines[1].replace(b"released", b"refused_") + lines[2] + lines[3])
-    assert log.verify() == ["line 3 does not follow the line before it"]
+    assert log.verify() == ["line 3 does not follow line 2: one of them was replaced"]
     log.path.write_bytes(lines[0] + lines[2] + lines[3])
-    assert log.verify() == ["line 2 does not follow the line before it"]
+    assert log.verify() == ["line 2 does not follow line 1: one of them was replaced"]
 
 
 def test_a_line_that_does_not_name_the_one_before_it_is_a_problem(tmp_path: Path) -> None:
@@ -186,7 +187,8 @@ def test_a_line_that_does_not_name_the_one_before_it_is_a_problem(tmp_path: Path
 def test_a_log_of_the_time_before_its_lines_were_ascii_is_still_whole(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit.jsonl")
     log.append("refused", reason="x")
-    entry = {"event": "refused", "reason": "Gef\u00e4hrlich", "previous": _hash(log.path.read_bytes()[:-1])}
+    last = hash_entry(log.path.read_bytes()[:-1])
+    entry = {"event": "refused", "reason": "Gef\u00e4hrlich", "previous": last}
     with log.path.open("ab") as file:
         file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
     log.append("refused", reason="\ud800")

@@ -101,7 +101,7 @@ def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
     first = f'"bytes_out": {site.log()[0]["bytes_out"]}'
     path.write_text(path.read_text().replace(first, '"bytes_out": 1', 1))
     assert command("node", "--config", node, "proof") == 1
-    assert "audit log: line 2 does not follow the line before it" in capsys.readouterr().out
+    assert "audit log: line 2 does not follow line 1: one of them was replaced" in capsys.readouterr().out
 
 
 def test_only_a_node_that_starts_sets_the_budget(

@@ -7,7 +7,7 @@ holds nothing of the data, but what a site has spent and refused is its own busi
 
 `Books`: the log and the privacy ledger together. After each answer the log gets a line that names the
 ledger's head (`ledger`: number and hash of its last row), and the ledger a row that names the log's
-(`fedtune.privacy.ledger.witness`). A node compares before it starts and before each answer, and `proof`
+(`fedtune.privacy.ledger.audit_heads`). A node compares before it starts and before each answer, and `proof`
 compares all of it. So found and named are: a ledger that was rolled back (a backup of before a run), cut or
 written anew; an audit log that was cut, rotated, removed or written anew. A crash between the two leaves the
 later one an entry ahead, which is no reason for a complaint.
@@ -21,7 +21,6 @@ two hashes, of rows that hold counts, times, plans and keyed names, and no text 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import re
@@ -31,11 +30,11 @@ from typing import Any
 
 from fedtune.config.files import lock_file
 from fedtune.errors import ConfigError, LedgerError, ResourceError
-from fedtune.privacy.ledger.witness import Head, ledger_head, ledger_row, note_witness, witnesses
+from fedtune.privacy.ledger.audit_heads import audit_heads, ledger_head, note_audit_head, row_hashes
+from fedtune.privacy.ledger.chain import GENESIS, Head, broken_link, hash_entry
 
 __all__ = ["AuditLog", "Books", "parts_of"]
 
-_START = "0" * 64
 _SHORT = 24  # hex digits of a hash in a head that people copy: 96 bits
 _NUMBER = "[0-9]{1,18}"  # SQLite holds no larger one
 _HEAD = re.compile(rf"L({_NUMBER})-([0-9a-f]{{{_SHORT}}})\.A({_NUMBER})-([0-9a-f]{{{_SHORT}}})")
@@ -73,7 +72,7 @@ class AuditLog:
                     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                     "event": event,
                     **values,
-                    "previous": _hash(last),
+                    "previous": hash_entry(last),
                 }
                 # ASCII: a server may send half a surrogate pair, which no encoding of text can hold.
                 line = json.dumps(entry).encode() + b"\n"
@@ -82,7 +81,7 @@ class AuditLog:
                 except OSError:
                     os.ftruncate(file.fileno(), end)
                     raise
-                return Head(int(entry["line"]), _hash(line[:-1]))
+                return Head(int(entry["line"]), hash_entry(line[:-1]))
         except OSError as error:
             raise ResourceError(
                 f"The node's audit log cannot be written ({error.strerror}), so the node answers nothing. "
@@ -94,9 +93,9 @@ class AuditLog:
         try:
             with self.path.open("rb") as file:
                 last = _last_line(file)
-                return Head(_number(file, last), _hash(last))
+                return Head(_number(file, last), hash_entry(last))
         except FileNotFoundError:
-            return Head(0, _START)
+            return Head(0, GENESIS)
         except OSError as error:
             raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
 
@@ -113,7 +112,7 @@ class AuditLog:
 
     def hashes(self) -> list[str]:
         """The hash of each line, oldest first. Raises LedgerError."""
-        return [_hash(line) for line in self._lines()]
+        return [hash_entry(line) for line in self._lines()]
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines that are entries, oldest first; `verify` names the others. Raises LedgerError."""
@@ -130,22 +129,17 @@ class AuditLog:
 
         Raises LedgerError.
         """
-        problems, before = [], b""
+        problems, before = [], Head(0, GENESIS)
         for number, line in enumerate(self._lines(), start=1):
-            if number <= after:
-                before = line
-                continue
-            try:
-                entry = json.loads(line)
-                named = entry.get("previous")
-            except (ValueError, AttributeError):
-                problems.append(f"line {number} is no entry")
-            else:
-                if named is None:
-                    problems.append(f"line {number} does not say which line it follows")
-                elif named != _hash(before):
-                    problems.append(f"line {number} does not follow the line before it")
-            before = line
+            if number > after:
+                try:
+                    previous = json.loads(line).get("previous")
+                except (ValueError, AttributeError):
+                    problems.append(f"line {number} is no entry")
+                else:
+                    if wrong := broken_link(before, number, previous, kind="line"):
+                        problems.append(wrong)
+            before = Head(number, hash_entry(line))
         return problems
 
     def _lines(self) -> list[bytes]:
@@ -178,7 +172,7 @@ class Books:
             return
         line = self.log.append(event, **values, ledger=[now.number, now.hash])
         with suppress(LedgerError):
-            note_witness(self.ledger, line)
+            note_audit_head(self.ledger, line)
 
     def check(self) -> None:
         """Raises LedgerError if the last entry of one book is not what the other knows."""
@@ -228,7 +222,7 @@ class Books:
         Raises ConfigError for what is no head, LedgerError for a book that cannot be read.
         """
         row, row_hash, line, line_hash = parts_of(head)
-        known = ledger_row(self.ledger, [row])[row]
+        known = row_hashes(self.ledger, [row])[row]
         found = []
         if known is None or known[:_SHORT] != row_hash:
             last = ledger_head(self.ledger).number
@@ -258,7 +252,7 @@ class Books:
             for number, one in enumerate(entries, 1)
             if (head := _named(one)) is not None
         ]
-        rows = ledger_row(self.ledger, [head.number for _, _, head in named])
+        rows = row_hashes(self.ledger, [head.number for _, _, head in named])
         wrong = [one for one in named if rows[one[2].number] != one[2].hash]
         if not wrong:
             return []
@@ -277,7 +271,7 @@ class Books:
 
     def _cut(self, last: bool = False) -> list[str]:
         """What the ledger knows of the audit log, and is not so."""
-        named = witnesses(self.ledger, 1 if last else -1)
+        named = audit_heads(self.ledger, 1 if last else -1)
         if last and (not named or named[0].log == self.log.head()):
             return []
         hashes, (_, accepted) = self.log.hashes(), self.accepted()
@@ -320,10 +314,6 @@ def _has(hashes: list[str], head: Head) -> bool:
 
 
 # --- lines of a file ---------------------------------------------------------------------------------
-
-
-def _hash(line: bytes) -> str:
-    return hashlib.sha256(line).hexdigest() if line else _START
 
 
 def _number(file: Any, last: bytes) -> int:

@@ -1,9 +1,12 @@
-"""A durable, append-only, hash-chained log in one SQLite file.
+"""Hash chains: the rule, and the durable, append-only log in one SQLite file that a ledger is.
 
-Every row carries the hash of its own content and of the row before, so that a row which is edited, moved
-or removed in the middle breaks the chain at that place, and `verify` names it. Rows cut off the end are
-noticed by SQLite's own counter, unless whoever cuts them edits that too: a chain without an anchor
-elsewhere cannot show that it was once longer.
+**The rule** (`hash_entry`, `broken_link`) holds for the rows of a ledger and for the lines of a node's audit
+log (`fedtune.federation.client.audit_log`). The hash of an entry is SHA-256 over all of its content, in which
+the hash of the entry before it stands; the first names `GENESIS`. So an entry which is edited, moved or
+removed in the middle breaks the chain at that place. A chain alone cannot show that its end was cut off: for
+that its head, the number and hash of its last entry, is noted elsewhere (`Head`).
+
+**The log.** Rows cut off the end are noticed by SQLite's own counter too, unless that is edited as well.
 
 Durability: a write-ahead log with `synchronous=FULL`, so a row that `writing` has let go survives a power
 cut, and a process killed at any instruction leaves either the whole row or none. After each row the log is
@@ -38,9 +41,9 @@ from typing import Any
 
 from fedtune.errors import LedgerError
 
-__all__ = ["GENESIS", "Chain", "Row"]
+__all__ = ["GENESIS", "Chain", "Head", "Row", "broken_link", "hash_entry"]
 
-GENESIS = "0" * 64  # what the first row names as its predecessor
+GENESIS = "0" * 64  # what the first entry names as its predecessor
 _BUSY_SECONDS = 60.0
 _APPLICATION_ID = 0x66746C68  # 'ftlh': tells a ledger from any other SQLite file
 _OLD_APPLICATION_ID = (
@@ -61,8 +64,43 @@ _SET_SCHEMA = (
     "CREATE TRIGGER sets_are_not_edited BEFORE UPDATE ON sets BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER sets_are_not_cut BEFORE DELETE ON sets BEGIN SELECT RAISE(ABORT, 'append-only'); END",
 )
-_inherited: list[sqlite3.Connection] = []  # kept from the collector, which would close them
+_inherited: list[sqlite3.Connection] = []  # held against the collector, which would close them
 _COLUMNS = "seq, time, kind, run, body, previous, hash"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last entry of a chain. It holds no text; the number counts releases or questions.
+
+    Attributes:
+        number: of the entry; 0: none yet.
+        hash: of the entry, in hex.
+    """
+
+    number: int
+    hash: str
+
+
+def hash_entry(content: bytes) -> str:
+    """Hash of an entry, in hex; `GENESIS` of none (no bytes)."""
+    return hashlib.sha256(content).hexdigest() if content else GENESIS
+
+
+def broken_link(before: Head, number: int, previous: object, *, kind: str = "row") -> str | None:
+    """What is wrong with entry `number`, which names the hash `previous`, as the one that follows `before`.
+
+    None if nothing is. `kind`: what the entries of this chain are called.
+    """
+    expected = before.number + 1
+    if number == expected + 1:
+        return f"{kind} {expected} is missing"
+    if number != expected:
+        return f"{kind}s {expected} to {number - 1} are missing"
+    if previous is None:
+        return f"{kind} {number} does not say which {kind} it follows"
+    if previous != before.hash:
+        return f"{kind} {number} does not follow {kind} {before.number}: one of them was replaced"
+    return None
 
 
 @dataclass(frozen=True)
@@ -148,50 +186,44 @@ class Chain:
 
     def rows(self, connection: sqlite3.Connection, after: int, previous: str) -> Iterator[Row]:
         """Rows after number `after`, each verified to follow the one before; `previous` is the hash of
-        row `after`. Raises `LedgerError` naming the first row that does not fit."""
+        row `after`.
+
+        Raises:
+            LedgerError: a row does not fit; it names the first one.
+        """
         query = f"SELECT {_COLUMNS} FROM log WHERE seq > ? ORDER BY seq"
-        last = after
+        head = Head(after, previous)
         for raw in connection.execute(query, (after,)):
             row = self.checked(raw)
-            if row.seq != last + 1:
-                raise self.broken(f"row {last + 1} is missing")
-            if row.previous != previous:
-                raise self.broken(f"row {row.seq} does not follow row {last}: one of them was replaced")
+            if wrong := broken_link(head, row.seq, row.previous):
+                raise self.broken(wrong)
             yield row
-            last, previous = row.seq, row.hash
-        (counter,) = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone() or (
-            0,
-        )
-        if counter != last:
-            raise self.broken(f"row {last + 1} is missing (rows up to {counter} were written)")
+            head = Head(row.seq, row.hash)
+        counter = self._counter(connection)
+        if counter != head.number:
+            raise self.broken(f"row {head.number + 1} is missing (rows up to {counter} were written)")
 
     def audit(self, connection: sqlite3.Connection) -> tuple[list[Row], list[str]]:
         """All rows that can be read, and everything that is wrong with the chain, not just the first."""
         rows: list[Row] = []
         problems: list[str] = []
-        last, previous = 0, GENESIS
+        head = Head(0, GENESIS)
         for raw in connection.execute(f"SELECT {_COLUMNS} FROM log ORDER BY seq"):
             seq, time, kind, run, text, follows, digest = raw
-            if seq != last + 1:
-                problems.append(
-                    f"row {last + 1} is missing"
-                    if seq == last + 2
-                    else f"rows {last + 1} to {seq - 1} are missing"
-                )
-            elif follows != previous:
-                problems.append(f"row {seq} does not follow row {last}: one of them was replaced")
+            if wrong := broken_link(head, seq, follows):
+                problems.append(wrong)
             if digest != _digest(seq, time, kind, run, text, follows):
                 problems.append(f"row {seq} was changed after it was written")
             try:
                 rows.append(Row(seq, time, kind, run, json.loads(text), follows, digest))
             except ValueError:
                 problems.append(f"row {seq} cannot be read")
-            last, previous = seq, digest
+            head = Head(seq, digest)
         counter = self._counter(connection)
-        if counter > last:
+        if counter > head.number:
             problems.append(f"row {counter} is missing: rows were cut off the end")
-        elif counter < last:
-            problems.append(f"row {last} was added without the ledger's counter")
+        elif counter < head.number:
+            problems.append(f"row {head.number} was added without the ledger's counter")
         found = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
         schema = {*_SCHEMA, *(_SET_SCHEMA if self._has_sets(connection) else ())}
         if schema - found:
@@ -268,10 +300,10 @@ class Chain:
         found = connection.execute("SELECT hash FROM log WHERE seq = ?", (seq,)).fetchone()
         return None if found is None else str(found[0])
 
-    def last(self, connection: sqlite3.Connection) -> tuple[int, str]:
-        """Number and hash of the last row; (0, GENESIS) before the first."""
-        found = connection.execute("SELECT seq, hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
-        return (0, GENESIS) if found is None else (int(found[0]), str(found[1]))
+    def head(self, connection: sqlite3.Connection) -> Head:
+        """The last row; (0, GENESIS) before the first."""
+        last = connection.execute("SELECT seq, hash FROM log ORDER BY seq DESC LIMIT 1").fetchone()
+        return Head(0, GENESIS) if last is None else Head(int(last[0]), str(last[1]))
 
     def checked(self, raw: tuple[Any, ...]) -> Row:
         """`raw` as a Row, or `LedgerError` naming it if its content does not give its hash."""
@@ -392,4 +424,4 @@ class Chain:
 
 def _digest(seq: int, time: str, kind: str, run: str | None, body: str, previous: str) -> str:
     fields = json.dumps([seq, time, kind, run, body, previous], separators=(",", ":"))
-    return hashlib.sha256(fields.encode()).hexdigest()
+    return hash_entry(fields.encode())

@@ -200,7 +200,10 @@ def test_a_lost_log_is_accepted_by_its_owner_and_that_is_noted_in_both_books(nod
 def test_a_bad_line_is_named_and_may_be_accepted(node: Node) -> None:
     lines = node.lines()
     node.write([*lines[:2], lines[2][:20], *lines[3:]])
-    assert node.books().log.verify() == ["line 3 is no entry", "line 4 does not follow the line before it"]
+    assert node.books().log.verify() == [
+        "line 3 is no entry",
+        "line 4 does not follow line 3: one of them was replaced",
+    ]
     assert len(node.books().accept()) == 3, "the ledger knows that line too"
     assert node.books().log.verify(after=node.books().accepted()[0]) == [] and node.problems() == ("", "")
 

@@ -16,7 +16,7 @@ import pytest
 
 from fedtune.errors import LedgerError
 from fedtune.privacy.ledger import chain as chain_module
-from fedtune.privacy.ledger.chain import GENESIS, Chain, Row
+from fedtune.privacy.ledger.chain import GENESIS, Chain, Head, Row
 
 
 @pytest.fixture
@@ -81,14 +81,14 @@ def test_questions_to_a_log(chain: Chain) -> None:
         assert view is None
     assert not chain.path.parent.exists() and not chain.is_old()
     with chain.writing() as writer:
-        assert chain.ends(writer) == (GENESIS, 0, GENESIS) and chain.last(writer) == (0, GENESIS)
+        assert chain.ends(writer) == (GENESIS, 0, GENESIS) and chain.head(writer) == Head(0, GENESIS)
         assert list(chain.rows(writer, 0, GENESIS)) == [] and chain.audit(writer) == ([], [])
         assert chain.hash_of(writer, 0) == GENESIS and chain.hash_of(writer, 1) is None
     rows = filled(chain, 7)
     with chain.reading() as view:
         assert view is not None
         assert chain.ends(view) == (rows[0].hash, 7, rows[6].hash)
-        assert chain.last(view) == (7, rows[6].hash)
+        assert chain.head(view) == Head(7, rows[6].hash)
         assert [chain.hash_of(view, i) for i in (0, 1, 7, 8)] == [GENESIS, rows[0].hash, rows[6].hash, None]
         assert list(chain.run_rows(view, "r0")) == [rows[0], rows[3], rows[6]]
         assert list(chain.run_rows(view, "r0", after=1)) == [rows[3], rows[6]]
@@ -131,7 +131,7 @@ def test_a_file_of_the_first_version_has_no_sets_until_it_is_written_to(chain: C
     ("damage", "first", "all_of_them"),
     [
         (["DELETE FROM log WHERE seq = 3"], "row 3 is missing", ["row 3 is missing"]),
-        (["DELETE FROM log WHERE seq IN (2, 3)"], "row 2 is missing", ["rows 2 to 3 are missing"]),
+        (["DELETE FROM log WHERE seq IN (2, 3)"], "rows 2 to 3 are missing", ["rows 2 to 3 are missing"]),
         (["DELETE FROM log WHERE seq > 3"], "row 4 is missing (rows up to 5 were written)",
          ["row 5 is missing: rows were cut off the end"]),
         (["UPDATE sqlite_sequence SET seq = 4"], "row 6 is missing (rows up to 4 were written)",
@@ -222,7 +222,7 @@ def test_a_transaction_is_whole_or_none(chain: Chain) -> None:
 
     def is_interrupted() -> None:
         with chain.writing() as writer:
-            chain.append(writer, "x", {}, run=None, previous=chain.last(writer)[1])
+            chain.append(writer, "x", {}, run=None, previous=chain.head(writer).hash)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -232,7 +232,7 @@ def test_a_transaction_is_whole_or_none(chain: Chain) -> None:
         raise ZeroDivisionError
     with chain.writing() as writer:
         assert writer.in_transaction
-        chain.append(writer, "x", {}, run=None, previous=chain.last(writer)[1])
+        chain.append(writer, "x", {}, run=None, previous=chain.head(writer).hash)
     assert len(read(chain)) == 2 and not writer.in_transaction
 
 
@@ -348,10 +348,10 @@ def test_a_reader_sees_one_state_of_the_file(chain: Chain) -> None:
     filled(chain, 1)
     other = Chain(chain.path)
     with chain.reading() as view:
-        assert view is not None and chain.last(view)[0] == 1
+        assert view is not None and chain.head(view).number == 1
         with other.writing() as writer:
-            other.append(writer, "x", {}, run=None, previous=other.last(writer)[1])
-        assert chain.last(view)[0] == 1
+            other.append(writer, "x", {}, run=None, previous=other.head(writer).hash)
+        assert chain.head(view).number == 1
     assert len(read(chain)) == 2
     other.close()
 
