@@ -8,7 +8,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -87,16 +86,14 @@ def one_paragraph(capsys: pytest.CaptureFixture[str]) -> str:
 # --- help ----------------------------------------------------------------------------------------
 
 
-def test_help_comes_within_a_second_and_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, fedtune.cli.app\n"
         "try: fedtune.cli.app.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'hydra', 'flwr', 'rich', 'transformers') if m in sys.modules])"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 1.0
     assert done.stdout.splitlines()[-1] == "[]"
 
 

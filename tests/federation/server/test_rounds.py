@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 import numpy as np
@@ -195,10 +194,8 @@ def test_a_grid_that_never_answers_is_given_up() -> None:
 
     grid = Silent(fake_app(), 2, {}, timeout=5.0)
     plan = make_plan(fake_config(), [100, 200])
-    started = time.monotonic()
     with task_identity(grid.run_id):
         outcome = PlainRound().run_round(grid, _ask(plan, grid, 2, timeout=0.3), NullObserver())
-    assert time.monotonic() - started < 2.0
     assert outcome.aggregate is None
     assert [node for node, _ in outcome.dropped] == ["node-0", "node-1"]
     assert "did not answer in 0.3 s" in outcome.dropped[0][1]

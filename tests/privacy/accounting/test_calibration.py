@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import cache, calibration
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
+from tests.support.work import Points
 
 TYPICAL = [
     (8.0, 1e-4, 0.05, 60),
@@ -59,17 +59,12 @@ HARD = [
 
 
 @pytest.mark.parametrize(("target", "delta", "rate", "steps"), HARD)
-def test_the_first_call_takes_under_two_seconds(target: float, delta: float, rate: float, steps: int) -> None:
-    best = math.inf
-    for i in range(3):  # the machine may be busy: the best of three
-        aim = target * (1 - i / 1000)
-        start = time.process_time()
-        sigma = noise_multiplier_for(aim, delta, sample_rate=rate, steps=steps, use_cache=False)
-        best = min(best, time.process_time() - start)
-        assert 0.98 * aim <= epsilon_of_terms({Term(rate, sigma): steps}, delta) <= aim
-        if best < 2.0:
-            return
-    assert best < 2.0
+def test_the_first_call_takes_about_a_second(
+    target: float, delta: float, rate: float, steps: int, pld_points: Points
+) -> None:
+    sigma = noise_multiplier_for(target, delta, sample_rate=rate, steps=steps, use_cache=False)
+    assert 0 < pld_points.number < 6_000_000  # about ten million a second
+    assert 0.98 * target <= epsilon_of_terms({Term(rate, sigma): steps}, delta) <= target
 
 
 @pytest.mark.slow

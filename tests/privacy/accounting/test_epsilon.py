@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import dp_accounting as dp
 import numpy as np
@@ -25,6 +24,7 @@ from fedtune.privacy.accounting.epsilon import (
     epsilon_rdp_of_terms,
     terms_of,
 )
+from tests.support.work import Points
 
 # Rates, noise and steps from single shots to long trainings, with two deltas: 50 settings.
 GRID = [
@@ -122,13 +122,9 @@ def test_a_coarser_grid_is_never_below_a_finer_one(interval: float) -> None:
     assert epsilon_on_grid(terms, 1e-5, interval) >= epsilon_on_grid(terms, 1e-5, interval / 7) - 1e-9
 
 
-def test_a_typical_run_is_accounted_well_within_a_second() -> None:
-    best = math.inf
-    for i in range(3):
-        start = time.process_time()
-        epsilon_of(sampled(0.05, 1.1 + i / 1000, 60), 1e-5)
-        best = min(best, time.process_time() - start)
-    assert best < 0.8
+def test_a_typical_run_is_little_work(pld_points: Points) -> None:
+    epsilon_of(sampled(0.05, 1.1017, 60), 1e-5)
+    assert 0 < pld_points.number < 100_000  # well within a second
 
 
 def test_different_steps_compose_as_one() -> None:
