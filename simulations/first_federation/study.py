@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,10 +100,19 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
         config = load([f"resume={folder}"])
     else:
         config.output = str(folder)
-    finished = record.read(run.run(config))
-    finished["config"]["output"] = None  # where it ran says nothing to others
-    record.write(finished, path)
+    write_record(record.read(run.run(config)), path)
     return True
+
+
+def write_record(finished: dict[str, Any], path: Path) -> None:
+    """Writes a study's copy of a record: small, a line for each section, without what no study reads."""
+    finished["config"]["output"] = None  # where it ran says nothing to others
+    finished["privacy"].pop("ledger", None)
+    sections = (
+        f"{json.dumps(name)}: {json.dumps(finished[name], separators=(',', ':'))}" for name in finished
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
