@@ -24,7 +24,9 @@ ENGINES = ("local", "ray", "deployment")
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
     """Runs the federation that `config` describes, with the engine that it names.
 
-    Raises: what `fedtune.federation.server.loop.run_rounds` raises, and ConfigError for an unknown engine.
+    Raises:
+        ConfigError: the engine is not known.
+        FedtuneError: as `fedtune.federation.server.loop.run_rounds` does.
     """
     if config.engine.name == "local":
         from fedtune.engines.local import run as run_local

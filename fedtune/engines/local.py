@@ -168,7 +168,11 @@ class LocalGrid(Grid):
         return list(self._nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Takes messages; they run when their answers are pulled. Raises ValueError for an unknown node."""
+        """Takes messages; they run when their answers are pulled.
+
+        Raises:
+            ValueError: a message is for a node that there is not.
+        """
         ids = []
         for message in messages:
             if message.metadata.dst_node_id not in self._nodes:

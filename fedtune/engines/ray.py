@@ -82,8 +82,9 @@ class ConfiguredClientApp(ClientApp):
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
     """Runs a federation on Ray.
 
-    Raises: ResourceError if Ray is missing or cannot start; else what
-    `fedtune.federation.server.loop.run_rounds` raises.
+    Raises:
+        ResourceError: Ray is missing or cannot start.
+        FedtuneError: as `fedtune.federation.server.loop.run_rounds` does.
     """
     if importlib.util.find_spec("ray") is None:
         raise ResourceError(

@@ -90,7 +90,11 @@ class RoundSummary:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RoundSummary:
-        """Raises TypeError if a key is missing or unknown."""
+        """Inverse of `to_json`.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+        """
         summary = cls(**values)
         summary.dropped = [(str(node), str(reason)) for node, reason in summary.dropped]
         return summary

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,15 +51,26 @@ __all__ = [
     "serialized_size",
     "set_message_id",
     "task_identity",
+    "wrapped_exception",
 ]
 
 SERVER_NODE_ID = 1
 _CLIENT_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+_WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # how its simulation (vce_api) reports a lost worker
 
 
 def error_answer(question: Message, reason: str) -> Message:
     """An answer that carries an error instead of content; `reason` must be fit to be published."""
     return Message(Error(_CLIENT_RAISED, reason), reply_to=question)
+
+
+def wrapped_exception(reason: str) -> str | None:
+    """The type of the exception that ended a worker of Flower's simulation; None if `reason` is a node's own.
+
+    Flower puts the text of that exception beside the type, and nobody has looked at it: it is not for others.
+    """
+    wrapped = _WRAPPED.match(reason)
+    return None if wrapped is None else wrapped[1]
 
 
 def serialize(message: Message) -> bytes:

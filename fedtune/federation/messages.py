@@ -114,12 +114,16 @@ class NodeHello:
     delta: float = 0.0
 
     def to_records(self) -> RecordDict:
-        """Inverse of `from_records`."""
+        """The message as it travels."""
         return RecordDict({"hello": _record("hello", self, HELLO_KEYS)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> NodeHello:
-        """Raises FederationError if anything is missing, unknown or of another type."""
+        """Inverse of `to_records`.
+
+        Raises:
+            FederationError: something is missing, unknown or of another type.
+        """
         what = "A node's hello"
         _only_records(content, {"hello"}, what)
         values = _read_config(content, "hello", HELLO_KEYS, what)
@@ -145,12 +149,16 @@ class Proposal:
     plan: PrivacyPlan
 
     def to_records(self) -> RecordDict:
-        """Inverse of `from_records`."""
+        """The message as it travels."""
         return RecordDict({"proposal": _record("proposal", self, PROPOSAL_KEYS)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> Proposal:
-        """Raises FederationError (or what `PrivacyPlan.from_json` raises) if it is no usable proposal."""
+        """Inverse of `to_records`.
+
+        Raises:
+            FederationError: it is no usable proposal; or what `PrivacyPlan.from_json` raises.
+        """
         what = "The server's proposal"
         _only_records(content, {"proposal"}, what)
         values = _read_config(content, "proposal", PROPOSAL_KEYS, what)
@@ -175,12 +183,16 @@ class Consent:
     last_round: int = 0
 
     def to_records(self) -> RecordDict:
-        """Inverse of `from_records`; sends nothing that is not in `CONSENT_KEYS`."""
+        """The message as it travels; sends nothing that is not in `CONSENT_KEYS`."""
         return RecordDict({"consent": _record("consent", self, CONSENT_KEYS)})
 
     @classmethod
     def from_records(cls, content: RecordDict, *, node: str, run: str, attempt: int) -> Consent:
-        """Raises FederationError if anything is missing, unknown, of another type, or about another run."""
+        """Inverse of `to_records`.
+
+        Raises:
+            FederationError: something is missing, unknown, of another type, or about another run.
+        """
         what = f"The answer of node {node!r} to the proposed run"
         _only_records(content, {"consent"}, what)
         values = _read_config(content, "consent", CONSENT_KEYS, what)
@@ -200,13 +212,17 @@ class RoundRequest:
     adapter: np.ndarray = field(repr=False)  # float32 [P]
 
     def to_records(self) -> RecordDict:
-        """Inverse of `from_records`."""
+        """The message as it travels."""
         adapter = _array_record("adapter", self.adapter)
         return RecordDict({"adapter": adapter, "request": _record("request", self, REQUEST_KEYS)})
 
     @classmethod
     def from_records(cls, content: RecordDict) -> RoundRequest:
-        """Raises FederationError (or what `PrivacyPlan.from_json` raises) if it is not a usable request."""
+        """Inverse of `to_records`.
+
+        Raises:
+            FederationError: it is no usable request; or what `PrivacyPlan.from_json` raises.
+        """
         what = "The server's request"
         _only_records(content, {"adapter", "request"}, what)
         values = _read_config(content, "request", REQUEST_KEYS, what)
@@ -246,7 +262,7 @@ class RoundReply:
     error: str | None = None
 
     def to_records(self, *, public_data: bool = False) -> RecordDict:
-        """Inverse of `from_records`; sends nothing that is not in `REPLY_KEYS`.
+        """The message as it travels; sends nothing that is not in `REPLY_KEYS`.
 
         Seconds are sent only if the node's owner has declared its data public (`public_data`).
         """
@@ -261,8 +277,9 @@ class RoundReply:
     ) -> RoundReply:
         """Checks everything but the update's values (`check_update` does those).
 
-        Raises UpdateRejected, which names `node` and `round`, if anything is missing, unknown, of another
-        type, or an answer to another question.
+        Raises:
+            UpdateRejected: something is missing, unknown, of another type, or an answer to another question;
+                it names `node` and `round`.
         """
         what = f"The answer of node {node!r} in round {round}"
         try:
@@ -302,7 +319,7 @@ class EvaluationReply:
     error: str | None = None
 
     def to_records(self) -> RecordDict:
-        """Inverse of `from_records`; sends nothing that is not in `EVALUATION_KEYS`."""
+        """The message as it travels; sends nothing that is not in `EVALUATION_KEYS`."""
         right, wrong = self.counts or (0, 0)
         record = _record("evaluation", self, EVALUATION_KEYS, right=right, wrong=wrong)
         return RecordDict({"evaluation": record})
@@ -311,8 +328,12 @@ class EvaluationReply:
     def from_records(
         cls, content: RecordDict, *, node: str, run: str, round: int, attempt: int
     ) -> EvaluationReply:
-        """Raises UpdateRejected, which names `node` and `round`, if anything is missing, unknown, of another
-        type, too large, or an answer to another question."""
+        """Inverse of `to_records`.
+
+        Raises:
+            UpdateRejected: something is missing, unknown, of another type, too large, or an answer to another
+                question; it names `node` and `round`.
+        """
         what = f"The answer of node {node!r} about its held-out data after round {round}"
         try:
             _only_records(content, {"evaluation"}, what)
@@ -380,7 +401,7 @@ def _array_record(name: str, vector: np.ndarray) -> ArrayRecord:
 
 
 def _only_records(content: RecordDict, allowed: set[str], what: str) -> None:
-    """Raises FederationError if `content` has records beside the `allowed` ones."""
+    """Refuses `content` that has records beside the `allowed` ones, with a FederationError."""
     if extra := sorted(set(content) - allowed):
         raise FederationError(f"{what} carries records that nobody asked for: {extra}.")
 
@@ -390,7 +411,10 @@ def _read_config(
 ) -> dict[str, Any]:
     """The ConfigRecord `name` of `content`, with exactly `keys` of exactly these types.
 
-    Numbers are 0 or more, but for whole ones among `signed`. Raises FederationError, which says `what` it is.
+    Numbers are 0 or more, but for whole ones among `signed`.
+
+    Raises:
+        FederationError: the record is anything else; it says `what` it is.
     """
     record = content.get(name)
     if not isinstance(record, ConfigRecord):
@@ -422,7 +446,7 @@ def _read_config(
 
 
 def _check_addressee(values: Mapping[str, Any], what: str, **asked: Any) -> None:
-    """Raises UpdateRejected unless `values` answer the question that was `asked`."""
+    """Refuses `values` that do not answer the question that was `asked`, with UpdateRejected."""
     for key, expected in asked.items():
         if values[key] != expected:
             raise UpdateRejected(f"{what} is for {key} {values[key]!r}, and {expected!r} was asked.")
@@ -431,8 +455,9 @@ def _check_addressee(values: Mapping[str, Any], what: str, **asked: Any) -> None
 def _read_plan(text: str, what: str) -> PrivacyPlan:
     """The plan that a message carries as JSON.
 
-    Raises FederationError, which says `what` it is, for a text that is none, and what
-    `PrivacyPlan.from_json` raises for a plan without meaning.
+    Raises:
+        FederationError: the text is no plan; it says `what` it is.
+        PrivacyError: the plan has no meaning.
     """
     try:
         return PrivacyPlan.from_json(json.loads(text))

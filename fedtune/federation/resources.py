@@ -68,7 +68,8 @@ _slots = [_Slot()]  # one element, replaced by `forget`
 def config_of(text: str) -> Config:
     """The Config in a run config's `fedtune` value; empty text means the defaults of conf/.
 
-    Raises: ConfigError.
+    Raises:
+        ConfigError: the text is no configuration.
     """
     if not text.strip():
         from fedtune.config.loader import load
@@ -87,7 +88,11 @@ class RunResources:
 
     @functools.cached_property
     def prepared(self) -> PreparedData:
-        """Tokenized data and its shards. Raises: DataError, ModelError, ResourceError."""
+        """Tokenized data and its shards.
+
+        Raises:
+            DataError, ModelError, ResourceError: they cannot be prepared.
+        """
         from fedtune.data.prepare import prepare
         from fedtune.models.encoder import load_tokenizer
 
@@ -129,7 +134,8 @@ class RunResources:
         """Computes the frozen layers' outputs of every text that the cache lacks, before a round waits
         for them; `progress(done, all)` counts texts. No adapter is involved, and nothing is released.
 
-        Raises: as `prepared` and `using_model` do.
+        Raises:
+            DataError, ModelError, ResourceError: as `prepared` and `using_model` do.
         """
         from fedtune.models.frozen_outputs import Features
 

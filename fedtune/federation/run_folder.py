@@ -45,7 +45,8 @@ def new_run_number(run_dir: Path) -> str:
 def write_durably(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     """Puts `content` in the place of `path`, whole and synced, readable as `mode` and the umask say.
 
-    Raises: ResourceError; what was there before is then as it was.
+    Raises:
+        ResourceError: it cannot be written; what was there before is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,9 @@ def no_room(path: Path, error: OSError, size: int) -> ResourceError:
 def lock_folder(run_dir: Path) -> Iterator[None]:
     """Keeps every other process out of a run folder; the lock dies with the process, even by `kill -9`.
 
-    Raises: CheckpointError if another process has it, ResourceError if the folder cannot be written.
+    Raises:
+        CheckpointError: another process has it.
+        ResourceError: the folder cannot be written.
     """
     with ExitStack() as stack:
         try:

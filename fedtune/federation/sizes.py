@@ -48,8 +48,12 @@ def tell_size(
 ) -> None:
     """Reserves, counts and keeps what the node at `position` tells, unless this run has it already.
 
-    `whole`: the plans of all that the run may release. Raises BudgetExhausted if the owner's budget does not
-    allow it all; nothing is counted or charged then. LedgerError.
+    Args:
+        whole: the plans of all that the run may release.
+
+    Raises:
+        BudgetExhausted: the owner's budget does not allow it all; nothing is counted or charged then.
+        LedgerError: it cannot be charged.
     """
     shard, plan = data.shards[position], size_plan(config)
     if plan is None:
@@ -80,7 +84,8 @@ def tell_size(
 def sized(config: Config, context: Context, shard: Shard) -> Shard:
     """`shard` with the size that its node told in this run in place of its count.
 
-    Raises FederationError if it told none yet, which it does when the server first asks who it is.
+    Raises:
+        FederationError: it told none yet, which it does when the server first asks who it is.
     """
     if size_plan(config) is None:
         return shard

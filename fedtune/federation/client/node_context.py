@@ -56,7 +56,9 @@ def site_settings(context: Context) -> SiteSettings | None:
 def node_config(context: Context) -> Config:
     """The configuration that the run was started with; a real site's own data in it.
 
-    Raises: ConfigError; PrivacyError if the site does not permit the run's data, model or adapter.
+    Raises:
+        ConfigError: the text is no configuration.
+        PrivacyError: the site does not permit the run's data, model or adapter.
     """
     from fedtune.federation.resources import config_of
 

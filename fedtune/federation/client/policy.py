@@ -134,10 +134,13 @@ class SiteSettings(Group):
 
     @property
     def budget(self) -> PrivacyBudget:
-        """The owner's budget. Raises PrivacyError if it has no meaning.
+        """The owner's budget.
 
         Where the data names persons they are what it protects, unless the file says `unit: record` in words:
         a server cannot choose a finer promise than the data allows.
+
+        Raises:
+            PrivacyError: it has no meaning.
         """
         unit = "person" if self.budget_unit is None and self.data.unit is not None else self.budget_unit
         return PrivacyBudget(self.budget_epsilon, self.budget_delta, unit)
@@ -148,12 +151,20 @@ class SiteSettings(Group):
 
     @classmethod
     def from_json(cls, text: str) -> SiteSettings:
-        """Raises ConfigError for anything that `to_json` does not write."""
+        """Inverse of `to_json`.
+
+        Raises:
+            ConfigError: `to_json` does not write such a text.
+        """
         return cls.from_dict(parse_json(text), "the node's settings")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> SiteSettings:
-        """Checked settings from nested mappings. Raises ConfigError, which names key, value and `where`."""
+        """Checked settings from nested mappings.
+
+        Raises:
+            ConfigError: a setting is wrong; it names key, value and `where`.
+        """
         settings = build(cls, values, where)
         for trust in settings.permit.trust:
             if not MECHANISMS[trust].is_private and not settings.data.public:
@@ -220,7 +231,8 @@ class SiteSettings(Group):
     def admit(self, asked: Config) -> None:
         """The part of `check` that can be made before data, tokenizer or model is loaded for a run.
 
-        Raises PrivacyError: a run that names other data, another model or adapter gets nothing loaded.
+        Raises:
+            PrivacyError: the run names other data, another model or adapter; nothing is loaded for it.
         """
         self._refuse([*self._asked_problems(asked)])
 

@@ -69,7 +69,12 @@ class ReleaseCounter:
         self.last = (int(values["attempt"]), int(values["round"])) if same else (-1, -1)  # type: ignore[arg-type]
 
     def check(self, request: RoundRequest, node: str, in_ledger: int) -> None:
-        """Raises FederationError for a message answered before, LedgerError for a ledger that forgot."""
+        """Checks a request against what this counter knows.
+
+        Raises:
+            FederationError: the message was answered before.
+            LedgerError: the ledger has lost releases.
+        """
         if (request.attempt, request.round) <= self.last:
             raise FederationError(
                 f"Node {node!r} has answered attempt {self.last[0]}, round {self.last[1]} of run {self.run} "
@@ -132,7 +137,9 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
     """Whether this node's settings, its owner's file and its data permit what a server proposes; the budget
     is not asked.
 
-    Raises PrivacyError (of some kind) if they do not, FederationError if the node has no part in the run.
+    Raises:
+        PrivacyError: (of some kind) they do not.
+        FederationError: the node has no part in the run.
     """
     from fedtune.federation.resources import config_of
 
@@ -197,8 +204,10 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
 
     For every protocol: whoever lets anything about a shard leave the node calls this first. With `evaluation`
-    it is for an answer about what is held out, charged by the plan's own event for that. Raises
-    PrivacyError (of some kind) if the node refuses; nothing is charged then.
+    it is for an answer about what is held out, charged by the plan's own event for that.
+
+    Raises:
+        PrivacyError: (of some kind) the node refuses; nothing is charged then.
     """
     own = permitted(request.plan, request.run, context)
     config, shard, plan, ledger = own.config, own.shard, own.plan, own.ledger
@@ -236,8 +245,11 @@ def declare_size(config: Config, context: Context) -> None:
     """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
 
     What the whole run will release is known before, for no part of it follows from a size that is told so.
-    Raises: BudgetExhausted if the owner's budget does not allow all of that, and then nothing is charged;
-    PrivacyError, LedgerError, and as `own_shard` does.
+
+    Raises:
+        BudgetExhausted: the owner's budget does not allow all of that; nothing is charged then.
+        PrivacyError, LedgerError: it cannot be charged.
+        DataError, ModelError, ResourceError: the data cannot be prepared.
     """
     from fedtune.federation.resources import run_resources
     from fedtune.privacy.plan import make_plan

@@ -63,7 +63,11 @@ class MaskerStore:
         self._values: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
 
     def begin(self, phase_id: PhaseId, node: str, masker: Masker) -> None:
-        """Remembers a new attempt. Raises FederationError for one that was begun before, or an older one."""
+        """Remembers a new attempt.
+
+        Raises:
+            FederationError: it was begun before, or is older than one that was.
+        """
         values = self._values
         last = (values["attempt"], values["round"]) if values.get("run") == phase_id.run else (-1, -1)
         if (phase_id.attempt, phase_id.round) <= last:
@@ -76,7 +80,11 @@ class MaskerStore:
         self.save(masker)
 
     def masker(self, phase_id: PhaseId) -> Masker:
-        """The Masker of this attempt. Raises FederationError if another, or none, was begun."""
+        """The Masker of this attempt.
+
+        Raises:
+            FederationError: another, or none, was begun.
+        """
         values = self._values
         mine = tuple(values.get(key) for key in ("run", "attempt", "round"))
         if mine != (phase_id.run, phase_id.attempt, phase_id.round):

@@ -78,8 +78,8 @@ def public_key(private: bytes) -> bytes:
 def agree(private: bytes, public: bytes, info: bytes) -> bytes:
     """The 32-byte key that both ends of a pair derive (X25519, then HKDF-SHA256 with `info`).
 
-    Raises `ValueError` if `public` is not 32 bytes or is of small order, which would make the key known to
-    all.
+    Raises:
+        ValueError: `public` is not 32 bytes or is of small order, which would make the key known to all.
     """
     shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(shared)
@@ -102,7 +102,11 @@ def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
 
 
 def open_sealed(key: bytes, sealed: bytes, associated: bytes) -> bytes:
-    """What `seal` encrypted. Raises `ValueError` if a bit of it, or of `associated`, is another."""
+    """What `seal` encrypted.
+
+    Raises:
+        ValueError: a bit of it, or of `associated`, was changed.
+    """
     try:
         return ChaCha20Poly1305(key).decrypt(_NONCE, sealed, associated)
     except InvalidTag:
@@ -124,9 +128,11 @@ def same(first: bytes, second: bytes) -> bool:
 def split_secret(secret: bytes, threshold: int, points: Sequence[int]) -> list[bytes]:
     """Shamir's shares of a 32-byte secret, one a point, 33 bytes each.
 
-    Guarantee: any `threshold` of them give the secret, and fewer are uniform and independent of it. Raises
-    `ValueError` if the secret is not 32 bytes, if points are not distinct and in 1 ... 2^32, or the threshold
-    is not in 1 ... len(points).
+    Guarantee: any `threshold` of them give the secret, and fewer are uniform and independent of it.
+
+    Raises:
+        ValueError: the secret is not 32 bytes, points are not distinct and in 1 ... 2^32, or the threshold is
+            not in 1 ... len(points).
     """
     if len(secret) != KEY_BYTES:
         raise ValueError(f"a secret has {KEY_BYTES} bytes, not {len(secret)}")
@@ -147,8 +153,10 @@ def split_secret(secret: bytes, threshold: int, points: Sequence[int]) -> list[b
 def combine_shares(shares: dict[int, bytes]) -> bytes:
     """The secret that at least `threshold` shares, by point, determine (Lagrange's interpolation at 0).
 
-    Raises `ValueError` if a share is malformed or the result is no 32-byte secret. Shares of different
-    secrets, or too few, give another secret: check the result against a commitment.
+    Shares of different secrets, or too few, give another secret: check the result against a commitment.
+
+    Raises:
+        ValueError: a share is malformed, or the result is no 32-byte secret.
     """
     values = {}
     for point, share in shares.items():

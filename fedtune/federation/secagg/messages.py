@@ -79,8 +79,12 @@ class PhaseId:
 
 def session_for(phase_id: PhaseId, plan: PrivacyPlan, names: Sequence[str], size: int) -> Session:
     """The Session that `plan` gives for the nodes that were asked; nodes of the plan that were not asked are
-    dropouts already. Raises `PrivacyError` if that cannot be kept, FederationError for more nodes than
-    planned."""
+    dropouts already.
+
+    Raises:
+        PrivacyError: that many dropouts and colluders cannot be had together.
+        FederationError: there are more nodes than planned, or too few.
+    """
     mechanism = plan.mechanism
     if not isinstance(mechanism, Distributed):
         raise PrivacyError(f"A secure sum is for trust=distributed; this plan has trust={plan.trust}.")
@@ -118,7 +122,8 @@ def read_record(
 ) -> tuple[PhaseId, dict[str, Any]]:
     """Phase and values of the record in `content`, with exactly `keys` of exactly these types.
 
-    Raises FederationError, saying whose message (`what`) it was.
+    Raises:
+        FederationError: it is anything else; it says whose message (`what`) it was.
     """
     record = content.get(_NAME)
     values: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
@@ -229,7 +234,8 @@ def read_mask_answer(
 ) -> tuple[RoundReply, np.ndarray | None]:
     """The reply and the masked vector; None where the node refused or failed, which the reply then says.
 
-    Raises UpdateRejected, naming the node, if it is neither or of another form.
+    Raises:
+        UpdateRejected: it is neither, or of another form; it names the node.
     """
     what = f"The answer of node {node!r} in round {phase_id.round}"
     try:

@@ -74,7 +74,9 @@ class Session:
 
     `nodes`: the names of all that were asked. `size`: numbers in a vector. `max_dropouts`: nodes that may be
     missing from the sum; `max_colluders`: nodes that may side with the server.
-    Raises `PrivacyError` if these cannot be had together.
+
+    Raises:
+        PrivacyError: these cannot be had together.
     """
 
     run: str
@@ -174,7 +176,11 @@ def roster_digest(session: Session, roster: Mapping[str, PublicKeys]) -> bytes:
 def pair_mask(
     session: Session, digest: bytes, private: bytes, public: bytes, first: str, second: str
 ) -> Vector:
-    """The mask that two nodes share, the same from either end. Raises ValueError for an unusable key."""
+    """The mask that two nodes share, the same from either end.
+
+    Raises:
+        ValueError: a key is unusable.
+    """
     low, high = sorted((first, second))
     key = crypto.agree(private, public, crypto.label("pair mask", *session.place(digest, low, high)))
     return crypto.mask_stream(key, session.size)
@@ -372,7 +378,8 @@ class Masker:
 class MaskedSum:
     """The server's part. Call `advertised`, `shared`, `masked` for each vector, `survivors`, `unmask`.
 
-    Raises AggregationAborted, naming the node, for whatever cannot be right; see the module docstring.
+    Raises:
+        AggregationAborted: something cannot be right; it names the node. See the module docstring.
     """
 
     def __init__(self, session: Session) -> None:

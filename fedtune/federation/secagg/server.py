@@ -58,7 +58,11 @@ class DistributedRound:
     """
 
     def __init__(self, config: Config, plan: PrivacyPlan) -> None:
-        """Raises ConfigError or PrivacyError for what cannot be kept, before any node is asked."""
+        """Checks, before any node is asked, that such a round can be done.
+
+        Raises:
+            ConfigError, PrivacyError: it cannot.
+        """
         cohort = config.federation.cohort_size
         if cohort is not None and cohort < plan.nodes:
             raise ConfigError(
@@ -130,7 +134,11 @@ class _Round:
             self.observer.on_client(name, "answered")
 
     def add_vector(self, server: MaskedSum, name: str, content: RecordDict) -> None:
-        """Adds a masked vector to the sum. Raises UpdateRejected if the node refused or failed."""
+        """Adds a masked vector to the sum.
+
+        Raises:
+            UpdateRejected: the node refused or failed.
+        """
         reply, vector = wire.read_mask_answer(
             content, node=name, phase_id=self.phase_id("mask"), size=self.ask.adapter.size
         )
@@ -142,8 +150,10 @@ class _Round:
         server.masked(name, vector)
 
     def reading(self, read: Callable[[Mapping[str, object]], T]) -> Callable[[str, RecordDict], T]:
-        """Reads an answer of one of the exchanges without training. Raises UpdateRejected for an unusable
-        one.
+        """Reads an answer of one of the exchanges without training.
+
+        Raises:
+            UpdateRejected: it is unusable.
         """
 
         def read_answer(name: str, content: RecordDict) -> T:

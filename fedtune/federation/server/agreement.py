@@ -82,8 +82,8 @@ def agree(
 ) -> tuple[PrivacyPlan, list[NodeInfo], list[Dropped]]:
     """The plan that all who are left agree to: (plan, nodes, those who refused, with their reasons).
 
-    Raises FederationError if fewer than `federation.min_updates` are left, or nobody; nothing was charged
-    then.
+    Raises:
+        FederationError: fewer than `federation.min_updates` are left, or nobody; nothing was charged then.
     """
     left, refused = list(nodes), list[Dropped]()
     plan: PrivacyPlan | None = None

@@ -109,7 +109,11 @@ class RunState:
 
     @classmethod
     def restore(cls, run_dir: Path, config: Config, attempt: int) -> RunState:
-        """The state to go on from. Raises CheckpointError if it is another run's or unreadable."""
+        """The state to go on from.
+
+        Raises:
+            CheckpointError: it is another run's or unreadable.
+        """
         saved, notices = load_latest(run_dir)
         meta = _with_local(saved, run_dir)
         try:
@@ -358,7 +362,11 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint, durably, and removes all but the last two. Raises: ResourceError."""
+    """Writes a checkpoint, durably, and removes all but the last two.
+
+    Raises:
+        ResourceError: it cannot be written; the one before is intact.
+    """
     meta = {"run": checkpoint.run, "round": checkpoint.round, "meta": checkpoint.meta}
     buffer = io.BytesIO()
     arrays = {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
@@ -400,7 +408,8 @@ def _read(path: Path) -> Checkpoint:
 def load_latest(run_dir: Path) -> tuple[Checkpoint, list[str]]:
     """The newest usable checkpoint, and a notice for each broken one that was passed over.
 
-    Raises: CheckpointError if there is none.
+    Raises:
+        CheckpointError: there is none that is usable.
     """
     notices: list[str] = []
     files = _files(run_dir)
@@ -424,7 +433,11 @@ def load_latest(run_dir: Path) -> tuple[Checkpoint, list[str]]:
 
 
 def next_attempt(run_dir: Path) -> int:
-    """Takes the next attempt number of this run, durably: 1 for the first start. Raises: ResourceError."""
+    """Takes the next attempt number of this run, durably: 1 for the first start.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     folder = _folder(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

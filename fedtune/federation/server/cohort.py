@@ -74,7 +74,10 @@ def connected(
     Nodes connect one by one, and in a simulation after the server has started. Waits for `expected` nodes
     if that is known, else until some are there and no more have come for `_SETTLED_SECONDS`; at most
     `timeout` seconds, then goes on with those that are there. With fewer than `least` it waits for ever, and
-    tells the observer so. Raises KeyboardInterrupt if `stop` is set.
+    tells the observer so.
+
+    Raises:
+        KeyboardInterrupt: `stop` is set.
     """
     deadline = changed = time.monotonic()
     deadline += timeout
@@ -119,8 +122,10 @@ def discover_nodes(
 ) -> tuple[list[NodeInfo], list[tuple[int, str]], list[str]]:
     """Asks every connected node who it is: (nodes by name, (id, reason) of those that failed, notices).
 
-    `least` as in `connected`; `deadline` as in `RoundAsk`. Raises FederationError if no node can take part,
-    or two have one name.
+    `least` as in `connected`; `deadline` as in `RoundAsk`.
+
+    Raises:
+        FederationError: no node can take part, or two have one name.
     """
     ids = connected(grid, expected, timeout, stop, least=least, observer=observer)
     unknown = [NodeInfo(name=f"node id {node_id}", node_id=node_id, declared_size=0) for node_id in ids]
@@ -241,8 +246,10 @@ class Roster:
     def wait_for(self, need: int, exhausted: Collection[str], round: int) -> list[NodeInfo]:
         """The nodes that round `round` can ask: at least `need`, unless no more can come.
 
-        Those in `exhausted` have used up their releases and are not asked. Raises KeyboardInterrupt if
-        told to stop.
+        Those in `exhausted` have used up their releases and are not asked.
+
+        Raises:
+            KeyboardInterrupt: `stop` is set.
         """
         announced, logged = "", -_LOG_SECONDS
         while True:

@@ -61,7 +61,11 @@ class CorrelatedRounds:
 
     @classmethod
     def start(cls, run_dir: Path, run: str, plan: PrivacyPlan, size: int) -> CorrelatedRounds:
-        """Books of a new run, on the disk. Raises ResourceError if they cannot be written."""
+        """A new run's, on the disk.
+
+        Raises:
+            ResourceError: they cannot be written.
+        """
         rounds = cls(run_dir, run, plan, size)
         rounds._noise_file.unlink(missing_ok=True)
         rounds.begin(0, [])
@@ -73,8 +77,9 @@ class CorrelatedRounds:
     ) -> tuple[CorrelatedRounds, list[str]]:
         """The rounds that a run was stopped with, and a notice if its noise is lost.
 
-        Raises CheckpointError if `rounds.json` is missing or another run's (without it nobody knows which
-        rounds were published), or this machine knows that later rounds were begun.
+        Raises:
+            CheckpointError: `rounds.json` is missing or another run's (without it nobody knows which rounds
+                were published), or this machine knows that later rounds were begun.
         """
         rounds = cls(run_dir, run, plan, size)
         try:
@@ -105,7 +110,11 @@ class CorrelatedRounds:
         return rounds, notices
 
     def check_newest(self, round: int, who: str) -> None:
-        """Raises CheckpointError if `who` knows that `round` was begun, and it is later than any here."""
+        """Refuses a folder that was wound back: `who` knows that `round` was begun.
+
+        Raises:
+            CheckpointError: that round is later than any that this folder knows.
+        """
         if round <= self.round:
             return
         raise CheckpointError(
@@ -121,7 +130,11 @@ class CorrelatedRounds:
         return [node for node in nodes if round - self.last_asked.get(node.name, round - apart) >= apart]
 
     def begin(self, round: int, cohort: Sequence[NodeInfo]) -> None:
-        """Notes, durably, that `cohort` is about to be asked in `round`. Raises ResourceError."""
+        """Notes, durably, that `cohort` is about to be asked in `round`.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         self.last_asked |= {node.name: round for node in cohort}
         write_durably(self._machine_file, json.dumps({"round": round}).encode())
         values = {"run": self._run, "round": round, "asked": self.last_asked}
@@ -129,7 +142,11 @@ class CorrelatedRounds:
         self.round = round
 
     def save_noise(self) -> None:
-        """Writes the noise down, if there is new noise. Raises ResourceError."""
+        """Writes the noise to the disk, if there is new noise.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
         if self._saved_round == self.noise.round or self._root.bands == 1:
             return
         buffer = io.BytesIO()

@@ -96,7 +96,11 @@ class NodesEvaluation:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> NodesEvaluation:
-        """Raises TypeError or KeyError if a key is missing or unknown."""
+        """Inverse of `to_json`.
+
+        Raises:
+            TypeError, KeyError: a key is missing or unknown.
+        """
         nodes = tuple(NodeScore(**score) for score in values["nodes"])
         missing = tuple((str(node), str(reason)) for node, reason in values["missing"])
         return cls(**{**values, "nodes": nodes, "missing": missing})

@@ -54,15 +54,20 @@ class ServerOptimizer(Protocol):
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
         """Adapter float32 [P] and aggregated update float [P] -> next adapter, float32 [P], a new array.
 
-        Raises FederationError if the update has another shape or the result is not finite; the
-        optimizer's state is then as it was.
+        Raises:
+            FederationError: the update has another shape or the result is not finite; the optimizer's state
+                is then as it was.
         """
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, as arrays; copies."""
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `state_dict`. Raises CheckpointError for a state of another optimizer."""
+        """Inverse of `state_dict`.
+
+        Raises:
+            CheckpointError: the state is another optimizer's.
+        """
 
 
 def _check(adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
@@ -179,7 +184,11 @@ OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 
 
 def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
-    """The server optimizer that `config.strategy` names. Raises ConfigError if there is none such."""
+    """The server optimizer that `config.strategy` names.
+
+    Raises:
+        ConfigError: there is none such.
+    """
     rate, momentum = config.server_learning_rate, config.server_momentum
     if not (math.isfinite(rate) and rate > 0):
         raise ConfigError(f"federation.server_learning_rate={rate} must be a positive number.")
@@ -213,7 +222,8 @@ class GradientOptimizer:
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
         """Adapter float32 [P] and minus the gradient, float [P] -> next adapter, float32 [P], a new array.
 
-        Raises FederationError if shapes differ or the result is not finite; the state is then as it was.
+        Raises:
+            FederationError: shapes differ or the result is not finite; the state is then as it was.
         """
         if adapter.ndim != 1 or update.shape != adapter.shape:
             raise FederationError(
@@ -251,7 +261,11 @@ class GradientOptimizer:
         return {name: array.copy() for name, array in self._state.items()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `state_dict`. Raises CheckpointError for a state of another optimizer."""
+        """Inverse of `state_dict`.
+
+        Raises:
+            CheckpointError: the state is another optimizer's.
+        """
         momentum = {"momentum"} if self._train.momentum else set()
         names = momentum if self._train.optimizer == "sgd" else {"m", "v", "steps"}
         if state and set(state) != names:
@@ -265,7 +279,8 @@ class GradientOptimizer:
 def server_optimizer(config: Config) -> ServerOptimizer:
     """What turns a round's aggregate into the next adapter, by trust model and configuration.
 
-    Raises ConfigError for settings without meaning.
+    Raises:
+        ConfigError: the settings have no meaning.
     """
     if not mechanism_of(config.privacy.trust).sums_gradients:
         return averaging_optimizer(config.federation)

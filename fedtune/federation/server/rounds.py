@@ -14,7 +14,6 @@ update that comes early is kept until those before it have come or are given up.
 from __future__ import annotations
 
 import logging
-import re
 import threading
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import AggregationAborted, PrivacyError, SeparationError, UpdateRejected
 from fedtune.federation.events import NodeInfo, Observer
-from fedtune.federation.flower import serialized_size
+from fedtune.federation.flower import serialized_size, wrapped_exception
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
 from fedtune.privacy.mechanisms.matrix import CorrelatedNoise
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -50,7 +49,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 _POLL_SECONDS, _LONGEST_POLL, _POLL_SHARE = 0.1, 1.0, 0.05  # a question costs the server some 10 ms
 _GRACE_SECONDS = 300.0  # by which clocks may differ: a node that is further off may not join
-_FLOWER_WRAPPED_ERROR = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # flwr 1.41, its simulation's vce_api
 _STALL_SECONDS = 5.0  # a grid that takes longer to say what has come was cut off itself
 
 
@@ -107,8 +105,9 @@ class RoundProtocol(Protocol):
     def run_round(self, grid: Grid, ask: RoundAsk, observer: Observer) -> RoundOutcome:
         """Asks `ask.nodes`, waits, and aggregates. Drops nodes rather than raising because of them.
 
-        Raises AggregationAborted if the whole round must be discarded (it stays charged), and
-        KeyboardInterrupt if `ask.stop` is set.
+        Raises:
+            AggregationAborted: the whole round must be discarded (it stays charged).
+            KeyboardInterrupt: `ask.stop` is set.
         """
 
 
@@ -181,14 +180,10 @@ def exchange(
 
 
 def reason_of(answer: Message) -> str:
-    """Why a message carries an error instead of content, in one line.
-
-    In its own words only where a node put them: Flower's simulation puts the text of whatever ended a worker
-    there, which nobody has looked at.
-    """
+    """Why a message carries an error instead of content, in one line."""
     reason = one_line(str(answer.error.reason or f"error code {answer.error.code}"))
-    if wrapped := _FLOWER_WRAPPED_ERROR.match(reason):
-        return f"its worker failed with {wrapped[1]}; the log of the engine says more"
+    if exception := wrapped_exception(reason):
+        return f"its worker failed with {exception}; the log of the engine says more"
     return reason[:500]
 
 
@@ -324,7 +319,9 @@ class ClippedUpdates:
         """The noised average, float64 [P], and the plan of the next round (its norm may have moved).
 
         `correlated` and `round` (from 1): for dp_ftrl, whose noise depends on that of the rounds before.
-        Raises PrivacyError if it has none, or the round was released before.
+
+        Raises:
+            PrivacyError: it has none, or the round was released before.
         """
         plan = self._plan
         noise = plan.noise(self._total.size, entropy)
