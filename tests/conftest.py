@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from rich.console import Console
 
@@ -35,6 +36,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Subprocesses of tests find the package that is tested, installed or not, from any folder.
 _PACKAGE = str(Path(fedtune.__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE, os.environ.get("PYTHONPATH")]))
+
+# The same examples in every run and process, and no verdict by the clock.
+hypothesis.settings.register_profile(
+    "fedtune", derandomize=True, database=None, deadline=None, max_examples=40
+)
+hypothesis.settings.load_profile("fedtune")
 
 # Fixtures of a module or the session run before any function's, so there is a home from the start.
 _HOME = Path(tempfile.mkdtemp(prefix="fedtune-tests-"))
