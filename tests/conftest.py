@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from hypothesis import settings
 from rich.console import Console
 
 import fedtune
@@ -30,6 +31,12 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
 )
+# The same examples in every session, so that a change is what makes a test fail; no clock, for it is shared.
+# HYPOTHESIS_PROFILE=search draws others, and more of them.
+settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.register_profile("search", deadline=None, database=None, max_examples=2_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
+
 # Models of tests are tiny: threads cost more than they bring, and the cores are busy with other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

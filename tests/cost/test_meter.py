@@ -9,6 +9,8 @@ import types
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedtune.cost.meter import Cost, Meter
 
@@ -31,6 +33,20 @@ def test_the_empty_cost_changes_nothing_and_order_does_not_matter() -> None:
 def test_unknown_stays_unknown(name: str) -> None:
     assert getattr(A + replace(B, **{name: None}), name) is None
     assert getattr(replace(B, **{name: None}) + A, name) is None
+
+
+AMOUNT = st.none() | st.integers(0, 10**6)
+COSTS = st.builds(
+    Cost, AMOUNT, AMOUNT, AMOUNT, AMOUNT, st.integers(0, 99), st.integers(0, 99), st.integers(0, 99), AMOUNT
+)
+
+
+@given(COSTS, COSTS, COSTS)
+def test_law_costs_are_a_sum(one: Cost, two: Cost, three: Cost) -> None:
+    """So it does not matter in which order, or in which groups, the costs of nodes and rounds are added."""
+    assert one + two == two + one
+    assert (one + two) + three == one + (two + three)
+    assert one + Cost() == one
 
 
 def test_wall_time_is_measured_and_stops() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtune.config.schema import PartitionConfig
@@ -311,6 +311,35 @@ def test_one_unit_more_or_less_moves_no_other_unit(units: list[str] | None) -> N
         shard_of([TEXTS[i] for i in keep], [units[i] for i in keep] if units else None).data, 0.2
     )
     assert np.array_equal(whole[keep], some)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+def test_law_a_split_is_by_unit_complete_and_grows_with_its_share(
+    persons: list[int], share: float, other: float
+) -> None:
+    shard = shard_of([f"text {i}" for i in range(len(persons))], [f"person {i}" for i in persons])
+    train, test = split_shard(shard, share)
+    rows = np.concatenate([train.record_index, test.record_index])
+    assert sorted(rows.tolist()) == list(range(len(persons)))
+    assert train.data.units is not None and test.data.units is not None
+    assert not set(train.data.units) & set(test.data.units)
+    assert train.identity is test.identity is shard.identity  # a release from either is charged to all
+    small, large = sorted([share, other])
+    assert not (is_held_out(shard.data, small) & ~is_held_out(shard.data, large)).any()
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(8, 60),
+    st.integers(4, 8),
+    st.integers(1, 3),
+    st.sampled_from(["natural", "iid"]),
+    st.integers(0, 9),
+)
+def test_law_shards_are_a_partition(records: int, people: int, sites: int, name: str, seed: int) -> None:
+    train = make_tokens(num_records=records, people=people, sites=sites, seed=seed)
+    nodes = None if name == "natural" else min(3, train.num_units)
+    assert_a_partition(train, make_shards(train, PartitionConfig(name), nodes, seed, "person"))
 
 
 def test_a_deal_of_the_whole_shard_would_not_do_that() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, check_update, coarse_seconds
@@ -48,6 +51,21 @@ def test_a_reply_comes_back_as_it_was() -> None:
     assert (got.releases, got.steps, got.seconds) == (2, 5, 1.25)
     # How long it took depends on who was drawn: of private data it is not told.
     assert read(reply().to_records()).seconds == 0.0
+
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 300), elements=FINITE), st.integers(1, 10**6), st.integers(1, 99)
+)
+def test_law_an_adapter_travels_bit_for_bit(vector: np.ndarray, round: int, attempt: int) -> None:
+    """Zeros keep their sign and the smallest numbers their last bit; a reader's copy is its own."""
+    sent = RoundRequest("run", round, attempt, PLAN, vector)
+    got = RoundRequest.from_records(sent.to_records())
+    assert (got.run, got.round, got.attempt, got.plan) == ("run", round, attempt, PLAN)
+    assert got.adapter.dtype == np.float32 and got.adapter.tobytes() == vector.tobytes()
+    assert read(reply(update=vector).to_records()).update.tobytes() == vector.tobytes()
 
 
 def test_a_refusal_comes_back_as_it_was() -> None:

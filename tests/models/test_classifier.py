@@ -10,6 +10,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModel
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
@@ -127,6 +129,19 @@ def test_vector_is_the_parameters(tiny_bert: Path) -> None:
     assert sum(int(np.prod(shape)) for _, shape in model.layout()) == model.num_parameters
     with pytest.raises(ModelError, match="does not fit"):
         model.set_vector(vector[:-1])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(ADAPTERS))
+def test_law_unpacking_what_was_packed_gives_it_back(tiny_bert: Path, seed: int, name: str) -> None:
+    """Each parameter is a stretch of the vector, in the order of the layout; nothing is left over."""
+    model = load(tiny_bert, name=name)
+    vector = np.random.default_rng(seed).normal(size=model.num_parameters).astype(np.float32)
+    model.set_vector(vector)
+    assert model.get_vector().tobytes() == vector.tobytes()
+    parts = [model.parameters[name].detach().numpy() for name, _ in model.layout()]
+    assert [part.shape for part in parts] == [shape for _, shape in model.layout()]
+    assert np.concatenate([part.ravel() for part in parts]).tobytes() == vector.tobytes()
 
 
 def test_start_depends_on_the_seed_alone(tiny_bert: Path) -> None:

@@ -194,7 +194,7 @@ def test_a_full_disk_is_told_in_one_paragraph(
     elif where == "statement":
         monkeypatch.setattr("fedtune.runs.record.write_statement", full)
     else:
-        monkeypatch.setattr(records.os, "fsync", full)
+        monkeypatch.setattr("os.fsync", full)
     folder = tmp_path / "run"
     with pytest.raises(ResourceError, match="No space left on device") as raised:
         run(config(world, folder, federation__num_rounds=1), console=quiet())

@@ -8,6 +8,8 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from fedtune.errors import AggregationAborted, PrivacyError
@@ -92,6 +94,27 @@ def test_the_sum_is_exact_for_every_pattern_of_dropouts(n):
         np.testing.assert_array_equal(total, exchange.plain(gone["unmask"] + gone["never"]))
         outcomes["sum"] += 1
     assert outcomes["sum"] and outcomes["aborted"]
+
+
+@given(st.data(), st.integers(2, 5), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_law_masks_cancel_in_the_sum_of_those_who_stayed(data, n, size, seed):
+    """Whoever leaves, as far as the plan allows: the rest is the sum of their vectors, modulo 2^32."""
+    made = session(n, size=size, dropouts=(n - 1) // 2)
+    gone = data.draw(st.sets(st.sampled_from(made.nodes), max_size=(n - 1) // 2))
+    exchange = Exchange(made, seed)
+    exchange.until_masked(before_mask=gone)
+    total = exchange.finish()
+    assert total.dtype == np.uint32 and total.shape == (size,)
+    np.testing.assert_array_equal(total, exchange.plain([name for name in made.nodes if name not in gone]))
+
+
+@given(st.data(), st.binary(min_size=32, max_size=32), st.sets(st.integers(1, 2**32), min_size=1, max_size=6))
+def test_law_any_threshold_of_the_shares_gives_the_secret(data, secret, points):
+    points = sorted(points)
+    threshold = data.draw(st.integers(1, len(points)))
+    shares = dict(zip(points, crypto.split_secret(secret, threshold, points), strict=True))
+    some = data.draw(st.sets(st.sampled_from(points), min_size=threshold))
+    assert crypto.combine_shares({point: shares[point] for point in some}) == secret
 
 
 def test_more_dropouts_than_the_plan_allows_end_the_round():
