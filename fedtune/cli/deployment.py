@@ -1,184 +1,170 @@
-"""The commands of a real federation: `fedtune provision | server | node | submit | status`.
-
-Arguments here, the work in `fedtune.deploy`; everything heavy is imported by the command that
-needs it, for `fedtune --help` reads this file too.
-"""
+"""The commands of a real federation: `fedtune provision | server | node | submit | status`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from fedtune.cli.run_command import complete_setting
+from fedtune.cli.shared import AS_JSON, help_text, print_json
 from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtune.config.launch import Job
     from fedtune.federation.client.policy import SiteSettings
 
-__all__ = ["add_deployment_commands"]
+__all__ = ["commands"]
+
+commands = typer.Typer(rich_markup_mode="rich")
+_PANEL = "A real federation"
 
 
-def add_deployment_commands(commands: Any, formatter: type[argparse.HelpFormatter]) -> None:
-    """Adds the commands to argparse's `commands`; each has `call(arguments, rest, debug) -> exit status`."""
-    provision = commands.add_parser(
-        "provision",
-        help="certificates, keys and archives for a real federation",
-        description="Makes from one federation file what a server and its sites need. Called again, it "
-        "keeps what there is and makes what is missing.",
-        epilog="example of a federation file:\n  name: hospitals\n  server: fed.example.org:9443\n"
-        "  sites: [clinic-1, clinic-2, clinic-3]\n\nexamples:\n"
-        "  fedtune provision federation.yaml -o DIR\n"
-        "  fedtune provision federation.yaml -o DIR --renew      a new server certificate",
-        formatter_class=formatter,
-    )
-    provision.add_argument("file", metavar="FEDERATION.yaml", type=Path)
-    provision.add_argument("-o", "--output", metavar="DIR", type=Path, required=True)
-    provision.add_argument("--renew", action="store_true", help="make a new server certificate")
-    provision.set_defaults(call=_provision)
-
-    server = commands.add_parser(
-        "server",
-        help="the server of a real federation, or let a site in or out",
-        description="Starts Flower's SuperLink with TLS, node keys and a database, from the server folder "
-        "that `fedtune provision` made. It relays, and runs nobody's code.",
-        epilog="examples:\n  fedtune server DIR/server\n"
-        "  fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1'\n"
-        "  fedtune server DIR/server --revoke clinic-1",
-        formatter_class=formatter,
-    )
-    server.add_argument("folder", metavar="DIR", type=Path)
-    server.add_argument("--host", help="address of this machine to listen on (default: all of them)")
-    server.add_argument(
-        "--enrol", metavar="LINE", help="let a site in: what `fedtune node init` printed, or a file"
-    )
-    server.add_argument("--revoke", metavar="SITE", help="let the key of a site in no more, ever")
-    server.add_argument(
-        "--accept-restore", metavar="SITE", help="let in a site whose books were restored from a backup"
-    )
-    server.set_defaults(call=_server)
-
-    node = commands.add_parser(
-        "node",
-        help="a site of a real federation: make its key, try a run, join",
-        description="Joins a federation with this site's data. The site's own file decides what is "
-        "permitted.",
-        epilog="examples:\n  fedtune node init --config node.yaml           make the key, print what to "
-        "send\n"
-        "  fedtune node --config node.yaml --dry-run       what a run would do, and whether it is permitted\n"
-        "  fedtune node --config node.yaml --dry-run privacy.epsilon=2 federation.num_rounds=20\n"
-        "  fedtune node --config node.yaml                 join; Ctrl-C leaves\n"
-        "  fedtune node proof --config node.yaml           what has left this site; are the books whole\n"
-        "  fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept\n"
-        "  fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on",
-        formatter_class=formatter,
-    )
-    node.add_argument(
-        "words",
-        metavar="init | proof | accept | NAME=VALUE",
-        nargs="*",
-        help="of a proposed run, with --dry-run",
-    )
-    node.add_argument("--config", metavar="node.yaml", type=Path, required=True)
-    node.add_argument("--against", metavar="HEAD", help="with proof: a head that an earlier proof printed")
-    node.add_argument("--dry-run", action="store_true", help="show what a run would do here; train nothing")
-    node.set_defaults(call=_node)
-
-    submit = commands.add_parser(
-        "submit",
-        help="run over the sites of a real federation",
-        description="Starts a run at the server and shows it; record.json, adapter/ and statement.md are "
-        "written here. Settings as of `fedtune run`; data.* describe what the server tests on, since each "
-        "site has data of its own: a split that is declared public (data.test_split=test "
-        "data.test_public=true). Without one the sites answer with noised counts about what they hold out. "
-        "Exit status 0 only if the run succeeded.",
-        epilog="examples:\n  fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]\n"
-        "  fedtune submit DIR/server resume=RUN_DIR              go on after a crash",
-        formatter_class=formatter,
-    )
-    submit.add_argument("folder", metavar="DIR", type=Path)
-    submit.add_argument("words", metavar="NAME=VALUE", nargs="*")
-    submit.set_defaults(call=_submit)
-
-    status = commands.add_parser(
-        "status",
-        help="sites and runs of a real federation",
-        description="Asks a running server for its sites, what they publish of their budgets, and its runs.",
-        epilog="example:\n  fedtune status DIR/server",
-        formatter_class=formatter,
-    )
-    status.add_argument("folder", metavar="DIR", type=Path)
-    status.add_argument("--json", action="store_true", help="as JSON, for a program")
-    status.set_defaults(call=_status)
-
-
-def _provision(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="Certificates, keys and archives for a real federation.",
+    help=help_text(
+        "Makes from one federation file what a server and its sites need. Called again, it keeps what there is "
+        "and makes what is missing. A federation file holds three lines: 'name: hospitals', "
+        "'server: fed.example.org:9443' and 'sites: [clinic-1, clinic-2, clinic-3]'.",
+        """\
+fedtune provision federation.yaml -o DIR
+fedtune provision federation.yaml -o DIR --renew      a new server certificate""",
+    ),
+)
+def provision(
+    file: Annotated[Path, typer.Argument(metavar="FEDERATION.yaml", help="The federation file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write.")],
+    renew: Annotated[bool, typer.Option("--renew", help="Make a new server certificate.")] = False,
+) -> None:
     from fedtune.deploy.provision import provision
 
-    done = provision(arguments.file, arguments.output, renew=arguments.renew)
-    for one in done.new:
-        print(f"made {one}")
-    for one in done.kept:
-        print(f"kept {one}")
+    done = provision(file, output, renew=renew)
+    for name in done.new:
+        print(f"made {name}")
+    for name in done.kept:
+        print(f"kept {name}")
     folder = done.folder
     print(
         f"\nserver: {folder / 'server'} (its README.md says how to start it)\n"
         f"sites:  send each its archive from {folder / 'sites'}; nothing in it is secret\n"
         f"keep {folder / 'authority'} offline: whoever has ca.key can pose as the server"
     )
-    return 0
 
 
-def _server(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="The server of a real federation, or let a site in or out.",
+    help=help_text(
+        "Starts Flower's SuperLink with TLS, node keys and a database, from the server folder that "
+        "`fedtune provision` made. It relays, and runs nobody's code.",
+        """\
+fedtune server DIR/server
+fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1'
+fedtune server DIR/server --revoke clinic-1""",
+    ),
+)
+def server(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address of this machine to listen on.", show_default="all of them"),
+    ] = None,
+    enrol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LINE",
+            help="Let a site in: what `fedtune node init` printed, or a file.",
+            show_default=False,
+        ),
+    ] = None,
+    revoke: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SITE", help="Let the key of a site in no more, ever.", show_default=False
+        ),
+    ] = None,
+    accept_restore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SITE",
+            help="Let in a site whose books were restored from a backup.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     from fedtune.deploy import admission
 
-    if arguments.enrol is not None:
-        site, fingerprint = admission.enrol(arguments.folder, arguments.enrol)
+    if enrol is not None:
+        site, fingerprint = admission.enrol(folder, enrol)
         print(f"enrolled {site}; compare the fingerprint of its key with the site: {fingerprint}")
-        return 0
-    if arguments.revoke is not None:
-        admission.revoke(arguments.folder, arguments.revoke)
-        print(f"revoked {arguments.revoke}; a running server lets it in no more")
-        return 0
-    if arguments.accept_restore is not None:
-        from fedtune.deploy.admission import BookHeads
+    elif revoke is not None:
+        admission.revoke(folder, revoke)
+        print(f"revoked {revoke}; a running server lets it in no more")
+    elif accept_restore is not None:
+        kept, restored = admission.BookHeads(folder).accept(accept_restore)
+        print(f"accepted, and noted in heads.log: {accept_restore} goes on from {restored}, not from {kept}")
+    else:
+        from fedtune.deploy.server import run_server
 
-        kept, restored = BookHeads(arguments.folder).accept(arguments.accept_restore)
-        site = arguments.accept_restore
-        print(f"accepted, and noted in heads.log: {site} goes on from {restored}, not from {kept}")
-        return 0
-    from fedtune.deploy.server import run_server
-
-    run_server(arguments.folder, _say("server"), arguments.host)
-    return 0
+        run_server(folder, _say("server"), host)
 
 
-def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
-    from fedtune.deploy.site import read_site
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="A site of a real federation: make its key, try a run, join.",
+    help=help_text(
+        "Joins a federation with this site's data. The site's own file decides what is permitted.",
+        """\
+fedtune node init --config node.yaml           make the key, print what to send
+fedtune node --config node.yaml --dry-run       what a run would do, and whether it is permitted
+fedtune node --config node.yaml --dry-run privacy.epsilon=2 federation.num_rounds=20
+fedtune node --config node.yaml                 join; Ctrl-C leaves
+fedtune node proof --config node.yaml           what has left this site; are the books whole
+fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
+fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on""",
+    ),
+)
+def node(
+    config: Annotated[Path, typer.Option(metavar="node.yaml", help="The site's own file.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[init | proof | accept | NAME=VALUE]...",
+            help="What to do; settings of a proposed run, with --dry-run.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEAD", help="With proof: a head that an earlier proof printed.", show_default=False
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what a run would do here; train nothing.")
+    ] = False,
+) -> int:
+    from fedtune.deploy import site as sites
 
-    words = [*arguments.words, *rest]
-    site = read_site(arguments.config, with_data=words not in (["init"], ["proof"], ["accept"]))
-    if words[:1] == ["init"] and len(words) == 1:
-        from fedtune.deploy.site import make_key
-
-        line, fingerprint = make_key(site)
+    words = list(words or ())
+    site = sites.read_site(config, with_data=words not in (["init"], ["proof"], ["accept"]))
+    if words == ["init"]:
+        line, fingerprint = sites.make_key(site)
         print(f"{line}\n\nSend the line above to the federation's operator, and compare this by telephone:")
         print(f"fingerprint {fingerprint}\nThe private key is {site.key}; never send it to anybody.")
         return 0
     if words == ["proof"]:
-        from fedtune.deploy.site import proof
-
-        text, whole = proof(site, arguments.against)
+        text, whole = sites.proof(site, against)
         print(text)
         return 0 if whole else 1
     if words == ["accept"]:
-        from fedtune.deploy.site import accept
-
-        print(accept(site))
+        print(sites.accept(site))
         return 0
-    if arguments.dry_run:
+    if dry_run:
         return _dry_run(site, words)
     if words:
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
@@ -190,6 +176,7 @@ def _node(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
 
 def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
     from fedtune.config.loader import load
+    from fedtune.config.overrides import value_text
     from fedtune.deploy.site import dry_run
 
     # What a run of this site's data asks by default, and not one of the data that `fedtune run` simulates.
@@ -197,59 +184,90 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
     if not any(word.startswith("data=") for word in overrides):
         words.append(f"data={site.data.source}")
     if site.data.unit is not None and not any(word.startswith("data.unit=") for word in overrides):
-        words.append("data.unit='" + site.data.unit.replace("'", "\\'") + "'")
-    asked = load([*words, *overrides])
+        words.append(f"data.unit={value_text(site.data.unit)}")
+    proposed = load([*words, *overrides])
     if not any(word.startswith("data.name=") for word in overrides):
-        asked.data.name = site.data.name
-    done = dry_run(site, asked)
+        proposed.data.name = site.data.name
+    done = dry_run(site, proposed)
     print(done.text())
     return 1 if done.refusals else 0
 
 
-def _submit(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="Run over the sites of a real federation.",
+    help=help_text(
+        "Starts a run at the server and shows it; record.json, adapter/ and statement.md are written here. "
+        "Settings as of `fedtune run`; data.* describe what the server tests on, since each site has data of "
+        "its own: a split that is declared public (data.test_split=test data.test_public=true). Without one "
+        "the sites answer with noised counts about what they hold out. Exit status 0 only if the run "
+        "succeeded.",
+        """\
+fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]
+fedtune submit DIR/server resume=RUN_DIR              go on after a crash""",
+    ),
+)
+def submit(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...",
+            help="Settings, as of `fedtune run`.",
+            autocompletion=complete_setting,
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     from fedtune.config.launch import launch
+    from fedtune.config.overrides import value_text
 
-    if not (arguments.folder / "server.yaml").exists():
-        raise ConfigError(
-            f"{arguments.folder} is no server folder; name the one that `fedtune provision` made."
-        )
-    overrides = [*arguments.words, *rest]
-    folder = str(arguments.folder.absolute())
+    if not (folder / "server.yaml").exists():
+        raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
+    overrides = list(words or ())
+    server = str(folder.absolute())
     if not any(word.startswith("resume=") for word in overrides):
-        overrides += ["engine.name=deployment", "engine.server='" + folder.replace("'", "\\'") + "'"]
+        overrides += ["engine.name=deployment", f"engine.server={value_text(server)}"]
 
     def task(job: Job) -> None:
         from fedtune.runs import run
 
-        job.config.engine.name, job.config.engine.server = "deployment", folder
+        job.config.engine.name, job.config.engine.server = "deployment", server
         run.run(job.config)
 
     def on_failure(job: Job | None, error: Exception) -> str:
         raise error
 
     launch(overrides, task, on_failure=on_failure)
-    return 0
 
 
-def _status(arguments: argparse.Namespace, rest: list[str], debug: bool) -> int:
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="Sites and runs of a real federation.",
+    help=help_text(
+        "Asks a running server for its sites, what they publish of their budgets, and its runs.",
+        "fedtune status DIR/server",
+    ),
+)
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
+    json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
+) -> None:
+    from fedtune.deploy import submit as submission
     from fedtune.deploy.join import budget_text
-    from fedtune.deploy.submit import status
 
-    found = status(arguments.folder)
-    if arguments.json:
-        import dataclasses
-        import json
+    found = submission.status(folder)
+    if json:
+        from dataclasses import asdict
 
-        print(json.dumps(dataclasses.asdict(found), indent=2))
-        return 0
+        print_json(asdict(found))
+        return
     print(f"server {found.address}")
-    for one in found.sites:
-        print(
-            f"site {one['site']:<20} {one['state']:<12} {one['since'][:19]:<20} {budget_text(one['budget'])}"
-        )
-    for one in found.runs:
-        print(f"run {one['run']:<21} {one['state']:<12} {one['started']} {one['details']}".rstrip())
-    return 0
+    for site in found.sites:
+        budget = budget_text(site["budget"])
+        print(f"site {site['site']:<20} {site['state']:<12} {site['since'][:19]:<20} {budget}")
+    for run in found.runs:
+        print(f"run {run['run']:<21} {run['state']:<12} {run['started']} {run['details']}".rstrip())
 
 
 def _say(who: str) -> Callable[[str], None]:

@@ -70,6 +70,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "scipy": ("privacy", "audit"),
     "matplotlib": ("report", "runs"),
     "optuna": ("sweeps",),
+    "click": ("cli",),
+    "typer": ("cli",),
     "pandas": ("report",),
     "rich": ("runs", "report", "sweeps", "api", "cli"),
     "mlflow": ("runs",),

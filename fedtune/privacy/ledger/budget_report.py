@@ -11,7 +11,6 @@ all of them.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import NAME, ledgers_in
 from fedtune.privacy.ledger.state import NamedData
 
-__all__ = ["Report", "find_ledgers", "history", "main", "set_budget", "show", "verify"]
+__all__ = ["Report", "find_ledgers", "history", "set_budget", "set_budgets", "show", "verify"]
 
 
 @dataclass(frozen=True)
@@ -178,36 +177,26 @@ def verify(paths: list[Path]) -> Report:
     return Report("\n".join(lines), results, 1 if any(result["problems"] for result in results) else 0)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Runs `arguments.action` (show, set, history or verify) and prints; returns the exit status.
-
-    Reads `node`, `dataset`, `json`, and for set `epsilon`, `delta` and `unit`; those that are missing count
-    as not given. `set` without `node` sets the budget of simulations, and of every node with a ledger there.
-    """
-    from fedtune.config.paths import state_dir
-
-    def given(name: str) -> Any:
-        return getattr(arguments, name, None)
-
-    folder = state_dir() / "ledgers"
-    node, dataset = given("node"), given("dataset")
-    if arguments.action == "set":
-        report = _set(folder, node, dataset, given("epsilon"), given("delta"), given("unit"))
-    else:
-        paths, only = find_ledgers(folder, node)
-        if arguments.action == "show":
-            report = show(paths, dataset, only)
-        elif arguments.action == "history":
-            report = history(paths, dataset, only)
-        else:
-            report = verify(paths)
-    print(json.dumps(report.json, indent=2, allow_nan=False) if given("json") else report.text)
-    return report.status
-
-
-def _set(
-    folder: Path, node: str | None, dataset: str | None, epsilon: Any, delta: Any, unit: str | None
+def set_budgets(
+    folder: Path,
+    *,
+    epsilon: float,
+    delta: float,
+    node: str | None = None,
+    dataset: str | None = None,
+    unit: str | None = None,
 ) -> Report:
+    """Sets a budget in the ledgers of `folder`.
+
+    Args:
+        folder: where ledgers lie.
+        node: a node's own ledger, or the simulations' if it has none; None: the simulations' and every node's.
+        dataset: of this data set; None: of all without one of their own.
+
+    Raises:
+        PrivacyError: the budget means nothing; no file was touched.
+        LedgerError: `node` or `dataset` is no name.
+    """
     PrivacyBudget(epsilon, delta, unit)  # refuse before the first file is touched
     if node is not None and (node in ("", ".", "..") or "/" in node or "\\" in node):
         raise LedgerError(f"'{node}' is no name of a node.")

@@ -1,0 +1,105 @@
+"""`fedtune budget show | set | history | verify`: what each data set has spent, and what its owner allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedtune.cli.shared import AS_JSON, help_text, print_json
+from fedtune.config.schema import Unit
+from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.privacy.ledger.budget_report import Report
+
+__all__ = ["commands"]
+
+commands = typer.Typer(
+    name="budget",
+    invoke_without_command=True,
+    subcommand_metavar="ACTION [ARGS]...",
+    rich_markup_mode="rich",
+    rich_help_panel="Privacy budgets",
+    short_help="What each data set has spent, and what its owner allows.",
+    help=help_text(
+        "Reads the ledgers, which remember every release. All simulated nodes share one.",
+        """\
+fedtune budget show                             epsilon so far, of what budget
+fedtune budget set --epsilon 3 --delta 1e-5     for all data without a budget of its own
+fedtune budget set --dataset visits --epsilon 3 --delta 1e-5
+fedtune budget history --dataset opinions       every release, with its parameters
+fedtune budget verify                           was a ledger edited?""",
+    ),
+)
+Node = Annotated[
+    str | None,
+    typer.Option(help="A node with its own ledger, or a simulated one; left out: all.", show_default=False),
+]
+Dataset = Annotated[str | None, typer.Option(help="This data set only.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help=AS_JSON)]
+
+
+@commands.callback()
+def choose(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        raise ConfigError("Name an ACTION: show, set, history or verify. See 'fedtune budget --help'.")
+
+
+@commands.command(help="What each data set has spent, and of how much.")
+def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
+    from fedtune.privacy.ledger import budget_report
+
+    paths, only = budget_report.find_ledgers(_folder(), node)
+    return _print(budget_report.show(paths, dataset, only), json)
+
+
+@commands.command("set", help="Allow data so much epsilon, in all, ever. Without --node: in simulations, and at every node with a ledger here.")
+def set_budget(
+    epsilon: Annotated[float, typer.Option(help="Of all that is ever released, together.")],
+    delta: Annotated[float, typer.Option(help="The delta that epsilon belongs to.")],
+    node: Node = None,
+    dataset: Dataset = None,
+    unit: Annotated[
+        Unit | None, typer.Option(help="The finest unit that may be protected.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> int:
+    from fedtune.privacy.ledger import budget_report
+
+    found = budget_report.set_budgets(
+        _folder(), epsilon=epsilon, delta=delta, node=node, dataset=dataset, unit=unit
+    )
+    return _print(found, json)
+
+
+@commands.command(help="Every release, oldest first.")
+def history(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
+    from fedtune.privacy.ledger import budget_report
+
+    paths, only = budget_report.find_ledgers(_folder(), node)
+    return _print(budget_report.history(paths, dataset, only), json)
+
+
+@commands.command(help="Read every row; exit status 1 if one was edited, moved or removed.")
+def verify(node: Node = None, json: Json = False) -> int:
+    from fedtune.privacy.ledger import budget_report
+
+    paths, _ = budget_report.find_ledgers(_folder(), node)
+    return _print(budget_report.verify(paths), json)
+
+
+def _folder() -> Path:
+    from fedtune.config.paths import state_dir
+
+    return state_dir() / "ledgers"
+
+
+def _print(report: Report, json: bool) -> int:
+    """Prints what a command found; returns its exit status."""
+    if json:
+        print_json(report.json)
+    else:
+        print(report.text)
+    return report.status

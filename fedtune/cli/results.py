@@ -1,0 +1,192 @@
+"""What finished runs say: `fedtune statement | predict | audit` of one, `report | plan` of many."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.shared import AS_JSON, help_text, print_json
+from fedtune.errors import ConfigError
+
+__all__ = ["commands", "folders_and_prices"]
+
+commands = typer.Typer(rich_markup_mode="rich")
+_PANEL = "Read results"
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder, or its record.json.")]
+Json = Annotated[bool, typer.Option("--json", help=AS_JSON)]
+Folders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DIR...",
+        help="Folder with runs below it; pricing=NAME prices them by that book of conf/pricing/.",
+    ),
+]
+
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="The privacy statement of a run.",
+    help=help_text(
+        "Prints what a finished run promises to whom, in Markdown, from its record.json alone.",
+        "fedtune statement outputs/2026-11-21/18-00-00 > statement.md",
+    ),
+)
+def statement(run_dir: RunFolder, json: Json = False) -> None:
+    from fedtune.privacy.statement.facts import statement_json
+    from fedtune.runs.result import Result
+
+    result = Result(run_dir)
+    if json:
+        print_json(statement_json(result.record))
+    else:
+        print(result.statement.rstrip())
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="Labels with probabilities, from a finished run.",
+    help=help_text(
+        "Classifies texts with the model that a run trained.",
+        """\
+fedtune predict RUN_DIR "what a film" "never again"
+fedtune predict RUN_DIR - < texts.txt         one text a line""",
+    ),
+)
+def predict(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="A text; '-' reads lines.")],
+    json: Json = False,
+) -> None:
+    from dataclasses import asdict
+
+    from fedtune import api
+    from fedtune.runs.predict import show
+
+    lines: list[str] = []
+    for text in texts:
+        lines += [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
+    predictions = api.load(run_dir).predict(lines)
+    if json:
+        print_json([asdict(prediction) for prediction in predictions])
+    else:
+        show(predictions)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="All runs below some folders on one page, with the frontier.",
+    help=help_text(
+        "Writes report.html (one file, no network), frontier.png, frontier.csv and frontier.parquet from every "
+        "record.json below the folders. Nothing is run again.",
+        """\
+fedtune report multirun
+fedtune report multirun outputs pricing=edge    what the same runs cost elsewhere
+fedtune report multirun pricing.device_hour=0.2 --output FOLDER""",
+    ),
+)
+def report(
+    words: Folders,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where to write.", show_default="the first DIR"),
+    ] = None,
+    local: Annotated[
+        bool, typer.Option("--local", help="With times and prices of private data, for its owner alone.")
+    ] = False,
+) -> None:
+    from fedtune.report.page import write_report
+
+    folders, prices = folders_and_prices(words)
+    made = write_report(folders, prices, output, local=local)
+    print(made.text)
+    print()
+    for path in (made.page, made.picture, made.csv, made.parquet):
+        print(path)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="The cheapest finished configuration within your limits.",
+    help=help_text(
+        "Answers from finished runs: the cheapest configuration with that accuracy, epsilon and money, or which "
+        "of the three must give and by how much.",
+        """\
+fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
+fedtune plan multirun --accuracy 0.8 pricing=edge""",
+    ),
+)
+def plan(
+    words: Folders,
+    accuracy: Annotated[
+        float | None, typer.Option(metavar="A", help="At least, as a share (0.8).", show_default=False)
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(metavar="E", help="At most.", show_default=False)] = None,
+    money: Annotated[
+        float | None,
+        typer.Option(
+            metavar="M", help="At most, for one run, in the book's currency.", show_default=False
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    from fedtune.report.constraints import Constraints
+    from fedtune.report.constraints import plan as answer
+
+    folders, prices = folders_and_prices(words)
+    text, values = answer(folders, prices, Constraints(accuracy, epsilon, money))
+    if json:
+        print_json(values)
+    else:
+        print(text)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    short_help="Attack a run's mechanism: a lower bound on epsilon beside the claimed one.",
+    help=help_text(
+        "Runs the mechanism of a finished run again with canaries, on synthetic gradients, and tells what an "
+        "attacker learns of them. Touches no private data and no budget. Exit status 1 if the claim does not "
+        "stand.",
+        """\
+fedtune audit RUN_DIR
+fedtune audit RUN_DIR --seeds 5               five repetitions together show more
+fedtune audit RUN_DIR --model                 train the real model, on the public test split""",
+    ),
+)
+def audit(
+    run_dir: RunFolder,
+    canaries: Annotated[
+        int | None, typer.Option(metavar="N", help="Canaries in each repetition.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="K", help="Repetitions.")] = 1,
+    confidence: Annotated[float, typer.Option(metavar="C", help="Of all bounds together.")] = 0.95,
+    model: Annotated[
+        bool, typer.Option("--model", help="Train the real model: minutes, not seconds.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    from rich.console import Console
+
+    from fedtune.runs import audit as audits
+
+    console = None if json else Console(highlight=False)
+    found = audits.audit(
+        run_dir, canaries=canaries, seeds=seeds, confidence=confidence, model=model, console=console
+    )
+    if json:
+        print_json(found)
+    audits.check(found)
+
+
+def folders_and_prices(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Folders and prices, given in any order; a word with '=' is a price unless there is such a folder."""
+    prices = [word for word in words if "=" in word and not Path(word).exists()]
+    folders = [Path(word) for word in words if word not in prices]
+    if not folders:
+        raise ConfigError("No folder with runs was named. See 'fedtune report --help'.")
+    return folders, prices

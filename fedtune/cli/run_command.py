@@ -1,0 +1,156 @@
+"""`fedtune run`: one run, a grid or a search, with settings as free words; their help and their completion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from fedtune.cli.shared import help_text
+from fedtune.errors import ConfigError, FedtuneError
+
+__all__ = ["commands", "complete_setting"]
+
+commands = typer.Typer(rich_markup_mode="rich")
+
+_SETTINGS_HELP = """\
+groups: NAME=OPTION chooses a page of conf/NAME/; * is the default
+{groups}
+
+settings: name=default, what it is, and what it may be
+{settings}
+
+of a sweep (-m), not of a run:
+  sweep.resume=FOLDER             run what is missing of the sweep in this folder
+  sweep.private_selection=true    draw the number of trials, and which, at random: the best may then
+                                  be published, and nothing else, for less than the price of all
+  sweep.trials=N                  how many are expected; default: as many as there are combinations
+  sweep.distribution=NAME         of their number: *geometric logarithmic poisson
+
+of a search (sweep=optuna 'train.learning_rate=tag(log,interval(0.001,0.1))'):
+  sweep.trials=N                  how many runs; with sweep.resume=FOLDER: how many in all
+  sweep.objectives=NAME,NAME      *accuracy epsilon energy bytes money seconds
+  sweep.sampler=NAME              *tpe nsga2 random
+  sweep.pruner=NAME               *median halving none; only for accuracy alone
+
+several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N (or ray, submitit_slurm: README)
+
+Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
+State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
+
+
+class _RunCommand(TyperCommand):
+    """`fedtune run`, whose help ends with every group and setting."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Prints typer's help, then the settings."""
+        from fedtune.config.help import groups_text, settings_text
+
+        super().format_help(ctx, formatter)
+        typer.echo(_SETTINGS_HELP.format(groups=groups_text(), settings=settings_text()))
+
+
+def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
+    """What may follow `incomplete`: names of settings and groups, and after '=' the values of a closed set.
+
+    Bash takes '=' for the end of a word, so that name and value arrive apart; other shells do not.
+    """
+    from fedtune.config.convert import settings
+    from fedtune.config.groups import GROUPS, group_options
+
+    before = list(ctx.params.get("words") or ())
+    if incomplete == "=" and before:
+        name, typed, prefix = before[-1], "", ""
+    elif before[-1:] == ["="] and len(before) > 1:
+        name, typed, prefix = before[-2], incomplete, ""
+    elif "=" in incomplete:
+        name, _, typed = incomplete.partition("=")
+        prefix = f"{name}="
+    else:
+        return [f"{name}=" for name in (*GROUPS, *settings()) if name.startswith(incomplete)]
+    options: list[str] = []
+    if name in GROUPS:
+        options = group_options(name)
+    elif name in settings():
+        options = list(settings()[name].choices) or (["true", "false"] if settings()[name].kind is bool else [])
+    return [prefix + option for option in options if option.startswith(typed)]
+
+
+@commands.command(
+    cls=_RunCommand,
+    rich_help_panel="Simulate",
+    short_help="Simulate a federation: train, account, record.",
+    help=help_text(
+        "Simulates a federation on this machine: reads the data, cuts it into one shard a node, trains in rounds, "
+        "shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md.",
+        """\
+fedtune run
+fedtune run privacy.epsilon=2 adapter=ffa_lora model.quantization=nf4
+fedtune run partition=dirichlet federation.nodes=10
+fedtune run data=files data.path=FOLDER data.text=text data.label=category
+fedtune run hydra.run.dir=FOLDER             choose the run folder
+fedtune run -m privacy.epsilon=1,2,4,8       a sweep; hydra.sweep.dir=FOLDER chooses its folder
+fedtune run sweep.resume=FOLDER              run what is missing of a sweep, here or elsewhere
+fedtune run resume=RUN_DIR                   go on with an interrupted run""",
+    ),
+)
+def run(
+    ctx: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=VALUE]...",
+            help="Settings, as listed below.",
+            autocompletion=complete_setting,
+            show_default=False,
+        ),
+    ] = None,
+    multirun: Annotated[
+        bool,
+        typer.Option("-m", "--multirun", help="Run once for each combination of values given with commas."),
+    ] = False,
+    config_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A folder with options of your own (FOLDER/data/mine.yaml is data=mine).",
+            show_default=False,
+        ),
+    ] = None,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the complete configuration and stop.")
+    ] = False,
+    cfg: Annotated[
+        str | None,
+        typer.Option(metavar="job", help="Hydra's name for --show-config.", show_default=False),
+    ] = None,
+) -> None:
+    overrides, folders = list(words or ()), list(config_dir or ())
+    if cfg not in (None, "job"):
+        raise ConfigError(f"--cfg {cfg} is not known: --cfg job prints the complete configuration.")
+    if show_config or cfg:
+        _show_config(overrides, folders)
+        return
+    from fedtune import api
+    from fedtune.config.launch import is_sweep
+
+    resumes = any(word.startswith("sweep.resume=") for word in overrides)
+    if not (multirun or resumes or is_sweep(overrides)):
+        api.run(*overrides, config_dirs=folders)
+        return
+    made = api.sweep({}, *overrides, config_dirs=folders, debug=bool(ctx.obj))
+    if made.failures:
+        numbers = ", ".join(str(number) for number in made.failures)
+        raise FedtuneError(
+            f"{len(made.failures)} of the sweep's runs failed (number {numbers}); the others finished."
+        )
+
+
+def _show_config(overrides: list[str], folders: list[Path]) -> None:
+    import yaml
+
+    from fedtune.config.loader import load, to_dict
+
+    print(yaml.safe_dump(to_dict(load(overrides, folders)), sort_keys=False, allow_unicode=True), end="")
