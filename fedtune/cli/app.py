@@ -27,8 +27,8 @@ __all__ = ["command", "main"]
 OK, FAILED, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 70, 130, 141
 
 HELP = help_text(
-    "Federated, differentially private fine-tuning of quantized BERT: several sites train one text classifier "
-    "together, each keeps its text, and each person in it has a formal guarantee.",
+    "Federated, differentially private fine-tuning of quantized BERT: several sites train one text "
+    "classifier together, each keeps its text, and each person in it has a formal guarantee.",
     """\
 fedtune run                                  four sites, one classifier, epsilon 8 each
 fedtune run privacy.epsilon=2 adapter=ffa_lora
@@ -42,12 +42,18 @@ fedtune budget show                          what each data set has spent so far
 fedtune report multirun                      all runs on one page: frontier, costs, advice
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 fedtune provision federation.yaml -o DIR     a real federation: certificates, archives of sites""",
-).replace("Examples:", "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting.\nExamples:")
+)
+EPILOG = "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting."
 
-app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
+# click itself says what an unknown command may have meant; with typer's answer it would stand there twice.
+app = typer.Typer(
+    rich_markup_mode="rich",
+    suggest_commands=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
-@app.callback(invoke_without_command=True, help=HELP)
+@app.callback(invoke_without_command=True, help=HELP, epilog=EPILOG)
 def root(
     ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
@@ -67,8 +73,10 @@ def root(
         silence_libraries()
 
 
-for _commands in (run_command, results, budget_command, deployment):
-    app.add_typer(_commands.commands)
+app.add_typer(run_command.commands)
+app.add_typer(results.commands)
+app.add_typer(budget_command.commands, rich_help_panel="Privacy budgets")
+app.add_typer(deployment.commands)
 
 
 def command() -> click.Group:
@@ -120,7 +128,9 @@ def _dispatch(given: list[str], debug: bool) -> int:
         return left.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else "fedtune"
-        raise ConfigError(f"{error.format_message().rstrip('.')}. See '{path} --help'.") from error
+        text = error.format_message()
+        end = "" if text.endswith((".", "?")) else "."
+        raise ConfigError(f"{text}{end} See '{path} --help'.") from error
 
 
 def _status(error: BaseException) -> int:

@@ -21,7 +21,6 @@ commands = typer.Typer(
     invoke_without_command=True,
     subcommand_metavar="ACTION [ARGS]...",
     rich_markup_mode="rich",
-    rich_help_panel="Privacy budgets",
     short_help="What each data set has spent, and what its owner allows.",
     help=help_text(
         "Reads the ledgers, which remember every release. All simulated nodes share one.",
@@ -55,7 +54,11 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     return _print(budget_report.show(paths, dataset, only), json)
 
 
-@commands.command("set", help="Allow data so much epsilon, in all, ever. Without --node: in simulations, and at every node with a ledger here.")
+@commands.command(
+    "set",
+    help="Allow data so much epsilon, in all, ever; without --node in simulations and at every node with a "
+    "ledger here.",
+)
 def set_budget(
     epsilon: Annotated[float, typer.Option(help="Of all that is ever released, together.")],
     delta: Annotated[float, typer.Option(help="The delta that epsilon belongs to.")],

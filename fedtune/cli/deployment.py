@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli.run_command import complete_setting
-from fedtune.cli.shared import AS_JSON, help_text, print_json
+from fedtune.cli.shared import AS_JSON, Command, help_text, print_json
 from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +24,12 @@ _PANEL = "A real federation"
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="Certificates, keys and archives for a real federation.",
     help=help_text(
-        "Makes from one federation file what a server and its sites need. Called again, it keeps what there is "
-        "and makes what is missing. A federation file holds three lines: 'name: hospitals', "
+        "Makes from one federation file what a server and its sites need. Called again, it keeps what there "
+        "is and makes what is missing. A federation file holds three lines: 'name: hospitals', "
         "'server: fed.example.org:9443' and 'sites: [clinic-1, clinic-2, clinic-3]'.",
         """\
 fedtune provision federation.yaml -o DIR
@@ -56,6 +57,7 @@ def provision(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="The server of a real federation, or let a site in or out.",
     help=help_text(
@@ -83,9 +85,7 @@ def server(
     ] = None,
     revoke: Annotated[
         str | None,
-        typer.Option(
-            metavar="SITE", help="Let the key of a site in no more, ever.", show_default=False
-        ),
+        typer.Option(metavar="SITE", help="Let the key of a site in no more, ever.", show_default=False),
     ] = None,
     accept_restore: Annotated[
         str | None,
@@ -114,6 +114,7 @@ def server(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="A site of a real federation: make its key, try a run, join.",
     help=help_text(
@@ -194,6 +195,7 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="Run over the sites of a real federation.",
     help=help_text(
@@ -242,6 +244,7 @@ def submit(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="Sites and runs of a real federation.",
     help=help_text(

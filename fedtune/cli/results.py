@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.shared import AS_JSON, help_text, print_json
+from fedtune.cli.shared import AS_JSON, Command, help_text, print_json
 from fedtune.errors import ConfigError
 
 __all__ = ["commands", "folders_and_prices"]
@@ -27,8 +27,8 @@ Folders = Annotated[
 ]
 
 
-
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="The privacy statement of a run.",
     help=help_text(
@@ -48,6 +48,7 @@ def statement(run_dir: RunFolder, json: Json = False) -> None:
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="Labels with probabilities, from a finished run.",
     help=help_text(
@@ -78,11 +79,12 @@ def predict(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="All runs below some folders on one page, with the frontier.",
     help=help_text(
-        "Writes report.html (one file, no network), frontier.png, frontier.csv and frontier.parquet from every "
-        "record.json below the folders. Nothing is run again.",
+        "Writes report.html (one file, no network), frontier.png, frontier.csv and frontier.parquet from "
+        "every record.json below the folders. Nothing is run again.",
         """\
 fedtune report multirun
 fedtune report multirun outputs pricing=edge    what the same runs cost elsewhere
@@ -110,11 +112,12 @@ def report(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="The cheapest finished configuration within your limits.",
     help=help_text(
-        "Answers from finished runs: the cheapest configuration with that accuracy, epsilon and money, or which "
-        "of the three must give and by how much.",
+        "Answers from finished runs: the cheapest configuration with that accuracy, epsilon and money, or "
+        "which of the three must give and by how much.",
         """\
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 fedtune plan multirun --accuracy 0.8 pricing=edge""",
@@ -128,9 +131,7 @@ def plan(
     epsilon: Annotated[float | None, typer.Option(metavar="E", help="At most.", show_default=False)] = None,
     money: Annotated[
         float | None,
-        typer.Option(
-            metavar="M", help="At most, for one run, in the book's currency.", show_default=False
-        ),
+        typer.Option(metavar="M", help="At most, for one run, in the book's currency.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -146,6 +147,7 @@ def plan(
 
 
 @commands.command(
+    cls=Command,
     rich_help_panel=_PANEL,
     short_help="Attack a run's mechanism: a lower bound on epsilon beside the claimed one.",
     help=help_text(

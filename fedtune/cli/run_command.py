@@ -1,4 +1,4 @@
-"""`fedtune run`: one run, a grid or a search, with settings as free words; their help and their completion."""
+"""`fedtune run`: one run, a grid or a search; settings are free words, with help and completion."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from fedtune.cli.shared import help_text
+from fedtune.cli.shared import Command, help_text
 from fedtune.errors import ConfigError, FedtuneError
 
 __all__ = ["commands", "complete_setting"]
@@ -41,7 +40,7 @@ Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
 State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
 
 
-class _RunCommand(TyperCommand):
+class _RunCommand(Command):
     """`fedtune run`, whose help ends with every group and setting."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -55,13 +54,14 @@ class _RunCommand(TyperCommand):
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     """What may follow `incomplete`: names of settings and groups, and after '=' the values of a closed set.
 
-    Bash takes '=' for the end of a word, so that name and value arrive apart; other shells do not.
+    Bash takes '=' for a word of its own, which click leaves out where it is the last; other shells do not.
     """
     from fedtune.config.convert import settings
     from fedtune.config.groups import GROUPS, group_options
 
     before = list(ctx.params.get("words") or ())
-    if incomplete == "=" and before:
+    names = (*GROUPS, *settings())
+    if not incomplete and before[-1:] and before[-1] in names and before[-2:-1] != ["="]:
         name, typed, prefix = before[-1], "", ""
     elif before[-1:] == ["="] and len(before) > 1:
         name, typed, prefix = before[-2], incomplete, ""
@@ -69,12 +69,14 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
         name, _, typed = incomplete.partition("=")
         prefix = f"{name}="
     else:
-        return [f"{name}=" for name in (*GROUPS, *settings()) if name.startswith(incomplete)]
+        return [f"{name}=" for name in names if name.startswith(incomplete)]
     options: list[str] = []
     if name in GROUPS:
         options = group_options(name)
     elif name in settings():
-        options = list(settings()[name].choices) or (["true", "false"] if settings()[name].kind is bool else [])
+        options = list(settings()[name].choices) or (
+            ["true", "false"] if settings()[name].kind is bool else []
+        )
     return [prefix + option for option in options if option.startswith(typed)]
 
 
@@ -83,16 +85,16 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     rich_help_panel="Simulate",
     short_help="Simulate a federation: train, account, record.",
     help=help_text(
-        "Simulates a federation on this machine: reads the data, cuts it into one shard a node, trains in rounds, "
-        "shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md.",
+        "Simulates a federation on this machine: reads the data, cuts it into one shard a node, trains in "
+        "rounds, shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md.",
         """\
 fedtune run
 fedtune run privacy.epsilon=2 adapter=ffa_lora model.quantization=nf4
 fedtune run partition=dirichlet federation.nodes=10
 fedtune run data=files data.path=FOLDER data.text=text data.label=category
 fedtune run hydra.run.dir=FOLDER             choose the run folder
-fedtune run -m privacy.epsilon=1,2,4,8       a sweep; hydra.sweep.dir=FOLDER chooses its folder
-fedtune run sweep.resume=FOLDER              run what is missing of a sweep, here or elsewhere
+fedtune run -m privacy.epsilon=1,2,4,8       a sweep (hydra.sweep.dir=FOLDER)
+fedtune run sweep.resume=FOLDER              run what is missing of a sweep
 fedtune run resume=RUN_DIR                   go on with an interrupted run""",
     ),
 )

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import app as cli
+from fedtune.cli.results import folders_and_prices
 from fedtune.config import Config
 from fedtune.errors import BudgetExhausted, RecordError
 
@@ -91,7 +92,8 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, fedtune.cli.app\n"
         "try: fedtune.cli.app.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'numpy', 'hydra', 'flwr', 'rich', 'transformers') if m in sys.modules])"
+        "heavy = ('torch', 'numpy', 'hydra', 'flwr', 'transformers', 'pydantic', 'pandas')\n"
+        "print([m for m in heavy if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
@@ -101,19 +103,25 @@ def test_help_names_every_command_with_examples(capsys: pytest.CaptureFixture[st
     assert call("--help") == 0
     text = capsys.readouterr().out
     for command in COMMANDS:
-        assert f"\n    {command}" in text
-    assert "examples:" in text and "fedtune run privacy.epsilon=2" in text
+        assert f"\n│ {command} " in text
+    assert "Examples:" in text and "fedtune run privacy.epsilon=2" in text
+
+
+def test_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["-h"], ["run", "-h"], ["budget", "show", "-h"]):
+        assert call(*words) == 0
+        assert f"Usage: fedtune {' '.join(words[:-1])}".strip() in capsys.readouterr().out
 
 
 def test_no_command_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call() == 0
-    assert "examples:" in capsys.readouterr().out
+    assert "Examples:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(command, "--help") == 0
-    assert f"fedtune {command}" in capsys.readouterr().out.split("example", 1)[1]
+    assert f"fedtune {command}" in capsys.readouterr().out.split("Examples:", 1)[1]
 
 
 def test_run_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +195,13 @@ def test_show_config(runs: list[Config], capsys: pytest.CaptureFixture[str], tmp
     assert runs == [] and list(tmp_path.iterdir()) == []
 
 
+def test_hydras_name_for_it(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "--show-config", "seed=3") == 0
+    shown = capsys.readouterr().out
+    assert call("run", "--cfg", "job", "seed=3") == 0
+    assert capsys.readouterr().out == shown and runs == []
+
+
 def test_a_page_of_the_users_own(runs: list[Config], tmp_path: Path) -> None:
     (tmp_path / "mine" / "train").mkdir(parents=True)
     (tmp_path / "mine" / "train" / "long.yaml").write_text("local_steps: 50\n")
@@ -205,7 +220,10 @@ def test_a_page_of_the_users_own(runs: list[Config], tmp_path: Path) -> None:
         (("run", "model=nope"), "bert_base"),
         (("run", "--epsilon", "2"), "--epsilon"),
         (("run", "stray"), "name=value"),
-        (("rnu",), "'run'"),
+        (("rnu",), "Did you mean 'run'? See 'fedtune --help'."),
+        (("budget", "shw"), "Did you mean 'show'? See 'fedtune budget --help'."),
+        (("run", "--cfg", "hydra"), "--cfg job"),
+        (("budget", "set", "--epsilon", "1", "--delta", "1e-5", "--unit", "house"), "'person'"),
         (("statement",), "RUN_DIR"),
         (("predict", "x"), "TEXT"),
         (("statement", "x", "--yaml"), "--yaml"),
@@ -266,14 +284,14 @@ def test_interrupt_says_how_to_go_on(
 def test_closed_pipe() -> None:
     """`fedtune run --help | head -1` ends quietly."""
     done = subprocess.run(
-        f"{sys.executable} -m fedtune.cli.app run --help | head -1; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m fedtune.cli.app run --help | head -2; exit ${{PIPESTATUS[0]}}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert done.stdout.startswith("usage: fedtune run")
+    assert done.stdout.strip().startswith("Usage: fedtune run")
     assert done.stderr == ""
     assert done.returncode in (0, cli.BROKEN_PIPE)  # 0: all was written before head left
 
@@ -387,4 +405,50 @@ def test_report_of_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
 
 def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "lr=2").mkdir()
-    assert cli._folders_and_prices(["lr=2", "pricing=edge"]) == ([Path("lr=2")], ["pricing=edge"])
+    assert folders_and_prices(["lr=2", "pricing=edge"]) == ([Path("lr=2")], ["pricing=edge"])
+
+
+# --- completion ----------------------------------------------------------------------------------
+
+
+def completed(*words: str, shell: str = "bash") -> list[str]:
+    """What a shell is offered for the last of `words`."""
+    environment = {"_FEDTUNE_COMPLETE": f"complete_{shell}", "COMP_WORDS": " ".join(("fedtune", *words))}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedtune"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment, "COMP_CWORD": str(len(words))},
+    )
+    return done.stdout.split()
+
+
+def test_the_shell_is_offered_commands_and_settings() -> None:
+    assert completed("pre") == ["predict"]
+    assert completed("run", "privacy.eps") == ["privacy.epsilon="]
+    assert completed("submit", "DIR", "adap")[0] == "adapter="
+    # Bash ends words at '='.
+    assert completed("run", "adapter", "=") == completed("run", "adapter", "=", "")
+    assert completed("run", "adapter", "=", "lo") == ["lora"]
+    assert set(completed("run", "seed=1", "data.public", "=", "")) == {"true", "false"}
+
+
+def test_values_of_closed_sets_are_offered() -> None:
+    import click
+
+    from fedtune.cli.run_command import complete_setting
+
+    context: Any = click.Context(click.Command("run"))
+    assert complete_setting(context, "adapter=") == [
+        f"adapter={name}" for name in ("bitfit", "ffa_lora", "head", "lora")
+    ]
+    assert "privacy.unit=person" in complete_setting(context, "privacy.unit=p")
+    assert complete_setting(context, "privacy.epsilon=") == []
+    assert complete_setting(context, "nonsense=") == []
+
+
+def test_completion_can_be_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--help") == 0
+    out = capsys.readouterr().out
+    assert "--install-completion" in out and "--show-completion" in out

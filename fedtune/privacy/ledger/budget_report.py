@@ -11,7 +11,6 @@ all of them.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +189,7 @@ def set_budgets(
 
     Args:
         folder: where ledgers lie.
-        node: a node's own ledger, or the simulations' if it has none; None: the simulations' and every node's.
+        node: a node's own ledger, or the simulations' if it has none; None: theirs and every node's.
         dataset: of this data set; None: of all without one of their own.
 
     Raises:

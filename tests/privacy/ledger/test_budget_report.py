@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.cli import budget_command as budget
 from fedtune.config.paths import state_dir
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.ledger import budget_report as budget
 from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger
@@ -35,8 +34,20 @@ def release(node: str, rounds: int = 2, plan: Any = None, **changes: Any) -> Pri
     return ledger
 
 
+def main(action: str, **given: Any) -> int:
+    """Runs `fedtune budget ACTION`; returns its exit status."""
+    commands = {
+        "show": budget.show,
+        "set": budget.set_budget,
+        "history": budget.history,
+        "verify": budget.verify,
+    }
+    call: Any = commands[action]
+    return int(call(**given))
+
+
 def run(capsys: pytest.CaptureFixture[str], action: str, **given: Any) -> tuple[int, Any]:
-    status = budget.main(Namespace(action=action, json=True, **given))
+    status = main(action, json=True, **given)
     return status, json.loads(capsys.readouterr().out)
 
 
@@ -70,13 +81,13 @@ def test_show_says_what_was_allowed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_infinity_is_null_and_said_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     release("a", plan=public_plan())
     assert run(capsys, "show")[1][0]["epsilon"] is None
-    assert budget.main(Namespace(action="show")) == 0
+    assert main("show") == 0
     assert "infinite" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_aligned_columns_and_the_caveat(capsys: pytest.CaptureFixture[str]) -> None:
     release("a")
-    budget.main(Namespace(action="show"))
+    main("show")
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert " ".join(lines[0].split()) == "node data set fingerprint unit epsilon budget delta releases"
@@ -88,7 +99,7 @@ def test_a_terminal_gets_aligned_columns_and_the_caveat(capsys: pytest.CaptureFi
 def test_nothing_yet_is_said_and_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
     for action, found in (("show", []), ("history", []), ("verify", [])):
         assert run(capsys, action) == (0, found)
-    budget.main(Namespace(action="show"))
+    main("show")
     assert "No ledger knows of a release" in capsys.readouterr().out
 
 
@@ -100,7 +111,7 @@ def test_history_lists_every_release(capsys: pytest.CaptureFixture[str]) -> None
     assert [entry["finished"] for entry in entries] == [True, True, False]
     first = entries[0]
     assert (first["steps"], first["sample_rate"], first["noise_multiplier"]) == (5, 0.05, 1.0)
-    budget.main(Namespace(action="history"))
+    main("history")
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -108,7 +119,7 @@ def test_history_of_a_run_without_noise(capsys: pytest.CaptureFixture[str]) -> N
     release("a", plan=public_plan())
     entry = run(capsys, "history")[1][0]
     assert (entry["steps"], entry["noise_multiplier"], entry["delta"]) == (None, 0.0, None)
-    budget.main(Namespace(action="history"))
+    main("history")
     assert "none" in capsys.readouterr().out
 
 
@@ -116,7 +127,7 @@ def test_history_and_show_of_noise_from_the_seed(capsys: pytest.CaptureFixture[s
     release("a", plan=local_plan(reproducible_noise=True))
     entry = run(capsys, "history")[1][0]
     assert (entry["reproducible_noise"], entry["noise_multiplier"]) == (True, 0.0)
-    budget.main(Namespace(action="history"))
+    main("history")
     assert "seed's" in capsys.readouterr().out
     assert run(capsys, "show")[1][0]["epsilon"] is None
 
@@ -134,7 +145,7 @@ def test_verify_fails_and_names_the_row(capsys: pytest.CaptureFixture[str]) -> N
     assert status == 1
     assert results[0]["problems"] == []
     assert "row 2 was changed after it was written" in results[1]["problems"]
-    assert budget.main(Namespace(action="verify")) == 1
+    assert main("verify") == 1
     out = capsys.readouterr().out
     assert "a: whole" in out and "b: NOT whole" in out and "row 2" in out
 
@@ -171,20 +182,20 @@ def test_a_budget_can_be_set_before_the_first_release(capsys: pytest.CaptureFixt
 def test_a_budget_without_meaning_is_refused_before_a_file_is_touched(epsilon: Any, delta: Any) -> None:
     release("a")
     with pytest.raises(PrivacyError):
-        budget.main(Namespace(action="set", epsilon=epsilon, delta=delta))
+        main("set", epsilon=epsilon, delta=delta)
     assert not (folder() / "a.budget.json").exists()
 
 
 @pytest.mark.parametrize("node", ["../escape", "", ".", "a/b"])
 def test_a_node_name_is_no_path(node: str) -> None:
     with pytest.raises(LedgerError, match="no name"):
-        budget.main(Namespace(action="set", epsilon=1.0, delta=1e-5, node=node))
+        main("set", epsilon=1.0, delta=1e-5, node=node)
 
 
 def test_an_unknown_node_is_named_with_the_known_ones() -> None:
     release("a")
     with pytest.raises(LedgerError, match=r"'b'.*Known nodes: a"):
-        budget.main(Namespace(action="show", node="b"))
+        main("show", node="b")
 
 
 def test_simulations_have_a_budget_before_their_first_release(capsys: pytest.CaptureFixture[str]) -> None:
