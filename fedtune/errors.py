@@ -25,7 +25,7 @@ A message is for the person at the keyboard, who owns the data that is there. Ot
 reads a record) are shown it only if it is made of public values alone, which `public` says: settings, plans,
 names, counts of messages. That is so for the kinds of errors that speak of nothing else, and never for those
 that may speak of data, of what its owner has spent, or of the owner's machine
-(`fedtune.privacy.publication.told`).
+(`fedtune.privacy.publication.error_in_public`).
 """
 
 from __future__ import annotations

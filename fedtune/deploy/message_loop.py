@@ -43,7 +43,7 @@ from fedtune.federation.flower import (
     serialize,
     serialize_context,
 )
-from fedtune.privacy.publication import told
+from fedtune.privacy.publication import error_in_public
 
 __all__ = ["UPLOAD_SECONDS", "MessageHandler", "PollInterval", "pauses", "run_message_loop"]
 
@@ -99,7 +99,7 @@ def run_message_loop(
         say: tells the site's administrator of an answer that did not arrive.
 
     Raises:
-        SystemExit: the server does not let this node in, or it is told to end (Ctrl-C, SIGTERM).
+        SystemExit: the server does not let this node in, or it is error_in_public to end (Ctrl-C, SIGTERM).
     """
     interval = PollInterval()
     with flower.node_connection(server, authority, key, HEARTBEAT_SECONDS) as connection:
@@ -274,7 +274,7 @@ class MessageHandler:
             self._books.append(event, message=message.metadata.message_type, reason=reason)
         except ResourceError as error:  # it still carries nothing of the data, and the server waits for it
             _log.error("%s", error)
-            reason = told(error, self._site.site)
+            reason = error_in_public(error, self._site.site)
         _log.warning("%s", reason)
         return error_answer(message, reason)
 

@@ -15,9 +15,8 @@ in what is published and goes into the second part, which `RUN_DIR/local.json` k
 declared public all fields pass. A field that is in no list passes never: it is left out, and
 `report_undeclared` says so (the tests make that an error).
 
-Texts pass too: `told` puts an exception into words for those who are not the data's owner. The text
-itself may go only where the error says that it is made of public values (`FedtuneError.public`); else
-they hear the kind of the error, and the owner's own log has the rest.
+Texts of errors pass through `error_in_public`. The text itself is published only where the error says that it
+is made of public values (`FedtuneError.public`); else its kind is, and the owner's own log has the rest.
 
 Time itself cannot pass a door: when a message arrives is seen by whoever receives it. `EXPOSED` lists, for
 the statement, what can be seen of private data although it is neither noised nor charged.
@@ -35,14 +34,31 @@ from typing import Any, Literal
 
 from fedtune.errors import FedtuneError
 
-__all__ = ["EXPOSED", "SINKS", "Field", "charged", "local", "merge", "one_line", "public", "publish", "told"]
+__all__ = [
+    "EXPOSED",
+    "SINKS",
+    "Field",
+    "charged",
+    "error_in_public",
+    "local",
+    "merge",
+    "one_line",
+    "public",
+    "publish",
+]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Field:
-    """How one field may leave. `blank`: what stands in a local field's place where the data is private."""
+    """How one field may leave.
+
+    Attributes:
+        kind: see the module.
+        why: one line that says why it may leave, or may not.
+        blank: what is published in a local field's place where the data is private.
+    """
 
     kind: Literal["public", "charged", "local"]
     why: str
@@ -72,7 +88,7 @@ _COUNT = public("a count of messages, rounds or releases")
 _BYTES = public("the size of what was sent, which whoever carries it sees")
 _PLAN = public("of the plan, which is made from settings and declared sizes")
 _EPSILON = public("computed from the plan and the number of releases")
-_REASON = public("in words of `told`, or of the server's own about public values")
+_REASON = public("as `error_in_public` words it, or of the server's own about public values")
 _QUALITY = charged(
     "on a public test split, or from noised counts that were charged; of a run without privacy, as it is"
 )
@@ -169,7 +185,7 @@ _METRICS: Fields = {
 }
 _COST: Fields = {
     **dict.fromkeys(("seconds", "train_seconds"), _TIME),
-    "flops": public("counted where the data is public, else expected from settings and told sizes"),
+    "flops": public("counted where the data is public, else expected from settings and published sizes"),
     **dict.fromkeys(("flops_counted", "peak_memory_bytes", "peak_device_bytes"), _USED),
     **dict.fromkeys(("energy_kwh", "energy", "carbon_kg"), _USED),
     "flops_source": public("whether flops were counted, or expected from the plan"),
@@ -196,8 +212,8 @@ SINKS: Mapping[str, Fields] = {
     },
     "join": {
         "budget": public("what is left of it: only where the owner chose that it be published"),
-        "head": public("how many rows and lines the books have, and hashes of rows that hold no text"),
-        "lost": public("that the books do not go on from the head that the server keeps"),
+        "head": public("how many rows ledger and audit log have, and hashes of rows that hold no text"),
+        "lost": public("that ledger or audit log do not go on from the head that the server keeps"),
     },
     "consent": {
         **{name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},
@@ -274,20 +290,20 @@ SINKS: Mapping[str, Fields] = {
         "overrides": _SETTING,
         "when": public("when it was noted"),
     },
-    # --- what is told while a run goes on ---
+    # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},
 }
 
 EXPOSED: tuple[str, ...] = (
     "Time: when messages arrive and how long a run takes is seen by whoever receives them or looks on, and "
     "the time that a node computes depends on what was drawn. No record of private data has measured times; "
-    "the files of a tracker (tracker.name) keep the moment at which each round was told.",
-    "Failures: that a node refuses, fails or does not answer is seen, and the kind of the error is told; its "
-    "words only where they are made of settings, plans and names.",
-    "Books: whether a budget allows a run depends on which records were used before, so a refusal tells that "
-    "some were, and so does what a record says of other uses of the same data.",
-    "Names: sites, and with them the number of nodes, are told as they stand: in a simulation those of the "
-    "data's site column, else those of the federation's file.",
+    "the files of a tracker (tracker.name) keep the moment at which each round was reported.",
+    "Failures: that a node refuses, fails or does not answer is seen, and the kind of the error is "
+    "published; its words only where they are made of settings, plans and names.",
+    "Ledger: whether a budget allows a run depends on which records were used before, so a refusal says "
+    "that some were, and so does what a record says of other uses of the same data.",
+    "Names: sites, and with them the number of nodes, are published as they stand: in a simulation those of "
+    "the data's site column, else those of the federation's file.",
 )
 
 
@@ -311,17 +327,23 @@ def _tree(sink: str) -> _Branch:
 
 
 def publish(sink: str, values: Mapping[str, Any], *, public_data: bool) -> tuple[dict[str, Any], Any]:
-    """(what may leave through `sink`, what stays with the owner), from nested `values`.
+    """Splits nested values into what may leave and what stays with the owner.
 
-    A declaration holds for everything below its name, unless a longer name says otherwise; `*` is any name or
-    place in a list. The second part has the shape of the first with the local fields alone; `merge` puts the
-    two together again. With `public_data` local fields pass too, and the second part is empty.
+    Args:
+        sink: through what they leave; a key of `SINKS`. A declaration there holds for everything below its
+            name, unless a longer name says otherwise; `*` is any name or place in a list.
+        values: what is to be published.
+        public_data: whether the data's owner declared it public: then local fields leave too.
+
+    Returns:
+        What may leave, and what stays: of the same shape, with the local fields alone (empty with
+        `public_data`). `merge` puts the two together again.
 
     Raises:
         KeyError: there is no such sink.
     """
-    kept, own = _part(sink, "", values, _tree(sink), None, public_data)
-    return kept, own or {}
+    published, own = _part(sink, "", values, _tree(sink), None, public_data)
+    return published, own or {}
 
 
 def _part(
@@ -331,23 +353,25 @@ def _part(
     declared = inherited if branch is None or branch.declared is None else branch.declared
     if branch is not None and branch.below:
         if isinstance(value, Mapping):
-            kept, own = {}, {}
+            published, own = {}, {}
             for name, item in value.items():
                 below = branch.below.get(name) or branch.below.get("*")
                 if below is None and declared is None:
                     report_undeclared(sink, f"{path}.{name}".strip("."))
                     continue
-                kept[name], mine = _part(sink, f"{path}.{name}", item, below, declared, public_data)
-                if mine is not None:
-                    own[name] = mine
-            return kept, own or None
+                published[name], local_part = _part(
+                    sink, f"{path}.{name}", item, below, declared, public_data
+                )
+                if local_part is not None:
+                    own[name] = local_part
+            return published, own or None
         if isinstance(value, (list, tuple)):
             parts = [
                 _part(sink, f"{path}.*", item, branch.below.get("*"), declared, public_data) for item in value
             ]
-            local_parts = [mine for _, mine in parts]
-            some = any(mine is not None for mine in local_parts)
-            return [item for item, _ in parts], local_parts if some else None
+            local_parts = [local_part for _, local_part in parts]
+            has_local = any(local_part is not None for local_part in local_parts)
+            return [item for item, _ in parts], local_parts if has_local else None
         if value is None:
             return None, None
     if declared is None:
@@ -366,35 +390,40 @@ def merge(published: Any, own: Any) -> Any:
         names = [*published, *(name for name in own if name not in published)]
         return {name: merge(published.get(name), own.get(name)) for name in names}
     if isinstance(published, list) and isinstance(own, list) and len(published) == len(own):
-        return [merge(one, mine) for one, mine in zip(published, own, strict=True)]
+        return [merge(item, local_part) for item, local_part in zip(published, own, strict=True)]
     return own
 
 
 def report_undeclared(sink: str, path: str) -> None:
-    """Says that a field was left out because `SINKS` does not have it; a mistake in the program."""
+    """Logs that a field was left out because `SINKS` does not have it; a mistake in the program."""
     _log.error(
         "'%s' is not declared in fedtune.privacy.publication for '%s' and is left out of it.", path, sink
     )
 
 
 def one_line(text: str) -> str:
-    """`text`, which may quote what somebody else sent, as one line that only shows.
+    """`text`, which may quote what somebody else sent, as one line of printable characters.
 
-    What a terminal would obey (escape sequences that take out or colour lines, marks that turn the direction
-    of writing) is replaced, and half a surrogate pair, which a server's JSON can hold, too.
+    What a terminal would obey (escape sequences that remove or colour lines, marks that turn the direction
+    of writing) is replaced, and so is half a surrogate pair, which a server's JSON can hold.
     """
-    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
-def told(error: Exception, whose: str, *, permitted: bool = False) -> str:
-    """What those who are not the owner of `whose` data may hear of an error; one line.
+def error_in_public(error: Exception, owner: str, *, permitted: bool = False) -> str:
+    """What everybody but the data's owner may read of an error, in one line.
 
-    fedtune's own text where it is made of public values, or the owner permits it (the data is declared
-    public); else the kind alone: a library's message may quote a text, and fedtune's own may count records.
+    fedtune's own text where it is made of public values; else the kind alone: a library's message may quote a
+    text, and fedtune's own may count records.
+
+    Args:
+        error: what was raised.
+        owner: whose data it was raised over.
+        permitted: whether the owner declared the data public, so that every text of fedtune's own may leave.
     """
     kind = type(error).__name__
     if isinstance(error, FedtuneError) and (error.public or permitted):
         return one_line(f"{kind}: {error}")
     if isinstance(error, FedtuneError):
-        return f"{kind}: node {whose!r} gives no answer, for {error.in_public}; its own log says more."
-    return f"Node {whose!r} failed with {kind}; its own log says more."
+        return f"{kind}: node {owner!r} gives no answer, for {error.in_public}; its own log says more."
+    return f"Node {owner!r} failed with {kind}; its own log says more."

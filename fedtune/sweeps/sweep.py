@@ -31,7 +31,7 @@ from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.config.overrides import value_text
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import local_record
-from fedtune.privacy.publication import publish, told
+from fedtune.privacy.publication import error_in_public, publish
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.runs import record
 from fedtune.runs.history import RunEstimate, RunHistory, keeps_duration
@@ -251,7 +251,7 @@ class Sweep:
         text = self.describe(error)
         if job is not None and job.config.output:
             folder, permitted = Path(job.config.output), job.config.data.public
-            said = text if permitted else told(error, job.config.data.name)
+            said = text if permitted else error_in_public(error, job.config.data.name)
             values = {"error": said, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             values, _ = publish("failure", values, public_data=permitted)
             save(folder / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())

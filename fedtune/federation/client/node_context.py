@@ -4,9 +4,9 @@ Everything is read from the node's own Context and files for every message anew:
 replaces it.
 
 What is published of a failure is the text of an error that is made of public values, and of any other only
-its kind (`fedtune.privacy.publication.told`). The node's own log has the rest. What a real site has spent and
-may spend is its own: a server hears that the budget is exhausted, and the numbers only if the site publishes
-them (`publish_budget` in its file).
+its kind (`fedtune.privacy.publication.error_in_public`). The node's own log has the rest. What a real site
+has spent and may spend is its own: a server hears that the budget is exhausted, and the numbers only if the
+site publishes them (`publish_budget` in its file).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flwr.app import Context
 from fedtune.errors import BudgetExhausted, FederationError, FedtuneError
 from fedtune.federation import local_record
 from fedtune.federation.sizes import sized
-from fedtune.privacy.publication import told
+from fedtune.privacy.publication import error_in_public
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -153,7 +153,7 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
                 permitted, run_dir = config.data.public, config.resume or config.output
             else:
                 permitted = site.publish_budget and isinstance(error, BudgetExhausted)
-    published = told(error, node, permitted=permitted)
+    published = error_in_public(error, node, permitted=permitted)
     if run_dir is not None and published != full:
         local_record.log_reason(Path(run_dir), node, round, published, full)
     return published
