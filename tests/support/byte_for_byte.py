@@ -149,7 +149,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
     from fedtune.engines import local
-    from fedtune.federation import sizes
+    from fedtune.federation import run_folder
     from fedtune.federation.secagg import crypto as secagg_crypto
     from fedtune.federation.secagg import protocol as secure_aggregation
     from fedtune.privacy.mechanisms.counts import SizePlan
@@ -190,7 +190,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         patch.setattr(PrivacyPlan, "adapt_clip", lambda self, *args: self)
         patch.setattr(local.LocalGrid, "_deliver", watched)
         patch.setattr(local, "empty_run", lambda run_id: empty_run(2**55))  # its length is in bytes_up
-        patch.setattr(sizes, "secrets", SimpleNamespace(token_hex=lambda size: "ab" * size))
+        patch.setattr(run_folder, "secrets", SimpleNamespace(token_hex=lambda size: "ab" * size))
         patch.setattr(secagg_crypto, "new_key_pair", key_pair)
         patch.setattr(secagg_crypto, "secrets", SimpleNamespace(randbelow=lambda limit: next(numbers)))
         patch.setattr(secure_aggregation, "secrets", SimpleNamespace(token_bytes=key))
