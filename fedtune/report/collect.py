@@ -27,7 +27,7 @@ from fedtune.runs import record
 
 __all__ = ["FAILURE_NAME", "SWEEP_NAME", "Collection", "Round", "Run", "collect", "run_of"]
 
-# What does not make two runs different experiments: the seed, where files lie, prices, who is told.
+# What does not make two runs different experiments: the seed, where files lie, prices, trackers.
 _NOT_COMPARED = ("seed", "resume", "output", "pricing", "tracker")
 
 
@@ -76,7 +76,7 @@ class Run:
     terms: Mapping[str, Mapping[Term, int] | None]
     nodes_fixed: bool
     dataset: str
-    pruned: bool = False  # given up by a search: not comparable, but what it released is released
+    pruned: bool = False  # ended early by a search: not comparable, but what it released is released
     key: str = field(repr=False, default="")  # equal for runs that differ in seed only
 
 
@@ -120,7 +120,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         majority_rate=metrics.get("majority_rate"),
         per_site=_per_site(metrics["per_site"]),
         rounds=tuple(
-            Round(int(one["round"]), one.get("accuracy"), one.get("epsilon")) for one in metrics["by_round"]
+            Round(int(row["round"]), row.get("accuracy"), row.get("epsilon")) for row in metrics["by_round"]
         ),
         cost=_cost(values["cost"], values["run"]),
         records=record.bought_records(values),
@@ -134,7 +134,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
 
 
 def _given(config: Any) -> Any:
-    """`config` without what is null."""
+    """`config` without settings that are null."""
     if not isinstance(config, Mapping):
         return config
     return {name: _given(value) for name, value in config.items() if value is not None}
@@ -154,12 +154,12 @@ def _by_nodes(metrics: Mapping[str, Any]) -> bool:
 
 
 def _per_site(values: Mapping[str, Any]) -> dict[str, float]:
-    found = {}
+    accuracies = {}
     for site, row in values.items():
         accuracy = row.get("accuracy") if isinstance(row, Mapping) else row
         if accuracy is not None:
-            found[str(site)] = float(accuracy)
-    return found
+            accuracies[str(site)] = float(accuracy)
+    return accuracies
 
 
 def _cost(values: Mapping[str, Any], run: Mapping[str, Any]) -> Cost:
@@ -241,27 +241,28 @@ class Collection:
 def collect(folders: Sequence[Path], *, local: bool = False) -> Collection:
     """All finished runs below `folders` (a folder, or a record.json itself), oldest first.
 
-    `local`: with what their folders keep for the owner of the data alone; what is made of it must not be
-    published.
+    Args:
+        local: with what their folders keep for the owner of the data alone; what is made of it must not be
+            published.
 
     Raises:
         RecordError: a folder does not exist, or no usable record lies below any of them.
     """
-    found = Collection([], [])
+    collection = Collection([], [])
     problems: list[str] = []
     failures: list[str] = []
     unfinished: list[str] = []
-    twice = 0
+    copies = 0
     seen: dict[str, Path] = {}
     shared: dict[str, dict[str, Any]] = {}
-    files: set[Path] = set()
+    visited: set[Path] = set()
     for path in _files(folders):
         real = path.resolve()
-        if real in files:
+        if real in visited:
             continue  # folders that lie in one another
-        files.add(real)
+        visited.add(real)
         if path.name == SWEEP_NAME:
-            _read_sweep(path, found, problems)
+            _read_sweep(path, collection, problems)
         elif path.name == FAILURE_NAME:
             if not (path.parent / record.RECORD_NAME).exists():
                 failures.append(_failure(path))
@@ -269,43 +270,43 @@ def collect(folders: Sequence[Path], *, local: bool = False) -> Collection:
             unfinished.append(str(path.parent))
         else:
             try:
-                made = record.whole(path.parent) if local and path.name == record.RECORD_NAME else None
-                run = run_of(made or record.read(path), path, shared)
+                values = record.whole(path.parent) if local and path.name == record.RECORD_NAME else None
+                run = run_of(values or record.read(path), path, shared)
             except RecordError as error:
                 problems.append(str(error))
                 continue
             if run.id in seen:
-                twice += 1
+                copies += 1
                 continue
             seen[run.id] = path
-            found.runs.append(run)
-    pruned = sum(run.pruned for run in found.runs)
-    if pruned == len(found.runs):
+            collection.runs.append(run)
+    pruned = sum(run.pruned for run in collection.runs)
+    if pruned == len(collection.runs):
         if pruned:
-            problems.append(f"{pruned} runs were given up by a search before their end")
+            problems.append(f"{pruned} runs were ended early by a search")
         raise RecordError(_nothing(folders, problems, failures, unfinished))
-    found.runs.sort(key=lambda run: run.started)  # stable: within a second, by folder
-    found.notes += _listed(problems, "record could not be used", "records could not be used")
-    found.notes += _listed(failures, "run failed", "runs failed")
-    found.notes += _listed(
+    collection.runs.sort(key=lambda run: run.started)  # stable: within a second, by folder
+    collection.notes += _listed(problems, "record could not be used", "records could not be used")
+    collection.notes += _listed(failures, "run failed", "runs failed")
+    collection.notes += _listed(
         unfinished,
         "run is not finished (fedtune run resume=FOLDER goes on with it)",
         "runs are not finished (fedtune run resume=FOLDER goes on with one)",
     )
     if pruned:
-        found.notes.append(
-            f"{pruned} runs were given up by a search before their end (pruned): they are in no chart and no "
+        collection.notes.append(
+            f"{pruned} runs were ended early by a search (pruned): they are in no chart and no "
             "table, and count among the runs that used the data."
         )
-    if held := sum(run.cost.seconds is None for run in found.runs):
-        found.notes.append(
+    if held := sum(run.cost.seconds is None for run in collection.runs):
+        collection.notes.append(
             f"{held:,} of these runs used data that is not declared public: their times, energy, memory and "
             "the prices of them depend on private records, so they are '-' here and lie in local.json of the "
             "run folders; `fedtune report --local` shows them to the owner of the data."
         )
-    if twice:
-        found.notes.append(f"{twice} further copies of the same runs (equal run.id) were left out.")
-    return found
+    if copies:
+        collection.notes.append(f"{copies} further copies of the same runs (equal run.id) were left out.")
+    return collection
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
@@ -355,21 +356,21 @@ def _nothing(folders: Sequence[Path], problems: list[str], failures: list[str], 
     return f"None of the records below {where} can be used. {rest[0]}{more}"
 
 
-def _listed(items: list[str], one: str, many: str) -> list[str]:
+def _listed(items: list[str], singular: str, plural: str) -> list[str]:
     if not items:
         return []
-    head = f"{len(items):,} {one if len(items) == 1 else many}: "
+    head = f"{len(items):,} {singular if len(items) == 1 else plural}: "
     shown = items[:3]
     more = f"; and {len(items) - 3:,} more." if len(items) > 3 else ""
     return [head + "; ".join(shown) + more]
 
 
-def _read_sweep(path: Path, found: Collection, problems: list[str]) -> None:
+def _read_sweep(path: Path, collection: Collection, problems: list[str]) -> None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
-        found.sweeps[path.parent] = value
+        collection.sweeps[path.parent] = value
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read: {error}")
 

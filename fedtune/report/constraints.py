@@ -270,7 +270,7 @@ def plan(
         head = f"{group}:\n" if len(groups) > 1 else ""
         texts.append(head + answer_text(result, names, book.currency, len(members)))
         values.append({"group": group, **answer_json(result, book.currency)})
-    notes = [f"Note: {note}" for note in (*comparison.found.notes, *book.notes)]
+    notes = [f"Note: {note}" for note in (*comparison.collection.notes, *book.notes)]
     return "\n\n".join([*texts, *notes]), values
 
 

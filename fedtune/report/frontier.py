@@ -120,10 +120,10 @@ class Point:
         return sorted({run.seed for run in self.runs})
 
 
-def points_of(runs: Sequence[Run], using: PriceBook) -> list[Point]:
+def points_of(runs: Sequence[Run], book: PriceBook) -> list[Point]:
     """One point for each configuration, in the order of their first runs, non-dominated ones marked.
 
-    Runs that a search gave up are left out: a mean with them would be that of no configuration.
+    Runs that a search ended early are left out: a mean with them would be that of no configuration.
     """
     grouped: dict[str, list[Run]] = {}
     for run in runs:
@@ -133,7 +133,7 @@ def points_of(runs: Sequence[Run], using: PriceBook) -> list[Point]:
         grouped.setdefault(f"{run.task}\n{run.unit}\n{run.key}", []).append(run)
     several_tasks = len({run.task for run in runs}) > 1
     several_units = len({run.unit for run in runs if run.trust != "none"}) > 1
-    points = [_point(key, of, using, several_tasks, several_units) for key, of in grouped.items()]
+    points = [_point(key, members, book, several_tasks, several_units) for key, members in grouped.items()]
     by_group: dict[str, list[Point]] = {}
     for point in points:
         by_group.setdefault(point.group, []).append(point)
@@ -150,7 +150,7 @@ class Comparison:
         names: settings that differ between the points.
     """
 
-    found: Collection
+    collection: Collection
     book: PriceBook
     points: list[Point]
     names: list[str]
@@ -168,16 +168,16 @@ def compare(folders: Sequence[Path], prices: Sequence[str] = (), *, local: bool 
         ConfigError: the prices mean nothing.
     """
     chosen = parse_prices(prices)
-    found = collect(folders, local=local)
-    book = price_book(found.runs, chosen)
-    points = points_of(found.runs, book)
-    return Comparison(found, book, points, varied_settings(points))
+    collection = collect(folders, local=local)
+    book = price_book(collection.runs, chosen)
+    points = points_of(collection.runs, book)
+    return Comparison(collection, book, points, varied_settings(points))
 
 
-def _point(key: str, runs: list[Run], using: PriceBook, several_tasks: bool, several_units: bool) -> Point:
+def _point(key: str, runs: list[Run], book: PriceBook, several_tasks: bool, several_units: bool) -> Point:
     first = runs[0]
     parts = ([first.task] if several_tasks else []) + ([f"unit {first.unit}"] if several_units else [])
-    amounts = [_money_of(run, using) for run in runs]
+    amounts = [_money_of(run, book) for run in runs]
     sites = sorted({site for run in runs for site in run.per_site})
     deltas = [run.delta for run in runs if run.delta is not None]
     per_site = {site: Stat.of([run.per_site.get(site) for run in runs]) for site in sites}
@@ -191,7 +191,7 @@ def _point(key: str, runs: list[Run], using: PriceBook, several_tasks: bool, sev
         delta=max(deltas) if deltas else None,
         per_site={site: stat for site, stat in per_site.items() if stat is not None},
         costs={
-            "money": Stat.of([None if one is None else one.total for one in amounts]),
+            "money": Stat.of([None if amount is None else amount.total for amount in amounts]),
             "train_seconds": Stat.of([run.cost.train_seconds for run in runs]),
             "seconds": Stat.of([run.cost.seconds for run in runs]),
             "bytes": Stat.of([run.cost.bytes_up + run.cost.bytes_down for run in runs]),
@@ -204,21 +204,21 @@ def _point(key: str, runs: list[Run], using: PriceBook, several_tasks: bool, sev
 
 
 def _mean_money(amounts: Sequence[Money | None]) -> Money | None:
-    known = [one for one in amounts if one is not None]
+    known = [amount for amount in amounts if amount is not None]
     if not known or len(known) < len(amounts):
         return None
 
     def mean(part: Callable[[Money], float | None]) -> float | None:
-        stat = Stat.of([part(one) for one in known])
+        stat = Stat.of([part(amount) for amount in known])
         return None if stat is None else stat.mean
 
     return Money(
         known[0].currency,
-        mean(lambda one: one.compute),
-        mean(lambda one: one.network),
-        mean(lambda one: one.energy),
-        mean(lambda one: one.data),
-        mean(lambda one: one.total),
+        mean(lambda amount: amount.compute),
+        mean(lambda amount: amount.network),
+        mean(lambda amount: amount.energy),
+        mean(lambda amount: amount.data),
+        mean(lambda amount: amount.total),
     )
 
 
@@ -235,8 +235,8 @@ def _mark(points: Sequence[Point]) -> None:
         if all(stat is None for stat in stats):
             continue
         cost = np.array([math.inf if stat is None else stat.mean for stat in stats])
-        kept = non_dominated(np.stack([loss, epsilon, cost], axis=1))
-        for point, stat, best in zip(rated, stats, kept, strict=True):
+        optimal = non_dominated(np.stack([loss, epsilon, cost], axis=1))
+        for point, stat, best in zip(rated, stats, optimal, strict=True):
             point.best[name] = bool(best) and stat is not None
 
 
@@ -248,7 +248,7 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
     if np.isnan(values).any():
         raise ValueError("non_dominated cannot order NaN")
     count = len(values)
-    kept = np.ones(count, dtype=bool)
+    optimal = np.ones(count, dtype=bool)
     # Rows that dominate come first in this order, so each is compared with those that are still in.
     order = np.lexsort(values.T[::-1])
     front = np.empty_like(values)
@@ -257,11 +257,11 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
         rivals = front[:size]
         here = values[row]
         if bool(np.any(np.all(rivals <= here, axis=1) & np.any(rivals < here, axis=1))):
-            kept[row] = False
+            optimal[row] = False
         else:
             front[size] = here
             size += 1
-    return kept
+    return optimal
 
 
 def varied_settings(points: Sequence[Point]) -> list[str]:
@@ -271,7 +271,7 @@ def varied_settings(points: Sequence[Point]) -> list[str]:
 
 
 def named_settings(names: Sequence[str], points: Sequence[Point]) -> list[str]:
-    """Of the settings that vary, those worth saying: the trust model only if there are several."""
+    """Of the settings that vary, those to describe a point by: the trust model only if there are several."""
     trusts = {point.runs[0].trust for point in points} - {"none"}
     return [name for name in names if name != "privacy.trust" or len(trusts) > 1]
 
@@ -321,7 +321,7 @@ def parse_prices(words: Sequence[str]) -> PricingConfig | None:
 
 
 def price_book(runs: Sequence[Run], chosen: PricingConfig | None) -> PriceBook:
-    """The book to report `runs` with. Raises `ConfigError` if `chosen` cannot be reckoned with."""
+    """The book to report `runs` with. Raises `ConfigError` if `chosen` is not usable."""
     if chosen is not None:
         check(chosen)
         _check_currency(chosen)
@@ -351,12 +351,12 @@ def price_book(runs: Sequence[Run], chosen: PricingConfig | None) -> PriceBook:
     return PriceBook(None, currencies[0], "several", tuple(notes))
 
 
-def _money_of(run: Run, using: PriceBook) -> Money | None:
+def _money_of(run: Run, book: PriceBook) -> Money | None:
     """What `run` costs by that book; None without a common currency, or if a price is missing."""
-    if using.currency is None:
+    if book.currency is None:
         return None
     try:
-        return price(using.pricing or run.pricing, run.cost, records=run.records)
+        return price(book.pricing or run.pricing, run.cost, records=run.records)
     except ConfigError:
         return None  # a record may come from elsewhere; a missing price is no price of 0
 

@@ -85,7 +85,7 @@ def write_report(
     comparison = compare(folders, prices, local=local)
     points, names = comparison.points, comparison.names
     if local:
-        comparison.found.notes.insert(0, _FOR_OWNERS)
+        comparison.collection.notes.insert(0, _FOR_OWNERS)
     data = page_data(comparison)
     data["command"] = " ".join(["fedtune", "report", *(shlex.quote(str(f)) for f in folders), *prices])
     if local:
@@ -157,7 +157,7 @@ def _small_print(points: Sequence[Point], data: dict[str, Any]) -> str:
 
 
 def _summary(comparison: Comparison, data: dict[str, Any]) -> str:
-    lines = [f"{len(comparison.found.runs):,} runs of {len(comparison.points):,} configurations"]
+    lines = [f"{len(comparison.collection.runs):,} runs of {len(comparison.points):,} configurations"]
     for group in data["groups"]:
         head = f"{group['name']}: " if len(data["groups"]) > 1 else ""
         lines += ["", head + group["advice"], group["promise"], *group["caveats"]]
@@ -195,7 +195,7 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
         "currency": book.currency,
         "book": book.name,
         "cuts": list(CUTS),
-        "notes": [*comparison.found.notes, *book.notes, *_remarks(points, groups)],
+        "notes": [*comparison.collection.notes, *book.notes, *_remarks(points, groups)],
     }
 
 
@@ -203,7 +203,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
     points, names = [point for point in comparison.points if point.group == group], comparison.names
     advice = advise(points, named_settings(names, points), comparison.book.currency)
     wanted = default_constraints(points, advice.chosen)
-    tuning = _tuning(advice, points, comparison.found)
+    tuning = _tuning(advice, points, comparison.collection)
     return {
         "name": group,
         "chosen": advice.chosen.id if advice.chosen else None,
@@ -224,15 +224,15 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tuning(advice: Advice, points: Sequence[Point], found: Collection) -> Tuning | None:
+def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> Tuning | None:
     """Of the chosen point, the seed that would be published: the most accurate one."""
     if advice.chosen is None:
         return None
     rated = [run for run in advice.chosen.runs if run.accuracy is not None]
     chosen = max(rated, key=lambda run: run.accuracy or 0.0)
-    # What a search gave up is in no point, and has used the data all the same.
-    rivals = [run for point in points for run in point.runs] + [run for run in found.runs if run.pruned]
-    return tuning_of(rivals, chosen, found.sweeps)
+    # A run that a search ended early is in no point, and has used the data all the same.
+    rivals = [run for point in points for run in point.runs] + [run for run in collection.runs if run.pruned]
+    return tuning_of(rivals, chosen, collection.sweeps)
 
 
 def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:
@@ -332,7 +332,7 @@ def _run(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "acc": None if run.accuracy is None else round(run.accuracy, 5),
         "path": str(_relative(run.path.parent)),
-        "curve": [[one.round, round(one.accuracy, 4)] for one in run.rounds if one.accuracy is not None],
+        "curve": [[step.round, round(step.accuracy, 4)] for step in run.rounds if step.accuracy is not None],
     }
 
 
@@ -358,34 +358,34 @@ def _finite(value: float) -> float | None:
 
 
 def _remarks(points: Sequence[Point], groups: Sequence[str]) -> list[str]:
-    found = []
+    remarks = []
     if len(groups) > 1:
-        found.append(
+        remarks.append(
             f"These runs answer {len(groups)} different questions ({'; '.join(groups)}): their accuracies or "
             "their epsilons do not compare, so each has its own frontier."
         )
     runs = [run for point in points for run in point.runs]
     deltas = {run.delta for run in runs if run.delta is not None}
     if deltas and max(deltas) > 10 * min(deltas):
-        found.append(
+        remarks.append(
             f"Deltas range from {min(deltas):.1g} to {max(deltas):.1g}: an epsilon at the larger "
             "one promises less."
         )
     trusts = sorted({run.trust for run in runs if run.trust != "none"})
     if len(trusts) > 1:
-        found.append(
+        remarks.append(
             f"Trust models differ ({', '.join(trusts)}): an equal epsilon asks for trust in "
             "different parties."
         )
     reproducible = sum(run.reproducible_noise for run in runs)
     if reproducible:
-        found.append(
+        remarks.append(
             f"{reproducible} of {len(runs)} runs drew their noise from the seed: simulations that "
             "protect nobody."
         )
     unrated = sum(point.accuracy is None for point in points)
     if unrated:
-        found.append(
+        remarks.append(
             f"{unrated} configurations have no accuracy and are in no chart; the table and the CSV have them."
         )
-    return found
+    return remarks

@@ -14,7 +14,7 @@ that protect different units promise different things and are never added up. Tu
 declared public is free, and is labelled so.
 
 Runs of a search (`sweep=optuna`) depend on one another, so 3 does not exist for them, and 2 is what the
-search told. If it also chose noise, rates or rounds, or gave runs up early, it did so after outputs were
+search told. If it also chose noise, rates or rounds, or ended runs early, it did so after outputs were
 seen; `describe_search` says what is proven of that.
 """
 
@@ -141,7 +141,7 @@ def describe_search(tuning: Tuning) -> str:
     )
     decided = [f"chose {', '.join(tuning.searched_mechanism)}"] if tuning.searched_mechanism else []
     if tuning.pruned:
-        decided.append(f"gave up {tuning.pruned} of them early")
+        decided.append(f"ended {tuning.pruned} of them early")
     if decided:
         text += (
             f" The search also {' and '.join(decided)} after outputs were seen. A node's budget is proven to "

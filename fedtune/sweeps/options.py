@@ -1,7 +1,7 @@
 """Options of a sweep and settings of a search, checked before anything runs; and the file that keeps them.
 
 `sweep.NAME=VALUE` on the command line is no setting of a run: what a run does must not depend on other runs.
-So these words are taken off the command line before Hydra sees it, and kept in `sweep.json`, from which
+So these words are taken off the command line before Hydra sees it, and written to `sweep.json`, from which
 `sweep.resume=FOLDER` goes on, on this machine or wherever the folder was copied to.
 """
 
@@ -102,7 +102,7 @@ def split_options(words: Sequence[str]) -> tuple[SweepOptions, list[str]]:
         if short not in _NAMES or not equals:
             guess = nearest(short, _NAMES)
             hint = f" Did you mean sweep.{guess}=...?" if guess else ""
-            names = ", ".join(f"sweep.{one}" for one in _NAMES)
+            names = ", ".join(f"sweep.{option}" for option in _NAMES)
             raise ConfigError(f"There is no option {name!r} of a sweep.{hint} There are: {names}.")
         if short in given:
             raise ConfigError(f"{name} is given twice. Keep one of them.")
@@ -183,8 +183,8 @@ def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list
     count = options.count(len(jobs))
     drawn = count.draw()
     shape = None if math.isinf(count.shape) else count.shape
-    kept = {"mean": count.mean, "shape": shape, "distribution": count.name, "trials": drawn}
-    return [secrets.choice(jobs) for _ in range(drawn)], kept
+    draw = {"mean": count.mean, "shape": shape, "distribution": count.name, "trials": drawn}
+    return [secrets.choice(jobs) for _ in range(drawn)], draw
 
 
 def write_sweep(folder: Path, overrides: Sequence[str], jobs: list[list[str]], **more: Any) -> None:
@@ -209,7 +209,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         found = values.get("schema") if isinstance(values, dict) else None
         raise CheckpointError(f"{path} has schema {found!r}, and this fedtune reads schema {SCHEMA}.")
     lists = values.get("overrides"), values.get("jobs")
-    if not all(isinstance(one, list) for one in lists):
+    if not all(isinstance(item, list) for item in lists):
         raise CheckpointError(f"{path} is damaged: it lacks its overrides or its jobs.")
     return values
 
@@ -275,22 +275,21 @@ def search_settings(page: Mapping[str, Any], options: SweepOptions) -> SearchSet
         or trials < 1
     ):
         raise ConfigError(f"sweep.trials={trials} is not allowed: a search makes a whole number of runs.")
-    asked = options.pruner or page["pruner"]
-    pruner = str(asked or ("median" if objectives == ("accuracy",) else "none"))
+    pruner = str(options.pruner or page["pruner"] or ("median" if objectives == ("accuracy",) else "none"))
     if pruner not in PRUNERS:
         raise ConfigError(f"sweep.pruner={pruner} is not allowed: it must be one of {', '.join(PRUNERS)}.")
     if pruner != "none" and objectives != ("accuracy",):
         raise ConfigError(
             f"sweep.pruner={pruner} cannot be used with sweep.objectives={','.join(objectives)}: a trial is "
-            "given up by its accuracy round by round, and one that is less accurate may be the better one "
-            "for another objective. Leave the pruner out, or search with sweep.objectives=accuracy."
+            "ended early by its accuracy after a round, and a less accurate one may be better for another "
+            "objective. Leave the pruner out, or search with sweep.objectives=accuracy."
         )
     return SearchSettings(int(trials), objectives, sampler, pruner)
 
 
-def saved_settings(kept: Mapping[str, Any]) -> dict[str, Any]:
+def saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in the `sweep.json` of a search, as its page would give them. Raises `CheckpointError`."""
     try:
-        return {item.name: kept["search"][item.name] for item in dataclasses.fields(SearchSettings)}
+        return {item.name: saved["search"][item.name] for item in dataclasses.fields(SearchSettings)}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The sweep.json of this search is damaged: it lacks {error}.") from error

@@ -46,7 +46,7 @@ class SweepProgress:
     _seen: set[str] = field(default_factory=set)
 
     def refresh(self) -> None:
-        """Learns what has finished, or failed, since the last look."""
+        """Reads what has finished, or failed, since the last time."""
         try:
             entries = [entry for entry in os.scandir(self.folder) if entry.name.isdigit()]
         except OSError:
@@ -85,7 +85,7 @@ class SweepProgress:
         return "" if position is None else self.names.get(position, "")
 
     def rest(self) -> str:
-        """What the runs that are left should take, as those that finished did."""
+        """What the runs that are left should take, going by those that finished."""
         if not self.seconds:
             return "time unknown"
         # The median: the first run of a process also reads, tokenises and loads.
@@ -100,11 +100,11 @@ class SweepProgress:
         """What is to come, by what finished runs in the folder took, or by `expected`, one for each run."""
         if self.finished:
             return f"{self.finished} finished before, {self.left} to go: {self.rest()}"
-        known = [one for one in expected if one is not None]
+        known = [estimate for estimate in expected if estimate is not None]
         if not known:
             return "how long they take is known after the first: this machine has made none of their kind"
-        text = f"about {duration(self._wall(sum(one.seconds for one in known)))}"
-        amounts = [one.money for one in known if one.money is not None and one.money.total is not None]
+        text = f"about {duration(self._wall(sum(estimate.seconds for estimate in known)))}"
+        amounts = [e.money for e in known if e.money is not None and e.money.total is not None]
         if len(amounts) == len(known) and len({money.currency for money in amounts}) == 1:
             text += f" and {format_money(sum(money.total or 0.0 for money in amounts), amounts[0].currency)}"
         if len(known) < len(expected):
@@ -119,7 +119,7 @@ class SweepProgress:
         parts = [unknown if accuracy is None else f"accuracy {format_percent(accuracy)}"]
         if made["run"].get("status") == "pruned":
             rounds, asked = made["federation"]["rounds"], made["config"]["federation"]["num_rounds"]
-            parts.insert(0, f"given up after {rounds} of {asked} rounds")
+            parts.insert(0, f"ended early after {rounds} of {asked} rounds")
         if privacy["epsilon"] is None:
             parts.append("no privacy")
         else:

@@ -1,13 +1,13 @@
 """A search: optuna chooses the runs of a sweep, each after having seen those before.
 
 The study is a journal file in the sweep's folder; trial number N is the run in folder N. After `kill -9` the
-trials that were under way are finished (from their checkpoints, or from their records if only the study had
-not heard), and a trial that is finished is never run again. A failed run is a failed trial; a resumed search
+trials that were under way are finished (from their checkpoints, or from their records where only the study
+lacks them), and a trial that is finished is never run again. A failed run is a failed trial; a resumed search
 makes others in their place. Settings that were tried are not tried twice: noise would differ, and privacy
 would be spent on it. A study that belongs to other settings or objectives is refused.
 
 What it costs in privacy. Each trial is a use of the data, which its nodes' ledgers charge, also if it is
-given up early. The choice of the next trial depends on what the others released, so the bound for
+ended early. The choice of the next trial depends on what the others released, so the bound for
 publishing only the best of a random number of independent trials (`fedtune.privacy.accounting.selection`)
 does not hold here: what a search tells about the data is all of its runs composed, and that is the number
 it shows at its end. If noise, rates or rounds are searched too, that composition is of parameters that were
@@ -65,21 +65,21 @@ if TYPE_CHECKING:
 __all__ = ["Search", "begin_search"]
 
 Say = Callable[[str], None]
-_REPEATS = 5  # draws of settings that were tried already, before others are drawn by chance
+_REPEATS = 5  # proposals that were tried already, before one is drawn uniformly from the rest
 
 
 def begin_search(
     space: Space,
     options: SweepOptions,
     overrides: Sequence[str],
-    kept: Mapping[str, Any] | None,
+    saved: Mapping[str, Any] | None,
     say: Say,
     warn: Say,
 ) -> Search:
     """Opens the study of the search in `space.folder`, or makes it.
 
     Args:
-        kept: `sweep.json` of the search that is resumed; None: a new one.
+        saved: `sweep.json` of the search that is resumed; None: a new one.
 
     Raises:
         ConfigError: settings that mean nothing, or optuna is not installed.
@@ -96,7 +96,7 @@ def begin_search(
         import optuna  # noqa: F401
     except ImportError as error:
         raise ConfigError("sweep=optuna needs optuna: pip install 'fedtune[optuna]'.") from error
-    settings = search_settings(space.options if kept is None else saved_settings(kept), options)
+    settings = search_settings(space.options if saved is None else saved_settings(saved), options)
     _refuse_measured(settings, space)
     if space.base is not None and "accuracy" in settings.objectives:
         _refuse_blind(space.base)
@@ -105,8 +105,8 @@ def begin_search(
         "the same in all runs": sorted(space.fixed),
         "objectives": list(settings.objectives),
     }
-    if kept is not None:
-        check_identity(kept["search"].get("identity"), identity, space.folder)
+    if saved is not None:
+        check_identity(saved["search"].get("identity"), identity, space.folder)
     write_sweep(space.folder, overrides, [], search={**dataclasses.asdict(settings), "identity": identity})
     return Search(space, settings, identity, say, warn)
 
@@ -138,7 +138,7 @@ def _refuse_blind(base: Config) -> None:
 
 
 class Search:
-    """The one who chooses: `fedtune.config.search.Searcher`, on optuna."""
+    """Chooses the runs by optuna: a `fedtune.config.search.Searcher`."""
 
     def __init__(
         self, space: Space, settings: SearchSettings, identity: Mapping[str, Any], say: Say, warn: Say
@@ -230,7 +230,7 @@ class Search:
     # --- pieces ---------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """What earlier sessions did: finished trials count, and what was under way is to be finished."""
+        """Counts what earlier sessions finished, and queues what they left unfinished."""
         from optuna.trial import TrialState
 
         for trial in self._study.get_trials(deepcopy=False):
@@ -313,7 +313,7 @@ def result_lines(study: Study, objectives: Sequence[str], folder: Path) -> list[
     finished = [trial for trial in trials if trial.state is TrialState.COMPLETE]
     pruned = sum(trial.state is TrialState.PRUNED for trial in trials)
     failed = sum((folder / str(trial.number) / "failure.json").exists() for trial in trials)
-    counts = [f"{len(finished)} finished", f"{pruned} given up early", f"{failed} failed"]
+    counts = [f"{len(finished)} finished", f"{pruned} ended early", f"{failed} failed"]
     lines = [f"{len(finished) + pruned + failed} trials: {', '.join(counts)}."]
     if not finished:
         return lines
@@ -344,7 +344,7 @@ def _trial_text(trial: FrozenTrial, objectives: Sequence[str]) -> str:
 
 
 def _spent(found: Collection, best: Path) -> str:
-    """The epsilon of all runs composed: the chosen run's alone is not what was told."""
+    """The epsilon of all runs composed, which is what the search spent, beside that of the chosen run."""
     chosen = next((run for run in found.runs if run.path.parent.resolve() == best.resolve()), None)
     tuning = None if chosen is None else tuning_of(found.runs, chosen, found.sweeps)
     if chosen is None or tuning is None:

@@ -1,10 +1,10 @@
-"""What a sweep will spend of privacy, said before its first run: all of its runs composed.
+"""The privacy that a sweep will spend, before its first run: all of its runs composed.
 
 Every run of a sweep is a use of the same data, and which of them is kept is chosen by looking at all. So the
 number that counts is that of all together, by Renyi DP, which is proven for runs whose settings are chosen
-as one goes (Feldman and Zrnic 2021). It is made from each run's plan before any data is read. Where delta
-follows from sizes that only the run will learn, it is about right and said to be so. What the ledgers
-know of earlier uses comes on top. Runs that fail or are given up release less, never more.
+adaptively (Feldman and Zrnic 2021). It is made from each run's plan before any data is read. Where delta
+follows from sizes that only the run will learn, the number is marked as approximate. Earlier uses, which the
+ledgers have, are not in it. Runs that fail or end early release less, never more.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ _UNITS = 1000  # any size below one over it: noise does not follow from it
 def spending_text(configs: Sequence[Config | None], *, most: bool = False) -> str:
     """One sentence for each data set and unit that the runs of `configs` use; empty if there is no run.
 
-    A run that is None, or cannot be planned, is counted and not priced. `most`: the runs are those of a
-    search, at their costliest_run.
+    A run that is None, or cannot be planned, is counted, and its privacy is left out.
+
+    Args:
+        most: the runs are those of a search, each the one that spends most (`costliest_run`).
     """
     groups: dict[tuple[str, bool, str], list[PrivacyPlan]] = {}
     exact = True

@@ -150,13 +150,13 @@ def has_record(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Pruning:
-    """When a trial is given up.
+    """When a trial is ended early.
 
     Attributes:
         folder: of the sweep; the study lies in it.
         pruner: `median`: worse than the median of the others at this round. `halving`: not in the better half
             of those that came as far (asynchronous successive halving, Li et al. 2020, with factor 2).
-        warm_up: rounds in which no trial is given up; noise is large there, and accuracy still rising.
+        warm_up: rounds in which no trial is ended; noise is large there, and accuracy still rising.
     """
 
     folder: Path
@@ -196,7 +196,7 @@ class Pruning:
     def _pruner(self) -> BasePruner:
         from optuna import pruners
 
-        first = self.warm_up + 1  # the first round at which a trial may be given up
+        first = self.warm_up + 1  # the first round at which a trial may be ended
         if self.pruner == "median":
             return pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=first)
         return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=2)

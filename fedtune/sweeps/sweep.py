@@ -93,12 +93,12 @@ def run_sweep(
         CheckpointError: there is no sweep to resume in that folder.
     """
     options, overrides = split_options(words)
-    kept: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = None
     if options.resume is not None:
-        kept = read_sweep(options.resume)
-        overrides = [word for word in kept["overrides"] if not word.startswith("hydra.sweep.dir=")]
+        saved = read_sweep(options.resume)
+        overrides = [word for word in saved["overrides"] if not word.startswith("hydra.sweep.dir=")]
         overrides.append(f"hydra.sweep.dir={value_text(options.resume)}")
-    sweep = Sweep(options, list(overrides), start, describe, say, warn, kept)
+    sweep = Sweep(options, list(overrides), start, describe, say, warn, saved)
     try:
         failures = launch(
             overrides,
@@ -129,11 +129,11 @@ class Sweep:
     describe: Callable[[Exception], str]
     say: Say
     warn: Say
-    kept: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = None  # `sweep.json` of a sweep that is resumed
     progress: SweepProgress | None = None
     drawn: bool = False  # number and settings of the runs were drawn at random
     pruning: Pruning | None = None
-    close: Callable[[], None] | None = None  # lets others into the folder of a search
+    close: Callable[[], None] | None = None  # unlocks the folder of a search
     process: int = field(default_factory=os.getpid)
     machine: str = field(default_factory=platform.node)
 
@@ -149,17 +149,17 @@ class Sweep:
     # --- before the first run -------------------------------------------------------------------
 
     def begin(self, folder: Path, jobs: list[list[str]]) -> list[list[str]]:
-        """Told of all combinations of a grid; returns the runs to make."""
-        searching = self.options.search_only() or (self.kept is not None and "search" in self.kept)
+        """Takes all combinations of a grid; returns the runs to make."""
+        searching = self.options.search_only() or (self.saved is not None and "search" in self.saved)
         if searching:
             raise ConfigError(
                 f"{', '.join(self.options.search_only()) or 'This sweep'} belongs to a search, and this is "
                 "a grid of runs. Add sweep=optuna, or leave it out."
             )
         self.options.refuse_trials_of_a_grid()
-        if self.kept is not None:
-            jobs = self.kept["jobs"]
-            self.drawn = "private_selection" in self.kept
+        if self.saved is not None:
+            jobs = self.saved["jobs"]
+            self.drawn = "private_selection" in self.saved
         else:
             self._refuse_other_sweep(folder)
             jobs = distinct_jobs(jobs)
@@ -179,31 +179,31 @@ class Sweep:
         return jobs
 
     def foresee(self, configs: list[Config | None], workers: int) -> None:
-        """Told of the configurations of the grid; says what is to come."""
+        """Takes the configurations of the grid; says what it will take and spend."""
         assert self.progress is not None
         self.progress.workers = workers
         known = RunHistory()
-        opening = self._opening([None if one is None else known.estimate(one) for one in configs])
-        cost = spending_text([one for i, one in enumerate(configs) if not self.progress.is_finished(i)])
+        opening = self._opening([None if config is None else known.estimate(config) for config in configs])
+        cost = spending_text([c for i, c in enumerate(configs) if not self.progress.is_finished(i)])
         self.say(f"{opening}. {cost[:1].upper()}{cost[1:]}." if cost else opening)
 
     def search(self, space: Space) -> Searcher:
-        """Told what is to be searched; returns the one who chooses the runs."""
+        """Takes what may be searched; returns the search, which chooses the runs."""
         from fedtune.sweeps.search import begin_search
 
-        if self.kept is None:
+        if self.saved is None:
             self._refuse_other_sweep(space.folder)
-        elif "search" not in self.kept:
+        elif "search" not in self.saved:
             raise CheckpointError(f"{space.folder} holds a grid of runs, and sweep=optuna is a search.")
-        search = begin_search(space, self.options, self.overrides, self.kept, self.say, self.warn)
+        search = begin_search(space, self.options, self.overrides, self.saved, self.say, self.warn)
         self.close = search.close
         self.pruning = search.pruning
         self.progress = search.progress
         alike = all(keeps_duration(axis.name) for axis in space.axes)
-        one = RunHistory().estimate(space.base) if alike and space.base is not None else None
+        estimate = RunHistory().estimate(space.base) if alike and space.base is not None else None
         left = search.progress.left
         cost = spending_text([costliest_run(space.base, space.axes)] * left, most=True)
-        self.say(f"{self._opening([one] * left)}. {search.opening()}{f': {cost}' if cost else ''}")
+        self.say(f"{self._opening([estimate] * left)}. {search.opening()}{f': {cost}' if cost else ''}")
         return search
 
     def _refuse_other_sweep(self, folder: Path) -> None:
@@ -227,7 +227,7 @@ class Sweep:
     # --- each run -------------------------------------------------------------------------------
 
     def task(self, job: Job) -> float | None:
-        """Makes one run, or reads it if it is finished, and says one line; returns its accuracy."""
+        """Makes one run, or reads it if it is finished, and prints a line; returns its accuracy."""
         assert self.progress is not None and job.number is not None
         self._refuse_other_machine(job.config)
         folder = Path(job.config.output or "")
@@ -247,15 +247,19 @@ class Sweep:
         return accuracy
 
     def failed(self, job: Job | None, error: Exception) -> str:
-        """Records the failure of a run, says it, and lets the sweep go on; returns its words."""
+        """Writes `failure.json`, prints the error, and lets the sweep go on; returns the error's text."""
         text = self.describe(error)
         if job is not None and job.config.output:
             folder, permitted = Path(job.config.output), job.config.data.public
-            said = text if permitted else error_in_public(error, job.config.data.name)
-            values = {"error": said, "overrides": job.overrides, "when": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            published = text if permitted else error_in_public(error, job.config.data.name)
+            values = {
+                "error": published,
+                "overrides": job.overrides,
+                "when": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
             values, _ = publish("failure", values, public_data=permitted)
             save(folder / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
-            if said != text:
+            if published != text:
                 local_record.update(folder, failure=text)
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
@@ -273,7 +277,7 @@ class Sweep:
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         """The record of a run that an earlier session finished."""
-        if self.kept is None or not (folder / record.RECORD_NAME).exists():
+        if self.saved is None or not (folder / record.RECORD_NAME).exists():
             return None
         try:
             return record.whole(folder)
@@ -283,7 +287,7 @@ class Sweep:
 
     def _config(self, config: Config, folder: Path) -> Config:
         """The configuration to start: that of the checkpoint, if the run was begun."""
-        if self.kept is None or not any((folder / "checkpoint").glob("*")):
+        if self.saved is None or not any((folder / "checkpoint").glob("*")):
             return config
         from fedtune.config.loader import load
 

@@ -154,7 +154,7 @@ def test_a_search_that_chose_privacy_or_ended_runs_says_what_is_proven(tmp_path:
         "the norm costs no privacy"
     )
     text = describe_search(tuning)
-    assert text.startswith("3 of these 4 runs") and "gave up 1 of them early" in text
+    assert text.startswith("3 of these 4 runs") and "ended 1 of them early" in text
     assert (
         "chose privacy.epsilon, federation.num_rounds" in text
         and "proven for what was planned together" in text

@@ -1,4 +1,4 @@
-"""Searches: optuna chooses, the study outlives a kill, bad trials are given up, and every run is counted."""
+"""Searches: optuna chooses, the study outlives a kill, bad trials end early, and every run is counted."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_failed_run_is_a_failed_trial_and_a_resumed_search_makes_another() -> 
     (failure,) = trainer.sweep(*SEARCH, RATES, "sweep.trials=3", "sweep.pruner=none")
     assert failure.number == 1 and "no such column" in trainer.warned[0]
     assert [trial.state.name for trial in trials()] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert "3 trials: 2 finished, 0 given up early, 1 failed." in trainer.said
+    assert "3 trials: 2 finished, 0 ended early, 1 failed." in trainer.said
     again = Trainer()
     again.sweep("sweep.resume=sweep")
     assert [Path(config.output or "").name for config in again.configs] == ["3"]
@@ -188,9 +188,9 @@ def test_bad_trials_are_given_up_recorded_and_counted() -> None:
     assert len(states) == len(made) == 8
     pruned = [rate for rate, state in states.items() if state == "PRUNED"]
     assert pruned and "0.01" not in pruned, states
-    assert any("given up after" in line and "of 6 rounds" in line for line in trainer.said)
-    assert any(f"{len(pruned)} given up early" in line for line in trainer.said)
-    assert "All 8 private runs composed" in trainer.said[-1], "those given up have used the data"
+    assert any("ended early after" in line and "of 6 rounds" in line for line in trainer.said)
+    assert any(f"{len(pruned)} ended early" in line for line in trainer.said)
+    assert "All 8 private runs composed" in trainer.said[-1], "those ended early have used the data"
     found = collect([Path("sweep")])
     assert sum(run.pruned for run in found.runs) == len(pruned)
     assert any("pruned" in note for note in found.notes)
