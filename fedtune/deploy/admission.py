@@ -47,7 +47,7 @@ __all__ = ["Admission", "BookHeads", "enrol", "enrolled", "note_revoked", "reque
 
 _SITE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _log = logging.getLogger("fedtune.server")
-_LOOK_SECONDS = 2.0
+_UPDATE_SECONDS = 2.0
 _NOT_ENROLLED = "This key is not enrolled at this server, or was revoked."
 
 
@@ -55,10 +55,17 @@ _NOT_ENROLLED = "This key is not enrolled at this server, or was revoked."
 
 
 def enrol(server: Path, line: str) -> tuple[str, str]:
-    """Enrols the public key in `line` (or in the file that `line` names): (site, fingerprint of the key).
+    """Enrols the public key in `line`, or in the file that `line` names; the site's former key is revoked.
 
-    The key that the site had before is revoked. Raises ConfigError for an unknown site, a key that another
-    site uses or that was revoked, or a line that is none.
+    Args:
+        server: the server folder.
+        line: what `fedtune node init` printed, or the path of a file that holds it.
+
+    Returns:
+        (site, fingerprint of its key).
+
+    Raises:
+        ConfigError: an unknown site, a key that another site uses or that was revoked, or no such line.
     """
     if "\n" not in line.strip() and len(line) < 1000 and " " not in line.strip() and Path(line).is_file():
         line = Path(line).read_text()
@@ -76,23 +83,25 @@ def enrol(server: Path, line: str) -> tuple[str, str]:
                 f"The key of {site!r} is the key of {other!r} already. Each site makes its own with "
                 "`fedtune node init`; a private key must not be copied."
             )
-    print_ = certificates.fingerprint(key)
+    shown = certificates.fingerprint(key)
     if key in revoked(server):
         raise ConfigError(
-            f"The key of {site!r} (fingerprint {print_}) was revoked, and a key that was revoked stays so. "
+            f"The key of {site!r} (fingerprint {shown}) was revoked, and a key that was revoked stays so. "
             "The site moves its node.key away, makes a new one with `fedtune node init`, and sends that line."
         )
     if now.get(site, key) != key:
         note_revoked(server, site, now[site])
     _write(server / "nodes" / f"{site}.pub", line.strip() + "\n")
-    return site, print_
+    return site, shown
 
 
 def revoke(server: Path, site: str) -> None:
-    """Revokes the key of `site`, for good; a running server lets it in no more.
+    """Revokes the key of `site` for good; a running server no longer lets it in.
 
     A site whose file is broken or missing, though it was enrolled, loses every key that it was let in by.
-    Raises ConfigError if it was never enrolled or has been revoked.
+
+    Raises:
+        ConfigError: it was never enrolled, or has been revoked.
     """
     path = server / "nodes" / f"{site}.pub"
     broken: dict[str, str] = {}
@@ -113,8 +122,11 @@ def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str
     """Public keys (PEM) of the enrolled sites, by name.
 
     A file that is no key, or holds another site's (a copy: that site's books would be kept under this name),
-    is passed over, so that it keeps no other site from being let in or revoked; `unreadable` is given what is
-    wrong with it, and the way out, by the site's name.
+    is passed over, so that it keeps no other site from being let in or revoked.
+
+    Args:
+        server: the server folder.
+        unreadable: filled, by site, with what is wrong with a file that was passed over, and the way out.
     """
     found: dict[str, bytes] = {}
     wrong: dict[str, object] = {}
@@ -143,9 +155,10 @@ def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str
 
 
 def revoked(server: Path) -> dict[bytes, str]:
-    """The keys (PEM) that are let in no more, each with the site that it was of.
+    """The revoked keys (PEM), each with the site that it was of.
 
-    Raises ConfigError for a file that cannot be read: whom it keeps out would be let in.
+    Raises:
+        ConfigError: a file cannot be read: whom it keeps out would be let in.
     """
     found: dict[bytes, str] = {}
     folder = server / "revoked"
@@ -171,7 +184,7 @@ def requests(server: Path) -> dict[str, Path]:
 
 
 def note_revoked(server: Path, site: str, key: bytes) -> None:
-    """Writes down, durably, that the public key (PEM) of `site` is let in no more."""
+    """Records durably that the public key (PEM) of `site` is revoked."""
     name = certificates.fingerprint(key).replace(" ", "")
     _write(server / "revoked" / f"{name}.pub", certificates.public_line_of(key, site) + "\n")
 
@@ -193,7 +206,6 @@ def _known_to_the_server(server: Path) -> set[str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Whole: a running server or a crash finds all of it or what was there before."""
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         replace_whole(path, text.encode())
@@ -211,20 +223,20 @@ class BookHeads:
     def __init__(self, folder: Path) -> None:
         self._path, self._lock = folder / "heads.json", threading.RLock()
         self._known: dict[str, dict[str, Any]] = {}
-        self.look()
+        self.reload()
 
-    def look(self) -> None:
-        """Reads the file anew: another process may have accepted a restore."""
+    def reload(self) -> None:
+        """Reads the file again: another process may have accepted a restore."""
         with self._lock:
             self._known = self._read()
 
     def kept(self, site: str) -> str | None:
-        """The highest head that a site told; None if it told none yet."""
+        """The highest head that a site reported; None if it reported none yet."""
         head = self._known.get(site, {}).get("head")
         return head if isinstance(head, str) else None
 
-    def reason(self, site: str) -> str | None:
-        """Why a site whose head went back is not let in; None if none did."""
+    def refusal(self, site: str) -> str | None:
+        """Why a site whose books went back is not let in; None for the others."""
         back = self._known.get(site, {}).get("back")
         if not isinstance(back, str):
             return None
@@ -236,10 +248,13 @@ class BookHeads:
         )
 
     def note(self, site: str, head: str, lost: bool = False) -> None:
-        """Keeps the head that a site told, or that it went back. Ignores what is no head.
+        """Stores the head that a site reported, or that its books went back. Ignores what is no head.
 
-        `lost`: the site says itself that its books do not go on from the head that is kept, which a number
-        that has grown since does not show.
+        Args:
+            site: the site's name.
+            head: what it reported.
+            lost: the site says itself that its books do not go on from the head that is kept, which a number
+                that has grown since does not show.
         """
         try:
             new = parts_of(head)
@@ -251,10 +266,13 @@ class BookHeads:
             known[site] = {"head": kept, "back": head} if back else {"head": head, "back": None}
 
     def accept(self, site: str) -> tuple[str, str]:
-        """Forgets the head that a site went back from, and notes that: (the head that was kept, the one
-        told).
+        """Accepts that a site's books went back, and notes it in `heads.log`.
 
-        Raises ConfigError if the site's head did not go back.
+        Returns:
+            (the head that was kept, the head that it goes on from).
+
+        Raises:
+            ConfigError: the site's books did not go back.
         """
         with self._changing() as known:
             entry = known.get(site, {})
@@ -271,7 +289,7 @@ class BookHeads:
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, dict[str, Any]]]:
-        """What is known, written when the block ends; no other process changes it meanwhile."""
+        """The heads by site, written when the block ends; no other process changes them meanwhile."""
         with self._lock, lock_file(self._path.with_suffix(".lock")):
             known = self._read()
             before = json.dumps(known)
@@ -308,12 +326,14 @@ def _went_back(kept: tuple[int, str, int, str], new: tuple[int, str, int, str]) 
 
 
 class Admission:
-    """Who is let in. One thread looks (`look`, `keep`); any may ask (`refusal`, `nodes`).
+    """Whom a running server lets in.
+
+    One thread updates it (`update`, `keep_updated`); any may ask (`refusal`, `nodes`).
 
     Args:
         state: Flower's LinkState.
         folder: the server folder.
-        say: tells the operator.
+        say: prints a line for the operator.
 
     Attributes:
         heads: what is kept of the sites' books; a site whose books went back is not let in either.
@@ -324,16 +344,16 @@ class Admission:
         self.heads = BookHeads(folder)
         self._admitted: dict[bytes, str] = {}  # site, by public key (PEM)
         self._suspended: dict[bytes, str] = {}  # reason, by public key (PEM)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def nodes(self) -> list[Any]:
-        """Flower's NodeInfos of the keys that are registered, suspended ones too."""
+        """Flower's NodeInfo of each registered key, suspended ones too."""
         return [node for node in self._state.get_node_info() if node.status != "unregistered"]
 
     def refusal(self, key: bytes) -> tuple[int, str] | None:
         """(HTTP status, reason) if the node with this public key (PEM) is not let in now; else None."""
         if key in self._admitted:
-            back = self.heads.reason(self._admitted[key])
+            back = self.heads.refusal(self._admitted[key])
             return None if back is None else (503, back)
         reason = self._suspended.get(key)
         return (403, _NOT_ENROLLED) if reason is None else (503, reason)
@@ -342,38 +362,44 @@ class Admission:
         """The site that a public key (PEM) is enrolled for now; None for one that is not let in."""
         return self._admitted.get(key)
 
-    def of_request(self, header: bytes) -> tuple[int, str] | None:
+    def refusal_of_request(self, header: bytes) -> tuple[int, str] | None:
         """As `refusal`, for the key that a request to Flower's node interface names in its header."""
         try:
             return self.refusal(base64.b64decode(header, validate=True))
         except (binascii.Error, ValueError):
             return 403, _NOT_ENROLLED
 
-    def look(self) -> int:
-        """Enrols, revokes and suspends as the files say; how many are let in.
+    def update(self) -> int:
+        """Enrols, revokes and suspends as the files say.
 
-        Raises ConfigError, and changes nothing, if the record of revoked keys cannot be read.
+        Returns:
+            How many sites are let in.
+
+        Raises:
+            ConfigError: the record of revoked keys cannot be read; nothing is changed.
         """
-        self.heads.look()
-        out = revoked(self._folder)
+        self.heads.reload()
+        revoked_keys = revoked(self._folder)
         registered = {bytes(node.public_key): node for node in self.nodes()}
         for site, path in requests(self._folder).items():
             for key, node in registered.items():
-                if node.name == site and key not in out:
+                if node.name == site and key not in revoked_keys:
                     note_revoked(self._folder, site, key)
-                    out[key] = site
+                    revoked_keys[key] = site
             path.unlink(missing_ok=True)
         broken: dict[str, str] = {}
-        wanted = {key: site for site, key in enrolled(self._folder, broken).items() if key not in out}
+        wanted = {
+            key: site for site, key in enrolled(self._folder, broken).items() if key not in revoked_keys
+        }
         admitted = {key: site for key, site in wanted.items() if key in registered or self._enrol(key, site)}
         suspended = {
-            key: self._why(node.name, broken)
+            key: self._why_suspended(node.name, broken)
             for key, node in registered.items()
-            if key not in admitted and key not in out
+            if key not in admitted and key not in revoked_keys
         }
         before, self._admitted, self._suspended = self._suspended, admitted, suspended
         for key, node in registered.items():
-            if key in out:
+            if key in revoked_keys:
                 self._remove(key, node)
             elif key in suspended and key not in before:
                 self._state.deactivate_node(node.node_id)
@@ -381,25 +407,25 @@ class Admission:
             elif key in admitted and key in before:
                 self._say(f"{node.name} is let in again")
         for site, reason in broken.items():
-            if reason not in self._told and all(node.name != site for node in registered.values()):
+            if reason not in self._reported and all(node.name != site for node in registered.values()):
                 self._say(f"{reason} Until then that site is not let in.")
-        back = {why for site in admitted.values() if (why := self.heads.reason(site)) is not None}
-        for why in back - self._told:
+        back = {why for site in admitted.values() if (why := self.heads.refusal(site)) is not None}
+        for why in back - self._reported:
             self._say(f"not let in: {why}")
-        self._told = {*broken.values(), *back}
+        self._reported = {*broken.values(), *back}
         return len(admitted)
 
-    def keep(self, ending: threading.Event) -> None:
-        """Looks every few seconds until `ending` is set; what fails is tried again at the next look."""
-        said = ""
-        while not ending.wait(_LOOK_SECONDS):
+    def keep_updated(self, ending: threading.Event) -> None:
+        """Calls `update` every two seconds until `ending` is set; what fails is tried again the next time."""
+        last_error = ""
+        while not ending.wait(_UPDATE_SECONDS):
             try:
-                self.look()
-                said = ""
+                self.update()
+                last_error = ""
             except FedtuneError as error:
-                if str(error) != said:
+                if str(error) != last_error:
                     self._say(str(error))
-                said = str(error)
+                last_error = str(error)
             except Exception as error:  # the database is busy, say
                 _log.warning("keys could not be brought up to date: %s", error)
 
@@ -410,9 +436,8 @@ class Admission:
         try:
             flower.register_node(self._state, key, site)
         except ValueError:
-            told = f"the key of {site} was revoked before and stays so; the site makes a new one"
-            note_revoked(self._folder, site, key)  # it was told by a version that kept no record of its own
-            self._say(told)
+            note_revoked(self._folder, site, key)  # by a version that kept no record of its own
+            self._say(f"the key of {site} was revoked before and stays so; the site makes a new one")
             return False
         self._say(f"enrolled {site} ({certificates.fingerprint(key)})")
         return True
@@ -423,7 +448,7 @@ class Admission:
         flower.forget_node(self._state, node.node_id)
         self._say(f"revoked the key of {node.name} ({certificates.fingerprint(key)})")
 
-    def _why(self, site: str, broken: dict[str, str]) -> str:
+    def _why_suspended(self, site: str, broken: dict[str, str]) -> str:
         path = self._folder / "nodes" / f"{site}.pub"
         if site in broken:
             return f"the file with the key of site '{site}' at the server cannot be used, or not yet"

@@ -167,21 +167,18 @@ def check_server_certificate(folder: Path) -> int:
     except (InvalidSignature, ValueError, TypeError) as error:
         raise ConfigError(
             f"The certificate {folder / 'server.crt'} was not signed by the authority in "
-            f"{folder / 'ca.crt'}, so "
-            f"no node would trust it. {again}"
+            f"{folder / 'ca.crt'}, so no node would trust it. {again}"
         ) from error
     now = datetime.datetime.now(datetime.UTC)
     if now > mine.not_valid_after_utc:
         raise ConfigError(
             f"The server's certificate {folder / 'server.crt'} expired on "
-            f"{mine.not_valid_after_utc:%Y-%m-%d}, and "
-            f"no node accepts it. {again}"
+            f"{mine.not_valid_after_utc:%Y-%m-%d}, and no node accepts it. {again}"
         )
     if now < mine.not_valid_before_utc:
         raise ConfigError(
-            f"The server's certificate is valid from {mine.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on, "
-            f"and this "
-            f"machine's clock says {now:%Y-%m-%d %H:%M}. Set the clock."
+            f"The server's certificate is valid from {mine.not_valid_before_utc:%Y-%m-%d %H:%M} UTC on, and "
+            f"this machine's clock says {now:%Y-%m-%d %H:%M}. Set the clock."
         )
     return int((mine.not_valid_after_utc - now).days)
 
@@ -310,9 +307,8 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
         raise FederationError(_untrusted(address, authority, error)) from error
     except ssl.SSLError as error:
         raise FederationError(
-            f"Whatever answers at {address} does not speak TLS ({error.reason or 'no reason given'}), "
-            f"so nothing was "
-            "sent to it. Check host and port; a fedtune server always speaks TLS."
+            f"Whatever answers at {address} does not speak TLS ({error.reason or 'no reason given'}), so "
+            "nothing was sent to it. Check host and port; a fedtune server always speaks TLS."
         ) from error
     except OSError as error:
         raise ResourceError(f"The server {address} does not answer ({error.strerror or error}).") from error
@@ -386,9 +382,8 @@ def _untrusted(address: str, authority: Path, error: ssl.SSLCertVerificationErro
     reason = error.verify_message
     if "expired" in reason:
         return (
-            f"The certificate of the server {address} has expired, so it is not trusted. Its operator "
-            f"makes a new one "
-            "with `fedtune provision FEDERATION.yaml -o DIR --renew`; if it is new, check this "
+            f"The certificate of the server {address} has expired, so it is not trusted. Its operator makes "
+            "a new one with `fedtune provision FEDERATION.yaml -o DIR --renew`; if it is new, check this "
             "machine's clock."
         )
     if "not yet valid" in reason:
@@ -400,7 +395,6 @@ def _untrusted(address: str, authority: Path, error: ssl.SSLCertVerificationErro
         )
     return (
         f"The server {address} is not the one that the authority in {authority} vouches for ({reason}). "
-        f"Nothing was "
-        "sent to it. Use the ca.crt of this federation; if it is that one, somebody else answers at "
-        "this address."
+        "Nothing was sent to it. Use the ca.crt of this federation; if it is that one, somebody else answers "
+        "at this address."
     )

@@ -26,6 +26,7 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
     TRANSPORT_TYPE_GRPC_RERE,
+    ErrorCode,
     Status,
     SubStatus,
 )
@@ -230,9 +231,9 @@ def whole_message(message_id: str, store: Any) -> Any:
     return None if len(contents) < len(wanted) else inflate_object_from_contents(message_id, contents)
 
 
-def error_in_place_of(message: Message, code: int, reason: str) -> Message:
+def error_in_place_of(message: Message, reason: str) -> Message:
     """A message with the same metadata that holds an error instead of its content."""
-    return make_message(metadata=message.metadata, error=Error(code, reason))
+    return make_message(metadata=message.metadata, error=Error(ErrorCode.UNKNOWN, reason))
 
 
 # --- apps -------------------------------------------------------------------------------------------------

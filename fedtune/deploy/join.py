@@ -41,7 +41,7 @@ from fedtune.deploy.site import open_ledger
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
-from fedtune.privacy.publication import publish as door
+from fedtune.privacy import publication
 
 __all__ = [
     "HEARTBEAT_SECONDS",
@@ -64,25 +64,30 @@ _PUBLISHED = "x-fedtune-published"  # JSON; without it, a question only
 _PURPOSE = b"fedtune-join:"
 # Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
 _AHEAD, _BEHIND = 5.0, 305.0
-# Flower's server holds a node that was killed for connected until it has missed two heartbeats, and lets the
-# one that was started in its place in no earlier. At Flower's 30 s that is a minute in the way of rounds;
-# 10 s is the least that the server takes.
+# To Flower's server a node that was killed is connected until it has missed two heartbeats, and the one that
+# was started in its place is refused until then. At Flower's 30 s that is a minute without rounds; 10 s is
+# the least that the server accepts.
 HEARTBEAT_SECONDS = 10
-# A node that died without a word counts as connected until it has missed two heartbeats.
 _LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
-_TELLING = threading.Lock()
+_REPORTING = threading.Lock()
 _log = logging.getLogger("fedtune.server")
-_NOT_ITSELF = 3  # any of flwr's ErrorCode will do: the reason is what is read
 _BUDGET_KEYS = ("epsilon_left", "epsilon", "delta", "unit")
 _UNITS = (*UNITS, "any")
 
 
 @dataclass(frozen=True)
-class Welcome:
-    """What the server answers. `site` is None for a key that is not enrolled; `ahead` is in seconds;
-    `suspended` says why the key, which is enrolled, is not let in for now, `back` that its books went back;
-    `kept` is the head of them that the server had.
+class JoinAnswer:
+    """What the server answers.
+
+    Attributes:
+        software: the server's version of fedtune.
+        site: the site that the key is enrolled for; None for a key that is not enrolled.
+        connected: a node with this key is connected.
+        ahead: how far this machine's clock is ahead of the server's, in seconds.
+        suspended: why the key, which is enrolled, is not let in for now.
+        kept: the head of the site's books that the server had before this request.
+        back: why the site is not let in if its books went back.
     """
 
     software: str
@@ -95,42 +100,44 @@ class Welcome:
 
 
 def answer(
-    headers: Mapping[bytes, bytes], admission: Admission, board: PublishedBudgets | None = None
+    headers: Mapping[bytes, bytes], admission: Admission, budgets: PublishedBudgets | None = None
 ) -> tuple[int, dict[str, Any]]:
-    """The server's (HTTP status, answer). What an enrolled site tells is noted: what it publishes on `board`,
-    the head of its books with `admission`; nothing of a request that is old, which may be one of before that
-    somebody repeats."""
+    """The server's (HTTP status, answer) to a node's request.
+
+    What an enrolled site reports is noted: what it publishes in `budgets`, the head of its books in
+    `admission`. Nothing of a request that is old is noted: somebody may have recorded it and sent it again.
+    """
     try:
         given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
         key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise ValueError("another kind of key")
         signature = base64.b64decode(given[_SIGNATURE], validate=True)
-        told = headers.get(_PUBLISHED.encode(), b"")
-        key.verify(signature, _signed(given[_TIME], told), ec.ECDSA(hashes.SHA256()))
-        values = json.loads(told) if told else None
+        report_text = headers.get(_PUBLISHED.encode(), b"")
+        key.verify(signature, _signed(given[_TIME], report_text), ec.ECDSA(hashes.SHA256()))
+        values = json.loads(report_text) if report_text else None
         signed_at = datetime.datetime.fromisoformat(given[_TIME].decode())
         ahead = (signed_at - _now()).total_seconds()
     except (KeyError, ValueError, TypeError, RecursionError, InvalidSignature, UnsupportedAlgorithm):
         return 403, {"error": "This needs a request that is signed by a site's key."}
     public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    told_of = values if isinstance(values, dict) and -_BEHIND < ahead < _AHEAD else {}
+    report = values if isinstance(values, dict) and -_BEHIND < ahead < _AHEAD else {}
     site = admission.site_of(public)
     kept = None if site is None else admission.heads.kept(site)
-    if site is not None and isinstance(told_of.get("head"), str):
+    if site is not None and isinstance(report.get("head"), str):
         try:
-            admission.heads.note(site, told_of["head"], told_of.get("lost") is True)
+            admission.heads.note(site, report["head"], report.get("lost") is True)
         except (ConfigError, OSError) as error:
             _log.error("the head of site %s cannot be kept: %s", site, error)
             return 503, {"error": "The server cannot keep the head of this site's books now."}
-    back = None if site is None else admission.heads.reason(site)
+    back = None if site is None else admission.heads.refusal(site)
     refused = admission.refusal(public)
     suspended = refused[1] if refused is not None and refused[0] == 503 else None
     known = next((node for node in admission.nodes() if bytes(node.public_key) == public), None)
     if refused is not None and suspended is None:
         known = None
-    if site is not None and "budget" in told_of and board is not None:
-        board.note(site, checked_budget(told_of["budget"]))
+    if site is not None and "budget" in report and budgets is not None:
+        budgets.note(site, checked_budget(report["budget"]))
     return 200, {
         "fedtune": __version__,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
@@ -149,40 +156,45 @@ def check_in(
     patience: float = _LEFT_SECONDS,
     books: Books | None = None,
 ) -> None:
-    """Returns if the server lets this site in; waits `patience` seconds for one with its key to be gone.
+    """Returns if the server lets this site in.
 
-    `books`: held to the head that the server keeps of them, before it is told the one that they have now.
-    Raises FederationError, which says what is wrong (also that the books went back) and who mends it;
-    ResourceError if the server does not answer, or has suspended this site: it may let it in later.
+    Args:
+        site: the site's settings.
+        key: its private key.
+        say: prints a line for its administrator.
+        patience: seconds to wait for another node with this key to be gone.
+        books: compared with the head that the server keeps of them, before the present head is reported.
+
+    Raises:
+        FederationError: what is wrong (also that the books went back), and who mends it.
+        ResourceError: the server does not answer, or has suspended this site: it may let it in later.
     """
-    end, told = time.monotonic() + patience, False
+    end, announced = time.monotonic() + patience, False
     while True:
         if books is None:
-            welcome, lost = _ask(site, key, timeout=10.0), list[str]()
+            reply, lost = _ask(site, key, timeout=10.0), list[str]()
         else:
-            welcome, lost = _tell(site, key, books)
-        if reason := _problem(site, key, welcome):
+            reply, lost = _report(site, key, books)
+        if reason := _problem(site, key, reply):
             raise FederationError(" ".join([reason, *lost]))
         if lost:
-            raise FederationError(f"{' '.join(lost)} The server keeps head {welcome.kept}.")
-        if welcome.suspended:
-            raise ResourceError(
-                f"The server {site.server} does not let this site in now: {welcome.suspended}."
-            )
-        if not welcome.connected:
+            raise FederationError(f"{' '.join(lost)} The server keeps head {reply.kept}.")
+        if reply.suspended:
+            raise ResourceError(f"The server {site.server} does not let this site in now: {reply.suspended}.")
+        if not reply.connected:
             return
         if time.monotonic() > end:
             raise FederationError(
-                f"Another node with the key of site '{site.site}' (fingerprint {_print(key)}) is connected "
+                f"Another node with the key of site '{site.site}' (fingerprint {_shown(key)}) is connected "
                 f"to {site.server}. One key is one node: end the other one, or, if nobody here started it, "
                 "have the operator revoke this key, for somebody else has it."
             )
-        if not told:
+        if not announced:
             say(
                 f"a node with this site's key is connected, or was until a moment ago; waiting up to "
                 f"{patience:.0f} s for it to be gone"
             )
-            told = True
+            announced = True
         time.sleep(min(_ASK_SECONDS, patience / 4))
 
 
@@ -192,25 +204,30 @@ def publish(
     values: dict[str, Any] | None,
     books: Books,
 ) -> None:
-    """Tells the server what this site publishes (None: nothing any more), and the head of its books."""
-    _tell(site, key, books, budget=values)
+    """Reports what this site publishes (None: nothing any more), and the head of its books.
 
-
-def _tell(
-    site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books, **values: Any
-) -> tuple[Welcome, list[str]]:
-    """Tells the server `values`, and the head of the books as it is at that moment: (its answer, what the
-    books lack of the head that it keeps).
-
-    What it keeps is asked first: a head that went back and has grown since would take the place of the one
-    that is kept, and nothing would be known of it any more.
+    Raises:
+        ResourceError: the server does not answer.
+        FederationError: it is another version, or another program.
     """
-    with _TELLING:  # of two threads that tell a head, the later one must have the later head
+    _report(site, key, books, budget=values)
+
+
+def _report(
+    site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books, **values: Any
+) -> tuple[JoinAnswer, list[str]]:
+    """Reports `values` and the present head of the books: (the answer, what the books lack of the head that
+    the server keeps).
+
+    The head that the server keeps is asked first: one that went back and has grown since would replace it,
+    and nobody would notice any more.
+    """
+    with _REPORTING:  # of two threads that report a head, the later one must have the later head
         kept = _ask(site, key, timeout=10.0).kept
         lost = [] if kept is None else books.against(kept)
-        told = {**values, "head": books.head(), **({"lost": True} if lost else {})}
-        text = json.dumps(door("join", told, public_data=False)[0])
-        return _ask(site, key, timeout=10.0, told=text.encode()), lost
+        report = {**values, "head": books.head(), **({"lost": True} if lost else {})}
+        text = json.dumps(publication.publish("join", report, public_data=False)[0])
+        return _ask(site, key, timeout=10.0, report=text.encode()), lost
 
 
 def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
@@ -225,13 +242,13 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
     if name is None or name == (site := site_of(message.metadata.src_node_id)):
         return message
     reason = f"It says that it is {str(name)[:100]!r}, and its key is enrolled for {site!r}: it has no part."
-    return flower.error_in_place_of(message, _NOT_ITSELF, reason)
+    return flower.error_in_place_of(message, reason)
 
 
 def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
     """Why the server does not let this site in for now; None if it does. Raises as `publish` does."""
-    welcome = _ask(site, key, timeout=10.0)
-    return welcome.suspended or welcome.back
+    reply = _ask(site, key, timeout=10.0)
+    return reply.suspended or reply.back
 
 
 def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
@@ -242,11 +259,13 @@ def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
         return None
 
 
-def _signed(stamp: bytes, told: bytes) -> bytes:
-    return b"\n".join((_PURPOSE, stamp, told))
+def _signed(stamp: bytes, report: bytes) -> bytes:
+    return b"\n".join((_PURPOSE, stamp, report))
 
 
-def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, told: bytes = b"") -> Welcome:
+def _ask(
+    site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, report: bytes = b""
+) -> JoinAnswer:
     now = _now()
     stamp = now.isoformat().encode()
     public = key.public_key().public_bytes(
@@ -255,8 +274,8 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, to
     headers = {
         _KEY: base64.b64encode(public).decode(),
         _TIME: stamp.decode(),
-        _SIGNATURE: base64.b64encode(key.sign(_signed(stamp, told), ec.ECDSA(hashes.SHA256()))).decode(),
-        **({_PUBLISHED: told.decode()} if told else {}),
+        _SIGNATURE: base64.b64encode(key.sign(_signed(stamp, report), ec.ECDSA(hashes.SHA256()))).decode(),
+        **({_PUBLISHED: report.decode()} if report else {}),
     }
     host, port = parse_address(site.server)
     connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context(Path(site.ca)))
@@ -276,52 +295,53 @@ def _ask(site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, to
     try:
         if status != 200:
             raise ValueError
-        said = json.loads(body)
-        ahead = (now - datetime.datetime.fromisoformat(said["time"])).total_seconds()
-        name = said["site"]
-        software, suspended = str(said["fedtune"])[:40], said.get("suspended")
-        kept, back = (said.get(key) and str(said[key])[:1000] for key in ("kept", "back"))
-        return Welcome(
-            software,
-            name and str(name)[:100],
-            said["connected"] is True,
-            ahead,
-            suspended and str(suspended)[:500],
-            kept,
-            back,
+        values = json.loads(body)
+        ahead = (now - datetime.datetime.fromisoformat(values["time"])).total_seconds()
+
+        def text(name: str, longest: int) -> str | None:
+            return str(values[name])[:longest] if values.get(name) else None
+
+        return JoinAnswer(
+            software=str(values["fedtune"])[:40],
+            site=text("site", 100),
+            connected=values["connected"] is True,
+            ahead=ahead,
+            suspended=text("suspended", 500),
+            kept=text("kept", 1000),
+            back=text("back", 1000),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FederationError(
             f"The server {site.server} does not answer as fedtune {__version__} does (HTTP status {status}): "
-            f"it is another version, or another program. Ask its operator which fedtune it runs."
+            "it is another version, or another program. Ask its operator which fedtune it runs."
         ) from error
 
 
-def _problem(site: SiteSettings, key: ec.EllipticCurvePrivateKey, welcome: Welcome) -> str | None:
+def _problem(site: SiteSettings, key: ec.EllipticCurvePrivateKey, reply: JoinAnswer) -> str | None:
     """What keeps this site out, as a paragraph."""
-    if welcome.software != __version__:
+    if reply.software != __version__:
         return (
-            f"The server {site.server} runs fedtune {welcome.software}, and this node fedtune {__version__}. "
-            f"They must be the same: install `fedtune=={welcome.software}` here, or {__version__} there."
+            f"The server {site.server} runs fedtune {reply.software}, and this node fedtune {__version__}. "
+            f"They must be the same: install `fedtune=={reply.software}` here, or {__version__} there."
         )
-    if welcome.back is not None:
-        return f"The server {site.server} does not let this site in: {welcome.back}."
-    if welcome.site is None:
+    if reply.back is not None:
+        return f"The server {site.server} does not let this site in: {reply.back}."
+    if reply.site is None:
         return (
-            f"The key of site '{site.site}' (fingerprint {_print(key)}) is not enrolled at {site.server}, or "
+            f"The key of site '{site.site}' (fingerprint {_shown(key)}) is not enrolled at {site.server}, or "
             "was revoked. Send the operator the line that `fedtune node init` printed, for `fedtune server "
             "DIR --enrol`; a key that was revoked stays so: make a new one."
         )
-    if welcome.site != site.site:
+    if reply.site != site.site:
         return (
-            f"The key {site.key} (fingerprint {_print(key)}) is enrolled for site '{welcome.site}', and "
+            f"The key {site.key} (fingerprint {_shown(key)}) is enrolled for site '{reply.site}', and "
             f"this is site '{site.site}'. Use the site's own key, made here by `fedtune node init`; a key "
             "must not be copied from one site to another."
         )
-    if not -_BEHIND < welcome.ahead < _AHEAD:
-        how = "ahead of" if welcome.ahead > 0 else "behind"
+    if not -_BEHIND < reply.ahead < _AHEAD:
+        how = "ahead of" if reply.ahead > 0 else "behind"
         return (
-            f"This machine's clock is {abs(welcome.ahead):.0f} s {how} the server's ({site.server}), "
+            f"This machine's clock is {abs(reply.ahead):.0f} s {how} the server's ({site.server}), "
             f"which accepts {_AHEAD:.0f} s ahead and {_BEHIND:.0f} s behind. Set the clock of whichever is "
             "wrong; a time service (NTP) keeps both right."
         )
@@ -332,7 +352,7 @@ def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 
 
-def _print(key: ec.EllipticCurvePrivateKey) -> str:
+def _shown(key: ec.EllipticCurvePrivateKey) -> str:
     return certificates.fingerprint(certificates.public_key_of(key))
 
 
@@ -340,17 +360,20 @@ def _print(key: ec.EllipticCurvePrivateKey) -> str:
 
 
 def budget_of(site: SiteSettings) -> dict[str, Any] | None:
-    """What this site publishes now; None if its owner did not ask for it. Raises LedgerError.
+    """What this site publishes now; None if its owner publishes nothing.
 
-    `epsilon_left` is what no release has spent, of whichever state of its data has spent most, rounded down.
+    `epsilon_left` is the unspent part of the budget, for that state of the data which has spent most, rounded
+    down.
+
+    Raises:
+        LedgerError: the ledger cannot be trusted.
     """
     if not site.publish_budget:
         return None
     ledger, budget = open_ledger(site), site.budget
-    releases = [one for one in ledger.releases() if not one.public]
-    used = {(one.dataset, one.fingerprint) for one in releases}
+    used = {(release.dataset, release.fingerprint) for release in ledger.releases() if not release.public}
     spent = max(
-        (ledger.epsilon(dataset=name, fingerprint=mark, delta=budget.delta) for name, mark in used),
+        (ledger.epsilon(dataset=name, fingerprint=data, delta=budget.delta) for name, data in used),
         default=0.0,
     )
     return {
@@ -362,16 +385,16 @@ def budget_of(site: SiteSettings) -> dict[str, Any] | None:
 
 
 def checked_budget(values: Any) -> dict[str, Any] | None:
-    """`values` if a site may have published them; None for anything else."""
+    """`values` if they are what `budget_of` makes; None for anything else."""
     if not isinstance(values, dict) or set(values) != set(_BUDGET_KEYS) or values["unit"] not in _UNITS:
         return None
     numbers = [values[name] for name in _BUDGET_KEYS[:3]]
-    right = all(type(one) in (int, float) and math.isfinite(one) and one >= 0 for one in numbers)
-    return values if right else None
+    valid = all(type(value) in (int, float) and math.isfinite(value) and value >= 0 for value in numbers)
+    return values if valid else None
 
 
 def budget_text(values: dict[str, Any] | None) -> str:
-    """For a person."""
+    """A published budget in words."""
     if values is None:
         return "budget not published"
     unit = "" if values["unit"] == "any" else f", unit {values['unit']}"
@@ -381,25 +404,25 @@ def budget_text(values: dict[str, Any] | None) -> str:
 
 
 class PublishedBudgets:
-    """What the sites published last, by name; in a file of the server's, so that it outlives it."""
+    """What each site published last, in a file of the server folder."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
 
     def all(self) -> dict[str, Any]:
-        """By site; nothing where the file is missing or cannot be read."""
+        """By site; empty if the file is missing or cannot be read."""
         try:
-            found = json.loads(self._path.read_text())
+            budgets = json.loads(self._path.read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return budgets if isinstance(budgets, dict) else {}
 
     def note(self, site: str, values: dict[str, Any] | None) -> None:
-        """Keeps what a site published; None takes it down."""
+        """Stores what a site publishes; None removes it."""
         with self._lock:
-            kept = self.all()
-            if kept.get(site) == values:
+            budgets = self.all()
+            if budgets.get(site) == values:
                 return
-            kept[site] = values
-            content = json.dumps({name: one for name, one in kept.items() if one is not None})
+            budgets[site] = values
+            content = json.dumps({name: budget for name, budget in budgets.items() if budget is not None})
             replace_whole(self._path, content.encode(), mode=0o600)

@@ -23,46 +23,52 @@ from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 
-__all__ = ["run_node"]
+__all__ = ["guard", "publish_changes", "run_node"]
 
 _log = logging.getLogger("fedtune.node")
 _DAY = 86_400.0
 
 
 def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
-    """Joins the federation and answers until it is told to end (Ctrl-C, SIGTERM).
+    """Joins the federation and answers messages until it is stopped (Ctrl-C, SIGTERM).
 
-    Raises ConfigError or FederationError if it cannot join, LedgerError if the ledger cannot be trusted.
+    Args:
+        site: the site's settings.
+        say: prints a line for the site's administrator.
+
+    Raises:
+        ConfigError, FederationError: it cannot join.
+        LedgerError: the ledger or the audit log cannot be trusted.
     """
     key = certificates.load_private_key(Path(site.key))
     open_ledger(site, setting=True)
     check_books(site)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
-    _enter(site, key, say)
+    _wait_for_admission(site, key, say)
     worker = WorkerProcess(site)
     try:
         worker.start()
-        _join(site, key, worker, say)
+        _answer_messages(site, key, worker, say)
     finally:
         worker.close()
 
 
-def _enter(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
-    """Returns when the server is there and lets this site in; raises if it never will."""
-    said, at = "", 0.0
+def _wait_for_admission(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
+    """Returns when the server answers and lets this site in. Raises FederationError if it never will."""
+    last, at = "", 0.0
     while True:
         if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
             say(warning)
         try:
             return join.check_in(site, key, say, books=books_of(site))
         except ResourceError as error:  # it went away in between, or lets this site in later
-            if str(error) != said or time.monotonic() - at > 60.0:
+            if str(error) != last or time.monotonic() - at > 60.0:
                 say(f"{error} Trying again until it does.")
-                said, at = str(error), time.monotonic()
+                last, at = str(error), time.monotonic()
             time.sleep(5.0)
 
 
-def _join(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[str], None]) -> None:
+def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[str], None]) -> None:
     # Late: Flower takes seconds, and most of what keeps a site out is known before.
     from fedtune.deploy import flower
     from fedtune.deploy.message_loop import MessageHandler, run_message_loop
@@ -77,7 +83,7 @@ def _join(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[st
     state, store = flower.node_state(on_joined)
     answer = MessageHandler(state, store, site, worker, apps)
 
-    threading.Thread(target=_watch, args=(site, key, worker, books, ending, say), daemon=True).start()
+    threading.Thread(target=_every_minute, args=(site, key, worker, books, ending, say), daemon=True).start()
     try:
         while True:
             joined.clear()
@@ -92,16 +98,16 @@ def _join(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[st
                 answer=answer,
                 say=say,
             )
-            # Something unforeseen ended it; identity and memory of runs are kept.
+            # It ended unexpectedly. The node keeps its identity and what it knows of the runs.
             say(f"the connection ended ({flower_log.last()}); joining again")
             time.sleep(5.0)
-            _enter(site, key, say)
+            _wait_for_admission(site, key, say)
     except SystemExit:
         if not joined.is_set():
             raise FederationError(
                 f"The server {site.server} did not let site '{site.site}' in. It said: {flower_log.last()}."
             ) from None
-        # Flower ends in the same way when it is told to and when the server refuses the key.
+        # Flower ends in the same way when it is stopped and when the server refuses the key.
         if reason := join.refusal(site, key):
             raise FederationError(reason) from None
         say("left the federation")
@@ -109,12 +115,20 @@ def _join(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[st
         ending.set()
 
 
-def guard(connection: Any, apps: AppAllowList, log: Books) -> Any:
-    """Flower's connection (eight functions), with the app of a run judged before Flower reads it, and a
-    message that grows beyond `channel.MAX_FRAME` bytes given up while it arrives."""
+def guard(connection: Any, apps: AppAllowList, books: Books) -> Any:
+    """Puts the node's own checks before the functions of Flower's connection.
+
+    The app of a run is checked before Flower reads it, and a message that grows beyond `channel.MAX_FRAME`
+    bytes is given up while it arrives.
+
+    Args:
+        connection: (node id, receive, send, get_run, get_fab, pull_object, push_object, confirm).
+        apps: which runs came with fedtune's own app.
+        books: where a message that is too large is noted.
+    """
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     runs: dict[int, Any] = {}
-    size = [0]
+    size = [0]  # bytes of the message that arrives
 
     def counted_receive() -> Any:
         size[0] = 0
@@ -124,7 +138,7 @@ def guard(connection: Any, apps: AppAllowList, log: Books) -> Any:
         runs[run_id] = get_run(run_id)
         return runs[run_id]
 
-    def judged_fab(fab_hash: str, run_id: int) -> Any:
+    def checked_fab(fab_hash: str, run_id: int) -> Any:
         return apps.admit(get_fab(fab_hash, run_id), runs.pop(run_id))
 
     def bounded_pull(run_id: int, object_id: str) -> bytes:
@@ -132,36 +146,40 @@ def guard(connection: Any, apps: AppAllowList, log: Books) -> Any:
         size[0] += len(data)
         if size[0] > channel.MAX_FRAME:
             reason = f"a message of run {run_id} has more than {channel.MAX_FRAME} bytes; it was given up"
-            log.append("refused", reason=reason)
+            books.append("refused", reason=reason)
             raise FederationError(reason)
         return data
 
-    return node_id, counted_receive, send, noted_run, judged_fab, bounded_pull, push_object, confirm
+    return node_id, counted_receive, send, noted_run, checked_fab, bounded_pull, push_object, confirm
 
 
-def _watch(
+def _every_minute(
     site: SiteSettings,
     key: Any,
     worker: WorkerProcess,
-    log: Books,
+    books: Books,
     ending: threading.Event,
     say: Callable[[str], None],
 ) -> None:
-    """Once a minute: says that the server does not answer, for Flower tries again by itself, and silently;
-    tells it what the owner publishes, if that has changed; and ends a worker of which nothing is asked, here
-    because Flower's question for messages does not return while the server is away.
-    Once a day: that its certificate ends soon."""
-    warned, told = time.monotonic(), None
+    """Until `ending` is set, every minute:
+
+    - log whether the server is reachable, because Flower retries silently;
+    - report to the server what the owner publishes and the head of the books, if either has changed;
+    - end the worker if it is idle: here, because Flower's question for messages does not return while the
+      server is away;
+    - once a day, warn that the server's certificate expires soon.
+    """
+    warned, reported = time.monotonic(), None
     while True:
         try:
-            told = publish(site, key, log, told)
+            reported = publish_changes(site, key, books, reported)
             if reason := join.suspension(site, key):
                 say(f"the server does not let this site in for now: {reason}; asking again until it does")
         except FedtuneError as error:
             say(str(error))
         if ending.wait(60.0):
             return
-        if worker.rest():
+        if worker.end_if_idle():
             say("nothing is asked: the worker has ended, and the next message starts it again")
         try:
             warning = expiry_warning(check_server(site.server, Path(site.ca)))
@@ -172,25 +190,33 @@ def _watch(
             say(f"{error} Trying again.")
 
 
-def publish(site: SiteSettings, key: Any, log: Books, told: Any) -> dict[str, Any]:
-    """Tells the server what the owner publishes, and the head of the books, unless it is what was `told`
-    before; what it knows now.
+def publish_changes(site: SiteSettings, key: Any, books: Books, reported: Any) -> dict[str, Any]:
+    """Reports to the server what the owner publishes, and the head of the books, if either has changed.
 
-    The log says so before it leaves, once the server is known to be there: while it is away nothing leaves,
-    and a line each minute would say otherwise. An owner who publishes nothing has that told once: what the
-    server kept of a time when it was otherwise is taken down.
+    The audit log says so before it leaves, once the server is known to answer: while it is away nothing
+    leaves, and a line each minute would say otherwise. That an owner publishes nothing is reported once, so
+    that the server forgets what it was told before.
+
+    Args:
+        site: the site's settings.
+        key: the node's private key.
+        books: its ledger and audit log.
+        reported: what the server knows: what this returned last, None at the start.
+
+    Returns:
+        What the server knows now.
     """
-    books, values = books_of(site), join.budget_of(site)
-    if told is None or (values, books.head()) != (told["published"], told["head"]):
-        if values is not None and (told is None or values != told["published"]):
+    budget = join.budget_of(site)
+    if reported is None or (budget, books.head()) != (reported["published"], reported["head"]):
+        if budget is not None and (reported is None or budget != reported["published"]):
             check_server(site.server, Path(site.ca))
-            log.append("published", message="budget", **values)
-        join.publish(site, key, values, books)
-    return {"published": values, "head": books.head()}
+            books.append("published", message="budget", **budget)
+        join.publish(site, key, budget, books)
+    return {"published": budget, "head": books.head()}
 
 
 class FlowerLog(logging.Handler):
-    """Keeps what Flower would print, to be told in fedtune's words."""
+    """Keeps the last errors that Flower would print, to be shown in fedtune's words."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -202,11 +228,11 @@ class FlowerLog(logging.Handler):
         logger.setLevel(logging.ERROR)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the last few."""
+        """Keeps the last five."""
         self._lines = [*self._lines[-4:], record.getMessage()]
 
     def last(self) -> str:
-        """The last line, in one."""
+        """The last message, on one line."""
         lines = [" ".join(line.split()) for line in self._lines]
         text = lines[-1] if lines else "nothing"
         # Flower frames it with an exit code before, and the address of a page after.

@@ -63,9 +63,16 @@ FOR_OPERATORS = frozenset(
 
 
 def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
-    """Serves until it is told to end (Ctrl-C, SIGTERM).
+    """Serves until it is stopped (Ctrl-C, SIGTERM).
 
-    Raises ConfigError for a folder, key or certificate that is wrong, ResourceError if the port is taken.
+    Args:
+        folder: the server folder that `fedtune provision` made.
+        say: prints a line for the operator.
+        host: the address to listen on; by default all, or the loopback if the sites use that.
+
+    Raises:
+        ConfigError: a folder, key or certificate that is wrong.
+        ResourceError: the port is taken.
     """
     federation = Federation.read(folder / "server.yaml")
     named, port = parse_address(federation.server)
@@ -81,7 +88,7 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
 
     app = flower.superlink_app(folder, host, port)
     admission = Admission(app.state.linkstate_factory.state(), folder, say)
-    admitted = admission.look()
+    admitted = admission.update()
     ending = threading.Event()
     import uvicorn
 
@@ -96,7 +103,7 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         timeout_graceful_shutdown=3,
     )
     config.load()
-    threading.Thread(target=admission.keep, args=(ending,), daemon=True).start()
+    threading.Thread(target=admission.keep_updated, args=(ending,), daemon=True).start()
     renewed = (_Certificate(folder, config.ssl), ending, say)
     threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
     say(
@@ -118,8 +125,8 @@ def _check_port(host: str, port: int) -> None:
         except OSError as error:
             raise ResourceError(
                 f"Port {port} on {host} cannot be used ({error.strerror}): is another server of this "
-                f"federation "
-                "running? End it, or change the address in the federation file and provision again."
+                "federation running? End it, or change the address in the federation file and provision "
+                "again."
             ) from error
 
 
@@ -137,12 +144,20 @@ def check_pair(folder: Path) -> None:
 
 
 class Gate:
-    """Lets enrolled nodes to what nodes may call, and whoever has the operator's token to what operators may.
+    """Passes nodes' calls from enrolled nodes, and operators' calls from whoever has the operator's token.
 
-    A request's size is looked at before anything of it is read, since Flower reads all of it before it looks
-    who sent it. One that comes in chunks, whatever length it names beside, has no size; one that names two
-    keys is let to nothing, for the gate would read the one and Flower the other. `budgets` keeps what
-    sites publish. Raises ConfigError for an empty token, which would be everybody's.
+    A request's size is checked before anything of it is read, since Flower reads all of it before it checks
+    the sender. One that comes in chunks, whatever length it names beside, has no size. One that names two
+    keys is refused, because the gate would read the one and Flower the other.
+
+    Args:
+        app: Flower's SuperLink, an ASGI application.
+        token: the operator's.
+        admission: which nodes are let in.
+        budgets: where what sites publish is stored.
+
+    Raises:
+        ConfigError: an empty token, which everybody would have.
     """
 
     def __init__(
@@ -157,17 +172,17 @@ class Gate:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
-            return None  # no websocket is spoken here
+            return None  # websockets are not used
         headers, path = dict(scope["headers"]), scope["path"]
         if path == join.PATH:
-            # Asks the database, so not in the loop that serves everybody.
-            said = await asyncio.to_thread(join.answer, headers, self._admission, self._budgets)
-            return await _respond(send, *said)
+            # It queries the database, so not in the event loop, which serves everybody.
+            answered = await asyncio.to_thread(join.answer, headers, self._admission, self._budgets)
+            return await _respond(send, *answered)
         if path in FOR_NODES:
             keys = [value for name, value in scope["headers"] if name == _NODE_KEY]
-            refused = self._admission.of_request(keys[0] if len(keys) == 1 else b"")
+            refused = self._admission.refusal_of_request(keys[0] if len(keys) == 1 else b"")
         elif path in FOR_OPERATORS or path == PUBLISHED_PATH:
-            refused = None if self._knows(headers) else (403, "This needs the operator's token.")
+            refused = None if self._is_operator(headers) else (403, "This needs the operator's token.")
         else:
             refused = 403, "This server has no such call."
         if refused is not None:
@@ -183,7 +198,7 @@ class Gate:
         await self._app(scope, receive, send)
         return None
 
-    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+    def _is_operator(self, headers: dict[bytes, bytes]) -> bool:
         given = headers.get(TOKEN_HEADER.encode(), b"")
         return bool(given) and hmac.compare_digest(given, self._token)
 
@@ -207,10 +222,11 @@ class _Certificate:
         return tuple((self._folder / name).read_bytes() for name in ("server.crt", "server.key"))  # type: ignore[return-value]
 
     def renew(self) -> bool:
-        """Takes up a new one if there is: whoever connects from now on sees it.
+        """Uses a new certificate, if there is one, for whoever connects from now on. True if there was.
 
-        Raises ConfigError, once, for a certificate and a key that do not belong together; the one before is
-        served on.
+        Raises:
+            ConfigError: once, for a certificate and a key that do not belong together; the former one stays
+                in use.
         """
         if self._context is None or (now := self._on_disk()) == self._served:
             return False
@@ -222,10 +238,10 @@ class _Certificate:
             self._unfit = (now, seen)
             # They are written one after the other: at the first look the second may be on its way.
             if seen == 2:
-                raise ConfigError(f"{error} Until then the certificate of before is served on.") from error
+                raise ConfigError(f"{error} Until then the former certificate stays in use.") from error
             return False
         if self._on_disk() != now:
-            return False  # it was written meanwhile; the next look takes it up
+            return False  # it was written meanwhile; the next call uses it
         self._context.load_cert_chain(self._folder / "server.crt", self._folder / "server.key")
         self._served = now
         return True
@@ -236,12 +252,12 @@ class _Certificate:
 
 
 def _keep_certificate(certificate: _Certificate, ending: threading.Event, say: Callable[[str], None]) -> None:
-    """Takes up a renewed certificate, and says once a day that one is needed."""
+    """Uses a renewed certificate, and warns once a day that one is needed, until `ending` is set."""
     warned = time.monotonic()
     while not ending.wait(_SYNC_SECONDS):
         try:
             if certificate.renew():
-                say(f"took up the renewed certificate, good for {certificate.days()} days")
+                say(f"uses the renewed certificate, good for {certificate.days()} days")
             if time.monotonic() - warned > _WARN_SECONDS:
                 warned = time.monotonic()
                 if warning := expiry_warning(certificate.days()):

@@ -1,4 +1,7 @@
-"""A site's own file and what its administrator does with it: read it, make a key, try a run."""
+"""A site's own file, and what its administrator does: make a key, try a run, check and prove the books.
+
+The books are the privacy ledger and the audit log (`fedtune.federation.client.audit_log.Books`).
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,14 @@ _T = TypeVar("_T")
 
 
 def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
-    """The settings in a node.yaml; paths in it are relative to its folder. Raises ConfigError.
+    """The settings in a node.yaml; paths in it are relative to its folder.
 
-    `with_data`: the data must be there too. A key is made before anybody has said where they are.
+    Args:
+        path: of the node.yaml.
+        with_data: the data must exist too; `fedtune node init` runs before anybody has said where they are.
+
+    Raises:
+        ConfigError: a setting that is wrong, or data that is missing.
     """
     values = copy.deepcopy(read_yaml(path))
     folder = path.absolute().parent
@@ -69,41 +77,50 @@ def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
 
 
 def make_key(site: SiteSettings) -> tuple[str, str]:
-    """Makes the site's private key; (enrolment line, fingerprint). Raises ConfigError if there is one."""
+    """Makes the site's private key. Returns (enrolment line, fingerprint).
+
+    Raises:
+        ConfigError: there is a key already.
+    """
     key = certificates.make_node_key(Path(site.key))
     return certificates.public_line(key, site.site), certificates.fingerprint(certificates.public_key_of(key))
 
 
 def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:
-    """The site's ledger. Raises LedgerError.
+    """The site's ledger.
 
-    `setting`: its budget becomes the one that node.yaml names, also where its budget file is lost or damaged.
-    Only a node that starts does that: whoever tries another node.yaml (a dry run, a proof) changes nothing
-    for the node that runs, and makes no file. A ledger that is gone is not begun anew.
+    Args:
+        site: the site's settings.
+        setting: the ledger's budget becomes the one of node.yaml, also where its budget file is lost or
+            damaged. Only a node that starts does that: whoever tries another node.yaml (a dry run, a proof)
+            changes nothing for the node that runs, and makes no file.
+
+    Raises:
+        LedgerError: the ledger is damaged, or gone: it is not replaced by an empty one.
     """
     path = Path(site.ledger)
     if setting:
         ledger = PrivacyLedger.open(path)
-        if lost := _lost(site, ledger):
+        if lost := _lost_ledger(site, ledger):
             raise LedgerError(lost)
         try:
-            stands = ledger.state().has_budget and ledger.budgets().default == site.budget
-        except LedgerError:  # of the budget file; what else is wrong is said again below
-            stands = False
-        if not stands:
+            is_set = ledger.state().has_budget and ledger.budgets().default == site.budget
+        except LedgerError:  # of the budget file; anything else is raised again below
+            is_set = False
+        if not is_set:
             ledger.set_budget(site.budget)
     return PrivacyLedger.open(path, require_budget=True)
 
 
-def _lost(site: SiteSettings, ledger: PrivacyLedger) -> str | None:
-    """What to tell the owner if there was a ledger with releases where there is none now; else None."""
+def _lost_ledger(site: SiteSettings, ledger: PrivacyLedger) -> str | None:
+    """A message for the owner if there was a ledger with releases where there is none now; else None."""
     path, state, signs = Path(site.ledger), ledger.state(), []
     if state.seq == 0 and ledger.budget_path.exists():
         signs.append(f"its budget file {ledger.budget_path} is there")
     if not state.releases:
-        told = sum(one.get("event") == "released" for one in AuditLog(Path(site.audit_log)).entries())
-        if told:
-            signs.append(f"the audit log {site.audit_log} tells of {told} releases")
+        entries = AuditLog(Path(site.audit_log)).entries()
+        if released := sum(entry.get("event") == "released" for entry in entries):
+            signs.append(f"the audit log {site.audit_log} tells of {released} releases")
     if not signs:
         return None
     return (
@@ -119,14 +136,18 @@ def books_of(site: SiteSettings) -> Books:
 
 
 def check_books(site: SiteSettings) -> None:
-    """Raises LedgerError if the ledger or the audit log is not what the other knows, or not whole."""
+    """Checks that ledger and audit log agree, and that the log is whole.
+
+    Raises:
+        LedgerError: what is wrong.
+    """
     books = books_of(site)
-    if wrong := [*_unlike(site, books), *_torn(books)]:
+    if wrong := [*_disagreements(books), *_log_damage(books)]:
         raise LedgerError(f"{' '.join(wrong[:3])} `fedtune node proof --config node.yaml` says all of it.")
 
 
-def _unlike(site: SiteSettings, books: Books) -> list[str]:
-    """What one book knows otherwise than the other says, or would if it were there."""
+def _disagreements(books: Books) -> list[str]:
+    """Where ledger and audit log contradict each other, or the log is missing."""
     ledger, log = books.problems()
     if not log and not books.log.head().number and PrivacyLedger.open(books.ledger).releases():
         log = [
@@ -137,100 +158,106 @@ def _unlike(site: SiteSettings, books: Books) -> list[str]:
     return [*ledger, *log]
 
 
-def _torn(books: Books) -> list[str]:
+def _log_damage(books: Books) -> list[str]:
     """What is wrong with the audit log by itself."""
-    found = books.log.verify(after=books.accepted()[0])
-    if not found:
+    problems = books.log.verify(after=books.accepted()[0])
+    if not problems:
         return []
     return [
-        f"The audit log {books.log.path} was changed or damaged: {'; '.join(found[:3])}. Restore it from a "
-        "backup; if there is none, say so: `fedtune node accept --config node.yaml`."
+        f"The audit log {books.log.path} was changed or damaged: {'; '.join(problems[:3])}. Restore it "
+        "from a backup; if there is none, say so: `fedtune node accept --config node.yaml`."
     ]
 
 
 def accept(site: SiteSettings) -> str:
-    """Has the owner accept what the audit log lost, in both books; what was accepted, for a person.
+    """Records in both books that the owner accepts what the audit log lost.
 
-    Raises LedgerError for a ledger that lost something.
+    Returns:
+        What was accepted, for a person.
+
+    Raises:
+        LedgerError: the ledger lost something.
     """
     books = books_of(site)
-    if lost := _lost(site, PrivacyLedger.open(books.ledger)):
+    if lost := _lost_ledger(site, PrivacyLedger.open(books.ledger)):
         raise LedgerError(lost)
-    missing = _unlike(site, books)
-    found = books.accept() or missing
+    missing = _disagreements(books)
+    accepted = books.accept() or missing
     if missing and not books.log.head().number:
         books.append("accepted", problems=missing)
-    if not found:
+    if not accepted:
         return "Nothing is wrong with the books; nothing was accepted."
     return "\n".join(
         [
-            *found,
+            *accepted,
             "accepted, and noted in both books; the node may start. If the server, which may know the longer "
-            "log, refuses it, its operator lets it in: "
-            f"`fedtune server DIR --accept-restore {site.site}`",
+            f"log, refuses it, its operator lets it in: `fedtune server DIR --accept-restore {site.site}`",
         ]
     )
 
 
 def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
-    """What has left this site, from its ledger and audit log, for a person; and whether both are whole.
+    """What has left this site, from its ledger and audit log.
 
-    Of books that are damaged it says all that is wrong and what can still be read. `against`: a head that was
-    kept elsewhere, from which these books must go on. Raises ConfigError if that is no head.
+    Of damaged books it shows everything that is wrong, and what can still be read.
+
+    Args:
+        site: the site's settings.
+        against: a head that was kept elsewhere, from which these books must go on.
+
+    Returns:
+        (text for a person, whether both books are whole).
+
+    Raises:
+        ConfigError: `against` is no head.
     """
-    # Not `open_ledger`, which refuses one that is damaged: here all that is wrong is wanted.
+    # Not `open_ledger`, which refuses a damaged one: here everything that is wrong is wanted.
     ledger, log = PrivacyLedger(Path(site.ledger), require_budget=True), AuditLog(Path(site.audit_log))
     wrong: list[str] = []
 
-    def asked(book: str, question: Callable[[], _T]) -> _T | None:
+    def attempt(book: str, question: Callable[[], _T]) -> _T | None:
         try:
             return question()
         except LedgerError as error:
             wrong.append(f"{book}: {error}")
             return None
 
-    rows, problems = asked("ledger", ledger.verify) or (0, [])
-    wrong += [f"ledger: {one}" for one in problems]
+    rows, problems = attempt("ledger", ledger.verify) or (0, [])
+    wrong += [f"ledger: {problem}" for problem in problems]
     books = books_of(site)
-    since = (asked("audit log", books.accepted) or (0, 0))[0]
-    wrong += [f"audit log: {one}" for one in asked("audit log", lambda: log.verify(after=since)) or []]
-    wrong += asked("ledger and audit log", lambda: _unlike(site, books)) or []
+    since = (attempt("audit log", books.accepted) or (0, 0))[0]
+    problems = attempt("audit log", lambda: log.verify(after=since)) or []
+    wrong += [f"audit log: {problem}" for problem in problems]
+    wrong += attempt("ledger and audit log", lambda: _disagreements(books)) or []
     if against is not None:
-        wrong += asked("ledger and audit log", lambda: books.against(against)) or []
+        wrong += attempt("ledger and audit log", lambda: books.against(against)) or []
     lines = [f"site {site.site}, budget epsilon {site.budget.epsilon:g} at delta {site.budget.delta:g}"]
     if not ledger.path.exists():
         lines.append(f"there is no ledger yet: {ledger.path} is made when the node starts")
     else:
-        stands = asked("ledger", ledger.budgets)
-        if stands is not None and stands.default is not None and stands.default != site.budget:
+        budgets = attempt("ledger", ledger.budgets)
+        if budgets is not None and budgets.default is not None and budgets.default != site.budget:
             lines.append(
-                f"until the node starts again, its budget is epsilon {stands.default.epsilon:g} at delta "
-                f"{stands.default.delta:g}"
+                f"until the node starts again, its budget is epsilon {budgets.default.epsilon:g} at delta "
+                f"{budgets.default.delta:g}"
             )
-    if lost := asked("ledger", lambda: _lost(site, ledger)):
+    if lost := attempt("ledger", lambda: _lost_ledger(site, ledger)):
         wrong.append(f"ledger: {lost}")
-    releases = asked("ledger", lambda: ledger.releases()) or []
-    for dataset, fingerprint in dict.fromkeys((one.dataset, one.fingerprint) for one in releases):
-        count = sum(one.fingerprint == fingerprint for one in releases)
+    releases = attempt("ledger", lambda: ledger.releases()) or []
+    used = dict.fromkeys((release.dataset, release.fingerprint) for release in releases)
+    for dataset, fingerprint in used:
+        count = sum(release.fingerprint == fingerprint for release in releases)
         spend = partial(ledger.epsilon, dataset=dataset, fingerprint=fingerprint, delta=site.budget.delta)
-        spent = asked("ledger", spend)
+        spent = attempt("ledger", spend)
         shown = "unknown" if spent is None else f"{spent:.4g}"
         lines.append(f"  {dataset} ({fingerprint[:12]}): {count} releases, epsilon {shown} in all")
-    entries = asked("audit log", log.entries) or []
-    sizes = [one.get("bytes_out") for one in entries]
+    entries = attempt("audit log", log.entries) or []
+    sizes = [entry.get("bytes_out") for entry in entries]
     sent = sum(size for size in sizes if isinstance(size, int))
     lines.append(f"{len(entries)} answers, {sent} bytes left this site; the last of them:")
-    for one in entries[-10:]:
-        time, event, message, reason, run = (
-            str(one.get(name, "")) for name in ("time", "event", "message", "reason", "run")
-        )
-        about = f"run {run[:8]}" if run else ""
-        if one.get("round") is not None:
-            about += f" round {one['round']}"
-        said = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason])
-        lines.append("  " + "".join(mark if mark.isprintable() else "?" for mark in said.rstrip()))
+    lines += [f"  {_entry_text(entry)}" for entry in entries[-10:]]
     ledger.close()
-    # Several questions may have met the same.
+    # Several attempts may have met the same problem.
     lines += dict.fromkeys(wrong) or [
         f"ledger ({rows} rows) and audit log are whole, and each is what the other knows"
         + ("" if against is None else "; they go on from the head that was kept")
@@ -240,6 +267,18 @@ def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
     if not wrong:
         lines.append(f"head {books.head()} (file it elsewhere; later: fedtune node proof --against HEAD)")
     return "\n".join(lines), not wrong
+
+
+def _entry_text(entry: Mapping[str, Any]) -> str:
+    """One entry of the audit log, on one line; what is in it may come from the server."""
+    time, event, message, reason, run = (
+        str(entry.get(name, "")) for name in ("time", "event", "message", "reason", "run")
+    )
+    about = f"run {run[:8]}" if run else ""
+    if entry.get("round") is not None:
+        about += f" round {entry['round']}"
+    text = " ".join([time[:19], f"{event:<12}", f"{message:<12}", about, reason]).rstrip()
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 class DryRun:
@@ -265,7 +304,12 @@ def _held_out(about: EvaluationPlan) -> str:
 def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     """Checks a proposed run against the site's file, data and ledger; trains and charges nothing.
 
-    Raises DataError, ModelError or ResourceError if the node could not take part at all.
+    Args:
+        site: the site's settings.
+        asked: the configuration of the run.
+
+    Raises:
+        DataError, ModelError, ResourceError: the node could not take part at all.
     """
     from fedtune.federation.client.release import releases_of
     from fedtune.federation.resources import run_resources
@@ -274,7 +318,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
     try:
         shard = run_resources(site.own(asked)).prepared.shards[0]
     except DataError as error:
-        # The reason that the server is not told; here is its owner.
+        # The server is not told this reason; the owner is.
         raise error.__cause__ if isinstance(error.__cause__, DataError) else error from None
     plan = make_plan(asked, [shard.declared_size], None if site.data.public else site.budget_delta)
     ledger = open_ledger(site)

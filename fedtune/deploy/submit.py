@@ -22,6 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,22 +43,23 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, Observer
 
-__all__ = ["RunLost", "Server", "Status", "patient_retries", "run", "served", "status"]
+__all__ = ["RunLost", "Server", "Status", "patient_retries", "run", "status", "submitted_run"]
 
 _log = logging.getLogger(__name__)
 _MAX_RUNS = 20  # of the server's, for one run of ours
 _TASK_SECONDS = 20.0
 _ORPHAN_SECONDS = 30.0  # a task that nobody has taken for so long is of a submit that was killed
 _NOTE = "server-run"  # in the run folder's checkpoint folder: the SuperLink's number of the last run
-_QUIET_SECONDS = 3.0  # without the server before anybody is told
+_QUIET_SECONDS = 3.0  # without an answer, before the observer is told
 _LONGEST_PAUSE = 10
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
     """Runs a federation over the sites that are connected to the server in `config.engine.server`.
 
-    Raises what `fedtune.federation.server.loop.run_rounds` raises; ConfigError or FederationError if there
-    is no server, no token, or a run that the server ends again and again.
+    Raises:
+        ConfigError, FederationError: no server, no token, or the server ends the run again and again.
+        FedtuneError: as `fedtune.federation.server.loop.run_rounds`.
     """
     from fedtune.config.convert import to_json
     from fedtune.config.schema import TrackerConfig
@@ -71,8 +73,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
             "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
         )
     server = Server.of(Path(config.engine.server))
-    # What is the operator's own (folders, the tracker's too) is nobody else's business.
-    told = dataclasses.replace(
+    # Without what is the operator's own: folders, the tracker.
+    sent = dataclasses.replace(
         config,
         output=None,
         resume=None,
@@ -83,7 +85,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         pass  # not in use: what its last run left at the server may be stopped
     for _ in range(_MAX_RUNS):
         try:
-            with served(server, to_json(told), run_dir, SafeObserver(observer)) as (grid, lost):
+            with submitted_run(server, to_json(sent), run_dir, SafeObserver(observer)) as (grid, lost):
                 return run_rounds(grid, config, run_dir, observer, stop=lost)
         except RunLost:
             _log.warning(
@@ -109,7 +111,13 @@ class Status:
 
 
 def status(folder: Path) -> Status:
-    """Asks the server that `folder` describes. Raises ConfigError, FederationError or ResourceError."""
+    """Asks the server that `folder` describes.
+
+    Raises:
+        ConfigError: the folder is no server folder.
+        FederationError: the server refuses the request or is not to be trusted.
+        ResourceError: it does not answer.
+    """
     flower.quiet()
     server = Server.of(folder)
     with server.client(flower.ControlHttpClient) as control:
@@ -128,17 +136,17 @@ def status(folder: Path) -> Status:
     ]
     listed = [
         {
-            "run": str(one.run_id),
-            "state": one.status.sub_status or one.status.status,
-            "details": one.status.details,
-            "started": one.pending_at,
+            "run": str(run.run_id),
+            "state": run.status.sub_status or run.status.status,
+            "details": run.status.details,
+            "started": run.pending_at,
         }
-        for one in runs.values()
+        for run in runs.values()
     ]
     return Status(
         server.address,
-        tuple(sorted(sites, key=lambda one: one["site"])),
-        tuple(sorted(listed, key=lambda one: one["started"], reverse=True)),
+        tuple(sorted(sites, key=itemgetter("site"))),
+        tuple(sorted(listed, key=itemgetter("started"), reverse=True)),
     )
 
 
@@ -176,7 +184,11 @@ class Server:
 
     @contextlib.contextmanager
     def client(self, kind: Any, *interceptors: Any) -> Iterator[Any]:
-        """A client for a question or two. Raises FederationError for a refusal or a connection that broke."""
+        """A client for a question or two.
+
+        Raises:
+            FederationError: the server refused the request, or the connection broke.
+        """
         with contextlib.closing(self.open_client(kind, *interceptors)) as client:
             try:
                 yield client
@@ -208,16 +220,16 @@ class Server:
         """What the sites publish of their budgets, by name."""
         context = tls_context(self.folder / "ca.crt")
         try:
-            found = httpx.get(
+            response = httpx.get(
                 f"https://{self.address}{PUBLISHED_PATH}", headers={TOKEN_HEADER: self.token}, verify=context
             )
-            values = found.raise_for_status().json()
+            values = response.raise_for_status().json()
         except (httpx.HTTPError, ValueError) as error:
             raise FederationError(
                 f"The server {self.address} does not tell what its sites publish ({type(error).__name__}); "
                 "is it of the same version as this fedtune?"
             ) from error
-        return {name: checked_budget(one) for name, one in values.items()}
+        return {name: checked_budget(budget) for name, budget in values.items()}
 
     def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
         """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""
@@ -226,28 +238,28 @@ class Server:
 
 
 def patient_retries(address: str, observer: Observer | None = None) -> Any:
-    """Asks again for as long as the server does not answer, and tells the observer so.
+    """Retries for as long as the server does not answer, and tells the observer so.
 
     Flower's own retries send this process a SIGINT when the server has ended its run; these raise.
     """
-    told = threading.Event()
+    waiting = threading.Event()
 
     def on_backoff(state: Any) -> None:
-        if state.elapsed_time >= _QUIET_SECONDS and not told.is_set():
-            told.set()
+        if state.elapsed_time >= _QUIET_SECONDS and not waiting.is_set():
+            waiting.set()
             if observer is not None:
                 observer.on_wait(f"the server {address} does not answer; trying again until it does")
 
     def on_success(state: Any) -> None:
-        if told.is_set():
-            told.clear()
+        if waiting.is_set():
+            waiting.clear()
             if observer is not None:
                 observer.on_wait("")
 
     def give_up(error: Exception) -> bool:
         if isinstance(error, httpx.HTTPStatusError):
             return error.response.status_code not in (502, 503, 504)
-        # A server that dies in the middle of a handshake is no reason; one that is another is.
+        # Not for a server that dies in the middle of a handshake, but for one that is another.
         return "certificate" in str(error).lower()
 
     return flower.RetryInvoker(
@@ -269,13 +281,17 @@ class RunLost(Exception):
 
 
 @contextlib.contextmanager
-def served(
+def submitted_run(
     server: Server, config: str, run_dir: Path, observer: Observer | None
 ) -> Iterator[tuple[Any, threading.Event]]:
-    """Starts a run at the server; gives the grid of its ServerApp, which this process now is, and the event
-    that is set when the server has ended the run.
+    """Starts a run at the server, of which this process is the ServerApp.
 
-    Raises RunLost then; FederationError if there is no run to be had or the connection broke for good.
+    Yields:
+        (the ServerApp's grid, an event that is set when the server has ended the run).
+
+    Raises:
+        RunLost: the server has ended the run.
+        FederationError: the server starts no run, or the connection broke for good.
     """
     flower.quiet()
     token = _start(server, config, run_dir)
@@ -321,7 +337,7 @@ def _broken(server: Server, error: Exception) -> FederationError:
 
 
 def _start(server: Server, config: str, run_dir: Path) -> str:
-    """Starts a run and takes its task: the token of the ServerApp."""
+    """Starts a run and takes its task. Returns the token of its ServerApp."""
     content, digest = thin_app()
     note = run_dir / "checkpoint" / _NOTE
     with _one_at_a_time(server.folder):
@@ -341,7 +357,7 @@ def _start(server: Server, config: str, run_dir: Path) -> str:
                     return str(taken.token)
                 if not taken.token:
                     time.sleep(0.2)
-                elif not _finished_orphan(server, taken):
+                elif not _end_orphan(server, taken):
                     raise FederationError(
                         "Somebody else submitted a run to this server at the same moment, and the two took "
                         "one another's tasks. Submit again."
@@ -357,12 +373,12 @@ def _stop(control: Any, note: Path) -> None:
         number = int(note.read_text())
     except (OSError, ValueError):
         return
-    # It has ended, mostly; or the server has forgotten it.
+    # Usually it has ended, or the server has forgotten it.
     with contextlib.suppress(httpx.HTTPStatusError):
         control.StopRun(flower.StopRunRequest(run_id=number))
 
 
-def _finished_orphan(server: Server, taken: Any) -> bool:
+def _end_orphan(server: Server, taken: Any) -> bool:
     """Ends the run of a task that nobody took because its submit was killed. False if it may be alive."""
     since = datetime.datetime.fromisoformat(taken.task.pending_at)
     if (datetime.datetime.now(datetime.UTC) - since).total_seconds() < _ORPHAN_SECONDS:
@@ -400,8 +416,8 @@ def _heartbeat(client: Any, lost: threading.Event) -> Any:
     return beat
 
 
-class _SoonAgain:
-    """Flower's client, which waits for an answer that is on its way, and gives up one whose node has died."""
+class _PatientClient:
+    """Flower's client, but it waits for an object that is on its way, unless the node has died."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -422,14 +438,14 @@ class _SoonAgain:
 
 def _grid(server: Server, client: Any, token: str) -> Any:
     """Flower's Grid over `client`; a node takes part by the name that its key is enrolled for, if at all."""
-    prompt: Any = _SoonAgain(client)
+    patient: Any = _PatientClient(client)
 
     class Grid(flower.HttpGrid):
         def _connect(self) -> None:
-            self._client = prompt
+            self._client = patient
 
         def pull_messages(self, message_ids: Any) -> Any:
-            found = list(super().pull_messages(message_ids))
-            return [as_enrolled(one, server.site_of) for one in found]
+            messages = super().pull_messages(message_ids)
+            return [as_enrolled(message, server.site_of) for message in messages]
 
     return Grid(server.address, False, server.authority, token=token)

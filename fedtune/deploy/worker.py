@@ -1,15 +1,14 @@
 """The resident worker of a node: one process that keeps encoder, data and ledger between the messages.
 
-Flower would start a process for every message, which then loads torch and the encoder; here the node hands
+Flower would start a process for every message, which then loads torch and the encoder; here the node passes
 each message, with its Context, over a local socket (`channel`) to the process that has them. It calls the
 same ClientApp as every other engine, and writes the node's audit log: what was asked, what leaves, and what
 the data has spent before and after.
 
     python -m fedtune.deploy.worker SOCKET
 
-What it does not do: talk to the network. If it dies, the node starts another; a release that was reserved
-in the ledger stays charged. What it remembers beyond a message is only what is quicker kept than made again,
-so that the node may end it whenever nothing is asked.
+It does not use the network. If it dies, the node starts another; a release that was reserved in the ledger
+stays charged. Between messages it holds nothing but caches, so that the node may end it whenever it is idle.
 """
 
 from __future__ import annotations
@@ -65,13 +64,23 @@ def main(path: str) -> None:
         answered = answer(parts[0], parts[1], header, site)
         try:
             channel.send(connection, {}, answered)
-        except OSError:  # what was charged stays charged; whoever starts the node again starts another worker
+        except OSError:  # what was charged stays charged; a node that starts again starts another worker
             _log.info("the node is gone, and nobody takes the answer")
             return
 
 
 def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSettings) -> list[bytes]:
-    """[reply, context], serialized, to a serialized message."""
+    """Answers a message and writes the audit log.
+
+    Args:
+        message: serialized.
+        context: of the run, serialized.
+        header: task, run and node of the message.
+        site: the site's settings.
+
+    Returns:
+        [reply, context], serialized.
+    """
     from fedtune.errors import FedtuneError, ResourceError
     from fedtune.federation.client.app import app
     from fedtune.federation.client.audit_log import Books
@@ -107,10 +116,10 @@ def answer(message: bytes, context: bytes, header: dict[str, Any], site: SiteSet
 
 
 def _limit(site: SiteSettings) -> None:
-    """Holds this process to the owner's limits, before torch is loaded and makes its threads."""
+    """Applies the owner's limits to this process, before torch is loaded and makes its threads."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(site.limits.threads)
-    _lean()
+    _skip_unused_libraries()
     if site.limits.memory_gb is not None:
         limit = int(site.limits.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -119,7 +128,7 @@ def _limit(site: SiteSettings) -> None:
 def _load() -> None:
     """Imports what the first message would import, while the node still joins.
 
-    What is missing or broken is told in the answer to that message, which imports it again.
+    If something is missing or broken, the answer to that message says so, because it imports it again.
     """
     names = ("fedtune.federation.client.app", "fedtune.models.classifier", "fedtune.training.local", "peft")
     with contextlib.suppress(Exception):
@@ -127,11 +136,11 @@ def _load() -> None:
             importlib.import_module(name)
 
 
-def _lean() -> None:
-    """Keeps out what transformers, peft and bitsandbytes would load though no training here uses it.
+def _skip_unused_libraries() -> None:
+    """Prevents imports by transformers, peft and bitsandbytes that no training here uses.
 
-    torchao, and the compiler behind `torch.compile`, which bitsandbytes names in a decorator: together 50 MB
-    that would stay resident between rounds, and seconds of each start.
+    They are torchao, and the compiler behind `torch.compile`, which bitsandbytes names in a decorator:
+    together 50 MB that would stay resident between rounds, and seconds of each start.
     """
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # looks as if it were not installed
@@ -158,10 +167,10 @@ def _spent(context: Context) -> dict[str, Any]:
 def _audit(
     books: Books, message: Message, reply: Message, context: Context, before: dict[str, Any], size: int
 ) -> None:
-    """One line for a message and its answer. It is written before the answer leaves this process."""
+    """Writes one line for a message and its answer, before the answer leaves this process."""
     kind = message.metadata.message_type
-    said = _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
-    refused = said.get("refused") or said.get("error") or (reply.error.reason if reply.has_error() else "")
+    sent = _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
+    refused = sent.get("refused") or sent.get("error") or (reply.error.reason if reply.has_error() else "")
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
     asked = _config(message, "request") or _config(message, "proposal")
     if asked:
@@ -179,7 +188,7 @@ def _audit(
         values |= {name: _short(asked.get(name)) for name in ("run", "round", "attempt")}
         values["asked"] = {key: _short(plan.get(key)) for key in keys}
     if kind == "query.evaluate" and not refused:
-        values["left"] = {name: said.get(name) for name in ("right", "wrong")}  # noised, as they were sent
+        values["left"] = {name: sent.get(name) for name in ("right", "wrong")}  # noised, as they were sent
     if refused:
         values["reason"] = str(refused)[:2000]
     charges = kind not in ("query.hello", "query.propose")

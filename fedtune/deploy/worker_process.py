@@ -48,8 +48,8 @@ class WorkerProcess:
     """The resident worker: started when needed, and again when it has died.
 
     Between the rounds of a run it stays, so that a round costs training and not imports. When nothing has
-    come for long it ends (`rest`): a node may be idle for months, and the worker is most of its memory.
-    One thread asks; another may call `rest`, which does nothing while the first is at it.
+    come for long it ends (`end_if_idle`): a node may be idle for months, and the worker is most of its
+    memory. One thread asks; another may call `end_if_idle`, which does nothing meanwhile.
     """
 
     def __init__(self, site: SiteSettings) -> None:
@@ -66,13 +66,14 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int | None:
-        """The worker's process, if it lives."""
+        """The worker's process id; None if it does not run."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def start(self, beat: Callable[[], object] = lambda: None) -> None:
-        """Starts the worker if it does not live, calling `beat` meanwhile.
+        """Starts the worker if it does not run, calling `beat` every second meanwhile.
 
-        Raises ResourceError if it does not start, or is of another version: the server has let in this one.
+        Raises:
+            ResourceError: it does not start, or is of another version than the one that the server let in.
         """
         with self._lock:
             if self.pid is None or self._connection is None:
@@ -84,7 +85,7 @@ class WorkerProcess:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._site.limits.threads)}
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         try:
-            connection, runs = self._greet(self._process, beat)
+            connection, runs = self._accept(self._process, beat)
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_BEAT_SECONDS)  # one that closed its socket is about to end
@@ -103,15 +104,16 @@ class WorkerProcess:
             )
         self._used = time.monotonic()
 
-    def _greet(
+    def _accept(
         self, process: subprocess.Popen[bytes], beat: Callable[[], object]
     ) -> tuple[socket.socket, object]:
-        """The connection of a worker that was just started and given its settings; its version of fedtune.
+        """(connection to a worker that was just started and given its settings, its version of fedtune).
 
-        Raises EOFError or OSError if it ends before it is ready, or nothing is heard for _START_SECONDS.
+        Raises:
+            EOFError, OSError: it ends before it is ready, or does not answer for _START_SECONDS.
         """
 
-        def hear(other: socket.socket) -> None:
+        def wait_for(other: socket.socket) -> None:
             end = time.monotonic() + _START_SECONDS
             while time.monotonic() <= end:
                 beat()
@@ -122,14 +124,14 @@ class WorkerProcess:
             raise TimeoutError
 
         while True:
-            hear(self._listener)
+            wait_for(self._listener)
             connection, _ = self._listener.accept()
             if channel.peer(connection) == (process.pid, os.getuid()):
                 break
             connection.close()  # somebody else of this machine; not our child
         try:
             channel.send(connection, {}, [self._site.to_json().encode()])
-            hear(connection)
+            wait_for(connection)
             return connection, channel.receive(connection)[0].get("fedtune")
         except BaseException:
             connection.close()
@@ -143,10 +145,20 @@ class WorkerProcess:
         beat: Callable[[], object],
         awaited: float = math.inf,
     ) -> list[bytes]:
-        """[reply, context] of the worker; calls `beat` every few seconds meanwhile.
+        """Has the worker answer a message.
 
-        `awaited`: seconds for which the server waits for the answer. Raises WorkerDied if the worker dies, or
-        hangs and is killed.
+        Args:
+            message: serialized.
+            context: serialized.
+            header: task, run and node of the message.
+            beat: called every few seconds meanwhile.
+            awaited: seconds for which the server waits for the answer.
+
+        Returns:
+            [reply, context], serialized.
+
+        Raises:
+            WorkerDied: the worker died, or hung and was killed.
         """
         with self._lock:
             self.start(beat)
@@ -183,10 +195,13 @@ class WorkerProcess:
         finally:
             self._used = time.monotonic()
 
-    def rest(self) -> bool:
-        """Ends a worker that nobody has asked for `limits.idle_seconds`; the next message starts another.
+    def end_if_idle(self) -> bool:
+        """Ends a worker that was idle for `limits.idle_seconds`; the next message starts another.
 
-        True if it was ended now. While another thread starts, asks or ends it, it is not idle.
+        While another thread starts, asks or ends it, it is not idle.
+
+        Returns:
+            Whether it was ended now.
         """
         longest = self._site.limits.idle_seconds
         if longest is None or not self._lock.acquire(blocking=False):
@@ -200,7 +215,7 @@ class WorkerProcess:
             self._lock.release()
 
     def kill(self) -> None:
-        """Ends a worker that does not listen; the next message starts another."""
+        """Kills the worker; the next message starts another."""
         with self._lock:
             if self._process is not None:
                 self._process.kill()
@@ -208,7 +223,7 @@ class WorkerProcess:
             self.close_worker()
 
     def close_worker(self) -> None:
-        """Ends the worker: it leaves when its socket closes, or is killed."""
+        """Ends the worker, which exits when its socket closes, or is killed."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
@@ -237,7 +252,7 @@ def processor_seconds(pid: int) -> float | None:
 
 
 class HangDetector:
-    """One message's watch over the worker that answers it.
+    """Whether the worker that answers one message hangs.
 
     Args:
         awaited: seconds for which the server waits for the answer.
@@ -257,7 +272,7 @@ class HangDetector:
         self._before = used()
 
     def hangs(self) -> str:
-        """Why the worker is to be given up, empty while it is not. To be asked every few seconds."""
+        """Why the worker should be killed; empty if it should not. Call it every few seconds."""
         now, used = self._clock(), self._used()
         if now - self._begun > self._limit:
             return f"it had not answered after {self._limit:g} s (limits.message_seconds)"

@@ -38,7 +38,7 @@ class Books:
     def restart(self) -> None:
         self.state = superlink_app(self.folder, "127.0.0.1", 9).state.linkstate_factory.state()
         self.admission = Admission(self.state, self.folder, self.said.append)
-        self.admission.look()
+        self.admission.update()
 
     def let_in(self) -> set[str]:
         return {site for site in SITES if self.admission.refusal(self.keys[site]) is None}
@@ -64,13 +64,13 @@ def test_a_folder_that_is_gone_for_four_seconds_suspends_and_comes_back(
     assert books.let_in() == set(SITES)
     away = books.folder / "away"
     (books.folder / "nodes").rename(away)
-    books.restart() if restarted else books.admission.look()
+    books.restart() if restarted else books.admission.update()
     assert books.let_in() == set()
     found = books.admission.refusal(books.keys["clinic-1"])
     assert found is not None and found[0] == 503 and "is missing at the server" in found[1]
     assert books.status_of("clinic-1") == "offline", "and a round does not wait for it"
     away.rename(books.folder / "nodes")
-    books.restart() if restarted else books.admission.look()
+    books.restart() if restarted else books.admission.update()
     assert books.let_in() == set(SITES) and revoked(books.folder) == {}
 
 
@@ -82,12 +82,12 @@ def test_a_key_under_another_sites_name_lets_nobody_in_by_that_name(books: Books
     (books.folder / "nodes" / "clinic-2.pub").write_text(copied + "\n")
     broken: dict[str, str] = {}
     enrolled(books.folder, broken)
-    books.admission.look()
+    books.admission.update()
     assert books.admission.site_of(books.keys["clinic-1"]) in (None, "clinic-1")
     assert books.let_in() == ({"clinic-3"} if renamed else {"clinic-1", "clinic-3"})
     assert ("also that of clinic-1" if renamed else "holds the key of site 'clinic-1'") in broken["clinic-2"]
     enrol(books.folder, books.lines["clinic-2"])
-    books.admission.look()
+    books.admission.update()
     assert books.let_in() == set(SITES) and revoked(books.folder) == {}
 
 
@@ -100,14 +100,14 @@ def test_one_broken_file_at_start_suspends_its_site_alone(books: Books, content:
     assert len(books.said) == 1 and "clinic-1 is not let in for now" in books.said[0]
     assert set(enrolled(books.folder)) == {"clinic-2", "clinic-3"}
     (books.folder / "nodes" / "clinic-1.pub").write_text(books.lines["clinic-1"] + "\n")
-    books.admission.look()
+    books.admission.update()
     assert books.let_in() == set(SITES) and "clinic-1 is let in again" in books.said[-1]
 
 
 def test_a_broken_file_keeps_no_other_site_from_being_revoked(books: Books) -> None:
     (books.folder / "nodes" / "clinic-1.pub").write_text("")
     revoke(books.folder, "clinic-2")
-    books.admission.look()
+    books.admission.update()
     assert books.let_in() == {"clinic-3"}
     assert books.admission.refusal(books.keys["clinic-2"]) == (
         403,
@@ -123,7 +123,7 @@ def test_revoking_is_for_good_whatever_has_become_of_the_file(books: Books, how:
     elif how == "missing":
         path.unlink()
     revoke(books.folder, "clinic-1")
-    books.admission.look()
+    books.admission.update()
     assert books.let_in() == {"clinic-2", "clinic-3"} and books.status_of("clinic-1") == "unregistered"
     path.write_text(books.lines["clinic-1"] + "\n")  # a backup of nodes/ is put back
     books.restart()
@@ -137,7 +137,7 @@ def test_revoking_is_for_good_whatever_has_become_of_the_file(books: Books, how:
 
 def test_revoking_twice_and_of_nobody_is_told(books: Books) -> None:
     revoke(books.folder, "clinic-1")
-    books.admission.look()
+    books.admission.update()
     for site in ("clinic-1", "elsewhere", "../x"):
         with pytest.raises(ConfigError, match="No key of '.*' is enrolled; enrolled are clinic-2, clinic-3"):
             revoke(books.folder, site)
@@ -146,7 +146,7 @@ def test_revoking_twice_and_of_nobody_is_told(books: Books) -> None:
 def test_a_new_key_of_a_site_takes_the_place_of_its_old_one_for_good(books: Books, tmp_path: Path) -> None:
     new = certificates.make_node_key(tmp_path / "new.key")
     enrol(books.folder, certificates.public_line(new, "clinic-1"))
-    books.admission.look()
+    books.admission.update()
     assert books.let_in() == {"clinic-2", "clinic-3"}
     assert books.admission.refusal(certificates.public_key_of(new)) is None
     assert set(revoked(books.folder).values()) == {"clinic-1"}
@@ -157,7 +157,7 @@ def test_a_record_of_revoked_keys_that_cannot_be_read_lets_in_nobody_new(books: 
     (record,) = (books.folder / "revoked").glob("*.pub")
     record.write_text("")
     with pytest.raises(ConfigError, match="names a key that must not be let in"):
-        books.admission.look()
+        books.admission.update()
     told: list[str] = []
 
     class Looks(threading.Event):
@@ -168,7 +168,7 @@ def test_a_record_of_revoked_keys_that_cannot_be_read_lets_in_nobody_new(books: 
             return self.number > 3
 
     admission = Admission(books.state, books.folder, told.append)
-    admission.keep(Looks())
+    admission.keep_updated(Looks())
     assert len(told) == 1 and "must not be let in" in told[0], "said once, and the server goes on"
 
 
@@ -177,5 +177,5 @@ def test_a_stranger_and_nonsense_are_let_in_nowhere(books: Books, tmp_path: Path
     assert books.admission.refusal(stranger) is not None
     header: Any
     for header in (b"", b"%%%", b"AAAA"):
-        found = books.admission.of_request(header)
+        found = books.admission.refusal_of_request(header)
         assert found is not None and found[0] == 403

@@ -20,8 +20,8 @@ def test_heads_that_grow_or_stay_are_kept(tmp_path: Path) -> None:
     heads = BookHeads(tmp_path)
     for one in (head(3, 2), head(3, 2), head(5, 4, "c", "d"), head(5, 6, "c", "e")):
         heads.note("clinic-1", one)
-        assert heads.kept("clinic-1") == one and heads.reason("clinic-1") is None
-    assert heads.kept("clinic-2") is None and heads.reason("clinic-2") is None
+        assert heads.kept("clinic-1") == one and heads.refusal("clinic-1") is None
+    assert heads.kept("clinic-2") is None and heads.refusal("clinic-2") is None
     assert (tmp_path / "heads.json").stat().st_mode & 0o077 == 0
     assert BookHeads(tmp_path).kept("clinic-1") == head(5, 6, "c", "e"), "it outlives the server"
 
@@ -39,10 +39,10 @@ def test_a_head_that_went_back_or_is_another_is_refused_until_the_books_are_rest
     heads.note("clinic-1", lower)
     assert heads.kept("clinic-1") == head(5, 6, "c", "e")
     for one in (heads, BookHeads(tmp_path)):
-        said = str(one.reason("clinic-1"))
+        said = str(one.refusal("clinic-1"))
         assert lower in said and head(5, 6, "c", "e") in said and "--accept-restore clinic-1" in said
     heads.note("clinic-1", head(6, 7, "c", "e"))  # the newest copy was found
-    assert heads.reason("clinic-1") is None
+    assert heads.refusal("clinic-1") is None
 
 
 def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
@@ -59,8 +59,8 @@ def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
     (line,) = (tmp_path / "heads.log").read_text().splitlines()
     noted = json.loads(line)
     assert (noted["site"], noted["kept"], noted["accepted"]) == ("clinic-1", head(5, 6), head(2, 3))
-    heads.look()  # the server that runs
-    assert heads.reason("clinic-1") is None and heads.kept("clinic-1") == head(2, 3)
+    heads.reload()  # the server that runs
+    assert heads.refusal("clinic-1") is None and heads.kept("clinic-1") == head(2, 3)
 
 
 def test_a_broken_file_of_heads_is_named_and_nonsense_from_a_site_is_not_kept(tmp_path: Path) -> None:

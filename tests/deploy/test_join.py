@@ -51,7 +51,7 @@ class Real:
         self.app = superlink_app(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
         self.admission = Admission(self.state, self.folder, self.said.append)
-        self.admission.look()
+        self.admission.update()
         self.board = PublishedBudgets(self.folder / "published.json")
         self.gate = server.Gate(self.app, read_token(self.folder), self.admission, self.board)
         self.config = uvicorn.Config(
@@ -198,16 +198,16 @@ def test_a_revoked_key_is_out_at_once_and_stays_out(real: Real) -> None:
     site, key = real.site("clinic-3"), real.keys["clinic-3"]
     join.check_in(site, key, print)
     revoke(real.folder, "clinic-3")
-    real.admission.look()
+    real.admission.update()
     assert "was revoked" in str(join.refusal(site, key))
     with pytest.raises(ConfigError, match="was revoked, and a key that was revoked stays so"):
         enrol(real.folder, certificates.public_line(key, "clinic-3"))
     (real.folder / "nodes" / "clinic-3.pub").write_text(certificates.public_line(key, "clinic-3") + "\n")
-    real.admission.look()  # a backup of nodes/ was put back, say
+    real.admission.update()  # a backup of nodes/ was put back, say
     assert "is not enrolled" in refused(site, key)
     new = certificates.make_node_key(real.root / "clinic-3.new")
     enrol(real.folder, certificates.public_line(new, "clinic-3"))
-    real.admission.look()
+    real.admission.update()
     join.check_in(site, new, print)
 
 
@@ -215,14 +215,14 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     site, key, path = real.site("clinic-1"), real.keys["clinic-1"], real.folder / "nodes" / "clinic-1.pub"
     line = path.read_text()
     path.unlink()
-    real.admission.look()
+    real.admission.update()
     with pytest.raises(ResourceError, match="does not let this site in now: the file with the key of site"):
         join.check_in(site, key, pytest.fail)
     assert "is missing at the server" in str(join.suspension(site, key))
     named = {server._NODE_KEY.decode(): base64.b64encode(certificates.public_key_of(key)).decode()}
     assert real.request("POST", "/v1/fleet/pull-messages", content_length="0", **named)[0] == 503
     path.write_text(line)
-    real.admission.look()
+    real.admission.update()
     join.check_in(site, key, pytest.fail)
     assert join.suspension(site, key) is None
 
@@ -231,7 +231,7 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     real: Real, tmp_path: Path
 ) -> None:
     """Ledger and log were restored together from a backup of before a run: they agree with one another."""
-    from fedtune.deploy.node import _enter
+    from fedtune.deploy.node import _wait_for_admission
     from fedtune.deploy.site import books_of
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from tests.support.plans import local_plan
@@ -251,9 +251,9 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     PrivacyLedger(Path(site.ledger)).set_budget(site.budget)
     release("one")
     copies = {path: path.read_bytes() for path in state.iterdir() if path.is_file()}
-    _enter(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail)
     release("two")
-    _enter(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail)
     kept = real.admission.heads.kept("clinic-2")
     assert kept == books.head()
 
@@ -263,11 +263,11 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
         path.write_bytes(content)
     assert books.problems() == ([], [])
     with pytest.raises(FederationError, match="went back: the server keeps head.*--accept-restore clinic-2"):
-        _enter(site, key, pytest.fail)
+        _wait_for_admission(site, key, pytest.fail)
     refused = real.admission.refusal(certificates.public_key_of(key))
     assert refused is not None and refused[0] == 503 and "went back" in refused[1]
     real.admission.heads.accept("clinic-2")
-    _enter(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail)
     assert real.admission.refusal(certificates.public_key_of(key)) is None
 
     # Grown again to more rows than the server knows, by a node that did not ask: it finds that by itself.
@@ -277,15 +277,15 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
         release(f"more-{number}")
     for _ in range(2):  # and finds it again when it is started again: what is kept is what was kept
         with pytest.raises(FederationError, match="has another row there, and the head that was kept names"):
-            _enter(site, key, pytest.fail)
+            _wait_for_admission(site, key, pytest.fail)
         assert real.admission.heads.kept("clinic-2") == kept
         assert "--accept-restore clinic-2" in str(join.suspension(site, key))
     join.publish(site, key, None, books)  # nor does a node that is running take its place
     assert real.admission.heads.kept("clinic-2") == kept
     real.admission.heads.accept("clinic-2")
-    _enter(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail)
     (real.folder / "heads.json").unlink()
-    real.admission.heads.look()
+    real.admission.heads.reload()
 
 
 def signed(real: Real, site: str, told: bytes, when: datetime.datetime) -> dict[str, str]:
@@ -316,10 +316,10 @@ def test_what_an_old_request_tells_is_not_taken(real: Real) -> None:
         assert tell(5, now) == 200
         assert tell(3, now - datetime.timedelta(days=1)) == tell(9, now + datetime.timedelta(days=1)) == 200
         assert str(real.admission.heads.kept("clinic-2")).startswith("L5-")
-        assert real.admission.heads.reason("clinic-2") is None
+        assert real.admission.heads.refusal("clinic-2") is None
     finally:
         (real.folder / "heads.json").unlink()
-        real.admission.heads.look()
+        real.admission.heads.reload()
 
 
 def test_what_the_server_cannot_read_or_keep_is_answered_in_words(real: Real) -> None:
@@ -334,7 +334,7 @@ def test_what_the_server_cannot_read_or_keep_is_answered_in_words(real: Real) ->
             )
     finally:
         (real.folder / "heads.json").unlink()
-        real.admission.heads.look()
+        real.admission.heads.reload()
 
 
 def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
@@ -362,13 +362,13 @@ def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Pat
     certificates.make_server_certificate(real.folder.parent / "authority", tmp_path, ["127.0.0.1"], 9)
     (real.folder / "server.crt").write_bytes((tmp_path / "server.crt").read_bytes())
     server._keep_certificate(served, Looks(5), said.append)
-    assert len(said) == 1 and "do not belong together" in said[0] and "of before is served on" in said[0]
+    assert len(said) == 1 and "do not belong together" in said[0] and "stays in use" in said[0]
     assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
     with pytest.raises(ConfigError, match="do not belong together"):
         server.run_server(real.folder, print)
     (real.folder / "server.key").write_bytes((tmp_path / "server.key").read_bytes())
     server._keep_certificate(served, Looks(2), said.append)
-    assert said[1:] == ["took up the renewed certificate, good for 8 days"]
+    assert said[1:] == ["uses the renewed certificate, good for 8 days"]
     assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
 
 
@@ -424,39 +424,38 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
 
 
 def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_path: Path) -> None:
-    from fedtune.deploy.node import publish
-    from fedtune.deploy.site import open_ledger
+    from fedtune.deploy.node import publish_changes
+    from fedtune.deploy.site import books_of, open_ledger
     from fedtune.deploy.submit import status
-    from fedtune.federation.client.audit_log import AuditLog
     from tests.support.plans import local_plan
 
     def of(name: str) -> Any:
         return next(one["budget"] for one in status(real.folder).sites if one["site"] == name)
 
-    log = AuditLog(tmp_path / "audit.jsonl")
-    state = {"ledger": str(tmp_path / "ledger.sqlite")}
+    state = {"ledger": str(tmp_path / "ledger.sqlite"), "audit_log": str(tmp_path / "audit.jsonl")}
     silent, key = real.site("clinic-2", **state), real.keys["clinic-2"]
     assert not silent.publish_budget and budget_of(silent) is None
-    told = publish(silent, key, log, None)
-    assert of("clinic-2") is None and log.entries() == []
+    books = books_of(silent)
+    told = publish_changes(silent, key, books, None)
+    assert of("clinic-2") is None and books.log.entries() == []
     assert budget_text(None) == "budget not published"
 
     open_site = real.site("clinic-2", publish_budget=True, **state)
-    told = publish(open_site, key, log, told)
+    told = publish_changes(open_site, key, books, told)
     assert of("clinic-2") == {"epsilon_left": 50.0, "epsilon": 50.0, "delta": 1e-3, "unit": "any"}
     ledger = open_ledger(open_site, setting=True)
     ledger.reserve(
         dataset="made-up", fingerprint="f", node="clinic-2", run="r", round=1, plan=local_plan(num_rounds=3)
     )
-    told = publish(open_site, key, log, told)
+    told = publish_changes(open_site, key, books, told)
     spent = ledger.epsilon(dataset="made-up", fingerprint="f")
     assert 50.0 - spent - 1e-4 <= of("clinic-2")["epsilon_left"] <= 50.0 - spent < 50.0
-    assert publish(open_site, key, log, told) == told
-    assert [one["event"] for one in log.entries()] == ["published"] * 2, "once for each change"
-    assert log.entries()[1]["epsilon_left"] == of("clinic-2")["epsilon_left"]
+    assert publish_changes(open_site, key, books, told) == told
+    assert [one["event"] for one in books.log.entries()] == ["published"] * 2, "once for each change"
+    assert books.log.entries()[1]["epsilon_left"] == of("clinic-2")["epsilon_left"]
     assert (real.folder / "published.json").stat().st_mode & 0o077 == 0
     assert budget_text(of("clinic-2")).endswith("of 50 left at delta 0.001")
-    publish(silent, key, log, told)
+    publish_changes(silent, key, books, told)
     assert of("clinic-2") is None, "an owner who changes his mind is forgotten"
 
 

@@ -285,7 +285,7 @@ def test_the_submitting_side_asks_again_soon_too(monkeypatch: pytest.MonkeyPatch
         SimpleNamespace(object_found=True, object_available=True),
         SimpleNamespace(object_found=False, object_available=False),
     ]
-    client = submit._SoonAgain(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
+    client = submit._PatientClient(SimpleNamespace(PullObject=lambda request: answers.pop(0), other="kept"))
     assert client.PullObject(None).object_available
     assert clock.slept == [next(pauses())]
     assert not client.PullObject(None).object_found  # it will never come: said at once
@@ -300,7 +300,7 @@ def test_the_worker_loads_no_library_that_it_does_not_use() -> None:
     code = (
         "import importlib.util\n"
         "from fedtune.deploy import worker\n"
-        "worker._lean()\n"
+        "worker._skip_unused_libraries()\n"
         "assert importlib.util.find_spec('torchao') is None\n"
         "import os; assert os.environ['TORCHDYNAMO_DISABLE'] == '1'\n"
         "import sys; assert 'torch' not in sys.modules\n"

@@ -21,7 +21,7 @@ NODE = b"a key"
 class Admission:
     """Lets one key in."""
 
-    def of_request(self, header: bytes) -> tuple[int, str] | None:
+    def refusal_of_request(self, header: bytes) -> tuple[int, str] | None:
         return None if header == base64.b64encode(NODE) else (403, "not enrolled")
 
 
@@ -136,7 +136,7 @@ def test_an_empty_token_serves_nobody() -> None:
 def test_an_empty_token_never_passes_even_if_it_were_the_token() -> None:
     made = Gate(Behind(), TOKEN, Admission())  # type: ignore[arg-type]
     made._token = b""
-    assert not made._knows({}) and not made._knows({server.TOKEN_HEADER.encode(): b""})
+    assert not made._is_operator({}) and not made._is_operator({server.TOKEN_HEADER.encode(): b""})
 
 
 def test_the_server_is_not_started_with_a_token_that_is_none(tmp_path: Path) -> None:

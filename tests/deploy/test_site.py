@@ -241,7 +241,7 @@ def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
         check_books(site)
     make_key(site)
     monkeypatch.setattr("fedtune.deploy.node.open_ledger", lambda *_, **__: None)
-    monkeypatch.setattr("fedtune.deploy.node._enter", lambda *_: pytest.fail("it asks to join"))
+    monkeypatch.setattr("fedtune.deploy.node._wait_for_admission", lambda *_: pytest.fail("it asks to join"))
     with pytest.raises(LedgerError, match="rolled back or cut"):
         run_node(site, print)
     assert command("node", "proof", "--config", node, "--against", head) == 1

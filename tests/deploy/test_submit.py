@@ -19,7 +19,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from fedtune.deploy import submit
 from fedtune.deploy.provision import provision
-from fedtune.deploy.submit import RunLost, Server, served, status
+from fedtune.deploy.submit import RunLost, Server, status, submitted_run
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import FederationError, FedtuneError
 from tests.support.fake_federation import Watcher
@@ -84,12 +84,12 @@ def stop(running: Running, run: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_begins_and_ends_at_the_server(running: Running, tmp_path: Path) -> None:
-    with served(running.server, "{}", tmp_path, None) as (grid, lost):
+    with submitted_run(running.server, "{}", tmp_path, None) as (grid, lost):
         assert list(grid.get_node_ids()) == []
         assert running.states()[number(tmp_path)] == "running"
         assert not lost.is_set()
     assert running.states()[number(tmp_path)] == "completed"
-    with pytest.raises(ZeroDivisionError), served(running.server, "{}", tmp_path, None):
+    with pytest.raises(ZeroDivisionError), submitted_run(running.server, "{}", tmp_path, None):
         raise ZeroDivisionError
     assert running.states()[number(tmp_path)] == "failed"
 
@@ -103,7 +103,7 @@ def test_a_server_that_is_killed_is_waited_for_and_the_observer_is_told(
     watcher, away = Watcher(), time.monotonic()
     again = threading.Thread(target=running.start)
     try:
-        with served(running.server, "{}", tmp_path, watcher) as (grid, lost):
+        with submitted_run(running.server, "{}", tmp_path, watcher) as (grid, lost):
             running.kill()
             away = time.monotonic()
             again.start()
@@ -127,13 +127,13 @@ def test_a_run_that_the_server_has_ended_is_lost_and_does_not_interrupt_the_proc
     monkeypatch.setattr("flwr.supercore.heartbeat.HEARTBEAT_DEFAULT_INTERVAL", 6)  # it is 30 s, less 5
 
     def asks_on() -> None:
-        with served(running.server, "{}", tmp_path, None) as (grid, _):
+        with submitted_run(running.server, "{}", tmp_path, None) as (grid, _):
             stop(running, number(tmp_path))
             grid.get_node_ids()
 
     def is_busy_meanwhile() -> None:
         """Seen by the heartbeat alone, while this process evaluates: the loop over rounds is told to stop."""
-        with served(running.server, "{}", tmp_path, None) as (_, lost):
+        with submitted_run(running.server, "{}", tmp_path, None) as (_, lost):
             stop(running, number(tmp_path))
             assert lost.wait(60.0)
             raise KeyboardInterrupt  # which is what the loop makes of it
@@ -151,7 +151,7 @@ def test_what_a_killed_submit_left_at_the_server_is_stopped(
     token = submit._start(running.server, "{}", tmp_path)  # and then nothing is heard of it
     assert token
     first = number(tmp_path)
-    with served(running.server, "{}", tmp_path, None):
+    with submitted_run(running.server, "{}", tmp_path, None):
         states = running.states()
         assert states[first] == "stopped"
         assert states[number(tmp_path)] == "running"
@@ -170,11 +170,11 @@ def test_a_task_that_nobody_took_is_ended_and_a_fresh_one_is_left_alone(
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
     with (
         pytest.raises(FederationError, match="at the same moment"),
-        served(running.server, "{}", tmp_path, None),
+        submitted_run(running.server, "{}", tmp_path, None),
     ):
         pass
     monkeypatch.setattr(submit, "_ORPHAN_SECONDS", 0.0)
     with running.server.client(ControlHttpClient) as control:
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
-    with served(running.server, "{}", tmp_path, None):
+    with submitted_run(running.server, "{}", tmp_path, None):
         assert running.states()[str(orphan)] == "failed"

@@ -16,9 +16,10 @@ import pytest
 
 from fedtune import __version__
 from fedtune.deploy import node, worker_process
+from fedtune.deploy.site import books_of
 from fedtune.deploy.worker_process import HangDetector, WorkerDied, WorkerProcess, processor_seconds
 from fedtune.errors import ResourceError
-from fedtune.federation.client.audit_log import AuditLog
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from tests.support.site_parts import settings
 
 
@@ -219,17 +220,17 @@ def test_a_worker_that_nobody_asks_ends_and_the_next_message_has_another(
     try:
         worker.start()
         now[0] += 59.0
-        assert not worker.rest()
+        assert not worker.end_if_idle()
         assert worker.ask(b"", b"", {"task": 1}, lambda: None) == [b"reply", b"context"]
         now[0] += 59.0
-        assert not worker.rest()
+        assert not worker.end_if_idle()
         first = worker.pid
         assert first is not None
         now[0] += 2.0
-        assert worker.rest()
+        assert worker.end_if_idle()
         assert worker.pid is None
         assert processor_seconds(first) is None  # it has really gone, and its memory with it
-        assert not worker.rest()
+        assert not worker.end_if_idle()
         assert worker.ask(b"", b"", {"task": 3}, lambda: None) == [b"reply", b"context"]
     finally:
         worker.close()
@@ -250,14 +251,14 @@ def test_a_worker_that_is_being_asked_does_not_rest(tmp_path: Path, monkeypatch:
         other.start()
         assert asked.wait(60)
         now[0] += 1e6
-        assert not worker.rest()
+        assert not worker.end_if_idle()
         assert worker.pid == one
         assert worker._process is not None and worker._process.stdin is not None
         worker._process.stdin.write(b".")
         worker._process.stdin.close()
         other.join(60)
         assert replies == [[b"reply", b"context"]]
-        assert not worker.rest()  # it was asked just now
+        assert not worker.end_if_idle()  # it was asked just now
     finally:
         if worker._process is not None:
             worker._process.kill()  # nobody waits for whoever still asks
@@ -283,13 +284,13 @@ def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: py
     def away(*_: object) -> None:
         raise ResourceError("The server does not answer.")
 
-    monkeypatch.setattr(node, "publish", away)
+    monkeypatch.setattr(node, "publish_changes", away)
     monkeypatch.setattr(node, "check_server", away)
     said: list[str] = []
     rested = [True, False]
     minutes = SimpleNamespace(wait=lambda seconds: len(said) > 4)
-    worker = SimpleNamespace(rest=lambda: rested.pop(0) if rested else False)
-    node._watch(settings(tmp_path), None, worker, None, minutes, said.append)  # type: ignore[arg-type]
+    worker = SimpleNamespace(end_if_idle=lambda: rested.pop(0) if rested else False)
+    node._every_minute(settings(tmp_path), None, worker, None, minutes, said.append)  # type: ignore[arg-type]
     assert [one for one in said if "the worker has ended" in one] == said[1:2]
     assert not rested
 
@@ -302,7 +303,7 @@ def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest
     try:
         worker.start()
         now[0] += 1e9
-        assert not worker.rest()
+        assert not worker.end_if_idle()
         assert worker.pid is not None
     finally:
         worker.close()
@@ -311,7 +312,9 @@ def test_a_site_may_keep_its_worker_for_ever(tmp_path: Path, monkeypatch: pytest
 def test_the_log_says_that_the_budget_was_published_when_it_leaves_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, left, there = AuditLog(tmp_path / "audit.jsonl"), [], False
+    site = settings(tmp_path)
+    PrivacyLedger.open(Path(site.ledger)).set_budget(site.budget)
+    books, left, there = books_of(site), [], False
     budget = {"epsilon_left": 1.0, "epsilon": 2.0, "delta": 1e-5, "unit": "record"}
 
     def answers(*_: object) -> float:
@@ -319,19 +322,19 @@ def test_the_log_says_that_the_budget_was_published_when_it_leaves_and_not_befor
             raise ResourceError("The server does not answer.")
         return 99.0
 
-    def leaves(site: object, key: object, values: object, books: object) -> None:
+    def leaves(*arguments: object) -> None:
         answers()
-        left.append((values, [one["event"] for one in log.entries()]))
+        left.append((arguments[2], [one["event"] for one in books.log.entries()]))
 
     monkeypatch.setattr(node.join, "budget_of", lambda site: budget)
     monkeypatch.setattr(node, "check_server", answers)
     monkeypatch.setattr(node.join, "publish", leaves)
     for _ in range(3):  # minutes
         with pytest.raises(ResourceError):
-            node.publish(settings(tmp_path), None, log, None)
-    assert log.entries() == [] and left == []
+            node.publish_changes(site, None, books, None)
+    assert books.log.entries() == [] and left == []
     there = True
-    told = node.publish(settings(tmp_path), None, log, None)
-    assert node.publish(settings(tmp_path), None, log, told) == told
+    told = node.publish_changes(site, None, books, None)
+    assert node.publish_changes(site, None, books, told) == told
     assert left == [(budget, ["published"])]  # the line was there before it left, and there is one
-    assert len(log.entries()) == 1
+    assert len(books.log.entries()) == 1
