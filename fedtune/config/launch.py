@@ -1,51 +1,63 @@
 """One run or a sweep, driven by Hydra: composes the configuration of each job and calls a task with it.
 
-Hydra's own `@hydra.main` is not used: it reads `sys.argv`, prints errors of its own and leaves by
-`sys.exit`. The same that it does, `Hydra.run` and the steps of `Hydra.multirun`, is done here, so that
-`hydra.run.dir`, `hydra.sweep.dir`, launchers and sweepers work as Hydra's manual says; they are internals of
-hydra 1.3, which is why pyproject.toml holds hydra-core below 1.4 and this is the only place that knows.
+Sweeps go through the doors that Hydra documents: the sweepers are plugins
+(`hydra_plugins/fedtune_sweepers.py`), any launcher runs the jobs, and `hydra.run.dir`, `hydra.sweep.dir` and
+callbacks of the user's work as Hydra's manual says.
+
+What no documented door does: start a run from given words. `@hydra.main` reads `sys.argv`, prints errors of
+its own and leaves by `sys.exit`. So `run` and `multirun` are called here, on the object that
+`initialize_config_dir` leaves in `GlobalHydra`; a test holds that no other internal of Hydra is used, and
+this one only here. Hydra's callbacks cannot check anything before a run: an error in one becomes a warning.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
+from hydra import compose
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
-from hydra.errors import HydraException
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedtune.config.groups import conf_dir
-from fedtune.config.loader import from_hydra, hydra_errors, load, register_schema, search_path
+from fedtune.config.loader import (
+    from_hydra,
+    hydra_errors,
+    load,
+    register_schema,
+    search_path,
+    started_hydra,
+)
 from fedtune.config.overrides import asks_for_sweep, check_overrides, named_settings
 from fedtune.config.schema import Config
-from fedtune.config.search import Axis, Searcher, Space
-from fedtune.errors import ConfigError, FedtuneError, ResourceError
+from fedtune.config.search import Searcher, Space
+from fedtune.errors import ConfigError
 
-__all__ = ["Job", "JobFailure", "Watcher", "is_sweep", "launch"]
+__all__ = ["ComposeOnce", "Job", "JobFailure", "Watcher", "foreseen", "is_sweep", "launch"]
 
-_MOST_KEPT = 2000  # composed configurations that wait for their run; more are composed again
+_MOST_COMPOSED = 2000  # configurations that wait for their run; more are composed again
+_SWEEPERS = ("basic", "fedtune_optuna")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run that is about to start."""
+    """One run that is about to start.
 
-    config: Config  # complete; `config.output` is the run folder, which exists
-    number: int | None  # position in a sweep, from 0; None for a single run
-    overrides: str  # what sets it apart in a sweep ('privacy.epsilon=2'); empty for a single run
+    Attributes:
+        config: complete; `config.output` is the run folder, which exists.
+        number: position in a sweep, from 0; None for a single run.
+        overrides: what sets it apart in a sweep ('privacy.epsilon=2'); empty for a single run.
+    """
+
+    config: Config
+    number: int | None
+    overrides: str
 
 
 @dataclass(frozen=True)
@@ -83,11 +95,23 @@ def launch(
     extra_dirs: Sequence[Path] = (),
     watcher: Watcher | None = None,
 ) -> list[JobFailure]:
-    """Runs `task` once, or once for each job of a sweep; returns the failures of the sweep.
+    """Runs `task` once, or once for each job of a sweep.
 
-    A single run's exception passes to the caller. In a sweep, `on_failure` is told of each and returns its
-    message, and the other jobs go on; `watcher` is told what is to come. Everything that can be checked is
-    checked before a folder is made. Raises `ConfigError`.
+    Everything that can be checked is checked before a folder is made.
+
+    Args:
+        overrides: in Hydra's syntax.
+        task: makes one run. What a single run raises passes to the caller.
+        on_failure: told of each failed run of a sweep, whose others go on; returns its message.
+        multirun: a sweep, whatever the overrides say.
+        extra_dirs: folders with groups of the user's own.
+        watcher: told what is to come in a sweep.
+
+    Returns:
+        The failures of a sweep.
+
+    Raises:
+        ConfigError: the overrides mean nothing.
     """
     checked = check_overrides(overrides, multirun=multirun, extra_dirs=extra_dirs)
     if checked.resume is not None:
@@ -97,21 +121,31 @@ def launch(
     if extra_dirs:
         arguments.append(search_path(extra_dirs))
     register_schema()
-    GlobalHydra.instance().clear()
-    with hydra_errors():
-        source = create_config_search_path(f"file://{conf_dir()}")
-        hydra = Hydra.create_main_hydra2("fedtune", source)
-    try:
-        if checked.sweeps or multirun or hydra.get_mode("config", arguments) == RunMode.MULTIRUN:
-            return _sweep(hydra, arguments, task, on_failure, watcher)
-        load(overrides, extra_dirs)  # complains now, before Hydra makes the run folder
-        _single(hydra, arguments, task)
-        return []
-    finally:
-        GlobalHydra.instance().clear()
+    with started_hydra():
+        sweeping = checked.sweeps or multirun
+        if not sweeping:
+            with hydra_errors():
+                composed = compose("config", overrides=arguments, return_hydra_config=True)
+            sweeping = composed.hydra.mode == RunMode.MULTIRUN
+        if not sweeping:
+            from_hydra(_without_hydra(composed), checked.keys)  # complains before there is a run folder
+            _single(arguments, task)
+            return []
+        if watcher is not None:
+            _check_sweeper(overrides)
+        return _sweep(arguments, _SweepTask(task, on_failure, watcher))
 
 
-def _single(hydra: Hydra, arguments: list[str], task: Callable[[Job], Any]) -> None:
+def _check_sweeper(overrides: Sequence[str]) -> None:
+    other = [text for text in overrides if text.startswith("hydra/sweeper=")]
+    if other and other[-1].partition("=")[2] not in _SWEEPERS:
+        raise ConfigError(
+            f"{other[-1]}: fedtune records a sweep before it starts, which only its own sweepers do: "
+            f"{' and '.join(_SWEEPERS)} (sweep=optuna). Leave it out."
+        )
+
+
+def _single(arguments: list[str], task: Callable[[Job], Any]) -> None:
     raised: list[Exception] = []
 
     def job(composed: DictConfig) -> None:
@@ -122,147 +156,95 @@ def _single(hydra: Hydra, arguments: list[str], task: Callable[[Job], Any]) -> N
             raised.append(error)
 
     with hydra_errors():
-        hydra.run("config", job, arguments)
+        _hydra().run("config", job, arguments)
     if raised:
         raise raised[0]
 
 
-def _sweep(
-    hydra: Hydra,
-    arguments: list[str],
-    task: Callable[[Job], Any],
-    on_failure: Callable[[Job | None, Exception], str],
-    watcher: Watcher | None,
-) -> list[JobFailure]:
-    def job(composed: DictConfig) -> Any:
-        this: Job | None = None
+class _SweepTask:
+    """The task of each job of a sweep, as a launcher calls it: here, or from a copy in another process."""
+
+    def __init__(
+        self,
+        task: Callable[[Job], Any],
+        on_failure: Callable[[Job | None, Exception], str],
+        watcher: Watcher | None,
+    ) -> None:
+        self.task, self.on_failure, self.watcher = task, on_failure, watcher
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watcher": None}  # who watches stays where the sweep is
+
+    def __call__(self, composed: DictConfig) -> Any:
+        job: Job | None = None
         number = int(HydraConfig.get().job.num)
         try:
-            this = _job(composed, number)
-            return task(this)
+            job = _job(composed, number)
+            return self.task(job)
         except Exception as error:
-            return JobFailure(number, on_failure(this, error))
+            return JobFailure(number, self.on_failure(job, error))
 
+
+def _sweep(arguments: list[str], task: _SweepTask) -> list[JobFailure]:
     with hydra_errors():
-        results = _multirun(hydra, job, arguments, watcher)
+        results = _hydra().multirun("config", task, arguments)
     return [failure for failure in _returned(results) if isinstance(failure, JobFailure)]
 
 
-def _multirun(
-    hydra: Hydra, job: Callable[[DictConfig], Any], arguments: list[str], watcher: Watcher | None
-) -> Any:
-    """`Hydra.multirun`, with a look at what is to come before the first job starts."""
-    config = hydra.compose_config("config", arguments, RunMode.MULTIRUN)
-    callbacks = Callbacks(config)
-    callbacks.on_multirun_start(config=config, config_name="config")
-    context = HydraContext(config_loader=hydra.config_loader, callbacks=callbacks)
-    sweeper: Any = Plugins.instance().instantiate_sweeper(
-        config=config, hydra_context=context, task_function=job
-    )
-    # Hydra's own sweeper of grids has this method; one that searches does not know its jobs beforehand.
-    if watcher is not None and hasattr(sweeper, "split_arguments"):
-        _watch_grid(sweeper, config, watcher)
-    elif hasattr(sweeper, "begin"):
-        _watch_search(sweeper, config, watcher)
-    task_overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-    try:
-        results = sweeper.sweep(arguments=task_overrides)
-    except (FedtuneError, HydraException, OmegaConfBaseException):
-        raise
-    except Exception as error:
-        if _in_this_process(sweeper):
-            raise
-        # A run's own errors were caught in the run: this is the launcher's, which lacks something or lost it.
-        name, said = config.hydra.runtime.choices["hydra/launcher"], " ".join(str(error).split())
-        raise ResourceError(
-            f"hydra/launcher={name} could not make the runs: {said.rstrip('.')}. What was finished is kept: "
-            f"mend it and go on with 'fedtune run sweep.resume={config.hydra.sweep.dir}', or begin anew "
-            "without that launcher."
-        ) from error
-    callbacks.on_multirun_end(config=config, config_name="config")
-    return results
+def _hydra() -> Any:
+    """The object whose `run` and `multirun` no documented door of Hydra's reaches with words of one's own."""
+    return GlobalHydra.instance().hydra
 
 
-def _watch_grid(sweeper: Any, config: DictConfig, watcher: Watcher) -> None:
-    split, loader = sweeper.split_arguments, sweeper.hydra_context.config_loader
-    compose = loader.load_sweep_config
-    kept: dict[tuple[str, ...], DictConfig] = {}
+class ComposeOnce:
+    """Hydra's loader of configurations, for a sweeper: what was composed to look ahead is not composed again.
 
-    def chosen(overrides: Any, batch_size: int | None) -> list[list[list[str]]]:
-        for one in overrides:
-            if one.is_interval_sweep():
-                raise ConfigError(
-                    f"{one.input_line} is an interval, and a grid needs values: give some, with commas, or "
-                    "search the interval with sweep=optuna."
-                )
-        jobs = [job for batch in split(overrides, batch_size) for job in batch]
-        jobs = watcher.begin(Path(str(config.hydra.sweep.dir)), jobs)
-        return [jobs] if jobs else []
+    Sent to another process it is the loader that it wraps.
+    """
 
-    def check(batch: Sequence[Sequence[str]]) -> None:
-        """Every job composes, or the sweep does not begin. What was composed is kept for its launch."""
-        configs = []
-        for job in batch:
-            composed = compose(config, list(job))
-            if len(kept) < _MOST_KEPT:
-                kept[tuple(job)] = composed
-            configs.append(_foreseen(composed, list(job)))
-        watcher.foresee(configs, _workers(config, len(batch)))
+    def __init__(self, loader: ConfigLoader) -> None:
+        self._loader = loader
+        self._composed: dict[tuple[str, ...], DictConfig] = {}
 
-    def once(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-        return kept.pop(tuple(sweep_overrides), None) or compose(master_config, sweep_overrides)
+    def __reduce__(self) -> Any:
+        return _same, (self._loader,)
 
-    sweeper.split_arguments = chosen
-    sweeper.validate_batch_is_legal = check
-    if _in_this_process(sweeper):  # others send the loader to another one
-        loader.load_sweep_config = once
+    def compose(self, master_config: DictConfig, job: Sequence[str]) -> DictConfig:
+        """The configuration of a job that is launched later."""
+        composed = self._loader.load_sweep_config(master_config, list(job))
+        if len(self._composed) < _MOST_COMPOSED:
+            self._composed[tuple(job)] = composed
+        return composed
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        """The configuration of a job that is launched now."""
+        ahead = self._composed.pop(tuple(sweep_overrides), None)
+        return ahead or self._loader.load_sweep_config(master_config, sweep_overrides)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
 
-def _in_this_process(sweeper: Any) -> bool:
-    """By name, because Hydra's search for plugins imports its own modules a second time, and the class of its
-    launcher is not the one that an import gives."""
-    return type(sweeper.launcher).__qualname__ == BasicLauncher.__qualname__
+def _same(loader: ConfigLoader) -> ConfigLoader:
+    return loader
 
 
-def _watch_search(sweeper: Any, config: DictConfig, watcher: Watcher | None) -> None:
-    if watcher is None:
-        raise ConfigError("This command cannot search. Use 'fedtune run sweep=optuna ...'.")
-    sweeper.workers = workers = _workers(config)
-
-    def begin(axes: tuple[Axis, ...], fixed: tuple[str, ...], options: dict[str, Any]) -> Searcher:
-        composed = sweeper.hydra_context.config_loader.load_sweep_config(config, list(fixed))
-        base = _foreseen(composed, list(fixed))
-        folder = Path(str(config.hydra.sweep.dir))
-        return watcher.search(Space(folder, axes, fixed, options, base, workers))
-
-    sweeper.begin = begin
-
-
-def _foreseen(composed: DictConfig, overrides: list[str]) -> Config | None:
+def foreseen(composed: DictConfig, overrides: Sequence[str]) -> Config | None:
     """The configuration of a job that is not launched yet; None if it is complete only then, or wrong."""
     try:
-        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        return from_hydra(own, named_settings(overrides))
+        return from_hydra(_without_hydra(composed), named_settings(overrides))
     except (ConfigError, OmegaConfBaseException):
         return None
 
 
-def _workers(config: DictConfig, most: int | None = None) -> int:
-    """How many jobs the launcher runs side by side, as far as its settings say."""
-    asked = OmegaConf.select(config, "hydra.launcher.n_jobs")  # joblib's; below 0: as many as there are cores
-    if asked is None and "ray" in config.hydra.launcher:
-        asked = config.hydra.launcher.ray.init.get("num_cpus") or -1
-    if asked is None and "submitit_folder" in config.hydra.launcher:
-        asked = config.hydra.launcher.get("array_parallelism") or most or 1  # a queue takes all at once
-    workers = 1 if asked is None else int(asked) if int(asked) > 0 else os.cpu_count() or 1
-    return max(1, workers if most is None else min(workers, most))
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def _job(composed: DictConfig, number: int | None) -> Job:
     state = HydraConfig.get()
-    named = named_settings(list(state.overrides.task))
-    config = from_hydra(composed, named)
-    config.output = str(state.runtime.output_dir)
+    config = from_hydra(composed, named_settings(list(state.overrides.task)))
+    config = replace(config, output=str(state.runtime.output_dir))
     return Job(config, number, "" if number is None else str(state.job.override_dirname))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ __all__ = [
     "read_config",
     "register_schema",
     "save_config",
+    "search_path",
+    "started_hydra",
     "to_dict",
     "to_json",
 ]
@@ -59,14 +62,23 @@ def load(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> Conf
     arguments = list(checked.arguments)
     if extra_dirs:
         arguments.append(search_path(extra_dirs))
+    with started_hydra(), hydra_errors():
+        composed = compose("config", overrides=arguments)
+    return from_hydra(composed, checked.keys)
+
+
+@contextmanager
+def started_hydra() -> Iterator[None]:
+    """Hydra over the pages of `conf/`; afterwards it is as it was."""
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra_errors(), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            composed = compose("config", overrides=arguments)
+        with hydra_errors():
+            started = initialize_config_dir(str(conf_dir()), "fedtune", version_base="1.3")
+        with started:
+            yield
     finally:
         GlobalHydra.instance().hydra = previous
-    return from_hydra(composed, checked.keys)
 
 
 def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
@@ -161,10 +173,7 @@ def hydra_errors() -> Iterator[None]:
 
 def _resumed(folder: str) -> Config:
     path = Path(folder).expanduser().absolute()
-    config = read_config(path)
-    config.resume = str(path)
-    config.output = str(path)
-    return config
+    return replace(read_config(path), resume=str(path), output=str(path))
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ Written in Hydra's own syntax, on the command line or in `hydra.sweeper.params` 
     adapter=head,lora                                  one of these, or adapter=glob(*)
 
 Whether an interval holds whole numbers or any is known from the setting, not from how its ends are written.
-Does not do: choose (`fedtune.sweeps.search`), or launch (`hydra_plugins/fedtune_search.py`).
+Does not do: choose (`fedtune.sweeps.search`), or launch (`hydra_plugins/fedtune_sweepers.py`).
 """
 
 from __future__ import annotations

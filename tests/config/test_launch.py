@@ -9,7 +9,8 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig
 
-from fedtune.config.launch import Job, JobFailure, launch
+from fedtune.config import launch as launch_module
+from fedtune.config.launch import ComposeOnce, Job, JobFailure, launch
 from fedtune.config.loader import load, save_config
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, DataError
@@ -196,3 +197,55 @@ def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None
     launch(["seed=1,2,3"], recorder, on_failure=recorder.on_failure, multirun=True, watcher=watcher)
     assert [job.config.seed for job in recorder.jobs] == [1, 2, 3]
     assert sorted(composed) == [["seed=1"], ["seed=2"], ["seed=3"]]
+
+
+def test_a_sweep_in_batches_numbers_its_runs_on() -> None:
+    recorder = Recorder()
+    start(recorder, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", multirun=True)
+    assert [(job.number, job.config.seed) for job in recorder.jobs] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_a_sweeper_that_tells_nobody_what_comes_is_refused() -> None:
+    recorder = Recorder()
+    watcher: Any = Everything()
+    with pytest.raises(ConfigError, match="hydra/sweeper=other: fedtune records a sweep before it starts"):
+        launch(
+            ["seed=1,2", "hydra/sweeper=other"],
+            recorder,
+            on_failure=recorder.on_failure,
+            multirun=True,
+            watcher=watcher,
+        )
+    assert recorder.jobs == []
+
+
+def test_what_was_composed_ahead_does_not_travel() -> None:
+    class Loader:
+        def load_sweep_config(self, master_config: Any, sweep_overrides: list[str]) -> list[str]:
+            return ["composed", *sweep_overrides]
+
+        def list_groups(self, parent_name: str) -> list[str]:
+            return [parent_name]
+
+    once = ComposeOnce(Loader())  # type: ignore[arg-type]
+    ahead = once.compose(DictConfig({}), ["seed=1"])
+    assert once.load_sweep_config(DictConfig({}), ["seed=1"]) is ahead
+    assert once.load_sweep_config(DictConfig({}), ["seed=1"]) is not ahead, "it is kept for one launch"
+    assert once.list_groups("data") == ["data"]
+    make, arguments = once.__reduce__()
+    assert isinstance(make(*arguments), Loader)
+
+
+def test_internals_of_hydra_are_used_in_one_place_only() -> None:
+    """Hydra's documented doors hold for all versions below 1.4; the one internal is in `launch._hydra`."""
+    root = Path(launch_module.__file__).parents[2]
+    sources = {
+        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
+        for folder in ("fedtune", "hydra_plugins")
+        for path in (root / folder).rglob("*.py")
+    }
+    assert len(sources) > 50
+    assert [name for name, text in sources.items() if "hydra._internal" in text] == []
+    assert [name for name, text in sources.items() if "hydra().run(" in text or ".multirun(" in text] == [
+        "fedtune/config/launch.py"
+    ]
