@@ -21,6 +21,7 @@ from rich.console import Console
 
 import fedtune
 from tests.support import tiny_federation as tiny
+from tests.support.golden import Golden
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -83,6 +84,13 @@ def everything_published_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{path!r} is published through {sink!r} and not declared in publication.SINKS")
 
     monkeypatch.setattr(publication, "report_undeclared", undeclared)
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Golden:
+    """Holds the text of an error to the one in tests/golden/errors.md."""
+    test = request.node.nodeid.removeprefix("tests/").replace("\n", " ")
+    return Golden(test, tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from fedtune.config.schema import PricingConfig
 from fedtune.cost.meter import Cost
 from fedtune.cost.prices import carbon_kg, price
 from fedtune.errors import ConfigError
+from tests.support.golden import Golden
 
 BOOK = PricingConfig(
     name="hand",
@@ -59,14 +60,16 @@ def test_unknown_but_not_charged_is_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [None, -0.1, float("nan"), float("inf"), "0.3", True])
-def test_a_price_that_is_none_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"hand.*device_hour"):
+def test_a_price_that_is_none_is_refused_by_name(value: object, golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         price(dataclasses.replace(BOOK, device_hour=value), USAGE)  # type: ignore[arg-type]
+    golden(raised)
 
 
-def test_a_book_without_currency_is_refused() -> None:
-    with pytest.raises(ConfigError, match="currency"):
+def test_a_book_without_currency_is_refused(golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         price(dataclasses.replace(BOOK, currency=""), USAGE)
+    golden(raised)
 
 
 def test_json_has_the_keys_of_the_record() -> None:

@@ -15,6 +15,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.errors import ConfigError, PreflightError, UpdateRejected
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.training.local import ShardView, make_optimizer, train_locally
+from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard, open_plan
 
 
@@ -109,12 +110,13 @@ def test_training_lowers_the_loss(tiny_bert: Path, train: TrainConfig) -> None:
     assert evaluate(model, shard.data, train).loss < 0.7 * before
 
 
-def test_a_diverged_round_is_refused(tiny_bert: Path, train: TrainConfig) -> None:
+def test_a_diverged_round_is_refused(tiny_bert: Path, train: TrainConfig, golden: Golden) -> None:
     train = with_(train, optimizer="sgd", learning_rate=1e38, sample_rate=1.0)
     model, shard = load(tiny_bert), make_shard()
     plan = make_plan(sample_rate=1.0, max_grad_norm=100.0)
-    with pytest.raises(UpdateRejected, match=r"diverged in round 4.*train.learning_rate"):
+    with pytest.raises(UpdateRejected) as raised:
         train_locally(model, shard, plan, model.get_vector(), train, round=4)
+    golden(raised)
 
 
 def test_persons_and_their_records(tiny_bert: Path, train: TrainConfig) -> None:
@@ -131,18 +133,20 @@ def test_persons_and_their_records(tiny_bert: Path, train: TrainConfig) -> None:
     assert len(empty) == len(nobody) == 0  # type: ignore[arg-type]
 
 
-def test_optimizers(train: TrainConfig) -> None:
+def test_optimizers(train: TrainConfig, golden: Golden) -> None:
     theta = nn.Parameter(torch.zeros(3))
     for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         assert type(make_optimizer(theta, with_(train, optimizer=name))) is kind
-    with pytest.raises(ConfigError, match="sgd, adam or adamw"):
+    with pytest.raises(ConfigError) as raised:
         make_optimizer(theta, with_(train, optimizer="lion"))
+    golden(raised)
 
 
-def test_plan_and_training_must_agree(tiny_bert: Path, train: TrainConfig) -> None:
+def test_plan_and_training_must_agree(tiny_bert: Path, train: TrainConfig, golden: Golden) -> None:
     model, shard = load(tiny_bert), make_shard()
     start = model.get_vector()
     for plan in (make_plan(local_steps=3), make_plan(sample_rate=0.4)):
-        with pytest.raises(PreflightError, match="accounts for"):
+        with pytest.raises(PreflightError) as raised:
             train_locally(model, shard, plan, start, train, round=1)
+        golden(raised)
         assert np.array_equal(model.get_vector(), start)

