@@ -98,9 +98,9 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
         values.pop(group, None)
     privacy = values.get("privacy")
     if isinstance(privacy, dict):
-        from fedtune.privacy.mechanisms.registry import without_noise  # late: `fedtune.config` is light
+        from fedtune.privacy.mechanisms.registry import adds_noise  # late: `fedtune.config` is light
 
-        if privacy.get("trust") in without_noise():
+        if not adds_noise(privacy.get("trust")):
             if "privacy.epsilon" not in given:
                 privacy["epsilon"] = None
             if "privacy.noise_multiplier" not in given:

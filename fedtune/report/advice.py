@@ -75,7 +75,7 @@ def family(point: Point, points: Sequence[Point]) -> list[Point]:
         for other in points
         if _without(other) == own
         and other.group == point.group
-        and (other.runs[0].trust in (point.runs[0].trust, "none"))
+        and (other.runs[0].trust == point.runs[0].trust or not other.runs[0].is_private)
     ]
     return sorted(members, key=lambda other: other.epsilon)
 
@@ -152,7 +152,7 @@ def _neighbours(chosen: Point, best: Point, alike: Sequence[Point]) -> str:
 
 
 def _reference(chosen: Point, rated: Sequence[Point]) -> Point | None:
-    free = [point for point in family(chosen, rated) if point.runs[0].trust == "none"]
+    free = [point for point in family(chosen, rated) if not point.runs[0].is_private]
     return free[0] if free else None
 
 

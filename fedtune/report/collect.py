@@ -23,6 +23,7 @@ from fedtune.cost.meter import Cost
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.mechanisms.matrix import BandedRoot
+from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
 from fedtune.runs import record
 
 __all__ = ["FAILURE_NAME", "SWEEP_NAME", "Collection", "Round", "Run", "collect", "run_of"]
@@ -79,6 +80,11 @@ class Run:
     pruned: bool = False  # ended early by a search: not comparable, but what it released is released
     key: str = field(repr=False, default="")  # equal for runs that differ in seed only
 
+    @property
+    def is_private(self) -> bool:
+        """Whether its trust model adds noise at all."""
+        return adds_noise(self.trust)
+
 
 def run_of(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]]) -> Run:
     """The Run of a validated record; equal configurations are kept once, in `shared`.
@@ -99,8 +105,8 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
     # A setting that an older record does not have yet is one that is null in a newer one.
     key = json.dumps(_given(config), sort_keys=True)
     config = shared.setdefault(key, config)  # thousands of runs share a few configurations
-    trust, private = str(privacy["trust"]), privacy["trust"] != "none"
-    epsilon = privacy["epsilon"] if private else None
+    trust = str(privacy["trust"])
+    epsilon = privacy["epsilon"] if adds_noise(trust) else None
     settings = config["data"]
     return Run(
         path=path,
@@ -193,7 +199,7 @@ def _pricing(values: Mapping[str, Any] | None) -> PricingConfig:
 
 def _terms(privacy: Mapping[str, Any]) -> dict[str, Mapping[Term, int] | None]:
     """By node: the steps that its releases were, in the accountant's own form."""
-    if privacy["trust"] == "none" or privacy["epsilon"] is None or not privacy["noise_multiplier"]:
+    if not adds_noise(privacy["trust"]) or privacy["epsilon"] is None or not privacy["noise_multiplier"]:
         return {str(one["node"]): None if one["releases"] else {} for one in privacy["per_node"]}
     if privacy.get("matrix"):
         root = BandedRoot(**privacy["matrix"])
@@ -201,8 +207,7 @@ def _terms(privacy: Mapping[str, Any]) -> dict[str, Mapping[Term, int] | None]:
             str(one["node"]): root.merged(float(privacy["noise_multiplier"]), int(one["releases"]))
             for one in privacy["per_node"]
         }
-    # As the plan accounts it: clients are seen to take part, so for them no sampling is counted.
-    rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
+    rate = mechanism_of(privacy["trust"]).recorded_rate(privacy)
     most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
     steps = int(privacy["local_steps"]) if "local_steps" in privacy else int(privacy["steps"]) // max(most, 1)
     term = Term(rate, float(privacy["noise_multiplier"]))

@@ -132,7 +132,7 @@ def points_of(runs: Sequence[Run], book: PriceBook) -> list[Point]:
         # A configuration of another data set's labels is another task; hence the task in the key.
         grouped.setdefault(f"{run.task}\n{run.unit}\n{run.key}", []).append(run)
     several_tasks = len({run.task for run in runs}) > 1
-    several_units = len({run.unit for run in runs if run.trust != "none"}) > 1
+    several_units = len({run.unit for run in runs if run.is_private}) > 1
     points = [_point(key, members, book, several_tasks, several_units) for key, members in grouped.items()]
     by_group: dict[str, list[Point]] = {}
     for point in points:
@@ -272,7 +272,7 @@ def varied_settings(points: Sequence[Point]) -> list[str]:
 
 def named_settings(names: Sequence[str], points: Sequence[Point]) -> list[str]:
     """Of the settings that vary, those to describe a point by: the trust model only if there are several."""
-    trusts = {point.runs[0].trust for point in points} - {"none"}
+    trusts = {point.runs[0].trust for point in points if point.runs[0].is_private}
     return [name for name in names if name != "privacy.trust" or len(trusts) > 1]
 
 

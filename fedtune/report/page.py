@@ -371,7 +371,7 @@ def _remarks(points: Sequence[Point], groups: Sequence[str]) -> list[str]:
             f"Deltas range from {min(deltas):.1g} to {max(deltas):.1g}: an epsilon at the larger "
             "one promises less."
         )
-    trusts = sorted({run.trust for run in runs if run.trust != "none"})
+    trusts = sorted({run.trust for run in runs if run.is_private})
     if len(trusts) > 1:
         remarks.append(
             f"Trust models differ ({', '.join(trusts)}): an equal epsilon asks for trust in "

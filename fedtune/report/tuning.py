@@ -120,7 +120,7 @@ def tuning_of(runs: Sequence[Run], chosen: Run, sweeps: Mapping[Path, Mapping[st
         epsilon_composed=max(composed, max(run.epsilon for run in private))
         if len(private) > 1
         else chosen.epsilon,
-        without_privacy=sum(run.trust == "none" or math.isinf(run.epsilon) for run in rivals),
+        without_privacy=sum(not run.is_private or math.isinf(run.epsilon) for run in rivals),
         public=all(run.public for run in rivals),
         epsilon_best=best_of,
         trials=trials,

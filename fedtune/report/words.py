@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.runs.record import flatten
 
 __all__ = [
@@ -67,7 +68,7 @@ def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     parts = []
     for name in names:
         value = settings.get(name)
-        if name not in settings or (name == "privacy.trust" and value == "none"):
+        if name not in settings or (name == "privacy.trust" and not adds_noise(value)):
             continue
         if value is None:
             if name in ("privacy.epsilon", "privacy.noise_multiplier"):
@@ -76,7 +77,7 @@ def describe_settings(settings: Mapping[str, Any], names: Sequence[str]) -> str:
         if isinstance(value, float):
             value = f"{value:g}"
         parts.append(f"{short[name].removesuffix('.name')}={value}")
-    if names and settings.get("privacy.trust") == "none":
+    if names and not adds_noise(settings.get("privacy.trust")):
         parts.append("no privacy")
     return ", ".join(parts)
 
@@ -97,7 +98,7 @@ def repeat_command(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> st
         # Without privacy, and where the noise is given, the loader itself takes the target epsilon out.
         if name == "privacy.epsilon" and value is None:
             continue
-        if trust == "none" and name in ("privacy.epsilon", "privacy.noise_multiplier"):
+        if not adds_noise(trust) and name in ("privacy.epsilon", "privacy.noise_multiplier"):
             continue
         parts.append(f"{name}={value_text(value)}")
     if len(seeds) == 1:

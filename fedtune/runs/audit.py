@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import AuditError, RecordError
+from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.runs import record
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def plan_of(finished: Mapping[str, Any]) -> tuple[Config, PrivacyPlan, int]:
         chosen = dataclasses.replace(
             config.privacy,
             epsilon=None,
-            noise_multiplier=privacy["noise_multiplier"] if privacy["trust"] != "none" else None,
+            noise_multiplier=privacy["noise_multiplier"] if adds_noise(privacy["trust"]) else None,
             delta=privacy["delta"],
         )
         # What is audited is the training; what evaluation costs beside it only adds to the claim.

@@ -23,6 +23,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.runs.summary import duration, human_bytes
 
 if TYPE_CHECKING:
@@ -207,12 +208,12 @@ class Display:
         return Group(Text(), bar, Text(f"  {self._privacy()}"), *self._nodes())
 
     def _promise(self) -> str:
-        if self._trust == "none":
+        if not adds_noise(self._trust):
             return "no privacy (trust none)"
         return f"trust {self._trust}, delta {self._delta:.1e}, add or remove one {self._unit}"
 
     def _privacy(self) -> str:
-        if self._trust == "none":
+        if not adds_noise(self._trust):
             return "no privacy (trust none): epsilon is infinite"
         so_far = "0.00" if self._epsilon is None else f"{self._epsilon:.2f}"
         goal = "" if self._target is None else f" of {self._target:g}"

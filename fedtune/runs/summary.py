@@ -17,6 +17,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
+
 __all__ = [
     "accuracy_line",
     "duration",
@@ -84,7 +86,7 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
     folder = shlex.quote(str(run_dir))
     commands = [f'predict {folder} "your text"', f"statement {folder}"]
-    if privacy["trust"] != "none":
+    if adds_noise(privacy["trust"]):
         commands.append(f"audit {folder}")
     if record["run"]["engine"] != "deployment":  # there the ledgers lie with the sites
         commands.append("budget show")
@@ -163,17 +165,10 @@ def _share(value: float | None, error: float | None = None) -> str:
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
     """Epsilon with delta, unit, adjacency and trust, or that there is none."""
-    if privacy["trust"] == "none":
+    if not adds_noise(privacy["trust"]):
         return "none: updates travelled without noise (trust none), epsilon is infinite"
     epsilon = "unknown" if privacy["epsilon"] is None else f"{privacy['epsilon']:.3f}"
-    nodes = len(privacy["per_node"])
-    whose = f"; the largest of {nodes} nodes" if nodes > 1 and privacy["trust"] == "local" else ""
-    towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
-    server = privacy.get("epsilon_towards_server")
-    if privacy["trust"] == "distributed" and None not in (towards, claimed) and towards > claimed:
-        whose = f"; towards another node {towards:.3f}"  # a record of an earlier version
-    elif privacy["trust"] == "distributed" and server is not None:
-        whose = f"; towards the server alone {server:.3f}"
+    whose = mechanism_of(privacy["trust"]).whose_epsilon(privacy)
     return (
         f"epsilon {epsilon} at delta {privacy['delta']:.2e}, {privacy['adjacency']}, "
         f"trust {privacy['trust']}{whose} ({privacy['accountant']})"
@@ -190,7 +185,7 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
     others = [
         one
         for one in entries
-        if privacy["trust"] != "none"
+        if adds_noise(privacy["trust"])
         and one["releases"]
         and (one["epsilon"] is None or one["epsilon"] > 1.005 * mine.get(one["node"], 0.0))
     ]

@@ -18,6 +18,7 @@ from fedtune.data.partition import DEFAULT_NODES
 from fedtune.errors import FedtuneError
 from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
 from fedtune.privacy.mechanisms.counts import size_noise
+from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
 from fedtune.privacy.plan import make_plan
 from fedtune.report.words import format_number
 
@@ -50,7 +51,7 @@ def spending_text(configs: Sequence[Config | None], *, most: bool = False) -> st
             continue
         config = resolved(config)
         data = (config.data.name, config.data.public)
-        if config.privacy.trust == "none":
+        if not adds_noise(config.privacy.trust):
             open_runs[data] = open_runs.get(data, 0) + 1
             continue
         try:
@@ -85,7 +86,7 @@ def costliest_run(base: Config | None, axes: Iterable[Axis]) -> Config | None:
             changed: dict[str, Any] = {name: worst, other: None}
             privacy = dataclasses.replace(privacy, **changed)
             continue
-        uses = axis.name in usage and privacy.epsilon is None and privacy.trust != "none"
+        uses = axis.name in usage and privacy.epsilon is None and adds_noise(privacy.trust)
         if uses or axis.name.partition(".")[0] in ("privacy", "data"):
             return None
     return dataclasses.replace(base, privacy=privacy)
@@ -95,10 +96,11 @@ def _plan(config: Config) -> tuple[PrivacyPlan, bool]:
     """The plan of a run, and whether it is the run's own: a default delta follows from sizes, which only a
     run learns, and is taken to be `_DELTA` here."""
     privacy, nodes = config.privacy, config.federation.nodes or DEFAULT_NODES
-    if privacy.trust == "central" or privacy.delta is not None or size_noise(config):
+    kind = mechanism_of(privacy.trust)
+    if not kind.tells_size or privacy.delta is not None or size_noise(config):
         return make_plan(config, [_UNITS] * nodes), True
     total = config.data.declared_size
-    if total is not None and (config.federation.nodes is not None or privacy.trust == "distributed"):
+    if total is not None and (config.federation.nodes is not None or kind.fixed_nodes):
         return make_plan(config, [max(1, round(total / nodes))] * nodes), True
     privacy = dataclasses.replace(privacy, delta=_DELTA)
     return make_plan(dataclasses.replace(config, privacy=privacy), [_UNITS] * nodes), False

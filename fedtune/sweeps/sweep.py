@@ -31,6 +31,7 @@ from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.config.overrides import value_text
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import local_record
+from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.privacy.publication import error_in_public, publish
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.runs import record
@@ -267,7 +268,7 @@ class Sweep:
 
     def _refuse_other_machine(self, config: Config) -> None:
         """A launcher may send a run to another machine, and the ledgers lie on this one."""
-        if platform.node() == self.machine or config.data.public or config.privacy.trust == "none":
+        if platform.node() == self.machine or config.data.public or not adds_noise(config.privacy.trust):
             return
         raise LedgerError(
             f"This run was sent to the machine {platform.node()}, and the ledgers that know what this data "

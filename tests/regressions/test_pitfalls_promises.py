@@ -98,11 +98,16 @@ def test_36_the_noise_that_a_node_does_not_know_is_really_there() -> None:
 
 def test_36_no_colluders_and_one_are_the_same_noise_and_more_are_more() -> None:
     four = [distributed(4, max_colluders=colluders) for colluders in (None, 0, 1)]
-    assert len({plan.mechanism.honest_shares(plan) for plan in four}) == 1 and four[0].max_colluders == 1
-    assert distributed(4, max_colluders=2).honest_shares() == 2
+    assert (
+        len({plan.mechanism.honest_shares(plan) for plan in four}) == 1
+        and four[0].settings()["max_colluders"] == 1
+    )
+    two = distributed(4, max_colluders=2)
+    assert two.mechanism.honest_shares(two) == 2
     # secure aggregation cannot have one more colluder beside this dropout; the noise is the same
-    assert distributed(3, max_dropouts=1).max_colluders == 0
-    assert distributed(3, max_dropouts=1).honest_shares() == 1
+    three = distributed(3, max_dropouts=1)
+    assert three.settings()["max_colluders"] == 0
+    assert three.mechanism.honest_shares(three) == 1
     with pytest.raises(PrivacyError, match="a node knows its own noise"):
         distributed(2, max_dropouts=1)
 

@@ -59,7 +59,7 @@ def test_pitfall_21_dropouts_do_not_lower_the_noise_below_the_plan():
     # The bug: shares of sigma^2 / n. With one dropout and one colluder the noise is too small, and it shows.
     wrong = dataclasses.replace(made, scale=made.scale * math.sqrt(6 / 4))
     assert noise_of(wrong, 4) < wanted * (1 - tolerance)
-    assert made.noise_std(1) >= plan().noise_std() / math.sqrt(plan().honest_shares())
+    assert made.noise_std(1) >= plan().noise_std() / math.sqrt(plan().mechanism.honest_shares(plan()))
 
 
 def test_pitfall_21_more_dropouts_than_planned_give_no_sum():

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["CORRELATED", "Mechanism", "Round", "check_bands"]
+__all__ = ["CORRELATED", "NODES_SEE", "USERS_SEE", "Mechanism", "Round", "check_bands"]
 
+NODES_SEE = "Each node sees its own data and the shared adapter of every round."
+USERS_SEE = "Whoever gets the model sees the finished adapter."
 Round = Literal["plain", "clipped", "secure_sum"]
 CORRELATED = "dp_ftrl"  # privacy.mechanism: noise that is correlated over rounds; else `gaussian`
 
@@ -53,6 +55,8 @@ class Mechanism(ABC):
         shares_noise: no node's noise is enough by itself: the sum holds what is accounted.
         tells_size: the plan follows from the sizes of shards, so that nodes tell them.
         answers: nodes may answer, with noise, about data that they hold out.
+        adding_up: what happens to delta where one person's data lies on several nodes.
+        arithmetic: how noise and training are computed, and what that leaves open.
     """
 
     trust: ClassVar[str]
@@ -64,6 +68,10 @@ class Mechanism(ABC):
     shares_noise: ClassVar[bool] = False
     tells_size: ClassVar[bool] = True
     answers: ClassVar[bool] = True
+    adding_up: ClassVar[str] = ""
+    arithmetic: ClassVar[str] = (
+        "noise is a float; the known attack on its low bits is countered, which is no proof."
+    )
 
     # --- settings, before there is a plan -----------------------------------------------------------
 
@@ -270,6 +278,44 @@ class Mechanism(ABC):
     @abstractmethod
     def describe(self, plan: PrivacyPlan) -> str:
         """The mechanism in words, as a run's record has it."""
+
+    # --- of a finished run's record: `privacy` is that part of it --------------------------------------
+
+    @classmethod
+    def recorded_rate(cls, privacy: Mapping[str, Any]) -> float:
+        """The sampling rate that a record's steps were accounted with."""
+        return float(privacy["sample_rate"])
+
+    @classmethod
+    def sampling(cls, privacy: Mapping[str, Any]) -> str:
+        """How units were drawn."""
+        if privacy["sample_rate"] == 1.0:
+            return f"every {privacy['unit']} takes part in every step"
+        return (
+            f"Poisson: in every step each {privacy['unit']} is drawn by itself with probability "
+            f"{privacy['sample_rate']:g}, in secret on its node; sums are divided by the expected, never the "
+            "drawn, size"
+        )
+
+    @classmethod
+    @abstractmethod
+    def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
+        """Who sees what, and who must therefore be believed, a sentence or more each."""
+
+    @classmethod
+    @abstractmethod
+    def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
+        """What the guarantee's attacker looks at, as the object of a sentence."""
+
+    @classmethod
+    def epsilon_of_others(cls, privacy: Mapping[str, Any]) -> str:
+        """A sentence on an epsilon that is larger than the one claimed; empty where there is none."""
+        return ""
+
+    @classmethod
+    def whose_epsilon(cls, privacy: Mapping[str, Any]) -> str:
+        """What to add to the claimed epsilon in one line: over whom, or towards whom, it is."""
+        return ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the trust model's name, and each setting."""

@@ -16,14 +16,14 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.checks import number, probability, whole
-from fedtune.privacy.mechanisms.base import CORRELATED, Mechanism, Round, check_bands
+from fedtune.privacy.mechanisms.base import CORRELATED, NODES_SEE, USERS_SEE, Mechanism, Round, check_bands
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.none import NoPrivacy
 
@@ -337,3 +337,34 @@ class Central(Mechanism):
             f"correlated over {self.bands} rounds (banded square root of the prefix-sum matrix); a client "
             f"takes part in one of {self.min_separation} rounds at most, {root.participations} times in all"
         )
+
+    @classmethod
+    def recorded_rate(cls, privacy: Mapping[str, Any]) -> float:
+        """See `Mechanism`: clients are seen to take part."""
+        return 1.0
+
+    @classmethod
+    def sampling(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        if matrix := privacy.get("matrix"):
+            return (
+                f"the server chooses clients, each at most once in {matrix['min_separation']} rounds, which "
+                "the client's own ledger enforces too; who takes part is seen, and no amplification "
+                "is claimed"
+            )
+        return "the server chooses clients and sees who takes part; no amplification by sampling is claimed"
+
+    @classmethod
+    def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
+        """See `Mechanism`."""
+        return [
+            "The server sees every node's raw update and must be trusted: the guarantee is towards everybody "
+            "else.",
+            NODES_SEE,
+            USERS_SEE,
+        ]
+
+    @classmethod
+    def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        return "the finished model and every model on the way (but not what the server itself received)"

@@ -15,13 +15,13 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.checks import probability, whole
-from fedtune.privacy.mechanisms.base import Mechanism, Round
+from fedtune.privacy.mechanisms.base import NODES_SEE, USERS_SEE, Mechanism, Round
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config, PrivacyConfig
@@ -49,6 +49,8 @@ class Distributed(Mechanism):
     sums_gradients: ClassVar[bool] = True
     fixed_nodes: ClassVar[bool] = True
     shares_noise: ClassVar[bool] = True
+    adding_up: ClassVar[str] = ", and delta grows faster"
+    arithmetic: ClassVar[str] = "noise is exact (discrete Gaussian), training itself is in floats."
 
     sample_rate: float
     max_dropouts: int = 0
@@ -161,6 +163,88 @@ class Distributed(Mechanism):
             "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
             "Gaussian noise shared between the nodes, secure aggregation"
         )
+
+    # --- of a finished run's record -----------------------------------------------------------------
+
+    @classmethod
+    def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
+        """See `Mechanism`."""
+        answers = [
+            "Evaluation does not go through secure aggregation: the server sees each node's two noised "
+            "counts. Each node adds all the noise of its answer by itself, so they are private towards "
+            "the server too."
+        ]
+        return [
+            "The server sees only the sum over the nodes, through secure aggregation; the sum holds all the "
+            "noise that the guarantee needs. No single node's part is private by itself.",
+            "The server must follow the protocol (honest but curious): it passes the nodes' keys on, and "
+            "nothing but its word ties a key to a node or says who dropped out. A server that puts keys of "
+            "its own in their place, or tells nodes different stories, can see single nodes' parts or sums "
+            "with less noise, and towards it this guarantee does not hold.",
+            _what_noise_covers(privacy.get("max_dropouts"), privacy.get("max_colluders")),
+            *(answers if privacy.get("evaluation") else []),
+            f"{NODES_SEE} {_towards_nodes(privacy)}",
+            USERS_SEE,
+        ]
+
+    @classmethod
+    def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        server = "everything that the server received (sums over the nodes)"
+        return f"{server} and the noise of one of the other nodes" if _covers_a_node(privacy) else server
+
+    @classmethod
+    def epsilon_of_others(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`: that towards another node, in records of earlier versions."""
+        towards = privacy.get("epsilon_towards_nodes")
+        if towards is None or _covers_a_node(privacy):
+            return ""
+        return f" One of the nodes itself can learn somewhat more: towards it epsilon is {towards:.3g}."
+
+    @classmethod
+    def whose_epsilon(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
+        server = privacy.get("epsilon_towards_server")
+        if towards is not None and claimed is not None and towards > claimed:
+            return f"; towards another node {towards:.3f}"  # a record of an earlier version
+        return "" if server is None else f"; towards the server alone {server:.3f}"
+
+
+def _covers_a_node(privacy: Mapping[str, Any]) -> bool:
+    """Whether epsilon is towards the other nodes too: always, but in records of earlier versions."""
+    towards, epsilon = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
+    return bool(privacy.get("max_colluders")) or (
+        towards is not None and epsilon is not None and towards <= epsilon
+    )
+
+
+def _what_noise_covers(dropouts: int | None, colluders: int | None) -> str:
+    if dropouts is None or colluders is None:
+        return "The record does not say how many dropouts and colluding nodes the noise covers."
+    missing = (
+        f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
+    )
+    told = (
+        f"{colluders} {'node' if colluders == 1 else 'nodes'} may tell the server what noise they added"
+        if colluders
+        else "none may help the server to unmask another's part"
+    )
+    return f"{missing} (a round with more dropouts is discarded, and charged all the same), and {told}."
+
+
+def _towards_nodes(privacy: Mapping[str, Any]) -> str:
+    known = "It knows its own share of the noise and can take it off"
+    epsilon, towards = privacy["epsilon"], privacy.get("epsilon_towards_nodes")
+    if epsilon is None:
+        return f"{known}."
+    if not _covers_a_node(privacy):  # a record of an earlier version
+        if towards is None:
+            return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
+        return f"{known}: **towards another node epsilon is {towards:.4g}** at the same delta."
+    server = privacy.get("epsilon_towards_server")
+    alone = "" if server is None else f" Towards the server alone it is {server:.4g}."
+    return f"{known}, which epsilon above counts with: the guarantee holds towards it too.{alone}"
 
 
 def _colluders(privacy: PrivacyConfig, nodes: int) -> int:

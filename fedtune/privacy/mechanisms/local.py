@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.checks import probability, whole
-from fedtune.privacy.mechanisms.base import Mechanism
+from fedtune.privacy.mechanisms.base import NODES_SEE, USERS_SEE, Mechanism
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -90,3 +90,24 @@ class Local(TrainingOnNodes):
             f"DP-SGD on each node: Poisson sampling, clipping of each {plan.unit}'s gradient, Gaussian noise "
             "in every step"
         )
+
+    @classmethod
+    def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
+        """See `Mechanism`."""
+        return [
+            "The server sees each node's updates. They are already private when they leave, so neither the "
+            "server nor whoever listens must be trusted.",
+            NODES_SEE,
+            USERS_SEE,
+        ]
+
+    @classmethod
+    def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        return "everything that ever left a node"
+
+    @classmethod
+    def whose_epsilon(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        nodes = len(privacy["per_node"])
+        return f"; the largest of {nodes} nodes" if nodes > 1 else ""

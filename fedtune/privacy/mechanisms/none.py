@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.errors import ConfigError
+from fedtune.privacy.mechanisms.base import NODES_SEE, USERS_SEE
 from fedtune.privacy.mechanisms.local import TrainingOnNodes
 
 if TYPE_CHECKING:
@@ -52,3 +54,14 @@ class NoPrivacy(TrainingOnNodes):
     def describe(self, plan: PrivacyPlan) -> str:
         """See `Mechanism`."""
         return "none"
+
+    @classmethod
+    def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
+        """See `Mechanism`."""
+        server = "The server sees every node's raw updates."
+        return [server, NODES_SEE, USERS_SEE, "Nobody is protected from any of them."]
+
+    @classmethod
+    def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
+        """See `Mechanism`."""
+        return "everything that ever left a node"

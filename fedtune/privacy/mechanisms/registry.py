@@ -15,7 +15,7 @@ from fedtune.privacy.mechanisms.distributed import Distributed
 from fedtune.privacy.mechanisms.local import Local
 from fedtune.privacy.mechanisms.none import NoPrivacy
 
-__all__ = ["MECHANISMS", "mechanism_from_json", "mechanism_of", "without_noise"]
+__all__ = ["MECHANISMS", "adds_noise", "mechanism_from_json", "mechanism_of"]
 
 MECHANISMS: Mapping[str, type[Mechanism]] = {
     kind.trust: kind for kind in (Local, Distributed, Central, NoPrivacy)
@@ -29,9 +29,11 @@ def mechanism_of(trust: str) -> type[Mechanism]:
     return MECHANISMS[trust]
 
 
-def without_noise() -> tuple[str, ...]:
-    """The trust models that promise nothing."""
-    return tuple(name for name, kind in MECHANISMS.items() if not kind.is_private)
+def adds_noise(trust: object) -> bool:
+    """Whether a trust model, by its name in settings or in a record, promises anything; yes, if it is
+    unknown: what is asked of a private run is asked of it too."""
+    kind = MECHANISMS.get(trust) if isinstance(trust, str) else None
+    return kind is None or kind.is_private
 
 
 def mechanism_from_json(values: Any) -> Mechanism:

@@ -30,16 +30,21 @@ from fedtune.config.schema import TRUSTS
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting.epsilon import Term, conversions
 from fedtune.privacy.accounting.filter import FILTER
-from fedtune.privacy.accounting.strength import WEAK, TradeOff, caution
+from fedtune.privacy.accounting.strength import WEAK, WRONG, TradeOff, caution, grade, trade_off
 from fedtune.privacy.mechanisms.matrix import BandedRoot
-from fedtune.privacy.statement.strength_facts import (
-    curve_of,
+from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
+from fedtune.privacy.statement.picture import picture
+from fedtune.privacy.statement.words import (
+    UNITS,
+    UNITS_OF,
+    covered,
+    finer_units,
+    not_covered,
+    outline,
     strength,
-    strength_facts,
-    strength_picture,
     strength_table,
+    was_trained,
 )
-from fedtune.privacy.statement.words import UNITS, covered, finer_units, not_covered, outline, sees
 
 __all__ = ["statement_json", "statement_markdown", "statement_picture"]
 
@@ -101,7 +106,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         raise RecordError(
             f"No statement can be made for unit {unit!r} and trust {trust!r}: they are unknown here."
         )
-    private = trust != "none"
+    kind = mechanism_of(trust)
+    private = kind.is_private
     epsilon = privacy["epsilon"] if private else None
     delta = privacy["delta"] if private else None
     terms = _terms(privacy) if private and epsilon is not None else None
@@ -120,10 +126,10 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "persons_named": _persons_named(record),
         },
         "adjacency": privacy["adjacency"],
-        "trust": {"model": trust, "sees": sees(trust, privacy)},
+        "trust": {"model": trust, "sees": kind.who_sees_what(privacy)},
         "mechanism": {
             "description": privacy["mechanism"],
-            "sampling": _sampling(privacy),
+            "sampling": kind.sampling(privacy),
             "sample_rate": privacy["sample_rate"],
             "noise_multiplier": privacy["noise_multiplier"],
             "max_grad_norm": privacy["max_grad_norm"],
@@ -176,7 +182,7 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
     if privacy.get("matrix"):
         most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
         return BandedRoot(**privacy["matrix"]).merged(float(noise), most)
-    rate = 1.0 if privacy["trust"] == "central" else float(privacy["sample_rate"])
+    rate = mechanism_of(privacy["trust"]).recorded_rate(privacy)
     terms = {Term(rate, float(noise)): int(steps)}
     if sizes := privacy.get("sizes"):
         terms[Term(1.0, float(sizes["noise_multiplier"]))] = 1
@@ -188,21 +194,39 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
     return terms
 
 
-def _sampling(privacy: Mapping[str, Any]) -> str:
-    if matrix := privacy.get("matrix"):
-        return (
-            f"the server chooses clients, each at most once in {matrix['min_separation']} rounds, which the "
-            "client's own ledger enforces too; who takes part is seen, and no amplification is claimed"
-        )
-    if privacy["trust"] == "central":
-        return "the server chooses clients and sees who takes part; no amplification by sampling is claimed"
-    if privacy["sample_rate"] == 1.0:
-        return f"every {privacy['unit']} takes part in every step"
-    return (
-        f"Poisson: in every step each {privacy['unit']} is drawn by itself with probability "
-        f"{privacy['sample_rate']:g}, in secret on its node; sums are divided by the expected, never the "
-        "drawn, size"
+def curve_of(privacy: Mapping[str, Any], terms: Mapping[Term, int] | None) -> TradeOff | None:
+    """What any attacker finds out, from the run's own steps where the record's epsilon is theirs.
+
+    None where nothing is promised: no noise, noise that the seed gives away, an audit that disproved the
+    claim; or where nothing was trained, so that there is nothing to praise.
+    """
+    audit = privacy["audit"]
+    broken = privacy["reproducible_noise"] or (isinstance(audit, Mapping) and audit.get("violated"))
+    if not adds_noise(privacy["trust"]) or privacy["epsilon"] is None or broken or not was_trained(privacy):
+        return None
+    towards = privacy.get("epsilon_towards_nodes") or 0.0  # larger in records of an earlier version
+    return trade_off(terms, max(float(privacy["epsilon"]), float(towards)), float(privacy["delta"]))
+
+
+def strength_facts(privacy: Mapping[str, Any], curve: TradeOff | None) -> dict[str, Any] | None:
+    """The numbers of the statement's table; null where nothing is promised or was trained."""
+    if curve is None:
+        return None
+    return {
+        "word": grade(curve, float(privacy["delta"])),
+        "own_curve": curve.own,
+        "advantage": curve.advantage(),
+        "found": [{"wrong": wrong, "found": curve.found(wrong)} for wrong in WRONG],
+    }
+
+
+def strength_picture(privacy: Mapping[str, Any], curve: TradeOff) -> str:
+    """The curve as an SVG picture."""
+    promise = (
+        f"A {grade(curve, float(privacy['delta']))} protection: epsilon {privacy['epsilon']:.4g} at delta "
+        f"{privacy['delta']:.3g}; {privacy['adjacency']}"
     )
+    return picture(curve, UNITS_OF[privacy["unit"]], promise)
 
 
 def _cautions(record: Mapping[str, Any], epsilon: float | None, curve: TradeOff | None) -> list[str]:
@@ -222,7 +246,7 @@ def _cautions(record: Mapping[str, Any], epsilon: float | None, curve: TradeOff 
             "An audit has shown that the guarantee below does not hold (see Audit). Do not publish the "
             "model.",
         )
-    if privacy["trust"] != "none" and epsilon is None:
+    if adds_noise(privacy["trust"]) and epsilon is None:
         found.append(
             "The record gives no epsilon although privacy was asked for: treat the run as not private."
         )

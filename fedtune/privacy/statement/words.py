@@ -9,17 +9,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.privacy.accounting.strength import TradeOff, percent
+from fedtune.privacy.accounting.strength import WRONG, TradeOff, grade, percent
+from fedtune.privacy.mechanisms.registry import mechanism_of
 from fedtune.privacy.publication import EXPOSED
-from fedtune.privacy.statement.strength_facts import strength, was_trained
 
-__all__ = ["UNITS", "covered", "finer_units", "not_covered", "outline", "sees"]
+__all__ = [
+    "UNITS",
+    "UNITS_OF",
+    "covered",
+    "finer_units",
+    "not_covered",
+    "outline",
+    "strength",
+    "strength_table",
+    "was_trained",
+]
 
 UNITS = {
     "record": "one text with its label",
     "person": "all records that share one value of the data's unit column (a person, an author, a review)",
     "client": "everything that one node holds",
 }
+UNITS_OF = {"record": "texts", "person": "persons", "client": "nodes"}  # in the plural, in few words
 
 
 def outline(
@@ -65,12 +76,8 @@ def outline(
         )
     times = _times(epsilon)
     guess = 1.0 / (1.0 + math.exp(-epsilon))
-    seen = {
-        "local": "everything that ever left a node",
-        "distributed": "everything that the server received (sums over the nodes)"
-        + (" and the noise of one of the other nodes" if _covers_a_node(privacy, epsilon) else ""),
-        "central": "the finished model and every model on the way (but not what the server itself received)",
-    }[privacy["trust"]]
+    model = mechanism_of(privacy["trust"])
+    seen = model.attacker_sees(privacy)
     return (
         f"{trained}. It was trained so that it hardly depends on {whom}: with it or without it, every "
         f"outcome is {times} as likely (that is what *epsilon* {epsilon:.3g} says), except for "
@@ -78,22 +85,9 @@ def outline(
         f"{seen}, and at first finds it equally likely that {whom} was used or not, ends up at most "
         f"{percent(guess)} sure. "
         + strength(privacy, curve)
-        + _of_other_nodes(privacy, epsilon)
+        + model.epsilon_of_others(privacy)
         + _in_all(privacy, epsilon)
     )
-
-
-def _covers_a_node(privacy: Mapping[str, Any], epsilon: float) -> bool:
-    """Whether epsilon is towards the other nodes too: always, but in records of earlier versions."""
-    towards = privacy.get("epsilon_towards_nodes")
-    return bool(privacy.get("max_colluders")) or (towards is not None and towards <= epsilon)
-
-
-def _of_other_nodes(privacy: Mapping[str, Any], epsilon: float) -> str:
-    towards = privacy.get("epsilon_towards_nodes")
-    if privacy["trust"] != "distributed" or towards is None or _covers_a_node(privacy, epsilon):
-        return ""
-    return f" One of the nodes itself can learn somewhat more: towards it epsilon is {towards:.3g}."
 
 
 def _in_all(privacy: Mapping[str, Any], epsilon: float) -> str:
@@ -134,77 +128,6 @@ def finer_units(privacy: Mapping[str, Any]) -> list[str]:
     return [unit for unit in order[: order.index(privacy["unit"])] if unit in found]
 
 
-def sees(trust: str, privacy: Mapping[str, Any]) -> list[str]:
-    """Who sees what, and who must therefore be believed."""
-    node = "Each node sees its own data and the shared adapter of every round."
-    users = "Whoever gets the model sees the finished adapter."
-    if trust == "local":
-        return [
-            "The server sees each node's updates. They are already private when they leave, so neither the "
-            "server nor whoever listens must be trusted.",
-            node,
-            users,
-        ]
-    if trust == "distributed":
-        return [
-            "The server sees only the sum over the nodes, through secure aggregation; the sum holds all the "
-            "noise that the guarantee needs. No single node's part is private by itself.",
-            "The server must follow the protocol (honest but curious): it passes the nodes' keys on, and "
-            "nothing but its word ties a key to a node or says who dropped out. A server that puts keys of "
-            "its own in their place, or tells nodes different stories, can see single nodes' parts or sums "
-            "with less noise, and towards it this guarantee does not hold.",
-            _limit(privacy.get("max_dropouts"), privacy.get("max_colluders")),
-            *_answers(privacy),
-            f"{node} {_towards_nodes(privacy)}",
-            users,
-        ]
-    if trust == "central":
-        return [
-            "The server sees every node's raw update and must be trusted: the guarantee is towards everybody "
-            "else.",
-            node,
-            users,
-        ]
-    return ["The server sees every node's raw updates.", node, users, "Nobody is protected from any of them."]
-
-
-def _limit(dropouts: int | None, colluders: int | None) -> str:
-    if dropouts is None or colluders is None:
-        return "The record does not say how many dropouts and colluding nodes the noise covers."
-    missing = (
-        f"{dropouts} of the nodes may drop out of a round" if dropouts else "No node may drop out of a round"
-    )
-    told = (
-        f"{colluders} {'node' if colluders == 1 else 'nodes'} may tell the server what noise they added"
-        if colluders
-        else "none may help the server to unmask another's part"
-    )
-    return f"{missing} (a round with more dropouts is discarded, and charged all the same), and {told}."
-
-
-def _answers(privacy: Mapping[str, Any]) -> list[str]:
-    if not privacy.get("evaluation"):
-        return []
-    return [
-        "Evaluation does not go through secure aggregation: the server sees each node's two noised counts. "
-        "Each node adds all the noise of its answer by itself, so they are private towards the server too."
-    ]
-
-
-def _towards_nodes(privacy: Mapping[str, Any]) -> str:
-    known = "It knows its own share of the noise and can take it off"
-    epsilon, towards = privacy["epsilon"], privacy.get("epsilon_towards_nodes")
-    if epsilon is None:
-        return f"{known}."
-    if not _covers_a_node(privacy, epsilon):  # a record of an earlier version
-        if towards is None:
-            return f"{known}: towards it epsilon is larger than above (by how much the record does not say)."
-        return f"{known}: **towards another node epsilon is {towards:.4g}** at the same delta."
-    server = privacy.get("epsilon_towards_server")
-    alone = "" if server is None else f" Towards the server alone it is {server:.4g}."
-    return f"{known}, which epsilon above counts with: the guarantee holds towards it too.{alone}"
-
-
 def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     """Which accesses to private data are inside epsilon."""
     if epsilon is None:
@@ -243,6 +166,7 @@ def covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
 def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     """What a reader might think is inside epsilon and is not."""
     privacy = record["privacy"]
+    kind = mechanism_of(privacy["trust"])
     evaluation = privacy.get("evaluation_data") or "the record does not say whose data the metrics come from"
     unnoised = f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised."
     sizes = "" if privacy.get("sizes") else "the declared sizes, "
@@ -273,23 +197,15 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
             "A person with several records: this guarantee is for one record. With k records of one person "
             "epsilon is up to k times as large (and delta grows faster).",
         )
-    if privacy["unit"] in ("record", "person"):
-        more = ", and delta grows faster" if privacy["trust"] == "distributed" else ""
-        lines.insert(1, f"The same person's data on several nodes: their epsilons add up{more}.")
+    if privacy["unit"] != "client":
+        lines.insert(1, f"The same person's data on several nodes: their epsilons add up{kind.adding_up}.")
     if privacy.get("matrix"):
         lines.append(
             "The server's memory: until a run ends, the server keeps the noise of its last rounds "
             "(`noise.secret` beside its checkpoint, readable by its own user). Whoever reads it can "
             "take that noise off."
         )
-    lines.append(
-        "Floating-point arithmetic: "
-        + (
-            "noise is exact (discrete Gaussian), training itself is in floats."
-            if privacy["trust"] == "distributed"
-            else "noise is a float; the known attack on its low bits is countered, which is no proof."
-        )
-    )
+    lines.append(f"Floating-point arithmetic: {kind.arithmetic}")
     return lines
 
 
@@ -304,3 +220,51 @@ def _times(epsilon: float) -> str:
 
 def _odds(delta: float) -> str:
     return f"1 in {1.0 / delta:,.0f}" if delta > 0 else "0"
+
+
+# --- how strong it is ----------------------------------------------------------------------------------
+
+
+def was_trained(privacy: Mapping[str, Any]) -> bool:
+    """False if the record lists the nodes and not one of them released anything."""
+    nodes = privacy["per_node"]
+    return not nodes or any(one["releases"] or one.get("answers") for one in nodes)
+
+
+def strength(privacy: Mapping[str, Any], curve: TradeOff | None) -> str:
+    """How strong the guarantee is, in one sentence (`fedtune.privacy.accounting.strength`)."""
+    if not was_trained(privacy):
+        return "Nothing was trained, so nothing is said of how strong a protection is."
+    if curve is None:
+        return "There is no protection."
+    word = grade(curve, float(privacy["delta"]))
+    least = " at best" if word == "weak" else ""
+    source = "" if curve.own else " (by epsilon and delta alone; the run's own curve is not known)"
+    return (
+        f"This is a {word} protection{least}: an attacker who is wrong about 1 in 1,000 of the "
+        f"{UNITS_OF[privacy['unit']]} that were not in the data recognises at most "
+        f"{percent(curve.found(WRONG[0]))} of those that were{source}; by guessing it would be 0.1 percent."
+    )
+
+
+def strength_table(facts: Mapping[str, Any]) -> tuple[str, list[tuple[str, ...]], str]:
+    """What stands above the table, its rows, and what stands below, from the facts of a statement."""
+    about, units = facts["strength"], UNITS_OF[facts["unit"]["name"]]
+    source = (
+        "from this run's own trade-off curve, composed of its steps (Dong, Roth and Su 2022)"
+        if about["own_curve"]
+        else "from epsilon and delta alone, which says much less than the run's own curve would"
+    )
+    above = (
+        "An attacker who knows everything else looks at all that was released and says of each of the "
+        f"{units} whether it was in the data. Upper bounds, {source}:"
+    )
+    rows: list[tuple[str, ...]] = [
+        (f"wrong about, of the {units} not in the data", f"recognised at most, of the {units} in it")
+    ]
+    rows += [(f"1 in {round(1 / one['wrong']):,}", percent(one["found"])) for one in about["found"]]
+    below = (
+        "By guessing, both would be the same. The largest difference between the two, at whatever the "
+        f"attacker chooses to be wrong about, is {percent(about['advantage'])} (the attacker's advantage)."
+    )
+    return above, rows, below

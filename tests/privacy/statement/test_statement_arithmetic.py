@@ -12,6 +12,7 @@ from fedtune.errors import RecordError
 from fedtune.privacy.accounting.epsilon import Conversions, Term
 from fedtune.privacy.accounting.strength import WEAK, TradeOff
 from fedtune.privacy.mechanisms.matrix import BandedRoot
+from fedtune.privacy.mechanisms.registry import mechanism_of
 from fedtune.privacy.statement import facts as statement
 from fedtune.privacy.statement.facts import (
     _audit,
@@ -21,15 +22,18 @@ from fedtune.privacy.statement.facts import (
     _noise,
     _other_uses,
     _per_node,
-    _sampling,
     _terms,
     _transparency,
     statement_json,
     statement_markdown,
 )
-from fedtune.privacy.statement.strength_facts import strength
-from fedtune.privacy.statement.words import UNITS
+from fedtune.privacy.statement.words import UNITS, strength
 from tests.privacy.statement.test_statement import record
+
+
+def sampling(of: dict[str, Any]) -> str:
+    return mechanism_of(of["trust"]).sampling(of)
+
 
 OWN = TradeOff(((1.0, 1e-5),), own=True)
 ABOUT = {"share": 0.2, "answers": 1, "mechanism": "two counts", "noise_multiplier": 4.0, "unit": "record",
@@ -161,12 +165,12 @@ def test_steps_of_a_matrix_mechanism() -> None:
 
 def test_how_was_sampled() -> None:
     matrix = {"num_rounds": 6, "bands": 2, "min_separation": 3}
-    assert "each at most once in 3 rounds" in _sampling(privacy("central", "client", matrix=matrix))
-    assert _sampling(privacy(unit="person", sample_rate=1.0)) == "every person takes part in every step"
-    assert "each person is drawn by itself with probability 0.5," in _sampling(
+    assert "each at most once in 3 rounds" in sampling(privacy("central", "client", matrix=matrix))
+    assert sampling(privacy(unit="person", sample_rate=1.0)) == "every person takes part in every step"
+    assert "each person is drawn by itself with probability 0.5," in sampling(
         privacy(unit="person", sample_rate=0.5)
     )
-    assert _sampling(privacy("central", "client", sample_rate=1.0)).startswith("the server chooses clients")
+    assert sampling(privacy("central", "client", sample_rate=1.0)).startswith("the server chooses clients")
 
 
 # --- cautions

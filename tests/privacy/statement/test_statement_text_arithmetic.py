@@ -8,17 +8,26 @@ from typing import Any
 import pytest
 
 from fedtune.privacy.accounting.strength import TradeOff
+from fedtune.privacy.mechanisms.registry import mechanism_of
 from fedtune.privacy.publication import EXPOSED
-from fedtune.privacy.statement.strength_facts import (
-    curve_of,
+from fedtune.privacy.statement.facts import curve_of, strength_facts, strength_picture
+from fedtune.privacy.statement.words import (
+    _odds,
+    _times,
+    covered,
+    finer_units,
+    not_covered,
+    outline,
     strength,
-    strength_facts,
-    strength_picture,
     strength_table,
     was_trained,
 )
-from fedtune.privacy.statement.words import _odds, _times, covered, finer_units, not_covered, outline, sees
 from tests.privacy.statement.test_statement import record
+
+
+def sees(of: dict[str, Any]) -> list[str]:
+    return mechanism_of(of["trust"]).who_sees_what(of)
+
 
 PAIR = TradeOff(((1.0, 1e-5),), own=False)
 OWN = TradeOff(((1.0, 1e-5),), own=True)
@@ -122,7 +131,7 @@ def test_the_promise_below_the_picture() -> None:
 
 
 def paragraph(epsilon: float | None = 1.0, **changes: Any) -> str:
-    made = record(**changes)
+    made = record(**{"epsilon": epsilon, **changes})
     return outline(made, epsilon, None if epsilon is None else 1e-5, OWN)
 
 
@@ -243,7 +252,7 @@ def test_finer_units_are_those_before_the_runs_own() -> None:
 
 
 def limits(dropouts: Any, colluders: Any) -> str:
-    return sees("distributed", privacy("distributed", max_dropouts=dropouts, max_colluders=colluders))[2]
+    return sees(privacy("distributed", max_dropouts=dropouts, max_colluders=colluders))[2]
 
 
 def test_how_many_the_noise_covers() -> None:
@@ -260,14 +269,14 @@ def test_how_many_the_noise_covers() -> None:
 
 
 def test_answers_are_told_of_where_there_are_any() -> None:
-    without = sees("distributed", privacy("distributed"))
-    assert len(without) == 5 and len(sees("distributed", privacy("distributed", evaluation=ABOUT))) == 6
+    without = sees(privacy("distributed"))
+    assert len(without) == 5 and len(sees(privacy("distributed", evaluation=ABOUT))) == 6
 
 
 def test_what_a_node_knows_of_the_others() -> None:
     def of(**changes: Any) -> str:
         known = "It knows its own share of the noise and can take it off"
-        line = sees("distributed", privacy("distributed", **changes))[-2]
+        line = sees(privacy("distributed", **changes))[-2]
         assert line.startswith(f"Each node sees its own data and the shared adapter of every round. {known}")
         return line.partition(known)[2]
 
