@@ -241,9 +241,22 @@ def _mark(points: Sequence[Point]) -> None:
 
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
-    """Which rows [n, d] no other row dominates: nowhere larger and somewhere smaller. Returns bool [n].
+    """Which rows no other row dominates, that is: is nowhere larger and somewhere smaller.
 
-    Equal rows do not dominate each other. Infinity is a value like any other; NaN is refused.
+    Equal rows do not dominate each other. Infinity is a value like any other.
+
+    Example:
+        >>> non_dominated(np.array([[1.0, 9.0], [2.0, 8.0], [2.0, 9.0]])).tolist()
+        [True, True, False]
+
+    Args:
+        values: `[n, d]`, of which less is better in every column.
+
+    Returns:
+        bool `[n]`.
+
+    Raises:
+        ValueError: a value is NaN.
     """
     if np.isnan(values).any():
         raise ValueError("non_dominated cannot order NaN")
@@ -321,7 +334,11 @@ def parse_prices(words: Sequence[str]) -> PricingConfig | None:
 
 
 def price_book(runs: Sequence[Run], chosen: PricingConfig | None) -> PriceBook:
-    """The book to report `runs` with. Raises `ConfigError` if `chosen` is not usable."""
+    """The book to report `runs` with: `chosen`, or each run's own.
+
+    Raises:
+        ConfigError: `chosen` lacks a price, or a currency.
+    """
     if chosen is not None:
         check(chosen)
         _check_currency(chosen)
@@ -429,7 +446,11 @@ def _columns(table: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_csv(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
-    """Writes `table` as CSV (RFC 4180, UTF-8). Raises `ResourceError` if the disk does not take it."""
+    """Writes `table` as CSV (RFC 4180, UTF-8).
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, _columns(table), restval="", lineterminator="\n")
     writer.writeheader()
@@ -438,7 +459,11 @@ def write_csv(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666)
 
 
 def write_parquet(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
-    """Writes `table` as Parquet. Raises `ResourceError` if the disk does not take it."""
+    """Writes `table` as Parquet.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -32,7 +32,12 @@ def format_percent(share: float) -> str:
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, without a trailing zero: `8`, `7.97`, `0.5`; `infinite`."""
+    """Three significant digits, without trailing zeros.
+
+    Example:
+        >>> format_number(8.0), format_number(7.9652), format_number(12345.6), format_number(math.inf)
+        ('8', '7.97', '12,346', 'infinite')
+    """
     if math.isinf(value):
         return "infinite"
     if abs(value) >= 1000:
@@ -41,7 +46,12 @@ def format_number(value: float) -> str:
 
 
 def format_money(amount: float, currency: str | None) -> str:
-    """`0.0013 USD`, `1,234.50 USD`: two significant digits below one, two decimals above."""
+    """Two significant digits below one, two decimals above.
+
+    Example:
+        >>> format_money(0.00131, "USD"), format_money(1234.5, "USD")
+        ('0.0013 USD', '1,234.50 USD')
+    """
     if amount == 0:
         text = "0"
     elif abs(amount) < 1:

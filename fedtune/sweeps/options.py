@@ -79,7 +79,11 @@ class SweepOptions:
         return [f"sweep.{name}" for name in _SEARCH_NAMES if getattr(self, name) is not None]
 
     def refuse_trials_of_a_grid(self) -> None:
-        """Raises `ConfigError` if a number of trials was given and nothing draws or searches them."""
+        """Refuses a number of trials where nothing draws or searches them.
+
+        Raises:
+            ConfigError: there is one.
+        """
         if self.trials is not None and not self.private_selection:
             raise ConfigError("sweep.trials belongs to sweep.private_selection=true, or to sweep=optuna.")
 
@@ -90,7 +94,11 @@ class SweepOptions:
 
 
 def split_options(words: Sequence[str]) -> tuple[SweepOptions, list[str]]:
-    """The options in `words`, and the words that are left for Hydra. Raises `ConfigError`."""
+    """The options in `words`, and the words that are left for Hydra.
+
+    Raises:
+        ConfigError: an option does not exist, is given twice, or has a value without meaning.
+    """
     given: dict[str, str] = {}
     rest: list[str] = []
     for word in words:
@@ -188,13 +196,21 @@ def draw_trials(options: SweepOptions, jobs: list[list[str]]) -> tuple[list[list
 
 
 def write_sweep(folder: Path, overrides: Sequence[str], jobs: list[list[str]], **more: Any) -> None:
-    """Writes `sweep.json`, whole or not at all. Raises `ResourceError`."""
+    """Writes `sweep.json`, whole or not at all.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     values = {"schema": SCHEMA, "overrides": list(overrides), "jobs": jobs, **more}
     save(folder / SWEEP_NAME, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
-    """What `write_sweep` wrote. Raises `CheckpointError` with the way out."""
+    """What `write_sweep` wrote.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged or of another version; with the way out.
+    """
     path = folder / SWEEP_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -249,7 +265,11 @@ class SearchSettings:
 
 
 def search_settings(page: Mapping[str, Any], options: SweepOptions) -> SearchSettings:
-    """Raises `ConfigError` for a setting that does not exist, or has a value without a meaning."""
+    """The settings of the sweeper's page, with those of the command line over them.
+
+    Raises:
+        ConfigError: a setting does not exist, or has a value without meaning.
+    """
     known = tuple(item.name for item in dataclasses.fields(SearchSettings))
     for name in page:
         if name not in known:
@@ -288,7 +308,11 @@ def search_settings(page: Mapping[str, Any], options: SweepOptions) -> SearchSet
 
 
 def saved_settings(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in the `sweep.json` of a search, as its page would give them. Raises `CheckpointError`."""
+    """The settings in the `sweep.json` of a search, as its page would give them.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
     try:
         return {item.name: saved["search"][item.name] for item in dataclasses.fields(SearchSettings)}
     except (KeyError, TypeError) as error:

@@ -112,9 +112,12 @@ def begin_search(
 
 
 def _refuse_measured(settings: SearchSettings, space: Space) -> None:
-    """Raises ConfigError if trials of private data would be chosen by what is measured of them.
+    """Refuses to choose trials of private data by what is measured of them.
 
     Which settings are tried next is published, and what a run takes depends on private records.
+
+    Raises:
+        ConfigError: an objective is measured, and the data is not declared public.
     """
     measured = [name for name in settings.objectives if name in MEASURED]
     if measured and space.base is not None and not space.base.data.public:
@@ -126,7 +129,11 @@ def _refuse_measured(settings: SearchSettings, space: Space) -> None:
 
 
 def _refuse_blind(base: Config) -> None:
-    """Raises `ConfigError` for a search by an accuracy that no run will have: each would be charged."""
+    """Refuses a search by an accuracy that no run will have, while each would be charged.
+
+    Raises:
+        ConfigError: no run is evaluated.
+    """
     if resolved(base).federation.evaluation == "none":
         raise ConfigError(
             "sweep.objectives=accuracy cannot be used where no run is evaluated (federation.evaluation=none, "

@@ -54,7 +54,8 @@ _IDENTITY = "fedtune"  # the study's own note of what it belongs to
 def open_study(folder: Path, settings: SearchSettings, identity: Mapping[str, Any]) -> Study:
     """The study in `folder`, made if there is none.
 
-    Raises: CheckpointError if it is missing beside runs, damaged, or another search's.
+    Raises:
+        CheckpointError: it is missing beside runs, damaged, or another search's.
     """
     import optuna
 
@@ -84,7 +85,11 @@ def open_study(folder: Path, settings: SearchSettings, identity: Mapping[str, An
 
 
 def check_identity(noted: Any, wanted: Mapping[str, Any], where: Path) -> None:
-    """Raises `CheckpointError`, with what differs, unless a study belongs to this search."""
+    """Checks that a study belongs to this search.
+
+    Raises:
+        CheckpointError: it does not; with what differs.
+    """
     if noted == wanted:
         return
     parts = []
