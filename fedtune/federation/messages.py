@@ -196,9 +196,7 @@ class Consent:
         what = f"The answer of node {node!r} to the proposed run"
         _only_records(content, {"consent"}, what)
         values = _read_config(content, "consent", CONSENT_KEYS, what)
-        _check_addressee(values, what, node=node, run=run, attempt=attempt)
-        refused, refusal = (values[key] or None for key in ("refused", "refusal"))
-        return cls(node, run, attempt, refused, refusal, values["last_round"])
+        return cls(**_answers(values, what, node=node, run=run, attempt=attempt))
 
 
 @dataclass(frozen=True)
@@ -288,12 +286,9 @@ class RoundReply:
             update = _read_vector(content, "update", what) if "update" in content else None
         except FederationError as error:
             raise UpdateRejected(str(error)) from error
-        _check_addressee(values, what, node=node, run=run, round=round, attempt=attempt)
-        for key in ("refused", "refusal", "error"):
-            values[key] = values[key] or None
+        values = _answers(values, what, node=node, run=run, round=round, attempt=attempt)
         if sum(part is not None for part in (update, values["refused"], values["error"])) != 1:
             raise UpdateRejected(f"{what} should be one of an update, a refusal and an error.")
-        values.pop("version")
         return cls(**values, update=update)
 
 
@@ -340,16 +335,13 @@ class EvaluationReply:
             values = _read_config(content, "evaluation", EVALUATION_KEYS, what, signed=_COUNTS)
         except FederationError as error:
             raise UpdateRejected(str(error)) from error
-        _check_addressee(values, what, node=node, run=run, round=round, attempt=attempt)
+        values = _answers(values, what, node=node, run=run, round=round, attempt=attempt)
         right, wrong = (values.pop(key) for key in _COUNTS)
         if max(abs(right), abs(wrong)) > _MAX_COUNT:
             raise UpdateRejected(f"{what} counts more than there can be.")
-        for key in ("refused", "refusal", "error"):
-            values[key] = values[key] or None
         if values["refused"] is not None and values["error"] is not None:
             raise UpdateRejected(f"{what} should be one of two counts, a refusal and an error.")
         counted = values["refused"] is None and values["error"] is None
-        values.pop("version")
         return cls(**values, counts=(right, wrong) if counted else None)
 
 
@@ -445,11 +437,16 @@ def _read_config(
     return values
 
 
-def _check_addressee(values: Mapping[str, Any], what: str, **asked: Any) -> None:
-    """Refuses `values` that do not answer the question that was `asked`, with UpdateRejected."""
+def _answers(values: Mapping[str, Any], what: str, **asked: Any) -> dict[str, Any]:
+    """The fields of an answer; refuses one to another question than was `asked`, with UpdateRejected."""
     for key, expected in asked.items():
         if values[key] != expected:
             raise UpdateRejected(f"{what} is for {key} {values[key]!r}, and {expected!r} was asked.")
+    return {
+        key: value or None if key in ("refused", "refusal", "error") else value
+        for key, value in values.items()
+        if key != "version"
+    }
 
 
 def _read_plan(text: str, what: str) -> PrivacyPlan:

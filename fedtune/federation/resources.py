@@ -1,4 +1,4 @@
-"""The one data set and the one model that a process keeps, whoever in it needs them.
+"""The one data set and the one model that a process holds, for all nodes and the server in it.
 
 In the local engine a hundred nodes and the server live in one process; each node's Shard is an index
 into one tokenized corpus, and one Encoder serves all, because only the adapter differs and that is

@@ -1,13 +1,13 @@
-"""What a node tells of its size where no owner declared one: asked once a run, charged before it is counted.
+"""A node's size where no owner declared one: a noised count, released once a run and charged beforehand.
 
 Only in a simulation of private data (`fedtune.privacy.mechanisms.counts` says where and by what mechanism).
-What was told is kept in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size: a
-run that is resumed goes on with it, and is not charged again. Under trust=central the size of private data
-does not leave the node, and 1 is told.
+The noised count is stored in the run's folder, `sizes/NODE.json`, and is all that a run ever has of the size:
+a run that is resumed goes on with it, and is not charged again. Under trust=central the size of private data
+does not leave the node, which says 1.
 
 The release is charged to the run, whose number a simulation's server writes into the folder before it
 discovers the nodes (`fedtune.federation.run_folder`): the ledger then sees one run, fixed before its first
-release. A run with another number has its nodes tell their sizes again: its partition or its unit may be
+release. Under another number the nodes release their sizes again: its partition or its unit may be
 another, and the ledger counts what the nodes of *one* run release as releases of different people's data.
 """
 
@@ -46,7 +46,7 @@ def tell_size(
     ledger: PrivacyLedger,
     whole: Sequence[ReleasePlan],
 ) -> None:
-    """Reserves, counts and keeps what the node at `position` tells, unless this run has it already.
+    """Reserves, counts, noises and stores the size of the node at `position`, unless this run has it already.
 
     Args:
         whole: the plans of all that the run may release.
@@ -75,24 +75,24 @@ def tell_size(
     parts = [part.data for part in (shard, *data.held_out[position : position + 1])]
     units = sum(part.num_units if plan.unit == "person" else part.num_records for part in parts)
     path.parent.mkdir(exist_ok=True)
-    told = {"node": shard.node, "told": plan.told(units, plan.entropy(shard.node))}
-    # Whole or not at all, durably: what was told must not be asked for a second time.
-    replace_whole(path, json.dumps(told).encode())
+    record = {"node": shard.node, "told": plan.told(units, plan.entropy(shard.node))}
+    # Whole or not at all, durably: what was released must not be counted a second time.
+    replace_whole(path, json.dumps(record).encode())
     ledger.commit(reservation)
 
 
 def sized(config: Config, context: Context, shard: Shard) -> Shard:
-    """`shard` with the size that its node told in this run in place of its count.
+    """`shard` with the size that its node released in this run in place of its count.
 
     Raises:
-        FederationError: it told none yet, which it does when the server first asks who it is.
+        FederationError: it released none yet, which it does when the server first asks who it is.
     """
     if size_plan(config) is None:
         return shard
     path = _path(_folder(config, context, shard.node), shard.node)
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["told"]
-        whole = told if type(told) is int and told >= 1 else None
+        stored = json.loads(path.read_text(encoding="utf-8"))["told"]
+        size = stored if type(stored) is int and stored >= 1 else None
     except FileNotFoundError as error:
         raise FederationError(
             f"Node {shard.node!r} has not told its size in this run ({path} is missing), and the plan "
@@ -100,14 +100,14 @@ def sized(config: Config, context: Context, shard: Shard) -> Shard:
             "records (or persons) there are in all."
         ) from error
     except (OSError, ValueError, KeyError, TypeError):
-        whole = None
-    if whole is None:
+        size = None
+    if size is None:
         raise FederationError(
             f"{path} does not hold the size that node {shard.node!r} told. Start a new run."
         )
     if config.federation.evaluation == "private":
-        whole = split_size(whole, config.federation.evaluation_share)[0]
-    return dataclasses.replace(shard, declared_size=whole)
+        size = split_size(size, config.federation.evaluation_share)[0]
+    return dataclasses.replace(shard, declared_size=size)
 
 
 def size_to_declare(config: Config, shard: Shard) -> int:

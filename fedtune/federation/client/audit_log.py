@@ -58,7 +58,8 @@ class AuditLog:
     def append(self, event: str, **values: Any) -> Head:
         """Adds one line, durably, with its number, the time and the hash of the line before it; the new head.
 
-        Raises ResourceError if it cannot be written: a node that cannot log does not answer.
+        Raises:
+            ResourceError: it cannot be written; a node that cannot log does not answer.
         """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,7 +90,11 @@ class AuditLog:
             ) from error
 
     def head(self) -> Head:
-        """The last line; (0, zeros) where there is none. Raises LedgerError."""
+        """The last line; (0, zeros) where there is none.
+
+        Raises:
+            LedgerError: the log cannot be read.
+        """
         try:
             with self.path.open("rb") as file:
                 last = _last_line(file)
@@ -100,7 +105,11 @@ class AuditLog:
             raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
 
     def last(self) -> dict[str, Any]:
-        """The last line, empty where there is none or it is no entry. Raises LedgerError."""
+        """The last line, empty where there is none or it is no entry.
+
+        Raises:
+            LedgerError: the log cannot be read.
+        """
         try:
             with self.path.open("rb") as file:
                 entry = json.loads(_last_line(file) or b"{}")
@@ -111,23 +120,32 @@ class AuditLog:
         return entry if isinstance(entry, dict) else {}
 
     def hashes(self) -> list[str]:
-        """The hash of each line, oldest first. Raises LedgerError."""
+        """The hash of each line, oldest first.
+
+        Raises:
+            LedgerError: the log cannot be read.
+        """
         return [hash_entry(line) for line in self._lines()]
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines that are entries, oldest first; `verify` names the others. Raises LedgerError."""
-        found = []
+        """All lines that are entries, oldest first; `verify` names the others.
+
+        Raises:
+            LedgerError: the log cannot be read.
+        """
+        entries = []
         for line in self._lines():
             with suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict):
-                    found.append(entry)
-        return found
+                    entries.append(entry)
+        return entries
 
     def verify(self, *, after: int = 0) -> list[str]:
         """What is wrong with the chain of lines after line `after` (nothing: it is whole).
 
-        Raises LedgerError.
+        Raises:
+            LedgerError: the log cannot be read.
         """
         problems, before = [], Head(0, GENESIS)
         for number, line in enumerate(self._lines(), start=1):
@@ -160,8 +178,11 @@ class Books:
     def append(self, event: str, **values: Any) -> None:
         """Adds a line that names the ledger's head, then has the ledger name the line.
 
-        Raises ResourceError if the line cannot be written. Books that `check` complains of do not name one
-        another any more (`ledger`: null), or the complaint would be silenced by its own line.
+        Books that `check` complains of do not name one another any more (`ledger`: null), or the complaint
+        would be silenced by its own line.
+
+        Raises:
+            ResourceError: the line cannot be written.
         """
         try:
             if event != "accepted":
@@ -175,14 +196,19 @@ class Books:
             note_audit_head(self.ledger, line)
 
     def check(self) -> None:
-        """Raises LedgerError if the last entry of one book is not what the other knows."""
-        if problems := self._rolled_back(last=True) + self._cut(last=True):
+        """Compares the last entry of each book with what the other knows.
+
+        Raises:
+            LedgerError: they differ.
+        """
+        if problems := self._rolled_back(only_last=True) + self._cut(only_last=True):
             raise LedgerError(f"{problems[0]} Nothing is released.")
 
     def problems(self) -> tuple[list[str], list[str]]:
         """All that one book knows otherwise than the other says: (of the ledger, of the audit log).
 
-        Raises LedgerError for a book that cannot be read.
+        Raises:
+            LedgerError: a book cannot be read.
         """
         return self._rolled_back(), self._cut()
 
@@ -190,24 +216,26 @@ class Books:
         """Has the owner accept that the audit log lost lines; both books say so from now on. What was
         accepted.
 
-        Raises LedgerError for a ledger that lost rows: what they released would be forgotten.
+        Raises:
+            LedgerError: the ledger lost rows; what they released would be forgotten.
         """
         ledger, log = self.problems()
         if ledger:
             raise LedgerError(f"{ledger[0]} That cannot be accepted.")
-        found = [*log, *(f"The audit log: {one}" for one in self.log.verify(after=self.accepted()[0]))]
-        if found:
-            self.append("accepted", problems=found)
-        return found
+        broken = self.log.verify(after=self.accepted()[0])
+        problems = [*log, *(f"The audit log: {problem}" for problem in broken)]
+        if problems:
+            self.append("accepted", problems=problems)
+        return problems
 
     def accepted(self) -> tuple[int, int]:
         """(line by which the owner accepted what was wrong before it, the ledger's row then), or zeros."""
-        found = (0, 0)
-        for number, one in enumerate(self.log.entries(), 1):
-            head = _named(one)
-            if one.get("event") == "accepted" and head is not None:
-                found = int(one.get("line", number)), head.number
-        return found
+        accepted = (0, 0)
+        for number, entry in enumerate(self.log.entries(), 1):
+            head = _named(entry)
+            if entry.get("event") == "accepted" and head is not None:
+                accepted = int(entry.get("line", number)), head.number
+        return accepted
 
     # --- outside anchors ----------------------------------------------------------------------------
 
@@ -219,41 +247,43 @@ class Books:
     def against(self, head: str) -> list[str]:
         """What these books lack of a head that was kept elsewhere (nothing: they go on from it).
 
-        Raises ConfigError for what is no head, LedgerError for a book that cannot be read.
+        Raises:
+            ConfigError: it is no head.
+            LedgerError: a book cannot be read.
         """
         row, row_hash, line, line_hash = parts_of(head)
         known = row_hashes(self.ledger, [row])[row]
-        found = []
+        problems = []
         if known is None or known[:_SHORT] != row_hash:
             last = ledger_head(self.ledger).number
             how = f"ends at row {last}" if known is None else "has another row there"
-            found.append(
+            problems.append(
                 f"The privacy ledger {self.ledger} {how}, and the head that was kept names row {row}: it was "
                 f"rolled back, cut or written anew. {_RESTORE}"
             )
         hashes = self.log.hashes()
         if line and (line > len(hashes) or hashes[line - 1][:_SHORT] != line_hash):
             how = f"has {len(hashes)} lines" if line > len(hashes) else "has another line there"
-            found.append(
+            problems.append(
                 f"The audit log {self.log.path} {how}, and the head that was kept names line {line}: it was "
                 f"cut, rotated, removed or written anew. {_ACCEPT}"
             )
-        return found
+        return problems
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _rolled_back(self, last: bool = False) -> list[str]:
+    def _rolled_back(self, only_last: bool = False) -> list[str]:
         """What the audit log knows of the ledger, and is not so."""
-        entries = [self.log.last()] if last else self.log.entries()
-        if last and entries[0] and _named(entries[0]) is None:
+        entries = [self.log.last()] if only_last else self.log.entries()
+        if only_last and entries[0] and _named(entries[0]) is None:
             entries = self.log.entries()
         named = [
-            (one.get("line", number), one.get("time", ""), head)
-            for number, one in enumerate(entries, 1)
-            if (head := _named(one)) is not None
+            (entry.get("line", number), entry.get("time", ""), head)
+            for number, entry in enumerate(entries, 1)
+            if (head := _named(entry)) is not None
         ]
         rows = row_hashes(self.ledger, [head.number for _, _, head in named])
-        wrong = [one for one in named if rows[one[2].number] != one[2].hash]
+        wrong = [line for line in named if rows[line[2].number] != line[2].hash]
         if not wrong:
             return []
         line, time, head = wrong[0]
@@ -269,36 +299,40 @@ class Books:
             f"({str(time)[:19]}) names row {head.number}, and {how}.{more} {_RESTORE}"
         ]
 
-    def _cut(self, last: bool = False) -> list[str]:
+    def _cut(self, only_last: bool = False) -> list[str]:
         """What the ledger knows of the audit log, and is not so."""
-        named = audit_heads(self.ledger, 1 if last else -1)
-        if last and (not named or named[0].log == self.log.head()):
+        named = audit_heads(self.ledger, 1 if only_last else -1)
+        if only_last and (not named or named[0].log == self.log.head()):
             return []
         hashes, (_, accepted) = self.log.hashes(), self.accepted()
-        wrong = [one for one in named if one.row > accepted and one.log.number and not _has(hashes, one.log)]
+        wrong = [row for row in named if row.row > accepted and row.log.number and not _has(hashes, row.log)]
         if not wrong:
             return []
-        one = wrong[-1]
+        last = wrong[-1]
         how = (
             f"it has {len(hashes)} lines, so it was cut, rotated or removed"
-            if one.log.number > len(hashes)
-            else f"its line {one.log.number} is another, so it was cut and went on, or was written anew"
+            if last.log.number > len(hashes)
+            else f"its line {last.log.number} is another, so it was cut and went on, or was written anew"
         )
         return [
-            f"The audit log {self.log.path} is not what the privacy ledger knows: row {one.row} "
-            f"({one.time[:19]}) names line {one.log.number}, and {how}. {_ACCEPT}"
+            f"The audit log {self.log.path} is not what the privacy ledger knows: row {last.row} "
+            f"({last.time[:19]}) names line {last.log.number}, and {how}. {_ACCEPT}"
         ]
 
 
 def parts_of(head: str) -> tuple[int, str, int, str]:
-    """(row, its hash, line, its hash) of what `Books.head` made. Raises ConfigError for anything else."""
-    found = _HEAD.fullmatch(head.strip())
-    if found is None:
+    """(row, its hash, line, its hash) of what `Books.head` made.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    parts = _HEAD.fullmatch(head.strip())
+    if parts is None:
         raise ConfigError(
             f"{head[:80]!r} is no head of books: it should look like L12-{'0' * _SHORT}.A34-{'0' * _SHORT}, "
             "as `fedtune node proof --config node.yaml` prints it."
         )
-    return int(found[1]), found[2], int(found[3]), found[4]
+    return int(parts[1]), parts[2], int(parts[3]), parts[4]
 
 
 def _named(entry: dict[str, Any]) -> Head | None:
@@ -342,8 +376,8 @@ def _end_of_lines(file: Any) -> int:
         start = max(0, end - 4096)
         file.seek(start)
         block = file.read(end - start)
-        if (found := block.rfind(b"\n")) >= 0:
-            end = start + found + 1
+        if (newline := block.rfind(b"\n")) >= 0:
+            end = start + newline + 1
             break
         end = start
     if end < file.seek(0, os.SEEK_END):

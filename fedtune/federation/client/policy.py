@@ -221,7 +221,7 @@ class SiteSettings(Group):
         now; neither is told.
         """
         problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
-        if any(one != fingerprint for one in used):
+        if any(known != fingerprint for known in used):
             problems.append(
                 "its data has changed since this run began, and what this run was charged to is not what it "
                 "would be trained on now; start a new run"

@@ -163,7 +163,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
 def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[ReleasePlan]:
     """All that a run by `plan` may release of a shard, one for each purpose.
 
-    A real site whose owner permits no such answers (`site`) trains and answers none: they are not among its
+    A real site (`site`) whose owner permits no answers about held-out data gives none: they are not among its
     releases, when it agrees to the run and in each round alike.
     """
     answers = plan.evaluation()
@@ -172,7 +172,7 @@ def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[Rel
             site.check_evaluation(plan)
         except PrivacyError:
             answers = None
-    return [plan, *(one for one in (answers, plan.sizing()) if one is not None)]
+    return [plan, *(other for other in (answers, plan.sizing()) if other is not None)]
 
 
 def check_run(plan: PrivacyPlan, run: str, context: Context) -> str:
@@ -220,11 +220,11 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     if evaluation and (site := site_settings(context)) is not None:
         site.check_evaluation(request.plan)
 
-    mine = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
-    memory = ReleaseCounter(
+    earlier = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
+    counter = ReleaseCounter(
         context.state, request.run, "fedtune.answers" if evaluation else ReleaseCounter.NAME
     )
-    memory.check(request, shard.node, len(ledger.releases(**mine)))
+    counter.check(request, shard.node, len(ledger.releases(**earlier)))
     reservation = ledger.reserve(
         dataset=shard.dataset,
         fingerprint=shard.identity,
@@ -235,16 +235,16 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
         whole=releases_of(plan, site_settings(context)),
         public=config.data.public,
     )
-    count = len(ledger.releases(**mine))
-    memory.note(request, count)
+    count = len(ledger.releases(**earlier))
+    counter.note(request, count)
     training = request.plan.training_plan(shard.declared_size)
     return Release(config, shard, plan, training, ledger, reservation, count)
 
 
 def declare_size(config: Config, context: Context) -> None:
-    """Has the node tell its size, charged, where it must be told with noise and was not yet in this run.
+    """Releases the node's size, noised and charged, where no owner declared one and this run has none yet.
 
-    What the whole run will release is known before, for no part of it follows from a size that is told so.
+    What the whole run will release is known before, for no part of it follows from a size released so.
 
     Raises:
         BudgetExhausted: the owner's budget does not allow all of that; nothing is charged then.

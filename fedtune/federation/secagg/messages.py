@@ -137,7 +137,7 @@ def read_record(
     for key, kind in keys.items():
         item: type = str if key == "names" else bytes
         right = type(values[key]) is kind
-        if not right or (kind is list and any(type(one) is not item for one in values[key])):
+        if not right or (kind is list and any(type(value) is not item for value in values[key])):
             raise FederationError(f"{what}: {key} is of another type than it should be.")
     lengths = {len(values[key]) for key, kind in keys.items() if kind is list}
     if len(lengths) > 1 or ("names" in keys and len(set(values["names"])) != len(values["names"])):
