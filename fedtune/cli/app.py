@@ -30,18 +30,18 @@ HELP = help_text(
     "Federated, differentially private fine-tuning of quantized BERT: several sites train one text "
     "classifier together, each keeps its text, and each person in it has a formal guarantee.",
     """\
-fedtune run                                  four sites, one classifier, epsilon 8 each
+fedtune run  four sites, epsilon 8 each
 fedtune run privacy.epsilon=2 adapter=ffa_lora
-fedtune run privacy=none                     the same without privacy, to see what it costs
-fedtune run -m privacy.epsilon=1,2,4,8       one run for each value
-fedtune run resume=RUN_DIR                   go on after a crash or Ctrl-C
-fedtune predict RUN_DIR "what a film"        use what was trained
-fedtune statement RUN_DIR                    what was promised to whom, for a privacy officer
-fedtune audit RUN_DIR                        what an attacker learns, beside what was promised
-fedtune budget show                          what each data set has spent so far
-fedtune report multirun                      all runs on one page: frontier, costs, advice
+fedtune run privacy=none  without privacy, to compare
+fedtune run -m privacy.epsilon=1,2,4,8  one run for each value
+fedtune run resume=RUN_DIR  after a crash or Ctrl-C
+fedtune predict RUN_DIR "what a film"  use what was trained
+fedtune statement RUN_DIR  what was promised to whom
+fedtune audit RUN_DIR  what an attacker learns
+fedtune budget show  what each data set has spent
+fedtune report multirun  all runs on one page
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
-fedtune provision federation.yaml -o DIR     a real federation: certificates, archives of sites""",
+fedtune provision federation.yaml -o DIR  a real federation""",
 )
 EPILOG = "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting."
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli.shared import AS_JSON, help_text, print_json
+from fedtune.cli.shared import Json, help_text, option, print_json
 from fedtune.config.schema import Unit
 from fedtune.errors import ConfigError
 
@@ -26,18 +26,14 @@ commands = typer.Typer(
         "Reads the ledgers, which remember every release. All simulated nodes share one.",
         """\
 fedtune budget show                             epsilon so far, of what budget
-fedtune budget set --epsilon 3 --delta 1e-5     for all data without a budget of its own
+fedtune budget set --epsilon 3 --delta 1e-5     for all data without its own
 fedtune budget set --dataset visits --epsilon 3 --delta 1e-5
-fedtune budget history --dataset opinions       every release, with its parameters
+fedtune budget history --dataset opinions       every release, with parameters
 fedtune budget verify                           was a ledger edited?""",
     ),
 )
-Node = Annotated[
-    str | None,
-    typer.Option(help="A node with its own ledger, or a simulated one; left out: all.", show_default=False),
-]
-Dataset = Annotated[str | None, typer.Option(help="This data set only.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help=AS_JSON)]
+Node = Annotated[str | None, option("A node with its own ledger, or a simulated one; left out: all.")]
+Dataset = Annotated[str | None, option("This data set only.")]
 
 
 @commands.callback()
@@ -60,13 +56,11 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     "ledger here.",
 )
 def set_budget(
-    epsilon: Annotated[float, typer.Option(help="Of all that is ever released, together.")],
-    delta: Annotated[float, typer.Option(help="The delta that epsilon belongs to.")],
+    epsilon: Annotated[float, option("Of all that is ever released, together.")],
+    delta: Annotated[float, option("The delta that epsilon belongs to.")],
     node: Node = None,
     dataset: Dataset = None,
-    unit: Annotated[
-        Unit | None, typer.Option(help="The finest unit that may be protected.", show_default=False)
-    ] = None,
+    unit: Annotated[Unit | None, option("The finest unit that may be protected.")] = None,
     json: Json = False,
 ) -> int:
     from fedtune.privacy.ledger import budget_report

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedtune.cli.run_command import complete_setting
-from fedtune.cli.shared import AS_JSON, Command, help_text, print_json
+from fedtune.cli.shared import Command, Json, ServerFolder, argument, help_text, option, print_json
 from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.config.launch import Job
     from fedtune.federation.client.policy import SiteSettings
 
 __all__ = ["commands"]
@@ -37,9 +36,9 @@ fedtune provision federation.yaml -o DIR --renew      a new server certificate""
     ),
 )
 def provision(
-    file: Annotated[Path, typer.Argument(metavar="FEDERATION.yaml", help="The federation file.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Where to write.")],
-    renew: Annotated[bool, typer.Option("--renew", help="Make a new server certificate.")] = False,
+    file: Annotated[Path, argument("FEDERATION.yaml", "The federation file.")],
+    output: Annotated[Path, option("Where to write.", "-o", "--output", metavar="DIR")],
+    renew: Annotated[bool, option("Make a new server certificate.", "--renew")] = False,
 ) -> None:
     from fedtune.deploy.provision import provision
 
@@ -70,30 +69,14 @@ fedtune server DIR/server --revoke clinic-1""",
     ),
 )
 def server(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
-    host: Annotated[
-        str | None,
-        typer.Option(help="Address of this machine to listen on.", show_default="all of them"),
-    ] = None,
+    folder: ServerFolder,
+    host: Annotated[str | None, option("Address of this machine to listen on (default: all).")] = None,
     enrol: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LINE",
-            help="Let a site in: what `fedtune node init` printed, or a file.",
-            show_default=False,
-        ),
+        str | None, option("Let a site in: what `fedtune node init` printed, or a file.", metavar="LINE")
     ] = None,
-    revoke: Annotated[
-        str | None,
-        typer.Option(metavar="SITE", help="Let the key of a site in no more, ever.", show_default=False),
-    ] = None,
+    revoke: Annotated[str | None, option("Let the key of a site in no more, ever.", metavar="SITE")] = None,
     accept_restore: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SITE",
-            help="Let in a site whose books were restored from a backup.",
-            show_default=False,
-        ),
+        str | None, option("Let in a site whose books were restored from a backup.", metavar="SITE")
     ] = None,
 ) -> None:
     from fedtune.deploy import admission
@@ -130,24 +113,15 @@ fedtune node accept --config node.yaml          the audit log lost lines for goo
     ),
 )
 def node(
-    config: Annotated[Path, typer.Option(metavar="node.yaml", help="The site's own file.")],
+    config: Annotated[Path, option("The site's own file.", metavar="node.yaml")],
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[init | proof | accept | NAME=VALUE]...",
-            help="What to do; settings of a proposed run, with --dry-run.",
-            show_default=False,
-        ),
+        argument("[init | proof | accept | NAME=VALUE]...", "Settings of a proposed run, with --dry-run."),
     ] = None,
     against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HEAD", help="With proof: a head that an earlier proof printed.", show_default=False
-        ),
+        str | None, option("With proof: a head that an earlier proof printed.", metavar="HEAD")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what a run would do here; train nothing.")
-    ] = False,
+    dry_run: Annotated[bool, option("Show what a run would do here; train nothing.", "--dry-run")] = False,
 ) -> int:
     from fedtune.deploy import site as sites
 
@@ -210,37 +184,25 @@ fedtune submit DIR/server resume=RUN_DIR              go on after a crash""",
     ),
 )
 def submit(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
+    folder: ServerFolder,
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME=VALUE]...",
-            help="Settings, as of `fedtune run`.",
-            autocompletion=complete_setting,
-            show_default=False,
-        ),
+        argument("[NAME=VALUE]...", "Settings, as of `fedtune run`.", autocompletion=complete_setting),
     ] = None,
 ) -> None:
-    from fedtune.config.launch import launch
+    from fedtune import api
+    from fedtune.config.loader import load
     from fedtune.config.overrides import value_text
 
     if not (folder / "server.yaml").exists():
         raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
-    overrides = list(words or ())
-    server = str(folder.absolute())
+    overrides, server = list(words or ()), str(folder.absolute())
     if not any(word.startswith("resume=") for word in overrides):
-        overrides += ["engine.name=deployment", f"engine.server={value_text(server)}"]
-
-    def task(job: Job) -> None:
-        from fedtune.runs import run
-
-        job.config.engine.name, job.config.engine.server = "deployment", server
-        run.run(job.config)
-
-    def on_failure(job: Job | None, error: Exception) -> str:
-        raise error
-
-    launch(overrides, task, on_failure=on_failure)
+        api.run(*overrides, "engine.name=deployment", f"engine.server={value_text(server)}")
+        return
+    config = load(overrides)
+    config.engine.name, config.engine.server = "deployment", server  # it may have moved
+    api.run(config)
 
 
 @commands.command(
@@ -252,10 +214,7 @@ def submit(
         "fedtune status DIR/server",
     ),
 )
-def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server folder.")],
-    json: Annotated[bool, typer.Option("--json", help=AS_JSON)] = False,
-) -> None:
+def status(folder: ServerFolder, json: Json = False) -> None:
     from fedtune.deploy import submit as submission
     from fedtune.deploy.join import budget_text
 

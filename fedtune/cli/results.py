@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.shared import AS_JSON, Command, help_text, print_json
+from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
 from fedtune.errors import ConfigError
 
 __all__ = ["commands", "folders_and_prices"]
@@ -16,14 +16,9 @@ __all__ = ["commands", "folders_and_prices"]
 commands = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Read results"
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder, or its record.json.")]
-Json = Annotated[bool, typer.Option("--json", help=AS_JSON)]
+RunFolder = Annotated[Path, argument("RUN_DIR", "Run folder, or its record.json.")]
 Folders = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="DIR...",
-        help="Folder with runs below it; pricing=NAME prices them by that book of conf/pricing/.",
-    ),
+    list[str], argument("DIR...", "Folder with runs below it; pricing=NAME: by that book of conf/pricing/.")
 ]
 
 
@@ -59,8 +54,8 @@ fedtune predict RUN_DIR - < texts.txt         one text a line""",
     ),
 )
 def predict(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder.")],
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="A text; '-' reads lines.")],
+    run_dir: RunFolder,
+    texts: Annotated[list[str], argument("TEXT...", "A text; '-' reads lines.")],
     json: Json = False,
 ) -> None:
     from dataclasses import asdict
@@ -87,18 +82,17 @@ def predict(
         "every record.json below the folders. Nothing is run again.",
         """\
 fedtune report multirun
-fedtune report multirun outputs pricing=edge    what the same runs cost elsewhere
+fedtune report multirun outputs pricing=edge    what they cost elsewhere
 fedtune report multirun pricing.device_hour=0.2 --output FOLDER""",
     ),
 )
 def report(
     words: Folders,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where to write.", show_default="the first DIR"),
+        Path | None, option("Where to write (default: the first DIR).", metavar="FOLDER")
     ] = None,
     local: Annotated[
-        bool, typer.Option("--local", help="With times and prices of private data, for its owner alone.")
+        bool, option("With times and prices of private data, for its owner alone.", "--local")
     ] = False,
 ) -> None:
     from fedtune.report.page import write_report
@@ -125,13 +119,10 @@ fedtune plan multirun --accuracy 0.8 pricing=edge""",
 )
 def plan(
     words: Folders,
-    accuracy: Annotated[
-        float | None, typer.Option(metavar="A", help="At least, as a share (0.8).", show_default=False)
-    ] = None,
-    epsilon: Annotated[float | None, typer.Option(metavar="E", help="At most.", show_default=False)] = None,
+    accuracy: Annotated[float | None, option("At least, as a share (0.8).", metavar="A")] = None,
+    epsilon: Annotated[float | None, option("At most.", metavar="E")] = None,
     money: Annotated[
-        float | None,
-        typer.Option(metavar="M", help="At most, for one run, in the book's currency.", show_default=False),
+        float | None, option("At most, for one run, in the book's currency.", metavar="M")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -157,19 +148,15 @@ def plan(
         """\
 fedtune audit RUN_DIR
 fedtune audit RUN_DIR --seeds 5               five repetitions together show more
-fedtune audit RUN_DIR --model                 train the real model, on the public test split""",
+fedtune audit RUN_DIR --model                 train the real model on public data""",
     ),
 )
 def audit(
     run_dir: RunFolder,
-    canaries: Annotated[
-        int | None, typer.Option(metavar="N", help="Canaries in each repetition.", show_default=False)
-    ] = None,
-    seeds: Annotated[int, typer.Option(metavar="K", help="Repetitions.")] = 1,
-    confidence: Annotated[float, typer.Option(metavar="C", help="Of all bounds together.")] = 0.95,
-    model: Annotated[
-        bool, typer.Option("--model", help="Train the real model: minutes, not seconds.")
-    ] = False,
+    canaries: Annotated[int | None, option("Canaries in each repetition.", metavar="N")] = None,
+    seeds: Annotated[int, option("Repetitions (default 1).", metavar="K")] = 1,
+    confidence: Annotated[float, option("Of all bounds together (default 0.95).", metavar="C")] = 0.95,
+    model: Annotated[bool, option("Train the real model: minutes, not seconds.", "--model")] = False,
     json: Json = False,
 ) -> None:
     from rich.console import Console

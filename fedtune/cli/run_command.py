@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.shared import Command, help_text
+from fedtune.cli.shared import Command, argument, help_text, option
 from fedtune.errors import ConfigError, FedtuneError
 
 __all__ = ["commands", "complete_setting"]
@@ -102,32 +102,19 @@ def run(
     ctx: typer.Context,
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[NAME=VALUE]...",
-            help="Settings, as listed below.",
-            autocompletion=complete_setting,
-            show_default=False,
-        ),
+        argument("[NAME=VALUE]...", "Settings, as listed below.", autocompletion=complete_setting),
     ] = None,
     multirun: Annotated[
-        bool,
-        typer.Option("-m", "--multirun", help="Run once for each combination of values given with commas."),
+        bool, option("Run once for each combination of values given with commas.", "-m", "--multirun")
     ] = False,
     config_dir: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="A folder with options of your own (FOLDER/data/mine.yaml is data=mine).",
-            show_default=False,
-        ),
+        option("A folder with options of your own (FOLDER/data/mine.yaml is data=mine).", metavar="FOLDER"),
     ] = None,
     show_config: Annotated[
-        bool, typer.Option("--show-config", help="Print the complete configuration and stop.")
+        bool, option("Print the complete configuration and stop.", "--show-config")
     ] = False,
-    cfg: Annotated[
-        str | None,
-        typer.Option(metavar="job", help="Hydra's name for --show-config.", show_default=False),
-    ] = None,
+    cfg: Annotated[str | None, option("Hydra's name for --show-config.", metavar="job")] = None,
 ) -> None:
     overrides, folders = list(words or ()), list(config_dir or ())
     if cfg not in (None, "job"):

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+import re
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 from typer.utils import get_params_from_function
 
-__all__ = ["AS_JSON", "Command", "help_text", "print_json"]
+__all__ = ["Command", "Json", "ServerFolder", "argument", "help_text", "option", "print_json"]
 
-AS_JSON = "As JSON, for a program."
+
+_WIDTH = 76  # of a line of examples, on a terminal of 80 columns
+
+
+def option(help: str, *names: str, **more: Any) -> Any:
+    """An option of a command, `None` or off unless it is given."""
+    return typer.Option(*names, help=help, show_default=False, **more)
+
+
+def argument(metavar: str, help: str, **more: Any) -> Any:
+    """An argument of a command."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, **more)
+
+
+Json = Annotated[bool, option("As JSON, for a program.", "--json")]
+ServerFolder = Annotated[Path, argument("DIR", "The server folder.")]
 
 
 class Command(TyperCommand):
@@ -30,12 +48,19 @@ class Command(TyperCommand):
 
 
 def help_text(description: str, examples: str) -> str:
-    """The help of a command: what it does, then examples as they are typed.
+    """The help of a command: what it does, then examples.
 
-    Typer takes square brackets for markup and joins lines; both are kept as they are here.
+    Args:
+        examples: one a line: the command as it is typed, two or more blanks, and what it is for.
     """
-    text = f"{description}\n\n\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples.splitlines())
-    return text.replace("[", r"\[")
+    rows = [re.split(r" {2,}", line, maxsplit=1) for line in examples.splitlines()]
+    width = max((len(row[0]) for row in rows if len(row) > 1), default=0)
+    if any(width + 3 + len(row[1]) > _WIDTH for row in rows if len(row) > 1):
+        lines = [f"  {part}" for row in rows for part in (row[0], *(f"    {note}" for note in row[1:]))]
+    else:
+        lines = [f"  {row[0]:<{width}}   {row[1]}" if len(row) > 1 else f"  {row[0]}" for row in rows]
+    # Typer takes square brackets for markup, and joins lines unless a backspace forbids it.
+    return f"{description}\n\n\b\nExamples:\n{chr(10).join(lines)}".replace("[", r"\[")
 
 
 def print_json(value: Any) -> None:

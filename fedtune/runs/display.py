@@ -1,7 +1,7 @@
 """What a person sees while a federation runs.
 
-On a terminal: one permanent line for each finished round, and below it a live part with progress, epsilon
-so far, time left and what each node is doing. Elsewhere (a pipe, CI, a log): one plain line a round.
+On a terminal and in a notebook: one permanent line for each finished round, and a live part with progress,
+epsilon so far, time left and what each node is doing. Elsewhere (a pipe, CI, a log): one plain line a round.
 Epsilon is never shown without its delta, unit and adjacency. Everything fits 80 columns.
 
 Implements `fedtune.federation.events.Observer`. It only looks: nothing that a record needs is computed here.
@@ -10,9 +10,10 @@ Does not do: the table at the end (`fedtune.runs.summary`), or a page (`fedtune 
 
 from __future__ import annotations
 
+import io
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -38,6 +39,27 @@ _WORDS = {"": "waiting"}
 _HEADER = f"{'round':>7} {'accuracy':>9} {'loss':>7} {'epsilon':>8} {'up':>9} {'down':>9} {'time':>13}"
 
 
+class _NotebookLive:
+    """The live part in a notebook: one output, replaced as the run goes on. Rich's own needs ipywidgets."""
+
+    def __init__(self, render: Callable[[], RenderableType]) -> None:
+        from IPython.display import HTML, display
+
+        self._render, self._html = render, HTML
+        self._handle = display(HTML(""), display_id=True)
+
+    def refresh(self) -> None:
+        """Draws it anew."""
+        console = Console(record=True, file=io.StringIO(), width=100, force_jupyter=False)
+        console.print(self._render())
+        page = console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        self._handle.update(self._html(page))
+
+    def stop(self) -> None:
+        """Takes it away."""
+        self._handle.update(self._html(""))
+
+
 class Display:
     """Shows a run on `console`: live if that is a terminal, else one line a round.
 
@@ -53,7 +75,7 @@ class Display:
     ) -> None:
         self.console = console or Console(highlight=False)
         self._title, self._unit, self._brief = title, unit, brief
-        self._live: Live | None = None
+        self._live: Live | _NotebookLive | None = None
         # Our own ticker and lock: rich's refresh thread may draw between the moment in which a print decides
         # how many lines to erase and the moment in which it does, and leaves half of the old part behind.
         self._lock = threading.RLock()
@@ -171,14 +193,20 @@ class Display:
         if self._title and not self._brief:
             self.console.print(Text(self._title, style="bold"))
             self._title = ""
-        if self._live is None and self.console.is_terminal:
+        if self._live is not None or self.console.quiet:
+            return
+        if self.console.is_jupyter:
+            self._live = _NotebookLive(self._render)
+        elif self.console.is_terminal:
             self._live = Live(
                 get_renderable=self._render, console=self.console, auto_refresh=False, transient=True
             )
             self._live.start()
-            self._closed.clear()
-            self._ticker = threading.Thread(target=self._tick, name="fedtune-display", daemon=True)
-            self._ticker.start()
+        else:
+            return
+        self._closed.clear()
+        self._ticker = threading.Thread(target=self._tick, name="fedtune-display", daemon=True)
+        self._ticker.start()
 
     def _tick(self) -> None:
         while not self._closed.wait(0.2):

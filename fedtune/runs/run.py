@@ -94,7 +94,7 @@ def run(
         written = _work(config, run_dir, shown, meter, tracker, stop_rule)
     whole = _for_owner(written, run_dir)
     history.note_run(whole)
-    if view is None:
+    if view is None and not console.is_jupyter:  # a notebook shows the result itself
         summary(whole, _shown(run_dir), console)
     return run_dir / record.RECORD_NAME
 

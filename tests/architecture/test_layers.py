@@ -70,6 +70,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "scipy": ("privacy", "audit"),
     "matplotlib": ("report", "runs"),
     "optuna": ("sweeps",),
+    "IPython": ("runs",),  # which is there where a notebook is
     "click": ("cli",),
     "typer": ("cli",),
     "pandas": ("report",),

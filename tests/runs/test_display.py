@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,35 @@ def test_why_a_run_waits_is_shown_live_and_else_told_once_a_minute(monkeypatch: 
     view.on_wait("")
     assert "round 1 of 3" in live(view)
     view.close()
+
+
+def test_a_notebook_has_one_output_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    printed: list[Any] = []
+
+    class Handle:
+        def update(self, page: str) -> None:
+            shown.append(page)
+
+    def show(content: Any, display_id: bool = False) -> Handle:
+        printed.append(content)
+        return Handle()
+
+    notebook = types.SimpleNamespace(HTML=str, display=show)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=notebook))
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    view = Display("title", console=Console(file=io.StringIO(), width=80, force_jupyter=True))
+    view.on_start(INFO)
+    view._live.refresh()  # type: ignore[union-attr]
+    assert "round 1 of 3" in shown[-1] and "delta 1.0e-05, add or remove one record" in shown[-1]
+    view.on_round(RoundSummary(1, 3, 2.0, 0.6, 0.7, 2.0))
+    view.close()
+    assert shown[-1] == "" and len(printed) > 2
+
+    before = len(printed)
+    quiet = Display("title", console=Console(file=io.StringIO(), quiet=True, force_jupyter=True))
+    rounds(quiet, INFO)
+    assert len(printed) == before
 
 
 def test_half_a_round_moves_the_bar() -> None:
