@@ -11,12 +11,12 @@ import pytest
 
 from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.privacy.accounting.epsilon import epsilon_of
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.counts import EvaluationPlan, estimate, evaluation_rounds
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.events import epsilon_of
 from tests.support.plans import central_plan, event_of, local_plan, public_plan
 
 DELTA = 1e-5

@@ -17,10 +17,11 @@ from scipy.special import ndtr
 
 from fedtune.config.schema import Config, DataConfig
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms, terms_of
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.mechanisms.registry import mechanism_of
 from fedtune.privacy.plan import PrivacyPlan, default_delta, make_plan
+from tests.support.events import epsilon_of, terms_of
 from tests.support.plans import central_plan, distributed_plan, event_of, local_plan, public_plan
 
 PLANS = [local_plan(), distributed_plan(), central_plan(), public_plan(), local_plan(unit="person")]

@@ -12,11 +12,12 @@ from scipy import stats
 
 from fedtune.config.schema import Config, DataConfig, PrivacyConfig
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.mechanisms.counts import SIZE_NOISE, SizePlan, size_noise, size_plan
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support import plans
+from tests.support.events import epsilon_of
 from tests.support.plans import event_of
 
 

@@ -19,14 +19,7 @@ import pytest
 import fedtune.privacy
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.privacy.accounting.epsilon import (
-    Term,
-    conversions,
-    epsilon_of,
-    epsilon_of_terms,
-    epsilon_rdp,
-    terms_of,
-)
+from fedtune.privacy.accounting.epsilon import Term, conversions, epsilon_of_terms
 from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger import budget_report as budget
 from fedtune.privacy.ledger.budget import PrivacyBudget
@@ -36,6 +29,7 @@ from fedtune.privacy.mechanisms.noise import Entropy, on_grid
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from fedtune.privacy.statement.facts import statement_markdown
 from tests.privacy.statement.test_statement import record
+from tests.support.events import epsilon_of, epsilon_rdp, terms_of
 from tests.support.ledgers import charged
 from tests.support.plans import central_plan, distributed_plan, event_of, local_plan, public_plan
 

@@ -1,15 +1,15 @@
-"""From events to epsilon: privacy loss distributions, with Renyi DP beside them.
+"""From steps to epsilon: privacy loss distributions, with Renyi DP beside them.
 
-An event says what was done (`dp_accounting.DpEvent`: a Poisson-sampled Gaussian, so many times); this module
-says what it costs. For neighbouring data sets with output distributions P and Q,
+A plan says what is done (`Term`: a Poisson-sampled Gaussian, so many times); this module says what it costs.
+For neighbouring data sets with output distributions P and Q,
 
     delta(epsilon) = max over both orders of (P, Q) of  sup over sets S of  P(S) - e^epsilon Q(S),
 
 and epsilon(delta) is the least epsilon whose delta(epsilon) is at most delta. It comes from the privacy loss
-distribution of the composed event (Koskela et al. 2020; Doroshenko et al. 2022), which
+distribution of the composed steps (Koskela et al. 2020; Doroshenko et al. 2022), which
 `fedtune.privacy.accounting.pld` composes; tests hold that to dp_accounting's composition.
 
-Guarantee: a result is an upper bound for the event, never an estimate. Losses are discretized
+Guarantee: a result is an upper bound for these steps, never an estimate. Losses are discretized
 pessimistically, truncated mass counts as infinite loss, and what the FFT may have rounded away is taken off
 delta before epsilon is read. The grid is refined until that changes the result by less than about 0.05
 percent; a typical DP-SGD run (rate 0.05, 60 steps) takes a tenth of a second.
@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,23 +44,17 @@ import numpy.typing as npt
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import pld as losses
 
-if TYPE_CHECKING:
-    from dp_accounting import DpEvent
-
 __all__ = [
     "Conversions",
     "Term",
     "compose_terms",
     "conversions",
     "deltas_of_terms",
-    "epsilon_of",
     "epsilon_of_terms",
     "epsilon_on_grid",
-    "epsilon_rdp",
     "epsilon_rdp_of_terms",
     "quiet_accountant",
     "renyi_accountant",
-    "terms_of",
 ]
 
 FloatArray = npt.NDArray[np.float64]
@@ -87,53 +81,6 @@ class Term(NamedTuple):
 Terms = tuple[tuple[Term, int], ...]
 
 
-def terms_of(event: DpEvent) -> dict[Term, int] | None:
-    """The steps of `event` with their counts, or None if it contains one without any privacy.
-
-    Raises:
-        PrivacyError: the event is neither Gaussian nor Poisson-sampled Gaussian, nor composed of such: an
-            event that is not understood must not be counted as free.
-    """
-    import dp_accounting as dp
-
-    terms: dict[Term, int] = {}
-    stack: list[tuple[Any, int]] = [(event, 1)]
-    while stack:
-        current, count = stack.pop()
-        rate = 1.0
-        if isinstance(current, dp.NoOpDpEvent) or count == 0:
-            continue
-        if isinstance(current, dp.NonPrivateDpEvent):
-            return None
-        if isinstance(current, dp.SelfComposedDpEvent):
-            stack.append((current.event, count * current.count))
-            continue
-        if isinstance(current, dp.ComposedDpEvent):
-            stack.extend((part, count) for part in current.events)
-            continue
-        if isinstance(current, dp.PoissonSampledDpEvent):
-            rate = float(current.sampling_probability)
-            current = current.event
-        if not isinstance(current, dp.GaussianDpEvent):
-            raise PrivacyError(
-                f"The accountant cannot bound {type(current).__name__}: it knows Gaussian and "
-                "Poisson-sampled Gaussian steps and what is composed of them. Nothing was charged."
-            )
-        sigma = float(current.noise_multiplier)
-        if rate == 0.0:
-            continue
-        if sigma == 0.0:
-            return None
-        if not (0.0 < rate <= 1.0 and 0.0 < sigma < math.inf):
-            raise PrivacyError(
-                f"An event has sample_rate {rate} and noise_multiplier {sigma}; the rate must lie in (0, 1] "
-                "and the noise be finite and above 0."
-            )
-        term = Term(rate, sigma)
-        terms[term] = terms.get(term, 0) + count
-    return terms
-
-
 def compose_terms(*parts: Mapping[Term, int] | None) -> dict[Term, int] | None:
     """All of `parts` together; None (no privacy) as soon as one of them is None."""
     total: dict[Term, int] = {}
@@ -145,17 +92,14 @@ def compose_terms(*parts: Mapping[Term, int] | None) -> dict[Term, int] | None:
     return total
 
 
-def epsilon_of(event: DpEvent, delta: float) -> float:
-    """Upper bound on epsilon of `event` at `delta`; `math.inf` if it has no privacy.
+def epsilon_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
+    """Upper bound on epsilon of the composed steps at `delta`; `math.inf` of None: without privacy.
+
+    Cached in memory: it is a pure function.
 
     Raises:
-        PrivacyError: `delta` is not in (0, 1), or the event is not understood.
+        PrivacyError: `delta` is not in (0, 1), or a step has no meaning.
     """
-    return epsilon_of_terms(terms_of(event), delta)
-
-
-def epsilon_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
-    """As `epsilon_of`, for steps that are already counted. Cached in memory: it is a pure function."""
     _check_delta(delta)
     if terms is None:
         return math.inf
@@ -179,13 +123,8 @@ def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resoluti
     return np.minimum(1.0, np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64) + slack)
 
 
-def epsilon_rdp(event: DpEvent, delta: float) -> float:
-    """Upper bound on epsilon from Renyi DP (Mironov 2017; Mironov et al. 2019): looser, independent code."""
-    return epsilon_rdp_of_terms(terms_of(event), delta)
-
-
 def epsilon_rdp_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:
-    """As `epsilon_rdp`, for steps that are already counted."""
+    """As `epsilon_of_terms`, from Renyi DP (Mironov 2017; Mironov et al. 2019): looser, independent code."""
     _check_delta(delta)
     if terms is None:
         return math.inf
@@ -236,6 +175,12 @@ def _key(terms: Mapping[Term, int]) -> Terms:
     """The steps in one order; different ones without sampling are one Gaussian of the summed squares, exactly
     (Dong, Roth and Su 2022, corollary 3.3)."""
     counted = {Term(*term): int(count) for term, count in terms.items() if count}
+    for rate, noise, _ in counted:
+        if not (0.0 < rate <= 1.0 and 0.0 < noise < math.inf):
+            raise PrivacyError(
+                f"A step has sample_rate {rate} and noise_multiplier {noise}; the rate must lie in (0, 1] "
+                "and the noise be finite and above 0. Nothing was charged."
+            )
     for replace in (False, True):
         plain = [term for term in counted if term.sample_rate == 1.0 and term.replace == replace]
         if len(plain) > 1:

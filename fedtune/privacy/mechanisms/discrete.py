@@ -52,7 +52,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.noise import Entropy
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["FLOAT_MARGIN", "DiscreteMechanism", "discrete_gaussian", "distributed_epsilon", "sum_divergence"]
+__all__ = ["FLOAT_MARGIN", "DiscreteMechanism", "discrete_gaussian", "sum_divergence"]
 
 FLOAT_MARGIN = 2.0**-10  # relative: by how much float32 clipping may overshoot max_grad_norm
 MODULUS_BITS = 32
@@ -234,38 +234,3 @@ class DiscreteMechanism:
     def decode(self, total: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         """The noised sum in units of the gradient, float64 [d], from the sum modulo 2^32, uint32 [d]."""
         return total.astype(np.uint32).view(np.int32).astype(np.float64) / self.scale
-
-
-def distributed_epsilon(mechanism: DiscreteMechanism, rounds: int, delta: float) -> dict[str, float]:
-    """What `rounds` rounds cost every unit of the union, at `delta`.
-
-    Returns `epsilon`, the rigorous bound (privacy loss distribution of the dominating event, slack included;
-    steps 4 and 5 of the argument); `epsilon_rdp`, a second rigorous bound by other means; and
-    `epsilon_ideal`, that of a trusted server with continuous noise of exactly noise_multiplier *
-    max_grad_norm.
-
-    The second bound needs no continuous Gaussian: at an integer order a the Renyi divergence between N_Z(0,
-    v) and its shift by an integer vector is at most a * shift^2 / 2v (Canonne, Kamath and Steinke 2020,
-    proposition 5), and for P (without the unit) and Q (with it) the moments of (1 - q) + q Q/P under P are
-    polynomials in those of Q/P. The other direction is no larger, because a reflection of the integers
-    swaps P and Q (Mironov, Talwar and Zhang 2019, theorem 5). That is the formula of the sampled continuous
-    Gaussian at integer orders.
-    """
-    import dp_accounting as dp
-    from dp_accounting.rdp import RdpAccountant
-
-    from fedtune.privacy.accounting.epsilon import epsilon_of
-
-    def steps(multiplier: float) -> Any:
-        step = dp.PoissonSampledDpEvent(mechanism.sample_rate, dp.GaussianDpEvent(multiplier))
-        return dp.SelfComposedDpEvent(step, rounds)
-
-    slack = mechanism.slack(rounds)
-    left = delta * math.exp(-slack)
-    rdp = RdpAccountant(orders=[*range(2, 129), 160, 192, 256, 512])
-    rdp.compose(steps(math.sqrt(mechanism.shares) * mechanism.std / mechanism.sensitivity))
-    return {
-        "epsilon": epsilon_of(steps(mechanism.effective_noise_multiplier), left) + 2.0 * slack,
-        "epsilon_rdp": float(rdp.get_epsilon(left)) + 2.0 * slack,
-        "epsilon_ideal": epsilon_of(steps(mechanism.noise_multiplier), delta),
-    }

@@ -1,8 +1,7 @@
-"""Reading events and merging steps: nothing is lost on the way to the accountant, nothing counted free."""
+"""Merging steps and choosing grids: nothing is lost on the way to the accountant, nothing counted free."""
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from fractions import Fraction
@@ -22,46 +21,22 @@ from fedtune.privacy.accounting.epsilon import (
     _scale_guess,
     conversions,
     deltas_of_terms,
-    epsilon_of,
     epsilon_of_terms,
     epsilon_on_grid,
-    epsilon_rdp,
     epsilon_rdp_of_terms,
-    terms_of,
 )
 from tests.privacy.accounting.test_epsilon import analytic_gaussian, delta_of
-
-FREE = [
-    dp.NoOpDpEvent(),
-    dp.PoissonSampledDpEvent(0.0, dp.GaussianDpEvent(1.0)),
-    dp.SelfComposedDpEvent(dp.GaussianDpEvent(1.0), 0),
-]
-
-
-@pytest.mark.parametrize("free", FREE)
-def test_what_is_free_does_not_hide_what_stands_beside_it(free: dp.DpEvent) -> None:
-    parts = [dp.GaussianDpEvent(2.0), free, dp.SelfComposedDpEvent(dp.GaussianDpEvent(3.0), 4)]
-    for order in itertools.permutations(parts):
-        assert terms_of(dp.ComposedDpEvent(list(order))) == {Term(1.0, 2.0): 1, Term(1.0, 3.0): 4}
-
-
-def test_counts_multiply_through_every_level() -> None:
-    inner = dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(0.25, dp.GaussianDpEvent(2.0)), 3)
-    event = dp.SelfComposedDpEvent(dp.ComposedDpEvent([inner, inner, dp.GaussianDpEvent(5.0)]), 7)
-    assert terms_of(event) == {Term(0.25, 2.0): 42, Term(1.0, 5.0): 7}
+from tests.support.events import epsilon_of, epsilon_rdp
 
 
 @pytest.mark.parametrize(
     ("rate", "sigma"),
-    [(math.nan, 1.0), (-0.1, 1.0), (1.1, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, -1.0)],
+    [(math.nan, 1.0), (-0.1, 1.0), (0.0, 1.0), (1.1, 1.0), (0.5, math.inf), (0.5, math.nan), (0.5, 0.0)],
 )
 def test_steps_without_meaning_are_refused(rate: float, sigma: float) -> None:
-    # dp_accounting refuses some of them by itself; what it lets through must not get further.
-    event = dp.PoissonSampledDpEvent(0.5, dp.GaussianDpEvent(1.0))
-    object.__setattr__(event, "sampling_probability", rate)
-    object.__setattr__(event.event, "noise_multiplier", sigma)
-    with pytest.raises(PrivacyError, match="must lie in"):
-        terms_of(event)
+    for price in (epsilon_of_terms, epsilon_rdp_of_terms):
+        with pytest.raises(PrivacyError, match="must lie in"):
+            price({Term(0.5, 1.0): 1, Term(rate, sigma): 1}, 1e-5)
 
 
 @pytest.mark.parametrize("replace", [False, True])

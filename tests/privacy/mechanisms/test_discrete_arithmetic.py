@@ -11,15 +11,10 @@ import numpy as np
 import pytest
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.accounting.epsilon import epsilon_of
-from fedtune.privacy.mechanisms.discrete import (
-    DiscreteMechanism,
-    _unevenness,
-    distributed_epsilon,
-    sum_divergence,
-)
+from fedtune.privacy.mechanisms.discrete import DiscreteMechanism, _unevenness, sum_divergence
 from fedtune.privacy.mechanisms.exact import discrete_gaussian
 from fedtune.privacy.mechanisms.noise import Entropy
+from tests.support.events import distributed_epsilon, epsilon_of
 from tests.support.plans import distributed_plan, local_plan
 
 

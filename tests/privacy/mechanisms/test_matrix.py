@@ -12,13 +12,14 @@ import pytest
 
 from fedtune.config.schema import Config
 from fedtune.errors import BudgetExhausted, ConfigError, PrivacyError, SeparationError
-from fedtune.privacy.accounting.epsilon import Term, epsilon_of, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.mechanisms.matrix import BandedRoot, CorrelatedNoise, _down
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
+from tests.support.events import epsilon_of
 from tests.support.plans import central_plan, event_of
 
 SHAPES = [
