@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import copy
 import io
+import itertools
 import os
 import shutil
 import tempfile
@@ -65,10 +66,14 @@ else:
     os.environ["FEDTUNE_TEST_CACHE"] = str(_HOME / "cache")
 
 
+_homes = itertools.count()  # `mktemp` looks through all folders that there are, for each test
+
+
 @pytest.fixture(autouse=True)
 def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
-    home = tmp_path_factory.mktemp("home")
+    home = tmp_path_factory.getbasetemp() / "homes" / str(next(_homes))
+    home.mkdir(mode=0o700, parents=True)
     (home / "state").mkdir(mode=0o700)
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
     monkeypatch.setenv("FEDTUNE_HOME", str(home))

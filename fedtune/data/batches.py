@@ -15,7 +15,6 @@ Cutting is deterministic and changes neither who is drawn nor any weight: it is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from fedtune.data.corpus import Int64Array, TokenizedCorpus
 
-__all__ = ["MicroBatch", "micro_batches", "pad", "padding_waste"]
+__all__ = ["MicroBatch", "micro_batches", "pad"]
 
 LENGTH_STEP = 8
 LEAST_ROWS = 8
@@ -172,9 +171,3 @@ def pad(
     ids[:count][mask[:count]] = data.input_ids[np.repeat(data.offsets[records], lengths) + within]
     mask[count:, 0] = True
     return ids, mask
-
-
-def padding_waste(lengths: npt.ArrayLike, cut: Sequence[MicroBatch]) -> float:
-    """Share of the padded tokens that hold no token: 0 is perfect. 0 for an empty batch."""
-    padded = sum(batch.rows * batch.length for batch in cut)
-    return 1.0 - int(np.sum(np.asarray(lengths))) / padded if padded else 0.0

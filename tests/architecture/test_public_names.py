@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fedtune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]
 HEAVY = (
     "torch",
     "numpy",
@@ -55,25 +55,23 @@ def defined_by(tree: ast.Module) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=IDS)
-def test_module_has_docstring_and_true_public_names(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    docstring = ast.get_docstring(tree)
-    assert docstring, "a module says what it is, why so, and what it does not do"
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def complaint(path: Path) -> str:
+    """What is wrong with the names that a module calls public; '' for nothing."""
+    tree, package = tree_of(path), path.name == "__init__.py"
+    if not ast.get_docstring(tree):
+        return "a module says what it is, why so, and what it does not do"
     public = all_of(tree)
-    if path.name == "__init__.py" and public is None:
-        return
-    assert public is not None, "a module says what of it is public: __all__"
-    assert len(public) == len(set(public))
+    if public is None:
+        return "" if package else "a module says what of it is public: __all__"
     # A package may name its modules.
-    below = {other.stem for other in path.parent.glob("*.py")} if path.name == "__init__.py" else set()
-    assert set(public) <= defined_by(tree) | below
-
-
-@pytest.mark.parametrize("path", MODULES, ids=IDS)
-def test_public_names_have_docstrings(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    public = set(all_of(tree) or ())
+    below = {other.stem for other in path.parent.glob("*.py")} if package else set()
+    missing = sorted(set(public) - defined_by(tree) - below)
+    twice = sorted({name for name in public if public.count(name) > 1})
     bare = [
         node.name
         for node in tree.body
@@ -81,12 +79,38 @@ def test_public_names_have_docstrings(path: Path) -> None:
         and node.name in public
         and not ast.get_docstring(node)
     ]
-    assert bare == []
+    return "; ".join(
+        f"{what}: {names}"
+        for what, names in (("not there", missing), ("twice", twice), ("without docstring", bare))
+        if names
+    )
 
 
-@pytest.mark.parametrize("path", MODULES, ids=IDS)
-def test_files_can_be_read_in_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+def test_modules_have_docstrings_and_true_public_names_which_have_docstrings_too() -> None:
+    found = {str(path.relative_to(PACKAGE)): complaint(path) for path in MODULES}
+    assert {name: why for name, why in found.items() if why} == {}
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    lines = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > 500} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("__all__ = []", "a module says what it is"),
+        ('"""Doc."""', "__all__"),
+        ('"""Doc."""\n__all__ = ["gone"]', "not there: ['gone']"),
+        ('"""Doc."""\n__all__ = ["A", "A"]\nclass A:\n    """A."""', "twice: ['A']"),
+        ('"""Doc."""\n__all__ = ["f"]\ndef f(): ...', "without docstring: ['f']"),
+        ('"""Doc."""\n__all__ = ["f"]\ndef f():\n    """F."""', ""),
+    ],
+)
+def test_the_test_can_fail(tmp_path: Path, source: str, why: str) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert why in complaint(path) and bool(why) == bool(complaint(path))
 
 
 def test_importing_the_package_is_light() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtune.data.batches import LEAST_ROWS, LENGTH_STEP, micro_batches, pad, padding_waste
+from fedtune.data.batches import LEAST_ROWS, LENGTH_STEP, MicroBatch, micro_batches, pad
 from tests.data.conftest import make_tokens
 from tests.support.work import lines_of
 
@@ -69,7 +69,6 @@ def test_never_costs_more_than_full_micro_batches_in_order_of_length(
 def test_an_empty_batch_is_no_micro_batches() -> None:
     assert micro_batches([], 2048) == []
     assert micro_batches(np.empty(0, dtype=np.int64), 2048, np.empty(0, dtype=np.int64)) == []
-    assert padding_waste([], []) == 0.0
 
 
 def test_an_oversize_group_is_alone() -> None:
@@ -91,6 +90,11 @@ def test_equal_batches_are_cut_equally() -> None:
 def test_nonsense_is_refused(bad: tuple[list[int], int, list[int] | None]) -> None:
     with pytest.raises(ValueError):
         micro_batches(*bad)
+
+
+def padding_waste(lengths: np.ndarray, cut: list[MicroBatch]) -> float:
+    """Share of the padded tokens that hold no token."""
+    return 1.0 - int(lengths.sum()) / sum(batch.rows * batch.length for batch in cut)
 
 
 def opinion_lengths(size: int, generator: np.random.Generator) -> np.ndarray:

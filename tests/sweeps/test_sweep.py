@@ -229,7 +229,13 @@ def test_folders_that_cannot_be_resumed(content: str | None, message: str) -> No
 
 @pytest.mark.parametrize(
     ("experiment", "count"),
-    [("privacy_frontier", 18), ("quantization_frontier", 36), ("adapters", 20), ("trust", 18)],
+    [
+        ("privacy_frontier", 18),
+        *(
+            pytest.param(*page, marks=pytest.mark.slow)  # each composes as many configurations
+            for page in (("quantization_frontier", 36), ("adapters", 20), ("trust", 18))
+        ),
+    ],
 )
 def test_ready_experiments_are_sweeps_of_known_size(
     experiment: str, count: int, monkeypatch: pytest.MonkeyPatch

@@ -448,7 +448,7 @@ def _work(path: Path, name: str, count: int) -> None:
         ledger.commit(reserve(ledger, local_plan(num_rounds=count), run=name, round=round))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_several_processes_share_one_ledger(path: Path, method: str) -> None:
     context = multiprocessing.get_context(method)
     workers = [context.Process(target=_work, args=(path, f"run-{i}", 6)) for i in range(3)]

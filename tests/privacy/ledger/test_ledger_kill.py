@@ -123,7 +123,9 @@ def test_kills_do_not_get_past_the_budget(tmp_path: Path) -> None:
     ledger.set_budget(PrivacyBudget(budget, 1e-5))
     ledger.close()
     plan = local_plan(num_rounds=12, noise_multiplier=4.0)
-    for i in range(40):
+    for i in range(400):  # how many are killed before they are charged depends on what else the machine does
+        if len(PrivacyLedger(path).releases()) == 40:
+            break
         child = os.fork()
         if child == 0:
             try:
@@ -141,6 +143,7 @@ def test_kills_do_not_get_past_the_budget(tmp_path: Path) -> None:
     assert 0 < len(released(witness)) <= len(PrivacyLedger(path).releases()) == 40
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_large_set_is_registered_leaves_all_of_it_or_nothing(tmp_path: Path) -> None:
     path, chance = tmp_path / "clinic.sqlite", np.random.default_rng(0)
     held = [
