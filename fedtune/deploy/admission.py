@@ -186,7 +186,7 @@ def requests(server: Path) -> dict[str, Path]:
 def note_revoked(server: Path, site: str, key: bytes) -> None:
     """Records durably that the public key (PEM) of `site` is revoked."""
     name = certificates.fingerprint(key).replace(" ", "")
-    _write(server / "revoked" / f"{name}.pub", certificates.public_line_of(key, site) + "\n")
+    _write(server / "revoked" / f"{name}.pub", certificates.public_line(key, site) + "\n")
 
 
 def _known_to_the_server(server: Path) -> set[str]:

@@ -42,7 +42,6 @@ __all__ = [
     "parse_address",
     "public_key_of",
     "public_line",
-    "public_line_of",
     "read_public_line",
     "read_secret",
     "tls_context",
@@ -70,8 +69,12 @@ def write_secret(path: Path, content: bytes) -> None:
 
 
 def read_secret(path: Path, missing: str) -> bytes:
-    """The content of a secret file. Raises ConfigError if it is missing (with the way out `missing`), if it
-    is empty, or if others may read it."""
+    """The content of a secret file.
+
+    Raises:
+        ConfigError: it is missing (with the message `missing`) or empty, or others may read it.
+        ResourceError: it cannot be read.
+    """
     try:
         content = path.read_bytes()
         mode = path.stat().st_mode
@@ -151,7 +154,7 @@ def make_server_certificate(authority: Path, folder: Path, names: Sequence[str],
 
 
 def check_server_certificate(folder: Path) -> int:
-    """Days for which the server's certificate is still good. Raises ConfigError if it is not."""
+    """Days for which the server's certificate is still valid. Raises ConfigError if it is not."""
     again = "Make a new one with `fedtune provision FEDERATION.yaml -o DIR --renew`."
     try:
         ca = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
@@ -216,13 +219,8 @@ def public_key_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     return _pem(key.public_key())
 
 
-def public_line(key: ec.EllipticCurvePrivateKey, site: str) -> str:
-    """The public half as one line of OpenSSH's format, with the site's name as its comment."""
-    return public_line_of(public_key_of(key), site)
-
-
-def public_line_of(public_key: bytes, site: str) -> str:
-    """As `public_line`, of a public key in PEM."""
+def public_line(public_key: bytes, site: str) -> str:
+    """A public key (PEM) as one line of OpenSSH's format, with the site's name as its comment."""
     key = serialization.load_pem_public_key(public_key)
     line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return f"{line.decode()} {site}"
@@ -279,7 +277,7 @@ def tls_context(authority: Path) -> ssl.SSLContext:
 
 
 def expiry_warning(days: float) -> str | None:
-    """What to say of a server's certificate that is good for `days` more; None if that is long."""
+    """A warning about a server's certificate that is valid for `days` more; None if that is long enough."""
     if days >= _WARN_DAYS:
         return None
     return (
@@ -289,10 +287,12 @@ def expiry_warning(days: float) -> str | None:
 
 
 def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
-    """Opens a TLS connection and closes it; days for which the server's certificate is still good.
+    """Opens a TLS connection and closes it. Returns the days for which the server's certificate is valid.
 
-    Raises ConfigError for an authority that cannot be read, FederationError for a server that is not to be
-    trusted or speaks no TLS (asking again would not help), ResourceError for one that does not answer.
+    Raises:
+        ConfigError: the authority's certificate cannot be read.
+        FederationError: the server is not to be trusted, or speaks no TLS; trying again would not help.
+        ResourceError: the server does not answer.
     """
     host, port = parse_address(address)
     context = tls_context(authority)
@@ -315,15 +315,15 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
 
 
 def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> float:
-    """`check_server`, once the server is there: tries again for ever, and says so once a minute."""
-    pause, said = 1.0, -_LOG_EVERY
+    """`check_server`, repeated until the server answers; logs every minute that it does not."""
+    pause, logged_at = 1.0, -_LOG_EVERY
     while True:
         try:
             return check_server(address, authority)
         except ResourceError as error:
-            if time.monotonic() - said >= _LOG_EVERY:
+            if time.monotonic() - logged_at >= _LOG_EVERY:
                 say(f"{error} Trying again until it does.")
-                said = time.monotonic()
+                logged_at = time.monotonic()
             time.sleep(pause)
             pause = min(30.0, 2 * pause)
 

@@ -31,13 +31,7 @@ from flwr.common.constant import (
     SubStatus,
 )
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
-from flwr.proto.control_pb2 import ListNodesRequest, ListRunsRequest, StartRunRequest, StopRunRequest
-from flwr.proto.runtime_pb2 import (
-    AcquireTaskRequest,
-    PullTaskInputRequest,
-    PushTaskOutputRequest,
-    SendTaskHeartbeatRequest,
-)
+from flwr.proto import control_pb2, runtime_pb2
 from flwr.supercore import heartbeat, sql_mixin
 from flwr.supercore.constant import SQLITE_PRAGMAS, TaskType
 from flwr.supercore.control import ControlHttpClient
@@ -69,30 +63,26 @@ from flwr.supernode.start_client_internal import (
 
 __all__ = [
     "ControlHttpClient",
+    "Fab",
     "HeartbeatSender",
     "HttpGrid",
-    "ListNodesRequest",
-    "ListRunsRequest",
     "ObjectPullError",
     "ObjectPushError",
     "ObjectUnavailableError",
-    "PullTaskInputRequest",
     "RetryInvoker",
     "RuntimeHttpClient",
-    "SendTaskHeartbeatRequest",
+    "RuntimeTokenHttpInterceptor",
     "Status",
-    "StopRunRequest",
     "SubStatus",
-    "acquire_request",
+    "TaskType",
     "client",
+    "control_pb2",
     "error_in_place_of",
     "exponential",
     "forget_node",
-    "make_app",
     "node_connection",
     "node_state",
     "object_ids",
-    "output_request",
     "pack_app",
     "pull_message",
     "push_objects",
@@ -100,10 +90,10 @@ __all__ = [
     "quiet",
     "register_node",
     "run_from_proto",
+    "runtime_pb2",
     "start_request",
     "store_reply",
     "superlink_app",
-    "task_token",
     "whole_message",
 ]
 
@@ -245,11 +235,6 @@ def pack_app(files: dict[str, bytes]) -> bytes:
     return content
 
 
-def make_app(content: bytes, digest: str) -> Fab:
-    """Flower's object for an app of this content and sha256."""
-    return Fab(digest, content, {})
-
-
 # --- the operator: clients, and the ServerApp of a run ----------------------------------------------------
 
 
@@ -263,22 +248,7 @@ def client(
     )
 
 
-def task_token(token: str) -> Any:
-    """An interceptor that adds the token of a task to each request."""
-    return RuntimeTokenHttpInterceptor(token)
-
-
 def start_request(content: bytes, digest: str, config: str) -> Any:
-    """The request that starts a run of an app with a configuration, as JSON."""
-    app = fab_to_proto(make_app(content, digest))
-    return StartRunRequest(fab=app, override_config=user_config_to_proto({"fedtune": config}))
-
-
-def acquire_request() -> Any:
-    """The request that takes a ServerApp's task."""
-    return AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
-
-
-def output_request(outcome: str, details: str) -> Any:
-    """The request that ends a run; `outcome` is one of `SubStatus`."""
-    return PushTaskOutputRequest(sub_status=outcome, details=details)
+    """The request that starts a run of an app (its content and sha256) with a configuration, as JSON."""
+    app, values = fab_to_proto(Fab(digest, content, {})), user_config_to_proto({"fedtune": config})
+    return control_pb2.StartRunRequest(fab=app, override_config=values)

@@ -82,8 +82,8 @@ def make_key(site: SiteSettings) -> tuple[str, str]:
     Raises:
         ConfigError: there is a key already.
     """
-    key = certificates.make_node_key(Path(site.key))
-    return certificates.public_line(key, site.site), certificates.fingerprint(certificates.public_key_of(key))
+    public = certificates.public_key_of(certificates.make_node_key(Path(site.key)))
+    return certificates.public_line(public, site.site), certificates.fingerprint(public)
 
 
 def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:

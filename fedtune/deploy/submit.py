@@ -121,8 +121,8 @@ def status(folder: Path) -> Status:
     flower.quiet()
     server = Server.of(folder)
     with server.client(flower.ControlHttpClient) as control:
-        nodes = control.ListNodes(flower.ListNodesRequest()).nodes_info
-        runs = control.ListRuns(flower.ListRunsRequest()).run_dict
+        nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
+        runs = control.ListRuns(flower.control_pb2.ListRunsRequest()).run_dict
     budgets = server.published()
     sites = [
         {
@@ -212,7 +212,7 @@ class Server:
         if node_id not in self.sites:  # the first message of a node; its key never changes sites
             client = self.open_client(flower.ControlHttpClient, retries=patient_retries(self.address))
             with contextlib.closing(client) as control:
-                nodes = control.ListNodes(flower.ListNodesRequest()).nodes_info
+                nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
             self.sites.update({node.node_id: node.name for node in nodes})
         return self.sites.get(node_id)
 
@@ -295,7 +295,7 @@ def submitted_run(
     """
     flower.quiet()
     token = _start(server, config, run_dir)
-    interceptor = flower.task_token(token)
+    interceptor = flower.RuntimeTokenHttpInterceptor(token)
     retries = patient_retries(server.address, observer)
     client = server.open_client(flower.RuntimeHttpClient, interceptor, retries=retries)
     impatient = server.open_client(flower.RuntimeHttpClient, interceptor)
@@ -304,7 +304,7 @@ def submitted_run(
     outcome, details = flower.SubStatus.FAILED, "The submitting process ended."
     try:
         beat.start()
-        given = client.PullTaskInput(flower.PullTaskInputRequest())
+        given = client.PullTaskInput(flower.runtime_pb2.PullTaskInputRequest())
         act_as(given.task_id, given.run.run_id, given.context.node_id)
         grid = _grid(server, client, token)
         grid.set_run(flower.run_from_proto(given.run))
@@ -322,7 +322,9 @@ def submitted_run(
         raise _broken(server, error) from error
     finally:
         with contextlib.suppress(Exception):
-            impatient.PushTaskOutput(flower.output_request(outcome, details))
+            impatient.PushTaskOutput(
+                flower.runtime_pb2.PushTaskOutputRequest(sub_status=outcome, details=details)
+            )
         if beat.is_running:
             beat.stop()
         client.close()
@@ -348,7 +350,7 @@ def _start(server: Server, config: str, run_dir: Path) -> str:
             raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
         note.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(note, str(started.run_id).encode())
-        request = flower.acquire_request()
+        request = flower.runtime_pb2.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
         end = time.monotonic() + _TASK_SECONDS
         with server.client(flower.RuntimeHttpClient) as free:
             while time.monotonic() < end:
@@ -375,7 +377,7 @@ def _stop(control: Any, note: Path) -> None:
         return
     # Usually it has ended, or the server has forgotten it.
     with contextlib.suppress(httpx.HTTPStatusError):
-        control.StopRun(flower.StopRunRequest(run_id=number))
+        control.StopRun(flower.control_pb2.StopRunRequest(run_id=number))
 
 
 def _end_orphan(server: Server, taken: Any) -> bool:
@@ -384,8 +386,9 @@ def _end_orphan(server: Server, taken: Any) -> bool:
     if (datetime.datetime.now(datetime.UTC) - since).total_seconds() < _ORPHAN_SECONDS:
         return False
     details = "The submitting process was killed before it took the run."
-    with server.client(flower.RuntimeHttpClient, flower.task_token(taken.token)) as owner:
-        owner.PushTaskOutput(flower.output_request(flower.SubStatus.FAILED, details))
+    with server.client(flower.RuntimeHttpClient, flower.RuntimeTokenHttpInterceptor(taken.token)) as owner:
+        failed = flower.SubStatus.FAILED
+        owner.PushTaskOutput(flower.runtime_pb2.PushTaskOutputRequest(sub_status=failed, details=details))
     return True
 
 
@@ -403,7 +406,7 @@ def _heartbeat(client: Any, lost: threading.Event) -> Any:
 
     def beat() -> bool:
         try:
-            if not client.SendTaskHeartbeat(flower.SendTaskHeartbeatRequest()).success:
+            if not client.SendTaskHeartbeat(flower.runtime_pb2.SendTaskHeartbeatRequest()).success:
                 lost.set()
         except httpx.HTTPStatusError as error:
             if error.response.status_code not in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):

@@ -91,7 +91,7 @@ class AppAllowList:
             self._verdicts[run.run_id] = str(error)
             run.override_config = {}
         run.fab_hash = digest
-        return flower.make_app(content, digest)
+        return flower.Fab(digest, content, {})
 
     def check(self, run_id: int) -> None:
         """Raises FederationError unless the run came with the thin app."""

@@ -30,7 +30,7 @@ class Books:
         self.keys: dict[str, bytes] = {}
         for site in SITES:
             key = certificates.make_node_key(root / f"{site}.key")
-            self.lines[site] = certificates.public_line(key, site)
+            self.lines[site] = certificates.public_line(certificates.public_key_of(key), site)
             self.keys[site] = certificates.public_key_of(key)
             enrol(self.folder, self.lines[site])
         self.restart()
@@ -145,7 +145,7 @@ def test_revoking_twice_and_of_nobody_is_told(books: Books) -> None:
 
 def test_a_new_key_of_a_site_takes_the_place_of_its_old_one_for_good(books: Books, tmp_path: Path) -> None:
     new = certificates.make_node_key(tmp_path / "new.key")
-    enrol(books.folder, certificates.public_line(new, "clinic-1"))
+    enrol(books.folder, certificates.public_line(certificates.public_key_of(new), "clinic-1"))
     books.admission.update()
     assert books.let_in() == {"clinic-2", "clinic-3"}
     assert books.admission.refusal(certificates.public_key_of(new)) is None

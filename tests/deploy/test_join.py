@@ -46,7 +46,7 @@ class Real:
         self.keys = {}
         for site in SITES:
             self.keys[site] = certificates.make_node_key(root / f"{site}.key")
-            enrol(self.folder, certificates.public_line(self.keys[site], site))
+            enrol(self.folder, certificates.public_line(certificates.public_key_of(self.keys[site]), site))
         self.said: list[str] = []
         self.app = superlink_app(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
@@ -201,12 +201,14 @@ def test_a_revoked_key_is_out_at_once_and_stays_out(real: Real) -> None:
     real.admission.update()
     assert "was revoked" in str(join.refusal(site, key))
     with pytest.raises(ConfigError, match="was revoked, and a key that was revoked stays so"):
-        enrol(real.folder, certificates.public_line(key, "clinic-3"))
-    (real.folder / "nodes" / "clinic-3.pub").write_text(certificates.public_line(key, "clinic-3") + "\n")
+        enrol(real.folder, certificates.public_line(certificates.public_key_of(key), "clinic-3"))
+    (real.folder / "nodes" / "clinic-3.pub").write_text(
+        certificates.public_line(certificates.public_key_of(key), "clinic-3") + "\n"
+    )
     real.admission.update()  # a backup of nodes/ was put back, say
     assert "is not enrolled" in refused(site, key)
     new = certificates.make_node_key(real.root / "clinic-3.new")
-    enrol(real.folder, certificates.public_line(new, "clinic-3"))
+    enrol(real.folder, certificates.public_line(certificates.public_key_of(new), "clinic-3"))
     real.admission.update()
     join.check_in(site, new, print)
 

@@ -91,12 +91,14 @@ def test_enrolment_and_revocation(made: Path, tmp_path: Path) -> None:
     server = made / "server"
     key = certificates.make_node_key(tmp_path / "node.key")
     assert stat.S_IMODE((tmp_path / "node.key").stat().st_mode) == 0o600
-    assert enrol(server, certificates.public_line(key, "clinic-1"))[0] == "clinic-1"
+    assert (
+        enrol(server, certificates.public_line(certificates.public_key_of(key), "clinic-1"))[0] == "clinic-1"
+    )
     assert enrolled(server) == {"clinic-1": certificates.public_key_of(key)}
     with pytest.raises(ConfigError, match="is the key of 'clinic-1' already"):
-        enrol(server, certificates.public_line(key, "clinic-2"))
+        enrol(server, certificates.public_line(certificates.public_key_of(key), "clinic-2"))
     with pytest.raises(ConfigError, match="'elsewhere'.*sites are clinic-1, clinic-2"):
-        enrol(server, certificates.public_line(key, "elsewhere"))
+        enrol(server, certificates.public_line(certificates.public_key_of(key), "elsewhere"))
     with pytest.raises(ConfigError, match="no enrolment line"):
         enrol(server, "ssh-rsa AAAA")
     revoke(server, "clinic-1")
