@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import textwrap
+from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.mutation.operators import mutants_of
 
@@ -90,3 +92,15 @@ def test_what_runs_at_import_is_told_from_what_runs_in_a_function() -> None:
     assert cold == {"1": True, "2": True, "3": True, "4": False}
     (inner,) = [m for m in mutants_of(ast.parse(text), "m") if m.before == "4"]
     assert inner.outermost == ("A.f", 4) and inner.where == "A.f.g" and list(inner.lines) == [6]
+
+
+def test_every_survivor_is_of_a_function_that_exists() -> None:
+    root = Path(__file__).parents[1]
+    groups = yaml.safe_load((root / "simulations" / "mutation" / "survivors.yaml").read_text())
+    for name in (name for group in groups for name in group["mutants"]):
+        module, where, _ = name.split(":", 2)
+        tree: ast.AST = ast.parse((root / f"{module.replace('.', '/')}.py").read_text())
+        for part in filter(None, where.split(".")):
+            inner = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+            assert part in [n.name for n in inner], name
+            tree = next(n for n in inner if n.name == part)

@@ -29,6 +29,8 @@ noticed by any test (the program does the same), `accepted` could be, and the li
 
 A verdict belongs to the text of its module: as long as that stays, a mutant that was killed is not run again
 (`--again` runs all), so that one page may hold verdicts of several runs and of earlier versions of the tests.
+A module that was merged or renamed since has the counts of the files that it was measured as (`measured_as`
+in `record.json`); survivors whose line is gone are counted, and not listed.
 """
 
 

@@ -32,10 +32,7 @@ __all__ = ["MutationRun", "Options", "Source"]
 
 _LONGEST = 15.0  # seconds: tests that take longer under the tracer are left out
 # Whose tests are a module's own, where the file is not called as the module.
-_OWN = {
-    "budget_file": "ledger", "chain": "ledger",
-    "checks": "plan", "planning": "plan", "statement_text": "statement",
-}  # fmt: skip
+_OWN = {"checks": "plan", "facts": "statement", "picture": "strength_picture", "releases": "state"}
 
 
 @dataclass

@@ -289,10 +289,8 @@ class Account:
                 histories.setdefault(key, runs)
         return [runs for runs in histories.values() if runs]
 
-    def _distinct(self, keys: AccountKeys, run: str | None) -> list[int]:
-        """One group for each distinct total; groups of one run and of several are told apart."""
-        if len(keys.sizes) == 1:
-            return [0]
+    def _totals(self, keys: AccountKeys, run: str | None) -> tuple[IntArray, dict[Use, IntArray]]:
+        """How many runs charged each group, [g], and the sum of each use over them, [g]."""
         totals: dict[Use, IntArray] = {}
         runs = np.zeros(len(keys.sizes), dtype=np.int64)
         for name, charged in self.charged_runs(keys):
@@ -300,6 +298,13 @@ class Account:
                 runs += charged.first != NEVER
                 for use, counts in charged.counts.items():
                     totals[use] = totals.get(use, 0) + counts
+        return runs, totals
+
+    def _distinct(self, keys: AccountKeys, run: str | None) -> list[int]:
+        """One group for each distinct total; groups of one run and of several are told apart."""
+        if len(keys.sizes) == 1:
+            return [0]
+        runs, totals = self._totals(keys, run)
         if not totals:
             return [0]
         table = np.stack([np.minimum(runs, 2), *totals.values()], axis=1)
@@ -307,12 +312,7 @@ class Account:
 
     def _bound(self, keys: AccountKeys, run: str | None) -> list[RunSteps]:
         """No group was charged more than this, of any kind of step; as two runs, for it is of several."""
-        totals: dict[Use, IntArray] = {}
-        for name, charged in self.charged_runs(keys):
-            if run in (None, name):
-                for use, counts in charged.counts.items():
-                    totals[use] = totals.get(use, 0) + counts
-        largest = {use: int(counts.max()) for use, counts in totals.items()}
+        largest = {use: int(counts.max()) for use, counts in self._totals(keys, run)[1].items()}
         finest = _finest(largest)
         use = next(iter(largest))
         parts = ({use: 1}, {**largest, use: largest[use] - 1})

@@ -285,14 +285,6 @@ class Chain:
         found = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'log'").fetchone()
         return int(found[0]) if found else 0
 
-    def ends(self, connection: sqlite3.Connection) -> tuple[str, int, str]:
-        """Hash of the first row, number and hash of the last; of an empty log (GENESIS, 0, GENESIS)."""
-        first, last = (
-            connection.execute(f"SELECT seq, hash FROM log ORDER BY seq {order} LIMIT 1").fetchone()
-            for order in ("ASC", "DESC")
-        )
-        return (GENESIS, 0, GENESIS) if first is None else (str(first[1]), int(last[0]), str(last[1]))
-
     def hash_of(self, connection: sqlite3.Connection, seq: int) -> str | None:
         """Hash of row `seq`; None if there is no such row."""
         if seq == 0:

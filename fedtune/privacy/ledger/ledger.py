@@ -261,11 +261,6 @@ class PrivacyLedger:
         )
         return next(both), next(both)
 
-    def head(self) -> tuple[int, str]:
-        """Number and hash of the last row; (0, 64 zeros) before the first."""
-        state = self.state()
-        return state.seq, state.hash
-
     def commit(self, reservation: Reservation) -> None:
         """Notes that the release came to its end. Raises `LedgerError` if it was never reserved here.
 
@@ -287,11 +282,6 @@ class PrivacyLedger:
         return self._reader.writing()
 
     # --- asking -------------------------------------------------------------------------------------
-
-    @property
-    def node(self) -> str | None:
-        """The node that released first: whose ledger this is, if it is not shared; None before that."""
-        return self.state().node
 
     def known_as(self, fingerprint: str | Identity) -> str:
         """The text by which this ledger knows data. Local to the node: never to be sent or published."""

@@ -64,7 +64,10 @@ def take_over(ledger: PrivacyLedger, path: Path) -> int:
     """
     old = Chain(path)
     with old.reading() as view:
-        if view is None or ledger.state().has_imported(*old.ends(view)):
+        if view is None:
+            return 0
+        first = old.hash_of(view, 1)
+        if first is None or ledger.state().has_imported(first, old.head(view)):
             return 0
         rows, problems = old.audit(view)
     problems += replay(rows)[1]

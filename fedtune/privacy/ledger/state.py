@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from fedtune.privacy.ledger.chain import GENESIS, Chain, Row
+from fedtune.privacy.ledger.chain import GENESIS, Chain, Head, Row
 from fedtune.privacy.ledger.releases import RELEASED, Planned, charged_steps, planned_in
 
 __all__ = [
@@ -105,11 +105,8 @@ class LedgerState:
 
     def copy(self) -> LedgerState:
         """A state that may be added to while this one stays; what is deeper is replaced, never changed."""
-        return LedgerState(
-            self.seq, self.hash, self.summarised, self.node, self.has_budget, self.secret, dict(self.runs),
-            dict(self.plans), dict(self.releases), dict(self.by_run), self.total, dict(self.deltas),
-            dict(self.nodes), dict(self.sets), dict(self.imports),
-        )  # fmt: skip
+        copies: dict[str, Any] = {n: dict(v) for n, v in vars(self).items() if isinstance(v, dict)}
+        return replace(self, **copies)
 
     def add(self, row: Row) -> None:
         """Adds `row`, which must be the next one."""
@@ -158,10 +155,10 @@ class LedgerState:
         """How many values a summary of this state holds, roughly."""
         return sum(map(len, self.runs.values())) + len(self.releases) + len(self.sets) + len(self.imports)
 
-    def has_imported(self, ledger: str, seq: int, digest: str) -> bool:
-        """Whether the ledger whose first row has hash `ledger` is taken over up to this row."""
+    def has_imported(self, ledger: str, head: Head) -> bool:
+        """Whether the ledger whose first row has hash `ledger` is taken over up to its `head`."""
         known = self.imports.get(ledger)
-        return seq == 0 or (known is not None and (known.seq, known.hash) == (seq, digest))
+        return known is not None and Head(known.seq, known.hash) == head
 
     def imported_of(self, ledger: str, hashes: Mapping[int, str]) -> int:
         """How many of the rows with these `hashes` were taken over from it before; of another copy, none."""

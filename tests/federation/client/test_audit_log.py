@@ -213,8 +213,8 @@ def test_a_crash_between_the_two_is_no_reason_for_a_complaint(node: Node, ahead:
     if ahead == "row":
         node.release(log=False)
     elif ahead == "line":
-        now = node.ledger().head()
-        node.books().log.append("released", ledger=list(now))
+        now = node.ledger().state()
+        node.books().log.append("released", ledger=[now.seq, now.hash])
     else:
         node.books().log.append("refused")  # a line of version 0.1
     node.books().check()

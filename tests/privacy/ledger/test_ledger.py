@@ -439,7 +439,7 @@ def test_two_nodes_with_one_ledger_are_refused(path: Path) -> None:
     reserve(PrivacyLedger.open(path))
     with pytest.raises(LedgerError, match="'clinic'.*'other'"):
         reserve(fresh(path), node="other")
-    assert fresh(path).node == "clinic"
+    assert fresh(path).state().node == "clinic"
 
 
 def _work(path: Path, name: str, count: int) -> None:

@@ -67,10 +67,10 @@ def test_old_ledgers_are_taken_over_once_with_all_that_they_spent(folder: Path) 
     assert {(one.node, one.run) for one in ledger.releases()} == {
         ("clinic-1", "run-of-old"), ("clinic-2", "run-of-old")
     }  # fmt: skip
-    rows = ledger.head()
+    rows = (ledger.state().seq, ledger.state().hash)
     ledger.close()
     simulation._looked.clear()  # a new process
-    assert simulation_ledger(folder).head() == rows
+    assert (simulation_ledger(folder).state().seq, simulation_ledger(folder).state().hash) == rows
     assert {path.name: path.read_bytes() for path in folder.glob("clinic-*") if path.name in before} == before
     # The nodes of one run had parts of the data, whichever: a record was in one of them.
     spent_before = epsilon_of_terms({STEP: 30}, DELTA)
@@ -244,7 +244,7 @@ def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how:
     if how == "empty":
         ledger.path.unlink()
     privacy_ledger._opened.clear()  # another process, which never saw it
-    assert simulation_ledger(tmp_path).head()[0] == 0
+    assert simulation_ledger(tmp_path).state().seq == 0
 
 
 # --- a take-over, part by part -----------------------------------------------------------------------

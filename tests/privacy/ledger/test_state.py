@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.ledger import state as ledger_state
-from fedtune.privacy.ledger.chain import GENESIS, Row
+from fedtune.privacy.ledger.chain import GENESIS, Head, Row
 from fedtune.privacy.ledger.releases import (
     charge_of,
     is_coarser,
@@ -168,9 +168,12 @@ def test_a_copy_is_added_to_alone() -> None:
 
 def test_what_was_taken_over_is_known_by_row_and_hash() -> None:
     state, _ = replay(rows())
-    assert state.has_imported("first", 40, "h40") is True
-    assert state.has_imported("first", 41, "h40") is False and state.has_imported("first", 40, "x") is False
-    assert state.has_imported("other", 40, "h40") is False and state.has_imported("other", 0, "") is True
+    assert state.has_imported("first", Head(40, "h40")) is True
+    assert (
+        state.has_imported("first", Head(41, "h40")) is False
+        and state.has_imported("first", Head(40, "x")) is False
+    )
+    assert state.has_imported("other", Head(40, "h40")) is False
     assert state.imported_of("first", {39: "h39", 40: "h40"}) == 40
     assert state.imported_of("first", {40: "x"}) == state.imported_of("first", {}) == 0
     assert state.imported_of("other", {40: "h40"}) == 0
