@@ -4,10 +4,10 @@ A claimed epsilon is an upper bound, proved for the mechanism as it is written d
 mechanism as it is coded, with canaries, and gives a lower bound with a confidence: if it is above the claim,
 the code does not do what was proved. A bound below the claim proves nothing: no attack is perfect.
 
-`bounds` turns guesses into epsilon; `canaries` places canaries and scores them; `mechanism` runs a plan's
-own pieces on synthetic gradients; `model` trains the real model; `attack` is what the command calls.
+`bounds` turns guesses into epsilon, `verdict` chooses them; `canaries` runs a plan's own pieces on synthetic
+gradients; `model` trains the real model; `attack` is what the command calls.
 """
 
 from __future__ import annotations
 
-__all__ = ["attack", "bounds", "canaries", "mechanism", "model"]
+__all__ = ["attack", "bounds", "canaries", "model", "verdict"]

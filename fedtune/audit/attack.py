@@ -1,7 +1,7 @@
 """Audits a plan: runs its mechanism, or the real model, with canaries, and sets what shows beside the claim.
 
     1  coins, and places of the canaries, from a generator that the mechanism never sees
-    2  the releases, as many as the run made, by `mechanism.watch` or `model.watch`; `repeats` times
+    2  the releases, as many as the run made, by `canaries.watch` or `model.watch`; `repeats` times
     3  scores of all repetitions together, and from them bounds that hold jointly at one confidence
     4  beside the claim: is any of them above it?
 
@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.audit import mechanism, verdict
+from fedtune.audit import canaries as gradient_canaries
+from fedtune.audit import verdict
 from fedtune.audit.bounds import epsilon_one_shot
 from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.verdict import Bound
@@ -153,14 +154,14 @@ def audit_mechanism(
     found, coins = [], []
     for repeat in range(repeats):
         placed = GradientCanaries.spread(canaries, 2 * canaries, _auditor(repeat))
-        found.append(mechanism.watch(plan, releases, placed, repetition=repeat))
+        found.append(gradient_canaries.watch(plan, releases, placed, repetition=repeat))
         coins.append(placed.included)
         if progress is not None:
             progress(repeat + 1, repeats)
     scores, included = _pooled(found), np.concatenate(coins)
     estimate = None
     if plan.mechanism.round == "clipped":
-        cosines = mechanism.one_shot_cosines(
+        cosines = gradient_canaries.one_shot_cosines(
             plan, releases, _ONE_SHOT_CLIENTS, _ONE_SHOT_DIMENSION, _auditor(repeats)
         )
         estimate = epsilon_one_shot(cosines, _ONE_SHOT_DIMENSION, plan.delta)

@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedtune.audit.canaries import GradientCanaries, Scores
-from fedtune.audit.mechanism import released_sum
+from fedtune.audit.canaries import GradientCanaries, Scores, released_sum
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
@@ -48,7 +47,6 @@ __all__ = ["CanaryView", "InputCanaries", "ModelScores", "watch"]
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
-Observe = Callable[[FloatArray], None]
 
 _BACKGROUND, _INPUT_CANARIES = 100, 200  # records that are trained on beside, and that carry a wrong label
 _ROWS = 16  # canaries whose dense gradients are in memory at once

@@ -7,25 +7,20 @@ A `PrivacyPlan` has each number once, and every part of a release asks the plan:
 to the accountant what exactly these four did.
 
 One *release* is what one node publishes in one round. What differs between trust models is in the plan's
-`mechanism`, one file each: `fedtune.privacy.mechanisms.local`, `distributed`, `central` and `none`. How
-epsilon comes from settings: `make_plan` below, the mechanism's file, `fedtune.privacy.accounting.epsilon`,
-and `calibration` beside it for the way back.
+`mechanism`, one file each in `fedtune.privacy.mechanisms`. From settings to epsilon: `make_plan` below, the
+mechanism's file, `fedtune.privacy.accounting.epsilon`, and `calibration` beside it for the way back.
 
 Amplification by sampling is claimed only for units drawn in secret on a node. Adding or removing one unit
-changes a sum of clipped units by at most `max_grad_norm`, and the event is for that adjacency. What the
-plan does not do: bound the records of a person (`records_per_unit` is applied where persons are formed),
-or keep books (`fedtune.privacy.ledger.ledger`).
-
-Where nodes answer questions about data that they hold out, or tell their sizes because no owner declared
-them, the plan owns these mechanisms too (`PrivacyPlan.evaluation`, `PrivacyPlan.sizing`;
-`fedtune.privacy.mechanisms.counts`), and they are inside the target epsilon.
+changes a sum of clipped units by at most `max_grad_norm`. Counts that nodes tell (of what they hold out, or
+of their size) are inside the target epsilon (`fedtune.privacy.mechanisms.counts`). What the plan does not do:
+bound the records of a person, or keep books (`fedtune.privacy.ledger.ledger`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,7 +31,7 @@ from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, ConfigError, PrivacyError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
-from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
+from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms, epsilon_rdp_of_terms
 from fedtune.privacy.accounting.strength import caution, trade_off
 from fedtune.privacy.checks import UNITS, default_delta, validate, whole
 from fedtune.privacy.mechanisms.base import Mechanism
@@ -180,18 +175,33 @@ class PrivacyPlan:
             return answered
         return compose_terms(self.mechanism.terms(self, releases, after), answered)
 
-    def everything(self, releases: int, answers: int = 0) -> dict[Term, int] | None:
-        """`terms`, and the size that the node told before: all that a unit is charged for in a run."""
-        sizing = self.sizing()
+    def everything(self, releases: int, answers: int = 0, *, told: bool = True) -> dict[Term, int] | None:
+        """`terms`, and the size that a node told before, unless it was never asked for one (`told`)."""
+        sizing = self.sizing() if told else None
         return compose_terms(self.terms(releases, answers), {} if sizing is None else sizing.terms(1))
 
-    def epsilon(self, releases: int | None = None, answers: int = 0) -> float:
+    def epsilon(self, releases: int | None = None, answers: int = 0, *, told: bool = True) -> float:
         """Upper bound on epsilon, at the plan's delta, of `releases` rounds and `answers` answers about
-        held-out data; by default of all that the plan allows. A size that was told with noise is in it."""
+        held-out data; by default of all that the plan allows. Whatever is shown of a run comes from here."""
         if releases is None:
             releases, answers = self.num_rounds, self.evaluation_answers
-        terms = self.everything(releases, answers)
+        terms = self.everything(releases, answers, told=told)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
+
+    def epsilon_rdp(self, releases: int, answers: int = 0, *, told: bool = True) -> float:
+        """As `epsilon`, by Renyi DP: looser, and independent code."""
+        terms = self.everything(releases, answers, told=told)
+        return math.inf if terms is None else epsilon_rdp_of_terms(terms, self.delta)
+
+    def largest_epsilon(self, made: Iterable[tuple[int, int]]) -> float | None:
+        """The largest over nodes that made so many (releases, answers), never an average (PITFALLS 29); None
+        without privacy."""
+        if not self.is_private():
+            return None
+        counts = set(made)
+        # Of two nodes one may have answered less: only those that no other exceeds are accounted.
+        most = [a for a in counts if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in counts)]
+        return max((self.epsilon(*count) for count in most if any(count)), default=0.0)
 
     def epsilon_towards_server(self, releases: int | None = None, answers: int = 0) -> float:
         """As `epsilon`, towards the server alone; infinite if it sees raw updates."""
@@ -285,11 +295,8 @@ class PrivacyPlan:
         return self.mechanism.noise_multiplier_of_sum(self)
 
     def noise(self, size: int, entropy: Entropy) -> FloatArray:
-        """Noise of one whole sum, float64 [size]; zeros without privacy.
-
-        Where nodes share it, this is what those together add whose noise is counted on. For dp_ftrl it is
-        white, and `fedtune.privacy.mechanisms.matrix.CorrelatedNoise` makes of it what is added.
-        """
+        """Noise of one whole sum, float64 [size]; zeros without privacy. Where nodes share it, this is what
+        those together add whose noise is counted on; for dp_ftrl it is white (`mechanisms.matrix`)."""
         return entropy.gaussian(size, self.noise_std())
 
     def average(self, noised_sum: npt.ArrayLike) -> FloatArray:
@@ -304,11 +311,7 @@ class PrivacyPlan:
     def aggregation_weights(
         self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None = None
     ) -> FloatArray:
-        """Weights [len(nodes)] with which the server averages the updates of `nodes`.
-
-        Uniform, or by declared public sizes; never by what a node counted. Where the sum carries the noise
-        they are fixed, whoever came, because noise and sensitivity were; elsewhere they sum to 1.
-        """
+        """Weights [len(nodes)] with which the server averages the updates of `nodes`; see `Mechanism`."""
         if not nodes:
             return np.zeros(0, dtype=np.float64)
         return self.mechanism.weights(nodes, declared_sizes)
@@ -390,20 +393,18 @@ def make_plan(
 ) -> PrivacyPlan:
     """The plan of a run: settings checked, defaults filled in, the noise calibrated.
 
-    It reads settings and public sizes and nothing else, so that all of it happens before any private data is
-    read; a node makes the same plan from its own configuration and compares.
+    It reads settings and public sizes and nothing else, before any private data is read; a node makes the
+    same plan from its own configuration and compares.
 
     Args:
         config: complete.
-        declared_sizes: the public size of each node's shard in units of `privacy.unit` (for unit=client only
-            their number counts), without what is held out for evaluation.
+        declared_sizes: the public size of each node's shard in units of `privacy.unit` (of clients only their
+            number counts), without what is held out for evaluation.
         largest_delta: which a default delta is not to exceed (the smallest of the owners' budgets').
 
     Returns:
-        A plan whose default delta is that of `default_delta`, where n is the number of units that the
-        mechanism is about (`Mechanism.declared_size`), so that it is below 1/n for every shard; where sizes
-        are told with noise, which is in the epsilon, it is a constant. A node takes its own plan with
-        `for_shard`.
+        A plan whose default delta is below 1/n for every shard (`default_delta`), or a constant where sizes
+        are told with noise. A node takes its own plan with `for_shard`.
 
     Raises:
         PrivacyError: a setting without meaning; or one unit has all the data, and no delta is given.

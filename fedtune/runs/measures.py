@@ -61,8 +61,6 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
     after a resume are kept: what they released is released. Where the ledger is on another machine, what it
     knows of other uses is null.
     """
-    from fedtune.privacy.accounting.epsilon import epsilon_of_terms, epsilon_rdp_of_terms
-
     held = {shard.node: shard for shard in shards}
     sizes = {node.name: node.declared_size for node in result.nodes}
     found = []
@@ -73,13 +71,12 @@ def node_privacy(shards: Sequence[Shard], result: FederationResult) -> list[Node
         releases = max(in_ledger, result.releases.get(name, 0))
         answers = max(in_answers, result.answers.get(name, 0))
         # A node that was never discovered has told no size either.
-        terms = plan.everything(releases, answers) if name in sizes else plan.terms(releases, answers)
-        private = plan.is_private()
+        told, private = name in sizes, plan.is_private()
         found.append(
             NodePrivacy(
                 node=name,
-                epsilon=epsilon_of_terms(terms, plan.delta) if private else None,
-                epsilon_rdp=epsilon_rdp_of_terms(terms, plan.delta) if private else None,
+                epsilon=plan.epsilon(releases, answers, told=told) if private else None,
+                epsilon_rdp=plan.epsilon_rdp(releases, answers, told=told) if private else None,
                 delta=plan.delta if private else None,
                 releases=releases,
                 answers=answers,

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fedtune.audit.attack import audit_mechanism, audit_model
-from fedtune.audit.canaries import GradientCanaries
-from fedtune.audit.mechanism import canary_sum, one_shot_cosines, released_sum
+from fedtune.audit.canaries import GradientCanaries, canary_sum, one_shot_cosines, released_sum
 from fedtune.errors import PrivacyError
 from fedtune.privacy.plan import PrivacyPlan
 from tests.support import audited_plans as plans

@@ -22,8 +22,7 @@ from fedtune.privacy.mechanisms.counts import (
     evaluation_rounds,
     evaluation_settings,
 )
-from fedtune.privacy.mechanisms.exact import discrete_gaussian
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy, discrete_gaussian
 
 
 def about(**changes: Any) -> EvaluationPlan:

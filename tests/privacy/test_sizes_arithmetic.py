@@ -11,8 +11,7 @@ import pytest
 from fedtune.config.schema import Config
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.mechanisms.counts import SizePlan, largest, size_noise, size_plan
-from fedtune.privacy.mechanisms.exact import discrete_gaussian, steps_of_one
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy, discrete_gaussian, steps_of_one
 
 PLAN = SizePlan(trust="local", unit="record", noise_multiplier=20.0, delta=1e-6)
 

@@ -17,8 +17,7 @@ from fedtune.federation.secagg import crypto as secagg_crypto
 from fedtune.federation.secagg.messages import PhaseId, session_for
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
-from fedtune.privacy.mechanisms.exact import discrete_gaussian
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy, discrete_gaussian
 from fedtune.privacy.plan import PrivacyPlan
 from tests.support.events import distributed_epsilon
 from tests.support.plans import plan_of

@@ -266,14 +266,11 @@ class RunState:
         )
 
     def epsilon(self) -> float | None:
-        """Epsilon of this run so far: the largest over the nodes, never an average (PITFALLS 29)."""
-        if not self.plan.is_private():
-            return None
+        """Epsilon of this run so far: the largest over the nodes."""
         nodes = {*self.releases, *self.answers}
-        made = {(self.releases.get(node, 0), self.answers.get(node, 0)) for node in nodes}
-        # Of two nodes one may have answered less: only those that no other exceeds are accounted.
-        most = [one for one in made if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in made)]
-        return max((float(self.plan.epsilon(*one)) for one in most if any(one)), default=0.0)
+        return self.plan.largest_epsilon(
+            (self.releases.get(one, 0), self.answers.get(one, 0)) for one in nodes
+        )
 
     def result(self, evaluation: Any) -> FederationResult:
         """What is handed over at the end."""

@@ -110,23 +110,20 @@ class Central(Mechanism):
 
     @classmethod
     def default_unit(cls, persons_named: bool) -> Unit:
-        """See `Mechanism`."""
         return cls.units[0]
 
     @classmethod
     def default_evaluation(cls, config: Config) -> Evaluation:
-        """See `Mechanism`. No noise but the clients' own hides what one client tells."""
+        """No noise but the clients' own hides what one client tells."""
         return "none"
 
     @classmethod
     def check_server_noise(cls, config: Config) -> None:
-        """See `Mechanism`."""
         if config.privacy.mechanism in METHODS:
             check_bands(config)
 
     @classmethod
     def check_evaluation(cls, config: Config) -> None:
-        """See `Mechanism`."""
         if config.federation.evaluation == "private":
             raise ConfigError(
                 "federation.evaluation=private does not work with privacy.trust=central: the unit is a "
@@ -137,7 +134,6 @@ class Central(Mechanism):
 
     @classmethod
     def from_settings(cls, config: Config, nodes: int) -> Central:
-        """See `Mechanism`."""
         privacy, train, federation = config.privacy, config.train, config.federation
         if federation.weighting != "uniform":
             raise PrivacyError(
@@ -158,11 +154,11 @@ class Central(Mechanism):
 
     @classmethod
     def declared_size(cls, sizes: Sequence[int]) -> int:
-        """See `Mechanism`: only the number of clients counts."""
+        """Only the number of clients counts."""
         return len(sizes)
 
     def with_noise(self, noise_multiplier: float) -> Central:
-        """See `Mechanism`. Adaptive clipping pays for its count from the same noise multiplier."""
+        """Adaptive clipping pays for its count from the same noise multiplier."""
         if not self.adaptive_clipping:
             return self
         # A twentieth of the cohort (Andrew et al. 2021), but enough that something is left for the updates.
@@ -170,7 +166,6 @@ class Central(Mechanism):
         return dataclasses.replace(self, quantile_noise=max(self.cohort_size / 20.0, noise))
 
     def check(self, plan: PrivacyPlan) -> None:
-        """See `Mechanism`."""
         if self.cohort_size > plan.declared_size:
             raise PrivacyError(
                 f"federation.cohort_size={self.cohort_size} is more than the {plan.declared_size} clients "
@@ -203,42 +198,38 @@ class Central(Mechanism):
     # --- what the accountant is told ----------------------------------------------------------------
 
     def sample_rate_accounted(self) -> float:
-        """See `Mechanism`: clients are seen to take part, so the accountant is told of no sampling."""
+        """Clients are seen to take part, so the accountant is told of no sampling."""
         return 1.0
 
     def steps_per_release(self) -> int:
-        """See `Mechanism`: a round is one aggregation."""
+        """A round is one aggregation."""
         return 1
 
     def root(self, plan: PrivacyPlan) -> BandedRoot | None:
-        """See `Mechanism`."""
         return BandedRoot(plan.num_rounds, self.bands, self.min_separation) if self._is_correlated else None
 
     def terms(self, plan: PrivacyPlan, releases: int, after: int) -> dict[Term, int] | None:
-        """See `Mechanism`. Under dp_ftrl a participation's share depends on how many came before."""
+        """Under dp_ftrl a participation's share depends on how many came before."""
         if (root := self.root(plan)) is not None:
             return root.terms(plan.noise_multiplier, releases, after)
         return super().terms(plan, releases, after)
 
     def to_calibrate(self, plan: PrivacyPlan) -> tuple[float, int]:
-        """See `Mechanism`: under dp_ftrl the whole run is one step."""
+        """Under dp_ftrl the whole run is one step."""
         return (1.0, 1) if self._is_correlated else super().to_calibrate(plan)
 
     def why_no_noise(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`."""
         root = self.root(plan)
         often = "every round" if root is None else f"{root.participations} of {root.num_rounds} rounds"
         return f" The unit here is a client, and each of {plan.nodes} takes part in {often} in sight of all."
 
     def epsilon_towards_server(self, plan: PrivacyPlan, releases: int, answers: int) -> float:
-        """See `Mechanism`: it sees every raw update."""
+        """It sees every raw update."""
         return math.inf
 
     def adjacency(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`.
-
-        Clients are known by name and only their number is asked in a round, so that taking one away would put
-        another into its place; what is protected is what a client holds (Kairouz et al. 2021 call it
+        """Clients are known by name and only their number is asked in a round, so that taking one away would
+        put another into its place; what is protected is what a client holds (Kairouz et al. 2021 call it
         zero-out): its update is then zero, and is not counted.
         """
         return (
@@ -249,11 +240,10 @@ class Central(Mechanism):
     # --- what is done -------------------------------------------------------------------------------
 
     def expected_batch_size(self, plan: PrivacyPlan) -> float:
-        """See `Mechanism`."""
         return float(self.cohort_size)
 
     def noise_multiplier_of_sum(self, plan: PrivacyPlan) -> float:
-        """See `Mechanism`: more than is accounted where a quantile is paid for too.
+        """More than is accounted where a quantile is paid for too.
 
         The count of unclipped updates, shifted to +-1/2, has sensitivity 1/2. Releasing it with noise
         `quantile_noise` and the updates with (z^-2 - (2 quantile_noise)^-2)^(-1/2) costs exactly one Gaussian
@@ -269,7 +259,7 @@ class Central(Mechanism):
     def adapt_clip(
         self, plan: PrivacyPlan, norms: npt.ArrayLike, entropy: Entropy, learning_rate: float
     ) -> PrivacyPlan:
-        """See `Mechanism`. The norm moves towards the private quantile of `norms` [m].
+        """The norm moves towards the private quantile of `norms` [m].
 
         It draws the count's noise itself, so the norm cannot adapt for free. A client whose update is zero
         votes neither way: the neighbour in which a client holds nothing must not count it as unclipped, for
@@ -286,34 +276,33 @@ class Central(Mechanism):
         return dataclasses.replace(plan, max_grad_norm=norm)
 
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:
-        """See `Mechanism`. Noise and sensitivity were fixed before, whoever came."""
+        """Noise and sensitivity were fixed before, whoever came."""
         return np.full(len(nodes), 1.0 / self.cohort_size)
 
     def for_shard(self, plan: PrivacyPlan, declared_size: int) -> PrivacyPlan:
-        """See `Mechanism`. How much one client holds changes nothing."""
+        """How much one client holds changes nothing."""
         whole(declared_size, "declared_size")
         return plan
 
     def client_training(self) -> Mechanism:
-        """See `Mechanism`. A client trains without clipping or noise; the server does both afterwards."""
+        """A client trains without clipping or noise; the server does both afterwards."""
         return NoPrivacy(sample_rate=self.training_sample_rate, local_steps=self.training_steps)
 
     def free_settings(self) -> Collection[str]:
-        """See `Mechanism`. An adaptive norm moves from round to round, at a price that is accounted."""
+        """An adaptive norm moves from round to round, at a price that is accounted."""
         return ("declared_size", "max_grad_norm") if self.adaptive_clipping else ("declared_size",)
 
     def refusals(self, plan: PrivacyPlan, max_sample_rate: float, min_colluders: int) -> Iterable[str]:
-        """See `Mechanism`. The rate at which one client's own records are drawn protects nobody."""
+        """The rate at which one client's own records are drawn protects nobody."""
         return ()
 
     def cohort(self, asked: int | None) -> int | None:
-        """See `Mechanism`. It divides by its cohort: more updates than that would be a larger step."""
+        """It divides by its cohort: more updates than that would be a larger step."""
         return self.cohort_size
 
     # --- in words -----------------------------------------------------------------------------------
 
     def cautions(self, plan: PrivacyPlan) -> list[str]:
-        """See `Mechanism`."""
         found = []
         if plan.declared_size < _FEW_CLIENTS:
             found.append(
@@ -329,7 +318,6 @@ class Central(Mechanism):
         return found
 
     def describe(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`."""
         if (root := self.root(plan)) is None:
             return "DP-FedAvg: the server clips each client's update and adds Gaussian noise to their sum"
         return (
@@ -340,12 +328,11 @@ class Central(Mechanism):
 
     @classmethod
     def recorded_rate(cls, privacy: Mapping[str, Any]) -> float:
-        """See `Mechanism`: clients are seen to take part."""
+        """Clients are seen to take part."""
         return 1.0
 
     @classmethod
     def sampling(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         if matrix := privacy.get("matrix"):
             return (
                 f"the server chooses clients, each at most once in {matrix['min_separation']} rounds, which "
@@ -356,7 +343,6 @@ class Central(Mechanism):
 
     @classmethod
     def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
-        """See `Mechanism`."""
         return [
             "The server sees every node's raw update and must be trusted: the guarantee is towards everybody "
             "else.",
@@ -366,5 +352,4 @@ class Central(Mechanism):
 
     @classmethod
     def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         return "the finished model and every model on the way (but not what the server itself received)"

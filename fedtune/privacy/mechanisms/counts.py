@@ -21,7 +21,7 @@ The mechanism. A unit's vote is cut into `scale` equal steps. A held-out record 
 into `wrong`; a person puts the share of their texts that are right into one and the rest into the other,
 however many texts they have. Adding or removing one unit changes the two cells by (a, b) with a, b >= 0 and
 a + b = scale, so by at most `scale` in L2; a size has one cell. Exact discrete Gaussian noise of standard
-deviation 2^24 steps is added to each (`fedtune.privacy.mechanisms.exact`), and `scale` is chosen so that 2^24
+deviation 2^24 steps is added to each (`fedtune.privacy.mechanisms.noise`), and `scale` is chosen so that 2^24
 is at least `noise_multiplier` times the sensitivity. That is a Gaussian of that multiplier to the accountant,
 with nothing lost: steps 4 and 5 of the argument in `fedtune.privacy.mechanisms.discrete`, with one share and
 r = 4, hold here with a slack far below 1e-100.
@@ -48,8 +48,7 @@ from fedtune.config.choices import resolved
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
-from fedtune.privacy.mechanisms.exact import MAX_LOG2_STD, discrete_gaussian, steps_of_one
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import MAX_LOG2_STD, Entropy, discrete_gaussian, steps_of_one
 from fedtune.privacy.mechanisms.registry import mechanism_of
 
 if TYPE_CHECKING:

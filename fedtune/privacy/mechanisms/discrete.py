@@ -3,7 +3,7 @@
 Under `trust=distributed` no node adds enough noise by itself. Every node adds a share, secure aggregation
 shows the server only the sum of integers, and the shares together are the plan's noise. This module is the
 arithmetic of that: an encoding of a clipped sum as integers modulo 2^32, noised by the exact sampler in
-`fedtune.privacy.mechanisms.exact`, and the argument that links both to the event that the accountant
+`fedtune.privacy.mechanisms.noise`, and the argument that links both to the event that the accountant
 counts. It is the distributed discrete Gaussian mechanism of Kairouz, Liu and Steinke 2021 (arXiv
 2102.06387) with two changes. Their random rotation and conditional rounding make 8 to 16 bits a number do;
 at 32 bits both are needless: the range holds the largest sum there can be, and plain rounding costs a
@@ -59,7 +59,7 @@ import numpy.typing as npt
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.mechanisms.distributed import Distributed
-from fedtune.privacy.mechanisms.exact import MAX_LOG2_STD, discrete_gaussian
+from fedtune.privacy.mechanisms.noise import MAX_LOG2_STD, discrete_gaussian
 
 if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.noise import Entropy

@@ -64,7 +64,6 @@ class Distributed(Mechanism):
 
     @classmethod
     def from_settings(cls, config: Config, nodes: int) -> Distributed:
-        """See `Mechanism`."""
         if config.federation.weighting != "uniform":
             raise PrivacyError(
                 f"federation.weighting={config.federation.weighting} does not fit privacy.trust={cls.trust}: "
@@ -79,11 +78,10 @@ class Distributed(Mechanism):
 
     @classmethod
     def declared_size(cls, sizes: Sequence[int]) -> int:
-        """See `Mechanism`: that of the union."""
+        """That of the union."""
         return sum(sizes)
 
     def check(self, plan: PrivacyPlan) -> None:
-        """See `Mechanism`."""
         if self.honest_shares(plan) < 1:
             raise PrivacyError(
                 f"With {plan.nodes} nodes, privacy.max_dropouts={self.max_dropouts} and "
@@ -95,11 +93,10 @@ class Distributed(Mechanism):
     # --- what the accountant is told ----------------------------------------------------------------
 
     def sample_rate_accounted(self) -> float:
-        """See `Mechanism`."""
         return self.sample_rate
 
     def steps_per_release(self) -> int:
-        """See `Mechanism`: a round is one step."""
+        """A round is one step."""
         return 1
 
     def honest_shares(self, plan: PrivacyPlan) -> int:
@@ -112,7 +109,7 @@ class Distributed(Mechanism):
         return plan.nodes - self.max_dropouts - max(min(1, plan.nodes - 1), self.max_colluders)
 
     def epsilon_towards_server(self, plan: PrivacyPlan, releases: int, answers: int) -> float:
-        """See `Mechanism`. It knows no share of the noise: sigma * sqrt(1 + known / honest_shares)."""
+        """It knows no share of the noise: sigma * sqrt(1 + known / honest_shares)."""
         shares = plan.nodes - self.max_dropouts
         noise = plan.noise_multiplier * math.sqrt(shares / self.honest_shares(plan)) * (1.0 - 1e-12)
         return dataclasses.replace(plan, noise_multiplier=noise).epsilon(releases, answers)
@@ -120,21 +117,21 @@ class Distributed(Mechanism):
     # --- what is done -------------------------------------------------------------------------------
 
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:
-        """See `Mechanism`. Sums are added up: noise and sensitivity were fixed before."""
+        """Sums are added up: noise and sensitivity were fixed before."""
         return np.ones(len(nodes), dtype=np.float64)
 
     def for_shard(self, plan: PrivacyPlan, declared_size: int) -> PrivacyPlan:
-        """See `Mechanism`. The union stays: all nodes divide by one constant."""
+        """The union stays: all nodes divide by one constant."""
         whole(declared_size, "declared_size")
         return plan
 
     def sizes_like(self, plan: PrivacyPlan) -> list[int]:
-        """See `Mechanism`: any that add up to the union, which is all that a node knows."""
+        """Any that add up to the union, which is all that a node knows."""
         others = [1] * (plan.nodes - 1)
         return [max(1, plan.declared_size - len(others)), *others]
 
     def check_shard(self, plan: PrivacyPlan, node: str, declared_size: int) -> None:
-        """See `Mechanism`. Delta follows from the size of the union, which this node's part is in."""
+        """Delta follows from the size of the union, which this node's part is in."""
         if plan.declared_size < declared_size:
             raise PrivacyError(
                 f"The server proposes a plan for a union of {plan.declared_size} units, and node {node!r} "
@@ -142,23 +139,19 @@ class Distributed(Mechanism):
             )
 
     def refusals(self, plan: PrivacyPlan, max_sample_rate: float, min_colluders: int) -> Iterable[str]:
-        """See `Mechanism`."""
         if max(1, self.max_colluders) < min_colluders:
             yield f"privacy.max_colluders={self.max_colluders} is below the least permitted, {min_colluders}"
         yield from super().refusals(plan, max_sample_rate, min_colluders)
 
     def least_nodes(self, plan: PrivacyPlan) -> int:
-        """See `Mechanism`."""
         return plan.nodes - self.max_dropouts
 
     def nodes_in_size(self, plan: PrivacyPlan) -> int:
-        """See `Mechanism`."""
         return plan.nodes
 
     # --- in words -----------------------------------------------------------------------------------
 
     def describe(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`."""
         return (
             "one DP-SGD step over the union of all shards a round: Poisson sampling, clipping, discrete "
             "Gaussian noise shared between the nodes, secure aggregation"
@@ -168,7 +161,6 @@ class Distributed(Mechanism):
 
     @classmethod
     def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
-        """See `Mechanism`."""
         answers = [
             "Evaluation does not go through secure aggregation: the server sees each node's two noised "
             "counts. Each node adds all the noise of its answer by itself, so they are private towards "
@@ -189,13 +181,12 @@ class Distributed(Mechanism):
 
     @classmethod
     def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         server = "everything that the server received (sums over the nodes)"
         return f"{server} and the noise of one of the other nodes" if _covers_a_node(privacy) else server
 
     @classmethod
     def epsilon_of_others(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`: that towards another node, in records of earlier versions."""
+        """That towards another node, in records of earlier versions."""
         towards = privacy.get("epsilon_towards_nodes")
         if towards is None or _covers_a_node(privacy):
             return ""
@@ -203,7 +194,6 @@ class Distributed(Mechanism):
 
     @classmethod
     def whose_epsilon(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         towards, claimed = privacy.get("epsilon_towards_nodes"), privacy["epsilon"]
         server = privacy.get("epsilon_towards_server")
         if towards is not None and claimed is not None and towards > claimed:

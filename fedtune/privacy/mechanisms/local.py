@@ -48,7 +48,6 @@ class TrainingOnNodes(Mechanism):
 
     @classmethod
     def from_settings(cls, config: Config, nodes: int) -> TrainingOnNodes:
-        """See `Mechanism`."""
         train = config.train
         return cls(
             sample_rate=train.sample_rate,
@@ -57,15 +56,13 @@ class TrainingOnNodes(Mechanism):
         )
 
     def sample_rate_accounted(self) -> float:
-        """See `Mechanism`."""
         return self.sample_rate
 
     def steps_per_release(self) -> int:
-        """See `Mechanism`."""
         return self.local_steps
 
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:
-        """See `Mechanism`. They sum to 1."""
+        """They sum to 1."""
         if self.weighting == "uniform":
             return np.full(len(nodes), 1.0 / len(nodes), dtype=np.float64)
         missing = [name for name in nodes if name not in (declared_sizes or {})]
@@ -85,7 +82,6 @@ class Local(TrainingOnNodes):
     trust: ClassVar[str] = "local"
 
     def describe(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`."""
         return (
             f"DP-SGD on each node: Poisson sampling, clipping of each {plan.unit}'s gradient, Gaussian noise "
             "in every step"
@@ -93,7 +89,6 @@ class Local(TrainingOnNodes):
 
     @classmethod
     def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
-        """See `Mechanism`."""
         return [
             "The server sees each node's updates. They are already private when they leave, so neither the "
             "server nor whoever listens must be trusted.",
@@ -103,11 +98,9 @@ class Local(TrainingOnNodes):
 
     @classmethod
     def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         return "everything that ever left a node"
 
     @classmethod
     def whose_epsilon(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         nodes = len(privacy["per_node"])
         return f"; the largest of {nodes} nodes" if nodes > 1 else ""

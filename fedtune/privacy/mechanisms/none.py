@@ -28,12 +28,12 @@ class NoPrivacy(TrainingOnNodes):
 
     @classmethod
     def default_evaluation(cls, config: Config) -> Evaluation:
-        """See `Mechanism`. What is held out is evaluated on as it is: such a run promises nothing."""
+        """What is held out is evaluated on as it is: such a run promises nothing."""
         return "held_out"
 
     @classmethod
     def check_settings(cls, config: Config) -> None:
-        """See `Mechanism`. Whoever names an epsilon or noise expects what this does not do."""
+        """Whoever names an epsilon or noise expects what this does not do."""
         privacy = config.privacy
         if privacy.epsilon is not None or privacy.noise_multiplier:
             given = (
@@ -48,20 +48,17 @@ class NoPrivacy(TrainingOnNodes):
         cls.check_server_noise(config)
 
     def terms(self, plan: PrivacyPlan, releases: int, after: int) -> dict[Term, int] | None:
-        """See `Mechanism`: no number of steps says what this costs."""
+        """No number of steps says what this costs."""
         return None
 
     def describe(self, plan: PrivacyPlan) -> str:
-        """See `Mechanism`."""
         return "none"
 
     @classmethod
     def who_sees_what(cls, privacy: Mapping[str, Any]) -> list[str]:
-        """See `Mechanism`."""
         server = "The server sees every node's raw updates."
         return [server, NODES_SEE, USERS_SEE, "Nobody is protected from any of them."]
 
     @classmethod
     def attacker_sees(cls, privacy: Mapping[str, Any]) -> str:
-        """See `Mechanism`."""
         return "everything that ever left a node"

@@ -10,8 +10,7 @@ from scipy import stats
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.mechanisms.discrete import FLOAT_MARGIN, DiscreteMechanism, sum_divergence
-from fedtune.privacy.mechanisms.exact import _exp_minus, _one_in, discrete_gaussian
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy, _exp_minus, _one_in, discrete_gaussian
 from tests.support.events import distributed_epsilon
 
 FIXED = Entropy.reproducible(7, "node", 1, 1)  # statistics below must not fail by chance on some days

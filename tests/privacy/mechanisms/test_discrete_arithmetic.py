@@ -12,8 +12,7 @@ import pytest
 
 from fedtune.errors import PrivacyError
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism, _unevenness, sum_divergence
-from fedtune.privacy.mechanisms.exact import discrete_gaussian
-from fedtune.privacy.mechanisms.noise import Entropy
+from fedtune.privacy.mechanisms.noise import Entropy, discrete_gaussian
 from tests.support.events import distributed_epsilon, epsilon_of
 from tests.support.plans import distributed_plan, local_plan
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedtune.privacy.mechanisms.exact import (
+from fedtune.privacy.mechanisms.noise import (
     _bits,
     _discrete_laplace,
     _exp_minus,
