@@ -54,6 +54,8 @@ __all__ = [
     "check_update",
     "coarse_seconds",
     "publishable_record",
+    "read_config",
+    "read_plan",
 ]
 
 VERSION = 1
@@ -126,7 +128,7 @@ class NodeHello:
         """
         what = "A node's hello"
         _only_records(content, {"hello"}, what)
-        values = _read_config(content, "hello", HELLO_KEYS, what)
+        values = read_config(content, "hello", HELLO_KEYS, what)
         values.pop("version")
         name, size, delta = values["node"], values["declared_size"], values["delta"]
         if not values["idle"] and (not name or len(name) > 200 or size < 1):
@@ -161,8 +163,8 @@ class Proposal:
         """
         what = "The server's proposal"
         _only_records(content, {"proposal"}, what)
-        values = _read_config(content, "proposal", PROPOSAL_KEYS, what)
-        return cls(values["run"], values["attempt"], _read_plan(values["plan"], what))
+        values = read_config(content, "proposal", PROPOSAL_KEYS, what)
+        return cls(values["run"], values["attempt"], read_plan(values["plan"], what))
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Consent:
         """
         what = f"The answer of node {node!r} to the proposed run"
         _only_records(content, {"consent"}, what)
-        values = _read_config(content, "consent", CONSENT_KEYS, what)
+        values = read_config(content, "consent", CONSENT_KEYS, what)
         return cls(**_answers(values, what, node=node, run=run, attempt=attempt))
 
 
@@ -223,13 +225,13 @@ class RoundRequest:
         """
         what = "The server's request"
         _only_records(content, {"adapter", "request"}, what)
-        values = _read_config(content, "request", REQUEST_KEYS, what)
+        values = read_config(content, "request", REQUEST_KEYS, what)
         adapter = _read_vector(content, "adapter", what)
         if not np.isfinite(adapter).all():
             raise FederationError(
                 f"{what} for round {values['round']} carries an adapter with NaN or infinity."
             )
-        plan = _read_plan(values["plan"], what)
+        plan = read_plan(values["plan"], what)
         return cls(values["run"], values["round"], values["attempt"], plan, adapter)
 
 
@@ -282,7 +284,7 @@ class RoundReply:
         what = f"The answer of node {node!r} in round {round}"
         try:
             _only_records(content, {"reply", "update"}, what)
-            values = _read_config(content, "reply", REPLY_KEYS, what)
+            values = read_config(content, "reply", REPLY_KEYS, what)
             update = _read_vector(content, "update", what) if "update" in content else None
         except FederationError as error:
             raise UpdateRejected(str(error)) from error
@@ -332,7 +334,7 @@ class EvaluationReply:
         what = f"The answer of node {node!r} about its held-out data after round {round}"
         try:
             _only_records(content, {"evaluation"}, what)
-            values = _read_config(content, "evaluation", EVALUATION_KEYS, what, signed=_COUNTS)
+            values = read_config(content, "evaluation", EVALUATION_KEYS, what, signed=_COUNTS)
         except FederationError as error:
             raise UpdateRejected(str(error)) from error
         values = _answers(values, what, node=node, run=run, round=round, attempt=attempt)
@@ -398,12 +400,13 @@ def _only_records(content: RecordDict, allowed: set[str], what: str) -> None:
         raise FederationError(f"{what} carries records that nobody asked for: {extra}.")
 
 
-def _read_config(
+def read_config(
     content: RecordDict, name: str, keys: Mapping[str, type], what: str, signed: Collection[str] = ()
 ) -> dict[str, Any]:
     """The ConfigRecord `name` of `content`, with exactly `keys` of exactly these types.
 
-    Numbers are 0 or more, but for whole ones among `signed`.
+    Numbers are 0 or more, but for whole ones among `signed`. Lists are of texts if called `names`, else of
+    bytes.
 
     Raises:
         FederationError: the record is anything else; it says `what` it is.
@@ -428,6 +431,9 @@ def _read_config(
             raise FederationError(
                 f"{what}: {key} is a {type(value).__name__}, and should be a {kind.__name__}."
             )
+        item: type = str if key == "names" else bytes
+        if kind is list and any(type(element) is not item for element in value):
+            raise FederationError(f"{what}: {key} is not a list of {item.__name__}.")
         if kind is int and value < 0 and key not in signed:
             raise FederationError(f"{what}: {key} is {value}, below 0.")
         if kind is float and not (math.isfinite(value) and value >= 0):
@@ -449,7 +455,7 @@ def _answers(values: Mapping[str, Any], what: str, **asked: Any) -> dict[str, An
     }
 
 
-def _read_plan(text: str, what: str) -> PrivacyPlan:
+def read_plan(text: str, what: str) -> PrivacyPlan:
     """The plan that a message carries as JSON.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any
 
 from fedtune.config.files import replace_whole
 from fedtune.errors import RecordError, ResourceError
-from fedtune.federation import local_record
+from fedtune.federation.run_folder import read_local, update_local
 from fedtune.privacy.publication import merge
 from fedtune.privacy.publication import publish as door
 
@@ -102,18 +102,18 @@ def publish(made: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """Writes what may be published of `made` to `record.json`, keeps the rest for the owner.
 
     Returns the first part. Of data that is not declared public, `local.json` of the folder gets what was
-    measured or found in it (`fedtune.federation.local_record`), and the record has null there.
+    measured or found in it (`fedtune.federation.run_folder`), and the record has null there.
     Raises `ResourceError` if the disk does not take it.
     """
     published, own = _split(made)
-    local_record.update(run_dir, record=clean(own))
+    update_local(run_dir, record=clean(own))
     write(published, run_dir / RECORD_NAME)
     return published
 
 
 def whole(run_dir: Path) -> dict[str, Any]:
     """The record of a folder with what the folder keeps for the owner. Raises as `read` does."""
-    found: dict[str, Any] = merge(read(run_dir), local_record.read(run_dir).get("record"))
+    found: dict[str, Any] = merge(read(run_dir), read_local(run_dir).get("record"))
     return found
 
 

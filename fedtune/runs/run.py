@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import FederationError, ResourceError
-from fedtune.federation import local_record
+from fedtune.federation import run_folder
 from fedtune.federation.events import StoppingObserver
 from fedtune.privacy.publication import merge, publish
 from fedtune.runs import assemble, environment, history, record
@@ -208,7 +208,7 @@ def finish(
             started,
             commit or environment.commit(),
         )
-    local_record.collect_reasons(run_dir)
+    run_folder.collect_reasons(run_dir)
     written, _ = publish("record", made, public_data=resources.prepared.public)
     statement = record.write_statement(written, run_dir / STATEMENT)
     record.publish(made, run_dir)
@@ -286,25 +286,23 @@ class _ForOwner(StoppingObserver):
 
     def on_client(self, node: str, status: str) -> None:
         """See `Observer`."""
-        self._view.on_client(node, local_record.restore_reasons(self._run_dir, status))
+        self._view.on_client(node, run_folder.restore_reasons(self._run_dir, status))
 
     def on_round(self, summary: RoundSummary) -> str | None:
         """See `Observer`."""
-        lost = [
-            (node, local_record.restore_reasons(self._run_dir, reason)) for node, reason in summary.dropped
-        ]
+        lost = [(node, run_folder.restore_reasons(self._run_dir, reason)) for node, reason in summary.dropped]
         return self._view.on_round(dataclasses.replace(summary, dropped=lost))
 
 
 def _for_owner(written: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The record with what only the owner of the data is told, for the terminal."""
-    whole: dict[str, Any] = merge(written, local_record.read(run_dir).get("record"))
+    whole: dict[str, Any] = merge(written, run_folder.read_local(run_dir).get("record"))
     federation = dict(whole["federation"])
     federation["dropped"] = [
-        {**one, "reason": local_record.restore_reasons(run_dir, one["reason"], one["round"])}
+        {**one, "reason": run_folder.restore_reasons(run_dir, one["reason"], one["round"])}
         for one in federation["dropped"]
     ]
-    federation["ended_early"] = local_record.restore_reasons(run_dir, federation["ended_early"] or "") or None
+    federation["ended_early"] = run_folder.restore_reasons(run_dir, federation["ended_early"] or "") or None
     notes = [note for note in whole["data"]["notes"] or [] if note not in whole["privacy"]["cautions"]]
     return {
         **whole,
@@ -325,7 +323,7 @@ def _failures(run_dir: Path, view: Display, tracker: Tracker) -> Iterator[None]:
         view.close()
         raise Interrupted(_interrupted(run_dir)) from error
     except FederationError as error:
-        raise type(error)(local_record.restore_reasons(run_dir, str(error)), public=False) from error
+        raise type(error)(run_folder.restore_reasons(run_dir, str(error)), public=False) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise

@@ -30,7 +30,7 @@ from fedtune.config.files import save
 from fedtune.config.launch import Job, JobFailure, launch
 from fedtune.config.overrides import value_text
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
-from fedtune.federation import local_record
+from fedtune.federation import run_folder
 from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.privacy.publication import error_in_public, publish
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
@@ -261,7 +261,7 @@ class Sweep:
             values, _ = publish("failure", values, public_data=permitted)
             save(folder / FAILURE_NAME, (json.dumps(values, indent=1) + "\n").encode())
             if published != text:
-                local_record.update(folder, failure=text)
+                run_folder.update_local(folder, failure=text)
         which = f"run {self._place(job)} ({self._name(job)}) failed: " if job is not None else ""
         self.warn(f"{which}{text}")
         return text

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from flwr.app import Context
 
 from fedtune.errors import BudgetExhausted, FederationError, FedtuneError
-from fedtune.federation import local_record
+from fedtune.federation import run_folder
 from fedtune.federation.sizes import sized
 from fedtune.privacy.publication import error_in_public
 
@@ -132,7 +132,7 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
     """What may be published of an error that happened at `node`; the whole goes to the node's own log.
 
     In a simulation that is the run folder's too, where the person at the keyboard reads it
-    (`fedtune.federation.local_record`).
+    (`fedtune.federation.run_folder`).
     """
     full = f"{type(error).__name__}: {' '.join(str(error).split())}"
     expected = isinstance(error, FedtuneError)
@@ -155,7 +155,7 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
                 permitted = site.publish_budget and isinstance(error, BudgetExhausted)
     published = error_in_public(error, node, permitted=permitted)
     if run_dir is not None and published != full:
-        local_record.log_reason(Path(run_dir), node, round, published, full)
+        run_folder.log_reason(Path(run_dir), node, round, published, full)
     return published
 
 

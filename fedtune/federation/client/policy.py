@@ -181,25 +181,13 @@ class SiteSettings(Group):
         The length that texts are cut to and the split of a public data set stay the run's, and the label set
         where the site's file names none.
         """
-        mine = self.data
+        mine = {name: value for name, value in vars(self.data).items() if name != "labels"}
         data = DataConfig(
-            source=mine.source,
-            name=mine.name,
-            subset=mine.subset,
-            revision=mine.revision,
-            path=mine.path,
-            text=mine.text,
-            text_pair=mine.text_pair,
-            label=mine.label,
-            unit=mine.unit,
-            site=mine.site,
+            **mine,
             only_site=self.site,
-            declared_size=mine.declared_size,
-            train_split=mine.train_split,
             test_fraction=asked.data.test_fraction,
             max_length=asked.data.max_length,
-            labels=asked.data.labels if mine.labels is None else list(mine.labels),
-            public=mine.public,
+            labels=asked.data.labels if self.data.labels is None else list(self.data.labels),
         )
         return dataclasses.replace(
             asked,

@@ -37,12 +37,11 @@ from fedtune.federation.client.node_context import (
 from fedtune.federation.client.policy import check_plan
 from fedtune.federation.client.release import Release, failure_reply, reserve_release
 from fedtune.federation.flower import error_answer
-from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
+from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds, read_plan
 from fedtune.federation.secagg import messages as wire
 from fedtune.federation.secagg.messages import PhaseId
 from fedtune.federation.secagg.protocol import Masker
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
-from fedtune.privacy.plan import PrivacyPlan
 
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
@@ -138,7 +137,7 @@ def _advertise(message: Message, context: Context) -> RecordDict:
     shard = own_shard(config, context)
     if shard is None:
         raise FederationError("This node holds no shard of this federation.")
-    plan = PrivacyPlan.from_json(json.loads(values["plan"]))
+    plan = read_plan(values["plan"], _WHAT)
     check_plan(plan, config)
     DiscreteMechanism.for_plan(plan, values["size"])  # refuses what does not fit before any key is made
     masker = Masker(wire.session_for(phase_id, plan, values["names"], values["size"]), shard.node)

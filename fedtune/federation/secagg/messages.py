@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedtune.errors import FederationError, PrivacyError, UpdateRejected
-from fedtune.federation.messages import REPLY_KEYS, RoundReply, publishable_record
+from fedtune.federation.messages import REPLY_KEYS, VERSION, RoundReply, publishable_record, read_config
 from fedtune.federation.secagg.protocol import PublicKeys, Sealed, Session
 from fedtune.privacy.mechanisms.distributed import Distributed
 from fedtune.privacy.plan import PrivacyPlan
@@ -46,7 +46,6 @@ __all__ = [
     "unmask_ask",
 ]
 
-VERSION = 1
 PHASES = ("advertise", "share", "mask", "unmask")
 KINDS = {phase: f"{'train' if phase == 'mask' else 'query'}.secagg_{phase}" for phase in PHASES}
 _PLACE: Mapping[str, type] = {"version": int, "run": str, "round": int, "attempt": int, "phase": str}
@@ -125,20 +124,7 @@ def read_record(
     Raises:
         FederationError: it is anything else; it says whose message (`what`) it was.
     """
-    record = content.get(_NAME)
-    values: dict[str, Any] = dict(record) if isinstance(record, ConfigRecord) else {}
-    if values.get("version") != VERSION:
-        raise FederationError(
-            f"{what} is no message of secure aggregation version {VERSION}. Install the same fedtune on the "
-            "server and on every node."
-        )
-    if set(values) != set(keys):
-        raise FederationError(f"{what} should have {sorted(keys)} and has {sorted(values)}.")
-    for key, kind in keys.items():
-        item: type = str if key == "names" else bytes
-        right = type(values[key]) is kind
-        if not right or (kind is list and any(type(value) is not item for value in values[key])):
-            raise FederationError(f"{what}: {key} is of another type than it should be.")
+    values = read_config(content, _NAME, keys, what)
     lengths = {len(values[key]) for key, kind in keys.items() if kind is list}
     if len(lengths) > 1 or ("names" in keys and len(set(values["names"])) != len(values["names"])):
         raise FederationError(f"{what} lists nodes twice, or lists of different lengths.")
@@ -246,10 +232,7 @@ def read_mask_answer(
         if set(content) != {"reply", _NAME, "masked"}:
             raise FederationError(f"{what} carries records that nobody asked for: {sorted(content)}.")
         where, _ = read_record(content, ANSWERS["mask"], "mask", what)
-        head = content["reply"]
-        values: dict[str, Any] = dict(head) if isinstance(head, ConfigRecord) else {}
-        if {key: type(value) for key, value in values.items()} != dict(REPLY_KEYS):
-            raise FederationError(f"{what} has no usable record 'reply'.")
+        values = read_config(content, "reply", REPLY_KEYS, what)
         if where != phase_id or values["node"] != node:
             raise FederationError(f"{what} is of node {values['node']!r} for {where}.")
         record = content["masked"]
@@ -264,15 +247,8 @@ def read_mask_answer(
             raise FederationError(f"{what} has a vector {vector.dtype}{list(vector.shape)}.")
     except (FederationError, ValueError, TypeError, EOFError) as error:
         raise UpdateRejected(str(error)) from error
-    reply = RoundReply(
-        node,
-        phase_id.run,
-        phase_id.round,
-        phase_id.attempt,
-        releases=values["releases"],
-        steps=values["steps"],
-        seconds=max(0.0, float(values["seconds"])),
-    )
+    counts = {key: values[key] for key in ("releases", "steps", "seconds")}
+    reply = RoundReply(node, phase_id.run, phase_id.round, phase_id.attempt, **counts)
     return reply, vector
 
 

@@ -34,7 +34,7 @@ import numpy as np
 from fedtune.config.files import sync_folder
 from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError
-from fedtune.federation import local_record
+from fedtune.federation import run_folder
 from fedtune.federation.events import Dropped, FederationResult, NodeInfo, RoundSummary
 from fedtune.federation.run_folder import no_room, write_durably
 from fedtune.federation.server.cohort import Roster
@@ -104,7 +104,7 @@ class RunState:
             "ended_early": self.ended_early,
         }
         meta, own = publish("checkpoint", meta, public_data=config.data.public)
-        local_record.update(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
+        run_folder.update_local(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
         save(run_dir, Checkpoint(self.run, self.round, self.adapter, self.optimizer.state_dict(), meta))
 
     @classmethod
@@ -300,7 +300,7 @@ class RunState:
 def _with_local(saved: Checkpoint, run_dir: Path) -> dict[str, Any]:
     """The checkpoint's facts with those that the folder keeps for the owner; without them, if they are of
     another round or gone: measured times then begin anew."""
-    own = local_record.read(run_dir).get("checkpoint") or {}
+    own = run_folder.read_local(run_dir).get("checkpoint") or {}
     if not isinstance(own, dict) or own.get("run") != saved.run:
         return saved.meta
     merged: dict[str, Any] = merge(saved.meta, own.get("meta"))

@@ -23,7 +23,6 @@ post-processing and costs no epsilon. Clipping and noise are not here.
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import numpy as np
 
@@ -42,145 +41,150 @@ __all__ = [
     "server_optimizer",
 ]
 
+State = dict[str, np.ndarray]
+OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 _STEPS = ("sgd", "adam", "adamw")
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8  # torch's defaults, which training on a node uses
 
 
-class ServerOptimizer(Protocol):
-    """A server optimizer."""
+class ServerOptimizer:
+    """Adapter and aggregated update -> next adapter. What differs is `_next`."""
 
     name: str
+    arrays: tuple[str, ...] = ()  # of the state, once there was a step
+    settings = (
+        "federation.server_learning_rate or federation.max_update_norm"  # to lower if a step is too large
+    )
+
+    def __init__(self) -> None:
+        self._state: State = {}
+
+    def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
+        """The next adapter and the next state, float64 [P] each."""
+        raise NotImplementedError
 
     def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
         """Adapter float32 [P] and aggregated update float [P] -> next adapter, float32 [P], a new array.
 
         Raises:
-            FederationError: the update has another shape or the result is not finite; the optimizer's state
-                is then as it was.
+            FederationError: the shapes differ, or the result is not finite; the state is then as it was.
         """
+        if adapter.ndim != 1 or update.shape != adapter.shape:
+            raise FederationError(
+                f"The aggregated update has shape {update.shape} and the adapter {adapter.shape}; "
+                "server and nodes run different models. Start all of them with the same configuration."
+            )
+        x, state = self._next(adapter.astype(np.float64), update.astype(np.float64))
+        result: np.ndarray = x.astype(np.float32)
+        if not np.isfinite(result).all():
+            raise FederationError(
+                f"The server step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter "
+                f"values infinite or NaN. Lower {self.settings}."
+            )
+        self._state = state
+        return result
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on, as arrays; copies."""
+    def state_dict(self) -> State:
+        """Everything that the next step depends on, as copies; empty before the first step."""
+        return {name: array.copy() for name, array in self._state.items()}
 
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Inverse of `state_dict`.
 
         Raises:
             CheckpointError: the state is another optimizer's.
         """
+        if state and set(state) != set(self.arrays):
+            raise CheckpointError(
+                f"The checkpoint holds the server optimizer state {sorted(state)}, and {self.name} needs "
+                f"{sorted(self.arrays)}. Resume with the configuration that the run was started with."
+            )
+        self._state = {name: np.array(array, dtype=np.float64) for name, array in state.items()}
 
 
-def _check(adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-    if adapter.ndim != 1 or update.shape != adapter.shape:
-        raise FederationError(
-            f"The aggregated update has shape {update.shape} and the adapter {adapter.shape}; "
-            "server and nodes run different models. Start all of them with the same configuration."
-        )
-    return update.astype(np.float64)
-
-
-def _next(adapter: np.ndarray, change: np.ndarray) -> np.ndarray:
-    result: np.ndarray = (adapter.astype(np.float64) + change).astype(np.float32)
-    if not np.isfinite(result).all():
-        raise FederationError(
-            f"The server step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter values "
-            "infinite or NaN. Lower federation.server_learning_rate or federation.max_update_norm."
-        )
-    return result
-
-
-def _load(state: dict[str, np.ndarray], names: tuple[str, ...], strategy: str) -> list[np.ndarray]:
-    if set(state) != set(names):
-        raise CheckpointError(
-            f"The checkpoint holds the server optimizer state {sorted(state)}, and {strategy} needs "
-            f"{sorted(names)}. Resume with the configuration that the run was started with."
-        )
-    return [np.array(state[name], dtype=np.float64) for name in names]
-
-
-class FedAvg:
+class FedAvg(ServerOptimizer):
     """x <- x + s D (McMahan et al. 2017)."""
 
     name = "fedavg"
 
     def __init__(self, learning_rate: float = 1.0) -> None:
+        super().__init__()
         self.learning_rate = learning_rate
 
-    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `ServerOptimizer`."""
-        return _next(adapter, self.learning_rate * _check(adapter, update))
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Empty: nothing is kept between steps."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `ServerOptimizer`."""
-        _load(state, (), self.name)
+    def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
+        return x + self.learning_rate * update, {}
 
 
-class FedAvgM:
+class FedAvgM(ServerOptimizer):
     """m <- b m + D; x <- x + s m (Hsu, Qi, Brown 2019)."""
 
-    name = "fedavgm"
+    name, arrays = "fedavgm", ("m",)
 
     def __init__(self, learning_rate: float = 1.0, momentum: float = 0.9) -> None:
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self._m: np.ndarray | None = None  # float64 [P]
+        super().__init__()
+        self.learning_rate, self.momentum = learning_rate, momentum
 
-    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `ServerOptimizer`."""
-        delta = _check(adapter, update)
-        m = delta if self._m is None else self.momentum * self._m + delta
-        result = _next(adapter, self.learning_rate * m)
-        self._m = m
-        return result
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """`m` [P]; empty before the first step."""
-        return {} if self._m is None else {"m": self._m.copy()}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `ServerOptimizer`."""
-        self._m = _load(state, ("m",), self.name)[0] if state else None
+    def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
+        m = self.momentum * self._state["m"] + update if self._state else update
+        return x + self.learning_rate * m, {"m": m}
 
 
-class FedAdam:
+class FedAdam(ServerOptimizer):
     """Adam on the server (Reddi et al. 2021, Algorithm 2, FedAdam)."""
 
-    name = "fedadam"
+    name, arrays = "fedadam", ("m", "v")
 
     def __init__(
         self, learning_rate: float = 0.01, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3
     ) -> None:
+        super().__init__()
         self.learning_rate, self.beta_1, self.beta_2, self.tau = learning_rate, beta_1, beta_2, tau
-        self._m: np.ndarray | None = None  # float64 [P]
-        self._v: np.ndarray | None = None  # float64 [P]
 
-    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """See `ServerOptimizer`."""
-        delta = _check(adapter, update)
-        m = np.zeros_like(delta) if self._m is None else self._m
-        v = np.full_like(delta, self.tau**2) if self._v is None else self._v
-        m = self.beta_1 * m + (1.0 - self.beta_1) * delta
-        v = self.beta_2 * v + (1.0 - self.beta_2) * delta**2
-        result = _next(adapter, self.learning_rate * m / (np.sqrt(v) + self.tau))
-        self._m, self._v = m, v
-        return result
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """`m` and `v` [P]; empty before the first step."""
-        if self._m is None or self._v is None:
-            return {}
-        return {"m": self._m.copy(), "v": self._v.copy()}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """See `ServerOptimizer`."""
-        self._m, self._v = _load(state, ("m", "v"), self.name) if state else (None, None)
+    def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
+        m = self._state.get("m", np.zeros_like(x))
+        v = self._state.get("v", np.full_like(x, self.tau**2))
+        m = self.beta_1 * m + (1.0 - self.beta_1) * update
+        v = self.beta_2 * v + (1.0 - self.beta_2) * update**2
+        return x + self.learning_rate * m / (np.sqrt(v) + self.tau), {"m": m, "v": v}
 
 
-OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
+class GradientOptimizer(ServerOptimizer):
+    """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient."""
+
+    settings = "train.learning_rate"
+
+    def __init__(self, train: TrainConfig) -> None:
+        super().__init__()
+        if train.optimizer not in _STEPS:
+            raise ConfigError(
+                f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
+            )
+        if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
+            raise ConfigError(f"train.learning_rate={train.learning_rate} must be a positive number.")
+        self.name = f"gradient_{train.optimizer}"
+        if train.optimizer == "sgd":
+            self.arrays = ("momentum",) if train.momentum else ()
+        else:
+            self.arrays = ("m", "v", "steps")
+        self._train = train
+
+    def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
+        train, rate, gradient = self._train, self._train.learning_rate, -update
+        if train.optimizer == "sgd":
+            gradient = gradient + train.weight_decay * x
+            if not train.momentum:
+                return x - rate * gradient, {}
+            momentum = gradient
+            if self._state:
+                momentum = train.momentum * self._state["momentum"] + gradient
+            return x - rate * momentum, {"momentum": momentum}
+        if train.optimizer == "adamw":
+            x = x * (1.0 - rate * train.weight_decay)
+        steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
+        m = (1.0 - _BETA_1) * gradient + _BETA_1 * self._state.get("m", np.zeros_like(x))
+        v = (1.0 - _BETA_2) * gradient**2 + _BETA_2 * self._state.get("v", np.zeros_like(x))
+        x = x - rate * (m / (1.0 - _BETA_1**steps)) / (np.sqrt(v / (1.0 - _BETA_2**steps)) + _EPS)
+        return x, {"m": m, "v": v, "steps": np.array([steps])}
 
 
 def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
@@ -203,77 +207,6 @@ def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
     raise ConfigError(
         f"federation.strategy={config.strategy!r} is not known; it can be {', '.join(OPTIMIZERS)}."
     )
-
-
-class GradientOptimizer:
-    """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient."""
-
-    def __init__(self, train: TrainConfig) -> None:
-        if train.optimizer not in _STEPS:
-            raise ConfigError(
-                f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
-            )
-        if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
-            raise ConfigError(f"train.learning_rate={train.learning_rate} must be a positive number.")
-        self.name = f"gradient_{train.optimizer}"
-        self._train = train
-        self._state: dict[str, np.ndarray] = {}
-
-    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
-        """Adapter float32 [P] and minus the gradient, float [P] -> next adapter, float32 [P], a new array.
-
-        Raises:
-            FederationError: shapes differ or the result is not finite; the state is then as it was.
-        """
-        if adapter.ndim != 1 or update.shape != adapter.shape:
-            raise FederationError(
-                f"The aggregated gradient has shape {update.shape} and the adapter {adapter.shape}; server "
-                "and nodes run different models. Start all of them with the same configuration."
-            )
-        train, rate = self._train, self._train.learning_rate
-        x, gradient = adapter.astype(np.float64), -update.astype(np.float64)
-        if train.optimizer == "sgd":
-            gradient = gradient + train.weight_decay * x
-            momentum = gradient
-            if train.momentum and "momentum" in self._state:
-                momentum = train.momentum * self._state["momentum"] + gradient
-            state = {"momentum": momentum} if train.momentum else {}
-            x = x - rate * momentum
-        else:
-            if train.optimizer == "adamw":
-                x = x * (1.0 - rate * train.weight_decay)
-            steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
-            m = (1.0 - _BETA_1) * gradient + _BETA_1 * self._state.get("m", np.zeros_like(x))
-            v = (1.0 - _BETA_2) * gradient**2 + _BETA_2 * self._state.get("v", np.zeros_like(x))
-            state = {"m": m, "v": v, "steps": np.array([steps])}
-            x = x - rate * (m / (1.0 - _BETA_1**steps)) / (np.sqrt(v / (1.0 - _BETA_2**steps)) + _EPS)
-        result: np.ndarray = x.astype(np.float32)
-        if not np.isfinite(result).all():
-            raise FederationError(
-                f"The step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter values "
-                f"infinite or NaN. Lower train.learning_rate, which is {rate:g}."
-            )
-        self._state = state
-        return result
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Everything that the next step depends on; empty before the first."""
-        return {name: array.copy() for name, array in self._state.items()}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `state_dict`.
-
-        Raises:
-            CheckpointError: the state is another optimizer's.
-        """
-        momentum = {"momentum"} if self._train.momentum else set()
-        names = momentum if self._train.optimizer == "sgd" else {"m", "v", "steps"}
-        if state and set(state) != names:
-            raise CheckpointError(
-                f"The checkpoint holds the server optimizer state {sorted(state)}, and {self.name} needs "
-                f"{sorted(names)}. Resume with the configuration that the run was started with."
-            )
-        self._state = {name: np.array(array, dtype=np.float64) for name, array in state.items()}
 
 
 def server_optimizer(config: Config) -> ServerOptimizer:

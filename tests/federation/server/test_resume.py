@@ -16,7 +16,7 @@ import pytest
 from fedtune import engines
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
-from fedtune.federation import local_record
+from fedtune.federation import run_folder
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.server.checkpoint import load_latest
 from tests.support.tiny_federation import private
@@ -152,7 +152,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_where_no_noise_is_secret(
         engines.run(settings(), tmp_path / "cut", Stops())
     saved, _ = load_latest(tmp_path / "cut")
     assert saved.round == 2
-    measured = local_record.read(tmp_path / "cut")["checkpoint"]["meta"]
+    measured = run_folder.read_local(tmp_path / "cut")["checkpoint"]["meta"]
     result = engines.run(dataclasses.replace(settings(), resume=str(tmp_path / "cut")), tmp_path / "cut")
     assert len(result.history) == 3
     assert result.flops is not None
