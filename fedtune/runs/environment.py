@@ -33,7 +33,6 @@ _LIBRARIES = (
     "peft",
     "ray",
     "torch",
-    "torchao",
     "transformers",
 )
 

