@@ -262,7 +262,7 @@ def sweep(
 
 def _grid_words(grid: Mapping[str, Any]) -> list[str]:
     """The grid as `fedtune run -m` takes it. Raises `ConfigError` for an axis without values."""
-    from fedtune.config.overrides import value_text
+    from fedtune.config.convert import value_text
 
     words = []
     for name, values in grid.items():
@@ -278,7 +278,7 @@ def _grid_words(grid: Mapping[str, Any]) -> list[str]:
 
 def _placed(words: Sequence[str], name: str, folder: str | Path | None) -> list[str]:
     """`words`, with the folder that the caller chose. Raises `ConfigError` if it is chosen twice."""
-    from fedtune.config.overrides import value_text
+    from fedtune.config.convert import value_text
 
     if folder is None:
         return list(words)

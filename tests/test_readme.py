@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.config.convert import settings
-from fedtune.config.groups import GROUPS
+from fedtune.config.pages import GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

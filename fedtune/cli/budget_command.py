@@ -88,7 +88,7 @@ def verify(node: Node = None, json: Json = False) -> int:
 
 
 def _folder() -> Path:
-    from fedtune.config.paths import state_dir
+    from fedtune.config.files import state_dir
 
     return state_dir() / "ledgers"
 

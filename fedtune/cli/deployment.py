@@ -150,8 +150,8 @@ def node(
 
 
 def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
+    from fedtune.config.convert import value_text
     from fedtune.config.loader import load
-    from fedtune.config.overrides import value_text
     from fedtune.deploy.site import dry_run
 
     # What a run of this site's data asks by default, and not one of the data that `fedtune run` simulates.
@@ -191,8 +191,8 @@ def submit(
     ] = None,
 ) -> None:
     from fedtune import api
+    from fedtune.config.convert import value_text
     from fedtune.config.loader import load
-    from fedtune.config.overrides import value_text
 
     if not (folder / "server.yaml").exists():
         raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")

@@ -45,10 +45,11 @@ class _RunCommand(Command):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Prints typer's help, then the settings."""
-        from fedtune.config.help import groups_text, settings_text
+        from fedtune.config.loader import load
+        from fedtune.config.pages import groups_text, settings_text
 
         super().format_help(ctx, formatter)
-        typer.echo(_SETTINGS_HELP.format(groups=groups_text(), settings=settings_text()))
+        typer.echo(_SETTINGS_HELP.format(groups=groups_text(), settings=settings_text(load())))
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -57,7 +58,7 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     Bash takes '=' for a word of its own, which click leaves out where it is the last; other shells do not.
     """
     from fedtune.config.convert import settings
-    from fedtune.config.groups import GROUPS, group_options
+    from fedtune.config.pages import GROUPS, group_options
 
     before = list(ctx.params.get("words") or ())
     names = (*GROUPS, *settings())

@@ -1,4 +1,6 @@
-"""What `auto` means: the safe choice that follows from what the owner of the data has declared.
+"""What `auto` means, and which settings contradict each other.
+
+`auto` is the safe choice that follows from what the owner of the data has declared.
 
 One place, so that messages, plan, record and whoever reads a configuration see the choice and never the word.
 `resolved` is called wherever a `Config` comes in (the loader, JSON from a server, Python); it changes nothing
@@ -23,11 +25,12 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
+from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.base import Mechanism
 
-__all__ = ["AUTO", "public_test", "resolved", "tests_openly"]
+__all__ = ["AUTO", "check_together", "public_test", "resolved", "tests_openly"]
 
 AUTO = "auto"
 
@@ -53,6 +56,59 @@ def tests_openly(config: Config) -> bool:
     """Whether the model is evaluated by the server, without noise: then there is a test part, else none is
     taken off the data."""
     return resolved(config).federation.evaluation in ("public", "held_out")
+
+
+def check_together(config: Config) -> None:
+    """Rules that need two settings. Raises `ConfigError` with both of them named."""
+    federation = config.federation
+    _check_evaluation(config)
+    kind = _mechanism(config)
+    kind.check_settings(config)
+    if kind.tells_size:
+        _check_unit(config)
+    nodes, cohort = federation.nodes, federation.cohort_size
+    if nodes is not None and cohort is not None and cohort > nodes:
+        raise ConfigError(
+            f"federation.cohort_size={cohort} is more than federation.nodes={nodes}: a round cannot ask more "
+            "nodes than there are."
+        )
+    most = cohort if cohort is not None else nodes
+    if most is not None and federation.min_updates > most:
+        raise ConfigError(
+            f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
+            "Lower federation.min_updates."
+        )
+
+
+def _check_unit(config: Config) -> None:
+    data = config.data
+    # A real site names its own columns, and opinions knows its persons.
+    if config.privacy.unit != "person" or data.unit is not None or data.source == "opinions":
+        return
+    if config.engine.name == "deployment":
+        return
+    raise ConfigError(
+        f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
+        "Name it in data.unit, or use privacy.unit=record."
+    )
+
+
+def _check_evaluation(config: Config) -> None:
+    data, evaluation = config.data, config.federation.evaluation
+    if data.test_public and data.test_split is None:
+        raise ConfigError(
+            "data.test_public=true says that a test split is public, and data.test_split names none. Name it "
+            "(data.test_split=test), or leave data.test_public out."
+        )
+    if evaluation == "public" and not public_test(data):
+        split = "test" if data.test_split is None else data.test_split
+        raise ConfigError(
+            f"federation.evaluation=public would evaluate on {data.name!r} without noise, and its owner has "
+            "declared neither all of it nor a test split public: what is held out of private data is "
+            "private. Leave federation.evaluation out (nodes then answer with noised counts, inside "
+            "epsilon), or, if it is true, declare a test split: "
+            f"data.test_split={split} data.test_public=true."
+        )
 
 
 def _unit(config: Config) -> Unit:

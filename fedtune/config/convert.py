@@ -16,12 +16,13 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedtune.config.choices import public_test, resolved
+from fedtune.config.choices import check_together, resolved
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 
@@ -30,9 +31,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "Setting",
-    "as_written",
     "build",
-    "check_together",
     "check_value",
     "config_from_json",
     "from_dict",
@@ -44,10 +43,14 @@ __all__ = [
     "to_dict",
     "to_json",
     "unknown_setting",
+    "value_text",
 ]
 
 Schema = TypeVar("Schema")
 
+# A text that Hydra's grammar takes as it is; it takes the words below for something else than a text.
+_PLAIN_TEXT = re.compile(r"(?:\.{1,2}/|[A-Za-z_/:@])[\w./:@-]*")
+_WORDS = frozenset({"null", "true", "false", "nan", "inf"})
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -248,61 +251,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_together(config: Config) -> None:
-    """Rules that need two settings. Raises `ConfigError` with both of them named."""
-    from fedtune.privacy.mechanisms.registry import mechanism_of  # late, so that `fedtune.config` is light
-
-    federation = config.federation
-    _check_evaluation(config)
-    kind = mechanism_of(config.privacy.trust)
-    kind.check_settings(config)
-    if kind.tells_size:
-        _check_unit(config)
-    nodes, cohort = federation.nodes, federation.cohort_size
-    if nodes is not None and cohort is not None and cohort > nodes:
-        raise ConfigError(
-            f"federation.cohort_size={cohort} is more than federation.nodes={nodes}: a round cannot ask more "
-            "nodes than there are."
-        )
-    most = cohort if cohort is not None else nodes
-    if most is not None and federation.min_updates > most:
-        raise ConfigError(
-            f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
-            "Lower federation.min_updates."
-        )
-
-
-def _check_unit(config: Config) -> None:
-    data = config.data
-    # A real site names its own columns, and opinions knows its persons.
-    if config.privacy.unit != "person" or data.unit is not None or data.source == "opinions":
-        return
-    if config.engine.name == "deployment":
-        return
-    raise ConfigError(
-        f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
-        "Name it in data.unit, or use privacy.unit=record."
-    )
-
-
-def _check_evaluation(config: Config) -> None:
-    data, evaluation = config.data, config.federation.evaluation
-    if data.test_public and data.test_split is None:
-        raise ConfigError(
-            "data.test_public=true says that a test split is public, and data.test_split names none. Name it "
-            "(data.test_split=test), or leave data.test_public out."
-        )
-    if evaluation == "public" and not public_test(data):
-        split = "test" if data.test_split is None else data.test_split
-        raise ConfigError(
-            f"federation.evaluation=public would evaluate on {data.name!r} without noise, and its owner has "
-            "declared neither all of it nor a test split public: what is held out of private data is "
-            "private. Leave federation.evaluation out (nodes then answer with noised counts, inside "
-            "epsilon), or, if it is true, declare a test split: "
-            f"data.test_split={split} data.test_public=true."
-        )
-
-
 def unknown_setting(name: str, known: Iterable[str], where: str = "", listing: str = "") -> ConfigError:
     """The error for a setting that the schema lacks, with the nearest that it has."""
     guess = nearest(name, known)
@@ -333,14 +281,26 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_ending[ending[0]] if ending else None
 
 
-def as_written(value: object) -> str:
-    """A value as it is written on the command line."""
+def value_text(value: Any) -> str:
+    """`value` as it is written in an override: `NAME=value_text(value)` gives the setting this value.
+
+    Args:
+        value: None, a bool, a number, a text or a path, or a list of these.
+    """
+    if hasattr(value, "item"):  # a number of numpy's
+        value = value.item()
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (int, float)):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(value_text(item) for item in value) + "]"
     text = str(value)
-    return f"'{text}'" if " " in text or not text else text
+    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @functools.cache
@@ -378,7 +338,7 @@ def _refusal(error: ValidationError, schema: type, where: str) -> ConfigError:
     hint = f" Did you mean {name}={guess}?" if guess else ""
     if setting.kind in (list, tuple) and isinstance(value, (bool, int)):
         hint = " YAML reads a bare no, yes or 1 as something else: quote it."
-    return ConfigError(f"{name}={as_written(value)}{place} is not allowed: it must be {reason}{other}.{hint}")
+    return ConfigError(f"{name}={value_text(value)}{place} is not allowed: it must be {reason}{other}.{hint}")
 
 
 def _needed(name: str, known: Mapping[str, Setting]) -> str:

@@ -1,4 +1,8 @@
-"""Files that are there whole or not at all, and locks between processes.
+"""Where what outlives a run lies, files that are there whole or not at all, and locks between processes.
+
+`state_dir` holds what must not be lost (privacy ledgers), `cache_dir` what can be made again. `FEDTUNE_HOME`
+puts both below one folder; without it they are the platform's own user folders. They are apart because a
+cache may be deleted at any time, while deleting a ledger deletes what is known about privacy already spent.
 
 `replace_whole` and `create_whole` write the content beside its place, under its final mode, sync it, and only
 then give it its name; the folder is synced last. So a full disk, a `kill -9` or a power cut leaves what was
@@ -17,11 +21,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import platformdirs
+
 from fedtune.errors import ResourceError
 
-__all__ = ["create_whole", "lock_file", "replace_whole", "save", "sync_folder"]
+__all__ = ["cache_dir", "create_whole", "lock_file", "replace_whole", "save", "state_dir", "sync_folder"]
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def state_dir() -> Path:
+    """Folder of what must not be lost (ledgers); made, readable by its owner only, if it is missing.
+
+    Raises `ResourceError` if it cannot be made or is no folder.
+    """
+    return _folder("state", platformdirs.user_state_dir("fedtune", appauthor=False))
+
+
+def cache_dir() -> Path:
+    """Folder of what can be made again (data, tokens, calibrations); made if it is missing.
+
+    Raises `ResourceError` if it cannot be made or is no folder.
+    """
+    return _folder("cache", platformdirs.user_cache_dir("fedtune", appauthor=False))
+
+
+def _folder(kind: str, default: str) -> Path:
+    home = os.environ.get("FEDTUNE_HOME", "").strip()
+    path = Path(home).expanduser().absolute() / kind if home else Path(default)
+    try:
+        # Others on the machine have no business in ledgers or in cached private texts.
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        whose = f"FEDTUNE_HOME={home}" if home else "the platform's default"
+        raise ResourceError(
+            f"The {kind} folder {path} ({whose}) cannot be made: {error.strerror or error}. "
+            "Set FEDTUNE_HOME to a folder that you may write to."
+        ) from error
+    return path
 
 
 def replace_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:

@@ -25,8 +25,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from fedtune.config.convert import config_from_json, from_dict, settings, to_dict, to_json, unknown_setting
 from fedtune.config.files import replace_whole
-from fedtune.config.groups import GROUPS, conf_dir
 from fedtune.config.overrides import check_overrides
+from fedtune.config.pages import GROUPS, conf_dir
 from fedtune.config.schema import Config
 from fedtune.errors import CheckpointError, ConfigError
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from fedtune.config.convert import check_value, nearest, settings, unknown_setting
-from fedtune.config.groups import GROUPS, conf_dir, group_options
+from fedtune.config.pages import GROUPS, conf_dir, group_options
 from fedtune.errors import ConfigError
 
-__all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings", "value_text"]
+__all__ = ["CheckedOverrides", "asks_for_sweep", "check_overrides", "named_settings"]
 
-# A text that Hydra's grammar takes as it is; it takes the words below for something else than a text.
-_PLAIN_TEXT = re.compile(r"(?:\.{1,2}/|[A-Za-z_/:@])[\w./:@-]*")
-_WORDS = frozenset({"null", "true", "false", "nan", "inf"})
 
 # Launchers of a sweep: what must be installed for each, and the command that brings it. hydra-ray-launcher
 # asks for boto3 and cloudpickle below 3, which its AWS launcher alone uses and which joblib 1.6 does not fit.
@@ -140,28 +136,6 @@ def named_settings(overrides: Sequence[str]) -> frozenset[str]:
     """Settings and groups that overrides name, which were checked before (those of one job of a sweep)."""
     parser = OverridesParser.create()
     return frozenset(parser.parse_override(text).key_or_group for text in overrides)
-
-
-def value_text(value: Any) -> str:
-    """`value` as it is written in an override: `NAME=value_text(value)` gives the setting this value.
-
-    Args:
-        value: None, a bool, a number, a text or a path, or a list of these.
-    """
-    if hasattr(value, "item"):  # a number of numpy's
-        value = value.item()
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value).removesuffix(".0")
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(value_text(item) for item in value) + "]"
-    text = str(value)
-    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _parse(parser: OverridesParser, text: str) -> Override:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from fedtune.config.convert import check_value, settings, unknown_setting
-from fedtune.config.groups import GROUPS
+from fedtune.config.pages import GROUPS
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 

@@ -162,7 +162,7 @@ def _assignment(train: TokenizedCorpus, name: str, alpha: float, nodes: int, see
     Cached on disk because importing `flwr_datasets` (with seaborn, matplotlib and scipy) takes seconds
     and 200 MB, which every worker process would pay.
     """
-    from fedtune.config.paths import cache_dir
+    from fedtune.config.files import cache_dir
 
     version = importlib.metadata.version("flwr-datasets")
     key = hashlib.sha256(train.digests.tobytes() + train.labels.tobytes() + train.unit_index.tobytes())

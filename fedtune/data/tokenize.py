@@ -100,7 +100,7 @@ def _encode(corpus: Corpus, tokenizer: Any, max_length: int) -> tuple[Int32Array
 
 
 def _cache_path(corpus: Corpus, tokenizer_id: str, max_length: int) -> Path:
-    from fedtune.config.paths import cache_dir
+    from fedtune.config.files import cache_dir
 
     # Digests in record order: a fingerprint would not do, since equal content may lie in another order.
     key = hashlib.sha256(corpus.digests.tobytes())

@@ -34,8 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtune.config.files import lock_file
-from fedtune.config.paths import cache_dir
+from fedtune.config.files import cache_dir, lock_file
 from fedtune.data.batches import micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.errors import ResourceError

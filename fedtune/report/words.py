@@ -97,7 +97,7 @@ def repeat_command(settings: Mapping[str, Any], seeds: Sequence[int] = ()) -> st
 
     Settings that this version of fedtune does not have are left out.
     """
-    from fedtune.config.overrides import value_text
+    from fedtune.config.convert import value_text
 
     defaults = _defaults()
     trust = settings.get("privacy.trust")

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedtune.config.convert import to_dict
-from fedtune.config.files import replace_whole
-from fedtune.config.paths import state_dir
+from fedtune.config.files import replace_whole, state_dir
 from fedtune.config.schema import Config
 from fedtune.cost.meter import Cost
 from fedtune.cost.prices import Money, price

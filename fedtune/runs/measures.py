@@ -95,7 +95,7 @@ def _ledger(
 ) -> tuple[int, int, tuple[float | None, int | None, str | None]]:
     """(this run's rounds, its answers about held-out data, (epsilon over everything, releases in all, the
     unit that this epsilon is about)) as the node's ledger knows them."""
-    from fedtune.config.paths import state_dir
+    from fedtune.config.files import state_dir
     from fedtune.privacy.ledger.simulation import simulation_ledger
     from fedtune.privacy.ledger.state import NamedData
 

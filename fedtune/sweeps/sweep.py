@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.convert import value_text
 from fedtune.config.files import save
 from fedtune.config.launch import Job, JobFailure, launch
-from fedtune.config.overrides import value_text
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import run_folder
 from fedtune.privacy.mechanisms.registry import adds_noise

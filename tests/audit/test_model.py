@@ -12,7 +12,7 @@ import pytest
 from fedtune.audit.attack import audit_model
 from fedtune.audit.canaries import GradientCanaries
 from fedtune.audit.model import CanaryView, InputCanaries, watch
-from fedtune.config.paths import state_dir
+from fedtune.config.files import state_dir
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy

@@ -11,8 +11,8 @@ import yaml
 
 from fedtune.config import Config
 from fedtune.config.convert import to_dict
-from fedtune.config.groups import GROUPS, conf_dir, group_options
 from fedtune.config.loader import load
+from fedtune.config.pages import GROUPS, conf_dir, group_options
 
 PAGES = [(group, name) for group in GROUPS for name in group_options(group)]
 IDS = ["=".join(pair) for pair in PAGES]

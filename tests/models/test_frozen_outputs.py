@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.config.paths import cache_dir
+from fedtune.config.files import cache_dir
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ResourceError
 from fedtune.models import frozen_outputs

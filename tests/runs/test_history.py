@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedtune.config.convert import from_dict
-from fedtune.config.paths import state_dir
+from fedtune.config.files import state_dir
 from fedtune.runs.history import NAME, RunHistory, kind, note_run
 from fedtune.sweeps.progress import SweepProgress
 from tests.support.synthetic import ROUNDS, make_record

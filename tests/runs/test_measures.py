@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config.paths import state_dir
+from fedtune.config.files import state_dir
 from fedtune.cost.meter import EnergyReading
 from fedtune.federation.events import NodeInfo
 from fedtune.privacy.ledger.simulation import simulation_ledger

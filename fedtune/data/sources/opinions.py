@@ -88,7 +88,7 @@ def sdist_path() -> Path:
             raise ResourceError(f"{ENVIRONMENT_VARIABLE} names {path}, which is not a file; {_way_out()}")
         _verify(path)
         return path
-    from fedtune.config.paths import cache_dir
+    from fedtune.config.files import cache_dir
 
     path = cache_dir() / "opinions" / FILE_NAME
     if not path.is_file():

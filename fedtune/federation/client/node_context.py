@@ -101,7 +101,7 @@ def node_ledger(context: Context | None = None) -> PrivacyLedger:
         LedgerError: it cannot be read, or was changed.
         ResourceError: it cannot be opened.
     """
-    from fedtune.config.paths import state_dir
+    from fedtune.config.files import state_dir
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from fedtune.privacy.ledger.simulation import simulation_ledger
 

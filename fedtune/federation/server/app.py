@@ -106,7 +106,7 @@ def _run_dir(config: Config, context: Context) -> Path:
     chosen = config.resume or str(context.run_config.get("output", "")) or config.output
     if chosen:
         return Path(chosen).expanduser().absolute()
-    from fedtune.config.paths import state_dir
+    from fedtune.config.files import state_dir
 
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H-%M-%S")
     return state_dir() / "runs" / f"{now}-{context.run_id}"

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtune.config.paths import state_dir
+from fedtune.config.files import state_dir
 from fedtune.errors import CheckpointError
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.run_folder import write_durably

@@ -19,8 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.files import replace_whole
-from fedtune.config.paths import cache_dir
+from fedtune.config.files import cache_dir, replace_whole
 from fedtune.errors import ResourceError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 

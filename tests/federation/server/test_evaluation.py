@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedtune.config.convert import check_together, to_json
+from fedtune.config.choices import check_together
+from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, FederationError, PrivacyError, UpdateRejected

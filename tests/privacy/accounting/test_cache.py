@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedtune.config.paths import cache_dir
+from fedtune.config.files import cache_dir
 from fedtune.privacy.accounting import cache
 from fedtune.privacy.accounting.cache import cached, cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms

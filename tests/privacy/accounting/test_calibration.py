@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config.paths import cache_dir
+from fedtune.config.files import cache_dir
 from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import cache, calibration
 from fedtune.privacy.accounting.calibration import noise_multiplier_for

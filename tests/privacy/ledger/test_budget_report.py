@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli import budget_command as budget
-from fedtune.config.paths import state_dir
+from fedtune.config.files import state_dir
 from fedtune.errors import BudgetExhausted, LedgerError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget, read_budgets, write_budgets

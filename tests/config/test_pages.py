@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fedtune.config.convert import settings
-from fedtune.config.groups import GROUPS, group_options
-from fedtune.config.help import default_options, groups_text, settings_text
+from fedtune.config.convert import settings, value_text
 from fedtune.config.loader import load
+from fedtune.config.pages import GROUPS, default_options, group_options, groups_text, settings_text
 
 
 def test_groups_and_options() -> None:
@@ -24,10 +23,10 @@ def test_marked_defaults_are_the_defaults() -> None:
 
 
 def test_settings_with_defaults() -> None:
-    text = settings_text(width=1000)
+    text = settings_text(load(), width=1000)
     lines = {line.strip().split("=")[0]: line for line in text.splitlines()}
     assert set(lines) == set(settings())
     config = load()
-    assert f"privacy.epsilon={config.privacy.epsilon}" in lines["privacy.epsilon"]
+    assert f"privacy.epsilon={value_text(config.privacy.epsilon)}" in lines["privacy.epsilon"]
     assert "in (0, 1]" in lines["train.sample_rate"]
     assert "local | distributed | central | none" in lines["privacy.trust"]
