@@ -20,13 +20,11 @@ Does not do: charge for the choice (`fedtune.report.tuning`).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +53,7 @@ __all__ = [
     "price_book",
     "table_rows",
     "varied_settings",
-    "write_csv",
-    "write_parquet",
+    "write_table",
 ]
 
 COSTS: dict[str, tuple[str, str]] = {  # name: (what it is, unit)
@@ -191,16 +188,20 @@ def _point(key: str, runs: list[Run], book: PriceBook, several_tasks: bool, seve
         delta=max(deltas) if deltas else None,
         per_site={site: stat for site, stat in per_site.items() if stat is not None},
         costs={
-            "money": Stat.of([None if amount is None else amount.total for amount in amounts]),
-            "train_seconds": Stat.of([run.cost.train_seconds for run in runs]),
-            "seconds": Stat.of([run.cost.seconds for run in runs]),
-            "bytes": Stat.of([run.cost.bytes_up + run.cost.bytes_down for run in runs]),
-            "energy_kwh": Stat.of([run.cost.energy_kwh for run in runs]),
-            "flops": Stat.of([run.cost.flops for run in runs]),
-            "peak_memory_bytes": Stat.of([run.cost.peak_memory_bytes for run in runs]),
+            name: Stat.of([_cost(name, run, amount) for run, amount in zip(runs, amounts, strict=True)])
+            for name in COSTS
         },
         money=_mean_money(amounts),
     )
+
+
+def _cost(name: str, run: Run, amount: Money | None) -> float | None:
+    if name == "money":
+        return None if amount is None else amount.total
+    if name == "bytes":
+        return run.cost.bytes_up + run.cost.bytes_down
+    value: float | None = getattr(run.cost, name)
+    return value
 
 
 def _mean_money(amounts: Sequence[Money | None]) -> Money | None:
@@ -208,18 +209,9 @@ def _mean_money(amounts: Sequence[Money | None]) -> Money | None:
     if not known or len(known) < len(amounts):
         return None
 
-    def mean(part: Callable[[Money], float | None]) -> float | None:
-        stat = Stat.of([part(amount) for amount in known])
-        return None if stat is None else stat.mean
-
-    return Money(
-        known[0].currency,
-        mean(lambda amount: amount.compute),
-        mean(lambda amount: amount.network),
-        mean(lambda amount: amount.energy),
-        mean(lambda amount: amount.data),
-        mean(lambda amount: amount.total),
-    )
+    parts = ("compute", "network", "energy", "data", "total")
+    stats = (Stat.of([getattr(amount, part) for amount in known]) for part in parts)
+    return Money(known[0].currency, *(None if stat is None else stat.mean for stat in stats))
 
 
 def _mark(points: Sequence[Point]) -> None:
@@ -439,35 +431,15 @@ def _cell(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _columns(table: Sequence[dict[str, Any]]) -> list[str]:
-    """All columns in the order of their first row; sites may differ between data sets."""
-    names = dict.fromkeys(name for row in table for name in row)
-    return [*(name for name in names if name != "command"), "command"]
-
-
-def write_csv(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
-    """Writes `table` as CSV (RFC 4180, UTF-8).
+def write_table(table: Sequence[dict[str, Any]], csv: Path, parquet: Path, *, mode: int = 0o666) -> None:
+    """Writes `table` as CSV (RFC 4180, UTF-8) and as Parquet.
 
     Raises:
-        ResourceError: the file cannot be written.
+        ResourceError: a file cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _columns(table), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    save(path, text.getvalue().encode(), mode=mode)
+    import pandas as pd
 
-
-def write_parquet(table: Sequence[dict[str, Any]], path: Path, *, mode: int = 0o666) -> None:
-    """Writes `table` as Parquet.
-
-    Raises:
-        ResourceError: the file cannot be written.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {name: [row.get(name) for row in table] for name in _columns(table)}
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer)
-    save(path, buffer.getvalue(), mode=mode)
+    frame = pd.DataFrame(table)  # columns in the order of their first row; sites may differ between data sets
+    frame.insert(len(frame.columns) - 1, "command", frame.pop("command"))
+    save(csv, frame.to_csv(index=False).encode(), mode=mode)
+    save(parquet, frame.to_parquet(index=False), mode=mode)

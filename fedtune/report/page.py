@@ -34,8 +34,7 @@ from fedtune.report.frontier import (
     compare,
     named_settings,
     table_rows,
-    write_csv,
-    write_parquet,
+    write_table,
 )
 from fedtune.report.tuning import Tuning, describe_search, tuning_cards, tuning_of, tuning_text
 from fedtune.report.words import describe_settings, format_number, repeat_command, short_names
@@ -104,8 +103,7 @@ def write_report(
         _summary(comparison, data),
     )
     table = table_rows(points, names, comparison.book.currency)
-    write_csv(table, files.csv, mode=mode)
-    write_parquet(table, files.parquet, mode=mode)
+    write_table(table, files.csv, files.parquet, mode=mode)
     main = [point for point in points if point.group == data["groups"][0]["name"]]
     save(files.picture, figure.draw(main, names, _small_print(main, data)), mode=mode)
     save(files.page, page(data).encode(), mode=mode)

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from fedtune.report.tuning import changes_mechanism
 __all__ = [
     "MEASURED",
     "OBJECTIVES",
-    "PRUNERS",
-    "SAMPLERS",
     "SearchSettings",
     "SweepOptions",
     "distinct_jobs",
@@ -124,15 +122,18 @@ def split_options(words: Sequence[str]) -> tuple[SweepOptions, list[str]]:
     return _options(given), rest
 
 
+def _one_of(name: str, value: str, allowed: Collection[str]) -> str:
+    if value not in allowed:
+        *others, last = allowed
+        raise ConfigError(f"sweep.{name}={value} is not allowed: it must be {', '.join(others)} or {last}.")
+    return value
+
+
 def _options(given: dict[str, str]) -> SweepOptions:
-    selection = given.get("private_selection", "false").lower()
-    if selection not in ("true", "false"):
-        raise ConfigError(f"sweep.private_selection={selection} is not allowed: it must be true or false.")
-    distribution = given.get("distribution", "geometric")
-    if distribution not in _SHAPES:
-        raise ConfigError(
-            f"sweep.distribution={distribution} is not allowed: it must be one of {', '.join(_SHAPES)}."
-        )
+    selection = _one_of(
+        "private_selection", given.get("private_selection", "false").lower(), ("true", "false")
+    )
+    distribution = _one_of("distribution", given.get("distribution", "geometric"), _SHAPES)
     trials = None
     if "trials" in given:
         try:
@@ -232,8 +233,8 @@ def read_sweep(folder: Path) -> dict[str, Any]:
 
 # --- of a search -----------------------------------------------------------------------------------
 
-SAMPLERS = ("tpe", "nsga2", "random")
-PRUNERS = ("none", "median", "halving")
+_SAMPLERS = ("tpe", "nsga2", "random")
+_PRUNERS = ("none", "median", "halving")
 
 
 def _money(made: Mapping[str, Any]) -> Any:
@@ -284,20 +285,12 @@ def search_settings(page: Mapping[str, Any], options: SweepOptions) -> SearchSet
             f"sweep.objectives={','.join(map(str, objectives))} is not allowed: it must be one or several of "
             f"{', '.join(OBJECTIVES)}, each once (accuracy is to rise, the others to fall)."
         )
-    sampler = options.sampler or str(page["sampler"])
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"sweep.sampler={sampler} is not allowed: it must be one of {', '.join(SAMPLERS)}.")
+    sampler = _one_of("sampler", options.sampler or str(page["sampler"]), _SAMPLERS)
     trials = options.trials if options.trials is not None else page["trials"]
-    if (
-        isinstance(trials, bool)
-        or not isinstance(trials, (int, float))
-        or trials != int(trials)
-        or trials < 1
-    ):
+    if isinstance(trials, bool) or not isinstance(trials, (int, float)) or trials < 1 or trials % 1:
         raise ConfigError(f"sweep.trials={trials} is not allowed: a search makes a whole number of runs.")
-    pruner = str(options.pruner or page["pruner"] or ("median" if objectives == ("accuracy",) else "none"))
-    if pruner not in PRUNERS:
-        raise ConfigError(f"sweep.pruner={pruner} is not allowed: it must be one of {', '.join(PRUNERS)}.")
+    default = "median" if objectives == ("accuracy",) else "none"
+    pruner = _one_of("pruner", str(options.pruner or page["pruner"] or default), _PRUNERS)
     if pruner != "none" and objectives != ("accuracy",):
         raise ConfigError(
             f"sweep.pruner={pruner} cannot be used with sweep.objectives={','.join(objectives)}: a trial is "
