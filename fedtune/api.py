@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, FedtuneError, PrivacyError, RecordError
 from fedtune.runs.predict import Model, Prediction, load
-from fedtune.runs.result import Result
+from fedtune.runs.record import Result
 
 if TYPE_CHECKING:
     from fedtune.config.launch import Job

@@ -33,7 +33,7 @@ Folders = Annotated[
 )
 def statement(run_dir: RunFolder, json: Json = False) -> None:
     from fedtune.privacy.statement.facts import statement_json
-    from fedtune.runs.result import Result
+    from fedtune.runs.record import Result
 
     result = Result(run_dir)
     if json:

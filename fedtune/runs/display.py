@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Display"]
 
 _COUNT_SECONDS = 15.0  # between two lines of how far a long piece of work is
-_TELL_SECONDS = 60.0  # between two lines of what a run waits for
+_WAIT_SECONDS = 60.0  # between two lines of what a run waits for
 _SHOWN_NODES = 8  # more nodes than this are counted, not listed
 _WORDS = {"": "waiting"}
 _HEADER = f"{'round':>7} {'accuracy':>9} {'loss':>7} {'epsilon':>8} {'up':>9} {'down':>9} {'time':>13}"
@@ -89,7 +89,7 @@ class Display:
         self._epsilon: float | None = None
         self._target: float | None = None
         self._begun = time.monotonic()
-        self._told = self._begun - _TELL_SECONDS
+        self._last_line = self._begun - _WAIT_SECONDS
         self._seconds: list[float] = []
         self._counted: tuple[str, float, int] | None = None  # what, since when, how many then
 
@@ -107,12 +107,12 @@ class Display:
         now = time.monotonic()
         with self._lock:
             if self._counted is None or self._counted[0] != what:
-                self._counted, self._told = (what, now, done), now - _COUNT_SECONDS
+                self._counted, self._last_line = (what, now, done), now - _COUNT_SECONDS
             _, begun, first = self._counted
             self.working(f"{what}: {done:,} of {total:,} texts")
-            if self._live is not None or now - self._told < _COUNT_SECONDS:
+            if self._live is not None or now - self._last_line < _COUNT_SECONDS:
                 return
-            self._told = now
+            self._last_line = now
             line = f"{what}: {done:,} of {total:,} texts ({100 * done / max(total, 1):.0f} %)"
             if done > first:
                 line += f", about {duration((now - begun) / (done - first) * (total - done))} left"
@@ -150,9 +150,9 @@ class Display:
         with self._lock:
             if self._live is not None:
                 self._doing = reason or None
-            elif reason and not self._brief and time.monotonic() - self._told >= _TELL_SECONDS:
+            elif reason and not self._brief and time.monotonic() - self._last_line >= _WAIT_SECONDS:
                 self.console.print(Text(reason), soft_wrap=True)
-                self._told = time.monotonic()
+                self._last_line = time.monotonic()
 
     def on_round(self, summary: RoundSummary) -> None:
         """A round is done."""

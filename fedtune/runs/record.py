@@ -6,15 +6,19 @@ numbers for them. A record is for publication: what depends on private records a
 it (`fedtune.privacy.publication`), and lies in `local.json` beside it.
 
 The statement is the record in words (`fedtune.privacy.statement`); this module writes it beside the record.
+`Result` is a finished run as its folder holds it: what `fedtune.run` returns.
 
 Does not do: make a record (`fedtune.runs.assemble`) or judge it (`fedtune.report.frontier`).
 """
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from fedtune.privacy.publication import publish as door
 __all__ = [
     "RECORD_NAME",
     "SCHEMA",
+    "Result",
     "bought_records",
     "clean",
     "flatten",
@@ -44,40 +49,16 @@ SCHEMA = 1
 RECORD_NAME = "record.json"
 PICTURE_NAME = "strength.svg"  # beside statement.md
 
-_REQUIRED: dict[str, tuple[str, ...]] = {
-    "run": (
-        "id",
-        "started",
-        "seconds",
-        "engine",
-        "seed",
-        "versions",
-        "commit",
-        "dirty",
-        "hardware",
-        "status",
-    ),
-    "config": (),
-    "federation": ("nodes", "rounds", "cohort_size", "dropped"),
-    "privacy": (
-        *(
-            "unit",
-            "adjacency",
-            "trust",
-            "mechanism",
-            "noise_multiplier",
-            "max_grad_norm",
-            "sample_rate",
-            "steps",
-        ),
-        *("accountant", "epsilon", "delta", "epsilon_rdp", "per_node", "reproducible_noise", "audit"),
-    ),
-    "metrics": ("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss", "by_round", "per_site"),
-    "cost": (
-        *("train_seconds", "flops", "peak_memory_bytes", "encoder_bytes", "adapter_bytes"),
-        *("bytes_up", "bytes_down", "energy_kwh", "money", "pricing"),
-    ),
-    "artifacts": ("adapter", "statement"),
+_REQUIRED = {
+    "run": "id started seconds engine seed versions commit dirty hardware status",
+    "config": "",
+    "federation": "nodes rounds cohort_size dropped",
+    "privacy": "unit adjacency trust mechanism noise_multiplier max_grad_norm sample_rate steps accountant "
+    "epsilon delta epsilon_rdp per_node reproducible_noise audit",
+    "metrics": "accuracy precision_macro recall_macro f1_macro loss by_round per_site",
+    "cost": "train_seconds flops peak_memory_bytes encoder_bytes adapter_bytes bytes_up bytes_down "
+    "energy_kwh money pricing",
+    "artifacts": "adapter statement",
 }
 
 
@@ -99,11 +80,16 @@ def clean(value: Any) -> Any:
 
 
 def publish(made: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Writes what may be published of `made` to `record.json`, keeps the rest for the owner.
+    """Writes what may be published of `made` to `record.json`, and keeps the rest for the owner.
 
-    Returns the first part. Of data that is not declared public, `local.json` of the folder gets what was
-    measured or found in it (`fedtune.federation.run_folder`), and the record has null there.
-    Raises `ResourceError` if the disk does not take it.
+    Of data that is not declared public, `local.json` of the folder gets what was measured or found in it
+    (`fedtune.federation.run_folder`), and the record has null there.
+
+    Returns:
+        What was published.
+
+    Raises:
+        ResourceError: the disk does not take it.
     """
     published, own = _split(made)
     update_local(run_dir, record=clean(own))
@@ -112,9 +98,13 @@ def publish(made: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
 
 
 def whole(run_dir: Path) -> dict[str, Any]:
-    """The record of a folder with what the folder keeps for the owner. Raises as `read` does."""
-    found: dict[str, Any] = merge(read(run_dir), read_local(run_dir).get("record"))
-    return found
+    """The record of a folder with what the folder keeps for the owner.
+
+    Raises:
+        RecordError: as `read` does.
+    """
+    record: dict[str, Any] = merge(read(run_dir), read_local(run_dir).get("record"))
+    return record
 
 
 def run_folder(path: Path | str) -> Path:
@@ -153,7 +143,8 @@ def _split(made: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def write(record: Mapping[str, Any], path: Path) -> None:
     """Writes what may be published of `record` to `path`, whole or not at all.
 
-    Raises `ResourceError` if the disk does not take it.
+    Raises:
+        ResourceError: the disk does not take it.
     """
     text = json.dumps(_split(record)[0], indent=2, allow_nan=False) + "\n"
     try:
@@ -167,7 +158,11 @@ def write(record: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The record at `path` (a file, or a run folder), validated. Raises `RecordError` with the way out."""
+    """The record at `path` (a file, or a run folder), validated.
+
+    Raises:
+        RecordError: there is none, or it is unfinished, damaged or of another schema; with the way out.
+    """
     path = Path(path)
     if path.is_dir():
         folder, path = path, path / RECORD_NAME
@@ -220,7 +215,7 @@ def validate(record: Any, name: str = "record") -> None:
         if not isinstance(part, dict):
             missing.append(section)
         else:
-            missing += [f"{section}.{key}" for key in keys if key not in part]
+            missing += [f"{section}.{key}" for key in keys.split() if key not in part]
     if missing:
         raise RecordError(f"{name} is not a whole record: it lacks {', '.join(missing)}. Run it again.")
 
@@ -240,3 +235,94 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = value
     return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. `Result(path)` opens one that was made earlier; nothing is read before it is asked for.
+
+    In a notebook it shows epsilon with delta, unit and adjacency, accuracy, and what the run cost: only what
+    may be published, because notebooks travel; `local.json` is for the owner of the data. Each property
+    raises `RecordError` if the folder has no finished run.
+
+    Attributes:
+        path: the run folder.
+    """
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", run_folder(self.path))
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """The whole record, `record.json`."""
+        return read(self.path)
+
+    @property
+    def epsilon(self) -> float | None:
+        """Upper bound, accounted over the releases that were made; None if there is none (trust `none`)."""
+        return self._privacy("epsilon")
+
+    @property
+    def delta(self) -> float | None:
+        """The delta that `epsilon` belongs to; None where there is no epsilon."""
+        return self._privacy("delta")
+
+    @property
+    def unit(self) -> str:
+        """What is protected as one whole: `record`, `person` or `client`."""
+        return str(self._privacy("unit"))
+
+    @property
+    def adjacency(self) -> str:
+        """What neighbours differ in: `add or remove one record`."""
+        return str(self._privacy("adjacency"))
+
+    @property
+    def accuracy(self) -> float | None:
+        """As a share; None if it was not measured, or is hidden by its noise."""
+        accuracy: float | None = self.record["metrics"]["accuracy"]
+        return accuracy
+
+    @property
+    def statement(self) -> str:
+        """What was promised to whom, as Markdown, for a privacy officer."""
+        return statement_page(self.record, self.path)
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter, which `peft.PeftModel.from_pretrained` loads."""
+        return self.path / str(self.record["artifacts"]["adapter"])
+
+    def _privacy(self, name: str) -> Any:
+        return self.record["privacy"][name]
+
+    def __repr__(self) -> str:
+        try:
+            accuracy, epsilon = self.accuracy, self.epsilon
+        except RecordError:
+            return f"Result({str(self.path)!r}: no finished run)"
+        quality = "unknown" if accuracy is None else f"{accuracy:.3f}"
+        promise = "no epsilon"
+        if epsilon is not None:
+            promise = f"epsilon {epsilon:.3f} at delta {self.delta:.2e}, {self.adjacency}"
+        return f"Result({str(self.path)!r}: accuracy {quality}, {promise})"
+
+    def _repr_html_(self) -> str:
+        from fedtune.runs.summary import accuracy_line, facts_and_notes
+
+        facts, notes = facts_and_notes(self.record)
+        rows = [
+            ("accuracy", accuracy_line(self.record["metrics"])),
+            *facts,
+            *notes,
+            ("folder", str(self.path)),
+        ]
+        cells = "".join(
+            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+            f'<td style="text-align:left">{html.escape(text)}</td></tr>'
+            for name, text in rows
+            if text
+        )
+        return f"<table>{cells}</table>"

@@ -164,8 +164,10 @@ def _work(
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     resources.warm(warming)
     view.working("calibrating the noise")
-    told = Observers(_ForOwner(view, run_dir), tracker)
-    result = engines.run(config, run_dir, told if stop_rule is None else StoppingObserver(told, stop_rule))
+    observer: Observer = Observers(_ForOwner(view, run_dir), tracker)
+    if stop_rule is not None:
+        observer = StoppingObserver(observer, stop_rule)
+    result = engines.run(config, run_dir, observer)
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
 

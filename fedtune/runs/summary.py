@@ -132,8 +132,8 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
     if metrics.get("majority_rate") is not None:
         table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
     if evaluation["data"] == "held_out":
-        said = "Held out of data that nobody declared public, and not noised: this run has no privacy."
-        return Group(table, Text(said, style="dim"))
+        caution = "Held out of data that nobody declared public, and not noised: this run has no privacy."
+        return Group(table, Text(caution, style="dim"))
     if not noised:
         return table
     return Group(table, Text(_noise_line(evaluation), style="dim"))
@@ -142,15 +142,15 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
 def _noise_line(evaluation: Mapping[str, Any]) -> str:
     """How accuracy was measured where nodes answered for it, and who did not."""
     if evaluation.get("epsilon") is None:
-        said = "From counts of the nodes, without noise (trust none)."
+        text = "From counts of the nodes, without noise (trust none)."
     else:
-        said = (
+        text = (
             f"From noised counts of the nodes (standard deviation {evaluation['noise_std']:.3g}; epsilon "
             f"{evaluation['epsilon']:.3g} at delta {evaluation['delta']:.2e}, inside the total below). "
             "\u00b1 is one standard error; '-': the noise hides it."
         )
-    lost = evaluation["missing"]
-    return said + (f" No answer: {'; '.join(one['node'] for one in lost)}." if lost else "")
+    missing = "; ".join(answer["node"] for answer in evaluation["missing"])
+    return f"{text} No answer: {missing}." if missing else text
 
 
 def _count(count: float | None) -> str:
@@ -176,23 +176,22 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
 
 
 def ledger_line(privacy: Mapping[str, Any]) -> str:
-    """What the data's other uses add up to, this run included; empty if there were none, and the nodes say
-    so."""
+    """What the data's other uses add up to, this run included; empty if the nodes say there were none."""
     # By epsilon and not by releases: a ledger counts releases of this very shard, and epsilon over its keys,
     # however they were cut into shards before.
-    mine = {one["node"]: one["epsilon"] or 0.0 for one in privacy["per_node"]}
+    of_this_run = {node["node"]: node["epsilon"] or 0.0 for node in privacy["per_node"]}
     entries = privacy.get("ledger", [])
     others = [
-        one
-        for one in entries
+        entry
+        for entry in entries
         if adds_noise(privacy["trust"])
-        and one["releases"]
-        and (one["epsilon"] is None or one["epsilon"] > 1.005 * mine.get(one["node"], 0.0))
+        and entry["releases"]
+        and (entry["epsilon"] is None or entry["epsilon"] > 1.005 * of_this_run.get(entry["node"], 0.0))
     ]
     if not others:
-        silent = [str(one["node"]) for one in entries if one["releases"] is None]
+        silent = [str(entry["node"]) for entry in entries if entry["releases"] is None]
         return f"earlier uses of the data are unknown here: {', '.join(silent)} did not say" if silent else ""
-    worst = max(others, key=lambda one: math.inf if one["epsilon"] is None else one["epsilon"])
+    worst = max(others, key=lambda entry: math.inf if entry["epsilon"] is None else entry["epsilon"])
     if worst["epsilon"] is None:
         return f"over all uses of the data of {worst['node']} epsilon is infinite: one was without noise"
     about = f" for one {worst['unit']}" if worst.get("unit") else ""
@@ -203,11 +202,8 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
 
 
 def _time_line(record: Mapping[str, Any]) -> str:
-    rounds, took, trained = (
-        record["federation"]["rounds"],
-        record["run"]["seconds"],
-        record["cost"]["train_seconds"],
-    )
+    rounds, took = record["federation"]["rounds"], record["run"]["seconds"]
+    trained = record["cost"]["train_seconds"]
     if took is None:
         return "kept by the owner of the data (local.json of the run folder)"
     text = f"{duration(took)} for {rounds} round{'' if rounds == 1 else 's'}"
@@ -247,9 +243,6 @@ def _amount(value: float | None) -> str:
 
 
 def _dropped_line(dropped: Sequence[Mapping[str, Any]]) -> str:
-    first = "; ".join(f"{one['node']} in round {one['round']} ({one['reason']})" for one in dropped[:3])
-    return (
-        first
-        if len(dropped) <= 3
-        else f"{first}; and {len(dropped) - 3} more (federation.dropped in the record)"
-    )
+    text = "; ".join(f"{lost['node']} in round {lost['round']} ({lost['reason']})" for lost in dropped[:3])
+    more = f"; and {len(dropped) - 3} more (federation.dropped in the record)" if len(dropped) > 3 else ""
+    return text + more
