@@ -72,10 +72,11 @@ __all__ = [
     "RetryInvoker",
     "RuntimeHttpClient",
     "RuntimeTokenHttpInterceptor",
+    "RuntimeVersionHttpInterceptor",
     "Status",
     "SubStatus",
     "TaskType",
-    "client",
+    "build_fab_from_files",
     "control_pb2",
     "error_in_place_of",
     "exponential",
@@ -83,7 +84,6 @@ __all__ = [
     "node_connection",
     "node_state",
     "object_ids",
-    "pack_app",
     "pull_message",
     "push_objects",
     "push_replies",
@@ -226,26 +226,7 @@ def error_in_place_of(message: Message, reason: str) -> Message:
     return make_message(metadata=message.metadata, error=Error(ErrorCode.UNKNOWN, reason))
 
 
-# --- apps -------------------------------------------------------------------------------------------------
-
-
-def pack_app(files: dict[str, bytes]) -> bytes:
-    """An app as Flower sends it (a FAB), of files by name; the same bytes for the same files."""
-    content, _ = build_fab_from_files(files)
-    return content
-
-
-# --- the operator: clients, and the ServerApp of a run ----------------------------------------------------
-
-
-def client(
-    kind: Any, address: str, authority: bytes, interceptors: Sequence[Any], retries: Any = None
-) -> Any:
-    """One of Flower's HTTP clients, a `ControlHttpClient` or `RuntimeHttpClient`; by default it asks once."""
-    version = RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
-    return kind.from_server_address(
-        address, False, authority, [version, *interceptors], retry_invoker=retries
-    )
+# --- the operator ---------------------------------------------------------------------------------------
 
 
 def start_request(content: bytes, digest: str, config: str) -> Any:

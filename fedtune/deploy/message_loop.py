@@ -201,7 +201,7 @@ class MessageHandler:
         self._books = Books(Path(site.ledger), Path(site.audit_log))
 
     def __call__(self) -> bool:
-        """Answers what is pending. False if there was nothing that could be answered."""
+        """Answers what is pending. Returns whether something was answered."""
         done = False
         for task in self._state.get_tasks(statuses=[flower.Status.PENDING], order_by="pending_at"):
             try:
@@ -211,14 +211,14 @@ class MessageHandler:
         return done
 
     def _handle(self, task: Any) -> bool:
-        """Has the message of a task answered; by a refusal if nothing else, whatever is wrong with it."""
+        """Has the message of a task answered, by a refusal if something is wrong with it."""
         state = self._state
         if state.claim_task(task.task_id) is None or not state.activate_task(task.task_id):
             return False
-        found = state.get_messages_legacy(run_ids=[task.run_id], is_reply=False, limit=1)
-        if not found:
+        messages = state.get_messages_legacy(run_ids=[task.run_id], is_reply=False, limit=1)
+        if not messages:
             return False
-        message = found[0]  # without its content, but who sent it and whom to answer
+        message = messages[0]  # without its content, but with sender and receiver
         run = state.get_run(task.run_id)
         context = state.get_run_series_context(run.series_id)
         act_as(task.task_id, run.run_id, context.node_id)

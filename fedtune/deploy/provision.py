@@ -111,8 +111,8 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
     new: list[str] = []
     kept: list[str] = []
     try:
-        for one in (authority, server, server / "nodes", sites):
-            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for needed in (authority, server, server / "nodes", sites):
+            needed.mkdir(mode=0o700, parents=True, exist_ok=True)
         # One whose key was never written (a full disk) and whose certificate nobody was given is made again.
         given = (server / "ca.crt").exists() or any(sites.glob("*.zip"))
         if given or (authority / "ca.key").exists():

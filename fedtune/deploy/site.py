@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -281,12 +282,12 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
+@dataclass(frozen=True)
 class DryRun:
     """What a proposed run would do here. `refusals` is empty if the site permits it and can pay for it."""
 
-    def __init__(self, lines: Sequence[tuple[str, str]], refusals: Sequence[str]) -> None:
-        self.lines = tuple(lines)
-        self.refusals = tuple(refusals)
+    lines: Sequence[tuple[str, Any]]
+    refusals: Sequence[str]
 
     def text(self) -> str:
         """For a person."""

@@ -233,8 +233,9 @@ class Server:
 
     def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
         """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""
-        added = [_OperatorToken(self.token), *interceptors]
-        return flower.client(kind, self.address, self.authority, added, retries)
+        version = flower.RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
+        added = [version, _OperatorToken(self.token), *interceptors]
+        return kind.from_server_address(self.address, False, self.authority, added, retry_invoker=retries)
 
 
 def patient_retries(address: str, observer: Observer | None = None) -> Any:

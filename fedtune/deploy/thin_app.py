@@ -48,7 +48,9 @@ def thin_app() -> tuple[bytes, str]:
     """(content, sha256) of this version's thin app."""
     from fedtune.deploy import flower
 
-    content = flower.pack_app({"pyproject.toml": _PYPROJECT.format(version=__version__).encode()})
+    content, _ = flower.build_fab_from_files(
+        {"pyproject.toml": _PYPROJECT.format(version=__version__).encode()}
+    )
     return content, hashlib.sha256(content).hexdigest()
 
 

@@ -162,38 +162,28 @@ class WorkerProcess:
         """
         with self._lock:
             self.start(beat)
-            return self._answer(message, context, header, beat, awaited)
-
-    def _answer(
-        self,
-        message: bytes,
-        context: bytes,
-        header: dict[str, Any],
-        beat: Callable[[], object],
-        awaited: float,
-    ) -> list[bytes]:
-        connection, process = self._connection, self._process
-        assert connection is not None and process is not None
-        limit = self._site.limits.message_seconds
-        detector = HangDetector(awaited, limit, lambda: processor_seconds(process.pid))
-        try:
-            channel.send(connection, header, [message, context])
-            while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
-                beat()
-                if why := detector.hangs():
-                    self.kill()
-                    raise WorkerDied(f"the worker was killed, for {why}")
-            return channel.receive(connection)[1]
-        except (EOFError, OSError) as error:
-            connection.close()
-            self._connection = None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            status = process.poll()
-            how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
-            raise WorkerDied(f"the worker ended {how}") from error
-        finally:
-            self._used = time.monotonic()
+            connection, process = self._connection, self._process
+            assert connection is not None and process is not None
+            limit = self._site.limits.message_seconds
+            detector = HangDetector(awaited, limit, lambda: processor_seconds(process.pid))
+            try:
+                channel.send(connection, header, [message, context])
+                while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
+                    beat()
+                    if why := detector.hangs():
+                        self.kill()
+                        raise WorkerDied(f"the worker was killed, for {why}")
+                return channel.receive(connection)[1]
+            except (EOFError, OSError) as error:
+                connection.close()
+                self._connection = None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+                status = process.poll()
+                how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
+                raise WorkerDied(f"the worker ended {how}") from error
+            finally:
+                self._used = time.monotonic()
 
     def end_if_idle(self) -> bool:
         """Ends a worker that was idle for `limits.idle_seconds`; the next message starts another.

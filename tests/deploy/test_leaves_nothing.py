@@ -1,4 +1,4 @@
-"""Issue 10, item 1, over a real SuperLink: two runs whose sites hold other records leave the same bytes.
+"""Over a real SuperLink: two runs whose sites hold other records leave the same bytes.
 
 As `tests/regressions/test_byte_for_byte.py`, with processes, TLS and Flower's server between the parts. What
 the mechanisms release is a constant, messages are kept in the sites' workers, and in the run folder only the

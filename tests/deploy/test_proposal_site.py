@@ -1,4 +1,4 @@
-"""Issue 10, item 7, as a site sees it: a whole run is proposed, checked and logged; to refuse is free."""
+"""As a site sees it: a whole run is proposed, checked and logged; to refuse is free."""
 
 from __future__ import annotations
 

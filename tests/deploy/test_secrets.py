@@ -1,4 +1,4 @@
-"""Issue 10, item 7 (PITFALLS 41): no secret is empty, short or torn. Written whole or not at all."""
+"""Pitfall 41: no secret is empty, short or torn. Written whole or not at all."""
 
 from __future__ import annotations
 

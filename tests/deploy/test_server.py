@@ -1,4 +1,4 @@
-"""Issue 10, item 7: what of a server is open to whom. A call that nobody opened is closed."""
+"""What of a server is open to whom. A call that nobody opened is closed."""
 
 from __future__ import annotations
 

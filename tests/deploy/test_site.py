@@ -210,7 +210,7 @@ def test_the_proof_says_all_that_is_wrong_with_damaged_books(
 def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
     node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Issue 10, item 3: an older ledger beside a newer audit log; and an audit log that is cut or gone."""
+    """An older ledger beside a newer audit log; and an audit log that is cut or gone."""
     from fedtune.deploy.node import run_node
     from fedtune.deploy.site import books_of, check_books, make_key, read_site
 
