@@ -11,7 +11,7 @@ release would charge (`fedtune.privacy.ledger.accounts`): a release is allowed i
 them (`Allowance`).
 
 Sums of Renyi divergences at one order take no time; the privacy loss distribution of a run's plan does, and
-is cached on disk (`fedtune.privacy.accounting.cache`), so that another process need not even load the
+is cached on disk (`fedtune.privacy.accounting.calibration`), so that another process need not even load the
 accountant.
 """
 
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.errors import BudgetExhausted, PrivacyError
-from fedtune.privacy.accounting.cache import cached_epsilon
+from fedtune.privacy.accounting.calibration import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.filter import closes, order_of, renyi_budget, renyi_of_terms, spent
 from fedtune.privacy.ledger.accounts import NEVER, Account, AccountKeys

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import LedgerError, PrivacyError
-from fedtune.privacy.accounting.cache import cached_epsilon
+from fedtune.privacy.accounting.calibration import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.accounting.filter import spent
 from fedtune.privacy.ledger.accounts import Account

@@ -1,4 +1,4 @@
-"""Calibration lands just below its target, quickly, and says what is possible where it cannot."""
+"""Calibration: the noise that meets a target, and numbers that are cached on disk."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedtune.config.files import cache_dir
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import cache, calibration
-from fedtune.privacy.accounting.calibration import noise_multiplier_for
+from fedtune.privacy.accounting import calibration
+from fedtune.privacy.accounting.calibration import cached, cached_epsilon, noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from tests.support.work import Points
 
@@ -96,7 +97,7 @@ def test_the_second_call_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     first = noise_multiplier_for(4.0, 1e-5, sample_rate=0.05, steps=61)
     monkeypatch.setattr(calibration, "_search", _forbidden)
     assert noise_multiplier_for(4.0, 1e-5, sample_rate=0.05, steps=61) == first
-    monkeypatch.setattr(cache, "_memory", {})  # as in a new process: from the disk
+    monkeypatch.setattr(calibration, "_memory", {})  # as in a new process: from the disk
     assert noise_multiplier_for(4.0, 1e-5, sample_rate=0.05, steps=61) == first
 
 
@@ -135,7 +136,7 @@ def test_a_damaged_cache_is_ignored_and_made_again(damage, monkeypatch: pytest.M
     files = [p for p in (cache_dir() / "calibration").iterdir() if "[6.0, 1e-05, 0.05, 12]" in p.read_text()]
     assert len(files) == 1
     files[0].write_text(damage(files[0].read_text()))
-    monkeypatch.setattr(cache, "_memory", {})
+    monkeypatch.setattr(calibration, "_memory", {})
     assert noise_multiplier_for(6.0, 1e-5, sample_rate=0.05, steps=12) == first
     assert json.loads(files[0].read_text())["value"] == first
 
@@ -202,3 +203,97 @@ def test_arguments_without_meaning_are_named(changes: dict[str, float], named: s
     values = {"target_epsilon": 1.0, "delta": 1e-5, "sample_rate": 0.05, "steps": 60, **changes}
     with pytest.raises(PrivacyError, match=named):
         noise_multiplier_for(**values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of a session before: the suite's own cache outlives it."""
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def compute() -> float:
+        calls.append(1)
+        return 0.1 + 0.2
+
+    assert [cached("test-once", [1, "a"], compute) for _ in range(3)] == [0.1 + 0.2] * 3
+    monkeypatch.setattr(calibration, "_memory", {})
+    assert cached("test-once", [1, "a"], compute) == 0.1 + 0.2  # every bit of it, from the disk
+    assert len(calls) == 1
+    cached("test-once", [2, "a"], compute)
+    assert len(calls) == 2
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_another_kind_or_accountant_is_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("test-kind", [1], lambda: 1.0)
+    assert cached("test-other-kind", [1], lambda: 2.0) == 2.0
+    monkeypatch.setattr(calibration, "_accountant", lambda: "another version")
+    assert cached("test-kind", [1], lambda: 3.0) == 3.0
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_file_moved_to_other_arguments_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("test-move", [1], lambda: 1.0)
+    cached("test-move", [2], lambda: 2.0)
+    first, second = sorted(
+        (cache_dir() / "test-move").iterdir(), key=lambda path: json.loads(path.read_text())["value"]
+    )
+    second.write_text(first.read_text())
+    monkeypatch.setattr(calibration, "_memory", {})
+    assert cached("test-move", [2], lambda: 2.0) == 2.0
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_another_home_gets_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("test-home", [1], lambda: 1.0)
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "elsewhere"))
+    assert cached("test-home", [1], lambda: 2.0) == 2.0  # the number in memory belongs to the other home
+    (file,) = (tmp_path / "elsewhere").rglob("test-home/*.json")
+    assert json.loads(file.read_text())["value"] == 2.0
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_memory_is_asked_before_the_disk_and_does_not_grow_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "_memory", {str(i): 0.0 for i in range(10_000)})
+    cached("test-memory", [1], lambda: 1.0)
+    for file in (cache_dir() / "test-memory").iterdir():
+        file.unlink()
+    assert cached("test-memory", [1], lambda: 2.0) == 1.0
+    assert len(calibration._memory) == 10_001
+    cached("test-memory", [2], lambda: 1.0)
+    assert len(calibration._memory) == 1
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_file_that_cannot_take_its_place_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError("the folder is full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    assert cached("test-full", [1], lambda: 1.5) == 1.5
+    assert list((cache_dir() / "test-full").iterdir()) == []
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_cached_epsilon_is_that_of_the_accountant(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def cached(what: str, arguments: Any, compute: Any) -> float:
+        asked.append((what, arguments))
+        return float(compute())
+
+    monkeypatch.setattr(calibration, "cached", cached)
+    one, other = Term(0.05, 1.0), Term(0.1, 2.0)
+    assert cached_epsilon({other: 2, one: 3}, 1e-5) == pytest.approx(
+        epsilon_of_terms({one: 3, other: 2}, 1e-5)
+    )
+    cached_epsilon({one: 3, other: 2}, 1e-5)
+    assert asked == [("epsilon", [[[list(one), 3], [list(other), 2]], 1e-5])] * 2
+    assert cached_epsilon(None, 1e-5) == math.inf and len(asked) == 2

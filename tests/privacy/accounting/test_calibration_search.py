@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedtune.errors import CalibrationError, PrivacyError
-from fedtune.privacy.accounting import cache, calibration
+from fedtune.privacy.accounting import calibration
 from fedtune.privacy.accounting.calibration import (
     _GOAL,
     _between,
@@ -64,7 +64,7 @@ def cliff(edge: float, before: float, after: float) -> Callable[[float], float]:
 
 
 # How often each grid and at last the accountant itself is asked, and the result: the search as it is. Results
-# are cached on disk, so that whoever changes these raises `fedtune.privacy.accounting.cache._FORMAT` as well.
+# are cached on disk, so whoever changes these raises `calibration._FORMAT` as well.
 PATHS: list[tuple[Callable[[float], float], dict[str, Any], list[int], float]] = [
     (lambda s: 2.0 / s, {}, [3, 3, 1], 1.0047397846271904),
     (lambda s: 2.0 / s, {"error": 10.0}, [2, 3, 2], 1.0040160642570282),
@@ -107,7 +107,7 @@ def test_the_search_goes_its_way_and_lands(
     assert sigma == pytest.approx(result, rel=1e-9)
     intervals = [interval for _, interval, _ in formula.asked]
     assert [len(list(group)) for _, group in itertools.groupby(intervals)] == asked
-    assert cache._FORMAT == 3, "the paths above were written down for this format"
+    assert calibration._FORMAT == 3, "the paths above were written down for this format"
 
 
 def test_what_is_released_besides_is_counted_with_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
