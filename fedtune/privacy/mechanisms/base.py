@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy.typing as npt
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.checks import whole
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["CORRELATED", "NODES_SEE", "USERS_SEE", "Mechanism", "Round", "check_bands"]
+__all__ = ["CORRELATED", "NODES_SEE", "USERS_SEE", "Mechanism", "Round"]
 
 NODES_SEE = "Each node sees its own data and the shared adapter of every round."
 USERS_SEE = "Whoever gets the model sees the finished adapter."
@@ -127,7 +127,26 @@ class Mechanism(ABC):
                 f"privacy.mechanism={CORRELATED} works with privacy.trust=central only, not with "
                 f"{cls.trust}: a server that all clients trust makes its noise."
             )
-        check_bands(config)
+        cls.check_bands(config)
+
+    @classmethod
+    def check_bands(cls, config: Config) -> None:
+        """Raises `ConfigError` for settings of correlated noise where there is none."""
+        privacy = config.privacy
+        if privacy.mechanism != CORRELATED and (privacy.bands is not None or privacy.min_separation != 1):
+            raise ConfigError(
+                f"privacy.bands and privacy.min_separation are settings of privacy.mechanism={CORRELATED}, "
+                f"and it is {privacy.mechanism}. Leave them out, or start from privacy=central_ftrl."
+            )
+
+    @classmethod
+    def check_equal_weights(cls, config: Config) -> None:
+        """Raises `PrivacyError` for weights other than those that the noise was sized for."""
+        if config.federation.weighting != "uniform":
+            raise PrivacyError(
+                f"federation.weighting={config.federation.weighting} does not fit privacy.trust={cls.trust}: "
+                "the noise was sized for equal weights. Use federation.weighting=uniform."
+            )
 
     @classmethod
     def check_evaluation(cls, config: Config) -> None:
@@ -320,13 +339,3 @@ class Mechanism(ABC):
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values: the trust model's name, and each setting."""
         return {"trust": self.trust, **vars(self)}
-
-
-def check_bands(config: Config) -> None:
-    """Raises `ConfigError` for settings of correlated noise where there is none."""
-    privacy = config.privacy
-    if privacy.mechanism != CORRELATED and (privacy.bands is not None or privacy.min_separation != 1):
-        raise ConfigError(
-            f"privacy.bands and privacy.min_separation are settings of privacy.mechanism={CORRELATED}, and "
-            f"it is {privacy.mechanism}. Leave them out, or start from privacy=central_ftrl."
-        )

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.checks import number, probability, whole
-from fedtune.privacy.mechanisms.base import CORRELATED, NODES_SEE, USERS_SEE, Mechanism, Round, check_bands
+from fedtune.privacy.mechanisms.base import CORRELATED, NODES_SEE, USERS_SEE, Mechanism, Round
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.none import NoPrivacy
 
@@ -120,7 +120,7 @@ class Central(Mechanism):
     @classmethod
     def check_server_noise(cls, config: Config) -> None:
         if config.privacy.mechanism in METHODS:
-            check_bands(config)
+            cls.check_bands(config)
 
     @classmethod
     def check_evaluation(cls, config: Config) -> None:
@@ -135,11 +135,7 @@ class Central(Mechanism):
     @classmethod
     def from_settings(cls, config: Config, nodes: int) -> Central:
         privacy, train, federation = config.privacy, config.train, config.federation
-        if federation.weighting != "uniform":
-            raise PrivacyError(
-                f"federation.weighting={federation.weighting} does not fit privacy.trust={cls.trust}: the "
-                "noise was sized for equal weights. Use federation.weighting=uniform."
-            )
+        cls.check_equal_weights(config)
         cohort = nodes if federation.cohort_size is None else federation.cohort_size
         return cls(
             cohort_size=cohort,

@@ -64,11 +64,7 @@ class Distributed(Mechanism):
 
     @classmethod
     def from_settings(cls, config: Config, nodes: int) -> Distributed:
-        if config.federation.weighting != "uniform":
-            raise PrivacyError(
-                f"federation.weighting={config.federation.weighting} does not fit privacy.trust={cls.trust}: "
-                "the noise was sized for equal weights. Use federation.weighting=uniform."
-            )
+        cls.check_equal_weights(config)
         privacy = config.privacy
         return cls(
             sample_rate=config.train.sample_rate,
