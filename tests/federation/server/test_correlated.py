@@ -166,7 +166,7 @@ def test_a_folder_restored_from_a_backup_of_any_phase_is_refused(
             if phase == "in a round" and len(self.rounds) == 3 and status == "answered":
                 copy()
 
-    save, keep = checkpoint.save, CorrelatedRounds.keep
+    save, keep = checkpoint.save, CorrelatedRounds.save_noise
 
     def kept(books: CorrelatedRounds) -> None:
         if phase == "noise drawn, not saved" and books.round == 4:
@@ -179,7 +179,7 @@ def test_a_folder_restored_from_a_backup_of_any_phase_is_refused(
             copy()
         return path
 
-    monkeypatch.setattr(CorrelatedRounds, "keep", kept)
+    monkeypatch.setattr(CorrelatedRounds, "save_noise", kept)
     monkeypatch.setattr(checkpoint, "save", saved)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", nodes, Copies(5))
