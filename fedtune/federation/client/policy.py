@@ -202,11 +202,16 @@ class SiteSettings(Group):
     def check(
         self, asked: Config, plan: PrivacyPlan, used: Iterable[str] = (), fingerprint: str = ""
     ) -> None:
-        """Raises PrivacyError if this site does not permit what is asked; all that is wrong, at once.
+        """Refuses what this site does not permit, with all that is wrong at once.
 
-        Args: `asked`, the run's configuration as the server sent it; `plan`, what it proposes; `used`,
-        what the ledger knows the data of this run's releases by, and `fingerprint`, what it knows the data by
-        now; neither is told.
+        Args:
+            asked: the run's configuration as the server sent it.
+            plan: what the server proposes.
+            used: what the ledger knows the data of this run's releases by; not published.
+            fingerprint: what the ledger knows the data by now; not published.
+
+        Raises:
+            PrivacyError: the site does not permit it.
         """
         problems = [*self._asked_problems(asked), *self._plan_problems(plan)]
         if any(known != fingerprint for known in used):
@@ -225,9 +230,12 @@ class SiteSettings(Group):
         self._refuse([*self._asked_problems(asked)])
 
     def check_evaluation(self, plan: PrivacyPlan) -> None:
-        """Raises PrivacyError if this site answers no such question about the data that it holds out.
+        """Refuses questions about held-out data that this site does not answer.
 
         Apart from `check`: a site that answers none can still take part in the training.
+
+        Raises:
+            PrivacyError: it does not permit so many answers, or so little noise.
         """
         most, least = self.permit.max_evaluations, self.permit.min_noise_multiplier
         if plan.evaluation_answers > most:

@@ -119,7 +119,11 @@ def agree(
 def check_enough(
     left: Sequence[NodeInfo], refused: Sequence[Dropped], asked: int, config: Config, needed: int = 1
 ) -> None:
-    """Raises FederationError, with each reason, if those who agreed are too few to begin a round."""
+    """Checks that those who agreed are enough to begin a round.
+
+    Raises:
+        FederationError: they are not; it gives each reason.
+    """
     least = max(1, needed, config.federation.min_updates)
     if len(left) >= least:
         return

@@ -49,8 +49,9 @@ __all__ = ["Checkpoint", "RunState", "has_checkpoint", "load_latest", "next_atte
 
 FORMAT = 1
 KEEP = 2
-# Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
 _AWAY = 0  # no node's id: of one that is not connected
+_PLAIN = ("exhausted", "seconds", "train_seconds", "flops", "ended_early")  # JSON values as they are
+# Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
 _MAY_CHANGE = ("resume", "output", "device", "engine", "pricing", "tracker")
 
 
@@ -96,12 +97,8 @@ class RunState:
             "releases": dict(sorted(self.releases.items())),
             "answers": dict(sorted(self.answers.items())),
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
-            "exhausted": self.exhausted,
-            "seconds": self.seconds,
-            "train_seconds": self.train_seconds,
-            "flops": self.flops,
+            **{name: getattr(self, name) for name in _PLAIN},
             "notices": self.notices,
-            "ended_early": self.ended_early,
         }
         meta, own = publish("checkpoint", meta, public_data=config.data.public)
         run_folder.update_local(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
@@ -136,12 +133,8 @@ class RunState:
                 evaluation=None
                 if meta["evaluation"] is None
                 else NodesEvaluation.from_json(meta["evaluation"]),
-                exhausted=list(meta["exhausted"]),
-                seconds=meta["seconds"],
-                train_seconds=meta["train_seconds"],
-                flops=meta["flops"],
                 notices=[*meta["notices"], *notices],
-                ended_early=meta["ended_early"],
+                **{name: meta[name] for name in _PLAIN},
             )
             if state.plan.root() is not None:
                 state._resume_correlated(run_dir)
