@@ -10,7 +10,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,10 +94,9 @@ def run(
 def _run_config(config: Config, output: str | Path | None, progress: bool) -> Result:
     from fedtune.config.convert import from_dict, to_dict
 
-    # A copy: the run fills in its folder. Checked: a Config that was made by hand has not been.
-    config = from_dict(to_dict(config), "the configuration")
+    config = from_dict(to_dict(config))  # one that was made by hand has not been checked
     if output is not None:
-        config.output = str(output)
+        config = replace(config, output=str(output))
     return _start(config, progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -162,7 +163,8 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
         words.append(f"data.unit={value_text(site.data.unit)}")
     proposed = load([*words, *overrides])
     if not any(word.startswith("data.name=") for word in overrides):
-        proposed.data.name = site.data.name
+        data = dataclasses.replace(proposed.data, name=site.data.name)
+        proposed = dataclasses.replace(proposed, data=data)
     done = dry_run(site, proposed)
     print(done.text())
     return 1 if done.refusals else 0
@@ -201,8 +203,8 @@ def submit(
         api.run(*overrides, "engine.name=deployment", f"engine.server={value_text(server)}")
         return
     config = load(overrides)
-    config.engine.name, config.engine.server = "deployment", server  # it may have moved
-    api.run(config)
+    engine = dataclasses.replace(config.engine, name="deployment", server=server)  # it may have moved
+    api.run(dataclasses.replace(config, engine=engine))
 
 
 @commands.command(

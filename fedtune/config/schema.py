@@ -5,9 +5,9 @@ server gives and the messages of their errors (`fedtune.config.convert`), `fedtu
 packages that need a closed set of words (`UNITS`).
 
 Pure Python: neither Hydra nor the library that converts is imported, so that a node, a test or a notebook
-builds a `Config` without them. Building one in Python checks nothing; every way in from outside
-(`convert.from_dict`, `loader.load`) does. Rules that need two settings are in `convert.check_together`;
-those that need the data (delta against the number of records) are made where the data is.
+builds a `Config` without them. Building one checks nothing; every way in from outside (`convert.from_dict`,
+`loader.load`) does. Nothing in the package changes one. Rules that need two settings are in
+`choices.check_together`; those that need the data (delta against the number of records) are where it is.
 
 Rates are probabilities per step.
 """

@@ -88,6 +88,7 @@ def run(
     trackers.check(config)
     console = console or Console(highlight=False)
     run_dir = _folder(config)
+    config = dataclasses.replace(config, output=str(run_dir))
     shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
     tracker = trackers.open_tracker(config, run_dir)
     with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
@@ -103,7 +104,7 @@ def run(
 
 
 def _folder(config: Config) -> Path:
-    """Makes the run folder, and writes its absolute path into `config.output` for the engine."""
+    """Makes the run folder; returns its absolute path."""
     chosen = config.resume or config.output
     if chosen is None:
         chosen = str(Path("outputs") / datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S"))
@@ -115,7 +116,6 @@ def _folder(config: Config) -> Path:
             f"The run folder {folder} cannot be made: {error.strerror or error}. Choose another with "
             "hydra.run.dir=FOLDER."
         ) from error
-    config.output = str(folder)
     return folder
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedtune.config import schema
 from fedtune.config.convert import build, check_value, nearest, settings, to_dict
 from fedtune.config.schema import Config, Group, setting
 from fedtune.errors import ConfigError
@@ -112,3 +115,25 @@ def test_nearest() -> None:
 def test_a_schema_has_no_field_that_is_no_setting() -> None:
     groups = {item.name for item in dataclasses.fields(Config)} - set(settings())
     assert groups == {name.partition(".")[0] for name in settings() if "." in name}
+
+
+def changes(source: str) -> list[int]:
+    """Lines that assign to a setting of something that is called a configuration."""
+    groups = {item.name for item in dataclasses.fields(Config)} - set(settings())
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            words = ast.unparse(node).split(".")
+            if words[-2] == "config" or (len(words) > 2 and words[-2] in groups):
+                found.append(node.lineno)
+    return sorted(found)
+
+
+def test_nothing_in_the_package_changes_a_config() -> None:
+    """A configuration is made once; whoever needs another makes one, by dataclasses.replace."""
+    found = {
+        path.name: changes(path.read_text(encoding="utf-8"))
+        for path in Path(schema.__file__).parents[1].rglob("*.py")
+    }
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert changes("config.output = 1\nconfig.engine.name, x = 1, 2\njob.config.seed = 3") == [1, 2, 3]
