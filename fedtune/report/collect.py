@@ -68,7 +68,6 @@ class Run:
     delta: float | None
     reproducible_noise: bool
     accuracy: float | None
-    majority_rate: float | None
     per_site: Mapping[str, float]
     rounds: tuple[Round, ...]
     cost: Cost
@@ -123,7 +122,6 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         delta=None if privacy["delta"] is None else float(privacy["delta"]),
         reproducible_noise=bool(privacy["reproducible_noise"]),
         accuracy=None if metrics["accuracy"] is None else float(metrics["accuracy"]),
-        majority_rate=metrics.get("majority_rate"),
         per_site=_per_site(metrics["per_site"]),
         rounds=tuple(
             Round(int(row["round"]), row.get("accuracy"), row.get("epsilon")) for row in metrics["by_round"]

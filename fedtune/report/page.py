@@ -216,8 +216,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
             "accuracy": wanted.accuracy,
             "epsilon": None if wanted.epsilon is None else _finite(wanted.epsilon),
             "money": wanted.money,
-            "by_price": list(count_adoption(points, wanted).by_price),
-            "by_compute": list(count_adoption(points, wanted).by_compute),
+            **dataclasses.asdict(count_adoption(points, wanted)),
         },
     }  # fmt: skip
 

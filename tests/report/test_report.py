@@ -451,6 +451,7 @@ def test_adoption_on_the_page_is_what_python_counts(seen: Any, made: Report) -> 
     assert f"; {today} of them cost no more than " in text and "at epsilon" in text
     assert f"fall by 70 percent, {cheaper} do" in text and f"same accuracy, {compressed} do" in text
     good = int(text.split()[0])
+    assert good == start["good_enough"]
     assert (
         value["adoptionRich"].startswith(f"{good} of ") and f"; {good} of them cost" in value["adoptionRich"]
     )
