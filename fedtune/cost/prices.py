@@ -10,25 +10,16 @@ Does not do: currency conversion, free tiers, price steps, taxes, storage.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
+from fedtune.config.convert import build
 from fedtune.config.schema import PricingConfig
 from fedtune.cost.meter import Cost
-from fedtune.errors import ConfigError
 
 __all__ = ["Money", "carbon_kg", "check", "price"]
 
 _SECONDS_PER_HOUR = 3600.0
 _BYTES_PER_GIGABYTE = 1e9  # network providers charge decimal gigabytes
-_PRICES = (
-    "device_hour",
-    "gigabyte_up",
-    "gigabyte_down",
-    "kilowatt_hour",
-    "carbon_kg_per_kwh",
-    "record",
-)
 
 
 @dataclass(frozen=True)
@@ -106,20 +97,9 @@ def _sum(*parts: float | None) -> float | None:
 
 
 def check(pricing: PricingConfig) -> None:
-    """Raises ConfigError, naming the price, if `pricing` cannot be reckoned with; before a run, not after."""
-    if not pricing.currency:
-        raise ConfigError(
-            f"The price book '{pricing.name}' names no currency. Set pricing.currency (for instance USD)."
-        )
-    for name in _PRICES:
-        value = getattr(pricing, name)
-        if value is None or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(
-                f"The price book '{pricing.name}' has no price for {name} (it says {value!r}). Give a "
-                f"number, pricing.{name}=0 if it is not charged."
-            )
-        if not math.isfinite(value) or value < 0:
-            raise ConfigError(
-                f"The price book '{pricing.name}' says {name} costs {value}. A price is a finite number, "
-                "0 or more."
-            )
+    """Holds a price book to its schema, whoever built it; before a run, not after.
+
+    Raises:
+        ConfigError: a price is no finite number of 0 or more, or the book names no currency.
+    """
+    build(PricingConfig, asdict(pricing), f"the price book {pricing.name!r}")
