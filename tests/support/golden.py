@@ -45,6 +45,7 @@ class Golden:
 
     def __init__(self, test: str, base: Path) -> None:
         self.test, self.base, self.count = test, base, 0
+        self.texts = read()  # now, for a test may break the reading of files
 
     def __call__(self, raised: object) -> None:
         """`raised` is what `pytest.raises` gives, or the error itself."""
@@ -53,12 +54,12 @@ class Golden:
         self.count += 1
         name = self.test if self.count == 1 else f"{self.test} ({self.count})"
         text = self._steady(error)
-        texts = read()
         if os.environ.get("FEDTUNE_GOLDEN") == "write":
-            if texts.get(name) != text:
-                write(texts | {name: text})
+            if self.texts.get(name) != text:
+                self.texts[name] = text
+                write(self.texts)
             return
-        assert text == texts.get(name), f"{name}: FEDTUNE_GOLDEN=write writes {FILE.name} anew"
+        assert text == self.texts.get(name), f"{name}: FEDTUNE_GOLDEN=write writes {FILE.name} anew"
 
     def _steady(self, error: BaseException) -> str:
         text = str(error)
