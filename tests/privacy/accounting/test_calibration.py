@@ -17,6 +17,7 @@ from fedtune.errors import CalibrationError, PrivacyError
 from fedtune.privacy.accounting import calibration
 from fedtune.privacy.accounting.calibration import cached, cached_epsilon, noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
+from tests.support.golden import Golden
 from tests.support.work import Points
 
 TYPICAL = [
@@ -164,11 +165,12 @@ def test_two_processes_may_fill_one_cache_at_once(tmp_path: Path) -> None:
     assert [path.suffix for path in (tmp_path / "cache" / "calibration").iterdir()] == [".json"]
 
 
-def test_an_epsilon_that_no_noise_meets_names_the_smallest_that_can_be_reached() -> None:
-    with pytest.raises(
-        CalibrationError, match=r"smallest that can be reached is 0\.0006.*train\.sample_rate"
-    ):
+def test_an_epsilon_that_no_noise_meets_names_the_smallest_that_can_be_reached(golden: Golden) -> None:
+    with pytest.raises(CalibrationError) as raised:
         noise_multiplier_for(1e-4, 1e-5, sample_rate=0.05, steps=60)
+    assert "0.0006" in str(raised.value)
+    assert "train.sample_rate" in str(raised.value)
+    golden(raised)
 
 
 def test_an_epsilon_that_needs_no_noise_is_refused() -> None:

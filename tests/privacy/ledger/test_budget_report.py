@@ -17,6 +17,7 @@ from fedtune.privacy.accounting.epsilon import Term, epsilon_of_terms
 from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget, read_budgets, write_budgets
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger
+from tests.support.golden import Golden
 from tests.support.plans import local_plan, public_plan
 
 
@@ -160,10 +161,12 @@ def test_set_writes_the_owners_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert read_budgets(folder() / "b.budget.json") == Budgets(PrivacyBudget(3.0, 1e-6), {})
 
 
-def test_an_empty_name_sets_no_budget(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_name_sets_no_budget(capsys: pytest.CaptureFixture[str], golden: Golden) -> None:
     """It set the budget of the data set called '' and said that it was everybody's."""
-    with pytest.raises(LedgerError, match="--dataset is an empty text, and no budget was set"):
+    with pytest.raises(LedgerError) as raised:
         run(capsys, "set", dataset="", epsilon=3.0, delta=1e-5)
+    assert "--dataset" in str(raised.value)
+    golden(raised)
     assert not folder().exists() or not list(folder().iterdir())
 
 
@@ -187,9 +190,10 @@ def test_a_budget_without_meaning_is_refused_before_a_file_is_touched(epsilon: A
 
 
 @pytest.mark.parametrize("node", ["../escape", "", ".", "a/b"])
-def test_a_node_name_is_no_path(node: str) -> None:
-    with pytest.raises(LedgerError, match="no name"):
+def test_a_node_name_is_no_path(node: str, golden: Golden) -> None:
+    with pytest.raises(LedgerError) as raised:
         main("set", epsilon=1.0, delta=1e-5, node=node)
+    golden(raised)
 
 
 def test_an_unknown_node_is_named_with_the_known_ones() -> None:

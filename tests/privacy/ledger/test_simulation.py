@@ -23,6 +23,7 @@ from fedtune.privacy.ledger.budget_report import find_ledgers, history, show
 from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.ledger.simulation import simulation_ledger, take_over
+from tests.support.golden import Golden
 from tests.support.ledgers import identity
 from tests.support.plans import local_plan
 
@@ -122,7 +123,7 @@ def test_an_old_budget_is_not_refilled(folder: Path) -> None:
     "damage", ["UPDATE log SET time = '1999' WHERE seq = 3", "DELETE FROM log WHERE seq = 4"]
 )
 def test_an_old_ledger_that_was_edited_is_refused_and_nothing_is_half_taken_over(
-    folder: Path, damage: str
+    folder: Path, damage: str, golden: Golden
 ) -> None:
     path = folder / "clinic-2.sqlite"
     with sqlite3.connect(path) as connection:
@@ -131,10 +132,10 @@ def test_an_old_ledger_that_was_edited_is_refused_and_nothing_is_half_taken_over
         connection.execute(damage)
     connection.close()
     for _ in range(2):
-        with pytest.raises(
-            LedgerError, match=r"clinic-2\.sqlite, which an older version kept.*from a backup"
-        ):
+        with pytest.raises(LedgerError) as raised:
             simulation_ledger(folder)
+        assert "clinic-2.sqlite" in str(raised.value)
+        golden(raised)
     path.unlink()
     write_old(path, "clinic-2")
     assert len(simulation_ledger(folder).releases()) == 10
@@ -227,7 +228,7 @@ def test_a_copy_of_the_folder_has_secret_and_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["gone", "empty"])
-def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how: str) -> None:
+def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how: str, golden: Golden) -> None:
     ledger = simulation_ledger(tmp_path)
     ledger.set_budget(PrivacyBudget(8.0, DELTA))
     ledger.close()
@@ -238,8 +239,10 @@ def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how:
         ledger.path.unlink()
     else:
         ledger.path.write_bytes(b"")
-    with pytest.raises(LedgerError, match="missing or empty, but simulation.budget.json"):
+    with pytest.raises(LedgerError) as raised:
         simulation_ledger(tmp_path)
+    assert "simulation.budget.json" in str(raised.value)
+    golden(raised)
     ledger.budget_path.unlink()
     if how == "empty":
         ledger.path.unlink()
@@ -282,7 +285,7 @@ def test_a_process_looks_for_old_ledgers_once(folder: Path, monkeypatch: pytest.
     assert [one.stem for one in simulation._others(folder / "more")] == [f"n{i:02}" for i in range(1, 21)]
 
 
-def test_the_strictest_budget_is_in_the_ledger_too(folder: Path) -> None:
+def test_the_strictest_budget_is_in_the_ledger_too(folder: Path, golden: Golden) -> None:
     write_budgets(
         folder / "clinic-2.budget.json", Budgets(None, {"visits": PrivacyBudget(5.0, DELTA, "person")})
     )
@@ -291,8 +294,9 @@ def test_the_strictest_budget_is_in_the_ledger_too(folder: Path) -> None:
     own = {"dataset": "visits", "epsilon": 5.0, "delta": DELTA, "unit": "person"}
     assert budget_rows(folder) == [default, default, own]
     ledger.budget_path.unlink()
-    with pytest.raises(LedgerError, match="is missing, but a budget was set before"):
+    with pytest.raises(LedgerError) as raised:
         ledger.budgets()
+    golden(raised)
 
 
 @pytest.mark.parametrize("how", ["gone", "damaged"])
