@@ -19,6 +19,7 @@ from fedtune.deploy.admission import Admission, BookHeads, enrol, enrolled, revo
 from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
+from tests.support.golden import Golden
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
 
@@ -140,12 +141,15 @@ def test_revoking_is_for_good_whatever_has_become_of_the_file(books: Books, how:
     assert books.let_in() == {"clinic-2", "clinic-3"}
 
 
-def test_revoking_twice_and_of_nobody_is_told(books: Books) -> None:
+def test_revoking_twice_and_of_nobody_is_told(books: Books, golden: Golden) -> None:
     revoke(books.folder, "clinic-1")
     books.admission.update()
     for site in ("clinic-1", "elsewhere", "../x"):
-        with pytest.raises(ConfigError, match="No key of '.*' is enrolled; enrolled are clinic-2, clinic-3"):
+        with pytest.raises(ConfigError) as raised:
             revoke(books.folder, site)
+        assert "clinic-2" in str(raised.value)
+        assert "clinic-3" in str(raised.value)
+        golden(raised)
 
 
 def test_a_new_key_of_a_site_takes_the_place_of_its_old_one_for_good(books: Books, tmp_path: Path) -> None:
@@ -220,12 +224,13 @@ def test_a_head_that_went_back_or_is_another_is_refused_until_the_books_are_rest
 
 
 def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Golden
 ) -> None:
     heads = BookHeads(tmp_path)
     heads.note("clinic-1", head(5, 6))
-    with pytest.raises(ConfigError, match="did not go back"):
+    with pytest.raises(ConfigError) as raised:
         heads.accept("clinic-1")
+    golden(raised)
     heads.note("clinic-1", head(2, 3))
     with pytest.raises(SystemExit) as done:
         main(["server", str(tmp_path), "--accept-restore", "clinic-1"])
@@ -237,11 +242,15 @@ def test_a_restore_that_is_meant_is_acknowledged_by_the_operator_and_noted(
     assert heads.refusal("clinic-1") is None and heads.kept("clinic-1") == head(2, 3)
 
 
-def test_a_broken_file_of_heads_is_named_and_nonsense_from_a_site_is_not_kept(tmp_path: Path) -> None:
+def test_a_broken_file_of_heads_is_named_and_nonsense_from_a_site_is_not_kept(
+    tmp_path: Path, golden: Golden
+) -> None:
     heads = BookHeads(tmp_path)
     heads.note("clinic-1", "L1-zz")
     assert heads.kept("clinic-1") is None and not (tmp_path / "heads.json").exists()
     for content in ("", "[]", '{"clinic-1": {"head": "no"}}'):
         (tmp_path / "heads.json").write_text(content)
-        with pytest.raises(ConfigError, match="heads.json cannot be read"):
+        with pytest.raises(ConfigError) as raised:
             BookHeads(tmp_path)
+        assert "heads.json" in str(raised.value)
+        golden(raised)

@@ -15,6 +15,7 @@ from fedtune.deploy import certificates
 from fedtune.deploy.admission import enrol, enrolled, revoke
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
+from tests.support.golden import Golden
 
 FEDERATION = {"name": "hospitals", "server": "127.0.0.1:9443", "sites": ["clinic-1", "clinic-2"]}
 
@@ -87,7 +88,7 @@ def test_certificate_is_for_the_address_that_nodes_use(made: Path) -> None:
     assert "127.0.0.1" in [str(one) for one in names.get_values_for_type(x509.IPAddress)]
 
 
-def test_enrolment_and_revocation(made: Path, tmp_path: Path) -> None:
+def test_enrolment_and_revocation(made: Path, tmp_path: Path, golden: Golden) -> None:
     server = made / "server"
     key = certificates.make_node_key(tmp_path / "node.key")
     assert stat.S_IMODE((tmp_path / "node.key").stat().st_mode) == 0o600
@@ -95,16 +96,25 @@ def test_enrolment_and_revocation(made: Path, tmp_path: Path) -> None:
         enrol(server, certificates.public_line(certificates.public_key_of(key), "clinic-1"))[0] == "clinic-1"
     )
     assert enrolled(server) == {"clinic-1": certificates.public_key_of(key)}
-    with pytest.raises(ConfigError, match="is the key of 'clinic-1' already"):
+    with pytest.raises(ConfigError) as raised:
         enrol(server, certificates.public_line(certificates.public_key_of(key), "clinic-2"))
-    with pytest.raises(ConfigError, match="'elsewhere'.*sites are clinic-1, clinic-2"):
+    assert "clinic-1" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         enrol(server, certificates.public_line(certificates.public_key_of(key), "elsewhere"))
-    with pytest.raises(ConfigError, match="no enrolment line"):
+    assert "'elsewhere'" in str(raised.value)
+    assert "clinic-1" in str(raised.value)
+    assert "clinic-2" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         enrol(server, "ssh-rsa AAAA")
+    golden(raised)
     revoke(server, "clinic-1")
     assert enrolled(server) == {}
-    with pytest.raises(ConfigError, match="No key of 'clinic-1'"):
+    with pytest.raises(ConfigError) as raised:
         revoke(server, "clinic-1")
+    assert "clinic-1" in str(raised.value)
+    golden(raised)
 
 
 def test_the_administrators_first_steps_work_as_the_archive_tells_them(
@@ -134,16 +144,20 @@ def test_folders_of_the_federation_are_for_their_owner_only(made: Path) -> None:
         assert stat.S_IMODE((made / name).stat().st_mode) & 0o077 == 0, name
 
 
-def test_a_key_is_not_replaced_and_not_read_when_others_may(tmp_path: Path) -> None:
+def test_a_key_is_not_replaced_and_not_read_when_others_may(tmp_path: Path, golden: Golden) -> None:
     path = tmp_path / "node.key"
     certificates.make_node_key(path)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError) as raised:
         certificates.make_node_key(path)
+    golden(raised)
     path.chmod(0o640)
-    with pytest.raises(ConfigError, match="chmod 600"):
+    with pytest.raises(ConfigError) as raised:
         certificates.load_private_key(path)
-    with pytest.raises(ConfigError, match="fedtune node init"):
+    assert "600" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         certificates.load_private_key(tmp_path / "none.key")
+    golden(raised)
 
 
 @pytest.mark.parametrize(

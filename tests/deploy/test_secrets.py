@@ -16,6 +16,7 @@ from fedtune.deploy import certificates
 from fedtune.deploy.provision import provision, read_token
 from fedtune.deploy.submit import Server
 from fedtune.errors import ConfigError, FedtuneError
+from tests.support.golden import Golden
 
 SECRETS = ("authority/ca.key", "server/server.key", "server/operator.token")
 
@@ -45,13 +46,14 @@ class FullDisk:
 
 @pytest.mark.parametrize("after", range(9))
 def test_a_full_disk_at_any_file_of_provision_leaves_no_torn_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, golden: Golden
 ) -> None:
     file, out = federation(tmp_path), tmp_path / "out"
     with monkeypatch.context() as patch:
         FullDisk(patch, after)
-        with pytest.raises(FedtuneError, match="cannot be written: No space left"):
+        with pytest.raises(FedtuneError) as raised:
             provision(file, out)
+        golden(raised)
     for path in out.rglob("*"):
         if path.is_file():
             assert path.stat().st_size > 0 and not path.name.endswith(".tmp"), path
@@ -96,21 +98,24 @@ def test_an_empty_secret_is_called_empty(tmp_path: Path, name: str) -> None:
         provision(file, tmp_path / "out")
 
 
-def test_a_secret_that_others_may_read_is_refused(tmp_path: Path) -> None:
+def test_a_secret_that_others_may_read_is_refused(tmp_path: Path, golden: Golden) -> None:
     folder = provision(federation(tmp_path), tmp_path / "out").folder / "server"
     (folder / "operator.token").chmod(0o644)
-    with pytest.raises(ConfigError, match="chmod 600"):
+    with pytest.raises(ConfigError) as raised:
         read_token(folder)
+    assert "600" in str(raised.value)
+    golden(raised)
 
 
-def test_an_authority_without_its_key_is_not_replaced(tmp_path: Path) -> None:
+def test_an_authority_without_its_key_is_not_replaced(tmp_path: Path, golden: Golden) -> None:
     """Its key is kept offline: another authority would lock every site out."""
     file = federation(tmp_path)
     folder = provision(file, tmp_path / "out").folder
     trusted = (folder / "server" / "ca.crt").read_bytes()
     (folder / "authority" / "ca.key").rename(tmp_path / "ca.key")
-    with pytest.raises(ConfigError, match="key of the authority that the sites trust, .* is missing"):
+    with pytest.raises(ConfigError) as raised:
         provision(file, tmp_path / "out")
+    golden(raised)
     assert (folder / "server" / "ca.crt").read_bytes() == trusted
 
 

@@ -117,9 +117,10 @@ def test_law_any_threshold_of_the_shares_gives_the_secret(data, secret, points):
     assert crypto.combine_shares({point: shares[point] for point in some}) == secret
 
 
-def test_more_dropouts_than_the_plan_allows_end_the_round():
-    with pytest.raises(AggregationAborted, match=r"missing: bob, eve.*charged") as caught:
+def test_more_dropouts_than_the_plan_allows_end_the_round(golden):
+    with pytest.raises(AggregationAborted) as caught:
         Exchange(session(5, dropouts=1)).until_shared(["eve"], ["bob"])
+    golden(caught)
     assert "3 of 5" in str(caught.value) and "4 are needed" in str(caught.value)
 
 
@@ -241,7 +242,7 @@ def test_fewer_shares_than_the_threshold_say_nothing():
 # --- rules that hold against a server that lies -------------------------------------------------------
 
 
-def test_no_node_gives_both_kinds_of_share():
+def test_no_node_gives_both_kinds_of_share(golden):
     exchange = Exchange(session(5, dropouts=2))
     exchange.until_masked()
     masker = exchange.maskers["ada"]
@@ -250,8 +251,9 @@ def test_no_node_gives_both_kinds_of_share():
     for name, (of_seed, of_key) in held.items():
         assert answer[name] == (of_seed if name in ("ada", "bob", "cleo") else of_key)
     assert masker.held == {}
-    with pytest.raises(AggregationAborted, match="once and in order"):
+    with pytest.raises(AggregationAborted) as raised:
         masker.unmask(["ada", "bob", "cleo", "dan", "eve"])
+    golden(raised)
 
 
 @pytest.mark.parametrize(("n", "colluders"), [(3, 0), (4, 0), (5, 0), (5, 1), (5, 2), (5, 3)])
@@ -281,7 +283,7 @@ def test_a_node_refuses_survivors_that_cannot_be(survivors, said):
 
 
 @pytest.mark.parametrize("step", ["advertise", "share", "mask", "unmask"])
-def test_every_request_is_answered_once(step):
+def test_every_request_is_answered_once(step, golden):
     exchange = Exchange(session(3))
     exchange.until_masked()
     exchange.finish()
@@ -292,18 +294,22 @@ def test_every_request_is_answered_once(step):
         "mask": lambda: masker.mask(exchange.vectors["ada"], exchange.received["ada"]),
         "unmask": lambda: masker.unmask(["ada", "bob", "cleo"]),
     }
-    with pytest.raises(AggregationAborted, match="'ada' was asked"):
+    with pytest.raises(AggregationAborted) as raised:
         again[step]()
+    assert "'ada'" in str(raised.value)
+    golden(raised)
 
 
-def test_requests_out_of_order_are_refused():
+def test_requests_out_of_order_are_refused(golden):
     exchange = Exchange(session(3))
-    with pytest.raises(AggregationAborted, match="in order"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.maskers["ada"].share({})
+    golden(raised)
     exchange = Exchange(session(3))
     exchange.until_shared()
-    with pytest.raises(AggregationAborted, match="in order"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.maskers["ada"].unmask(list(NAMES[:3]))
+    golden(raised)
 
 
 def test_a_vector_is_masked_once_though_the_node_remembers_through_a_restart():
@@ -319,7 +325,7 @@ def test_a_vector_is_masked_once_though_the_node_remembers_through_a_restart():
         after.mask(exchange.vectors["ada"], exchange.received["ada"])
 
 
-def test_a_server_that_shows_nodes_different_keys_is_noticed():
+def test_a_server_that_shows_nodes_different_keys_is_noticed(golden):
     exchange = Exchange(session(3))
     keys = {n: m.advertise() for n, m in exchange.maskers.items()}
     other = {**keys, "cleo": PublicKeys(crypto.new_key_pair()[1], crypto.new_key_pair()[1])}
@@ -331,16 +337,21 @@ def test_a_server_that_shows_nodes_different_keys_is_noticed():
     server = MaskedSum(exchange.session)
     server.advertised(keys)
     received = server.shared(sealed)
-    with pytest.raises(AggregationAborted, match="'bob' sent node 'ada' a share that is unusable"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.maskers["ada"].check_received(received["ada"])
+    assert "'bob'" in str(raised.value)
+    assert "'ada'" in str(raised.value)
+    golden(raised)
 
 
-def test_a_node_looks_for_its_own_keys():
+def test_a_node_looks_for_its_own_keys(golden):
     exchange = Exchange(session(3))
     keys = {n: m.advertise() for n, m in exchange.maskers.items()}
     swapped = {**keys, "ada": PublicKeys(keys["ada"].sealing, crypto.new_key_pair()[1])}
-    with pytest.raises(AggregationAborted, match="'ada' are not its own"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.maskers["ada"].share(swapped)
+    assert "'ada'" in str(raised.value)
+    golden(raised)
 
 
 # --- nodes that cheat or are broken -------------------------------------------------------------------
@@ -350,7 +361,7 @@ def flip(data: bytes) -> bytes:
     return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def test_a_wrong_share_in_the_last_exchange_names_who_sent_it():
+def test_a_wrong_share_in_the_last_exchange_names_who_sent_it(golden):
     exchange = Exchange(session(5, dropouts=1))
     exchange.until_masked(before_mask=["eve"])
     alive = exchange.server.survivors()
@@ -362,14 +373,18 @@ def test_a_wrong_share_in_the_last_exchange_names_who_sent_it():
         ):
             exchange.server.unmask(wrong)
     # The other kind of share than was asked for is a wrong one too.
-    with pytest.raises(AggregationAborted, match="'dan' did not answer with one share for each"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.server.unmask({**answers, "dan": {"ada": answers["dan"]["ada"]}})
-    with pytest.raises(AggregationAborted, match="'dan' answered with a wrong share"):
+    assert "'dan'" in str(raised.value)
+    golden(raised)
+    with pytest.raises(AggregationAborted) as raised:
         exchange.server.unmask({**answers, "dan": dict.fromkeys(answers["dan"], b"")})
+    assert "'dan'" in str(raised.value)
+    golden(raised)
     np.testing.assert_array_equal(exchange.server.unmask(answers), exchange.plain(alive))
 
 
-def test_a_sealed_share_that_was_changed_or_moved_names_its_dealer():
+def test_a_sealed_share_that_was_changed_or_moved_names_its_dealer(golden):
     for change in ("bit", "dealer", "commitment"):
         exchange = Exchange(session(3))
         exchange.until_shared()
@@ -380,12 +395,15 @@ def test_a_sealed_share_that_was_changed_or_moved_names_its_dealer():
             "dealer": received["cleo"],
             "commitment": (sealed, (of_seed, flip(of_key))),
         }[change]
-        with pytest.raises(AggregationAborted, match="'bob' sent node 'ada' a share that is unusable"):
+        with pytest.raises(AggregationAborted) as raised:
             exchange.maskers["ada"].mask(exchange.vectors["ada"], received)
+        assert "'bob'" in str(raised.value)
+        assert "'ada'" in str(raised.value)
+        golden(raised)
 
 
 @pytest.mark.parametrize("secret", ["seed", "masking_key"])
-def test_a_dealer_of_shares_that_fit_nothing_is_named(monkeypatch, secret):
+def test_a_dealer_of_shares_that_fit_nothing_is_named(monkeypatch, secret, golden):
     """The dealer commits to its wrong shares, so that every holder finds them in order."""
     exchange = Exchange(session(5, dropouts=1))
     honest = crypto.split_secret
@@ -405,11 +423,13 @@ def test_a_dealer_of_shares_that_fit_nothing_is_named(monkeypatch, secret):
         if name == "dan" and secret == "masking_key":
             continue  # the key comes into play when its owner drops out
         exchange.server.masked(name, exchange.maskers[name].mask(exchange.vectors[name], received[name]))
-    with pytest.raises(AggregationAborted, match="'dan' dealt shares that do not give"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.finish()
+    assert "'dan'" in str(raised.value)
+    golden(raised)
 
 
-def test_malformed_contributions_are_named():
+def test_malformed_contributions_are_named(golden):
     exchange = Exchange(session(3))
     keys = {n: m.advertise() for n, m in exchange.maskers.items()}
     for wrong, said in (
@@ -420,17 +440,24 @@ def test_malformed_contributions_are_named():
         with pytest.raises(AggregationAborted, match=said):
             MaskedSum(exchange.session).advertised(wrong)
     small = {**keys, "bob": PublicKeys(bytes(32), keys["bob"].masking)}  # a point of small order
-    with pytest.raises(AggregationAborted, match="'bob' advertised a key that no secret"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.maskers["ada"].share(small)
+    assert "'bob'" in str(raised.value)
+    golden(raised)
     exchange = Exchange(session(3))
     exchange.until_shared()
-    with pytest.raises(AggregationAborted, match="'bob' did not send one share"):
+    with pytest.raises(AggregationAborted) as raised:
         exchange.server.shared({**exchange.sealed, "bob": Sealed({}, {}, b"")})
+    assert "'bob'" in str(raised.value)
+    golden(raised)
     for bad in (np.zeros(15, np.uint32), np.zeros(16, np.int64), np.zeros((4, 4), np.uint32)):
-        with pytest.raises(AggregationAborted, match="'bob' sent"):
+        with pytest.raises(AggregationAborted) as raised:
             exchange.server.masked("bob", bad)
-    with pytest.raises(AggregationAborted, match="nobody waits for"):
+        assert "'bob'" in str(raised.value)
+        golden(raised)
+    with pytest.raises(AggregationAborted) as raised:
         exchange.server.masked("zoe", np.zeros(16, np.uint32))
+    golden(raised)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from tests.support.fake_federation import (
     misbehaving,
     run_fake,
 )
+from tests.support.golden import Golden
 
 
 def mean(round: int, nodes: int = 3) -> np.ndarray:
@@ -269,17 +270,20 @@ def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(tmp_path: Path) -> 
     assert again.evaluation.accuracy == first.evaluation.accuracy
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, golden: Golden) -> None:
     run_fake(tmp_path)
-    with pytest.raises(CheckpointError, match=r"already holds a run.*resume="):
+    with pytest.raises(CheckpointError) as raised:
         run_fake(tmp_path)
+    assert "resume=" in str(raised.value)
+    golden(raised)
 
 
-def test_nothing_to_resume(tmp_path: Path) -> None:
+def test_nothing_to_resume(tmp_path: Path, golden: Golden) -> None:
     config = fake_config()
     config.resume = str(tmp_path)
-    with pytest.raises(CheckpointError, match="nothing to resume"):
+    with pytest.raises(CheckpointError) as raised:
         run_fake(tmp_path, config=config)
+    golden(raised)
 
 
 def test_a_run_is_resumed_with_its_own_settings_only(tmp_path: Path) -> None:
