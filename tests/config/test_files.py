@@ -16,6 +16,7 @@ import pytest
 
 from fedtune.config.files import cache_dir, create_whole, lock_file, replace_whole, state_dir
 from fedtune.errors import ResourceError
+from tests.support.golden import Golden
 
 HOLDER = (
     "import os, sys; from pathlib import Path; from fedtune.config.files import lock_file\n"
@@ -172,8 +173,9 @@ def test_a_file_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path / "home"))
-    with pytest.raises(ResourceError, match="cannot be made"):
+    with pytest.raises(ResourceError) as raised:
         cache_dir()
+    golden(raised)

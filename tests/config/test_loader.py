@@ -9,6 +9,7 @@ import pytest
 from fedtune.config import Config
 from fedtune.config.loader import load, read_config, save_config
 from fedtune.errors import CheckpointError, ConfigError
+from tests.support.golden import Golden
 
 
 def test_overrides_reach_the_config() -> None:
@@ -25,16 +26,20 @@ def test_noise_multiplier_replaces_epsilon_of_the_files() -> None:
     assert (privacy.epsilon, privacy.noise_multiplier) == (None, 1.5)
 
 
-def test_noise_multiplier_and_epsilon_contradict_each_other() -> None:
-    with pytest.raises(ConfigError, match="both given"):
+def test_noise_multiplier_and_epsilon_contradict_each_other(golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         load(["privacy.noise_multiplier=1.5", "privacy.epsilon=2"])
+    golden(raised)
 
 
-def test_privacy_needs_one_of_them() -> None:
-    with pytest.raises(ConfigError, match=r"needs privacy\.epsilon"):
+def test_privacy_needs_one_of_them(golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         load(["privacy.epsilon=null"])
-    with pytest.raises(ConfigError, match="without noise"):
+    assert "privacy.epsilon" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         load(["privacy.noise_multiplier=0"])
+    golden(raised)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +52,11 @@ def test_no_trust_model_no_epsilon(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("override", ["privacy.epsilon=2", "privacy.noise_multiplier=1"])
-def test_a_promise_without_privacy_is_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"privacy\.trust=none adds no noise"):
+def test_a_promise_without_privacy_is_refused(override: str, golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         load(["privacy.trust=none", override])
+    assert "privacy.trust=none" in str(raised.value)
+    golden(raised)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +72,18 @@ def test_settings_that_do_not_fit_together(overrides: list[str], words: str) -> 
         load(overrides)
 
 
-def test_a_page_of_the_users_own(tmp_path: Path) -> None:
+def test_a_page_of_the_users_own(tmp_path: Path, golden: Golden) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text("source: files\nname: mine\npath: /x\ntext: body\n")
     config = load(["data=mine"], [tmp_path])
     assert (config.data.name, config.data.text, config.data.label) == ("mine", "body", "label")
-    with pytest.raises(ConfigError, match="There is no data=mine"):
+    with pytest.raises(ConfigError) as raised:
         load(["data=mine"])
-    with pytest.raises(ConfigError, match="no folder"):
+    assert "data=mine" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         load(["data=opinions"], [tmp_path / "missing"])
+    golden(raised)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +119,12 @@ def test_resume_takes_the_saved_configuration(tmp_path: Path) -> None:
     assert config.resume == config.output == str(tmp_path)
 
 
-def test_resume_with_other_settings_names_them(tmp_path: Path) -> None:
+def test_resume_with_other_settings_names_them(tmp_path: Path, golden: Golden) -> None:
     save_config(Config(), tmp_path)
-    with pytest.raises(ConfigError, match=r"privacy\.epsilon, seed"):
+    with pytest.raises(ConfigError) as raised:
         load([f"resume={tmp_path}", "seed=2", "privacy.epsilon=3"])
+    assert "privacy.epsilon, seed" in str(raised.value)
+    golden(raised)
     with pytest.raises(ConfigError, match=r"hydra\.run\.dir"):
         load([f"resume={tmp_path}", "hydra.run.dir=elsewhere"])
 

@@ -15,6 +15,7 @@ from fedtune.config import schema
 from fedtune.config.convert import build, check_value, nearest, settings, to_dict
 from fedtune.config.schema import Config, Group, setting
 from fedtune.errors import ConfigError
+from tests.support.golden import Golden
 
 NUMBERS = [one for one in settings().values() if one.kind in (int, float)]
 
@@ -78,11 +79,15 @@ def test_edges_of_ranges(name: str, inside: tuple[Any, ...], outside: tuple[Any,
         assert f" in a test is not allowed: it must be {words}." in str(caught.value)
 
 
-def test_message_has_value_and_way_out() -> None:
+def test_message_has_value_and_way_out(golden: Golden) -> None:
     with pytest.raises(ConfigError, match=r"train\.sample_rate=1\.5 .* in \(0, 1\]"):
         check_value("train.sample_rate", 1.5)
-    with pytest.raises(ConfigError, match=r"one of none, int8, nf4\. Did you mean model\.quantization=int8"):
+    with pytest.raises(ConfigError) as raised:
         check_value("model.quantization", "int4")
+    assert "int8" in str(raised.value)
+    assert "nf4" in str(raised.value)
+    assert "model.quantization=int8" in str(raised.value)
+    golden(raised)
 
 
 def test_a_column_may_be_called_0() -> None:
@@ -94,13 +99,14 @@ def test_a_number_arrives_as_its_type() -> None:
     assert type(check_value("privacy.epsilon", 3)) is float
 
 
-def test_all_that_is_misspelt_is_named_before_values() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no setting 'cuont' in a test\. Did you mean count\? There are: rate"
-    ):
+def test_all_that_is_misspelt_is_named_before_values(golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         build(Edges, {"rate": 7, "cuont": 1}, "a test")
-    with pytest.raises(ConfigError, match="a test must be a mapping of settings, not list"):
+    assert "'cuont'" in str(raised.value)
+    golden(raised)
+    with pytest.raises(ConfigError) as raised:
         build(Edges, [], "a test")
+    golden(raised)
 
 
 def test_nearest() -> None:

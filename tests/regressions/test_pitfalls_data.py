@@ -14,6 +14,7 @@ from fedtune.data.sources.load import hold_out, load_corpus
 from fedtune.data.tokenize import tokenize
 from fedtune.errors import DataError, PartitionError
 from tests.data.conftest import WordTokenizer, make_corpus, make_tokens
+from tests.support.golden import Golden
 
 
 def write(folder: Path, labels: list[str]) -> DataConfig:
@@ -126,20 +127,22 @@ def test_20_all_records_of_a_person_are_on_one_node(name: str) -> None:
     assert sum(map(len, people)) == len(set.union(*people))
 
 
-def test_20_a_person_at_two_sites_stops_a_promise_per_person() -> None:
+def test_20_a_person_at_two_sites_stops_a_promise_per_person(golden: Golden) -> None:
     tokens = make_tokens(num_records=40, people=4, sites=2)
     assert tokens.sites is not None
     tokens.sites[0] = "elsewhere"
-    with pytest.raises(PartitionError, match="more than one site"):
+    with pytest.raises(PartitionError) as raised:
         make_shards(tokens, PartitionConfig("natural"), None, 0, "person")
+    golden(raised)
 
 
-def test_20_a_promise_per_person_needs_to_know_the_persons(tmp_path: Path) -> None:
+def test_20_a_promise_per_person_needs_to_know_the_persons(tmp_path: Path, golden: Golden) -> None:
     with pytest.raises(PartitionError, match=r"data\.unit"):
         make_shards(make_tokens(), PartitionConfig("iid"), 2, 0, "person")
     (tmp_path / "train.csv").write_text("text,label,who\na,x,p\nb,y,\nc,x,q\n")
-    with pytest.raises(DataError, match="do not say which person"):
+    with pytest.raises(DataError) as raised:
         load_corpus(DataConfig(source="files", path=str(tmp_path), unit="who"), 0)
+    golden(raised)
 
 
 def test_20_sizes_count_persons_where_the_promise_is_per_person() -> None:

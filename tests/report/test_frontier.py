@@ -23,6 +23,7 @@ from fedtune.report.frontier import (
     price_book,
     varied_settings,
 )
+from tests.support.golden import Golden
 from tests.support.synthetic import PRICING, make_record, write, write_grid
 
 
@@ -87,18 +88,23 @@ def test_values_without_sense_are_refused(tmp_path: Path, section: str, key: str
         collect([tmp_path])
 
 
-def test_empty_and_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"no record\.json below .*fedtune run -m"):
+def test_empty_and_missing_folders(tmp_path: Path, golden: Golden) -> None:
+    with pytest.raises(RecordError) as raised:
         collect([tmp_path])
-    with pytest.raises(RecordError, match="There is no folder"):
+    assert "record.json" in str(raised.value)
+    golden(raised)
+    with pytest.raises(RecordError) as raised:
         collect([tmp_path / "nowhere"])
+    golden(raised)
 
 
-def test_only_unfinished_runs(tmp_path: Path) -> None:
+def test_only_unfinished_runs(tmp_path: Path, golden: Golden) -> None:
     (tmp_path / "0" / "checkpoint").mkdir(parents=True)
     (tmp_path / "0" / "config.yaml").write_text("seed: 1\n")
-    with pytest.raises(RecordError, match=r"No run below .* is finished.*resume="):
+    with pytest.raises(RecordError) as raised:
         collect([tmp_path])
+    assert "resume=" in str(raised.value)
+    golden(raised)
     write(tmp_path / "1", make_record())
     assert "1 run is not finished" in notes(collect([tmp_path]))
 

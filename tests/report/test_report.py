@@ -18,6 +18,7 @@ import pytest
 from fedtune.errors import RecordError, ResourceError
 from fedtune.report.collect import collect
 from fedtune.report.page import Report, write_report
+from tests.support.golden import Golden
 from tests.support.synthetic import PRICING, make_record, write, write_grid
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -168,9 +169,11 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         write_report([tmp_path], [], tmp_path / "file")
 
 
-def test_nothing_to_report(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"no record\.json"):
+def test_nothing_to_report(tmp_path: Path, golden: Golden) -> None:
+    with pytest.raises(RecordError) as raised:
         write_report([tmp_path])
+    assert "record.json" in str(raised.value)
+    golden(raised)
     assert list(tmp_path.iterdir()) == []
 
 

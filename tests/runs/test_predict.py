@@ -15,6 +15,7 @@ from rich.console import Console
 from fedtune.errors import DataError, RecordError
 from fedtune.runs import record as records
 from fedtune.runs.predict import Prediction, load, show
+from tests.support.golden import Golden
 
 
 def predict(folder: Path, texts: list[str]) -> list[Prediction]:
@@ -76,28 +77,38 @@ def test_one_text_is_no_list_of_texts(finished: tuple[Path, str]) -> None:
         load(finished[0], device="cpu").predict("what a film")
 
 
-def test_a_model_of_pairs_does_not_judge_one_text(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_model_of_pairs_does_not_judge_one_text(
+    finished: tuple[Path, str], tmp_path: Path, golden: Golden
+) -> None:
     shutil.copytree(finished[0], tmp_path / "pairs")
     written = json.loads((tmp_path / "pairs" / "record.json").read_text())
     written["config"]["data"]["text_pair"] = "hypothesis"
     (tmp_path / "pairs" / "record.json").write_text(json.dumps(written))
-    with pytest.raises(DataError, match=r"pairs of texts \(data\.text_pair=hypothesis\)"):
+    with pytest.raises(DataError) as raised:
         predict(tmp_path / "pairs", TEXTS)
+    assert "data.text_pair=hypothesis" in str(raised.value)
+    golden(raised)
 
 
-def test_folders_that_cannot_predict_say_why(finished: tuple[Path, str], tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="There is no"):
+def test_folders_that_cannot_predict_say_why(
+    finished: tuple[Path, str], tmp_path: Path, golden: Golden
+) -> None:
+    with pytest.raises(RecordError) as raised:
         predict(tmp_path / "nowhere", TEXTS)
-    with pytest.raises(RecordError, match="not the folder of a run"):
+    golden(raised)
+    with pytest.raises(RecordError) as raised:
         predict(tmp_path, TEXTS)
+    golden(raised)
     folder = tmp_path / "run"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "adapter")
-    with pytest.raises(RecordError, match="no adapter"):
+    with pytest.raises(RecordError) as raised:
         predict(folder, TEXTS)
+    golden(raised)
     (folder / "record.json").unlink()
-    with pytest.raises(RecordError, match="not finished"):
+    with pytest.raises(RecordError) as raised:
         predict(folder, TEXTS)
+    golden(raised)
 
 
 def shown(predictions: list[Prediction]) -> str:
