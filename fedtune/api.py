@@ -10,6 +10,7 @@ import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -342,7 +343,11 @@ def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: f
 def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
     """Raises `PrivacyError` unless `value` is a finite number; a bool is none."""
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not math.isfinite(value):
+    finite = False
+    if not isinstance(value, bool) and isinstance(value, kind):
+        with suppress(OverflowError):  # an int that no float holds
+            finite = math.isfinite(value)
+    if not finite:
         raise PrivacyError(f"{name} must be a {'whole' if whole else 'finite'} number, not {value!r}.")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import fedtune
+from fedtune.errors import PrivacyError
 from tests.support import tiny_federation
 
 NAMES = [
@@ -192,6 +193,21 @@ def test_what_a_record_says_is_no_markup(result: fedtune.Result, tmp_path: Path)
     assert "<script>" not in fedtune.Result(tmp_path)._repr_html_()
 
 
+def test_a_record_of_another_name_is_itself_and_not_the_one_beside_it(
+    result: fedtune.Result, tmp_path: Path
+) -> None:
+    import json
+
+    for name, run in (("record.json", "0" * 16), ("seed1.json", "1" * 16)):
+        record = {**result.record, "run": {**result.record["run"], "id": run}}
+        (tmp_path / name).write_text(json.dumps(record))
+    found = fedtune.Result(tmp_path / "seed1.json")
+    assert found.record["run"]["id"] == "1" * 16 and "1" * 16 in found.statement
+    assert fedtune.Result(tmp_path).record["run"]["id"] == "0" * 16
+    (tmp_path / "record.json").unlink()
+    assert fedtune.Result(tmp_path / "seed1.json").epsilon == result.epsilon
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     nothing = fedtune.Result(tmp_path / "nowhere")
     assert nothing.path == tmp_path / "nowhere" and "no finished run" in repr(nothing)
@@ -359,6 +375,22 @@ def test_epsilon_is_an_upper_bound_close_to_another_accountant(
 def test_epsilon_of_what_means_nothing(name: str, value: Any) -> None:
     good: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 10, "delta": 1e-5}
     with pytest.raises(fedtune.FedtuneError, match=name):
+        fedtune.epsilon(**good | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 10**400),
+        ("sample_rate", 10**400),
+        ("noise_multiplier", 10**400),
+        ("noise_multiplier", 1e-300),
+        ("noise_multiplier", 1e300),
+    ],
+)
+def test_epsilon_of_what_no_float_can_compute(name: str, value: Any) -> None:
+    good: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 10, "delta": 1e-5}
+    with pytest.raises(PrivacyError, match=name):
         fedtune.epsilon(**good | {name: value})
 
 

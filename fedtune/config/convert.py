@@ -221,7 +221,8 @@ def parse_yaml(text: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()  # else yaml itself refuses it
+            keys = [key.value for key, _ in pairs]
             if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"{', '.join(twice)} is given twice", node.start_mark

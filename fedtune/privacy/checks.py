@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fedtune.config.schema import UNITS
@@ -22,6 +23,7 @@ __all__ = ["UNITS", "default_delta", "number", "probability", "validate", "whole
 # What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 1e6
 _MOST_STEPS = 10**9
+_MOST_COUNT = 10**18
 
 
 def number(value: Any, name: str) -> float:
@@ -30,16 +32,20 @@ def number(value: Any, name: str) -> float:
     Raises:
         PrivacyError: it is no number (infinity is one); NaN and `True`, which Python lets pass, are none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    found = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an int that no float holds
+            found = float(value)
+    if math.isnan(found):
         raise PrivacyError(f"{name} must be a number, not {value!r}.")
-    return float(value)
+    return found
 
 
 def whole(value: Any, name: str, least: int = 1) -> int:
     """`value` as an int. numpy's integers are whole numbers too.
 
     Raises:
-        PrivacyError: it is none, or below `least`.
+        PrivacyError: it is none, below `least`, or so large that no count is.
     """
     try:
         count = None if isinstance(value, bool) else operator.index(value)
@@ -47,6 +53,8 @@ def whole(value: Any, name: str, least: int = 1) -> int:
         count = None
     if count is None or count < least:
         raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+    if count > _MOST_COUNT:  # what follows computes with floats
+        raise PrivacyError(f"{name} must be {_MOST_COUNT:.0e} or less, not {value!r}.")
     return count
 
 
@@ -90,8 +98,8 @@ def validate(plan: PrivacyPlan) -> None:
         if not 0.0 < target < math.inf:
             raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
     _validate_sizes(plan)
+    _validate_evaluation(plan)
     if not plan.is_private():
-        _validate_evaluation(plan)
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
             raise PrivacyError(
                 f"privacy.trust={trust} has no noise, no delta and no epsilon; a noise multiplier of "
@@ -106,7 +114,6 @@ def validate(plan: PrivacyPlan) -> None:
     _validate_extent(plan)
     if math.isinf(norm):
         raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
-    _validate_evaluation(plan)
     _check_delta(delta, plan)
     if plan.unit not in plan.mechanism.units:
         raise PrivacyError(

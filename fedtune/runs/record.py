@@ -252,12 +252,16 @@ class Result:
     path: Path
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", run_folder(self.path))
+        given = Path(self.path).expanduser()
+        object.__setattr__(self, "path", run_folder(given))
+        # A record may have another name, and others beside it: a study keeps them all in one folder.
+        object.__setattr__(self, "_file", given if given.is_file() else self.path)
 
     @cached_property
     def record(self) -> dict[str, Any]:
         """The whole record, `record.json`."""
-        return read(self.path)
+        file: Path = vars(self)["_file"]
+        return read(file)
 
     @property
     def epsilon(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import Config
 from fedtune.config.choices import resolved
-from fedtune.config.convert import config_from_json, from_dict, settings, to_dict, to_json
+from fedtune.config.convert import config_from_json, from_dict, read_yaml, settings, to_dict, to_json
 from fedtune.errors import ConfigError
 
 
@@ -95,3 +96,12 @@ def test_settings_cover_the_schema() -> None:
     assert settings()["data.labels"].kind is list and settings()["data.labels"].optional
     assert settings()["privacy.epsilon"].kind is float
     assert settings()["seed"].kind is int and not settings()["seed"].optional
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: !!map 3", "seed: !!set 3", "data: !!map [1]", "seed: 1\nseed: 2", "? [a]"]
+)
+def test_yaml_that_is_no_settings(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_yaml(tmp_path / "file.yaml")

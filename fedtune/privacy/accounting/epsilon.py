@@ -176,7 +176,8 @@ def _key(terms: Mapping[Term, int]) -> Terms:
     (Dong, Roth and Su 2022, corollary 3.3)."""
     counted = {Term(*term): int(count) for term, count in terms.items() if count}
     for rate, noise, _ in counted:
-        if not (0.0 < rate <= 1.0 and 0.0 < noise < math.inf):
+        # Of noise whose square is no float nothing can be computed.
+        if not (0.0 < rate <= 1.0 and noise > 0.0 and 0.0 < noise * noise < math.inf):
             raise PrivacyError(
                 f"A step has sample_rate {rate} and noise_multiplier {noise}; the rate must lie in (0, 1] "
                 "and the noise be finite and above 0. Nothing was charged."
