@@ -77,8 +77,8 @@ def run(
     >>> result = fedtune.run("privacy.epsilon=4", "adapter=lora", progress=False)
     >>> result.epsilon <= 4 and result.delta < 1
     True
-    >>> result.record["privacy"]["adjacency"]
-    'add or remove one record'
+    >>> result.record["privacy"]["trust"]
+    'local'
 
     ```
     """

@@ -2,7 +2,7 @@
 
 On a terminal and in a notebook: one permanent line for each finished round, and a live part with progress,
 epsilon so far, time left and what each node is doing. Elsewhere (a pipe, CI, a log): one plain line a round.
-Epsilon is never shown without its delta, unit and adjacency. Everything fits 80 columns.
+Epsilon is never shown without its delta, unit and adjacency. On a terminal everything fits 80 columns.
 
 Implements `fedtune.federation.events.Observer`. It only looks: nothing that a record needs is computed here.
 Does not do: the table at the end (`fedtune.runs.summary`), or a page (`fedtune report`).

@@ -1,7 +1,7 @@
 """From what ran to what a record says of it: privacy of each node, quality, and the mechanism's name.
 
-Epsilon is accounted here from the releases that the nodes' ledgers hold, by the event that each node's own
-plan makes. Where a node has no ledger row of this run (it was never asked), it has released nothing and its
+Epsilon is accounted here from the releases that the nodes' ledgers hold, by the terms of each node's own
+plan. Where a node has no ledger row of this run (it was never asked), it has released nothing and its
 epsilon is 0.
 """
 

@@ -150,7 +150,7 @@ def train_locally(
             takes as published anyway); for an audit.
 
     Guarantee: for `trust=local` the update is a function of `plan.local_steps` Gaussian releases with
-    Poisson sampling, which is what `plan.event(1)` accounts for. The caller must have reserved that in
+    Poisson sampling, which is what `plan.terms(1)` accounts for. The caller must have reserved that in
     the node's ledger before.
 
     Raises:

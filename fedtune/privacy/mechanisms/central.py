@@ -5,9 +5,9 @@ clients is not counted: the server, and whoever watches the network, sees who ta
 
 - `adaptive_clipping`: the norm follows a private quantile of the updates' norms (Andrew et al. 2021), whose
   price is inside the noise multiplier.
-- `method=dp_ftrl`: the noise is correlated over rounds, and the whole run is one Gaussian event
-  (`fedtune.privacy.mechanisms.matrix`). Adaptive clipping and it exclude one another: noise that is taken
-  back in later rounds must have one scale in all of them.
+- `method=dp_ftrl` (the setting `privacy.mechanism`): the noise is correlated over rounds, and the whole run
+  is one Gaussian event (`fedtune.privacy.mechanisms.matrix`). Adaptive clipping and it exclude one another:
+  noise that is taken back in later rounds must have one scale in all of them.
 """
 
 from __future__ import annotations
