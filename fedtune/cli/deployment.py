@@ -106,7 +106,7 @@ def server(
         """\
 fedtune node init --config node.yaml           make the key, print what to send
 fedtune node --config node.yaml --dry-run       what a run would do, and whether it is permitted
-fedtune node --config node.yaml --dry-run privacy.epsilon=2 federation.num_rounds=20
+fedtune node --config node.yaml --dry-run privacy.epsilon=2
 fedtune node --config node.yaml                 join; Ctrl-C leaves
 fedtune node proof --config node.yaml           what has left this site; are the books whole
 fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
@@ -115,9 +115,12 @@ fedtune node accept --config node.yaml          the audit log lost lines for goo
 )
 def node(
     config: Annotated[Path, option("The site's own file.", metavar="node.yaml")],
-    words: Annotated[
+    step: Annotated[
         list[str] | None,
-        argument("[init | proof | accept | NAME=VALUE]...", "Settings of a proposed run, with --dry-run."),
+        argument(
+            "[init | proof | accept | NAME=VALUE]...",
+            "As in the examples; NAME=VALUE: settings of a proposed run, with --dry-run.",
+        ),
     ] = None,
     against: Annotated[
         str | None, option("With proof: a head that an earlier proof printed.", metavar="HEAD")
@@ -126,7 +129,7 @@ def node(
 ) -> int:
     from fedtune.deploy import site as sites
 
-    words = list(words or ())
+    words = list(step or ())
     site = sites.read_site(config, with_data=words not in (["init"], ["proof"], ["accept"]))
     if words == ["init"]:
         line, fingerprint = sites.make_key(site)
@@ -187,9 +190,9 @@ fedtune submit DIR/server resume=RUN_DIR              go on after a crash""",
 )
 def submit(
     folder: ServerFolder,
-    words: Annotated[
+    settings: Annotated[
         list[str] | None,
-        argument("[NAME=VALUE]...", "Settings, as of `fedtune run`.", autocompletion=complete_setting),
+        argument("[NAME=VALUE]...", "As of `fedtune run`.", autocompletion=complete_setting),
     ] = None,
 ) -> None:
     from fedtune import api
@@ -198,7 +201,7 @@ def submit(
 
     if not (folder / "server.yaml").exists():
         raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
-    overrides, server = list(words or ()), str(folder.absolute())
+    overrides, server = list(settings or ()), str(folder.absolute())
     if not any(word.startswith("resume=") for word in overrides):
         api.run(*overrides, "engine.name=deployment", f"engine.server={value_text(server)}")
         return

@@ -87,7 +87,7 @@ fedtune report multirun pricing.device_hour=0.2 --output FOLDER""",
     ),
 )
 def report(
-    words: Folders,
+    runs: Folders,
     output: Annotated[
         Path | None, option("Where to write (default: the first DIR).", metavar="FOLDER")
     ] = None,
@@ -97,7 +97,7 @@ def report(
 ) -> None:
     from fedtune.report.page import write_report
 
-    folders, prices = folders_and_prices(words)
+    folders, prices = folders_and_prices(runs)
     made = write_report(folders, prices, output, local=local)
     print(made.text)
     print()
@@ -118,7 +118,7 @@ fedtune plan multirun --accuracy 0.8 pricing=edge""",
     ),
 )
 def plan(
-    words: Folders,
+    runs: Folders,
     accuracy: Annotated[float | None, option("At least, as a share (0.8).", metavar="A")] = None,
     epsilon: Annotated[float | None, option("At most.", metavar="E")] = None,
     money: Annotated[
@@ -129,7 +129,7 @@ def plan(
     from fedtune.report.constraints import Constraints
     from fedtune.report.constraints import plan as answer
 
-    folders, prices = folders_and_prices(words)
+    folders, prices = folders_and_prices(runs)
     text, values = answer(folders, prices, Constraints(accuracy, epsilon, money))
     if json:
         print_json(values)

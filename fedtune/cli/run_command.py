@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,22 +23,26 @@ settings: name=default, what it is, and what it may be
 {settings}
 
 of a sweep (-m), not of a run:
-  sweep.resume=FOLDER             run what is missing of the sweep in this folder
-  sweep.private_selection=true    draw the number of trials, and which, at random: the best may then
-                                  be published, and nothing else, for less than the price of all
-  sweep.trials=N                  how many are expected; default: as many as there are combinations
-  sweep.distribution=NAME         of their number: *geometric logarithmic poisson
+  sweep.resume=FOLDER           run what is missing of the sweep in this folder
+  sweep.private_selection=true  draw the number of trials, and which, at random:
+                                the best may then be published, and nothing
+                                else, for less than the price of all
+  sweep.trials=N                how many are expected; default: as many as
+                                there are combinations
+  sweep.distribution=NAME       of their number: *geometric logarithmic poisson
 
 of a search (sweep=optuna 'train.learning_rate=tag(log,interval(0.001,0.1))'):
-  sweep.trials=N                  how many runs; with sweep.resume=FOLDER: how many in all
-  sweep.objectives=NAME,NAME      *accuracy epsilon energy bytes money seconds
-  sweep.sampler=NAME              *tpe nsga2 random
-  sweep.pruner=NAME               *median halving none; only for accuracy alone
+  sweep.trials=N                how many runs; with sweep.resume=FOLDER: in all
+  sweep.objectives=NAME,NAME    *accuracy epsilon energy bytes money seconds
+  sweep.sampler=NAME            *tpe nsga2 random
+  sweep.pruner=NAME             *median halving none; only for accuracy alone
 
-several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N (or ray, submitit_slurm: README)
+several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N
+(or ray, submitit_slurm: README)
 
 Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
-State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's user folders."""
+State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's
+user folders."""
 
 
 class _RunCommand(Command):
@@ -49,7 +54,9 @@ class _RunCommand(Command):
         from fedtune.config.pages import groups_text, settings_text
 
         super().format_help(ctx, formatter)
-        typer.echo(_SETTINGS_HELP.format(groups=groups_text(), settings=settings_text(load())))
+        width = min(100, shutil.get_terminal_size().columns)
+        groups, settings = groups_text(width), settings_text(load(), width)
+        typer.echo(_SETTINGS_HELP.format(groups=groups, settings=settings))
 
 
 def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -60,7 +67,7 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     from fedtune.config.convert import settings
     from fedtune.config.pages import GROUPS, group_options
 
-    before = list(ctx.params.get("words") or ())
+    before = list(ctx.params.get("settings") or ())
     names = (*GROUPS, *settings())
     if not incomplete and before[-1:] and before[-1] in names and before[-2:-1] != ["="]:
         name, typed, prefix = before[-1], "", ""
@@ -101,9 +108,9 @@ fedtune run resume=RUN_DIR                   go on with an interrupted run""",
 )
 def run(
     ctx: typer.Context,
-    words: Annotated[
+    settings: Annotated[
         list[str] | None,
-        argument("[NAME=VALUE]...", "Settings, as listed below.", autocompletion=complete_setting),
+        argument("[NAME=VALUE]...", "As listed below.", autocompletion=complete_setting),
     ] = None,
     multirun: Annotated[
         bool, option("Run once for each combination of values given with commas.", "-m", "--multirun")
@@ -117,7 +124,7 @@ def run(
     ] = False,
     cfg: Annotated[str | None, option("Hydra's name for --show-config.", metavar="job")] = None,
 ) -> None:
-    overrides, folders = list(words or ()), list(config_dir or ())
+    overrides, folders = list(settings or ()), list(config_dir or ())
     if cfg not in (None, "job"):
         raise ConfigError(f"--cfg {cfg} is not known: --cfg job prints the complete configuration.")
     if show_config or cfg:

@@ -34,6 +34,8 @@ GROUPS = (
     "sweep",
 )
 
+_UNBROKEN = "\N{NO-BREAK SPACE}"  # in a range, which is not to be cut at the end of a line
+
 
 @functools.cache
 def conf_dir() -> Path:
@@ -83,16 +85,23 @@ def groups_text(width: int = 100) -> str:
 
 
 def settings_text(config: Config, width: int = 100) -> str:
-    """One paragraph a setting: name=default, what it means, and which values it may have."""
+    """One paragraph a setting: name=default, what it means, and which values it may have.
+
+    On a narrow terminal (`width` below 96) the meaning stands below the name.
+    """
     defaults, lines = to_dict(config), []
+    beside = width >= 96
     for name, setting in settings().items():
         group, _, last = name.rpartition(".")
         value = defaults[group][last] if group else defaults[last]
         head = f"  {name}={value_text(value)}"
         meaning = f"{setting.unit} {setting.description}" if setting.unit else setting.description
-        parts = [meaning, " | ".join(setting.choices), setting.range]
+        parts = [meaning, " | ".join(setting.choices), setting.range.replace(" ", _UNBROKEN)]
         if setting.optional and value is not None and "null" not in setting.description:
             parts.append("may be null")
-        text = f"{head:<42}  " + "; ".join(part for part in parts if part)
-        lines += textwrap.wrap(text, width, subsequent_indent=" " * 46)
-    return "\n".join(lines)
+        said = "; ".join(part for part in parts if part)
+        if beside:
+            lines += textwrap.wrap(f"{head:<42}  {said}", width, subsequent_indent=" " * 46)
+        else:
+            lines += [head, *textwrap.wrap(said, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    return "\n".join(lines).replace(_UNBROKEN, " ")

@@ -130,7 +130,7 @@ def test_run_help_lists_groups_and_settings(capsys: pytest.CaptureFixture[str]) 
     for word in (
         "bert_tiny",
         "ffa_lora",
-        "privacy.epsilon=8 ",
+        "privacy.epsilon=8",
         "train.sample_rate",
         "hydra.run.dir",
         "sweep.private_selection=true",

@@ -22,6 +22,19 @@ def test_marked_defaults_are_the_defaults() -> None:
     assert load(chosen) == load()
 
 
+def test_no_line_is_wider_than_the_terminal() -> None:
+    """At 80 columns the meaning stands below the name, and no range is cut in two."""
+    text = settings_text(load(), width=80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert all(
+        line.count("(") + line.count("[") == line.count(")") + line.count("]")
+        for line in text.splitlines()
+        if " in (" in line or " in [" in line
+    )
+    assert "\n  privacy.epsilon=8\n      target" in text
+    assert max(len(line) for line in settings_text(load(), width=100).splitlines()) > 80
+
+
 def test_settings_with_defaults() -> None:
     text = settings_text(load(), width=1000)
     lines = {line.strip().split("=")[0]: line for line in text.splitlines()}
