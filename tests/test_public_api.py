@@ -211,6 +211,7 @@ def test_a_record_of_another_name_is_itself_and_not_the_one_beside_it(
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     nothing = fedtune.Result(tmp_path / "nowhere")
     assert nothing.path == tmp_path / "nowhere" and "no finished run" in repr(nothing)
+    assert "finished run" in nothing._repr_html_()
     with pytest.raises(fedtune.FedtuneError):
         _ = nothing.epsilon
 

@@ -104,6 +104,8 @@ class PrivacyPlan:
     size_noise: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.mechanism, Mechanism):
+            raise PrivacyError(f"A plan's mechanism must be a trust model's, not {self.mechanism!r}.")
         validate(self)
 
     # --- what the plan says -------------------------------------------------------------------------

@@ -316,7 +316,10 @@ class Result:
     def _repr_html_(self) -> str:
         from fedtune.runs.summary import accuracy_line, facts_and_notes
 
-        facts, notes = facts_and_notes(self.record)
+        try:
+            facts, notes = facts_and_notes(self.record)
+        except RecordError as error:
+            return f"<p>{html.escape(str(error))}</p>"
         rows = [
             ("accuracy", accuracy_line(self.record["metrics"])),
             *facts,

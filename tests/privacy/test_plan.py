@@ -329,6 +329,12 @@ def test_settings_of_one_mechanism_refuse_what_has_no_meaning(make: Any, field: 
         make(**{field: value})
 
 
+@pytest.mark.parametrize("mechanism", ["local", None, {"trust": "local"}, mechanism_of("local")])
+def test_a_mechanism_that_is_none_is_refused(mechanism: Any) -> None:
+    with pytest.raises(PrivacyError, match="mechanism must be"):
+        dataclasses.replace(local_plan(), mechanism=mechanism)
+
+
 @pytest.mark.parametrize("trust", ["Local", "", None, 3, [], {}])
 def test_a_trust_model_that_is_none_is_refused(trust: Any, golden: Golden) -> None:
     with pytest.raises(PrivacyError) as raised:
