@@ -341,7 +341,7 @@ def epsilon(*, noise_multiplier: float, sample_rate: float, steps: int, delta: f
 
 
 def _check_number(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raises `PrivacyError` unless `value` is a finite number; a bool is none."""
+    """Raises `PrivacyError` unless `value` is a finite number; a bool does not count as one."""
     kind = numbers.Integral if whole else numbers.Real
     finite = False
     if not isinstance(value, bool) and isinstance(value, kind):

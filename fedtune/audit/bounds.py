@@ -1,4 +1,4 @@
-"""From guesses to epsilon: lower bounds with a confidence, and one estimate that is none.
+"""From guesses to epsilon: lower bounds with a confidence, and one estimate, which is no bound.
 
 Three answers, from the one that assumes least to the one that assumes most:
 

@@ -56,7 +56,7 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     "ledger here.",
 )
 def set_budget(
-    epsilon: Annotated[float, option("Of all that is ever released, together.")],
+    epsilon: Annotated[float, option("The largest epsilon of all releases together, ever.")],
     delta: Annotated[float, option("The delta that epsilon belongs to.")],
     node: Node = None,
     dataset: Dataset = None,

@@ -75,7 +75,7 @@ def server(
     enrol: Annotated[
         str | None, option("Let a site in: what `fedtune node init` printed, or a file.", metavar="LINE")
     ] = None,
-    revoke: Annotated[str | None, option("Let the key of a site in no more, ever.", metavar="SITE")] = None,
+    revoke: Annotated[str | None, option("Never let the key of a site in again.", metavar="SITE")] = None,
     accept_restore: Annotated[
         str | None, option("Let in a site whose books were restored from a backup.", metavar="SITE")
     ] = None,

@@ -92,7 +92,7 @@ def report(
         Path | None, option("Where to write (default: the first DIR).", metavar="FOLDER")
     ] = None,
     local: Annotated[
-        bool, option("With times and prices of private data, for its owner alone.", "--local")
+        bool, option("Show measured times and costs of private data too: for its owner only.", "--local")
     ] = False,
 ) -> None:
     from fedtune.report.page import write_report

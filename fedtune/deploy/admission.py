@@ -1,8 +1,8 @@
 """Which sites a server lets in: enrolled and revoked keys, the heads of the sites' books, and the decision.
 
     nodes/SITE.pub          the key that SITE is let in by: one line, as its `fedtune node init` printed it
-    revoked/PRINT.pub       a key that is let in no more, ever; written by `--revoke`, and where a site's new
-                            key is enrolled, for its old one
+    revoked/PRINT.pub       a key that is never let in again, by its fingerprint; written by `--revoke`, and
+                            for a site's old key where its new one is enrolled
     revoked/SITE.request    "whatever key SITE was let in by": where no file could be read to name the key
     heads.json, heads.log   the highest head of each site's books; the restores that were accepted
 

@@ -1,7 +1,7 @@
 """May this site join? The node asks, the server answers, and the node says in words what is wrong.
 
-Flower's SuperNode learns of a key that is not enrolled, of a key that is in use and of a clock that is off
-only that it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
+Whether its key is not enrolled, its key is in use or its clock is off: Flower's SuperNode learns only that
+it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
 server answers which site it knows by that key, whether such a node is connected, what time it is and which
 fedtune it has. Only who holds a key learns anything about it. The head of a site's books
 (`admission.BookHeads`) goes the same way.

@@ -209,7 +209,7 @@ def _config(message: Message, name: str) -> dict[str, Any]:
 
 
 def _plan(asked: dict[str, Any]) -> dict[str, Any]:
-    """The plan in a request; nothing of one that is none: what the server sent is not to be believed."""
+    """The plan in a request; empty if it cannot be read as one, for a server may send anything."""
     try:
         plan = json.loads(str(asked["plan"])[:10_000])
     except (KeyError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """What a run reports while it goes on, and what it hands over at the end.
 
 The server loop calls an `Observer`; a live display, a log or a test is one. What is in these objects was sent
-over the wire under the plan, or measured by the server itself: who shows them to others than the owner of the
-data puts them through `fedtune.privacy.publication` first, which holds back what was measured. An
+over the wire under the plan, or measured by the server itself: whoever shows them to anybody but the owner of
+the data puts them through `fedtune.privacy.publication` first, which holds back what was measured. An
 observer must not change the run, but for one thing: `on_round` may say why the run should end here, as a
 search that gives up a bad trial does (`StoppingObserver`). One that raises is logged and not called again.
 """

@@ -350,8 +350,8 @@ class EvaluationReply:
 def check_update(update: np.ndarray, *, node: str, round: int, size: int, max_norm: float) -> float:
     """The L2 norm of a usable update; raises UpdateRejected, naming node, round and limit, for any other.
 
-    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`. What
-    the update holds is not told: the reason goes into the record, and not every update is private by itself.
+    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`. The
+    text quotes no value of the update: it goes into the record, and not every update is private by itself.
     """
     whose = f"Round {round} goes on without the update of node {node!r}:"
     if update.ndim != 1 or update.shape != (size,) or update.dtype != np.float32:

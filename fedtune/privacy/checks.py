@@ -45,7 +45,7 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     """`value` as an int. numpy's integers are whole numbers too.
 
     Raises:
-        PrivacyError: it is none, below `least`, or so large that no count is.
+        PrivacyError: it is not a whole number, is below `least`, or too large for a count.
     """
     try:
         count = None if isinstance(value, bool) else operator.index(value)

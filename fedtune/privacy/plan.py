@@ -145,8 +145,8 @@ class PrivacyPlan:
         return self.mechanism.expected_batch_size(self)
 
     def most_units(self) -> float:
-        """Units that the guarantee may be about, at most: what is held out, and what a size that was told
-        with noise may hide, included. Delta must be below one over it."""
+        """Upper bound on the units that the guarantee is about: those held out for evaluation are among them,
+        and as many as the noise on a size may hide. Delta must be below one over it."""
         told = self.declared_size / (1.0 - self.evaluation_share)
         return largest(told, self.size_noise, self.mechanism.nodes_in_size(self))
 

@@ -166,7 +166,7 @@ class ServerEvaluator:
         self._score, self._every = score, max(1, every)
 
     def due(self, round: int, last: bool) -> bool:
-        """Every so many rounds, and after the last."""
+        """Whether to evaluate after `round`: every `every` rounds, and after the last."""
         return last or round % self._every == 0
 
     def evaluate(

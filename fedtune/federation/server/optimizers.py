@@ -191,7 +191,7 @@ def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
     """The server optimizer that `config.strategy` names.
 
     Raises:
-        ConfigError: there is none such.
+        ConfigError: there is no server optimizer of that name, or a rate has no meaning.
     """
     rate, momentum = config.server_learning_rate, config.server_momentum
     if not (math.isfinite(rate) and rate > 0):

@@ -146,7 +146,7 @@ def exchange(
 ) -> Iterator[tuple[int, Message]]:
     """Sends all messages and yields the answers as they come, each with the id of the node that was asked.
 
-    The node is told by the question, for an answer that says that a node is gone comes from the server. Ends
+    Whose answer it is follows from the question: where a node is gone, Flower's server answers for it. Ends
     when all have answered, or after `timeout` seconds as `RoundAsk` says; seconds in which the grid itself
     was cut off are nobody's lateness.
     """

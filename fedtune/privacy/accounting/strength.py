@@ -102,7 +102,7 @@ def caution(curve: TradeOff, epsilon: float, delta: float) -> str | None:
 
 
 def percent(share: float) -> str:
-    """`share` in percent, rounded up: a bound that is rounded down is none."""
+    """`share` in percent, rounded up: rounded down it would be no bound."""
     value = 100.0 * share
     if value >= 99.995:
         return "more than 99.99 percent"

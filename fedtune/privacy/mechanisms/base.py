@@ -206,7 +206,7 @@ class Mechanism(ABC):
         return ""
 
     def epsilon_towards_server(self, plan: PrivacyPlan, releases: int, answers: int) -> float:
-        """Epsilon towards the server alone, with which no node sides; infinite if it sees raw updates."""
+        """Epsilon towards a server that no node colludes with; infinite if it sees raw updates."""
         return plan.epsilon(releases, answers)
 
     def adjacency(self, plan: PrivacyPlan) -> str:

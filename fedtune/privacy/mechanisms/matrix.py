@@ -68,7 +68,7 @@ class BandedRoot:
     min_separation: int
 
     def __post_init__(self) -> None:
-        """Raises `PrivacyError` for a number that is none, or below 1."""
+        """Raises `PrivacyError` for a number that is not whole, or below 1."""
         for name in ("num_rounds", "bands", "min_separation"):
             whole(getattr(self, name), name)
 

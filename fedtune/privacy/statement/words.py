@@ -210,7 +210,7 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
 
 
 def _times(epsilon: float) -> str:
-    """At most exp(epsilon) times, rounded up to three digits: a bound that is rounded down is none."""
+    """At most exp(epsilon) times, rounded up to three digits: rounded down it would be no bound."""
     if epsilon > 13.8:
         return "perhaps more than a million times"
     factor = math.exp(epsilon)
