@@ -92,6 +92,12 @@ class Model:
                 raise DataError(
                     f"Text {number} of {len(texts)} is empty. Give a text with at least one word."
                 )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # half a character: what was read was not UTF-8
+                raise DataError(
+                    f"Text {number} of {len(texts)} is not UTF-8: {error.reason}. Convert it first."
+                ) from error
         predictions: list[Prediction] = []
         for start in range(0, len(texts), _BATCH):
             predictions += self._predict_batch(list(texts[start : start + _BATCH]))

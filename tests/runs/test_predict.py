@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fedtune.errors import DataError, RecordError
 from fedtune.runs import record as records
-from fedtune.runs.predict import Prediction, load, show
+from fedtune.runs.predict import Model, Prediction, load, show
 from tests.support.golden import Golden
 
 
@@ -134,3 +134,9 @@ def test_with_many_labels_the_next_best_are_shown() -> None:
 def test_labels_and_texts_of_any_length_fit() -> None:
     one = Prediction("word " * 80, "l" * 50, 1.0, {"l" * 50: 1.0, "n": 0.0})
     assert all(len(line) <= 80 for line in shown([one]).splitlines())
+
+
+def test_a_text_that_was_not_utf8_is_named(tmp_path: Path) -> None:
+    model = Model(tmp_path, ["no", "yes"], None, None, 8)
+    with pytest.raises(DataError, match="Text 2 of 2 is not UTF-8"):
+        model.predict(["good", "b\udcffd"])
