@@ -248,7 +248,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} should be a mapping of settings (key: value), and is none.")
+        raise ConfigError(f"{path} should be a mapping of settings (key: value), and it is not one.")
     return values
 
 

@@ -237,7 +237,9 @@ def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    # What they say at import or first use: that a kernel for another machine could not be loaded.
+    for logger in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
     kernel = "eager" if device.type == "cpu" else "sdpa"
     options = {"attn_implementation": kernel, "dtype": torch.float32}
     encoder = _from_pretrained(AutoModel, BertModel, config, **options)

@@ -81,13 +81,15 @@ class Model:
             One prediction a text, in the order given.
 
         Raises:
-            DataError: there is no text, one is empty, or `texts` is one text and no list.
+            DataError: there is no text, one is empty or no text at all, or `texts` is one text and no list.
         """
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts: write predict([text]) for a single one.")
         if not texts:
             raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
         for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise DataError(f"Text {number} of {len(texts)} is {text!r}. Give texts, each a str.")
             if not text.strip():
                 raise DataError(
                     f"Text {number} of {len(texts)} is empty. Give a text with at least one word."

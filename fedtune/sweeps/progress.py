@@ -151,7 +151,7 @@ class SweepProgress:
         if accuracy is None or made["run"].get("status") == "pruned":
             return
         if self.best is None or accuracy > self.best[0]:
-            self.best = (float(accuracy), self.name(position) or str(position))
+            self.best = (float(accuracy), self.name(position) or "defaults")
 
 
 def _newer(path: Path, than: float) -> bool:

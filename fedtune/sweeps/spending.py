@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config.choices import resolved
 from fedtune.data.partition import DEFAULT_NODES
 from fedtune.errors import FedtuneError
-from fedtune.privacy.accounting.epsilon import compose_terms, epsilon_rdp_of_terms
+from fedtune.privacy.accounting.epsilon import compose_terms
+from fedtune.privacy.accounting.filter import least_epsilon
 from fedtune.privacy.mechanisms.counts import size_noise
 from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
 from fedtune.privacy.plan import make_plan
@@ -112,7 +113,7 @@ def _together(name: str, public: bool, adjacency: str, plans: Sequence[PrivacyPl
         epsilon, verb = plans[0].epsilon(), "spends"
     else:
         total = compose_terms(*(plan.everything(plan.num_rounds, plan.evaluation_answers) for plan in plans))
-        epsilon, verb = epsilon_rdp_of_terms(total, delta), "together, by Renyi DP, spend"
+        epsilon, verb = least_epsilon(total, delta), "together, by Renyi DP, spend"
     whose = (
         f"; '{name}' is declared public, so ledgers record it and refuse nothing"
         if public

@@ -326,7 +326,7 @@ def test_a_ledger_that_is_wound_back_while_the_node_runs_is_found_before_the_nex
 @pytest.mark.parametrize("name", ["memory_gb", "message_seconds", "idle_seconds"])
 @pytest.mark.parametrize("limit", [0, -1.0])
 def test_a_limit_of_nothing_is_refused(name: str, limit: float, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"limits\.{name}={limit} .* above 0"):
+    with pytest.raises(ConfigError, match=rf"limits\.{name}={limit:g} .* above 0"):
         settings(tmp_path, limits={name: limit})
 
 

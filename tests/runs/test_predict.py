@@ -72,6 +72,11 @@ def test_no_text_is_refused(finished: tuple[Path, str], texts: list[str]) -> Non
         predict(finished[0], texts)
 
 
+def test_what_is_no_text_is_refused_by_its_number(finished: tuple[Path, str]) -> None:
+    with pytest.raises(DataError, match=r"Text 2 of 2 is 3"):
+        load(finished[0], device="cpu").predict(["fine", 3])  # type: ignore[list-item]
+
+
 def test_one_text_is_no_list_of_texts(finished: tuple[Path, str]) -> None:
     with pytest.raises(DataError, match=r"predict\(\[text\]\)"):
         load(finished[0], device="cpu").predict("what a film")
