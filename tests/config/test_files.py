@@ -127,12 +127,13 @@ def test_a_lock_does_not_live_on_in_a_forked_child(tmp_path: Path) -> None:
         "import os, sys, time; from pathlib import Path; from fedtune.config.files import lock_file\n"
         "with lock_file(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
-        "    if child == 0: time.sleep(60)\n"
-        "    print(child, flush=True); os._exit(0)\n"
+        "    if child == 0: print(os.getpid(), flush=True); time.sleep(60)\n"
+        "    time.sleep(60)\n"
     )
     made = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock")], stdout=subprocess.PIPE)
     assert made.stdout is not None
-    child = int(made.stdout.readline())
+    child = int(made.stdout.readline())  # said by the child, which has begun, and so has let go of the lock
+    made.kill()
     made.wait()
     try:
         with lock_file(tmp_path / "lock", wait=False):
