@@ -372,13 +372,11 @@ def keep_private() -> None:
 
 def silence_libraries() -> None:
     """Keeps libraries from talking over the display, in a process that is fedtune's own."""
-    import logging
     import warnings
 
-    # At every import torchao says which of its CUDA kernels this machine cannot load, and torch that torchao
-    # registers enums in an old way. Neither matters to anybody here.
-    for logger in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    from fedtune.models import quiet_kernels
+
+    quiet_kernels()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
+from fedtune.models import quiet_kernels
 from fedtune.models.quantization import quantize
 
 __all__ = [
@@ -237,9 +237,7 @@ def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # What they say at import or first use: that a kernel for another machine could not be loaded.
-    for logger in ("torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    quiet_kernels()
     kernel = "eager" if device.type == "cpu" else "sdpa"
     options = {"attn_implementation": kernel, "dtype": torch.float32}
     encoder = _from_pretrained(AutoModel, BertModel, config, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,31 +12,20 @@ from typing import Any
 import pytest
 
 from fedtune.errors import RecordError
+from tests.support.studies import import_script
 
 FOLDER = Path(__file__).resolve().parents[2] / "simulations" / "first_federation"
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of the study as a module; `report` is found by `study` under its own name."""
-    if not FOLDER.exists():
-        pytest.skip("simulations/ is not part of this installation")
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script("report", monkeypatch)
+    return import_script(FOLDER, "report", monkeypatch)
 
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch, report: ModuleType) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    return script("study", monkeypatch)
+    return import_script(FOLDER, "study", monkeypatch)
 
 
 def test_every_run_of_the_study_is_a_valid_configuration(study: ModuleType) -> None:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.studies import import_script
+
 FOLDER = Path(__file__).resolve().parents[2] / "simulations" / "trust_models"
-
-
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A script of the study as a module; `report` finds `study` under its own name."""
-    if not FOLDER.exists():
-        pytest.skip("simulations/ is not part of this installation")
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -29,12 +18,12 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("first_federation_study", "first_federation_report"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    return script("study", monkeypatch)
+    return import_script(FOLDER, "study", monkeypatch)
 
 
 @pytest.fixture
 def report(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return script("report", monkeypatch)
+    return import_script(FOLDER, "report", monkeypatch)
 
 
 def test_every_run_takes_48_steps_and_promises_what_its_name_says(study: ModuleType) -> None:

@@ -47,6 +47,7 @@ from fedtune.federation.client.release import (
     declare_size,
     failure_fields,
     failure_reply,
+    finished_reply,
     reserve_release,
 )
 from fedtune.federation.flower import error_answer
@@ -55,9 +56,7 @@ from fedtune.federation.messages import (
     EvaluationReply,
     NodeHello,
     Proposal,
-    RoundReply,
     RoundRequest,
-    coarse_seconds,
 )
 from fedtune.federation.secagg.client import register as register_distributed
 from fedtune.federation.sizes import size_to_declare
@@ -145,16 +144,7 @@ def _training_reply(request: RoundRequest, context: Context) -> RecordDict:
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
         return failure_reply(request, context, release, error).to_records()
-    reply = RoundReply(
-        node=release.shard.node,
-        run=request.run,
-        round=request.round,
-        attempt=request.attempt,
-        releases=release.count,
-        steps=release.training.local_steps,
-        seconds=coarse_seconds(seconds),
-        update=update,
-    )
+    reply = finished_reply(request, release, seconds, update)
     return reply.to_records(public_data=release.config.data.public)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedtune.errors import FederationError, LedgerError, PrivacyError
@@ -28,7 +29,7 @@ from fedtune.federation.client.node_context import (
     site_settings,
 )
 from fedtune.federation.client.policy import check_plan
-from fedtune.federation.messages import RoundReply, RoundRequest
+from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.sizes import tell_size
 from fedtune.privacy.mechanisms.counts import size_plan
 
@@ -48,6 +49,7 @@ __all__ = [
     "declare_size",
     "failure_fields",
     "failure_reply",
+    "finished_reply",
     "permitted",
     "releases_of",
     "reserve_release",
@@ -274,6 +276,22 @@ def failure_fields(context: Context, release: Release | None, round: int, error:
     if isinstance(error, PrivacyError):
         return {"node": node, "refused": reason, "refusal": type(error).__name__}
     return {"node": node, "error": reason}
+
+
+def finished_reply(
+    request: RoundRequest, release: Release, seconds: float, update: np.ndarray | None = None
+) -> RoundReply:
+    """What a node answers when its release is done; `update`, float32 [P], where it does not go masked."""
+    return RoundReply(
+        node=release.shard.node,
+        run=request.run,
+        round=request.round,
+        attempt=request.attempt,
+        releases=release.count,
+        steps=release.training.local_steps,
+        seconds=coarse_seconds(seconds),
+        update=update,
+    )
 
 
 def failure_reply(

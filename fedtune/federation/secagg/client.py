@@ -35,9 +35,9 @@ from fedtune.federation.client.node_context import (
     public_reason,
 )
 from fedtune.federation.client.policy import check_plan
-from fedtune.federation.client.release import Release, failure_reply, reserve_release
+from fedtune.federation.client.release import Release, failure_reply, finished_reply, reserve_release
 from fedtune.federation.flower import error_answer
-from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds, read_plan
+from fedtune.federation.messages import RoundRequest, read_plan
 from fedtune.federation.secagg import messages as wire
 from fedtune.federation.secagg.messages import PhaseId
 from fedtune.federation.secagg.protocol import Masker
@@ -192,15 +192,7 @@ def _mask(message: Message, context: Context) -> RecordDict:
         release.ledger.commit(release.reservation)
     except Exception as error:
         return failure_reply(request, context, release, error).to_records()
-    reply = RoundReply(
-        node=release.shard.node,
-        run=request.run,
-        round=request.round,
-        attempt=request.attempt,
-        releases=release.count,
-        steps=release.plan.local_steps,
-        seconds=coarse_seconds(seconds),
-    )
+    reply = finished_reply(request, release, seconds)
     return wire.mask_answer(phase_id, reply, masked, public_data=release.config.data.public)
 
 
