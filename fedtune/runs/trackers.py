@@ -340,7 +340,9 @@ class MLflowWriter:
 class WandbWriter:
     """An offline run below FOLDER/wandb; `wandb sync` sends it to a server, if a person wants that.
 
-    A run that was resumed is two of these with one id: `wandb sync --append` joins them.
+    A run that was resumed is two of these with one id: `wandb sync --append` joins them. wandb writes 32 KiB
+    at a time, the last when this process ends: of a run that was killed, the rounds since then are in
+    record.json only.
     """
 
     def __init__(self, folder: Path, project: str) -> None:

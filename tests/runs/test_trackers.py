@@ -121,6 +121,9 @@ for method, *arguments in json.load(sys.stdin):
     else:
         getattr(writer, method)(*arguments)
 
+import wandb
+wandb.teardown()  # what it does when a process ends: only then is every file whole
+
 from wandb.proto import wandb_internal_pb2 as pb
 from wandb.sdk.internal.datastore import DataStore
 numbers, params, ids = {}, {}, set()
