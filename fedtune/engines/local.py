@@ -126,7 +126,8 @@ class LocalGrid(Grid):
         self._app = client_app
         self._timeout = timeout
         self._on_abandoned = on_abandoned
-        self._run = empty_run(int.from_bytes(os.urandom(7), "big"))
+        # Always 56 bits: every message carries it, and is as long in every run, whatever was drawn.
+        self._run = empty_run(int.from_bytes(os.urandom(7), "big") | 1 << 55)
         self._run_config = dict(run_config)
         self._nodes = {
             _FIRST_NODE_ID + i: {"partition-id": i, "num-partitions": num_nodes, **(node_config or {})}

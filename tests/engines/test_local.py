@@ -86,6 +86,16 @@ def test_bytes_are_those_of_the_serialized_messages() -> None:
         assert 4000 < serialized_size(answer) < 4600
 
 
+def test_messages_are_as_long_whatever_number_a_run_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = set()
+    for byte in (b"\x00", b"\x01", b"\xff"):
+        with monkeypatch.context() as drawing:
+            drawing.setattr("os.urandom", lambda size, byte=byte: byte * size)
+            grid = LocalGrid(echo_app(lambda m, c: None), 2, {}, timeout=5.0)
+        sizes |= {serialized_size(answer) for answer in send(grid)}
+    assert len(sizes) == 1
+
+
 def test_a_client_that_raises_is_an_error_that_names_the_type_alone() -> None:
     def fails(message: Message, context: Context) -> None:
         if context.node_config["partition-id"] == 0:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
+from fedtune.federation.flower import serialized_size, task_identity
 from fedtune.federation.messages import NodeHello, RoundReply, RoundRequest, check_update, coarse_seconds
 from fedtune.privacy.plan import make_plan
 from tests.support.fake_federation import fake_config
@@ -207,6 +208,21 @@ def test_time_is_reported_on_a_coarse_grid() -> None:
     assert len(set(coarse)) < 50
     assert np.all(np.abs(coarse / seconds - 1) < 0.126)
     assert coarse_seconds(0.0) == coarse_seconds(-1.0) == coarse_seconds(float("nan")) == 0.0
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_replys_length_tells_nothing_of_what_a_node_measured(public: bool) -> None:
+    update = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    replies = [
+        RoundReply("a", "r", 1, 1, releases=1, steps=4, seconds=seconds, update=values)
+        for seconds in (0.0, 1e-3, 7.5, 1e9)
+        for values in (update, np.zeros_like(update))
+    ]
+    with task_identity(1):
+        sizes = {
+            serialized_size(Message(reply.to_records(public_data=public), 1, "train")) for reply in replies
+        }
+    assert len(sizes) == 1
 
 
 def test_a_nodes_words_are_shown_and_not_obeyed_by_a_terminal() -> None:
