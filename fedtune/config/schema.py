@@ -173,6 +173,7 @@ class ModelConfig(Group):
     revision: Text | None = setting(None, "hub: branch, tag or commit")
     quantization: Literal["none", "int8", "nf4"] = setting("int8", "how the encoder's weights are stored")
     pooling: Literal["mean", "cls"] = setting("mean", "how token states become one vector for the head")
+    normalize: bool = setting(True, "each text's vector is scaled to one length before the head")
 
 
 @dataclass

@@ -33,8 +33,11 @@ from fedtune.models.adapters import add_adapter, lowest_trained_layer
 from fedtune.models.encoder import EncoderStack, load_encoder, model_location, select_device
 from fedtune.models.quantization import stored_bytes
 
-__all__ = ["AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
+__all__ = ["LENGTH", "AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
 
+# Of a text's vector as the head sees it. Weights and bias share one clipped gradient by how long their inputs
+# are: at 3 the bias, whose input is 1, has a tenth of it (squared); beside a vector of length 1 it had half.
+LENGTH = 3.0
 _BASE = "fedtune.json"  # beside the adapter: what the base model was
 # By encoder, pooling and first trained layer: what is below never changes, and models may share an encoder.
 _DIGESTS: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDictionary()
@@ -52,24 +55,26 @@ def _digest_below(encoder: EncoderStack, pooling: str, first_layer: int) -> str:
 
 
 class EncoderClassifier(nn.Module):
-    """Encoder, pooling over tokens, linear head.
+    """Encoder, pooling over tokens, each text's vector scaled to one length, linear head.
 
-    Shapes: b examples, s tokens, d width, c classes.
+    Shapes: b examples, s tokens, d width, c classes. The scaling (`normalize`) is a function of one text
+    alone. The head starts at zero: it is convex, so a random start is nothing but noise to be unlearnt.
     """
 
-    def __init__(self, encoder: EncoderStack, num_labels: int, pooling: str) -> None:
+    def __init__(
+        self, encoder: EncoderStack, num_labels: int, pooling: str, *, normalize: bool = True
+    ) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ModelError(f"model.pooling={pooling!r} is not known; it can be mean or cls.")
         self.encoder = encoder
         self.pooling = pooling
+        self.normalize = normalize
         self.num_labels = num_labels
         device = next(encoder.parameters()).device
-        # Made on the CPU and then moved, so that a seed gives the same start on every device.
-        head = nn.Linear(encoder.width, num_labels)
-        nn.init.normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        self.classifier = head.to(device)
+        self.classifier = nn.Linear(encoder.width, num_labels, device=device)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[b, s, d] and mask [b, s] -> [b, d]."""
@@ -87,7 +92,7 @@ class EncoderClassifier(nn.Module):
         pooled: Tensor | None = None,
     ) -> Tensor:
         """Logits [b, c] from ids [b, s] with mask [b, s]; or from `hidden` [b, s, d], the input of layer
-        `first_layer`; or from `pooled` [b, d]."""
+        `first_layer`; or from `pooled` [b, d], as `pool` gave it, before it is scaled."""
         if pooled is None:
             if attention_mask is None:
                 if input_ids is None:
@@ -102,6 +107,9 @@ class EncoderClassifier(nn.Module):
                 raise ValueError("hidden needs first_layer: which layer it is the input of")
             hidden = self.encoder.run(hidden, mask, first_layer, len(self.encoder.layer))
             pooled = self.pool(hidden, mask)
+        if self.normalize:
+            # In float32 whatever the encoder computed in; a vector of zeros stays one.
+            pooled = LENGTH * nn.functional.normalize(pooled.float(), dim=-1)
         return self.classifier(pooled)
 
 
@@ -258,7 +266,10 @@ def _load(key: str, num_labels: int, seed: int, device: str, label_names: tuple[
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AdaptedModel(
-            EncoderClassifier(encoder, num_labels, model.pooling), model, adapter, label_names
+            EncoderClassifier(encoder, num_labels, model.pooling, normalize=model.normalize),
+            model,
+            adapter,
+            label_names,
         )
 
 
@@ -276,14 +287,15 @@ def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
     path = Path(folder) / _BASE
     try:
         saved = json.loads(path.read_text())
-        model, labels = ModelConfig(**saved["model"]), saved["label_names"]
+        # Earlier versions saved no `normalize`: they trained on vectors as they were.
+        model, labels = ModelConfig(**{"normalize": False, **saved["model"]}), saved["label_names"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} holds no adapter saved by fedtune: {path.name} is missing or unreadable."
         ) from error
     model_location(model.name)
     encoder = load_encoder(model, select_device(device))
-    return EncoderClassifier(encoder, len(labels), model.pooling)
+    return EncoderClassifier(encoder, len(labels), model.pooling, normalize=model.normalize)
 
 
 def load_saved(folder: str | Path, device: str = "auto") -> nn.Module:

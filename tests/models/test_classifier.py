@@ -17,7 +17,7 @@ from transformers import AutoModel
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models.adapters import ADAPTERS
-from fedtune.models.classifier import forget_models, load_base, load_model
+from fedtune.models.classifier import LENGTH, forget_models, load_base, load_model, load_saved
 from fedtune.models.encoder import load_encoder, load_tokenizer, select_device
 from tests.support.golden import Golden
 
@@ -158,16 +158,62 @@ def test_seeds_of_a_bare_head_share_the_encoder_and_nothing_else(tiny_bert: Path
     first, second = load(tiny_bert, seed=11, name="head"), load(tiny_bert, seed=12, name="head")
     assert first.base.encoder is second.base.encoder and first.base.classifier is not second.base.classifier
     start = second.get_vector()
-    assert not np.array_equal(first.initial, start)
     first.set_vector(np.ones_like(first.initial))
     assert np.array_equal(second.get_vector(), start)
     ids = torch.tensor([[2, 5, 6, 3]])
     alone = second.peft_model(input_ids=ids)
+    assert not np.array_equal(first.peft_model(input_ids=ids).detach(), alone.detach())
     forget_models()
     fresh = load(tiny_bert, seed=12, name="head")
     assert fresh.base.encoder is not second.base.encoder
     assert torch.equal(alone, fresh.peft_model(input_ids=ids))
     assert load(tiny_bert, seed=11).base.encoder is not load(tiny_bert, seed=12).base.encoder
+
+
+def test_the_head_starts_at_zero_and_sees_every_text_at_one_length(tiny_bert: Path) -> None:
+    model = load(tiny_bert, name="head").base
+    assert not any(p.any() for p in model.classifier.parameters())
+    pooled = torch.randn(5, 32) * torch.tensor([1e-3, 0.1, 1.0, 50.0, 0.0])[:, None]
+    seen: list[torch.Tensor] = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(pooled=pooled), model(pooled=pooled[2:3])
+    hook.remove()
+    assert torch.allclose(seen[0].norm(dim=1), torch.tensor([LENGTH] * 4 + [0.0]), rtol=1e-6)
+    assert torch.equal(seen[0][2:3], seen[1])  # what other texts are in the batch does not matter
+    ours = torch.nn.functional.cosine_similarity(seen[0][:4], pooled[:4])
+    assert torch.allclose(ours, torch.ones(4))
+
+
+def test_the_gradient_flows_through_the_scaling(tiny_bert: Path) -> None:
+    """By finite differences, in float64; nothing flows back from a vector of zeros, and no NaN."""
+    model = load(tiny_bert, name="head").base
+    head = torch.randn(2, 32)
+    with torch.no_grad():
+        model.classifier.weight.copy_(head)
+    pooled = torch.stack([torch.randn(32), torch.zeros(32)]).requires_grad_()
+    model(pooled=pooled)[:, 0].sum().backward()
+    assert pooled.grad is not None and torch.isfinite(pooled.grad).all()
+    x, row = pooled.detach()[0].double(), head[0].double()
+    eye = 1e-5 * torch.eye(32, dtype=torch.float64)
+    ours = [(row @ (LENGTH * v / v.norm())).item() for step in eye for v in (x + step, x - step)]
+    want = torch.tensor([(up - down) / 2e-5 for up, down in zip(ours[::2], ours[1::2], strict=True)])
+    assert want.abs().max() > 0.1
+    assert torch.allclose(pooled.grad[0], want, atol=1e-4)
+
+
+def test_an_adapter_of_an_earlier_version_loads_as_it_was_trained(tiny_bert: Path, tmp_path: Path) -> None:
+    options = {"name": str(tiny_bert), "quantization": "none"}
+    old = load_model(ModelConfig(**options, normalize=False), AdapterConfig(name="lora", rank=2), 2, 0, "cpu",
+                     ("no", "yes"))  # fmt: skip
+    old.set_vector(old.initial + np.random.default_rng(0).normal(0, 0.3, old.num_parameters))
+    ids = torch.randint(5, 25, (4, 7))
+    want = old.base(input_ids=ids)
+    old.save(tmp_path)
+    base = json.loads((tmp_path / "fedtune.json").read_text())
+    assert base["model"].pop("normalize") is False  # earlier versions did not know it
+    (tmp_path / "fedtune.json").write_text(json.dumps(base))
+    loaded = load_saved(tmp_path, "cpu")
+    assert torch.allclose(loaded(input_ids=ids), want, atol=1e-6)
 
 
 def test_a_kept_model_is_handed_out_at_its_start(tiny_bert: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedtune.config.schema import TrainConfig
+from fedtune.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from fedtune.errors import PreflightError
 from fedtune.models import classifier
-from fedtune.models.classifier import AdaptedModel
+from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.frozen_outputs import Features
 from fedtune.training.dp_step import per_example_gradients
 from fedtune.training.local import train_locally
@@ -101,6 +101,28 @@ def test_a_wrong_gradient_sampler(
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
     with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
         check_gradients(model, Features.of(model, make_shard().data, 64))
+
+
+@pytest.mark.parametrize("part", ["query.lora_A", "query.lora_B", "classifier"])
+def test_a_wrong_gradient_of_one_part_at_the_real_start(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head starts at zero, and LoRA's gradients are far below the head's: each has its own scale."""
+    from opacus.grad_sample import GradSampleHooks
+
+    model = load_model(ModelConfig(quantization="none"), AdapterConfig(name="lora"), 2, 0, "cpu")
+    found = [module for name, module in model.base.named_modules() if part in name]
+    spoilt = [module for module in found if isinstance(module, nn.Linear)][-1]
+    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+
+    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+        factor = 1.05 if layer is spoilt else 1.0
+        return {p: factor * g for p, g in right(layer, activations, backprops).items()}
+
+    features = Features.of(model, make_shard().data, 64)
+    with per_example_gradients(model):
+        check_gradients(model, features)
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
+        check_gradients(model, features)
 
 
 def test_gradients_mixed_up_between_examples(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
