@@ -142,7 +142,7 @@ class RunResources:
         parts = [*self.prepared.shards, *self.prepared.held_out]
         corpora = [*(part.data for part in parts), self.prepared.test]
         total = sum(corpus.num_records for corpus in corpora)
-        behind = 0
+        behind, train = 0, self.config.train
         for corpus in corpora:
 
             def forward(done: int, _: int, before: int = behind) -> None:
@@ -150,7 +150,7 @@ class RunResources:
                     progress(before + done, total)
 
             with self.using_model() as model:
-                Features.of(model, corpus, self.config.train.micro_batch_tokens, forward)
+                Features.of(model, corpus, train.micro_batch_tokens, forward, precision=train.precision)
             behind += corpus.num_records
 
     # What the server needs of its own; of the data, only what it may evaluate on without noise.

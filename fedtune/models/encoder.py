@@ -30,6 +30,7 @@ __all__ = [
     "EMBEDDED",
     "EncoderStack",
     "autocast",
+    "computes_in",
     "fast_bf16",
     "load_encoder",
     "load_tokenizer",
@@ -74,12 +75,18 @@ def fast_bf16(device_type: str) -> bool:
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
 
+def computes_in(device: torch.device, precision: str) -> str:
+    """`auto | fp32 | bf16` -> `fp32` or `bf16`: what matrix products run in on this device."""
+    fast = precision == "auto" and fast_bf16(device.type)
+    return "bf16" if fast or precision == "bf16" else "fp32"
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """A context in which matrix products run in `precision` (`auto`, `fp32` or `bf16`).
 
     The adapter, the gradients that are clipped, and the noise are float32 or float64 always.
     """
-    if precision == "bf16" or (precision == "auto" and fast_bf16(device.type)):
+    if computes_in(device, precision) == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
 

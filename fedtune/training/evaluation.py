@@ -41,7 +41,7 @@ def predict_probabilities(
     model: AdaptedModel, data: TokenizedCorpus, train: TrainConfig, progress: Progress | None = None
 ) -> NDArray[np.float32]:
     """Class probabilities, float32 [n, c], of the model as it stands."""
-    features = Features.of(model, data, train.micro_batch_tokens, progress)
+    features = Features.of(model, data, train.micro_batch_tokens, progress, precision=train.precision)
     result = np.zeros((data.num_records, model.base.num_labels), dtype=np.float32)
     for batch in micro_batches(features.lengths, train.micro_batch_tokens):
         arguments = features.inputs(batch.records, batch.rows, batch.length, model.device)

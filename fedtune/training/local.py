@@ -60,7 +60,8 @@ class ShardView:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.train = model, train
-        self.features = Features.of(model, shard.data, train.micro_batch_tokens, progress)
+        tokens, precision = train.micro_batch_tokens, train.precision
+        self.features = Features.of(model, shard.data, tokens, progress, precision=precision)
         self.by_person = unit == "person"
         data = shard.data
         self.num_units = data.num_units if self.by_person else data.num_records

@@ -116,7 +116,7 @@ def _epoch(arm: Arm, config: Config, shard: TokenizedCorpus, model: AdaptedModel
     decay = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (len(batches) - step) / (len(batches) - warm))
     )
-    features = Features.of(model, shard, config.train.micro_batch_tokens)
+    features = Features.of(model, shard, config.train.micro_batch_tokens, precision="fp32")
     lost, began = 0.0, time.time()
     for step, drawn in enumerate(batches, 1):
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ import torch
 from fedtune.config.files import cache_dir
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ResourceError
-from fedtune.models import frozen_outputs
+from fedtune.models import encoder, frozen_outputs
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.frozen_outputs import Features, FeatureStore
 from tests.models.conftest import random_corpus
@@ -72,21 +72,22 @@ def test_nothing_is_computed_twice_even_in_another_order(tiny_bert: Path) -> Non
     assert np.array_equal(again.rows[0], whole.rows[7])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("adapter", [{"name": "lora", "layers": 1}, {"name": "head"}])
 def test_what_is_kept_does_not_depend_on_the_batch_it_was_computed_in(
-    tiny_bert: Path, adapter: dict[str, object], quantization: str
+    tiny_bert: Path, adapter: dict[str, object], quantization: str, precision: str
 ) -> None:
     """So a site, which has only its own texts, keeps of each what a simulation of all sites keeps of it."""
     model, corpus = load(tiny_bert, quantization, **adapter), random_corpus(30)
-    whole = Features.of(model, corpus, 256).rows
+    whole = Features.of(model, corpus, 256, precision=precision).rows
     assert whole is not None
     for folder, size, part in (("alone", 64, 1), ("few", 512, 7)):
         frozen_outputs._STORES.clear()
         store_folder().rename(store_folder().parent.parent / f"{folder}-{adapter['name']}-{quantization}")
         for first in range(0, 30, part):
             chosen = list(range(first, min(30, first + part)))[::-1]
-            rows = Features.of(model, corpus.subset(chosen), size).rows
+            rows = Features.of(model, corpus.subset(chosen), size, precision=precision).rows
             assert rows is not None
             for record, kept in zip(chosen, rows, strict=True):
                 np.testing.assert_array_equal(kept, whole[record])
@@ -191,6 +192,31 @@ def test_another_encoder_has_another_store(tiny_bert: Path) -> None:
     seen: list[int] = []
     Features.of(quantized, corpus, 64, lambda done, _: seen.append(done))
     assert seen
+
+
+def test_what_was_computed_in_another_precision_is_never_read(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` shares the store of what it stands for on this processor; the two are near, not equal."""
+    model, corpus = load(tiny_bert, "int8", name="head"), random_corpus()
+    seen: list[int] = []
+
+    def kept(precision: str) -> np.ndarray:
+        seen.clear()
+        frozen_outputs._RESIDENT.clear()
+        count = lambda done, _: seen.append(done)  # noqa: E731
+        rows = Features.of(model, corpus, 64, count, precision=precision).rows
+        assert rows is not None
+        return np.concatenate(rows).astype(np.float32)
+
+    exact, computed = kept("fp32"), bool(seen)
+    fast, again = kept("bf16"), bool(seen)
+    assert computed and again
+    difference = np.linalg.norm(fast - exact) / np.linalg.norm(exact)
+    assert 1e-4 < difference < 2e-2
+    for fast_here, same in ((False, exact), (True, fast)):
+        monkeypatch.setattr(encoder, "fast_bf16", lambda _, answer=fast_here: answer)
+        assert np.array_equal(kept("auto"), same) and not seen
 
 
 def test_adapters_that_freeze_the_same_layers_share_a_store(tiny_bert: Path) -> None:
