@@ -223,6 +223,11 @@ def sweep(
 
     ```
     """
+    if not isinstance(grid, Mapping):
+        raise ConfigError(
+            f"The grid of a sweep is a mapping of settings to the values to try, not {grid!r}: "
+            "fedtune.sweep({'privacy.epsilon': [1, 8]}), or fedtune.sweep({}, 'privacy.epsilon=1,8')."
+        )
     from fedtune.sweeps.sweep import run_sweep
 
     keep_private()

@@ -88,6 +88,7 @@ def command() -> click.Group:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; leaves with one of the exit statuses above."""
+    _open_closed_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = [argument for argument in given if argument != "--debug"]
@@ -113,6 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(describe(error), file=sys.stderr)
         status = _status(error)
     raise SystemExit(status)
+
+
+def _open_closed_streams() -> None:
+    """What is said to a stream that the shell closed (`>&-`) goes nowhere; no file gets its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def _dispatch(given: list[str], debug: bool) -> int:

@@ -213,10 +213,17 @@ def parse_json(text: str, what: str = "The configuration") -> Any:
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
     except ValueError as error:
         raise ConfigError(f"{what} is not valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{what} is not valid JSON: its values are nested too deeply.") from error
 
 
 def parse_yaml(text: str) -> Any:
-    """The values in a YAML text. Raises yaml.YAMLError, also for a key that is given twice."""
+    """The values in a YAML text.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, gives a key twice, or a value holds itself.
+        RecursionError: it is nested too deeply.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -229,6 +236,9 @@ def parse_yaml(text: str) -> Any:
                 )
             made: dict[Any, Any] = super().construct_mapping(node, deep)
             return made
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            return super().construct_object(node, deep=True)  # refuses what holds itself
 
     return yaml.load(text, Loader)
 
@@ -247,6 +257,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"There is no file {path}.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} cannot be read: its values are nested too deeply.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} should be a mapping of settings (key: value), and it is not one.")
     return values

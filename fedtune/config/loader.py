@@ -23,7 +23,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from fedtune.config.convert import config_from_json, from_dict, settings, to_dict, to_json, unknown_setting
+from fedtune.config.convert import (
+    config_from_json,
+    from_dict,
+    parse_yaml,
+    settings,
+    to_dict,
+    to_json,
+    unknown_setting,
+)
 from fedtune.config.files import replace_whole
 from fedtune.config.overrides import check_overrides
 from fedtune.config.pages import GROUPS, conf_dir
@@ -126,13 +134,13 @@ def read_config(folder: Path) -> Config:
     """The configuration that `save_config` wrote. Raises `CheckpointError` if it is missing or broken."""
     path = folder / CONFIG_FILE
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is no run folder that can be resumed: {CONFIG_FILE} is missing in it. Give the folder "
             "that 'fedtune run' printed."
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(
             f"{path} cannot be read, so the run cannot be resumed: {_one_line(error)}."
         ) from error
@@ -169,6 +177,10 @@ def hydra_errors() -> Iterator[None]:
         if key is not None and "not in" in message and str(key) not in settings():
             raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
         raise ConfigError(f"The configuration cannot be composed: {message}.") from error
+    except RecursionError as error:
+        raise ConfigError(
+            "The configuration cannot be composed: a page holds itself, or a value is nested too deeply."
+        ) from error
 
 
 def _resumed(folder: str) -> Config:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 __all__ = [
@@ -100,12 +101,22 @@ def _text(value: object) -> object:
     return str(value) if type(value) is int else value  # a column may be called 0
 
 
+def _date(value: object) -> object:
+    if isinstance(value, str) and value:
+        try:
+            date.fromisoformat(value)
+        except ValueError:
+            raise ValueError("a date such as 2026-11-01, or empty") from None
+    return value
+
+
 def as_tuple(value: object) -> object:
     """A list as a tuple, which is how JSON and YAML give one."""
     return tuple(value) if isinstance(value, list) else value
 
 
 Text = Annotated[str, Before(_text)]  # not empty
+Date = Annotated[str, Before(_date)]
 Texts = Annotated[list[Text], Before(lambda value: list(value) if isinstance(value, tuple) else value)]
 
 
@@ -234,8 +245,8 @@ class TrainConfig(Group):
     local_steps: int = setting(4, "steps of a node in one round", ge=1)
     learning_rate: float = setting(0.01, "of the node's optimizer", gt=0)
     optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "the node's optimizer")
-    momentum: float = setting(0.0, "sgd", ge=0, lt=1)
-    weight_decay: float = setting(0.0, "adamw, sgd", ge=0)
+    momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)
     micro_batch_tokens: int = setting(
         2048, "computed at once; memory grows with it, privacy does not see it", ge=16, unit="tokens"
@@ -297,7 +308,7 @@ class PricingConfig(Group):
 
     name: Text = setting("cloud_cpu", "what the record calls these prices")
     currency: Text = setting("USD", "of every price below")
-    date: str = setting("", "when the prices were read (ISO 8601)")
+    date: Date = setting("", "when the prices were read (2026-11-01)")
     source: str = setting("", "who says so")
     device: Text = setting("cpu", "what the hour is an hour of")
     device_hour: float = setting(0.0, "an hour of one node's training device", ge=0, unit="money")

@@ -109,8 +109,18 @@ def whole(run_dir: Path) -> dict[str, Any]:
 
 def run_folder(path: Path | str) -> Path:
     """The run folder that `path` names: itself, or the folder of the record.json that it is."""
-    path = Path(path).expanduser()
+    path = named_path(path).expanduser()
     return path.parent if path.is_file() else path
+
+
+def named_path(path: Path | str) -> Path:
+    """`path` as a Path. Raises `RecordError` for what names no folder, such as None."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise RecordError(
+            f"{path!r} names no run. Give the folder of a finished run, as a text or a Path."
+        ) from None
 
 
 def statement_page(record: Mapping[str, Any], folder: Path) -> str:
@@ -163,7 +173,7 @@ def read(path: Path | str) -> dict[str, Any]:
     Raises:
         RecordError: there is none, or it is unfinished, damaged or of another schema; with the way out.
     """
-    path = Path(path)
+    path = named_path(path)
     if path.is_dir():
         folder, path = path, path / RECORD_NAME
         if not path.exists():
@@ -252,7 +262,7 @@ class Result:
     path: Path
 
     def __post_init__(self) -> None:
-        given = Path(self.path).expanduser()
+        given = named_path(self.path).expanduser()
         object.__setattr__(self, "path", run_folder(given))
         # A record may have another name, and others beside it: a study keeps them all in one folder.
         object.__setattr__(self, "_file", given if given.is_file() else self.path)

@@ -99,7 +99,11 @@ def test_settings_cover_the_schema() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["seed: !!map 3", "seed: !!set 3", "data: !!map [1]", "seed: 1\nseed: 2", "? [a]"]
+    "text",
+    [
+        *["seed: !!map 3", "seed: !!set 3", "data: !!map [1]", "seed: 1\nseed: 2", "? [a]"],
+        *["data:\n  labels: &a [*a]", "data: &a {labels: *a}", "seed: " + 3000 * "["],
+    ],
 )
 def test_yaml_that_is_no_settings(tmp_path: Path, text: str) -> None:
     (tmp_path / "file.yaml").write_text(text)

@@ -129,12 +129,27 @@ def test_resume_with_other_settings_names_them(tmp_path: Path, golden: Golden) -
         load([f"resume={tmp_path}", "hydra.run.dir=elsewhere"])
 
 
-@pytest.mark.parametrize("text", [None, "", "a: [", "seed: x", "nonsense: 1", "[]", "\x00"])
+@pytest.mark.parametrize("text", [None, "", "a: [", "seed: x", "nonsense: 1", "[]", "\x00", "a: &a [*a]"])
 def test_resume_from_a_broken_folder(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(CheckpointError, match="config.yaml"):
         load([f"resume={tmp_path}"])
+
+
+def test_a_page_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("labels: &a [*a]\n")
+    with pytest.raises(ConfigError, match="cannot be composed: .* holds itself"):
+        load(["data=mine"], [tmp_path])
+
+
+@pytest.mark.parametrize("date", ["0", "2026", "1 November 2026", "2026-13-01"])
+def test_a_price_book_has_a_date_or_none(date: str) -> None:
+    assert load(["pricing.date=2026-02-28"]).pricing.date == "2026-02-28"
+    assert load(["pricing.date=''"]).pricing.date == ""
+    with pytest.raises(ConfigError, match=r"pricing\.date=.* a date such as 2026-11-01"):
+        load([f"pricing.date='{date}'"])
 
 
 def test_loading_leaves_hydra_as_it_was() -> None:

@@ -530,6 +530,11 @@ def test_few_clients_are_said_to_be_few(golden: Golden) -> None:
         ({"trust": "central", "federation__weighting": "declared"}, "weighting"),
         ({"mechanism": "dp_ftrl"}, "privacy.trust=central"),
         ({"bands": 2}, "privacy.mechanism=dp_ftrl"),
+        *[
+            ({"trust": trust, name: value}, f"privacy.{name}")
+            for trust in ("local", "distributed", "central")
+            for name, value in (("mechanism", "secret"), ("clip_quantile", 1.0), ("clip_quantile", math.nan))
+        ],
     ],
 )
 def test_settings_without_meaning_are_named_before_anything_is_read(changes: Any, named: str) -> None:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term
-from fedtune.privacy.checks import whole
+from fedtune.privacy.checks import number, whole
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config, Evaluation, Unit
@@ -32,12 +32,22 @@ if TYPE_CHECKING:
     from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["CORRELATED", "NODES_SEE", "USERS_SEE", "Mechanism", "Round"]
+__all__ = ["CORRELATED", "NODES_SEE", "USERS_SEE", "Mechanism", "Round", "check_server_values"]
 
 NODES_SEE = "Each node sees its own data and the shared adapter of every round."
 USERS_SEE = "Whoever gets the model sees the finished adapter."
 Round = Literal["plain", "clipped", "secure_sum"]
-CORRELATED = "dp_ftrl"  # privacy.mechanism: noise that is correlated over rounds; else `gaussian`
+CORRELATED = "dp_ftrl"  # privacy.mechanism: noise that is correlated over rounds
+_METHODS = ("gaussian", CORRELATED)
+
+
+def check_server_values(method: Any, clip_quantile: Any) -> None:
+    """Raises `PrivacyError` for a `privacy.mechanism` or `privacy.clip_quantile` without any meaning."""
+    if method not in _METHODS:
+        raise PrivacyError(f"privacy.mechanism must be one of {', '.join(_METHODS)}, not {method!r}.")
+    quantile = number(clip_quantile, "privacy.clip_quantile")
+    if not 0.0 < quantile < 1.0:
+        raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
 
 
 class Mechanism(ABC):
@@ -116,8 +126,11 @@ class Mechanism(ABC):
 
     @classmethod
     def check_server_noise(cls, config: Config) -> None:
-        """Raises `ConfigError` for settings of noise that a trusted server makes; only `central` has any."""
+        """Raises `ConfigError` for settings of noise that a trusted server makes, which only `central` has;
+        `PrivacyError` for values without meaning.
+        """
         privacy = config.privacy
+        check_server_values(privacy.mechanism, privacy.clip_quantile)
         if privacy.adaptive_clipping:
             raise ConfigError(
                 f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with {cls.trust}."

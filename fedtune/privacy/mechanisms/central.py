@@ -23,7 +23,14 @@ import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
 from fedtune.privacy.checks import number, probability, whole
-from fedtune.privacy.mechanisms.base import CORRELATED, NODES_SEE, USERS_SEE, Mechanism, Round
+from fedtune.privacy.mechanisms.base import (
+    CORRELATED,
+    NODES_SEE,
+    USERS_SEE,
+    Mechanism,
+    Round,
+    check_server_values,
+)
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.none import NoPrivacy
 
@@ -35,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Central"]
 
-METHODS = ("gaussian", CORRELATED)
 _FEW_CLIENTS = 100
 
 
@@ -85,8 +91,7 @@ class Central(Mechanism):
             whole(getattr(self, name), name)
         for name in ("bands", "min_separation"):
             whole(getattr(self, name), f"privacy.{name}")
-        if self.method not in METHODS:
-            raise PrivacyError(f"privacy.mechanism must be one of {', '.join(METHODS)}, not {self.method!r}.")
+        check_server_values(self.method, self.clip_quantile)
         if not self._is_correlated and (self.bands, self.min_separation) != (1, 1):
             raise PrivacyError(
                 f"privacy.bands={self.bands} and privacy.min_separation={self.min_separation} are settings "
@@ -97,9 +102,6 @@ class Central(Mechanism):
                 f"privacy.adaptive_clipping=true does not fit privacy.mechanism={CORRELATED}: noise that is "
                 "taken back in later rounds must have one scale in all of them. Leave adaptive_clipping out."
             )
-        quantile = number(self.clip_quantile, "privacy.clip_quantile")
-        if not 0.0 < quantile < 1.0:
-            raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
         number(self.quantile_noise, "quantile_noise")
 
     @property
@@ -119,8 +121,8 @@ class Central(Mechanism):
 
     @classmethod
     def check_server_noise(cls, config: Config) -> None:
-        if config.privacy.mechanism in METHODS:
-            cls.check_bands(config)
+        check_server_values(config.privacy.mechanism, config.privacy.clip_quantile)
+        cls.check_bands(config)
 
     @classmethod
     def check_evaluation(cls, config: Config) -> None:
