@@ -208,6 +208,13 @@ def test_a_record_of_another_name_is_itself_and_not_the_one_beside_it(
     assert fedtune.Result(tmp_path / "seed1.json").epsilon == result.epsilon
 
 
+@pytest.mark.parametrize("path", [None, 3, ["outputs"]])
+@pytest.mark.parametrize("opens", [fedtune.load, fedtune.Result])
+def test_what_names_no_run(opens: Any, path: Any) -> None:
+    with pytest.raises(fedtune.FedtuneError, match=r"names no run.*folder"):
+        opens(path)
+
+
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
     nothing = fedtune.Result(tmp_path / "nowhere")
     assert nothing.path == tmp_path / "nowhere" and "no finished run" in repr(nothing)
@@ -304,6 +311,11 @@ def test_a_frontier_shows_and_draws_itself(trials: fedtune.SweepResult) -> None:
     page = frontier._repr_html_()
     for word in ("epsilon", "delta", "1.00e-04", "add or remove one record", "no privacy", "infinite"):
         assert word in page, word
+    text = str(frontier)
+    for word in ("epsilon", "1.00e-04", "add or remove one record", "no privacy", "infinite"):
+        assert word in text, word
+    assert len(text.splitlines()) < 12 and "_error" not in text
+    assert "accuracy_error" in str(frontier[["accuracy", "accuracy_error"]]), "a part of it is a plain frame"
     axes = frontier.plot()
     assert "delta 0.0001, add or remove one record" in axes.get_xlabel()
     assert frontier.plot(axes) is axes
@@ -341,9 +353,15 @@ def test_a_failed_run_does_not_end_a_sweep(
 
 
 @pytest.mark.parametrize(
-    ("grid", "match"), [({"seed": []}, "no values"), ({"sed": [1, 2]}, "seed"), ({"seed": ["a"]}, "seed")]
+    ("grid", "match"),
+    [
+        ({"seed": []}, "no values"),
+        ({"sed": [1, 2]}, "seed"),
+        ({"seed": ["a"]}, "seed"),
+        *[(wrong, r"mapping.*fedtune\.sweep\(\{") for wrong in (3, None, "seed=1,2", ["seed"])],
+    ],
 )
-def test_a_grid_that_means_nothing(grid: dict[str, Any], match: str, tmp_path: Path) -> None:
+def test_a_grid_that_means_nothing(grid: Any, match: str, tmp_path: Path) -> None:
     with pytest.raises(fedtune.FedtuneError, match=match):
         fedtune.sweep(grid, output=tmp_path / "sweep")
 

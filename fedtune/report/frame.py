@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,14 @@ import pandas as pd
 
 from fedtune.errors import ConfigError
 from fedtune.report.frontier import Comparison, Point, table_rows
+from fedtune.report.words import short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Frontier"]
+
+_RESULTS = ("epsilon", "delta", "promise", "accuracy", "runs", "money", "seconds", "not dominated")
 
 
 class Frontier(pd.DataFrame):
@@ -82,11 +86,22 @@ class Frontier(pd.DataFrame):
             ax.set_xlabel(f"epsilon at delta {promise.delta:.2g}, {promise.runs[0].adjacency}")
         return ax
 
+    def __repr__(self) -> str:
+        """The columns that answer most questions, as text; the frame has more."""
+        width = shutil.get_terminal_size((110, 24)).columns
+        return self._shown().to_string(index=False, na_rep="null", line_width=width)
+
     def _repr_html_(self) -> str:
-        """The columns that answer most questions; the frame has more."""
+        """The same as a table."""
+        return str(self._shown().to_html(index=False, border=0, na_rep="null"))
+
+    def _shown(self) -> pd.DataFrame:
         shown: list[dict[str, Any]] = []
+        # The results are called epsilon and so on: a setting of that name keeps its whole one.
+        heads = short_names(self._names)
+        heads = {name: name if head in _RESULTS else head for name, head in heads.items()}
         for point in self._points:
-            row: dict[str, Any] = {name: point.settings.get(name) for name in self._names}
+            row: dict[str, Any] = {head: point.settings.get(name) for name, head in heads.items()}
             private = math.isfinite(point.epsilon)
             row["epsilon"] = f"{point.epsilon:.3f}" if private else "infinite"
             row["delta"] = f"{point.delta:.2e}" if private and point.delta is not None else "-"
@@ -101,4 +116,4 @@ class Frontier(pd.DataFrame):
             row["seconds"] = "-" if seconds is None else f"{seconds.mean:.1f}"
             row["not dominated"] = "yes" if point.best["epsilon"] else ""
             shown.append(row)
-        return str(pd.DataFrame(shown).to_html(index=False, border=0, na_rep="null"))
+        return pd.DataFrame(shown)

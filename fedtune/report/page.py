@@ -212,13 +212,22 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
         "tuning": None if tuning is None else _tuning_json(tuning),
         **_sites(advice.family),
         "series": figure.series_setting(points, names),
-        "adoption": None if wanted is None else {
+        "equal": _equal_costs(points),
+        "adoption": None if wanted is None or len(points) == 1 else {
             "accuracy": wanted.accuracy,
             "epsilon": None if wanted.epsilon is None else _finite(wanted.epsilon),
             "money": wanted.money,
             **dataclasses.asdict(count_adoption(points, wanted)),
         },
     }  # fmt: skip
+
+
+def _equal_costs(points: Sequence[Point]) -> list[str]:
+    """Costs that differ by a percent at most between several configurations: no choice among these changes
+    them, and on an axis of their own they would look as if one did.
+    """
+    amounts = {name: [cost.mean for point in points if (cost := point.costs[name])] for name in COSTS}
+    return [name for name, seen in amounts.items() if len(seen) > 1 and max(seen) <= 1.01 * min(seen)]
 
 
 def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> Tuning | None:

@@ -224,6 +224,38 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
         assert ("a search chose these" in seen["value"]) is (case == "search")
 
 
+def test_a_cost_that_is_equal_for_all_is_no_trade_off(tmp_path: Path) -> None:
+    first, second = make_record(), make_record(epsilon=2.0)
+    for record, more in ((first, 0), (second, 9)):
+        record["cost"].update(bytes_up=2000 + more, bytes_down=2000)
+    write(tmp_path / "0", first)
+    write(tmp_path / "1", second)
+    page = write_report([tmp_path]).page
+    (group,) = numbers(page)["groups"]
+    assert "bytes" in group["equal"] and not {"seconds", "train_seconds"} & set(group["equal"])
+    if BROWSER:
+        seen = in_browser(
+            page,
+            "return [document.body.innerText,"
+            " [...document.querySelectorAll('[data-axis]')].map((one) => one.dataset.axis)]",
+        )
+        assert seen["errors"] == []
+        text, axes = seen["value"]
+        assert "bytes" not in axes and "eps" in axes
+        assert "The same for all, within a percent: bytes sent, up and down (4 kB)" in text
+
+
+def test_one_configuration_has_no_adoption_to_show(tmp_path: Path, made: Report) -> None:
+    write(tmp_path / "0", make_record())
+    write(tmp_path / "1", make_record(seed=1))
+    page = write_report([tmp_path]).page
+    assert [len(numbers(page)["points"]), numbers(page)["groups"][0]["adoption"]] == [1, None]
+    assert numbers(made.page)["groups"][0]["adoption"] is not None
+    if BROWSER:
+        seen = in_browser(page, "return document.body.innerText")
+        assert seen["errors"] == [] and "Adoption:" not in seen["value"]
+
+
 def test_reproducible_noise_is_shown(tmp_path: Path) -> None:
     made = make_record()
     made["privacy"]["reproducible_noise"] = True

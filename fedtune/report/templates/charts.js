@@ -178,11 +178,11 @@ const drawFrontier = () => draw($("frontier"), innerWidth < 520 ? 340 : 430, (wi
 // --- accuracy against each cost ---
 
 function drawCosts() {
-  const points = inGroup(), { color, legend } = ramp(points);
-  const differ = data.costs.filter(({ key }) => {
-    const values = points.filter((p) => p.acc && p.cost[key]).map((p) => p.cost[key][0]);
-    return values.length === 1 || new Set(values).size > 1;
-  });
+  const points = inGroup(), { color, legend } = ramp(points), { equal } = group();
+  const differ = data.costs.filter(({ key }) => !equal.includes(key) && points.some((p) => p.acc && p.cost[key]));
+  const same = data.costs.filter(({ key }) => equal.includes(key)).map(({ key, label }) => (
+    `${label} (${costText(key, points.find((p) => p.cost[key]).cost[key][0])})`));
+  $("costs-equal").textContent = same.length ? `The same for all, within a percent: ${same.join(", ")}.` : "";
   if (!differ.length) $("costs").replaceChildren(element("p", { class: "muted" }, "No cost differs between these configurations."));
   else $("costs").replaceChildren(...differ.map(({ key, label }) => element("div", {},
     element("h3", {}, label[0].toUpperCase() + label.slice(1)), element("figure", { class: "chart", "data-cost": key }))));
@@ -239,7 +239,7 @@ function parallelAxes() {
   add("eps", "epsilon", epsilonOf);
   for (const [key, title] of Object.entries(COST_COLUMNS)) {
     const most = d3.max(points, (point) => point.cost[key]?.[0]);
-    if (most === undefined) continue;
+    if (most === undefined || group().equal.includes(key)) continue;
     const [size, unit] = unitOf(key, most);
     add(key, title + (unit ? `, ${unit}` : ""), (point) => (point.cost[key] ? point.cost[key][0] / size : null));
   }
