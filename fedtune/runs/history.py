@@ -26,7 +26,7 @@ from fedtune.cost.prices import Money, price
 from fedtune.errors import FedtuneError
 from fedtune.runs.record import bought_records
 
-__all__ = ["NAME", "RunEstimate", "RunHistory", "kind", "note_run"]
+__all__ = ["NAME", "RunEstimate", "RunHistory", "again", "kind", "note_run"]
 
 NAME = "runs.jsonl"
 _MOST_LINES = 2000  # the last ones count; a busy machine changes, and the file is read whole
@@ -60,9 +60,18 @@ _KEEP_DURATION = frozenset(
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """What one run should take: wall seconds, and money; None where its price or its usage is unknown."""
+    """What one run should take.
+
+    Attributes:
+        seconds: wall time of a run by itself.
+        again: of another of its kind in the same process, which finds texts encoded and encoder loaded.
+        kind: equal for runs that prepare the same.
+        money: None where its price or its usage is unknown.
+    """
 
     seconds: float
+    again: float
+    kind: str
     money: Money | None
 
 
@@ -136,30 +145,43 @@ class RunHistory:
 
     def estimate(self, config: Config) -> RunEstimate | None:
         """The median of the last runs like `config`, for its rounds and prices; None if there is none."""
-        runs = self._runs.get(kind(to_dict(config)), [])[-_LIKE:]
+        name = kind(to_dict(config))
+        runs = self._runs.get(name, [])[-_LIKE:]
         try:
             found = [_scaled(run, config) for run in runs]
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             return None
         if not found:
             return None
-        amounts = [one.money for one in found if one.money is not None and one.money.total is not None]
+        amounts = [money for *_, money in found if money is not None and money.total is not None]
         middle = sorted(amounts, key=lambda money: money.total or 0.0)[len(amounts) // 2] if amounts else None
-        return RunEstimate(statistics.median(one.seconds for one in found), middle)
+        outside, in_rounds = [run[0] for run in found], [run[1] for run in found]
+        whole = statistics.median(sum(pair) for pair in zip(outside, in_rounds, strict=True))
+        return RunEstimate(whole, min(whole, again(outside, in_rounds)), name, middle)
 
 
-def _scaled(run: Mapping[str, Any], config: Config) -> RunEstimate:
-    rounds = int(run["rounds"])
-    share = config.federation.num_rounds / rounds
+def again(outside: Sequence[float], in_rounds: Sequence[float], processes: int = 1) -> float:
+    """Seconds of another run after these, from their seconds outside of rounds and in them.
+
+    The first run of each process prepares for the others (it encodes all texts, say): its time outside of
+    rounds does not come again.
+    """
+    later = sorted(outside)[: len(outside) - processes]
+    return statistics.median(in_rounds) + (statistics.median(later) if later else 0.0)
+
+
+def _scaled(run: Mapping[str, Any], config: Config) -> tuple[float, float, Money | None]:
+    """Of a run like `run` by `config`: seconds outside of rounds, in rounds, and money."""
+    share = config.federation.num_rounds / int(run["rounds"])
     outside = max(0.0, float(run["seconds"]) - float(run["in_rounds"]))
-    seconds = outside + share * float(run["in_rounds"])
+    in_rounds = share * float(run["in_rounds"])
 
     def scaled(name: str) -> Any:
         value = run["cost"][name]
         return None if value is None else value * share
 
     cost = Cost(
-        seconds=seconds,
+        seconds=outside + in_rounds,
         train_seconds=scaled("train_seconds"),
         flops=None,
         peak_memory_bytes=None,
@@ -167,7 +189,7 @@ def _scaled(run: Mapping[str, Any], config: Config) -> RunEstimate:
         bytes_down=int(scaled("bytes_down") or 0),
         energy_kwh=scaled("energy_kwh"),
     )
-    return RunEstimate(seconds, price(config.pricing, cost, records=run["records"]))
+    return outside, in_rounds, price(config.pricing, cost, records=run["records"])
 
 
 def _lines() -> Sequence[dict[str, Any]]:

@@ -19,7 +19,7 @@ from fedtune.errors import RecordError
 from fedtune.report.collect import FAILURE_NAME
 from fedtune.report.words import format_money, format_number, format_percent
 from fedtune.runs import record
-from fedtune.runs.history import RunEstimate
+from fedtune.runs.history import RunEstimate, again
 from fedtune.runs.summary import duration
 
 __all__ = ["SweepProgress"]
@@ -38,7 +38,8 @@ class SweepProgress:
     total: int
     names: dict[int, str]
     workers: int = 1
-    seconds: list[float] = field(default_factory=list)  # wall time of each run, as its record says
+    outside: list[float] = field(default_factory=list)  # wall seconds of each run, but for its rounds
+    in_rounds: list[float] = field(default_factory=list)
     amounts: list[tuple[float, str]] = field(default_factory=list)
     best: tuple[float, str] | None = None
     failures: int = 0
@@ -86,10 +87,10 @@ class SweepProgress:
 
     def rest(self) -> str:
         """What the runs that are left should take, going by those that finished."""
-        if not self.seconds:
+        if not self.outside:
             return "time unknown"
-        # The median: the first run of a process also reads, tokenises and loads.
-        text = f"about {duration(self._wall(self.left * statistics.median(self.seconds)))}"
+        seconds = self.left * again(self.outside, self.in_rounds, self.workers)
+        text = f"about {duration(self._wall(seconds))}"
         currencies = {currency for _, currency in self.amounts}
         if len(currencies) == 1:
             mean = statistics.fmean(amount for amount, _ in self.amounts)
@@ -103,7 +104,10 @@ class SweepProgress:
         known = [estimate for estimate in expected if estimate is not None]
         if not known:
             return "how long they take is known after the first: this machine has made none of their kind"
-        text = f"about {duration(self._wall(sum(estimate.seconds for estimate in known)))}"
+        # What is prepared once for all runs of a kind is counted once.
+        once = {estimate.kind: estimate.seconds - estimate.again for estimate in known}
+        seconds = sum(once.values()) + self._wall(sum(estimate.again for estimate in known))
+        text = f"about {duration(seconds)}"
         amounts = [e.money for e in known if e.money is not None and e.money.total is not None]
         if len(amounts) == len(known) and len({money.currency for money in amounts}) == 1:
             text += f" and {format_money(sum(money.total or 0.0 for money in amounts), amounts[0].currency)}"
@@ -142,8 +146,10 @@ class SweepProgress:
         return seconds / max(1, min(self.workers, self.left or 1))
 
     def _add(self, position: int, made: dict[str, Any]) -> None:
-        if (seconds := made["run"]["seconds"]) is not None:
-            self.seconds.append(float(seconds))
+        rounds = [one["seconds"] for one in made["metrics"]["by_round"]]
+        if (seconds := made["run"]["seconds"]) is not None and None not in rounds:
+            self.in_rounds.append(float(sum(rounds)))
+            self.outside.append(max(0.0, float(seconds) - self.in_rounds[-1]))
         money = made["cost"]["money"]
         if money is not None and money["total"] is not None:
             self.amounts.append((float(money["total"]), str(money["currency"])))

@@ -12,7 +12,7 @@ from fedtune.config.convert import from_dict
 from fedtune.config.files import state_dir
 from fedtune.runs.history import NAME, RunHistory, kind, note_run
 from fedtune.sweeps.progress import SweepProgress
-from tests.support.synthetic import ROUNDS, make_record
+from tests.support.synthetic import ROUNDS, make_record, write
 
 HERE = {"processor": "one", "usable_cores": 2, "memory_bytes": 8}
 
@@ -111,6 +111,27 @@ def test_the_opening_says_what_is_known_and_what_is_not() -> None:
     one = RunHistory(HERE).estimate(config(made()))
     progress = SweepProgress(Path("x"), 4, {}, workers=1)
     text = progress.opening([one, one, one, one])
-    assert text.startswith("about 6 min 40 s and ") and "USD" in text and "on this machine" in text
+    # 4 times 60 s in rounds, and once the 40 s around them: the texts are encoded once.
+    assert text.startswith("about 4 min 40 s and ") and "USD" in text and "on this machine" in text
     assert "for 2 of them, and no estimate for those" in progress.opening([one, one, None, None])
-    assert SweepProgress(Path("x"), 4, {}, workers=2).opening([one] * 4).startswith("about 3 min 20 s")
+    assert SweepProgress(Path("x"), 4, {}, workers=2).opening([one] * 4).startswith("about 2 min 40 s")
+
+
+def test_what_is_prepared_once_is_counted_once() -> None:
+    for seconds in (300.0, 65.0, 65.0):
+        note_run(made(seconds=seconds))  # 240, 5 and 5 s around 60 s of rounds
+    note_run(made(seconds=80.0, quantization="nf4"))
+    known = RunHistory(HERE)
+    plain, nf4 = known.estimate(config(made())), known.estimate(config(made(quantization="nf4")))
+    assert plain is not None and nf4 is not None
+    assert (plain.seconds, plain.again) == (65.0, 65.0) and (nf4.seconds, nf4.again) == (80.0, 60.0)
+    opening = SweepProgress(Path("x"), 4, {}).opening([plain, plain, nf4, nf4])
+    assert opening.startswith("about 4 min 30 s")  # 2 * 65 + 20 + 2 * 60
+
+
+def test_the_rest_of_a_sweep_does_not_prepare_again(tmp_path: Path) -> None:
+    progress = SweepProgress(tmp_path, 3, {})
+    for number, seconds, left in ((0, 300.0, "2 min 00 s"), (1, 65.0, "1 min 05 s")):
+        write(tmp_path / str(number), made(seconds=seconds))
+        progress.refresh()
+        assert progress.rest().startswith(f"about {left}")
