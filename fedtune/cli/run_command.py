@@ -50,12 +50,12 @@ class _RunCommand(Command):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Prints typer's help, then the settings."""
-        from fedtune.config.loader import load
+        from fedtune.config.loader import defaults
         from fedtune.config.pages import groups_text, settings_text
 
         super().format_help(ctx, formatter)
         width = min(100, shutil.get_terminal_size().columns)
-        groups, settings = groups_text(width), settings_text(load(), width)
+        groups, settings = groups_text(width), settings_text(defaults(), width)
         typer.echo(_SETTINGS_HELP.format(groups=groups, settings=settings))
 
 

@@ -40,6 +40,7 @@ from fedtune.errors import CheckpointError, ConfigError
 
 __all__ = [
     "config_from_json",
+    "defaults",
     "from_dict",
     "from_hydra",
     "hydra_errors",
@@ -73,6 +74,16 @@ def load(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> Conf
     with started_hydra(), hydra_errors():
         composed = compose("config", overrides=arguments)
     return from_hydra(composed, checked.keys)
+
+
+def defaults() -> dict[str, Any]:
+    """What `conf/` says where nothing is given, as nested dictionaries; unchecked, which saves `fedtune run
+    --help` pydantic and numpy, so that every `auto` is one.
+    """
+    register_schema()
+    with started_hydra(), hydra_errors():
+        values: Any = OmegaConf.to_container(compose("config"), resolve=True)
+    return {name: value for name, value in values.items() if name not in ("experiment", "sweep")}
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from fedtune.config.convert import settings, to_dict, value_text
-from fedtune.config.schema import Config
+from fedtune.config.convert import settings, value_text
 from fedtune.errors import ConfigError
 
 __all__ = ["GROUPS", "conf_dir", "default_options", "group_options", "groups_text", "settings_text"]
@@ -84,12 +84,14 @@ def groups_text(width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def settings_text(config: Config, width: int = 100) -> str:
+def settings_text(defaults: Mapping[str, Any], width: int = 100) -> str:
     """One paragraph a setting: name=default, what it means, and which values it may have.
 
-    On a narrow terminal (`width` below 96) the meaning stands below the name.
+    Args:
+        defaults: as nested dictionaries.
+        width: of a line; on a narrow terminal, below 96, the meaning stands below the name.
     """
-    defaults, lines = to_dict(config), []
+    lines = []
     beside = width >= 96
     for name, setting in settings().items():
         group, _, last = name.rpartition(".")

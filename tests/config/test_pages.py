@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedtune.config.convert import settings, value_text
-from fedtune.config.loader import load
+from fedtune.config.convert import from_dict, settings, value_text
+from fedtune.config.loader import defaults, load
 from fedtune.config.pages import GROUPS, default_options, group_options, groups_text, settings_text
 
 
@@ -19,12 +19,12 @@ def test_groups_and_options() -> None:
 def test_marked_defaults_are_the_defaults() -> None:
     chosen = [f"{group}={name}" for group, name in default_options().items() if name is not None]
     assert set(default_options()) == set(GROUPS)
-    assert load(chosen) == load()
+    assert load(chosen) == load() == from_dict(defaults())
 
 
 def test_no_line_is_wider_than_the_terminal() -> None:
     """At 80 columns the meaning stands below the name, and no range is cut in two."""
-    text = settings_text(load(), width=80)
+    text = settings_text(defaults(), width=80)
     assert all(len(line) <= 80 for line in text.splitlines())
     assert all(
         line.count("(") + line.count("[") == line.count(")") + line.count("]")
@@ -32,11 +32,11 @@ def test_no_line_is_wider_than_the_terminal() -> None:
         if " in (" in line or " in [" in line
     )
     assert "\n  privacy.epsilon=8\n      target" in text
-    assert max(len(line) for line in settings_text(load(), width=100).splitlines()) > 80
+    assert max(len(line) for line in settings_text(defaults(), width=100).splitlines()) > 80
 
 
 def test_settings_with_defaults() -> None:
-    text = settings_text(load(), width=1000)
+    text = settings_text(defaults(), width=1000)
     lines = {line.strip().split("=")[0]: line for line in text.splitlines()}
     assert set(lines) == set(settings())
     config = load()
