@@ -143,10 +143,10 @@ class Scores:
         self._phases = np.zeros((self._period, canaries.count))
         self._step = 0
 
-    def observe(self, released: FloatArray, plan: PrivacyPlan, signal: float = 1.0) -> None:
+    def observe(self, released: FloatArray, plan: PrivacyPlan, signal: float | FloatArray = 1.0) -> None:
         """Takes one released average, float64 [P], made by `plan`.
 
-        `signal`: what a canary that is in and drawn shows there, over the clipping norm.
+        `signal`: what a canary that is in and drawn shows there, over the clipping norm; of all, or [m].
         """
         canaries = self._canaries
         sums = np.asarray(released, dtype=np.float64) * (plan.expected_batch_size() / canaries.unit(plan))

@@ -72,7 +72,7 @@ class CanaryView(ShardView):
             places = canaries.coordinates[mine[start : start + _ROWS]]
             rows = torch.zeros(len(places), canaries.size)
             rows[torch.arange(len(places)), torch.from_numpy(places)] = canaries.norm(plan)
-            total += clip_and_sum([rows], plan)[0].double().numpy()
+            total += torch.cat(clip_and_sum(self.model.split(rows), plan, self.model.heads)).double().numpy()
         return total
 
 
@@ -213,7 +213,7 @@ class _Training:
             round=round,
             repetition=repetition,
             view=view,
-            observe=lambda released: self.scores.observe(released, plan),
+            observe=lambda released: self.scores.observe(released, plan, self._signal(plan)),
         )
         return self.optimizer.step(adapter, result.update), plan
 
@@ -232,8 +232,20 @@ class _Training:
             preflight(self.model, view.features, plan, theta, self.train)
             total = view.clipped_sum(plan.sample(view.num_units, entropy), plan, entropy)
         gradient = plan.average(released_sum(plan, total, entropy))
-        self.scores.observe(gradient, plan)
+        self.scores.observe(gradient, plan, self._signal(plan))
         return gradient
+
+    def _signal(self, plan: PrivacyPlan) -> FloatArray:
+        """What clipping lets through of each canary over the clipping norm, float64 [m].
+
+        A canary is on one coordinate: it shows no more than the norm of the group that this belongs to.
+        """
+        heads, whole = self.model.heads, self.canaries.unit(plan)
+        most = np.zeros(len(heads))
+        for members, norm in plan.clip_groups(heads):
+            most[members] = min(norm, whole) / whole
+        sizes = [int(np.prod(shape)) for _, shape in self.model.layout()]
+        return np.asarray(np.repeat(most, sizes)[self.canaries.coordinates])
 
     def _central(
         self, adapter: npt.NDArray[np.float32], plan: PrivacyPlan, round: int, repetition: int

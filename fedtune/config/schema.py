@@ -215,6 +215,13 @@ class PrivacyConfig(Group):
     max_grad_norm: float = setting(
         1.0, "L2 norm that a unit's gradient (central: a node's update) is clipped to", gt=0
     )
+    head_share: float = setting(
+        0.0,
+        "the head's part of max_grad_norm squared: head and rest are clipped each by itself (McMahan et al. "
+        "2018); 0: one norm over all. Without effect under adapter=head, trust=none",
+        ge=0,
+        lt=1,
+    )
     noise_multiplier: float | None = setting(
         None, "standard deviation over max_grad_norm; null: calibrated to epsilon", ge=0
     )

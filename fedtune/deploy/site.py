@@ -350,13 +350,18 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
             f"the budget of {site.budget.epsilon:g} at delta {delta:g}; the node would refuse it before its "
             "first round"
         )
+    clip = f"max_grad_norm={plan.max_grad_norm:g}"
+    clip += f", head_share={plan.head_share:g}" if plan.head_share else ""
     lines: list[tuple[str, Any]] = [
         ("site", f"{site.site} of {site.federation}"),
         ("data", f"{shard.dataset}: {shard.data.num_records} records here, {shard.declared_size} declared"),
         ("fingerprint", ledger.known_as(shard.identity)[:12]),
         ("mechanism", f"trust={plan.trust}, unit={plan.unit}"),
         ("model", f"{asked.model.name} with {asked.adapter.name}"),
-        ("noise", f"noise_multiplier={plan.noise_multiplier:.4g}, max_grad_norm={plan.max_grad_norm:g}"),
+        (
+            "noise",
+            f"noise_multiplier={plan.noise_multiplier:.4g}, {clip}",
+        ),
         ("steps", f"{plan.num_rounds} rounds of {plan.local_steps}, sample_rate={plan.sample_rate:g}"),
         ("leaves", "per round one array, the adapter's change; name, declared size, steps"),
         *([] if about is None else [("held out", _held_out(about))]),

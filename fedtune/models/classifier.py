@@ -180,6 +180,20 @@ class AdaptedModel:
         """Name and shape of each trainable parameter, in the order in which they are packed."""
         return [(name, tuple(p.shape)) for name, p in self.parameters.items()]
 
+    @property
+    def heads(self) -> tuple[bool, ...]:
+        """Which of the parameters in `layout` are the classifier's."""
+        return tuple("classifier" in name for name in self.parameters)
+
+    @property
+    def head(self) -> NDArray[np.bool_]:
+        """Which of the packed adapter's numbers are the classifier's, bool [P]."""
+        return np.repeat(self.heads, [p.numel() for p in self.parameters.values()])
+
+    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """`packed` [u, P] as one [u, n] a parameter, in the order of `layout`."""
+        return packed.split([p.numel() for p in self.parameters.values()], dim=1)
+
     def get_vector(self) -> NDArray[np.float32]:
         """A copy of the adapter, float32 [P]."""
         return self.theta.detach().cpu().numpy().copy()

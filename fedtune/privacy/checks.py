@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["UNITS", "default_delta", "number", "probability", "validate", "whole"]
 
 
+HEAD_SHARE = (
+    "privacy.head_share={:g} works where gradients are clipped, and with privacy.trust={} none are. Leave it "
+    "out, or use privacy.trust=local or distributed."
+)
+
 # What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 1e6
 _MOST_STEPS = 10**9
@@ -91,8 +96,13 @@ def validate(plan: PrivacyPlan) -> None:
     noise = number(plan.noise_multiplier, "privacy.noise_multiplier")
     norm = number(plan.max_grad_norm, "privacy.max_grad_norm")
     delta = number(plan.delta, "privacy.delta")
+    share = number(plan.head_share, "privacy.head_share")
     if norm <= 0.0:
         raise PrivacyError(f"privacy.max_grad_norm must be above 0, not {norm}.")
+    if not 0.0 <= share < 1.0:
+        raise PrivacyError(f"privacy.head_share must be 0 or more and below 1, not {share}.")
+    if share and not plan.mechanism.clips_gradients:
+        raise PrivacyError(HEAD_SHARE.format(share, trust))
     if plan.target_epsilon is not None:
         target = number(plan.target_epsilon, "privacy.epsilon")
         if not 0.0 < target < math.inf:

@@ -34,6 +34,7 @@ from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms, epsilon_rdp_of_terms
 from fedtune.privacy.accounting.strength import caution, trade_off
 from fedtune.privacy.checks import UNITS, default_delta, validate, whole
+from fedtune.privacy.clipping import clip_factors, clip_groups
 from fedtune.privacy.mechanisms.base import Mechanism
 from fedtune.privacy.mechanisms.counts import (
     DELTA,
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNITS", "PrivacyPlan", "ReleasePlan", "default_delta", "make_plan"]
 
-_VERSION = 3  # 1: distributed noise was counted towards the server alone; 2: flat
+_VERSION = 4  # 1: distributed noise was counted towards the server alone; 2: flat; 3: one clipping norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class PrivacyPlan:
         noise_multiplier: standard deviation of the accounted noise over its sensitivity, which is
             `max_grad_norm` unless the mechanism says otherwise; 0.0 without privacy.
         max_grad_norm: L2 norm of one unit's contribution; infinite only without privacy.
+        head_share: of `max_grad_norm` squared, that the head is clipped to; 0.0: one norm over everything.
         declared_size: units, public: of the node's shard, of the union, or clients.
         delta: 0.0 without privacy.
         records_per_unit: at most this many records of a person a step; 1 for unit=record.
@@ -93,6 +95,7 @@ class PrivacyPlan:
     max_grad_norm: float
     declared_size: int
     delta: float
+    head_share: float = 0.0
     records_per_unit: int = 1
     nodes: int = 1
     target_epsilon: float | None = None
@@ -270,22 +273,15 @@ class PrivacyPlan:
         """
         return np.flatnonzero(entropy.bernoulli(num_units, self.sample_rate)).astype(np.int64)
 
-    def clip_factors(self, norms: npt.ArrayLike) -> FloatArray:
-        """Factors [m] that scale contributions of L2 norm `norms` [m] to at most `max_grad_norm`.
+    def clip_groups(self, heads: Sequence[bool]) -> list[tuple[IntArray, float]]:
+        """Which parameters are clipped together, and to what L2 norm, given which of them are the head's; see
+        `fedtune.privacy.clipping`."""
+        return clip_groups(heads, self.max_grad_norm, self.head_share)
 
-        min(1, C / norm); 1 for a norm of 0; 0 for a norm that is not finite: a contribution that cannot
-        be measured contributes nothing. (The caller must then replace NaN by 0, for 0 times NaN is NaN.)
-        """
-        values = np.asarray(norms, dtype=np.float64)
-        finite = np.isfinite(values)
-        safe = np.where(finite & (values > 0.0), values, 1.0)
-        if math.isinf(self.max_grad_norm):
-            return np.where(finite, 1.0, 0.0)
-        with np.errstate(over="ignore"):  # a tiny norm: the quotient is infinite and 1 is the minimum
-            factors = np.minimum(1.0, self.max_grad_norm / safe)
-        # Below that floats lose digits, and the scaled norm could end up above the bound.
-        factors = np.where(factors < 1e-290, 0.0, factors)
-        return np.where(finite, np.where(values > 0.0, factors, 1.0), 0.0)
+    def clip_factors(self, norms: npt.ArrayLike, most: float | None = None) -> FloatArray:
+        """Factors [m] that scale contributions of L2 norm `norms` [m] to at most `most`, by default
+        `max_grad_norm`; see `fedtune.privacy.clipping`."""
+        return clip_factors(norms, self.max_grad_norm if most is None else most)
 
     def noise_std(self) -> float:
         """Standard deviation of the noise on one whole sum (0.0 without privacy; dp_ftrl: before it is
@@ -475,6 +471,8 @@ def make_plan(
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
     common |= {
         "max_grad_norm": privacy.max_grad_norm,
+        # A head alone is one group.
+        "head_share": 0.0 if config.adapter.name == "head" else privacy.head_share,
         "delta": delta,
         "target_epsilon": privacy.epsilon,
         "reproducible_noise": privacy.reproducible_noise,

@@ -5,7 +5,8 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
     1. the drawn units' records are cut into micro-batches of like length
     2. each example's gradient, by Opacus, of the summed loss (so no example's gradient depends on b)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
-       `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1)
+       `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1); or head
+       and rest each to a norm of its own, the squares adding up to that (`PrivacyPlan.clip_groups`)
     4. a unit whose norm is not finite contributes exactly zero
     5. the sum is taken in float64; nothing is divided here
 
@@ -21,7 +22,7 @@ Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,21 +96,28 @@ def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
     return collected
 
 
-def clip_and_sum(gradients: list[Tensor], plan: PrivacyPlan) -> list[Tensor]:
-    """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor over all parameters.
+def clip_and_sum(gradients: Sequence[Tensor], plan: PrivacyPlan, heads: Sequence[bool]) -> list[Tensor]:
+    """[u, n] a parameter -> [n] a parameter, each unit scaled by its clip factor over each group of them.
 
     The one place where a unit's gradient is clipped, be it a record's, a person's or an audit's canary.
+    `heads`: which of the parameters are the head's. A unit that is broken in one group is zero in both.
     """
     # In float64, and so on the CPU: not every device has it (MPS).
     by_parameter = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in gradients]).cpu().double()
-    norms = by_parameter.square().sum(0).sqrt().numpy()
-    factors = torch.from_numpy(plan.clip_factors(norms)).to(gradients[0].dtype).to(gradients[0].device)
-    broken = ~np.isfinite(norms)
+    squares = by_parameter.square()
+    broken = ~np.isfinite(squares.sum(0).numpy())
     if broken.any():
         # 0 x NaN is NaN: the factor alone would let it through.
         keep = torch.from_numpy(~broken).to(gradients[0].device)[:, None]
         gradients = [torch.where(keep, g, 0.0) for g in gradients]
-    return [factors @ g for g in gradients]
+    sums: list[Tensor] = [gradients[0]] * len(gradients)
+    for members, most in plan.clip_groups(heads):
+        norms = squares[members].sum(0).sqrt().numpy()
+        factors = torch.from_numpy(np.where(broken, 0.0, plan.clip_factors(norms, most)))
+        factors = factors.to(gradients[0].dtype).to(gradients[0].device)
+        for index in members:
+            sums[index] = factors @ gradients[index]
+    return sums
 
 
 def _example_gradients(
@@ -156,7 +164,7 @@ def clipped_sum(
     options = (micro_batch_tokens, precision)
     if units is None:
         for _, gradients in _example_gradients(model, features, records, *options):
-            total += torch.cat(clip_and_sum(gradients, plan)).cpu().double()
+            total += torch.cat(clip_and_sum(gradients, plan, model.heads)).cpu().double()
         return total.numpy()
     # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
     # its gradients are added up in the block's row for it, and clipped when all of them are there.
@@ -169,5 +177,5 @@ def clipped_sum(
         for positions, gradients in _example_gradients(model, features, records[chosen], *options):
             index = torch.from_numpy(row_of[positions]).to(model.device)
             sums.index_add_(0, index, torch.cat(gradients, dim=1))
-        total += clip_and_sum([sums], plan)[0].cpu().double()
+        total += torch.cat(clip_and_sum(model.split(sums), plan, model.heads)).cpu().double()
     return total.numpy()

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fedtune.audit.attack import audit_model
-from fedtune.audit.canaries import GradientCanaries
-from fedtune.audit.model import CanaryView, InputCanaries, watch
+from fedtune.audit.canaries import GradientCanaries, Scores
+from fedtune.audit.model import CanaryView, InputCanaries, _Training, watch
 from fedtune.config.files import state_dir
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
@@ -59,6 +59,27 @@ def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
     where = placed.coordinates[placed.members[mine]]
     assert sorted(np.flatnonzero(np.abs(added) > 1e-9)) == sorted(where)
     assert added[where] == pytest.approx(plan.max_grad_norm, rel=1e-5)
+
+
+def test_a_canary_shows_the_norm_of_its_own_group(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the scores expect of a canary is what clipping lets through of it, in head and adapter alike."""
+    plan = dataclasses.replace(plan_of(config), head_share=0.2)
+    expected: list[np.ndarray] = []
+    monkeypatch.setattr(Scores, "observe", lambda self, released, plan, signal: expected.append(signal))
+    with run_resources(config).using_model() as model:
+        placed = GradientCanaries.spread(200, model.num_parameters, np.random.default_rng(0))
+        shard = run_resources(config).prepared.shards[0]
+        scores = Scores(placed, plan.sample_rate, 3)
+        _Training(config, config.train, model, shard, placed, scores).round(model.initial, plan, 1, 0)
+        view = CanaryView(model, shard, "record", config.train, placed)
+        drawn = view.num_real + np.arange(len(placed.members))
+        with per_example_gradients(model):
+            total = view.clipped_sum(drawn, plan, plan.entropy("audit", 1, 0))
+        of_head = model.head[placed.coordinates]
+    assert 0 < of_head.sum() < 200 and len(expected) == plan.local_steps
+    assert expected[0] == pytest.approx(np.sqrt(np.where(of_head, 0.2, 0.8)))
+    shown = total[placed.coordinates[placed.members]] / plan.max_grad_norm
+    assert shown == pytest.approx(expected[0][placed.members], rel=1e-5)
 
 
 def test_input_canaries_are_mislabelled_public_records_and_half_of_them_are_trained_on(
@@ -146,7 +167,7 @@ def test_a_step_that_forgets_to_clip_is_exposed(config: Any, monkeypatch: pytest
     from fedtune.audit import model as module
     from fedtune.training import dp_step
 
-    def summed(gradients: list[torch.Tensor], plan: PrivacyPlan) -> list[torch.Tensor]:
+    def summed(gradients: list[torch.Tensor], plan: PrivacyPlan, heads: list[bool]) -> list[torch.Tensor]:
         return [gradient.sum(0) for gradient in gradients]
 
     plan = plan_of(config, epsilon=1.0)

@@ -65,6 +65,7 @@ def test_a_promise_without_privacy_is_refused(override: str, golden: Golden) -> 
         (["federation.nodes=4", "federation.cohort_size=5"], "cohort_size=5"),
         (["federation.nodes=4", "federation.min_updates=5"], "min_updates=5"),
         (["privacy.adaptive_clipping=true"], "central"),
+        (["privacy=central", "privacy.head_share=0.5"], "privacy.head_share=0.5 .* privacy.trust=central"),
     ],
 )
 def test_settings_that_do_not_fit_together(overrides: list[str], words: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import dp_accounting as dp
@@ -206,9 +207,37 @@ def test_towards_the_server_alone_no_share_is_known() -> None:
 
 def test_a_plan_of_an_earlier_version_is_refused() -> None:
     """Version 1 counted distributed noise towards the server alone; none may be taken for one of today."""
-    for plan, version in itertools.product((local_plan(), central_plan(), distributed_plan()), (1, 2)):
+    for plan, version in itertools.product((local_plan(), central_plan(), distributed_plan()), (1, 2, 3)):
         with pytest.raises(PrivacyError, match=f"version {version} cannot be read"):
             PrivacyPlan.from_json({**plan.to_json(), "version": version})
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 0.3, 0.999])
+@pytest.mark.parametrize("heads", [[True], [False], [True, False], [False, True, True, False]])
+def test_the_squares_of_the_groups_norms_add_up(share: float, heads: list[bool]) -> None:
+    """Each parameter is in one group, and a contribution that fills all of them has the plan's norm."""
+    groups = local_plan(max_grad_norm=0.7, head_share=share).clip_groups(heads)
+    assert sorted(int(i) for members, _ in groups for i in members) == list(range(len(heads)))
+    assert math.hypot(*(norm for _, norm in groups)) == pytest.approx(0.7, rel=1e-12)
+    mixed = any(len({heads[i] for i in members}) > 1 for members, _ in groups)
+    assert mixed is (share == 0.0 and len(heads) > 1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, math.nan, math.inf])
+def test_a_share_of_the_head_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(PrivacyError, match="head_share"):
+        local_plan(head_share=share)
+
+
+@pytest.mark.parametrize("make", [central_plan, public_plan])
+def test_groups_are_refused_where_no_gradient_is_clipped(make: Callable[..., PrivacyPlan]) -> None:
+    with pytest.raises(PrivacyError, match=r"head_share=0\.5 works where gradients are clipped"):
+        make(head_share=0.5)
+
+
+def test_groups_cost_what_one_norm_costs() -> None:
+    one, two = distributed_plan(), distributed_plan(head_share=0.5)
+    assert one.epsilon() == two.epsilon() and one.noise_std() == two.noise_std()
 
 
 def test_the_quantile_of_adaptive_clipping_is_paid_for() -> None:
@@ -398,7 +427,7 @@ def test_a_plan_survives_the_wire(plan: PrivacyPlan) -> None:
     [
         lambda v: {**v, "surprise": 1},
         lambda v: {k: x for k, x in v.items() if k != "noise_multiplier"},
-        lambda v: {**v, "version": 4},
+        lambda v: {**v, "version": v["version"] + 1},
         lambda v: {**v, "version": True},
         lambda v: {k: x for k, x in v.items() if k != "version"},
         lambda v: {**v, "noise_multiplier": math.nan},

@@ -37,7 +37,7 @@ def test_05_clip_and_sensitivity_that_disagree() -> None:
     """Gradients are clipped to twice the norm that the noise was made for."""
 
     class TwiceTheNorm(PrivacyPlan):
-        def clip_factors(self, norms: object) -> object:
+        def clip_factors(self, norms: object, most: float | None = None) -> object:
             return 2.0 * super().clip_factors(norms)
 
     plan = plans.local()

@@ -91,7 +91,7 @@ class HalfNoise(PrivacyPlan):
 class NoClipping(PrivacyPlan):
     """Clipping left out."""
 
-    def clip_factors(self, norms: Any) -> Any:
+    def clip_factors(self, norms: Any, most: float | None = None) -> Any:
         return np.ones(len(np.asarray(norms)))
 
 

@@ -51,7 +51,7 @@ def reference(model: AdaptedModel, shard: Shard, groups: list[list[int]], clip: 
 def compute(
     model: AdaptedModel, shard: Shard, records: list[int], plan: PrivacyPlan, units: list[int] | None = None
 ) -> np.ndarray:
-    features = Features.of(model, shard.data, 64)
+    features = Features.of(model, shard.data, 64, precision="fp32")
     with per_example_gradients(model):
         return clipped_sum(
             model,
@@ -119,7 +119,7 @@ def test_equals_opacus_own_optimizer(tiny_bert: Path) -> None:
         torch.optim.SGD(list(model.parameters.values()), lr=0.1),
         noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=1, loss_reduction="sum",
     )  # fmt: skip
-    features = Features.of(model, shard.data, 64)
+    features = Features.of(model, shard.data, 64, precision="fp32")
     inputs = features.inputs(np.arange(12), 12, 16, model.device)
     target = torch.from_numpy(shard.data.labels)
     nn.functional.cross_entropy(wrapped(**inputs), target, reduction="sum").backward()
@@ -202,12 +202,111 @@ def test_units_are_clipped_over_all_parameters_and_broken_ones_are_nothing(broke
         units[row, row] = value
     tensors = [torch.from_numpy(units[:, :3]), torch.from_numpy(units[:, 3:])]
     kept = [t.clone() for t in tensors]
-    got = torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=0.5))).numpy()
+    got = torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=0.5), [False, True])).numpy()
     assert got == pytest.approx(clipped_by_hand(units, 0.5), rel=1e-12, abs=1e-15)
     assert all(torch.equal(t, k) or broken for t, k in zip(tensors, kept, strict=True))
-    # A person's summed gradient comes as one tensor of all parameters.
-    (whole,) = clip_and_sum([torch.from_numpy(units)], make_plan(max_grad_norm=0.5))
+    # However the parameters are cut.
+    (whole,) = clip_and_sum([torch.from_numpy(units)], make_plan(max_grad_norm=0.5), [True])
     assert whole.numpy() == pytest.approx(got, rel=1e-12, abs=1e-15)
+
+
+# --- head and adapter each to a norm of its own ------------------------------------------------------
+
+HEADS = [False, True, False, True]  # anywhere in the vector
+
+
+def in_groups(units: np.ndarray, share: float, clip: float = 0.5) -> np.ndarray:
+    """Sum [10] of `units` [u, 10], clipped in two groups; parameters of 3, 2, 1 and 4 numbers."""
+    tensors = torch.from_numpy(units).split([3, 2, 1, 4], dim=1)
+    return torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=clip, head_share=share), HEADS)).numpy()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_two_groups_are_clipped_each_by_itself(share: float) -> None:
+    """Against the definition (McMahan et al. 2018), and against Opacus' own optimizer for it."""
+    from opacus.optimizers import DPPerLayerOptimizer
+
+    units = np.random.default_rng(1).normal(size=(6, 10))
+    units[1] *= 1e-2  # below both
+    units[2, :3] = units[2, 5] = 0.0  # nothing in the adapter
+    head = np.repeat(HEADS, [3, 2, 1, 4])
+    bounds = {True: 0.5 * math.sqrt(share), False: 0.5 * math.sqrt(1 - share)}
+    got = in_groups(units, share)
+    for which, bound in bounds.items():
+        mine = units[:, head == which]
+        assert got[head == which] == pytest.approx(clipped_by_hand(mine, bound), rel=1e-12)
+    parts = [nn.Parameter(torch.zeros(int((head == which).sum()))) for which in bounds]
+    optimizer = DPPerLayerOptimizer(
+        torch.optim.SGD(parts, lr=0.1), noise_multiplier=0.0, max_grad_norm=list(bounds.values()),
+        expected_batch_size=1, loss_reduction="sum",
+    )  # fmt: skip
+    for which, part in zip(bounds, parts, strict=True):
+        part.grad_sample = torch.from_numpy(units[:, head == which])
+    optimizer.clip_and_accumulate()
+    for which, part in zip(bounds, parts, strict=True):
+        assert near(got[head == which], part.summed_grad.numpy(), 1e-4)
+
+
+def largest_change(share: float) -> float:
+    """By how much one unit changes the sum at most, with huge gradients in both groups."""
+    units = 100 * np.random.default_rng(2).normal(size=(5, 10))
+    whole = in_groups(units, share)
+    others = [in_groups(np.delete(units, out, axis=0), share) for out in range(5)]
+    return max(float(np.linalg.norm(whole - other)) for other in others)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
+def test_one_unit_changes_the_sum_of_two_groups_by_the_clip(share: float) -> None:
+    assert largest_change(share) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_two_groups_each_at_the_full_clip_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(plan: PrivacyPlan, heads: list[bool]) -> list[tuple[np.ndarray, float]]:
+        mine = np.array(heads)
+        return [(np.flatnonzero(mine), plan.max_grad_norm), (np.flatnonzero(~mine), plan.max_grad_norm)]
+
+    monkeypatch.setattr(PrivacyPlan, "clip_groups", full)
+    assert largest_change(0.5) == pytest.approx(0.5 * math.sqrt(2))
+
+
+@pytest.mark.parametrize("place", [0, 4])  # in the adapter, in the head
+def test_a_unit_that_is_broken_in_one_group_contributes_to_neither(place: int) -> None:
+    units = np.random.default_rng(3).normal(size=(4, 10))
+    want = in_groups(units[1:], 0.3)
+    units[0, place] = math.nan
+    assert in_groups(units, 0.3) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("unit", ["record", "person"])
+def test_groups_of_a_real_adapter_against_one_at_a_time(tiny_bert: Path, unit: str) -> None:
+    persons = 3 if unit == "person" else None
+    model, shard = load(tiny_bert), make_shard(12, persons=persons)
+    members = [[r for r in range(12) if r % (persons or 12) == p] for p in range(persons or 12)]
+    plan = make_plan(unit=unit, max_grad_norm=0.05, head_share=0.3)
+    records = [r for group in members for r in group]
+    got = compute(model, shard, records, plan, [r % 3 for r in records] if persons else None)
+    head = np.concatenate([
+        np.full(int(np.prod(shape)), ".classifier." in name) for name, shape in model.layout()
+    ])  # fmt: skip
+    assert 0 < head.sum() == 2 * 32 + 2 < len(head) and np.array_equal(head, model.head)
+    units = np.stack([
+        sum(one_at_a_time(model, shard, r) for r in group).numpy()  # type: ignore[union-attr]
+        for group in members
+    ])  # fmt: skip
+    want = np.zeros(len(head))
+    want[head] = clipped_by_hand(units[:, head], 0.05 * math.sqrt(0.3))
+    want[~head] = clipped_by_hand(units[:, ~head], 0.05 * math.sqrt(0.7))
+    assert near(got[head], want[head]) and near(got[~head], want[~head], 1e-3)
+
+
+def test_a_head_alone_has_the_whole_norm(tiny_bert: Path) -> None:
+    model, shard = load(tiny_bert, name="head"), make_shard()
+    assert all(model.heads) and model.head.all()
+    both = [
+        compute(model, shard, list(range(12)), make_plan(max_grad_norm=0.05, head_share=s))
+        for s in (0.0, 0.4)
+    ]
+    assert np.array_equal(*both)
 
 
 def test_a_large_unit_is_clipped_and_not_taken_for_a_broken_one() -> None:
@@ -215,7 +314,7 @@ def test_a_large_unit_is_clipped_and_not_taken_for_a_broken_one() -> None:
     units = np.array([[3e25, 4e25], [0.3, 0.0]], dtype=np.float32)
     plan = make_plan(max_grad_norm=1.0)
     by_parameter = [torch.from_numpy(units[:, :1]), torch.from_numpy(units[:, 1:])]
-    got = torch.cat(clip_and_sum(by_parameter, plan)).numpy()
+    got = torch.cat(clip_and_sum(by_parameter, plan, [False, True])).numpy()
     assert got == pytest.approx([0.9, 0.8], rel=1e-6) and got.dtype == np.float32
 
 
@@ -299,7 +398,7 @@ def test_precision_is_automatic_unless_it_is_said(tiny_bert: Path, monkeypatch: 
     real = dp_step.autocast
     monkeypatch.setattr(dp_step, "autocast", lambda device, how: asked.append(how) or real(device, how))
     model, shard = load(tiny_bert), make_shard()
-    features = Features.of(model, shard.data, 64)
+    features = Features.of(model, shard.data, 64, precision="fp32")
     with per_example_gradients(model):
         clipped_sum(model, features, np.array([0]), None, make_plan(), micro_batch_tokens=64)
     assert asked == ["auto"]

@@ -64,6 +64,7 @@ class Mechanism(ABC):
         fixed_nodes: the noise is shared out over the nodes of the beginning, so that none may join later.
         shares_noise: no node's noise is enough by itself: the sum holds what is accounted.
         tells_size: the plan follows from the sizes of shards, so that nodes tell them.
+        clips_gradients: nodes clip the gradients of units; else whole updates are clipped, or nothing is.
         answers: nodes may answer, with noise, about data that they hold out.
         adding_up: what happens to delta where one person's data lies on several nodes.
         arithmetic: how noise and training are computed, and what that leaves open.
@@ -77,6 +78,7 @@ class Mechanism(ABC):
     fixed_nodes: ClassVar[bool] = False
     shares_noise: ClassVar[bool] = False
     tells_size: ClassVar[bool] = True
+    clips_gradients: ClassVar[bool] = True
     answers: ClassVar[bool] = True
     adding_up: ClassVar[str] = ""
     arithmetic: ClassVar[str] = (

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
-from fedtune.privacy.checks import number, probability, whole
+from fedtune.privacy.checks import HEAD_SHARE, number, probability, whole
 from fedtune.privacy.mechanisms.base import (
     CORRELATED,
     NODES_SEE,
@@ -68,6 +68,7 @@ class Central(Mechanism):
     units: ClassVar[tuple[Unit, ...]] = ("client",)
     round: ClassVar[Round] = "clipped"
     tells_size: ClassVar[bool] = False
+    clips_gradients: ClassVar[bool] = False
     answers: ClassVar[bool] = False
 
     cohort_size: int = 1
@@ -118,6 +119,12 @@ class Central(Mechanism):
     def default_evaluation(cls, config: Config) -> Evaluation:
         """No noise but the clients' own hides what one client tells."""
         return "none"
+
+    @classmethod
+    def check_settings(cls, config: Config) -> None:
+        super().check_settings(config)
+        if config.privacy.head_share:
+            raise ConfigError(HEAD_SHARE.format(config.privacy.head_share, cls.trust))
 
     @classmethod
     def check_server_noise(cls, config: Config) -> None:

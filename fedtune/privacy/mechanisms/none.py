@@ -24,6 +24,7 @@ class NoPrivacy(TrainingOnNodes):
 
     trust: ClassVar[str] = "none"
     is_private: ClassVar[bool] = False
+    clips_gradients: ClassVar[bool] = False
     units: ClassVar[tuple[Unit, ...]] = ("record", "person", "client")
 
     @classmethod

@@ -133,6 +133,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "sample_rate": privacy["sample_rate"],
             "noise_multiplier": privacy["noise_multiplier"],
             "max_grad_norm": privacy["max_grad_norm"],
+            "head_share": privacy.get("head_share", 0.0),
             "steps": privacy["steps"],
             "evaluation": dict(privacy["evaluation"]) if privacy.get("evaluation") else None,
             "matrix": privacy.get("matrix"),
@@ -320,7 +321,11 @@ def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
 
 def _noise(mechanism: Mapping[str, Any]) -> str:
     noise, norm = _shown(mechanism["noise_multiplier"]), _shown(mechanism["max_grad_norm"])
-    matrix = mechanism["matrix"]
+    matrix, share = mechanism["matrix"], mechanism["head_share"]
+    if share:
+        whole = mechanism["max_grad_norm"]
+        head, rest = (_shown(whole * math.sqrt(part)) for part in (share, 1.0 - share))
+        norm += f" ({head} for the head and {rest} for the rest, each by itself: the squares add up)"
     if not matrix:
         return (
             f"Noise multiplier (standard deviation over clipping norm): {noise}; clipping norm (L2): {norm}; "

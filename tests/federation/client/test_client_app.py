@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.config.convert import to_json
-from fedtune.config.schema import Config
+from fedtune.config.schema import AdapterConfig, Config
 from fedtune.errors import LedgerError, PreflightError, PrivacyError
 from fedtune.federation.client import release as node_module
 from fedtune.federation.client.app import app
@@ -237,6 +237,18 @@ def test_a_union_that_is_smaller_than_the_nodes_own_part_is_refused(tiny: Make) 
     assert reply.refusal == "PrivacyError"
     assert "a union of 5 units" in (reply.refused or "")
     assert node.charged() == 0
+
+
+def test_another_share_of_the_head_is_refused(tiny: Make) -> None:
+    config = private(tiny())
+    config.privacy.head_share = 0.3
+    sizes = [30, 30, 30, 30]
+    plan = make_plan(config, sizes)
+    head = dataclasses.replace(config, adapter=AdapterConfig(name="head"))
+    assert plan.head_share == 0.3 and make_plan(head, sizes).head_share == 0.0  # a head alone is one group
+    check_plan(plan, config)
+    with pytest.raises(PrivacyError, match="head_share=0.4.* permits head_share=0.3"):
+        check_plan(changed(plan, head_share=0.4), config)
 
 
 def test_a_plan_without_privacy_is_refused_where_privacy_was_agreed(tiny: Make) -> None:
