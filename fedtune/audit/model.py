@@ -192,6 +192,7 @@ class _Training:
     ) -> None:
         self.train, self.model, self.shard = train, model, shard
         self.canaries, self.scores = canaries, scores
+        self.gradients = config.federation.strategy == "fedsgd"
         self.optimizer = server_optimizer(config)
 
     def round(
@@ -212,6 +213,7 @@ class _Training:
             self.train,
             round=round,
             repetition=repetition,
+            gradients=self.gradients,
             view=view,
             observe=lambda released: self.scores.observe(released, plan, self._signal(plan)),
         )

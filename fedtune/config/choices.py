@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from fedtune.config.recipe import filled
 from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
 from fedtune.errors import ConfigError
 
@@ -36,15 +37,16 @@ AUTO = "auto"
 
 
 def resolved(config: Config) -> Config:
-    """`config` with a choice in place of every `auto`; `config` itself where there is none."""
+    """`config` with a choice in place of every `auto`, and of every null that the recipe of training has a
+    choice for; `config` itself where there is none."""
     privacy, federation = config.privacy, config.federation
     if privacy.unit == AUTO:
         privacy = dataclasses.replace(privacy, unit=_unit(config))
     if federation.evaluation == AUTO:
         federation = dataclasses.replace(federation, evaluation=_evaluation(config))
-    if privacy is config.privacy and federation is config.federation:
-        return config
-    return dataclasses.replace(config, privacy=privacy, federation=federation)
+    if privacy is not config.privacy or federation is not config.federation:
+        config = dataclasses.replace(config, privacy=privacy, federation=federation)
+    return filled(config)
 
 
 def public_test(data: DataConfig) -> bool:
@@ -64,6 +66,7 @@ def check_together(config: Config) -> None:
     _check_evaluation(config)
     kind = _mechanism(config)
     kind.check_settings(config)
+    _check_strategy(config)
     if kind.tells_size:
         _check_unit(config)
     nodes, cohort = federation.nodes, federation.cohort_size
@@ -91,6 +94,42 @@ def _check_unit(config: Config) -> None:
         f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
         "Name it in data.unit, or use privacy.unit=record."
     )
+
+
+def _check_strategy(config: Config) -> None:
+    """What only one of the two ways to train has is refused under the other, never ignored."""
+    train, federation = config.train, config.federation
+    kind, strategy = _mechanism(config), federation.strategy
+    if strategy not in kind.strategies:
+        raise ConfigError(
+            f"federation.strategy={strategy} does not fit privacy.trust={config.privacy.trust}, which has "
+            f"{', '.join(kind.strategies)}. Leave it out."
+        )
+    if strategy == "fedsgd":
+        if kind.takes_local_steps and train.local_steps != 1:
+            raise ConfigError(
+                f"federation.strategy=fedsgd sends one gradient a round, and train.local_steps is "
+                f"{train.local_steps}. Leave train.local_steps out, or use federation.strategy=fedavg."
+            )
+        if train.proximal_mu:
+            raise ConfigError(
+                f"train.proximal_mu={train.proximal_mu:g} holds nodes back that train by themselves, and "
+                "with federation.strategy=fedsgd none does. Leave it out, or use federation.strategy=fedavg."
+            )
+        if federation.server_learning_rate != 1.0:
+            raise ConfigError(
+                f"federation.server_learning_rate={federation.server_learning_rate:g} is for the average of "
+                "updates, and with federation.strategy=fedsgd the server steps with train.learning_rate. "
+                "Leave it out."
+            )
+        return
+    for name, idle in (("schedule", "constant"), ("averaging", 0.0)):
+        value = getattr(train, name)
+        if value != idle:
+            raise ConfigError(
+                f"train.{name}={value} is for an optimizer on the server (federation.strategy=fedsgd), and "
+                f"federation.strategy is {strategy}. Leave it out."
+            )
 
 
 def _check_evaluation(config: Config) -> None:

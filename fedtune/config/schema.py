@@ -25,6 +25,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterName",
     "Before",
+    "Compute",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -36,6 +37,7 @@ __all__ = [
     "PricingConfig",
     "PrivacyConfig",
     "Source",
+    "Strategy",
     "TrackerConfig",
     "TrainConfig",
     "Trust",
@@ -48,6 +50,8 @@ Value = TypeVar("Value")
 
 Source = Literal["opinions", "hub", "files"]
 AdapterName = Literal["lora", "ffa_lora", "bitfit", "head"]
+Compute = Literal["quick", "standard", "thorough"]
+Strategy = Literal["fedsgd", "fedavg", "fedavgm", "fedadam"]
 Evaluation = Literal["public", "private", "held_out", "none"]
 Trust = Literal["local", "distributed", "central", "none"]
 TRUSTS: tuple[Trust, ...] = get_args(Trust)
@@ -212,8 +216,8 @@ class PrivacyConfig(Group):
     delta: float | None = setting(
         None, "null: n^-1.1, at most 1e-3; n: units of the largest declared shard", gt=0, lt=1
     )
-    max_grad_norm: float = setting(
-        1.0, "L2 norm that a unit's gradient (central: a node's update) is clipped to", gt=0
+    max_grad_norm: float | None = setting(
+        None, "L2 norm that a unit's gradient (central: a node's update) is clipped to; null: by train", gt=0
     )
     head_share: float = setting(
         0.0,
@@ -246,12 +250,27 @@ class PrivacyConfig(Group):
 
 @dataclass
 class TrainConfig(Group):
-    """Training on a node."""
+    """Training; what is null follows from the recipe, `fedtune.config.recipe`."""
 
-    sample_rate: float = setting(0.1, "probability that a unit is in a step's batch", gt=0, le=1)
-    local_steps: int = setting(4, "steps of a node in one round", ge=1)
-    learning_rate: float = setting(0.01, "of the node's optimizer", gt=0)
-    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "the node's optimizer")
+    compute: Compute = setting("standard", "what the recipe may take: minutes, some minutes, or long")
+    sample_rate: float | None = setting(
+        None, "probability that a unit is in a step's batch; null: by the recipe", gt=0, le=1
+    )
+    local_steps: int | None = setting(None, "steps of a node in one round; null: by the recipe", ge=1)
+    learning_rate: float | None = setting(
+        None, "of the optimizer, wherever it is (fedsgd: on the server); null: by the recipe", gt=0
+    )
+    schedule: Literal["constant", "linear", "cosine"] | None = setting(
+        None, "fedsgd: how the rate falls over the rounds, to 0 at the end; null: by the recipe"
+    )
+    averaging: float | None = setting(
+        None,
+        "fedsgd: the average of late adapters, which is the result, keeps this share of itself a round; 0: "
+        "the last adapter; null: by the recipe",
+        ge=0,
+        lt=1,
+    )
+    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "takes the steps")
     momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)
@@ -270,22 +289,31 @@ class FederationConfig(Group):
     nodes: int | None = setting(
         None, "null: as many as there are natural sites (4 where there are none)", ge=1
     )
-    num_rounds: int = setting(12, "exchanges with the nodes", ge=1)
+    num_rounds: int | None = setting(None, "exchanges with the nodes; null: by the recipe of train", ge=1)
     cohort_size: int | None = setting(None, "nodes asked in a round; null: all", ge=1)
-    strategy: Literal["fedavg", "fedavgm", "fedadam"] = setting("fedavg", "the server's optimizer")
+    strategy: Strategy | None = setting(
+        None,
+        "fedsgd: a node sends one gradient a round, and the server steps with the optimizer of train; "
+        "else nodes train, and the server averages; null: fedsgd, but fedavg under trust=central or where "
+        "train.local_steps is above 1",
+    )
     server_learning_rate: float = setting(1.0, "times the average update", gt=0)
     server_momentum: float = setting(0.9, "fedavgm; beta_1 of fedadam", ge=0, lt=1)
     min_updates: int = setting(1, "usable updates that a round needs", ge=1)
     max_update_norm: float = setting(100.0, "an update with a larger L2 norm is rejected", gt=0)
-    weighting: Literal["uniform", "declared"] = setting("uniform", "of updates; declared: by public sizes")
+    weighting: Literal["uniform", "declared"] | None = setting(
+        None, "of updates; declared: by public sizes; null: declared with fedsgd, where the noise allows it"
+    )
     round_timeout: float = setting(
         600.0, "until a node that does not answer is given up", gt=0, unit="seconds"
     )
     evaluation: Literal["auto", Evaluation] = setting(
         "auto", "what the model is evaluated on; auto: no private data without noise"
     )
-    evaluate_every: int = setting(
-        1, "evaluation=public, held_out: rounds between evaluations on the test split", ge=1
+    evaluate_every: int | None = setting(
+        None,
+        "evaluation=public, held_out: rounds between evaluations on the test split; null: twelve or fewer",
+        ge=1,
     )
     evaluation_rounds: int = setting(
         1, "evaluation=private: rounds in which nodes are asked, evenly spread; the last is one", ge=1

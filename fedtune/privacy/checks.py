@@ -63,10 +63,12 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     return count
 
 
-def probability(value: Any, name: str) -> None:
-    """Raises `PrivacyError` unless `value` lies in (0, 1]."""
-    if not 0.0 < number(value, name) <= 1.0:
+def probability(value: Any, name: str) -> float:
+    """`value` as a float. Raises `PrivacyError` unless it lies in (0, 1]."""
+    found = number(value, name)
+    if not 0.0 < found <= 1.0:
         raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.")
+    return found
 
 
 def default_delta(units: float) -> float:

@@ -146,6 +146,7 @@ _DATA: Fields = {
 _FEDERATION: Fields = {
     **dict.fromkeys(("nodes", "rounds", "cohort_size"), _COUNT),
     "node_names": _NAME,
+    "recipe": public("how nodes train, in words: follows from the configuration"),
     "dropped": _REASON,
     "void_rounds": _ROUND["void"],
     "ended_early": _REASON,

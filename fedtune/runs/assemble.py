@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.recipe import in_words
 from fedtune.data.sources.load import LABELS_TAKEN
 from fedtune.runs import record
 
@@ -129,6 +130,7 @@ def assemble(
             "node_names": [one.node for one in nodes],
             "rounds": len(result.history),
             "cohort_size": config.federation.cohort_size or len(nodes),
+            "recipe": in_words(config),
             "dropped": [dataclasses.asdict(one) for one in result.dropped],
             "unusable": [dataclasses.asdict(one) for one in result.unusable],
             "void_rounds": [one.round for one in result.history if one.void],

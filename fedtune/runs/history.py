@@ -173,7 +173,8 @@ def again(outside: Sequence[float], in_rounds: Sequence[float], processes: int =
 
 def _scaled(run: Mapping[str, Any], config: Config) -> tuple[float, float, Money | None]:
     """Of a run like `run` by `config`: seconds outside of rounds, in rounds, and money."""
-    share = config.federation.num_rounds / int(run["rounds"])
+    rounds = int(run["rounds"])
+    share = (config.federation.num_rounds or rounds) / rounds
     outside = max(0.0, float(run["seconds"]) - float(run["in_rounds"]))
     in_rounds = share * float(run["in_rounds"])
 

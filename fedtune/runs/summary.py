@@ -57,6 +57,7 @@ def facts_and_notes(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], l
     """(facts, notes) of a run, each a name and a text; a text is empty where there is nothing to say."""
     privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
     facts = [
+        ("training", federation.get("recipe") or ""),
         ("privacy", privacy_line(privacy)),
         ("ledger", ledger_line(privacy)),
         ("time", _time_line(record)),

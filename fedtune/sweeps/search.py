@@ -165,7 +165,7 @@ class Search:
         except BaseException:
             self.close()
             raise
-        rounds = space.base.federation.num_rounds if space.base is not None else 8
+        rounds = (space.base.federation.num_rounds if space.base is not None else None) or 8
         self.pruning = (
             None
             if settings.pruner == "none"

@@ -109,16 +109,17 @@ def make_optimizer(theta: torch.nn.Parameter, train: TrainConfig) -> torch.optim
     """The optimizer over the whole packed adapter.
 
     Raises:
-        ConfigError: there is no such optimizer.
+        ConfigError: there is no such optimizer, or no rate.
     """
+    if train.learning_rate is None:
+        raise ConfigError("train.learning_rate is not set, and the recipe that sets it was not asked.")
+    rate, decay = train.learning_rate, train.weight_decay
     if train.optimizer == "sgd":
-        return torch.optim.SGD(
-            [theta], lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
-        )
+        return torch.optim.SGD([theta], lr=rate, momentum=train.momentum, weight_decay=decay)
     if train.optimizer == "adam":
-        return torch.optim.Adam([theta], lr=train.learning_rate)
+        return torch.optim.Adam([theta], lr=rate)
     if train.optimizer == "adamw":
-        return torch.optim.AdamW([theta], lr=train.learning_rate, weight_decay=train.weight_decay)
+        return torch.optim.AdamW([theta], lr=rate, weight_decay=decay)
     raise ConfigError(f"train.optimizer={train.optimizer!r} is not known; it can be sgd, adam or adamw.")
 
 
@@ -131,6 +132,7 @@ def train_locally(
     *,
     round: int,
     repetition: int = 0,
+    gradients: bool = False,
     progress: Progress | None = None,
     view: ShardView | None = None,
     observe: Callable[[NDArray[np.float64]], None] | None = None,
@@ -145,6 +147,7 @@ def train_locally(
         train: learning rate, optimizer, precision.
         round: of the federation, from 1.
         repetition: tells one run of the plan from another; for an audit.
+        gradients: the change is minus the gradient of the one step, which the server takes (FedSGD).
         progress: called with (texts done, texts to do) while frozen layers are computed.
         view: the shard's units, with canaries beside them; for an audit.
         observe: is shown what each step releases, float64 [P] (the noised average, which the accountant
@@ -162,7 +165,9 @@ def train_locally(
     view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
     entropy = plan.entropy(shard.node, round, repetition)
     theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
-    optimizer = make_optimizer(theta, train)
+    # Under FedSGD the step is the server's: a rate of 1 from `start` would lose the gradient's low digits.
+    optimizer = None if gradients else make_optimizer(theta, train)
+    update: NDArray[np.float32] = np.zeros_like(start)
     anchor = model.theta.clone()
     began, flops = time.perf_counter(), model.flops.total
     with per_example_gradients(model):
@@ -173,15 +178,19 @@ def train_locally(
             gradient = plan.average(total + plan.noise(model.num_parameters, entropy))
             if observe is not None:
                 observe(gradient)
+            if optimizer is None:
+                update = -gradient.astype(np.float32)
+                continue
             theta.grad = torch.from_numpy(gradient.astype(np.float32)).to(model.device)
             if train.proximal_mu:
                 theta.grad += train.proximal_mu * (theta.detach() - anchor)
             optimizer.step()
-    update = model.get_vector() - start
+    if optimizer is not None:
+        update = model.get_vector() - start
     if not np.isfinite(update).all():
         raise UpdateRejected(
             f"Training at node {shard.node!r} diverged in round {round}: the adapter is no longer finite. "
-            f"Lower train.learning_rate, which is {train.learning_rate:g}."
+            f"Lower train.learning_rate, which is {train.learning_rate}."
         )
     return LocalResult(update, plan.local_steps, time.perf_counter() - began, model.flops.total - flops)
 

@@ -73,8 +73,8 @@ def test_page_repeats_no_default(group: str, name: str) -> None:
 
 
 def test_the_test_of_repeated_defaults_can_fail() -> None:
-    assert repeated({"train": {"local_steps": 4, "momentum": 0.1}, "seed": 0}, to_dict(Config())) == [
-        "train.local_steps",
+    assert repeated({"train": {"compute": "standard", "momentum": 0.1}, "seed": 0}, to_dict(Config())) == [
+        "train.compute",
         "seed",
     ]
 

@@ -41,7 +41,7 @@ def config(declared: Any = 1000, **changes: Any) -> Config:
     made = Config(data=DataConfig(declared_size=declared), seed=7)
     made.federation.evaluation = "none"
     made.federation.num_rounds = 12
-    made.train.sample_rate, made.train.local_steps = 0.05, 3
+    made.train.sample_rate, made.train.local_steps, made.privacy.max_grad_norm = 0.05, 3, 1.0
     for name, value in changes.items():
         part, _, field = name.rpartition("__")
         setattr(getattr(made, part or "privacy"), field, value)

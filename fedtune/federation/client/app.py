@@ -162,6 +162,7 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
             request.adapter,
             release.config.train,
             round=request.round,
+            gradients=release.config.federation.strategy == "fedsgd",
         )
         seconds = time.perf_counter() - started
     training_usage.add(seconds, result.flops)

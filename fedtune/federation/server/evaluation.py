@@ -141,8 +141,8 @@ def evaluator_for(plan: PrivacyPlan, config: Config, score: Callable[[np.ndarray
     if federation.evaluation == "none":
         return NoEvaluator()
     if federation.evaluation == "private":
-        return NodesEvaluator(plan, federation.num_rounds)
-    return ServerEvaluator(score, federation.evaluate_every)
+        return NodesEvaluator(plan, plan.num_rounds)
+    return ServerEvaluator(score, federation.evaluate_every or 1)
 
 
 class NoEvaluator:

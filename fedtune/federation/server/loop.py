@@ -31,7 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -163,7 +163,7 @@ def _rounds(
     clock: _Clock,
 ) -> FederationResult:
     """Steps 4 to 9, from the state's round on."""
-    config, observer, num_rounds = setting.config, setting.observer, setting.config.federation.num_rounds
+    config, observer, num_rounds = setting.config, setting.observer, state.plan.num_rounds
     observer.on_start(state.info(config, setting.run_dir))
     evaluation: Any = state.known_evaluation()
     void_rounds = 0
@@ -280,7 +280,7 @@ def _agreed_again(
 ) -> tuple[list[NodeInfo], list[Dropped]]:
     """Of a run that goes on: who of `nodes` agrees to what is left of it, and who does not."""
     federation = setting.config.federation
-    if state.round >= federation.num_rounds or state.ended_early is not None:
+    if state.round >= state.plan.num_rounds or state.ended_early is not None:
         return list(nodes), []
     proposal = Proposal(state.run, state.attempt, state.plan)
     answers = propose(
@@ -315,10 +315,11 @@ def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, conf
 
 
 def _evaluate(setting: _Setting, evaluator: Evaluator, state: RunState, roster: Roster) -> Any:
-    """Evaluates the adapter as it is now; the nodes' answers are charged."""
+    """Evaluates what the run would end with now; the nodes' answers are charged."""
     free = roster.refresh(state.round)
     away = [node.name for node in state.nodes if node not in free]
-    outcome = evaluator.evaluate(setting.grid, _ask(setting, state, free), away, setting.observer)
+    ask = replace(_ask(setting, state, free), adapter=state.optimizer.result(state.adapter))
+    outcome = evaluator.evaluate(setting.grid, ask, away, setting.observer)
     state.record_evaluation(outcome)
     return outcome.result
 

@@ -12,9 +12,10 @@ s the server learning rate, all element-wise:
 * FedAdam (Reddi et al. 2021, Algorithm 2): m <- b1 m + (1 - b1) D; v <- b2 v + (1 - b2) D^2;
   x <- x + s m / (sqrt(v) + tau). No bias correction, and v starts at tau^2, as in the paper.
 
-Under `trust=distributed` the nodes do not train: together they give one noised gradient over the union of
-all shards, and `GradientOptimizer` takes the step that DP-SGD on pooled data would take, with the settings of
-`train`. Its formulas are those of torch.optim (a test compares).
+With `federation.strategy=fedsgd` (McMahan et al. 2017) the nodes do not train: together they give one noised
+gradient a round, and `GradientOptimizer` takes the step that DP-SGD on pooled data would take, with the
+settings of `train`. It lives for the whole run; its formulas are those of torch.optim (a test compares). What
+it ends with is an average of the late adapters (Polyak and Juditsky 1992), which noise moves less.
 
 What goes in is already private under trust `local`, `distributed` and `central`, so all of this is
 post-processing and costs no epsilon. Clipping and noise are not here.
@@ -28,7 +29,6 @@ import numpy as np
 
 from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
-from fedtune.privacy.mechanisms.registry import mechanism_of
 
 __all__ = [
     "OPTIMIZERS",
@@ -44,6 +44,7 @@ __all__ = [
 State = dict[str, np.ndarray]
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 _STEPS = ("sgd", "adam", "adamw")
+_WARM_UP = 9.0  # the average begins as that of all adapters: 1/10 is new in the first step, at most
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8  # torch's defaults, which training on a node uses
 
 
@@ -83,6 +84,10 @@ class ServerOptimizer:
             )
         self._state = state
         return result
+
+    def result(self, adapter: np.ndarray) -> np.ndarray:
+        """What is evaluated and saved where the run is at `adapter`, float32 [P]."""
+        return adapter
 
     def state_dict(self) -> State:
         """Everything that the next step depends on, as copies; empty before the first step."""
@@ -149,27 +154,59 @@ class FedAdam(ServerOptimizer):
 
 
 class GradientOptimizer(ServerOptimizer):
-    """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient."""
+    """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient.
+
+    The rate of step t of T is `learning_rate` times 1, 1 - (t - 1) / T, or (1 + cos(pi (t - 1) / T)) / 2, by
+    `schedule`. With `averaging` a > 0 the result is mean_t = s mean_(t-1) + (1 - s) x_t, where
+    s = min(a, t / (t + 9)): early adapters are soon forgotten.
+
+    Args:
+        train: optimizer, rate, schedule and average, complete.
+        num_rounds: T.
+    """
 
     settings = "train.learning_rate"
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, num_rounds: int) -> None:
         super().__init__()
         if train.optimizer not in _STEPS:
             raise ConfigError(
                 f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
             )
-        if not (math.isfinite(train.learning_rate) and train.learning_rate > 0):
-            raise ConfigError(f"train.learning_rate={train.learning_rate} must be a positive number.")
+        rate = train.learning_rate
+        if rate is None or not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"train.learning_rate={rate} must be a positive number.")
         self.name = f"gradient_{train.optimizer}"
-        if train.optimizer == "sgd":
-            self.arrays = ("momentum",) if train.momentum else ()
-        else:
-            self.arrays = ("m", "v", "steps")
-        self._train = train
+        self._train, self._rate, self._num_rounds = train, rate, num_rounds
+        self._averaging = train.averaging or 0.0
+        moments = ("m", "v") if train.optimizer != "sgd" else ("momentum",) if train.momentum else ()
+        self.arrays = ("steps", *moments, *(("mean",) if self._averaging else ()))
+
+    def result(self, adapter: np.ndarray) -> np.ndarray:
+        """The average of late adapters; `adapter` itself before the first step, or without averaging."""
+        mean = self._state.get("mean")
+        return adapter if mean is None else mean.astype(np.float32)
 
     def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
-        train, rate, gradient = self._train, self._train.learning_rate, -update
+        steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
+        x, state = self._stepped(x, -update, steps, self._rate * self._share(steps))
+        state["steps"] = np.array([steps])
+        if self._averaging:
+            share = min(self._averaging, steps / (steps + _WARM_UP))
+            state["mean"] = share * self._state.get("mean", x) + (1.0 - share) * x
+        return x, state
+
+    def _share(self, steps: float) -> float:
+        """Of the rate, at step `steps` (from 1)."""
+        done = min(1.0, (steps - 1.0) / self._num_rounds)
+        if self._train.schedule == "linear":
+            return 1.0 - done
+        return (1.0 + math.cos(math.pi * done)) / 2.0 if self._train.schedule == "cosine" else 1.0
+
+    def _stepped(
+        self, x: np.ndarray, gradient: np.ndarray, steps: float, rate: float
+    ) -> tuple[np.ndarray, State]:
+        train = self._train
         if train.optimizer == "sgd":
             gradient = gradient + train.weight_decay * x
             if not train.momentum:
@@ -180,11 +217,10 @@ class GradientOptimizer(ServerOptimizer):
             return x - rate * momentum, {"momentum": momentum}
         if train.optimizer == "adamw":
             x = x * (1.0 - rate * train.weight_decay)
-        steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
         m = (1.0 - _BETA_1) * gradient + _BETA_1 * self._state.get("m", np.zeros_like(x))
         v = (1.0 - _BETA_2) * gradient**2 + _BETA_2 * self._state.get("v", np.zeros_like(x))
         x = x - rate * (m / (1.0 - _BETA_1**steps)) / (np.sqrt(v / (1.0 - _BETA_2**steps)) + _EPS)
-        return x, {"m": m, "v": v, "steps": np.array([steps])}
+        return x, {"m": m, "v": v}
 
 
 def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
@@ -210,19 +246,11 @@ def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
 
 
 def server_optimizer(config: Config) -> ServerOptimizer:
-    """What turns a round's aggregate into the next adapter, by trust model and configuration.
+    """What turns a round's aggregate into the next adapter, by `federation.strategy`; `config` is complete.
 
     Raises:
         ConfigError: the settings have no meaning.
     """
-    if not mechanism_of(config.privacy.trust).sums_gradients:
+    if config.federation.strategy != "fedsgd":
         return averaging_optimizer(config.federation)
-    federation = config.federation
-    if federation.strategy != "fedavg" or federation.server_learning_rate != 1.0:
-        raise ConfigError(
-            f"federation.strategy={federation.strategy} and federation.server_learning_rate="
-            f"{federation.server_learning_rate:g} average updates, and under privacy.trust=distributed there "
-            "are none: each round is one step on the server with train.optimizer and train.learning_rate. "
-            "Leave them out."
-        )
-    return GradientOptimizer(config.train)
+    return GradientOptimizer(config.train, config.federation.num_rounds or 1)

@@ -27,7 +27,7 @@ from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.checks import number, whole
 
 if TYPE_CHECKING:
-    from fedtune.config.schema import Config, Evaluation, Unit
+    from fedtune.config.schema import Config, Evaluation, Strategy, Unit
     from fedtune.privacy.mechanisms.matrix import BandedRoot
     from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
     from fedtune.privacy.plan import PrivacyPlan
@@ -59,8 +59,8 @@ class Mechanism(ABC):
         units: the units of privacy that it can protect, the finest first.
         round: how the server forms a round's sum: of updates as they come (`plain`), of updates that it clips
             and noises itself (`clipped`), or without seeing any of them (`secure_sum`).
-        sums_gradients: each round is one optimizer step on the server, with a gradient over the union of all
-            shards; else nodes train and send updates.
+        strategies: values of `federation.strategy` that it can be trained with, its default first.
+        takes_local_steps: `train.local_steps` means something to it.
         fixed_nodes: the noise is shared out over the nodes of the beginning, so that none may join later.
         shares_noise: no node's noise is enough by itself: the sum holds what is accounted.
         tells_size: the plan follows from the sizes of shards, so that nodes tell them.
@@ -74,7 +74,8 @@ class Mechanism(ABC):
     is_private: ClassVar[bool] = True
     units: ClassVar[tuple[Unit, ...]] = ("record", "person")
     round: ClassVar[Round] = "plain"
-    sums_gradients: ClassVar[bool] = False
+    strategies: ClassVar[tuple[Strategy, ...]] = ("fedsgd", "fedavg", "fedavgm", "fedadam")
+    takes_local_steps: ClassVar[bool] = True
     fixed_nodes: ClassVar[bool] = False
     shares_noise: ClassVar[bool] = False
     tells_size: ClassVar[bool] = True

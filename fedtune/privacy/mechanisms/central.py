@@ -35,7 +35,7 @@ from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.none import NoPrivacy
 
 if TYPE_CHECKING:
-    from fedtune.config.schema import Config, Evaluation, Unit
+    from fedtune.config.schema import Config, Evaluation, Strategy, Unit
     from fedtune.privacy.accounting.epsilon import Term
     from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
     from fedtune.privacy.plan import PrivacyPlan
@@ -65,6 +65,7 @@ class Central(Mechanism):
     """
 
     trust: ClassVar[str] = "central"
+    strategies: ClassVar[tuple[Strategy, ...]] = ("fedavg", "fedavgm", "fedadam")
     units: ClassVar[tuple[Unit, ...]] = ("client",)
     round: ClassVar[Round] = "clipped"
     tells_size: ClassVar[bool] = False
@@ -148,8 +149,8 @@ class Central(Mechanism):
         cohort = nodes if federation.cohort_size is None else federation.cohort_size
         return cls(
             cohort_size=cohort,
-            training_sample_rate=train.sample_rate,
-            training_steps=train.local_steps,
+            training_sample_rate=probability(train.sample_rate, "train.sample_rate"),
+            training_steps=whole(train.local_steps, "train.local_steps"),
             adaptive_clipping=privacy.adaptive_clipping,
             clip_quantile=privacy.clip_quantile,
             method=privacy.mechanism,

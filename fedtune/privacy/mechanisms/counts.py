@@ -291,7 +291,7 @@ def evaluation_settings(config: Config) -> tuple[float, int]:
     federation = resolved(config).federation
     if federation.evaluation != "private":
         return 0.0, 0
-    return federation.evaluation_share, min(federation.evaluation_rounds, federation.num_rounds)
+    return federation.evaluation_share, min(federation.evaluation_rounds, federation.num_rounds or 1)
 
 
 def evaluation_rounds(num_rounds: int, answers: int) -> frozenset[int]:

@@ -24,7 +24,7 @@ from fedtune.privacy.checks import probability, whole
 from fedtune.privacy.mechanisms.base import NODES_SEE, USERS_SEE, Mechanism, Round
 
 if TYPE_CHECKING:
-    from fedtune.config.schema import Config, PrivacyConfig
+    from fedtune.config.schema import Config, PrivacyConfig, Strategy
     from fedtune.privacy.mechanisms.noise import FloatArray
     from fedtune.privacy.plan import PrivacyPlan
 
@@ -46,7 +46,8 @@ class Distributed(Mechanism):
 
     trust: ClassVar[str] = "distributed"
     round: ClassVar[Round] = "secure_sum"
-    sums_gradients: ClassVar[bool] = True
+    strategies: ClassVar[tuple[Strategy, ...]] = ("fedsgd",)
+    takes_local_steps: ClassVar[bool] = False
     fixed_nodes: ClassVar[bool] = True
     shares_noise: ClassVar[bool] = True
     adding_up: ClassVar[str] = ", and delta grows faster"
@@ -67,7 +68,7 @@ class Distributed(Mechanism):
         cls.check_equal_weights(config)
         privacy = config.privacy
         return cls(
-            sample_rate=config.train.sample_rate,
+            sample_rate=probability(config.train.sample_rate, "train.sample_rate"),
             max_dropouts=privacy.max_dropouts,
             max_colluders=_colluders(privacy, nodes),
         )

@@ -50,9 +50,9 @@ class TrainingOnNodes(Mechanism):
     def from_settings(cls, config: Config, nodes: int) -> TrainingOnNodes:
         train = config.train
         return cls(
-            sample_rate=train.sample_rate,
-            local_steps=train.local_steps,
-            weighting=config.federation.weighting,
+            sample_rate=probability(train.sample_rate, "train.sample_rate"),
+            local_steps=whole(train.local_steps, "train.local_steps"),
+            weighting=config.federation.weighting or "uniform",
         )
 
     def sample_rate_accounted(self) -> float:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedtune.config.convert import to_json
-from fedtune.config.schema import Config, PrivacyConfig, TrainConfig
+from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.engines.local import LocalGrid, run
 from fedtune.errors import (
-    CheckpointError,
     ConfigError,
     FederationError,
     PreflightError,
@@ -38,7 +36,6 @@ from fedtune.federation.secagg import messages as secagg_messages
 from fedtune.federation.secagg.messages import PHASES, PhaseId
 from fedtune.federation.secagg.protocol import MaskedSum, Masker, Session
 from fedtune.federation.secagg.server import DistributedRound
-from fedtune.federation.server.optimizers import GradientOptimizer, server_optimizer
 from fedtune.federation.server.rounds import RoundAsk, RoundOutcome
 from fedtune.privacy.ledger.ledger import PrivacyBudget
 from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
@@ -604,54 +601,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_optimizers_state(tiny: Make,
 # --- the step -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "train",
-    [
-        TrainConfig(optimizer="sgd", learning_rate=0.1),
-        TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01),
-        TrainConfig(optimizer="adam", learning_rate=0.01),
-        TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
-    ],
-)
-def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainConfig) -> None:
-    from fedtune.training.local import make_optimizer
-
-    generator = np.random.default_rng(2)
-    start = generator.normal(size=50).astype(np.float32)
-    theta = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    reference, mine = make_optimizer(theta, train), GradientOptimizer(train)
-    adapter = start
-    for _ in range(6):
-        gradient = generator.normal(size=50).astype(np.float32)
-        theta.grad = torch.from_numpy(gradient)
-        reference.step()
-        adapter = mine.step(adapter, -gradient.astype(np.float64))
-        resumed = GradientOptimizer(train)
-        resumed.load_state_dict(mine.state_dict())
-        mine = resumed
-        np.testing.assert_allclose(adapter, theta.detach().numpy(), rtol=2e-5, atol=2e-6)
-
-
-def test_a_gradient_optimizer_refuses_what_it_cannot_do() -> None:
-    for train in (TrainConfig(optimizer="lion"), TrainConfig(learning_rate=0.0)):
-        with pytest.raises(ConfigError):
-            GradientOptimizer(train)
-    adam = GradientOptimizer(TrainConfig(optimizer="adam"))
-    with pytest.raises(FederationError, match="shape"):
-        adam.step(np.zeros(3, np.float32), np.zeros(4))
-    with pytest.raises(FederationError, match="NaN"):
-        adam.step(np.zeros(3, np.float32), np.full(3, np.nan))
-    assert adam.state_dict() == {}
-    with pytest.raises(CheckpointError):
-        adam.load_state_dict({"momentum": np.zeros(3)})
-
-
-def test_settings_without_meaning_are_refused(tiny: Make) -> None:
-    for changes in ({"federation__strategy": "fedadam"}, {"federation__server_learning_rate": 0.5}):
-        with pytest.raises(ConfigError, match="trust=distributed"):
-            server_optimizer(distributed(tiny(**changes)))
+def test_a_cohort_is_refused(tiny: Make) -> None:
     config = distributed(tiny(federation__cohort_size=2))
     with pytest.raises(ConfigError, match="cohort_size=2"):
         DistributedRound(config, make_plan(config, [30, 30, 30, 30]))
-    assert server_optimizer(tiny()).name == "fedavg"
-    assert server_optimizer(distributed(tiny())).name == "gradient_adam"

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from fedtune.config.schema import FederationConfig
+from fedtune.config.schema import FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
-from fedtune.federation.server.optimizers import OPTIMIZERS, FedAdam, FedAvg, FedAvgM, averaging_optimizer
+from fedtune.federation.server.optimizers import (
+    OPTIMIZERS,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    GradientOptimizer,
+    averaging_optimizer,
+)
 from tests.support.golden import Golden
 
 UPDATES = np.random.default_rng(0).normal(size=(7, 5))
@@ -102,3 +111,73 @@ def test_settings_without_meaning_are_refused(field: str, value: object) -> None
     setattr(config, field, value)
     with pytest.raises(ConfigError, match=field):
         averaging_optimizer(config)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        TrainConfig(optimizer="sgd", learning_rate=0.1),
+        TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01),
+        TrainConfig(optimizer="adam", learning_rate=0.01),
+        TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainConfig, schedule: str) -> None:
+    """The rate's fall is torch's too, and the average is one written out: sum of weights times adapters."""
+    import torch
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from fedtune.training.local import make_optimizer
+
+    train = dataclasses.replace(train, schedule=schedule, averaging=0.35)
+    falls = {
+        "constant": lambda t: 1.0,
+        "linear": lambda t: 1.0 - t / 6,
+        "cosine": lambda t: (1 + np.cos(np.pi * t / 6)) / 2,
+    }
+    generator = np.random.default_rng(2)
+    start = generator.normal(size=50).astype(np.float32)
+    theta = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    reference, mine = make_optimizer(theta, train), GradientOptimizer(train, 6)
+    fall = LambdaLR(reference, falls[schedule])
+    adapter, iterates = start, []
+    np.testing.assert_array_equal(mine.result(start), start)
+    for _ in range(6):
+        gradient = generator.normal(size=50).astype(np.float32)
+        theta.grad = torch.from_numpy(gradient)
+        reference.step()
+        fall.step()
+        adapter = mine.step(adapter, -gradient.astype(np.float64))
+        resumed = GradientOptimizer(train, 6)
+        resumed.load_state_dict(mine.state_dict())
+        mine = resumed
+        np.testing.assert_allclose(adapter, theta.detach().numpy(), rtol=2e-5, atol=2e-6)
+        iterates.append(adapter.astype(np.float64))
+    kept = [min(0.35, t / (t + 9)) for t in range(1, 7)]  # in step t; the first adapter is the first average
+    weights = [np.prod(kept[t + 1 :]) * ((1.0 - kept[t]) if t else 1.0) for t in range(6)]
+    assert sum(weights) == pytest.approx(1.0)
+    np.testing.assert_allclose(mine.result(adapter), np.tensordot(weights, iterates, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_without_averaging_the_last_adapter_is_the_result() -> None:
+    plain = GradientOptimizer(TrainConfig(learning_rate=0.1, averaging=0.0), 3)
+    adapter = plain.step(np.zeros(4, np.float32), np.ones(4))
+    np.testing.assert_array_equal(plain.result(adapter), adapter)
+    assert "mean" not in plain.state_dict()
+
+
+def test_a_gradient_optimizer_refuses_what_it_cannot_do() -> None:
+    for train in (TrainConfig(optimizer="lion", learning_rate=0.1), TrainConfig(learning_rate=0.0)):
+        with pytest.raises(ConfigError):
+            GradientOptimizer(train, 3)
+    with pytest.raises(ConfigError, match="None"):
+        GradientOptimizer(TrainConfig(), 3)
+    adam = GradientOptimizer(TrainConfig(optimizer="adam", learning_rate=0.01), 3)
+    with pytest.raises(FederationError, match="shape"):
+        adam.step(np.zeros(3, np.float32), np.zeros(4))
+    with pytest.raises(FederationError, match="NaN"):
+        adam.step(np.zeros(3, np.float32), np.full(3, np.nan))
+    assert adam.state_dict() == {}
+    with pytest.raises(CheckpointError):
+        adam.load_state_dict({"momentum": np.zeros(3)})

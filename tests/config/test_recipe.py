@@ -1,0 +1,91 @@
+"""What `train=auto` chooses, by what nobody has said; and what it never touches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fedtune.config.choices import resolved
+from fedtune.config.convert import from_dict
+from fedtune.config.loader import load
+from fedtune.config.recipe import chosen, filled, in_words
+from fedtune.config.schema import Config
+from fedtune.errors import ConfigError
+from tests.support.golden import Golden
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed", "none"])
+def test_one_gradient_a_round_and_one_optimizer_for_the_run(trust: str) -> None:
+    config = load([f"privacy={trust}"])
+    assert (config.federation.strategy, config.train.local_steps) == ("fedsgd", 1)
+    assert config.train.averaging
+    # The noise of a secure sum was sized for equal weights; elsewhere larger shards count for more.
+    assert config.federation.weighting == ("uniform" if trust == "distributed" else "declared")
+
+
+def test_under_a_trusted_server_nodes_train() -> None:
+    config = load(["privacy=central"])
+    assert (config.federation.strategy, config.train.local_steps) == ("fedavg", 4)
+    assert (config.train.schedule, config.train.averaging) == ("constant", 0.0)
+
+
+@pytest.mark.parametrize("override", ["train.local_steps=3", "train.proximal_mu=0.1"])
+def test_who_asks_for_training_on_nodes_gets_it(override: str) -> None:
+    assert load([override]).federation.strategy == "fedavg"
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed", "central", "none"])
+@pytest.mark.parametrize("adapter", ["head", "lora", "ffa_lora", "bitfit"])
+@pytest.mark.parametrize("compute", ["quick", "standard", "thorough"])
+def test_nothing_is_left_open(trust: str, adapter: str, compute: str) -> None:
+    config = load([f"privacy={trust}", f"adapter={adapter}", f"train.compute={compute}"])
+    for name, value in chosen(config).items():
+        group, _, setting = name.partition(".")
+        assert getattr(getattr(config, group), setting) == value is not None, name
+    assert filled(config) is config  # once is enough: a node that fills in again changes nothing
+
+
+def test_what_is_given_stays_and_is_named() -> None:
+    config = load(["train.learning_rate=0.5", "federation.num_rounds=7"])
+    assert (config.train.learning_rate, config.federation.num_rounds) == (0.5, 7)
+    assert config.federation.evaluate_every == 1
+    assert "given, not by the recipe: train.learning_rate, federation.num_rounds" in in_words(config)
+    assert "given" not in in_words(load([]))
+
+
+def test_the_choice_reads_no_data() -> None:
+    """Settings that say where the data is, or what is in it, change nothing."""
+    plain = resolved(Config())
+    other = resolved(replace(Config(), data=replace(Config().data, name="x", labels=["a", "b", "c"])))
+    assert chosen(plain) == chosen(other)
+
+
+@pytest.mark.parametrize("trust", ["local", "none", "central", "distributed"])
+def test_the_page_of_fixed_numbers_is_the_other_way_to_train(trust: str) -> None:
+    config = load(["train=default", f"privacy={trust}"])
+    assert config.federation.strategy == ("fedsgd" if trust == "distributed" else "fedavg")
+    assert (config.federation.num_rounds, config.train.local_steps, config.train.averaging) == (12, 4, 0.0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["federation.strategy=fedsgd", "train.local_steps=2"],
+        ["federation.strategy=fedsgd", "train.proximal_mu=0.1"],
+        ["federation.server_learning_rate=0.5"],
+        ["privacy=distributed", "federation.strategy=fedadam"],
+        ["privacy=central", "federation.strategy=fedsgd"],
+        ["federation.strategy=fedavg", "train.schedule=cosine"],
+        ["federation.strategy=fedavg", "train.averaging=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_settings_of_the_other_way_are_refused(overrides: list[str], golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(overrides)
+    golden(raised)
+
+
+def test_a_configuration_of_json_is_filled_in() -> None:
+    assert from_dict({}) == resolved(Config())
