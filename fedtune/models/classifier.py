@@ -107,10 +107,12 @@ class EncoderClassifier(nn.Module):
                 raise ValueError("hidden needs first_layer: which layer it is the input of")
             hidden = self.encoder.run(hidden, mask, first_layer, len(self.encoder.layer))
             pooled = self.pool(hidden, mask)
-        if self.normalize:
-            # In float32 whatever the encoder computed in; a vector of zeros stays one.
-            pooled = LENGTH * nn.functional.normalize(pooled.float(), dim=-1)
-        return self.classifier(pooled)
+        return self.classifier(self.scaled(pooled))
+
+    def scaled(self, pooled: Tensor) -> Tensor:
+        """What the head sees of `pooled` [b, d]: in float32 whatever the encoder computed in; a vector of
+        zeros stays one."""
+        return LENGTH * nn.functional.normalize(pooled.float(), dim=-1) if self.normalize else pooled
 
 
 class FlopCount:

@@ -20,6 +20,7 @@ lookup; tokens are then looked up each time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import logging
@@ -218,6 +219,12 @@ class Features:
         _RESIDENT[corpus] = (key, features)
         return features
 
+    @functools.cached_property
+    def _vectors(self) -> NDArray[np.float16]:
+        """The pooled vectors of all records, [n, d], in one place."""
+        rows = self.rows or []
+        return np.concatenate(rows) if rows else np.zeros((0, self.width), dtype=np.float16)
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens that each record takes in a micro-batch, int64 [n]: one for a pooled text."""
@@ -230,8 +237,7 @@ class Features:
         rows of `length` tokens; rows after the first r are dummies."""
         if self.pooled and self.rows is not None:
             features = np.zeros((rows, self.width), dtype=np.float32)
-            for row, record in enumerate(records):
-                features[row] = self.rows[record][0]
+            features[: len(records)] = self._vectors[records]
             return {"pooled": torch.from_numpy(features).to(device)}
         ids, mask = pad(self.corpus, records, length, rows)
         on_device = torch.from_numpy(mask).to(device)

@@ -411,3 +411,32 @@ def test_the_work_of_a_step_is_counted_as_training(tiny_bert: Path) -> None:
     model.flops.counting = lambda key: counted.append(key) or real(key)  # type: ignore[method-assign]
     compute(model, shard, [0, 1], make_plan())
     assert counted and all(kind == "train" for kind, *_ in counted)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
+@pytest.mark.parametrize("rows", [5, 4096])
+def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int
+) -> None:
+    monkeypatch.setattr(dp_step, "_ROWS", rows)
+    model, shard = load(tiny_bert, name="head"), make_shard()
+    plan, records = make_plan(max_grad_norm=clip), list(range(12))
+    closed = compute(model, shard, records, plan)
+    # Where each record is a person of its own, gradients are written out, clipped, and added up.
+    assert near(closed, compute(model, shard, records, plan, units=records), 1e-5)
+    if clip < 1.0:  # the mutants: a norm without the bias, and no clip at all
+        assert not near(closed, compute(model, shard, records, make_plan(max_grad_norm=1e6)), 1e-2)
+    assert not compute(model, shard, [], plan).any()
+
+
+def test_a_head_record_without_a_norm_counts_as_nothing(tiny_bert: Path) -> None:
+    model, shard = load(tiny_bert, name="head"), make_shard()
+    plan, features = make_plan(max_grad_norm=0.5), Features.of(model, shard.data, 64)
+    without = compute(model, shard, [0, 2], plan)
+    assert features.rows is not None
+    features._vectors[1, 3] = math.nan
+    try:
+        broken = compute(model, shard, [0, 1, 2], plan)
+    finally:
+        features._vectors[1] = features.rows[1][0]
+    assert np.isfinite(broken).all() and near(broken, without, 1e-6)
