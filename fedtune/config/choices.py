@@ -100,13 +100,15 @@ def _check_strategy(config: Config) -> None:
     """What only one of the two ways to train has is refused under the other, never ignored."""
     train, federation = config.train, config.federation
     kind, strategy = _mechanism(config), federation.strategy
+    if strategy is None:
+        return  # nobody has filled it in yet
     if strategy not in kind.strategies:
         raise ConfigError(
             f"federation.strategy={strategy} does not fit privacy.trust={config.privacy.trust}, which has "
             f"{', '.join(kind.strategies)}. Leave it out."
         )
     if strategy == "fedsgd":
-        if kind.takes_local_steps and train.local_steps != 1:
+        if kind.takes_local_steps and train.local_steps not in (None, 1):
             raise ConfigError(
                 f"federation.strategy=fedsgd sends one gradient a round, and train.local_steps is "
                 f"{train.local_steps}. Leave train.local_steps out, or use federation.strategy=fedavg."
@@ -125,7 +127,7 @@ def _check_strategy(config: Config) -> None:
         return
     for name, idle in (("schedule", "constant"), ("averaging", 0.0)):
         value = getattr(train, name)
-        if value != idle:
+        if value not in (None, idle):
             raise ConfigError(
                 f"train.{name}={value} is for an optimizer on the server (federation.strategy=fedsgd), and "
                 f"federation.strategy is {strategy}. Leave it out."

@@ -240,7 +240,7 @@ permit:
   max_grad_norm: 10.0
   max_local_steps: 100
   max_rounds: 200
-  max_sample_rate: 0.5
+  max_sample_rate: 1.0
   max_evaluations: 10 # noised answers about held-out data that a run may ask; 0: none
   min_colluders: 1 # trust=distributed: nodes that may side with the server without your data losing its noise
 

@@ -94,7 +94,7 @@ class Permit(Group):
     max_grad_norm: float = 10.0
     max_local_steps: int = 100
     max_rounds: int = 200
-    max_sample_rate: float = 0.5
+    max_sample_rate: float = 1.0
     max_evaluations: int = setting(10, "noised answers about held-out data that a run may ask; 0: none", ge=0)
     min_colluders: int = setting(
         1, "trust=distributed: nodes that may side with the server, which noise must cover", ge=0

@@ -38,6 +38,7 @@ def asked(**privacy: Any) -> Config:
     for name, value in privacy.items():
         setattr(config.privacy, name, value)
     config.federation.num_rounds = 10
+    config.train.sample_rate, config.train.local_steps = 0.1, 4
     return config
 
 
