@@ -125,6 +125,11 @@ def _check_strategy(config: Config) -> None:
                 "Leave it out."
             )
         return
+    if train.optimizer == "adam_mini":
+        raise ConfigError(
+            f"train.optimizer=adam_mini is an optimizer on the server (federation.strategy=fedsgd), and "
+            f"federation.strategy is {strategy}. Use adam, adamw or sgd."
+        )
     for name, idle in (("schedule", "constant"), ("averaging", 0.0)):
         value = getattr(train, name)
         if value not in (None, idle):

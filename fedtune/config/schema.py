@@ -260,8 +260,13 @@ class TrainConfig(Group):
     learning_rate: float | None = setting(
         None, "of the optimizer, wherever it is (fedsgd: on the server); null: by the recipe", gt=0
     )
-    schedule: Literal["constant", "linear", "cosine"] | None = setting(
-        None, "fedsgd: how the rate falls over the rounds, to 0 at the end; null: by the recipe"
+    head_learning_rate: float | None = setting(
+        None, "of the rounds in which the head alone is trained; null: by the recipe", gt=0
+    )
+    schedule: Literal["constant", "cosine"] | None = setting(
+        None,
+        "fedsgd: cosine: the rate rises over a tenth of the rounds, then falls to a tenth of itself; null: "
+        "by the recipe",
     )
     averaging: float | None = setting(
         None,
@@ -270,7 +275,12 @@ class TrainConfig(Group):
         ge=0,
         lt=1,
     )
-    optimizer: Literal["sgd", "adam", "adamw"] = setting("adam", "takes the steps")
+    optimizer: Literal["sgd", "adam", "adamw", "adam_mini"] | None = setting(
+        None, "takes the steps; adam_mini: one second moment for all of the adapter; null: by the recipe"
+    )
+    label_smoothing: float | None = setting(
+        None, "share of a label that is spread over all classes; null: by the recipe", ge=0, lt=1
+    )
     momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)

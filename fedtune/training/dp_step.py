@@ -128,6 +128,7 @@ def _example_gradients(
     records: NDArray[np.int64],
     micro_batch_tokens: int,
     precision: str,
+    label_smoothing: float,
 ) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
     """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter."""
     labels_of = features.corpus.labels
@@ -139,12 +140,18 @@ def _example_gradients(
             with autocast(model.device, precision):
                 logits = model.base(**arguments)
             # Dummy rows do not enter the loss, so their gradients are exactly zero.
-            nn.functional.cross_entropy(logits[: len(rows)].float(), target, reduction="sum").backward()
+            nn.functional.cross_entropy(
+                logits[: len(rows)].float(), target, reduction="sum", label_smoothing=label_smoothing
+            ).backward()
         yield batch.records, [g[: len(rows)] for g in _collect(model, batch.rows)]
 
 
 def _head_sum(
-    model: AdaptedModel, features: Features, records: NDArray[np.int64], plan: PrivacyPlan
+    model: AdaptedModel,
+    features: Features,
+    records: NDArray[np.int64],
+    plan: PrivacyPlan,
+    label_smoothing: float,
 ) -> NDArray[np.float64]:
     """`clipped_sum` of a head alone, each record its own unit, in closed form.
 
@@ -161,7 +168,8 @@ def _head_sum(
             x = model.base.scaled(features.inputs(rows, len(rows), 1, model.device)["pooled"])
             error = torch.softmax(x @ weight.T + bias, dim=1)
             target = torch.from_numpy(features.corpus.labels[rows]).to(model.device)
-            error[torch.arange(len(rows), device=model.device), target] -= 1.0
+            error -= label_smoothing / classes
+            error[torch.arange(len(rows), device=model.device), target] -= 1.0 - label_smoothing
             squares = error.double().square().sum(1) * (x.double().square().sum(1) + 1.0)
             norms = squares.sqrt().cpu().numpy()
             broken = torch.from_numpy(~np.isfinite(norms)).to(model.device)[:, None]
@@ -195,6 +203,7 @@ def clipped_sum(
     *,
     micro_batch_tokens: int,
     precision: str = "auto",
+    label_smoothing: float = 0.0,
 ) -> NDArray[np.float64]:
     """Sum over the drawn units of their clipped gradients, float64 [P]; see the module's guarantee.
 
@@ -203,12 +212,14 @@ def clipped_sum(
     Args:
         features: of the shard's data.
         records: [m] rows of the shard's data that were drawn, m may be 0.
+        label_smoothing: share of a label that is spread over all classes (Szegedy et al. 2016): examples that
+            are right then stop pulling, where clipping would let the logits grow for ever.
         units: [m] the unit of each record, or None where each record is its own unit.
     """
     if units is None and features.pooled:
-        return _head_sum(model, features, records, plan)
+        return _head_sum(model, features, records, plan, label_smoothing)
     total = torch.zeros(model.num_parameters, dtype=torch.float64)
-    options = (micro_batch_tokens, precision)
+    options = (micro_batch_tokens, precision, label_smoothing)
     if units is None:
         for _, gradients in _example_gradients(model, features, records, *options):
             total += torch.cat(clip_and_sum(gradients, plan, model.heads)).cpu().double()

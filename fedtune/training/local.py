@@ -102,6 +102,7 @@ class ShardView:
             plan,
             micro_batch_tokens=self.train.micro_batch_tokens,
             precision=self.train.precision,
+            label_smoothing=self.train.label_smoothing or 0.0,
         )
 
 
@@ -120,6 +121,11 @@ def make_optimizer(theta: torch.nn.Parameter, train: TrainConfig) -> torch.optim
         return torch.optim.Adam([theta], lr=rate)
     if train.optimizer == "adamw":
         return torch.optim.AdamW([theta], lr=rate, weight_decay=decay)
+    if train.optimizer == "adam_mini":
+        raise ConfigError(
+            "train.optimizer=adam_mini is the server's, with federation.strategy=fedsgd. Where nodes train "
+            "by themselves use adam, adamw or sgd."
+        )
     raise ConfigError(f"train.optimizer={train.optimizer!r} is not known; it can be sgd, adam or adamw.")
 
 

@@ -49,7 +49,12 @@ def reference(model: AdaptedModel, shard: Shard, groups: list[list[int]], clip: 
 
 
 def compute(
-    model: AdaptedModel, shard: Shard, records: list[int], plan: PrivacyPlan, units: list[int] | None = None
+    model: AdaptedModel,
+    shard: Shard,
+    records: list[int],
+    plan: PrivacyPlan,
+    units: list[int] | None = None,
+    smoothing: float = 0.0,
 ) -> np.ndarray:
     features = Features.of(model, shard.data, 64, precision="fp32")
     with per_example_gradients(model):
@@ -61,6 +66,7 @@ def compute(
             plan,
             micro_batch_tokens=64,
             precision="fp32",
+            label_smoothing=smoothing,
         )
 
 
@@ -414,18 +420,20 @@ def test_the_work_of_a_step_is_counted_as_training(tiny_bert: Path) -> None:
 
 
 @pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
-@pytest.mark.parametrize("rows", [5, 4096])
+@pytest.mark.parametrize(("rows", "smoothing"), [(5, 0.0), (4096, 0.2)])
 def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int, smoothing: float
 ) -> None:
     monkeypatch.setattr(dp_step, "_ROWS", rows)
     model, shard = load(tiny_bert, name="head"), make_shard()
     plan, records = make_plan(max_grad_norm=clip), list(range(12))
-    closed = compute(model, shard, records, plan)
+    closed = compute(model, shard, records, plan, smoothing=smoothing)
     # Where each record is a person of its own, gradients are written out, clipped, and added up.
-    assert near(closed, compute(model, shard, records, plan, units=records), 1e-5)
-    if clip < 1.0:  # the mutants: a norm without the bias, and no clip at all
+    assert near(closed, compute(model, shard, records, plan, records, smoothing), 1e-5)
+    if clip < 1.0:  # the mutant: no clip at all
         assert not near(closed, compute(model, shard, records, make_plan(max_grad_norm=1e6)), 1e-2)
+    if smoothing and clip > 1.0:  # of two classes a clipped gradient is the same with and without
+        assert not near(closed, compute(model, shard, records, plan), 1e-2)
     assert not compute(model, shard, [], plan).any()
 
 

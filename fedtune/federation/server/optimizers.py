@@ -43,7 +43,8 @@ __all__ = [
 
 State = dict[str, np.ndarray]
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
-_STEPS = ("sgd", "adam", "adamw")
+_STEPS = ("sgd", "adam", "adamw", "adam_mini")
+_RISE, _FLOOR = 0.1, 0.1  # of the cosine schedule: share of the steps, share of the rate
 _WARM_UP = 9.0  # the average begins as that of all adapters: 1/10 is new in the first step, at most
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8  # torch's defaults, which training on a node uses
 
@@ -156,24 +157,29 @@ class FedAdam(ServerOptimizer):
 class GradientOptimizer(ServerOptimizer):
     """SGD with momentum, Adam or AdamW, as in torch.optim; the update is minus a gradient.
 
-    The rate of step t of T is `learning_rate` times 1, 1 - (t - 1) / T, or (1 + cos(pi (t - 1) / T)) / 2, by
-    `schedule`. With `averaging` a > 0 the result is mean_t = s mean_(t-1) + (1 - s) x_t, where
-    s = min(a, t / (t + 9)): early adapters are soon forgotten.
+    `adam_mini` is Adam whose second moment is the mean over all coordinates (Zhang et al. 2024, Adam-mini,
+    arXiv 2406.16793): where noise of one size is on each, a moment for each tells noise from noise.
+
+    The rate of step t of T is `rate`; by the schedule `cosine` it rises in proportion to t over
+    W = max(1, T / 10) steps, and is then 1/10 + 9/10 (1 + cos(pi (t - W) / (T - W))) / 2 of it. With
+    `averaging` a > 0 the result is mean_t = s mean_(t-1) + (1 - s) x_t, where s = min(a, t / (t + 9)): early
+    adapters are soon forgotten.
 
     Args:
-        train: optimizer, rate, schedule and average, complete.
+        train: optimizer, schedule and average, complete.
+        rate: null: `train.learning_rate`.
         num_rounds: T.
     """
 
     settings = "train.learning_rate"
 
-    def __init__(self, train: TrainConfig, num_rounds: int) -> None:
+    def __init__(self, train: TrainConfig, num_rounds: int, rate: float | None = None) -> None:
         super().__init__()
         if train.optimizer not in _STEPS:
             raise ConfigError(
                 f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
             )
-        rate = train.learning_rate
+        rate = train.learning_rate if rate is None else rate
         if rate is None or not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"train.learning_rate={rate} must be a positive number.")
         self.name = f"gradient_{train.optimizer}"
@@ -198,10 +204,13 @@ class GradientOptimizer(ServerOptimizer):
 
     def _share(self, steps: float) -> float:
         """Of the rate, at step `steps` (from 1)."""
-        done = min(1.0, (steps - 1.0) / self._num_rounds)
-        if self._train.schedule == "linear":
-            return 1.0 - done
-        return (1.0 + math.cos(math.pi * done)) / 2.0 if self._train.schedule == "cosine" else 1.0
+        if self._train.schedule != "cosine":
+            return 1.0
+        rise = max(1.0, _RISE * self._num_rounds)
+        if steps <= rise:
+            return steps / rise
+        done = min(1.0, (steps - rise) / max(1.0, self._num_rounds - rise))
+        return _FLOOR + (1.0 - _FLOOR) * (1.0 + math.cos(math.pi * done)) / 2.0
 
     def _stepped(
         self, x: np.ndarray, gradient: np.ndarray, steps: float, rate: float
@@ -218,7 +227,10 @@ class GradientOptimizer(ServerOptimizer):
         if train.optimizer == "adamw":
             x = x * (1.0 - rate * train.weight_decay)
         m = (1.0 - _BETA_1) * gradient + _BETA_1 * self._state.get("m", np.zeros_like(x))
-        v = (1.0 - _BETA_2) * gradient**2 + _BETA_2 * self._state.get("v", np.zeros_like(x))
+        square = gradient**2
+        if train.optimizer == "adam_mini":
+            square = np.array([square.mean()])
+        v = (1.0 - _BETA_2) * square + _BETA_2 * self._state.get("v", np.zeros_like(square))
         x = x - rate * (m / (1.0 - _BETA_1**steps)) / (np.sqrt(v / (1.0 - _BETA_2**steps)) + _EPS)
         return x, {"m": m, "v": v}
 
