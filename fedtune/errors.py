@@ -60,13 +60,16 @@ class FedtuneError(Exception):
     Args:
         message: one paragraph.
         public: whether it is made of public values alone; None: what is so for all errors of this kind.
+        setting: the setting, argument or field of a plan that it is about, for a program that asks; None: it
+            is about several, or none.
     """
 
     of_public_values: ClassVar[bool] = False  # the safe side: a kind that says nothing is the owner's
     in_public: ClassVar[str] = "it cannot go on"  # said in the place of a text that is the owner's
 
-    def __init__(self, message: str = "", *, public: bool | None = None) -> None:
+    def __init__(self, message: str = "", *, public: bool | None = None, setting: str | None = None) -> None:
         super().__init__(message)
+        self.setting = setting
         self.public = self.of_public_values if public is None else public
 
 

@@ -73,13 +73,15 @@ def check_together(config: Config) -> None:
     if nodes is not None and cohort is not None and cohort > nodes:
         raise ConfigError(
             f"federation.cohort_size={cohort} is more than federation.nodes={nodes}: a round cannot ask more "
-            "nodes than there are."
+            "nodes than there are.",
+            setting="federation.cohort_size",
         )
     most = cohort if cohort is not None else nodes
     if most is not None and federation.min_updates > most:
         raise ConfigError(
             f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
-            "Lower federation.min_updates."
+            "Lower federation.min_updates.",
+            setting="federation.min_updates",
         )
 
 
@@ -92,7 +94,8 @@ def _check_unit(config: Config) -> None:
         return
     raise ConfigError(
         f"privacy.unit=person needs to know whose record is whose, and {data.name!r} has no unit column. "
-        "Name it in data.unit, or use privacy.unit=record."
+        "Name it in data.unit, or use privacy.unit=record.",
+        setting="privacy.unit",
     )
 
 
@@ -144,7 +147,8 @@ def _check_evaluation(config: Config) -> None:
     if data.test_public and data.test_split is None:
         raise ConfigError(
             "data.test_public=true says that a test split is public, and data.test_split names none. Name it "
-            "(data.test_split=test), or leave data.test_public out."
+            "(data.test_split=test), or leave data.test_public out.",
+            setting="data.test_public",
         )
     if evaluation == "public" and not public_test(data):
         split = "test" if data.test_split is None else data.test_split
@@ -153,7 +157,8 @@ def _check_evaluation(config: Config) -> None:
             "declared neither all of it nor a test split public: what is held out of private data is "
             "private. Leave federation.evaluation out (nodes then answer with noised counts, inside "
             "epsilon), or, if it is true, declare a test split: "
-            f"data.test_split={split} data.test_public=true."
+            f"data.test_split={split} data.test_public=true.",
+            setting="federation.evaluation",
         )
 
 

@@ -270,7 +270,7 @@ def unknown_setting(name: str, known: Iterable[str], where: str = "", listing: s
     hint = f" Did you mean {guess}?" if guess else ""
     place = f" in {where}" if where else ""
     listing = listing or "'fedtune run --help' lists all of them."
-    return ConfigError(f"There is no setting {name!r}{place}.{hint} {listing}")
+    return ConfigError(f"There is no setting {name!r}{place}.{hint} {listing}", setting=name)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -336,13 +336,14 @@ def _refusal(error: ValidationError, schema: type, where: str) -> ConfigError:
         listing = "" if schema is Config else f"There are: {', '.join(known)}."
         return unknown_setting(name, known, where, listing)
     if problem["type"] == "missing":
-        return ConfigError(f"{name}{place} is missing: it must be {_needed(name, known)}.")
+        return ConfigError(f"{name}{place} is missing: it must be {_needed(name, known)}.", setting=name)
     if problem["type"] == "dataclass_type":
         if not name:
             return ConfigError(f"{where} must be a mapping of settings, not {type(value).__name__}.")
         below = ", ".join(other for other in known if other.startswith(name + "."))
         return ConfigError(
-            f"{name}{place} must be a mapping of settings, not {value!r}. Settings below it: {below}."
+            f"{name}{place} must be a mapping of settings, not {value!r}. Settings below it: {below}.",
+            setting=name,
         )
     setting = known[name]
     reason = problem["ctx"]["error"] if problem["type"] == "value_error" else setting.allowed
@@ -351,7 +352,9 @@ def _refusal(error: ValidationError, schema: type, where: str) -> ConfigError:
     hint = f" Did you mean {name}={guess}?" if guess else ""
     if setting.kind in (list, tuple) and isinstance(value, (bool, int)):
         hint = " YAML reads a bare no, yes or 1 as something else: quote it."
-    return ConfigError(f"{name}={value_text(value)}{place} is not allowed: it must be {reason}{other}.{hint}")
+    return ConfigError(
+        f"{name}={value_text(value)}{place} is not allowed: it must be {reason}{other}.{hint}", setting=name
+    )
 
 
 def _needed(name: str, known: Mapping[str, Setting]) -> str:

@@ -112,7 +112,7 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
             values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except MissingMandatoryValue as error:
             name = str(error.full_key or "")
-            raise ConfigError(f"{name} must be given: add {name}=VALUE.") from error
+            raise ConfigError(f"{name} must be given: add {name}=VALUE.", setting=name) from error
     for group in ("experiment", "sweep"):
         values.pop(group, None)
     privacy = values.get("privacy")

@@ -74,7 +74,9 @@ def check_overrides(
             continue
         _refuse_odd_forms(override, text)
         if key in keys:
-            raise ConfigError(f"{key} is given twice ({text!r} is the second). Keep one of them.")
+            raise ConfigError(
+                f"{key} is given twice ({text!r} is the second). Keep one of them.", setting=key
+            )
         keys.add(key)
         sweeping = bool(override.is_sweep_override())
         if sweeping and not multirun:
@@ -196,7 +198,7 @@ def _refuse_odd_forms(override: Override, text: str) -> None:
         return
     branch = [name for name in settings() if name.startswith(key + ".")]
     if branch:
-        raise ConfigError(f"{key} is no single setting. Settings below it: {', '.join(branch)}.")
+        raise ConfigError(f"{key} is no single setting. Settings below it: {', '.join(branch)}.", setting=key)
     raise unknown_setting(key, [*settings(), *GROUPS])
 
 

@@ -42,7 +42,7 @@ def number(value: Any, name: str) -> float:
         with suppress(OverflowError):  # an int that no float holds
             found = float(value)
     if math.isnan(found):
-        raise PrivacyError(f"{name} must be a number, not {value!r}.")
+        raise PrivacyError(f"{name} must be a number, not {value!r}.", setting=name)
     return found
 
 
@@ -57,9 +57,9 @@ def whole(value: Any, name: str, least: int = 1) -> int:
     except TypeError:
         count = None
     if count is None or count < least:
-        raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.")
+        raise PrivacyError(f"{name} must be a whole number of {least} or more, not {value!r}.", setting=name)
     if count > _MOST_COUNT:  # what follows computes with floats
-        raise PrivacyError(f"{name} must be {_MOST_COUNT:.0e} or less, not {value!r}.")
+        raise PrivacyError(f"{name} must be {_MOST_COUNT:.0e} or less, not {value!r}.", setting=name)
     return count
 
 
@@ -67,7 +67,7 @@ def probability(value: Any, name: str) -> float:
     """`value` as a float. Raises `PrivacyError` unless it lies in (0, 1]."""
     found = number(value, name)
     if not 0.0 < found <= 1.0:
-        raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.")
+        raise PrivacyError(f"{name} is a probability in (0, 1], not {value!r}.", setting=name)
     return found
 
 
@@ -86,52 +86,67 @@ def validate(plan: PrivacyPlan) -> None:
     """
     trust = plan.mechanism.trust
     if plan.unit not in UNITS:
-        raise PrivacyError(f"privacy.unit must be one of {', '.join(UNITS)}, not {plan.unit!r}.")
+        raise PrivacyError(
+            f"privacy.unit must be one of {', '.join(UNITS)}, not {plan.unit!r}.", setting="privacy.unit"
+        )
     if not isinstance(plan.reproducible_noise, bool):
         raise PrivacyError(
-            f"privacy.reproducible_noise must be true or false, not {plan.reproducible_noise!r}."
+            f"privacy.reproducible_noise must be true or false, not {plan.reproducible_noise!r}.",
+            setting="privacy.reproducible_noise",
         )
     for name in ("num_rounds", "declared_size", "records_per_unit", "nodes"):
         whole(getattr(plan, name), name)
     if isinstance(plan.seed, bool) or not isinstance(plan.seed, int):
-        raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.")
+        raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.", setting="seed")
     noise = number(plan.noise_multiplier, "privacy.noise_multiplier")
     norm = number(plan.max_grad_norm, "privacy.max_grad_norm")
     delta = number(plan.delta, "privacy.delta")
     share = number(plan.head_share, "privacy.head_share")
     if norm <= 0.0:
-        raise PrivacyError(f"privacy.max_grad_norm must be above 0, not {norm}.")
+        raise PrivacyError(
+            f"privacy.max_grad_norm must be above 0, not {norm}.", setting="privacy.max_grad_norm"
+        )
     if not 0.0 <= share < 1.0:
-        raise PrivacyError(f"privacy.head_share must be 0 or more and below 1, not {share}.")
+        raise PrivacyError(
+            f"privacy.head_share must be 0 or more and below 1, not {share}.", setting="privacy.head_share"
+        )
     if share and not plan.mechanism.clips_gradients:
-        raise PrivacyError(HEAD_SHARE.format(share, trust))
+        raise PrivacyError(HEAD_SHARE.format(share, trust), setting="privacy.head_share")
     if plan.target_epsilon is not None:
         target = number(plan.target_epsilon, "privacy.epsilon")
         if not 0.0 < target < math.inf:
-            raise PrivacyError(f"privacy.epsilon must be finite and above 0, not {target}.")
+            raise PrivacyError(
+                f"privacy.epsilon must be finite and above 0, not {target}.", setting="privacy.epsilon"
+            )
     _validate_sizes(plan)
     _validate_evaluation(plan)
     if not plan.is_private():
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
             raise PrivacyError(
                 f"privacy.trust={trust} has no noise, no delta and no epsilon; a noise multiplier of "
-                f"{noise}, delta {delta} or epsilon {plan.target_epsilon} promises what nothing keeps."
+                f"{noise}, delta {delta} or epsilon {plan.target_epsilon} promises what nothing keeps.",
+                setting="privacy.trust",
             )
         return
     if not 0.0 < noise < math.inf:
         raise PrivacyError(
             f"privacy.noise_multiplier must be finite and above 0, not {noise}. For a run without noise, say "
-            "so: privacy.trust=none."
+            "so: privacy.trust=none.",
+            setting="privacy.noise_multiplier",
         )
     _validate_extent(plan)
     if math.isinf(norm):
-        raise PrivacyError("privacy.max_grad_norm must be finite: without a bound no noise is enough.")
+        raise PrivacyError(
+            "privacy.max_grad_norm must be finite: without a bound no noise is enough.",
+            setting="privacy.max_grad_norm",
+        )
     _check_delta(delta, plan)
     if plan.unit not in plan.mechanism.units:
         raise PrivacyError(
             f"privacy.trust={trust} cannot protect privacy.unit={plan.unit}: whole updates are clipped "
             "and noised only by a trusted server (trust=central, unit=client), and it protects clients, not "
-            "single records or persons. For those use trust=local or distributed."
+            "single records or persons. For those use trust=local or distributed.",
+            setting="privacy.unit",
         )
     plan.mechanism.check(plan)
 
@@ -144,7 +159,8 @@ def _validate_extent(plan: PrivacyPlan) -> None:
         if not _LEAST_NOISE <= value <= _MOST_NOISE:
             raise PrivacyError(
                 f"{name} is {value:g}, and must lie between {_LEAST_NOISE:g} and {_MOST_NOISE:g}: with less "
-                "nobody is protected (privacy.trust=none says so), with more nothing is learnt."
+                "nobody is protected (privacy.trust=none says so), with more nothing is learnt.",
+                setting=name,
             )
     if (steps := plan.steps() + plan.evaluation_answers) > _MOST_STEPS:
         raise PrivacyError(
@@ -172,19 +188,25 @@ def _validate_evaluation(plan: PrivacyPlan) -> None:
     if not 0.0 < share < 1.0:
         raise PrivacyError(
             f"federation.evaluation_share must lie strictly between 0 and 1, not {share}: some units are "
-            "trained on and others are evaluated on."
+            "trained on and others are evaluated on.",
+            setting="federation.evaluation_share",
         )
     if not plan.is_private():
         if noise != 0.0:
-            raise PrivacyError(f"privacy.trust={plan.trust} has no noise; evaluation_noise is {noise}.")
+            raise PrivacyError(
+                f"privacy.trust={plan.trust} has no noise; evaluation_noise is {noise}.",
+                setting="privacy.trust",
+            )
     elif not 0.0 < noise < math.inf:
-        raise PrivacyError(f"evaluation_noise must be finite and above 0, not {noise}.")
+        raise PrivacyError(
+            f"evaluation_noise must be finite and above 0, not {noise}.", setting="evaluation_noise"
+        )
 
 
 def _validate_sizes(plan: PrivacyPlan) -> None:
     noise = number(plan.size_noise, "size_noise")
     if not 0.0 <= noise < math.inf:
-        raise PrivacyError(f"size_noise must be finite and 0 or more, not {noise}.")
+        raise PrivacyError(f"size_noise must be finite and 0 or more, not {noise}.", setting="size_noise")
     if noise and not (plan.is_private() and plan.mechanism.tells_size):
         raise PrivacyError(
             f"A plan with trust={plan.trust} has sizes told with noise ({noise:g}): it needs none."
@@ -193,7 +215,9 @@ def _validate_sizes(plan: PrivacyPlan) -> None:
 
 def _check_delta(delta: float, plan: PrivacyPlan) -> None:
     if not 0.0 < delta < 1.0:
-        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
+        raise PrivacyError(
+            f"privacy.delta must lie strictly between 0 and 1, not {delta}.", setting="privacy.delta"
+        )
     most = plan.most_units()
     if delta < 1.0 / most:
         return
@@ -210,5 +234,6 @@ def _check_delta(delta: float, plan: PrivacyPlan) -> None:
     raise PrivacyError(
         f"privacy.delta={delta:g} is not below 1/n = {1.0 / most:.3g}, with n = {most:.0f} units "
         f"({plan.unit}) {exact}: it would allow publishing somebody's data outright. Set it well below "
-        "that, or leave it out." + hint
+        "that, or leave it out." + hint,
+        setting="privacy.delta",
     )

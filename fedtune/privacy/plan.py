@@ -437,7 +437,8 @@ def make_plan(
             raise PrivacyError(
                 f"privacy.trust={kind.trust} adds no noise, but privacy.noise_multiplier is "
                 f"{privacy.noise_multiplier}. Choose trust=local, distributed or central, or leave the noise "
-                "multiplier out."
+                "multiplier out.",
+                setting="privacy.noise_multiplier",
             )
         mechanism = kind.from_settings(config, nodes)
         return PrivacyPlan(
@@ -446,7 +447,7 @@ def make_plan(
     try:
         kind.check_server_noise(config)  # a setting of another mechanism is refused, never ignored
     except ConfigError as error:
-        raise PrivacyError(str(error)) from error
+        raise PrivacyError(str(error), setting=error.setting) from error
     mechanism = kind.from_settings(config, nodes)
     if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
         both = privacy.epsilon is not None
@@ -490,5 +491,5 @@ def make_plan(
     try:
         noise = noise_multiplier_for(privacy.epsilon, delta, sample_rate=rate, steps=steps, also=also)
     except CalibrationError as error:
-        raise CalibrationError(f"{error}{mechanism.why_no_noise(draft)}") from error
+        raise CalibrationError(f"{error}{mechanism.why_no_noise(draft)}", setting=error.setting) from error
     return with_noise(noise)

@@ -60,17 +60,19 @@ def test_a_promise_without_privacy_is_refused(override: str, golden: Golden) -> 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "setting"),
     [
-        (["federation.nodes=4", "federation.cohort_size=5"], "cohort_size=5"),
-        (["federation.nodes=4", "federation.min_updates=5"], "min_updates=5"),
-        (["privacy.adaptive_clipping=true"], "central"),
-        (["privacy=central", "privacy.head_share=0.5"], "privacy.head_share=0.5 .* privacy.trust=central"),
+        (["federation.nodes=4", "federation.cohort_size=5"], "federation.cohort_size"),
+        (["federation.nodes=4", "federation.min_updates=5"], "federation.min_updates"),
+        (["privacy.adaptive_clipping=true"], "privacy.adaptive_clipping"),
+        (["privacy=central", "privacy.head_share=0.5"], "privacy.head_share"),
     ],
 )
-def test_settings_that_do_not_fit_together(overrides: list[str], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
+def test_settings_that_do_not_fit_together(overrides: list[str], setting: str, golden: Golden) -> None:
+    with pytest.raises(ConfigError) as raised:
         load(overrides)
+    assert raised.value.setting == setting
+    golden(raised)
 
 
 def test_a_page_of_the_users_own(tmp_path: Path, golden: Golden) -> None:
@@ -88,21 +90,22 @@ def test_a_page_of_the_users_own(tmp_path: Path, golden: Golden) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "words"),
+    ("page", "setting", "words"),
     [
-        ("source: files\ntxt: body\n", r"data\.txt.*Did you mean data\.text"),
-        ("source: files\nmax_length: long\n", r"data\.max_length=long"),
-        ("source: files\nmax_length: .nan\n", r"data\.max_length"),
-        ("source: [files\n", "cannot be composed"),
-        ("- source\n", "cannot be composed"),
-        ("source: ${nothing.here}\n", "nothing"),
+        ("source: files\ntxt: body\n", "data.txt", r"Did you mean data\.text"),
+        ("source: files\nmax_length: long\n", "data.max_length", "=long"),
+        ("source: files\nmax_length: .nan\n", "data.max_length", "is not allowed"),
+        ("source: [files\n", None, "cannot be composed"),
+        ("- source\n", None, "cannot be composed"),
+        ("source: ${nothing.here}\n", None, "nothing"),
     ],
 )
-def test_a_broken_page_of_the_users_own(tmp_path: Path, page: str, words: str) -> None:
+def test_a_broken_page_of_the_users_own(tmp_path: Path, page: str, setting: str | None, words: str) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.yaml").write_text(page)
     with pytest.raises(ConfigError, match=words) as caught:
         load(["data=mine"], [tmp_path])
+    assert caught.value.setting == setting and (setting or "") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -149,8 +152,9 @@ def test_a_page_that_holds_itself_is_refused(tmp_path: Path) -> None:
 def test_a_price_book_has_a_date_or_none(date: str) -> None:
     assert load(["pricing.date=2026-02-28"]).pricing.date == "2026-02-28"
     assert load(["pricing.date=''"]).pricing.date == ""
-    with pytest.raises(ConfigError, match=r"pricing\.date=.* a date such as 2026-11-01"):
+    with pytest.raises(ConfigError, match="a date such as 2026-11-01") as raised:
         load([f"pricing.date='{date}'"])
+    assert raised.value.setting == "pricing.date"
 
 
 def test_loading_leaves_hydra_as_it_was() -> None:

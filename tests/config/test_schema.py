@@ -43,8 +43,9 @@ def test_what_is_never_allowed(name: str) -> None:
     wrong += ["?"] if known.choices else []
     wrong += ["abc"] if known.kind is list else [["a"]]
     for value in wrong:
-        with pytest.raises(ConfigError, match=name) as caught:
+        with pytest.raises(ConfigError) as caught:
             check_value(name, value)
+        assert caught.value.setting == name and str(caught.value).startswith(name)
         assert "\n" not in str(caught.value)
 
 
@@ -76,12 +77,15 @@ def test_edges_of_ranges(name: str, inside: tuple[Any, ...], outside: tuple[Any,
     for value in outside:
         with pytest.raises(ConfigError) as caught:
             build(Edges, {name: value}, "a test")
+        assert caught.value.setting == name
         assert f" in a test is not allowed: it must be {words}." in str(caught.value)
 
 
 def test_message_has_value_and_way_out(golden: Golden) -> None:
-    with pytest.raises(ConfigError, match=r"train\.sample_rate=1\.5 .* in \(0, 1\]"):
+    with pytest.raises(ConfigError) as raised:
         check_value("train.sample_rate", 1.5)
+    assert raised.value.setting == "train.sample_rate"
+    golden(raised)
     with pytest.raises(ConfigError) as raised:
         check_value("model.quantization", "int4")
     assert "int8" in str(raised.value)

@@ -258,8 +258,11 @@ def test_delta_is_for_all_units_also_those_that_are_held_out() -> None:
 
 
 def test_a_given_noise_needs_a_given_evaluation_epsilon() -> None:
-    with pytest.raises(PrivacyError, match=r"federation\.evaluation_epsilon"):
+    with pytest.raises(PrivacyError) as raised:
         make_plan(asking(epsilon=None, noise_multiplier=1.0), [1000])
+    assert raised.value.setting == "federation.evaluation_epsilon" and raised.value.setting in str(
+        raised.value
+    )
     plan = make_plan(asking(epsilon=None, noise_multiplier=1.0, evaluation_epsilon=0.5), [1000])
     evaluation = plan.evaluation()
     assert evaluation is not None
@@ -288,8 +291,10 @@ def test_a_plan_with_answers_survives_json() -> None:
     ],
 )
 def test_settings_without_meaning_are_refused(changes: dict[str, object], word: str) -> None:
-    with pytest.raises(PrivacyError, match=word):
+    with pytest.raises(PrivacyError) as raised:
         local_plan(**changes)
+    assert word in str(raised.value)
+    assert word == "without answers" or (raised.value.setting or "").rpartition(".")[2] == word
 
 
 def test_trust_central_is_refused_and_none_has_no_noise(golden: Golden) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -318,6 +319,11 @@ def test_each_shard_divides_by_its_own_declared_size_and_the_union_by_the_unions
 NOT_NUMBERS = [math.nan, True, "1", None]
 
 
+def names(error: PrivacyError, field: str) -> bool:
+    """Whether an error is about this field, for a program and for a person."""
+    return (error.setting or "").rpartition(".")[2] == field and field in str(error)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -338,8 +344,9 @@ NOT_NUMBERS = [math.nan, True, "1", None]
     ],
 )
 def test_every_field_refuses_what_has_no_meaning(field: str, value: Any) -> None:
-    with pytest.raises(PrivacyError, match=field.replace("target_", "")):
+    with pytest.raises(PrivacyError) as raised:
         local_plan(**{field: value})
+    assert names(raised.value, field.replace("target_", ""))
 
 
 @pytest.mark.parametrize(
@@ -354,8 +361,9 @@ def test_every_field_refuses_what_has_no_meaning(field: str, value: Any) -> None
     ],
 )
 def test_settings_of_one_mechanism_refuse_what_has_no_meaning(make: Any, field: str, value: Any) -> None:
-    with pytest.raises(PrivacyError, match=field):
+    with pytest.raises(PrivacyError) as raised:
         make(**{field: value})
+    assert names(raised.value, field)
 
 
 @pytest.mark.parametrize("mechanism", ["local", None, {"trust": "local"}, mechanism_of("local")])
@@ -567,8 +575,12 @@ def test_few_clients_are_said_to_be_few(golden: Golden) -> None:
     ],
 )
 def test_settings_without_meaning_are_named_before_anything_is_read(changes: Any, named: str) -> None:
-    with pytest.raises(PrivacyError, match=named):
+    with pytest.raises(PrivacyError) as raised:
         make_plan(config(**changes), [900, 300])
+    if named in {name.rpartition("__")[2] for name in changes}:
+        assert names(raised.value, named)
+    else:
+        assert re.search(named, str(raised.value))
 
 
 @pytest.mark.parametrize(("trust", "unit"), [("local", "person"), ("distributed", "record")])

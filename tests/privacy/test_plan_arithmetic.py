@@ -294,10 +294,12 @@ def test_a_client_of_a_trusted_server_trains_without_privacy() -> None:
         max_grad_norm=math.inf, declared_size=500, delta=0.0, seed=3,
     )  # fmt: skip
     for make in (central_plan, distributed_plan, local_plan, public_plan):
-        with pytest.raises(PrivacyError, match="^declared_size must be"):
+        with pytest.raises(PrivacyError, match="^declared_size must be") as raised:
             make().for_shard(0)
-    with pytest.raises(PrivacyError, match="^declared_size must be"):
+        assert raised.value.setting == "declared_size"
+    with pytest.raises(PrivacyError, match="^declared_size must be") as raised:
         plan.training_plan(0)
+    assert raised.value.setting == "declared_size"
     assert central_plan().for_shard(3) == central_plan()
     assert public_plan().for_shard(3).declared_size == 3
 

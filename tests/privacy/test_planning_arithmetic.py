@@ -271,19 +271,23 @@ def test_no_noise_is_found_for_clients_who_are_seen(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_named_in_a_refusal(asked: Asked, golden: Golden) -> None:
     for changes, named in (
-        ({"unit": "person", "records_per_unit": 0}, r"^privacy\.records_per_unit must"),
-        ({"epsilon": None, "noise_multiplier": "x"}, r"^privacy\.noise_multiplier must"),
+        ({"unit": "person", "records_per_unit": 0}, "privacy.records_per_unit"),
+        ({"epsilon": None, "noise_multiplier": "x"}, "privacy.noise_multiplier"),
         ({"trust": "central", "adaptive_clipping": True, "federation__cohort_size": 0},
-         r"^federation\.cohort_size must"),
+         "federation.cohort_size"),
         ({"trust": "central", "adaptive_clipping": True, "epsilon": None, "noise_multiplier": "x"},
-         r"^privacy\.noise_multiplier must"),
+         "privacy.noise_multiplier"),
     ):  # fmt: skip
-        with pytest.raises(PrivacyError, match=named):
+        with pytest.raises(PrivacyError) as raised:
             make_plan(config(**changes), [900, 300])
-    with pytest.raises(PrivacyError, match="^declared size of a node must"):
+        assert raised.value.setting == named and str(raised.value).startswith(f"{named} must")
+    with pytest.raises(PrivacyError) as raised:
         make_plan(config(), [0])
-    with pytest.raises(PrivacyError, match="^privacy.trust must be one of local"):
+    assert raised.value.setting == "declared size of a node"
+    assert str(raised.value).startswith("declared size of a node must")
+    with pytest.raises(PrivacyError, match="^privacy.trust must be one of local") as raised:
         make_plan(config(trust="secret"), [1])  # before it is told that one unit has nobody to hide among
+    assert raised.value.setting == "privacy.trust"
     with pytest.raises(PrivacyError) as raised:
         make_plan(config(), [])
     golden(raised)

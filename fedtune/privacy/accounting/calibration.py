@@ -94,16 +94,21 @@ def noise_multiplier_for(
 def _check(target_epsilon: float, delta: float, sample_rate: float, steps: int) -> None:
     for name, value in (("epsilon", target_epsilon), ("delta", delta), ("sample_rate", sample_rate)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise PrivacyError(f"{name} must be a finite number, not {value!r}.")
+            raise PrivacyError(f"{name} must be a finite number, not {value!r}.", setting=name)
     if target_epsilon <= 0.0:
         raise PrivacyError(
             f"privacy.epsilon must be above 0, not {target_epsilon}. For a run without privacy, say so: "
-            "privacy.trust=none."
+            "privacy.trust=none.",
+            setting="privacy.epsilon",
         )
     if not 0.0 < delta < 1.0:
-        raise PrivacyError(f"privacy.delta must lie strictly between 0 and 1, not {delta}.")
+        raise PrivacyError(
+            f"privacy.delta must lie strictly between 0 and 1, not {delta}.", setting="privacy.delta"
+        )
     if not 0.0 < sample_rate <= 1.0:
-        raise PrivacyError(f"train.sample_rate is a probability in (0, 1], not {sample_rate}.")
+        raise PrivacyError(
+            f"train.sample_rate is a probability in (0, 1], not {sample_rate}.", setting="train.sample_rate"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PrivacyError(f"steps must be a whole number of 1 or more, not {steps!r}.")
 
@@ -230,7 +235,8 @@ def _refuse_small(target: float, delta: float, sample_rate: float, steps: int, r
         f"No noise meets epsilon {target:g} at delta {delta:g}: with sample rate {sample_rate:g} and {steps} "
         f"steps the smallest that can be reached is {reached:.3g}, at noise multiplier "
         f"{MAX_NOISE_MULTIPLIER:g}, where nothing would be learnt. Raise privacy.epsilon, or lower "
-        "train.sample_rate, train.local_steps or federation.num_rounds."
+        "train.sample_rate, train.local_steps or federation.num_rounds.",
+        setting="privacy.epsilon",
     )
 
 
@@ -239,7 +245,8 @@ def _refuse_large(target: float, delta: float, sample_rate: float, steps: int, r
         f"epsilon {target:g} at delta {delta:g} needs less noise than the least allowed, "
         f"{MIN_NOISE_MULTIPLIER:g}, which gives {reached:.3g} with sample rate {sample_rate:g} and {steps} "
         "steps. An epsilon of that size protects nobody: lower privacy.epsilon, or say that there is no "
-        "privacy with privacy.trust=none."
+        "privacy with privacy.trust=none.",
+        setting="privacy.epsilon",
     )
 
 

@@ -44,10 +44,16 @@ _METHODS = ("gaussian", CORRELATED)
 def check_server_values(method: Any, clip_quantile: Any) -> None:
     """Raises `PrivacyError` for a `privacy.mechanism` or `privacy.clip_quantile` without any meaning."""
     if method not in _METHODS:
-        raise PrivacyError(f"privacy.mechanism must be one of {', '.join(_METHODS)}, not {method!r}.")
+        raise PrivacyError(
+            f"privacy.mechanism must be one of {', '.join(_METHODS)}, not {method!r}.",
+            setting="privacy.mechanism",
+        )
     quantile = number(clip_quantile, "privacy.clip_quantile")
     if not 0.0 < quantile < 1.0:
-        raise PrivacyError(f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.")
+        raise PrivacyError(
+            f"privacy.clip_quantile must lie strictly between 0 and 1, not {quantile}.",
+            setting="privacy.clip_quantile",
+        )
 
 
 class Mechanism(ABC):
@@ -111,18 +117,21 @@ class Mechanism(ABC):
                 f"privacy.epsilon={privacy.epsilon:g} and privacy.noise_multiplier="
                 f"{privacy.noise_multiplier:g} were both given, but each follows from the other. Give "
                 "privacy.epsilon to have the noise calibrated, or privacy.noise_multiplier to have the "
-                "epsilon computed."
+                "epsilon computed.",
+                setting="privacy.epsilon",
             )
         if privacy.epsilon is None and privacy.noise_multiplier is None:
             raise ConfigError(
                 f"privacy.trust={cls.trust} needs privacy.epsilon (the noise is then calibrated) or "
                 "privacy.noise_multiplier (epsilon is then computed). For a run without any privacy, say "
-                "privacy.trust=none."
+                "privacy.trust=none.",
+                setting="privacy.trust",
             )
         if privacy.noise_multiplier == 0:
             raise ConfigError(
                 f"privacy.noise_multiplier=0 with privacy.trust={cls.trust} would promise privacy without "
-                "noise. Give a multiplier above 0, or say privacy.trust=none."
+                "noise. Give a multiplier above 0, or say privacy.trust=none.",
+                setting="privacy.noise_multiplier",
             )
         cls.check_server_noise(config)
         cls.check_evaluation(config)
@@ -136,12 +145,15 @@ class Mechanism(ABC):
         check_server_values(privacy.mechanism, privacy.clip_quantile)
         if privacy.adaptive_clipping:
             raise ConfigError(
-                f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with {cls.trust}."
+                f"privacy.adaptive_clipping=true works with privacy.trust=central only, not with "
+                f"{cls.trust}.",
+                setting="privacy.adaptive_clipping",
             )
         if privacy.mechanism == CORRELATED:
             raise ConfigError(
                 f"privacy.mechanism={CORRELATED} works with privacy.trust=central only, not with "
-                f"{cls.trust}: a server that all clients trust makes its noise."
+                f"{cls.trust}: a server that all clients trust makes its noise.",
+                setting="privacy.mechanism",
             )
         cls.check_bands(config)
 
@@ -161,7 +173,8 @@ class Mechanism(ABC):
         if config.federation.weighting != "uniform":
             raise PrivacyError(
                 f"federation.weighting={config.federation.weighting} does not fit privacy.trust={cls.trust}: "
-                "the noise was sized for equal weights. Use federation.weighting=uniform."
+                "the noise was sized for equal weights. Use federation.weighting=uniform.",
+                setting="federation.weighting",
             )
 
     @classmethod
@@ -172,7 +185,8 @@ class Mechanism(ABC):
             raise ConfigError(
                 "federation.evaluation=held_out evaluates on private data without noise, which only a run "
                 f"without privacy does (privacy.trust=none), and privacy.trust is {cls.trust}. Leave "
-                "federation.evaluation out, or use private or none."
+                "federation.evaluation out, or use private or none.",
+                setting="federation.evaluation",
             )
         if federation.evaluation != "private":
             return
@@ -181,12 +195,14 @@ class Mechanism(ABC):
             raise ConfigError(
                 f"federation.evaluation_epsilon={part:g} leaves nothing for training of "
                 f"privacy.epsilon={target:g}, which it is a part of. Lower it (a quarter costs training "
-                "little), or raise privacy.epsilon."
+                "little), or raise privacy.epsilon.",
+                setting="federation.evaluation_epsilon",
             )
         if part is None and target is None:
             raise ConfigError(
                 "federation.evaluation=private with privacy.noise_multiplier needs "
-                "federation.evaluation_epsilon, which says what all answers about held-out data may cost."
+                "federation.evaluation_epsilon, which says what all answers about held-out data may cost.",
+                setting="federation.evaluation_epsilon",
             )
 
     @classmethod

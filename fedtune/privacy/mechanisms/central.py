@@ -86,7 +86,8 @@ class Central(Mechanism):
         """Raises `PrivacyError`, naming the first setting without meaning."""
         if not isinstance(self.adaptive_clipping, bool):
             raise PrivacyError(
-                f"privacy.adaptive_clipping must be true or false, not {self.adaptive_clipping!r}."
+                f"privacy.adaptive_clipping must be true or false, not {self.adaptive_clipping!r}.",
+                setting="privacy.adaptive_clipping",
             )
         probability(self.training_sample_rate, "train.sample_rate")
         for name in ("cohort_size", "training_steps"):
@@ -97,12 +98,14 @@ class Central(Mechanism):
         if not self._is_correlated and (self.bands, self.min_separation) != (1, 1):
             raise PrivacyError(
                 f"privacy.bands={self.bands} and privacy.min_separation={self.min_separation} are settings "
-                f"of privacy.mechanism={CORRELATED}, and this plan's is {self.method}. Leave them out."
+                f"of privacy.mechanism={CORRELATED}, and this plan's is {self.method}. Leave them out.",
+                setting="privacy.bands",
             )
         if self._is_correlated and self.adaptive_clipping:
             raise PrivacyError(
                 f"privacy.adaptive_clipping=true does not fit privacy.mechanism={CORRELATED}: noise that is "
-                "taken back in later rounds must have one scale in all of them. Leave adaptive_clipping out."
+                "taken back in later rounds must have one scale in all of them. Leave adaptive_clipping out.",
+                setting="privacy.adaptive_clipping",
             )
         number(self.quantile_noise, "quantile_noise")
 
@@ -125,7 +128,9 @@ class Central(Mechanism):
     def check_settings(cls, config: Config) -> None:
         super().check_settings(config)
         if config.privacy.head_share:
-            raise ConfigError(HEAD_SHARE.format(config.privacy.head_share, cls.trust))
+            raise ConfigError(
+                HEAD_SHARE.format(config.privacy.head_share, cls.trust), setting="privacy.head_share"
+            )
 
     @classmethod
     def check_server_noise(cls, config: Config) -> None:
@@ -138,7 +143,8 @@ class Central(Mechanism):
             raise ConfigError(
                 "federation.evaluation=private does not work with privacy.trust=central: the unit is a "
                 "client, and the noise that hides one client hides all that a client could tell about its "
-                "own data. Use federation.evaluation=public or none, or trust=local or distributed."
+                "own data. Use federation.evaluation=public or none, or trust=local or distributed.",
+                setting="federation.evaluation",
             )
         super().check_evaluation(config)
 
@@ -175,7 +181,8 @@ class Central(Mechanism):
         if self.cohort_size > plan.declared_size:
             raise PrivacyError(
                 f"federation.cohort_size={self.cohort_size} is more than the {plan.declared_size} clients "
-                "there are."
+                "there are.",
+                setting="federation.cohort_size",
             )
         if self.adaptive_clipping and not plan.noise_multiplier < 2.0 * self.quantile_noise < math.inf:
             raise PrivacyError(
@@ -198,7 +205,8 @@ class Central(Mechanism):
             raise PrivacyError(
                 f"privacy.min_separation={self.min_separation} and federation.cohort_size={self.cohort_size} "
                 f"ask for {needed} clients to fill every round, and there are {plan.declared_size}. Lower "
-                "one of the two; their product is at most the number of clients."
+                "one of the two; their product is at most the number of clients.",
+                setting="privacy.min_separation",
             )
 
     # --- what the accountant is told ----------------------------------------------------------------

@@ -308,7 +308,8 @@ def evaluation_epsilon(config: Config) -> float:
     if asked is None and target is None:
         raise PrivacyError(
             "federation.evaluation=private needs to know what its answers may cost, and with "
-            "privacy.epsilon=null there is nothing to take a part of. Set federation.evaluation_epsilon."
+            "privacy.epsilon=null there is nothing to take a part of. Set federation.evaluation_epsilon.",
+            setting="federation.evaluation_epsilon",
         )
     epsilon = DEFAULT_PART * target if asked is None and target is not None else asked
     assert epsilon is not None
@@ -316,7 +317,8 @@ def evaluation_epsilon(config: Config) -> float:
         raise PrivacyError(
             f"federation.evaluation_epsilon={epsilon:g} leaves nothing of privacy.epsilon={target:g} for "
             "training, which it is a part of. Lower it (a quarter costs training little), or raise "
-            "privacy.epsilon."
+            "privacy.epsilon.",
+            setting="federation.evaluation_epsilon",
         )
     return epsilon
 

@@ -42,7 +42,10 @@ class TrainingOnNodes(Mechanism):
     def __post_init__(self) -> None:
         """Raises `PrivacyError`, naming the first setting without meaning."""
         if self.weighting not in ("uniform", "declared"):
-            raise PrivacyError(f"federation.weighting must be uniform or declared, not {self.weighting!r}.")
+            raise PrivacyError(
+                f"federation.weighting must be uniform or declared, not {self.weighting!r}.",
+                setting="federation.weighting",
+            )
         probability(self.sample_rate, "train.sample_rate")
         whole(self.local_steps, "local_steps")
 
@@ -69,7 +72,8 @@ class TrainingOnNodes(Mechanism):
         if declared_sizes is None or missing:
             raise PrivacyError(
                 f"federation.weighting=declared needs the declared size of every node; missing: "
-                f"{', '.join(missing)}. Give them, or use federation.weighting=uniform."
+                f"{', '.join(missing)}. Give them, or use federation.weighting=uniform.",
+                setting="federation.weighting",
             )
         sizes = np.array([whole(declared_sizes[n], f"declared size of {n}") for n in nodes], dtype=np.float64)
         return np.asarray(sizes / sizes.sum(), dtype=np.float64)

@@ -44,7 +44,8 @@ class NoPrivacy(TrainingOnNodes):
             )
             raise ConfigError(
                 f"privacy.trust=none adds no noise and has no epsilon, but {given} was given. Leave it out, "
-                "or choose privacy.trust=local."
+                "or choose privacy.trust=local.",
+                setting="privacy.trust",
             )
         cls.check_server_noise(config)
 

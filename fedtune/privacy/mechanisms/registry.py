@@ -25,7 +25,9 @@ MECHANISMS: Mapping[str, type[Mechanism]] = {
 def mechanism_of(trust: str) -> type[Mechanism]:
     """The mechanism of a trust model. Raises `PrivacyError` if there is none of that name."""
     if not isinstance(trust, str) or trust not in MECHANISMS:
-        raise PrivacyError(f"privacy.trust must be one of {', '.join(MECHANISMS)}, not {trust!r}.")
+        raise PrivacyError(
+            f"privacy.trust must be one of {', '.join(MECHANISMS)}, not {trust!r}.", setting="privacy.trust"
+        )
     return MECHANISMS[trust]
 
 
