@@ -235,7 +235,7 @@ class _Training:
             total = view.clipped_sum(plan.sample(view.num_units, entropy), plan, entropy)
         gradient = plan.average(released_sum(plan, total, entropy))
         self.scores.observe(gradient, plan, self._signal(plan))
-        return gradient
+        return plan.clipping.undone(gradient, self.model.head)
 
     def _signal(self, plan: PrivacyPlan) -> FloatArray:
         """What clipping lets through of each canary over the clipping norm, float64 [m].
@@ -244,8 +244,8 @@ class _Training:
         """
         heads, whole = self.model.heads, self.canaries.unit(plan)
         most = np.zeros(len(heads))
-        for members, norm in plan.clip_groups(heads):
-            most[members] = min(norm, whole) / whole
+        for group in plan.clipping.groups(heads):
+            most[group.members] = min(group.most * group.factor, whole) / whole
         sizes = [int(np.prod(shape)) for _, shape in self.model.layout()]
         return np.asarray(np.repeat(most, sizes)[self.canaries.coordinates])
 

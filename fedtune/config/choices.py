@@ -67,6 +67,12 @@ def check_together(config: Config) -> None:
     kind = _mechanism(config)
     kind.check_settings(config)
     _check_strategy(config)
+    if config.privacy.head_norm and config.adapter.name == "head":
+        raise ConfigError(
+            f"privacy.head_norm={config.privacy.head_norm:g} is for a head beside something else that is "
+            "trained, and with adapter=head nothing is. Leave it out and use privacy.max_grad_norm.",
+            setting="privacy.head_norm",
+        )
     if kind.tells_size:
         _check_unit(config)
     nodes, cohort = federation.nodes, federation.cohort_size

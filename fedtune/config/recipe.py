@@ -39,6 +39,8 @@ _ON_NODES: dict[str, Any] = {
     "train.averaging": 0.0,
     "train.label_smoothing": 0.0,
     "privacy.max_grad_norm": 1.0,
+    "privacy.head_norm": 0.0,
+    "privacy.head_share": 0.1,
     "federation.num_rounds": 12,
     "federation.weighting": "uniform",
 }
@@ -55,6 +57,8 @@ _HEAD: dict[str, Any] = {
     "train.averaging": 0.9,
     "train.label_smoothing": 0.0,
     "privacy.max_grad_norm": 0.8,
+    "privacy.head_norm": 0.0,
+    "privacy.head_share": 0.1,
     "federation.num_rounds": 60,
 }
 

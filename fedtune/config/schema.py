@@ -219,11 +219,16 @@ class PrivacyConfig(Group):
     max_grad_norm: float | None = setting(
         None, "L2 norm that a unit's gradient (central: a node's update) is clipped to; null: by train", gt=0
     )
-    head_share: float = setting(
-        0.0,
-        "the head's part of max_grad_norm squared: head and rest are clipped each by itself (McMahan et al. "
-        "2018); 0: one norm over all. Without effect under adapter=head, trust=none",
+    head_norm: float | None = setting(
+        None,
+        "L2 norm that the head's part of a unit's gradient is clipped to by itself; 0: one norm over "
+        "everything, as ever for adapter=head and trust=none; null: by the recipe",
         ge=0,
+    )
+    head_share: float | None = setting(
+        None,
+        "head_norm: part of max_grad_norm squared, the sensitivity, that the head has; null: by the recipe",
+        gt=0,
         lt=1,
     )
     noise_multiplier: float | None = setting(

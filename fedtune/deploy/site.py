@@ -351,7 +351,7 @@ def dry_run(site: SiteSettings, asked: Config) -> DryRun:
             "first round"
         )
     clip = f"max_grad_norm={plan.max_grad_norm:g}"
-    clip += f", head_share={plan.head_share:g}" if plan.head_share else ""
+    clip += f", head_norm={plan.head_norm:g}" if plan.head_norm else ""
     lines: list[tuple[str, Any]] = [
         ("site", f"{site.site} of {site.federation}"),
         ("data", f"{shard.dataset}: {shard.data.num_records} records here, {shard.declared_size} declared"),

@@ -160,6 +160,11 @@ class RunResources:
         with self.using_model() as model:
             return np.array(model.initial, dtype=np.float32)
 
+    def head(self) -> np.ndarray:
+        """Which of the adapter's numbers are the classifier's, bool [P]."""
+        with self.using_model() as model:
+            return model.head
+
     def evaluate(self, adapter: np.ndarray) -> Any:
         """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""
         from fedtune.training.evaluation import evaluate

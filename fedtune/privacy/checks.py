@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["UNITS", "default_delta", "number", "probability", "validate", "whole"]
 
 
-HEAD_SHARE = (
-    "privacy.head_share={:g} works where gradients are clipped, and with privacy.trust={} none are. Leave it "
+HEAD_NORM = (
+    "privacy.head_norm={:g} works where gradients are clipped, and with privacy.trust={} none are. Leave it "
     "out, or use privacy.trust=local or distributed."
 )
 
@@ -101,17 +101,23 @@ def validate(plan: PrivacyPlan) -> None:
     noise = number(plan.noise_multiplier, "privacy.noise_multiplier")
     norm = number(plan.max_grad_norm, "privacy.max_grad_norm")
     delta = number(plan.delta, "privacy.delta")
-    share = number(plan.head_share, "privacy.head_share")
+    head, share = number(plan.head_norm, "privacy.head_norm"), number(plan.head_share, "privacy.head_share")
     if norm <= 0.0:
         raise PrivacyError(
             f"privacy.max_grad_norm must be above 0, not {norm}.", setting="privacy.max_grad_norm"
         )
-    if not 0.0 <= share < 1.0:
+    if not 0.0 <= head < math.inf:
         raise PrivacyError(
-            f"privacy.head_share must be 0 or more and below 1, not {share}.", setting="privacy.head_share"
+            f"privacy.head_norm must be finite and 0 or more, not {head}.", setting="privacy.head_norm"
         )
-    if share and not plan.mechanism.clips_gradients:
-        raise PrivacyError(HEAD_SHARE.format(share, trust), setting="privacy.head_share")
+    if not (0.0 < share < 1.0 if head else share == 0.0):
+        raise PrivacyError(
+            f"privacy.head_share must lie strictly between 0 and 1 where the head has a norm of its own, and "
+            f"be 0 where it has none (privacy.head_norm={head:g}), not {share}.",
+            setting="privacy.head_share",
+        )
+    if head and not plan.mechanism.clips_gradients:
+        raise PrivacyError(HEAD_NORM.format(head, trust), setting="privacy.head_norm")
     if plan.target_epsilon is not None:
         target = number(plan.target_epsilon, "privacy.epsilon")
         if not 0.0 < target < math.inf:

@@ -34,7 +34,7 @@ from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms, epsilon_rdp_of_terms
 from fedtune.privacy.accounting.strength import caution, trade_off
 from fedtune.privacy.checks import UNITS, default_delta, validate, whole
-from fedtune.privacy.clipping import clip_factors, clip_groups
+from fedtune.privacy.clipping import Clipping, clip_factors
 from fedtune.privacy.mechanisms.base import Mechanism
 from fedtune.privacy.mechanisms.counts import (
     DELTA,
@@ -72,7 +72,8 @@ class PrivacyPlan:
         noise_multiplier: standard deviation of the accounted noise over its sensitivity, which is
             `max_grad_norm` unless the mechanism says otherwise; 0.0 without privacy.
         max_grad_norm: L2 norm of one unit's contribution; infinite only without privacy.
-        head_share: of `max_grad_norm` squared, that the head is clipped to; 0.0: one norm over everything.
+        head_norm: that the head's part is clipped to by itself (`clipping`); 0.0: one norm over everything.
+        head_share: of `max_grad_norm` squared, that the head's part is then worth.
         declared_size: units, public: of the node's shard, of the union, or clients.
         delta: 0.0 without privacy.
         records_per_unit: at most this many records of a person a step; 1 for unit=record.
@@ -95,6 +96,7 @@ class PrivacyPlan:
     max_grad_norm: float
     declared_size: int
     delta: float
+    head_norm: float = 0.0
     head_share: float = 0.0
     records_per_unit: int = 1
     nodes: int = 1
@@ -273,10 +275,10 @@ class PrivacyPlan:
         """
         return np.flatnonzero(entropy.bernoulli(num_units, self.sample_rate)).astype(np.int64)
 
-    def clip_groups(self, heads: Sequence[bool]) -> list[tuple[IntArray, float]]:
-        """Which parameters are clipped together, and to what L2 norm, given which of them are the head's; see
-        `fedtune.privacy.clipping`."""
-        return clip_groups(heads, self.max_grad_norm, self.head_share)
+    @property
+    def clipping(self) -> Clipping:
+        """What is clipped together, and to what L2 norm."""
+        return Clipping(self.max_grad_norm, self.head_norm, self.head_share)
 
     def clip_factors(self, norms: npt.ArrayLike, most: float | None = None) -> FloatArray:
         """Factors [m] that scale contributions of L2 norm `norms` [m] to at most `most`, by default
@@ -470,10 +472,11 @@ def make_plan(
     if told:
         check_told(privacy.delta, delta, privacy.epsilon, largest(declared / (1.0 - share), told, nodes))
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
+    head_norm = privacy.head_norm or 0.0
     common |= {
         "max_grad_norm": privacy.max_grad_norm,
-        # A head alone is one group.
-        "head_share": 0.0 if config.adapter.name == "head" else privacy.head_share,
+        "head_norm": head_norm,
+        "head_share": privacy.head_share if head_norm else 0.0,
         "delta": delta,
         "target_epsilon": privacy.epsilon,
         "reproducible_noise": privacy.reproducible_noise,

@@ -47,7 +47,7 @@ __all__ = [
 # in all of it, for the bound is that of one mechanism that is repeated; of a search it is said if it chose
 # any of it. The clipping norm is not among it: noise is accounted in multiples of it.
 _ONE_MECHANISM = ("privacy", "data", "partition")
-_HARMLESS = ("privacy.max_grad_norm", "privacy.head_share")
+_HARMLESS = ("privacy.max_grad_norm", "privacy.head_norm", "privacy.head_share")
 _ONE_MECHANISM_SETTINGS = (
     "train",
     "federation",

@@ -144,6 +144,7 @@ def assemble(
             "mechanism": plan.mechanism.describe(plan),
             "noise_multiplier": plan.noise_multiplier,
             "max_grad_norm": plan.max_grad_norm,
+            "head_norm": plan.head_norm,
             "head_share": plan.head_share,
             "sample_rate": plan.sample_rate,
             "local_steps": plan.local_steps,

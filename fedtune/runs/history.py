@@ -43,6 +43,7 @@ _KEEP_DURATION = frozenset(
         "privacy.epsilon",
         "privacy.delta",
         "privacy.max_grad_norm",
+        "privacy.head_norm",
         "privacy.head_share",
         "privacy.noise_multiplier",
         "privacy.reproducible_noise",

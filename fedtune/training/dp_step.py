@@ -7,7 +7,7 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
        head on outputs that are kept, its norm and its part of the sum in closed form (`_head_sum`)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
        `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1); or head
-       and rest each to a norm of its own, the squares adding up to that (`PrivacyPlan.clip_groups`)
+       and rest each by itself, so that the squares add up to that of this norm (`fedtune.privacy.clipping`)
     4. a unit whose norm is not finite contributes exactly zero
     5. the sum is taken in float64; nothing is divided here
 
@@ -113,11 +113,12 @@ def clip_and_sum(gradients: Sequence[Tensor], plan: PrivacyPlan, heads: Sequence
         keep = torch.from_numpy(~broken).to(gradients[0].device)[:, None]
         gradients = [torch.where(keep, g, 0.0) for g in gradients]
     sums: list[Tensor] = [gradients[0]] * len(gradients)
-    for members, most in plan.clip_groups(heads):
-        norms = squares[members].sum(0).sqrt().numpy()
-        factors = torch.from_numpy(np.where(broken, 0.0, plan.clip_factors(norms, most)))
-        factors = factors.to(gradients[0].dtype).to(gradients[0].device)
-        for index in members:
+    for group in plan.clipping.groups(heads):
+        norms = squares[group.members].sum(0).sqrt().numpy()
+        scaled = group.factor * plan.clip_factors(norms, group.most)
+        factors = torch.from_numpy(np.where(broken, 0.0, scaled)).to(gradients[0].dtype)
+        factors = factors.to(gradients[0].device)
+        for index in group.members:
             sums[index] = factors @ gradients[index]
     return sums
 
@@ -162,6 +163,7 @@ def _head_sum(
     weight, bias = (model.parameters[name] for name in head_parameters(model))
     total = np.zeros(model.num_parameters, dtype=np.float64)
     classes, width = weight.shape
+    (group,) = plan.clipping.groups(model.heads)
     for start in range(0, len(records), _ROWS):
         rows = records[start : start + _ROWS]
         with torch.no_grad():
@@ -173,7 +175,7 @@ def _head_sum(
             squares = error.double().square().sum(1) * (x.double().square().sum(1) + 1.0)
             norms = squares.sqrt().cpu().numpy()
             broken = torch.from_numpy(~np.isfinite(norms)).to(model.device)[:, None]
-            factors = torch.from_numpy(plan.clip_factors(norms)).to(error)[:, None]
+            factors = torch.from_numpy(group.factor * plan.clip_factors(norms, group.most)).to(error)[:, None]
             # 0 x NaN is NaN: the factor alone would let it through.
             error = torch.where(broken, 0.0, error) * factors
             gradient = torch.cat([(error.T @ torch.where(broken, 0.0, x)).reshape(-1), error.sum(0)])

@@ -184,6 +184,7 @@ def train_locally(
             gradient = plan.average(total + plan.noise(model.num_parameters, entropy))
             if observe is not None:
                 observe(gradient)
+            gradient = plan.clipping.undone(gradient, model.head)
             if optimizer is None:
                 update = -gradient.astype(np.float32)
                 continue

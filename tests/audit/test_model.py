@@ -63,7 +63,7 @@ def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
 
 def test_a_canary_shows_the_norm_of_its_own_group(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the scores expect of a canary is what clipping lets through of it, in head and adapter alike."""
-    plan = dataclasses.replace(plan_of(config), head_share=0.2)
+    plan = dataclasses.replace(plan_of(config), head_norm=3.0, head_share=0.2)
     expected: list[np.ndarray] = []
     monkeypatch.setattr(Scores, "observe", lambda self, released, plan, signal: expected.append(signal))
     with run_resources(config).using_model() as model:

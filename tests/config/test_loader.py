@@ -65,7 +65,8 @@ def test_a_promise_without_privacy_is_refused(override: str, golden: Golden) -> 
         (["federation.nodes=4", "federation.cohort_size=5"], "federation.cohort_size"),
         (["federation.nodes=4", "federation.min_updates=5"], "federation.min_updates"),
         (["privacy.adaptive_clipping=true"], "privacy.adaptive_clipping"),
-        (["privacy=central", "privacy.head_share=0.5"], "privacy.head_share"),
+        (["privacy=central", "adapter=lora", "privacy.head_norm=3"], "privacy.head_norm"),
+        (["adapter=head", "privacy.head_norm=3"], "privacy.head_norm"),
     ],
 )
 def test_settings_that_do_not_fit_together(overrides: list[str], setting: str, golden: Golden) -> None:

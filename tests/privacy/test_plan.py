@@ -213,31 +213,42 @@ def test_a_plan_of_an_earlier_version_is_refused() -> None:
             PrivacyPlan.from_json({**plan.to_json(), "version": version})
 
 
-@pytest.mark.parametrize("share", [0.0, 1e-6, 0.3, 0.999])
+@pytest.mark.parametrize("head_norm", [0.0, 0.01, 4.0])
+@pytest.mark.parametrize("share", [1e-6, 0.3, 0.999])
 @pytest.mark.parametrize("heads", [[True], [False], [True, False], [False, True, True, False]])
-def test_the_squares_of_the_groups_norms_add_up(share: float, heads: list[bool]) -> None:
+def test_the_squares_of_what_the_groups_let_through_add_up(
+    head_norm: float, share: float, heads: list[bool]
+) -> None:
     """Each parameter is in one group, and a contribution that fills all of them has the plan's norm."""
-    groups = local_plan(max_grad_norm=0.7, head_share=share).clip_groups(heads)
-    assert sorted(int(i) for members, _ in groups for i in members) == list(range(len(heads)))
-    assert math.hypot(*(norm for _, norm in groups)) == pytest.approx(0.7, rel=1e-12)
-    mixed = any(len({heads[i] for i in members}) > 1 for members, _ in groups)
-    assert mixed is (share == 0.0 and len(heads) > 1)
+    share = share if head_norm else 0.0
+    clipping = local_plan(max_grad_norm=0.7, head_norm=head_norm, head_share=share).clipping
+    groups = clipping.groups(heads)
+    assert sorted(int(i) for group in groups for i in group.members) == list(range(len(heads)))
+    assert math.hypot(*(group.most * group.factor for group in groups)) == pytest.approx(0.7, rel=1e-12)
+    mixed = any(len({heads[i] for i in group.members}) > 1 for group in groups)
+    assert mixed is (head_norm == 0.0 and len(heads) > 1)
+    head, values = np.array(heads), np.arange(1.0, len(heads) + 1.0)
+    factors = np.array([next(g.factor for g in groups if i in g.members) for i in range(len(heads))])
+    assert clipping.undone(values * factors, head) == pytest.approx(values, rel=1e-12)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, math.nan, math.inf])
-def test_a_share_of_the_head_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(PrivacyError, match="head_share"):
-        local_plan(head_share=share)
+@pytest.mark.parametrize(
+    ("norm", "share"), [(1.0, 0.0), (1.0, -0.1), (1.0, 1.0), (1.0, math.nan), (0.0, 0.5), (-1.0, 0.5),
+                        (math.inf, 0.5), (math.nan, 0.5)],
+)  # fmt: skip
+def test_a_norm_or_share_of_the_head_that_is_none_is_refused(norm: float, share: float) -> None:
+    with pytest.raises(PrivacyError, match="head_"):
+        local_plan(head_norm=norm, head_share=share)
 
 
 @pytest.mark.parametrize("make", [central_plan, public_plan])
 def test_groups_are_refused_where_no_gradient_is_clipped(make: Callable[..., PrivacyPlan]) -> None:
-    with pytest.raises(PrivacyError, match=r"head_share=0\.5 works where gradients are clipped"):
-        make(head_share=0.5)
+    with pytest.raises(PrivacyError, match=r"head_norm=3 works where gradients are clipped"):
+        make(head_norm=3.0, head_share=0.5)
 
 
 def test_groups_cost_what_one_norm_costs() -> None:
-    one, two = distributed_plan(), distributed_plan(head_share=0.5)
+    one, two = distributed_plan(), distributed_plan(head_norm=3.0, head_share=0.5)
     assert one.epsilon() == two.epsilon() and one.noise_std() == two.noise_std()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedtune.data.corpus import Shard
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
+from fedtune.privacy.clipping import Clipping
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step
 from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients
@@ -221,10 +223,14 @@ def test_units_are_clipped_over_all_parameters_and_broken_ones_are_nothing(broke
 HEADS = [False, True, False, True]  # anywhere in the vector
 
 
+def two_norms(share: float, clip: float = 0.5) -> PrivacyPlan:
+    return make_plan(max_grad_norm=clip, head_norm=2.0 if share else 0.0, head_share=share)
+
+
 def in_groups(units: np.ndarray, share: float, clip: float = 0.5) -> np.ndarray:
-    """Sum [10] of `units` [u, 10], clipped in two groups; parameters of 3, 2, 1 and 4 numbers."""
+    """Sum [10] of `units` [u, 10], clipped in two groups, the head at 2; parameters of 3, 2, 1, 4 numbers."""
     tensors = torch.from_numpy(units).split([3, 2, 1, 4], dim=1)
-    return torch.cat(clip_and_sum(tensors, make_plan(max_grad_norm=clip, head_share=share), HEADS)).numpy()
+    return torch.cat(clip_and_sum(tensors, two_norms(share, clip), HEADS)).numpy()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -236,8 +242,11 @@ def test_two_groups_are_clipped_each_by_itself(share: float) -> None:
     units[1] *= 1e-2  # below both
     units[2, :3] = units[2, 5] = 0.0  # nothing in the adapter
     head = np.repeat(HEADS, [3, 2, 1, 4])
-    bounds = {True: 0.5 * math.sqrt(share), False: 0.5 * math.sqrt(1 - share)}
+    bounds = {True: 2.0, False: 0.5 * math.sqrt(1 - share)}
     got = in_groups(units, share)
+    small = got[head]
+    got = two_norms(share).clipping.undone(got, head)  # as whoever takes the step does
+    assert small == pytest.approx(got[head] * 0.5 * math.sqrt(share) / 2.0, rel=1e-12)
     for which, bound in bounds.items():
         mine = units[:, head == which]
         assert got[head == which] == pytest.approx(clipped_by_hand(mine, bound), rel=1e-12)
@@ -266,13 +275,17 @@ def test_one_unit_changes_the_sum_of_two_groups_by_the_clip(share: float) -> Non
     assert largest_change(share) == pytest.approx(0.5, rel=1e-9)
 
 
-def test_two_groups_each_at_the_full_clip_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(plan: PrivacyPlan, heads: list[bool]) -> list[tuple[np.ndarray, float]]:
-        mine = np.array(heads)
-        return [(np.flatnonzero(mine), plan.max_grad_norm), (np.flatnonzero(~mine), plan.max_grad_norm)]
-
-    monkeypatch.setattr(PrivacyPlan, "clip_groups", full)
-    assert largest_change(0.5) == pytest.approx(0.5 * math.sqrt(2))
+def test_groups_that_do_not_add_up_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clipping, "head_factor", lambda self, alone: self.norm / self.head_norm)
+    assert largest_change(0.5) == pytest.approx(0.5 * math.sqrt(1.5))
+    monkeypatch.undo()
+    groups = Clipping.groups
+    monkeypatch.setattr(
+        Clipping,
+        "groups",
+        lambda self, heads: [dataclasses.replace(g, most=9.0) for g in groups(self, heads)],
+    )
+    assert largest_change(0.5) > 0.51
 
 
 @pytest.mark.parametrize("place", [0, 4])  # in the adapter, in the head
@@ -288,7 +301,7 @@ def test_groups_of_a_real_adapter_against_one_at_a_time(tiny_bert: Path, unit: s
     persons = 3 if unit == "person" else None
     model, shard = load(tiny_bert), make_shard(12, persons=persons)
     members = [[r for r in range(12) if r % (persons or 12) == p] for p in range(persons or 12)]
-    plan = make_plan(unit=unit, max_grad_norm=0.05, head_share=0.3)
+    plan = make_plan(unit=unit, max_grad_norm=0.05, head_norm=0.2, head_share=0.3)
     records = [r for group in members for r in group]
     got = compute(model, shard, records, plan, [r % 3 for r in records] if persons else None)
     head = np.concatenate([
@@ -300,7 +313,7 @@ def test_groups_of_a_real_adapter_against_one_at_a_time(tiny_bert: Path, unit: s
         for group in members
     ])  # fmt: skip
     want = np.zeros(len(head))
-    want[head] = clipped_by_hand(units[:, head], 0.05 * math.sqrt(0.3))
+    want[head] = clipped_by_hand(units[:, head], 0.2) * 0.05 * math.sqrt(0.3) / 0.2
     want[~head] = clipped_by_hand(units[:, ~head], 0.05 * math.sqrt(0.7))
     assert near(got[head], want[head]) and near(got[~head], want[~head], 1e-3)
 
@@ -308,11 +321,11 @@ def test_groups_of_a_real_adapter_against_one_at_a_time(tiny_bert: Path, unit: s
 def test_a_head_alone_has_the_whole_norm(tiny_bert: Path) -> None:
     model, shard = load(tiny_bert, name="head"), make_shard()
     assert all(model.heads) and model.head.all()
-    both = [
-        compute(model, shard, list(range(12)), make_plan(max_grad_norm=0.05, head_share=s))
-        for s in (0.0, 0.4)
-    ]
-    assert np.array_equal(*both)
+    plan = make_plan(max_grad_norm=0.05, head_norm=0.4, head_share=0.1)
+    got = compute(model, shard, list(range(12)), plan)
+    want = reference(model, shard, [[r] for r in range(12)], 0.4)
+    assert near(plan.clipping.undone(got, model.head), want, 5e-3)
+    assert near(got, want * 0.05 / 0.4, 5e-3)  # one record adds at most the plan's norm
 
 
 def test_a_large_unit_is_clipped_and_not_taken_for_a_broken_one() -> None:
@@ -439,7 +452,7 @@ def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
 
 def test_a_head_record_without_a_norm_counts_as_nothing(tiny_bert: Path) -> None:
     model, shard = load(tiny_bert, name="head"), make_shard()
-    plan, features = make_plan(max_grad_norm=0.5), Features.of(model, shard.data, 64)
+    plan, features = make_plan(max_grad_norm=0.5), Features.of(model, shard.data, 64, precision="fp32")
     without = compute(model, shard, [0, 2], plan)
     assert features.rows is not None
     features._vectors[1, 3] = math.nan

@@ -126,7 +126,10 @@ class _Round:
         asks = wire.unmask_ask(self.phase_id("unmask"), survivors)
         shares = self.exchange("unmask", dict.fromkeys(survivors, asks), self.reading(wire.read_shares))
         total = self.mechanism.decode(server.unmask(shares))
-        outcome.aggregate = -ask.plan.average(total)
+        average = ask.plan.average(total)
+        if ask.head is not None:
+            average = ask.plan.clipping.undone(average, ask.head)
+        outcome.aggregate = -average
         outcome.used = survivors
         # A node that was lost after its vector had come is in the sum, and not dropped from it.
         outcome.dropped = [(name, reason) for name, reason in outcome.dropped if name not in survivors]

@@ -77,6 +77,10 @@ class ServerSide(Protocol):
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]."""
 
+    def head(self) -> np.ndarray:
+        """Which of the adapter's numbers are the classifier's, bool [P]; only asked where the plan tells them
+        from the others."""
+
     def evaluate(self, adapter: np.ndarray) -> Any:
         """Has `accuracy` and `loss`, rates and nats as plain numbers; on public data only."""
 
@@ -104,10 +108,15 @@ class _Setting:
     run_dir: Path
     observer: Observer
     stop: threading.Event | None
+    server_side: ServerSide
 
     @property
     def dynamic(self) -> bool:
         return self.config.engine.name == "deployment"
+
+    def head(self, plan: PrivacyPlan) -> np.ndarray | None:
+        """The head's part of the adapter, bool [P], where `plan` tells it from the rest."""
+        return self.server_side.head() if plan.head_norm else None
 
 
 def run_rounds(
@@ -145,7 +154,7 @@ def run_rounds(
         from fedtune.federation.resources import run_resources
 
         server_side = run_resources(config)
-    setting = _Setting(TrackingGrid(grid), config, run_dir, SafeObserver(observer), stop)
+    setting = _Setting(TrackingGrid(grid), config, run_dir, SafeObserver(observer), stop, server_side)
     with lock_folder(run_dir), _says_how_to_resume(run_dir):
         # 1 to 3. Attempt number, nodes, plan: from the beginning, or from the checkpoint.
         state, roster = _begin(setting, server_side, expected_nodes or config.federation.nodes)
@@ -340,6 +349,7 @@ def _ask(setting: _Setting, state: RunState, nodes: Sequence[NodeInfo]) -> Round
         stop=setting.stop,
         deadline=setting.dynamic,
         noise=None if state.correlated is None else state.correlated.noise,
+        head=setting.head(state.plan),
     )
 
 

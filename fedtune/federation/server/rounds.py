@@ -73,6 +73,7 @@ class RoundAsk:
     stop: threading.Event | None = None
     deadline: bool = False
     noise: CorrelatedNoise | None = field(default=None, repr=False)  # dp_ftrl: what past rounds have left
+    head: np.ndarray | None = field(default=None, repr=False)  # bool [P]: the head's part, where it matters
 
 
 @dataclass

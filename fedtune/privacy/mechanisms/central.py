@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
-from fedtune.privacy.checks import HEAD_SHARE, number, probability, whole
+from fedtune.privacy.checks import HEAD_NORM, number, probability, whole
 from fedtune.privacy.mechanisms.base import (
     CORRELATED,
     NODES_SEE,
@@ -127,9 +127,9 @@ class Central(Mechanism):
     @classmethod
     def check_settings(cls, config: Config) -> None:
         super().check_settings(config)
-        if config.privacy.head_share:
+        if config.privacy.head_norm:
             raise ConfigError(
-                HEAD_SHARE.format(config.privacy.head_share, cls.trust), setting="privacy.head_share"
+                HEAD_NORM.format(config.privacy.head_norm, cls.trust), setting="privacy.head_norm"
             )
 
     @classmethod

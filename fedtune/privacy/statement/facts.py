@@ -133,6 +133,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "sample_rate": privacy["sample_rate"],
             "noise_multiplier": privacy["noise_multiplier"],
             "max_grad_norm": privacy["max_grad_norm"],
+            "head_norm": privacy.get("head_norm", 0.0),
             "head_share": privacy.get("head_share", 0.0),
             "steps": privacy["steps"],
             "evaluation": dict(privacy["evaluation"]) if privacy.get("evaluation") else None,
@@ -321,11 +322,14 @@ def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
 
 def _noise(mechanism: Mapping[str, Any]) -> str:
     noise, norm = _shown(mechanism["noise_multiplier"]), _shown(mechanism["max_grad_norm"])
-    matrix, share = mechanism["matrix"], mechanism["head_share"]
-    if share:
+    matrix, head, share = mechanism["matrix"], mechanism["head_norm"], mechanism["head_share"]
+    if head:
         whole = mechanism["max_grad_norm"]
-        head, rest = (_shown(whole * math.sqrt(part)) for part in (share, 1.0 - share))
-        norm += f" ({head} for the head and {rest} for the rest, each by itself: the squares add up)"
+        worth, rest = (_shown(whole * math.sqrt(part)) for part in (share, 1.0 - share))
+        norm += (
+            f" (the head is clipped at {_shown(head)} and scaled to {worth}, the rest clipped at {rest}: the "
+            "squares of these two add up)"
+        )
     if not matrix:
         return (
             f"Noise multiplier (standard deviation over clipping norm): {noise}; clipping norm (L2): {norm}; "

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from fedtune.config.convert import to_json
-from fedtune.config.schema import AdapterConfig, Config
+from fedtune.config.schema import Config
 from fedtune.errors import LedgerError, PreflightError, PrivacyError
 from fedtune.federation.client import release as node_module
 from fedtune.federation.client.app import app
@@ -239,16 +239,17 @@ def test_a_union_that_is_smaller_than_the_nodes_own_part_is_refused(tiny: Make) 
     assert node.charged() == 0
 
 
-def test_another_share_of_the_head_is_refused(tiny: Make) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"head_norm": 4.0}, {"head_share": 0.4}, {"head_norm": 0.0, "head_share": 0.0}]
+)
+def test_another_norm_of_the_head_is_refused(tiny: Make, changes: dict[str, float]) -> None:
     config = private(tiny())
-    config.privacy.head_share = 0.3
-    sizes = [30, 30, 30, 30]
-    plan = make_plan(config, sizes)
-    head = dataclasses.replace(config, adapter=AdapterConfig(name="head"))
-    assert plan.head_share == 0.3 and make_plan(head, sizes).head_share == 0.0  # a head alone is one group
+    config.privacy.head_norm, config.privacy.head_share = 3.0, 0.3
+    plan = make_plan(config, [30, 30, 30, 30])
+    assert (plan.head_norm, plan.head_share) == (3.0, 0.3)
     check_plan(plan, config)
-    with pytest.raises(PrivacyError, match="head_share=0.4.* permits head_share=0.3"):
-        check_plan(changed(plan, head_share=0.4), config)
+    with pytest.raises(PrivacyError, match=f"head_.* permits {next(iter(changes))}="):
+        check_plan(changed(plan, **changes), config)
 
 
 def test_a_plan_without_privacy_is_refused_where_privacy_was_agreed(tiny: Make) -> None:

@@ -243,9 +243,9 @@ def test_numbers_of_evaluation_and_noise_are_short() -> None:
         "Noise multiplier (standard deviation over clipping norm): 1.235; clipping norm (L2): 0.7123; "
         "accounted steps: 60."
     )
-    groups = statement_json(record(max_grad_norm=2.0, head_share=0.25))["mechanism"]
-    assert "clipping norm (L2): 2 (1 for the head and 1.732 for the rest, each by itself: the squares " in (
-        _noise(groups)
+    groups = statement_json(record(max_grad_norm=2.0, head_norm=3.5, head_share=0.25))["mechanism"]
+    assert "(L2): 2 (the head is clipped at 3.5 and scaled to 1, the rest clipped at 1.732: " in _noise(
+        groups
     )
     matrix = {"num_rounds": 6, "bands": 2, "min_separation": 3}
     root = BandedRoot(**matrix)
