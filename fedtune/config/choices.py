@@ -73,6 +73,13 @@ def check_together(config: Config) -> None:
             "trained, and with adapter=head nothing is. Leave it out and use privacy.max_grad_norm.",
             setting="privacy.head_norm",
         )
+    alone, rounds = config.train.head_rounds, federation.num_rounds
+    if alone is not None and rounds is not None and alone > rounds and config.adapter.name != "head":
+        raise ConfigError(
+            f"train.head_rounds={alone} is more than federation.num_rounds={rounds}: nothing but the head "
+            "would be trained, for which there is adapter=head. Lower train.head_rounds.",
+            setting="train.head_rounds",
+        )
     if kind.tells_size:
         _check_unit(config)
     nodes, cohort = federation.nodes, federation.cohort_size

@@ -32,6 +32,7 @@ _EVALUATIONS = 12  # on the test split in one run: as many as a curve needs
 _ON_NODES: dict[str, Any] = {
     "train.sample_rate": 0.1,
     "train.local_steps": 4,
+    "train.head_rounds": 0,
     "train.learning_rate": 0.01,
     "train.head_learning_rate": 0.01,
     "train.optimizer": "adam",
@@ -50,6 +51,7 @@ _ON_NODES: dict[str, Any] = {
 _HEAD: dict[str, Any] = {
     "train.sample_rate": 1.0,
     "train.local_steps": 1,
+    "train.head_rounds": 0,
     "train.learning_rate": 0.06,
     "train.head_learning_rate": 0.06,
     "train.optimizer": "adam_mini",

@@ -286,6 +286,12 @@ class TrainConfig(Group):
     label_smoothing: float | None = setting(
         None, "share of a label that is spread over all classes; null: by the recipe", ge=0, lt=1
     )
+    head_rounds: int | None = setting(
+        None,
+        "first rounds, in which the head alone is trained, on a frozen encoder (LP-FT, Kumar et al. 2022); "
+        "without effect under adapter=head; null: by the recipe",
+        ge=0,
+    )
     momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)

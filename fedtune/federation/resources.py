@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedtune.config.choices import resolved
-from fedtune.config.schema import Config
+from fedtune.config.schema import AdapterConfig, Config
 from fedtune.errors import ModelError
 
 if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
     from fedtune.models.classifier import AdaptedModel
     from fedtune.models.frozen_outputs import Progress
+    from fedtune.privacy.plan import PrivacyPlan
 
 __all__ = ["RunResources", "TrainingUsage", "config_of", "forget", "run_resources", "training_usage"]
 
@@ -59,6 +61,7 @@ class _Slot:
         self.lock = threading.RLock()
         self.key: str | None = None
         self.model: Any = None
+        self.bare_head: Any = None  # over the same encoder, frozen: for rounds that train the head alone
 
 
 _slots = [_Slot()]  # one element, replaced by `forget`
@@ -121,7 +124,7 @@ class RunResources:
                 slot.model = load_model(
                     config.model, config.adapter, len(names), config.seed, config.device, names
                 )
-                slot.key = key
+                slot.key, slot.bare_head = key, None
             positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
             if longest > positions:
                 raise ModelError(
@@ -129,6 +132,45 @@ class RunResources:
                     f"{positions} positions. Set data.max_length={positions} or less."
                 )
             yield slot.model
+
+    @property
+    def _head_first(self) -> bool:
+        return bool(self.config.train.head_rounds) and self.config.adapter.name != "head"
+
+    def _bare_head(self) -> AdaptedModel:
+        """The head on the encoder as it is; for who is `using_model`."""
+        slot, config = _slots[0], self.config
+        if slot.bare_head is None:
+            from fedtune.models.classifier import load_model
+
+            alone, names = AdapterConfig(name="head"), tuple(self.prepared.label_names)
+            slot.bare_head = load_model(config.model, alone, len(names), config.seed, config.device, names)
+        bare: AdaptedModel = slot.bare_head
+        return bare
+
+    @contextmanager
+    def training_model(
+        self, plan: PrivacyPlan, round: int
+    ) -> Iterator[tuple[AdaptedModel, NDArray[np.bool_] | None]]:
+        """The model that `round` of `plan` trains, as `using_model`; and where that is the head alone, which
+        numbers of the adapter it has, bool [P]."""
+        with self.using_model() as model:
+            yield (self._bare_head(), model.head) if plan.head_alone(round) else (model, None)
+
+    @contextmanager
+    def model_at(self, adapter: np.ndarray) -> Iterator[AdaptedModel]:
+        """The model with `adapter` [P] in it, as `using_model`.
+
+        As long as nothing but the head has moved from the start, as in the first `train.head_rounds` rounds,
+        the head alone: every adapter starts as the encoder itself, whose outputs are kept.
+        """
+        with self.using_model() as model:
+            if self._head_first and adapter.shape == model.initial.shape:
+                rest = ~model.head
+                if np.array_equal(adapter[rest], model.initial[rest]):
+                    model, adapter = self._bare_head(), adapter[model.head]
+            model.set_vector(adapter)
+            yield model
 
     def warm(self, progress: Progress | None = None) -> None:
         """Computes the frozen layers' outputs of every text that the cache lacks, before a round waits
@@ -141,7 +183,8 @@ class RunResources:
 
         parts = [*self.prepared.shards, *self.prepared.held_out]
         corpora = [*(part.data for part in parts), self.prepared.test]
-        total = sum(corpus.num_records for corpus in corpora)
+        passes = 2 if self._head_first else 1
+        total = passes * sum(corpus.num_records for corpus in corpora)
         behind, train = 0, self.config.train
         for corpus in corpora:
 
@@ -151,6 +194,16 @@ class RunResources:
 
             with self.using_model() as model:
                 Features.of(model, corpus, train.micro_batch_tokens, forward, precision=train.precision)
+            behind += corpus.num_records
+        for corpus in corpora if self._head_first else ():
+
+            def further(done: int, _: int, before: int = behind) -> None:
+                if progress is not None:
+                    progress(before + done, total)
+
+            with self.using_model():
+                bare = self._bare_head()
+                Features.of(bare, corpus, train.micro_batch_tokens, further, precision=train.precision)
             behind += corpus.num_records
 
     # What the server needs of its own; of the data, only what it may evaluate on without noise.
@@ -169,8 +222,7 @@ class RunResources:
         """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""
         from fedtune.training.evaluation import evaluate
 
-        with self.using_model() as model:
-            model.set_vector(adapter)
+        with self.model_at(adapter) as model:
             return evaluate(model, self.prepared.test, self.config.train)
 
     def save(self, adapter: np.ndarray, folder: Path) -> None:

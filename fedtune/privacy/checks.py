@@ -98,6 +98,11 @@ def validate(plan: PrivacyPlan) -> None:
         whole(getattr(plan, name), name)
     if isinstance(plan.seed, bool) or not isinstance(plan.seed, int):
         raise PrivacyError(f"seed must be a whole number, not {plan.seed!r}.", setting="seed")
+    if whole(plan.head_rounds, "train.head_rounds", 0) > plan.num_rounds:
+        raise PrivacyError(
+            f"train.head_rounds={plan.head_rounds} is more than federation.num_rounds={plan.num_rounds}.",
+            setting="train.head_rounds",
+        )
     noise = number(plan.noise_multiplier, "privacy.noise_multiplier")
     norm = number(plan.max_grad_norm, "privacy.max_grad_norm")
     delta = number(plan.delta, "privacy.delta")

@@ -74,6 +74,7 @@ class PrivacyPlan:
         max_grad_norm: L2 norm of one unit's contribution; infinite only without privacy.
         head_norm: that the head's part is clipped to by itself (`clipping`); 0.0: one norm over everything.
         head_share: of `max_grad_norm` squared, that the head's part is then worth.
+        head_rounds: at the beginning, in which the head alone is trained.
         declared_size: units, public: of the node's shard, of the union, or clients.
         delta: 0.0 without privacy.
         records_per_unit: at most this many records of a person a step; 1 for unit=record.
@@ -98,6 +99,7 @@ class PrivacyPlan:
     delta: float
     head_norm: float = 0.0
     head_share: float = 0.0
+    head_rounds: int = 0
     records_per_unit: int = 1
     nodes: int = 1
     target_epsilon: float | None = None
@@ -275,19 +277,21 @@ class PrivacyPlan:
         """
         return np.flatnonzero(entropy.bernoulli(num_units, self.sample_rate)).astype(np.int64)
 
+    def head_alone(self, round: int) -> bool:
+        """Whether `round` (from 1) trains the head alone; what is released has the adapter's size as ever."""
+        return round <= self.head_rounds
+
     @property
     def clipping(self) -> Clipping:
         """What is clipped together, and to what L2 norm."""
         return Clipping(self.max_grad_norm, self.head_norm, self.head_share)
 
     def clip_factors(self, norms: npt.ArrayLike, most: float | None = None) -> FloatArray:
-        """Factors [m] that scale contributions of L2 norm `norms` [m] to at most `most`, by default
-        `max_grad_norm`; see `fedtune.privacy.clipping`."""
+        """See `fedtune.privacy.clipping`; `most` is `max_grad_norm` unless it is given."""
         return clip_factors(norms, self.max_grad_norm if most is None else most)
 
     def noise_std(self) -> float:
-        """Standard deviation of the noise on one whole sum (0.0 without privacy; dp_ftrl: before it is
-        correlated)."""
+        """Of the noise on one whole sum (0.0 without privacy; dp_ftrl: before it is correlated)."""
         return self.update_noise_multiplier() * self.max_grad_norm if self.is_private() else 0.0
 
     def update_noise_multiplier(self) -> float:
@@ -317,17 +321,13 @@ class PrivacyPlan:
         return self.mechanism.weights(nodes, declared_sizes)
 
     def adapt_clip(self, norms: npt.ArrayLike, entropy: Entropy, learning_rate: float = 0.2) -> PrivacyPlan:
-        """The plan of the next round, its norm moved where the mechanism adapts it to `norms` [m]; else
-        itself. The cost is in `terms` already."""
+        """The next round's plan, its norm moved where the mechanism adapts it to `norms` [m] (paid for)."""
         return self.mechanism.adapt_clip(self, norms, entropy, learning_rate)
 
     # --- on a node ----------------------------------------------------------------------------------
 
     def for_shard(self, declared_size: int) -> PrivacyPlan:
-        """The plan with which a node of `declared_size` units (public) trains.
-
-        Raises `PrivacyError` if delta is no delta for a shard of that size.
-        """
+        """With which a node of `declared_size` units trains. Raises `PrivacyError` if delta is none there."""
         return self.mechanism.for_shard(self, declared_size)
 
     def training_plan(self, declared_size: int) -> PrivacyPlan:
@@ -344,6 +344,7 @@ class PrivacyPlan:
             declared_size=whole(declared_size, "declared_size"),
             delta=0.0,
             seed=self.seed,
+            head_rounds=self.head_rounds,
         )
 
     # --- as text ------------------------------------------------------------------------------------
@@ -424,6 +425,7 @@ def make_plan(
     common: dict[str, Any] = {
         "unit": privacy.unit,
         "num_rounds": config.federation.num_rounds,
+        "head_rounds": 0 if config.adapter.name == "head" else config.train.head_rounds or 0,
         "declared_size": declared,
         "records_per_unit": 1,
         "nodes": nodes,
@@ -472,11 +474,10 @@ def make_plan(
     if told:
         check_told(privacy.delta, delta, privacy.epsilon, largest(declared / (1.0 - share), told, nodes))
     common["evaluation_noise"] = evaluation_noise(config, delta, answers) if answers else 0.0
-    head_norm = privacy.head_norm or 0.0
     common |= {
         "max_grad_norm": privacy.max_grad_norm,
-        "head_norm": head_norm,
-        "head_share": privacy.head_share if head_norm else 0.0,
+        "head_norm": privacy.head_norm or 0.0,
+        "head_share": privacy.head_share if privacy.head_norm else 0.0,
         "delta": delta,
         "target_epsilon": privacy.epsilon,
         "reproducible_noise": privacy.reproducible_noise,

@@ -209,12 +209,15 @@ def expected_flops(config: Config, result: FederationResult, model: AdaptedModel
     plan = result.plan
     if not plan.mechanism.tells_size:
         return None
-    records = 0.0
+    each = flops_of_record(model, plan, config.data.max_length, config.train)
+    alone = 4.0 * float(model.head.sum())  # two products with the head's weights
+    total = 0.0
     for node in result.nodes:
         releases = result.releases.get(node.name, 0)
-        records += releases * plan.local_steps * plan.sample_rate * node.declared_size
-    each = flops_of_record(model, plan, config.data.max_length, config.train)
-    return each * records * (plan.records_per_unit if plan.unit == "person" else 1)
+        first = min(releases, plan.head_rounds)
+        records = plan.local_steps * plan.sample_rate * node.declared_size
+        total += (first * alone + (releases - first) * each) * records
+    return total * (plan.records_per_unit if plan.unit == "person" else 1)
 
 
 def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def train_locally(
     round: int,
     repetition: int = 0,
     gradients: bool = False,
+    part: NDArray[np.bool_] | None = None,
     progress: Progress | None = None,
     view: ShardView | None = None,
     observe: Callable[[NDArray[np.float64]], None] | None = None,
@@ -154,6 +155,8 @@ def train_locally(
         round: of the federation, from 1.
         repetition: tells one run of the plan from another; for an audit.
         gradients: the change is minus the gradient of the one step, which the server takes (FedSGD).
+        part: where the head alone is trained: which numbers of the adapter the `model`, a bare head, has,
+            bool [P]. The others have noise like these, which is dropped, and do not change. None: all.
         progress: called with (texts done, texts to do) while frozen layers are computed.
         view: the shard's units, with canaries beside them; for an audit.
         observe: is shown what each step releases, float64 [P] (the noised average, which the accountant
@@ -167,7 +170,9 @@ def train_locally(
         PreflightError: model, plan, sampler and accountant disagree; nothing was trained.
         UpdateRejected: training diverged.
     """
-    model.set_vector(start)
+    mine = np.ones(len(start), dtype=np.bool_) if part is None else part
+    head = model.head if part is None else part
+    model.set_vector(start[mine])
     view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
     entropy = plan.entropy(shard.node, round, repetition)
     theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
@@ -180,20 +185,21 @@ def train_locally(
         preflight(model, view.features, plan, theta, train)
         for _ in range(plan.local_steps):
             drawn = plan.sample(view.num_units, entropy)
-            total = view.clipped_sum(drawn, plan, entropy)
-            gradient = plan.average(total + plan.noise(model.num_parameters, entropy))
+            total = np.zeros(len(start))
+            total[mine] = view.clipped_sum(drawn, plan, entropy)
+            gradient = plan.average(total + plan.noise(len(start), entropy))
             if observe is not None:
                 observe(gradient)
-            gradient = plan.clipping.undone(gradient, model.head)
+            gradient = plan.clipping.undone(gradient, head, alone=part is not None)[mine]
             if optimizer is None:
-                update = -gradient.astype(np.float32)
+                update[mine] = -gradient.astype(np.float32)
                 continue
             theta.grad = torch.from_numpy(gradient.astype(np.float32)).to(model.device)
             if train.proximal_mu:
                 theta.grad += train.proximal_mu * (theta.detach() - anchor)
             optimizer.step()
     if optimizer is not None:
-        update = model.get_vector() - start
+        update[mine] = model.get_vector() - start[mine]
     if not np.isfinite(update).all():
         raise UpdateRejected(
             f"Training at node {shard.node!r} diverged in round {round}: the adapter is no longer finite. "

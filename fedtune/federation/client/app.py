@@ -153,7 +153,8 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
     from fedtune.federation.resources import run_resources, training_usage
     from fedtune.training.local import train_locally
 
-    with run_resources(release.config).using_model() as model:
+    resources = run_resources(release.config)
+    with resources.training_model(release.training, request.round) as (model, part):
         started = time.perf_counter()
         result = train_locally(
             model,
@@ -163,6 +164,7 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
             release.config.train,
             round=request.round,
             gradients=release.config.federation.strategy == "fedsgd",
+            part=part,
         )
         seconds = time.perf_counter() - started
     training_usage.add(seconds, result.flops)
@@ -196,12 +198,11 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     assert plan is not None
     resources = run_resources(release.config)
     (held_out,) = (part for part in resources.prepared.held_out if part.node == release.shard.node)
-    with resources.using_model() as model:
+    with resources.model_at(request.adapter) as model:
         right = np.zeros(0, dtype=np.bool_)
         if held_out.data.num_records:
             from fedtune.training.evaluation import predict_probabilities
 
-            model.set_vector(request.adapter)
             predicted = predict_probabilities(model, held_out.data, release.config.train).argmax(1)
             right = predicted == held_out.data.labels
     entropy = plan.entropy(release.shard.node, request.round, request.attempt)

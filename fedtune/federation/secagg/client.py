@@ -117,15 +117,19 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     train = dataclasses.replace(release.config.train, local_steps=plan.local_steps)
     mechanism = DiscreteMechanism.for_plan(plan, request.adapter.size)
     entropy = plan.entropy(release.shard.node, request.round)
-    with run_resources(release.config).using_model() as model:
+    with run_resources(release.config).training_model(plan, request.round) as (model, part):
         started, flops = time.perf_counter(), model.flops.total
-        model.set_vector(request.adapter)
+        mine = np.ones(request.adapter.size, dtype=np.bool_) if part is None else part
+        model.set_vector(request.adapter[mine])
         view = ShardView(model, release.shard, plan.unit, train)
         theta = torch.nn.Parameter(model.theta, requires_grad=True)
         with per_example_gradients(model):
             preflight(model, view.features, plan, theta, train)
             drawn = plan.sample(view.num_units, entropy)
-            total = view.clipped_sum(drawn, plan, entropy)
+            total = np.zeros(
+                request.adapter.size
+            )  # the rest of a head alone is zero, and noised all the same
+            total[mine] = view.clipped_sum(drawn, plan, entropy)
         seconds, flops = time.perf_counter() - started, model.flops.total - flops
     training_usage.add(seconds, flops)
     return mechanism.share(total, entropy), seconds

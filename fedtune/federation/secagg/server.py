@@ -128,7 +128,7 @@ class _Round:
         total = self.mechanism.decode(server.unmask(shares))
         average = ask.plan.average(total)
         if ask.head is not None:
-            average = ask.plan.clipping.undone(average, ask.head)
+            average = ask.plan.clipping.undone(average, ask.head, ask.plan.head_alone(ask.round))
         outcome.aggregate = -average
         outcome.used = survivors
         # A node that was lost after its vector had come is in the sum, and not dropped from it.

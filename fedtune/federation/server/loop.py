@@ -116,7 +116,7 @@ class _Setting:
 
     def head(self, plan: PrivacyPlan) -> np.ndarray | None:
         """The head's part of the adapter, bool [P], where `plan` tells it from the rest."""
-        return self.server_side.head() if plan.head_norm else None
+        return self.server_side.head() if plan.head_norm or plan.head_rounds else None
 
 
 def run_rounds(
@@ -189,7 +189,7 @@ def _rounds(
         # 6. Charge it, and take a step; with too few updates the round is void and the adapter stays.
         state.account(outcome, cohort, num_rounds)
         if outcome.aggregate is not None:
-            state.adapter = state.optimizer.step(state.adapter, outcome.aggregate)
+            state.adapter = _step(state, outcome.aggregate, setting.head(state.plan))
         void_rounds = 0 if outcome.aggregate is not None else void_rounds + 1
         state.plan = outcome.next_plan or state.plan
         summary = state.summary(outcome, num_rounds)
@@ -321,6 +321,14 @@ def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, conf
     if state.correlated is not None:
         state.correlated.begin(state.round, cohort)
     return cohort
+
+
+def _step(state: RunState, aggregate: np.ndarray, head: np.ndarray | None) -> np.ndarray:
+    """The next adapter. While the head alone is trained the rest stays, whatever noise or nodes put there."""
+    if head is None or not state.plan.head_alone(state.round):
+        return state.optimizer.step(state.adapter, aggregate)
+    stepped = state.optimizer.step(state.adapter, np.where(head, aggregate, 0.0))
+    return np.where(head, stepped, state.adapter)
 
 
 def _evaluate(setting: _Setting, evaluator: Evaluator, state: RunState, roster: Roster) -> Any:

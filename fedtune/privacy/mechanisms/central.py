@@ -192,6 +192,13 @@ class Central(Mechanism):
             )
         if self._is_correlated:
             self._check_participation(plan)
+            if plan.head_rounds:
+                raise PrivacyError(
+                    f"train.head_rounds={plan.head_rounds} does not fit privacy.mechanism={CORRELATED}: what "
+                    "is dropped of the noise of one round cannot be taken back in later ones. Use "
+                    "train.head_rounds=0.",
+                    setting="train.head_rounds",
+                )
 
     def _check_participation(self, plan: PrivacyPlan) -> None:
         for name in ("min_separation", "bands"):
