@@ -149,7 +149,8 @@ def watch(
 
     Raises `DataError`, `ModelError`, `PreflightError` or `UpdateRejected` as a run does.
     """
-    if resolved(config).federation.evaluation != "public":
+    config = resolved(config)
+    if config.federation.evaluation != "public":
         raise DataError(
             "An audit of the model trains on test data that is declared public, and this run has none: it "
             "would train on private records, uncharged. Audit the mechanism instead (leave --model out)."

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fedtune.config.recipe import filled
+from fedtune.config.recipe import adapter_of, filled
 from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
 from fedtune.errors import ConfigError
 
@@ -46,6 +46,10 @@ def resolved(config: Config) -> Config:
         federation = dataclasses.replace(federation, evaluation=_evaluation(config))
     if privacy is not config.privacy or federation is not config.federation:
         config = dataclasses.replace(config, privacy=privacy, federation=federation)
+    if config.adapter.name == AUTO:
+        config = dataclasses.replace(
+            config, adapter=dataclasses.replace(config.adapter, name=adapter_of(config))
+        )
     return filled(config)
 
 
@@ -65,8 +69,8 @@ def check_together(config: Config) -> None:
     federation = config.federation
     _check_evaluation(config)
     kind = _mechanism(config)
-    kind.check_settings(config)
     _check_strategy(config)
+    kind.check_settings(config)
     if config.privacy.head_norm and config.adapter.name == "head":
         raise ConfigError(
             f"privacy.head_norm={config.privacy.head_norm:g} is for a head beside something else that is "

@@ -19,26 +19,31 @@ The constants were measured on four corpora (`simulations/private_accuracy`), an
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedtune.config.schema import Config
+    from fedtune.config.schema import AdapterName, Config
+    from fedtune.privacy.mechanisms.base import Mechanism
 
-__all__ = ["chosen", "filled", "in_words"]
+__all__ = ["adapter_of", "chosen", "filled", "head_rounds", "in_words"]
 
+_OPINIONS = 20_000  # records in the training part of the embedded corpora, which are public
+_LARGE, _FEW = 10_000, 10  # units and classes from which, and up to which, an adapter inside the encoder pays
 _EVALUATIONS = 12  # on the test split in one run: as many as a curve needs
 
 # Where nodes train by themselves.
 _ON_NODES: dict[str, Any] = {
     "train.sample_rate": 0.1,
     "train.local_steps": 4,
-    "train.head_rounds": 0,
     "train.learning_rate": 0.01,
     "train.head_learning_rate": 0.01,
+    "train.head_rounds": 0,
     "train.optimizer": "adam",
     "train.schedule": "constant",
     "train.averaging": 0.0,
     "train.label_smoothing": 0.0,
+    "train.start": "zero",
     "privacy.max_grad_norm": 1.0,
     "privacy.head_norm": 0.0,
     "privacy.head_share": 0.1,
@@ -47,22 +52,63 @@ _ON_NODES: dict[str, Any] = {
 }
 
 # One step a round: the head alone, on outputs that are computed once. Every unit is in every step: sampling
-# would save computing, of which there is next to none, and the noise on a mean is smallest without it.
+# would save computing, of which there is next to none, and noise on a mean is smallest without it. One rate
+# does for every epsilon, size and trust model: the second moment that it is divided by is that of the noise.
 _HEAD: dict[str, Any] = {
     "train.sample_rate": 1.0,
     "train.local_steps": 1,
-    "train.head_rounds": 0,
-    "train.learning_rate": 0.06,
-    "train.head_learning_rate": 0.06,
     "train.optimizer": "adam_mini",
-    "train.schedule": "constant",
+    "train.schedule": "rise",
     "train.averaging": 0.9,
     "train.label_smoothing": 0.0,
-    "privacy.max_grad_norm": 0.8,
+    "train.start": "names",
+    "privacy.max_grad_norm": 0.9,
     "privacy.head_norm": 0.0,
     "privacy.head_share": 0.1,
-    "federation.num_rounds": 60,
 }
+_HEAD_ROUNDS = {"quick": 40, "standard": 60, "thorough": 100}
+_HEAD_RATE = 0.0375  # mean rate over 100 rounds
+
+# One step a round inside the encoder: the head first, then head and adapter, each clipped by itself. What
+# limits it is the number of steps that the time allows, not the noise: batches are as small as noise bears.
+_INSIDE: dict[str, Any] = {
+    "train.local_steps": 1,
+    "train.head_learning_rate": 0.02,
+    "train.optimizer": "adam",
+    "train.schedule": "cosine",
+    "train.label_smoothing": 0.1,
+    "train.start": "names",
+    "privacy.max_grad_norm": 1.05,  # of which 1 is the adapter's
+    "privacy.head_norm": 3.0,  # clipped harder it grows too sure of itself: wrong examples cannot pull back
+    "privacy.head_share": 0.1,
+}
+_HEAD_FIRST = 40  # rounds; each costs privacy, and next to no time
+_MOST_RATE, _UNKNOWN_RATE = 0.5, 0.1  # of sampling; the second where nobody has said how many units there are
+# (steps inside the encoder, units in one): where noise is light, where it is heavy, and without any.
+_LIGHT = {"quick": (50, 512.0), "standard": (80, 512.0), "thorough": (200, 512.0)}
+_HEAVY = {"quick": (25, 1000.0), "standard": (50, 1000.0), "thorough": (100, 1000.0)}
+_NONE = {"quick": (200, 128.0), "standard": (400, 128.0), "thorough": (1600, 128.0)}
+_LIGHT_FROM = 6.0  # epsilon
+
+
+def _units(config: Config) -> int | None:
+    """How many units all nodes have together, as far as settings say: a public number."""
+    known = config.data.declared_size
+    return _OPINIONS if known is None and config.data.source == "opinions" else known
+
+
+def adapter_of(config: Config) -> AdapterName:
+    """What `adapter=auto` is: FFA-LoRA where data is known to be large and has few classes, else the head."""
+    data = config.data
+    classes = 2 if data.source == "opinions" else len(data.labels or ()) or None
+    units = _units(config)
+    inside = units is not None and units >= _LARGE and classes is not None and classes <= _FEW
+    return "ffa_lora" if inside else "head"
+
+
+def head_rounds(config: Config) -> int:
+    """Rounds in which the head is trained alone, before there is more; none where there is no more."""
+    return 0 if config.adapter.name == "head" else config.train.head_rounds or 0
 
 
 def filled(config: Config) -> Config:
@@ -89,7 +135,19 @@ def chosen(config: Config) -> dict[str, Any]:
     if strategy is None:
         by_nodes = (train.local_steps or 1) > 1 or train.proximal_mu > 0.0
         strategy = "fedavg" if by_nodes and "fedavg" in kind.strategies else kind.strategies[0]
-    values = dict(_HEAD if strategy == "fedsgd" else _ON_NODES)
+    if strategy != "fedsgd":
+        values = dict(_ON_NODES)
+    elif config.adapter.name == "head":
+        rounds = config.federation.num_rounds or _HEAD_ROUNDS[train.compute]
+        rate = round(_HEAD_RATE * (100.0 / rounds) ** 0.75, 6)
+        values = _HEAD | {
+            "train.learning_rate": rate,
+            "train.head_learning_rate": rate,
+            "train.head_rounds": 0,
+            "federation.num_rounds": rounds,
+        }
+    else:
+        values = _inside(config, kind)
     if strategy == "fedsgd":
         values["federation.weighting"] = "declared" if kind.takes_local_steps else "uniform"
     values["federation.strategy"] = strategy
@@ -98,16 +156,41 @@ def chosen(config: Config) -> dict[str, Any]:
     return values
 
 
+def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
+    """What is chosen for an adapter inside the encoder."""
+    epsilon = config.privacy.epsilon or _LIGHT_FROM  # a given noise says nothing without the data's size
+    if kind.is_private and kind.takes_local_steps:
+        epsilon /= 2.0  # every node adds all of the noise: with four of them that halves epsilon
+    schedules = _NONE if not kind.is_private else _LIGHT if epsilon >= _LIGHT_FROM else _HEAVY
+    steps, batch = schedules[config.train.compute]
+    rounds, units = config.federation.num_rounds or _HEAD_FIRST + steps, _units(config)
+    most = 0.01 if schedules is _LIGHT else 0.008 if schedules is _HEAVY else 0.003
+    values = _INSIDE | {
+        "train.sample_rate": _UNKNOWN_RATE if units is None else min(_MOST_RATE, batch / units),
+        "train.learning_rate": most
+        if not kind.is_private
+        else round(min(most, 0.0055 * math.sqrt(epsilon)), 6),
+        "train.averaging": 0.9 if steps < 80 else 0.95,
+        "train.head_rounds": min(_HEAD_FIRST, 4 * rounds // 9),
+        "federation.num_rounds": rounds,
+    }
+    if not kind.is_private:
+        values["privacy.head_norm"] = 0.0  # nothing is clipped
+    return values
+
+
 def in_words(config: Config) -> str:
     """One line on how `config` trains, and which of it somebody chose in words instead of the recipe."""
+    config = filled(config)
     train, federation = config.train, config.federation
     if federation.strategy == "fedsgd":
         how = (
             f"{federation.num_rounds} rounds of one gradient from each node at sampling rate "
             f"{train.sample_rate:g}, {train.optimizer} on the server at {train.learning_rate:g}"
         )
-        how += "" if train.schedule == "constant" else f", falling ({train.schedule})"
+        how += {"rise": ", rising", "cosine": ", falling by a cosine"}.get(train.schedule or "", "")
         how += ", late adapters averaged" if train.averaging else ""
+        how += f"; the head alone in the first {train.head_rounds}" if train.head_rounds else ""
     else:
         how = (
             f"{federation.num_rounds} rounds of {train.local_steps} steps on each node at sampling rate "
@@ -119,5 +202,8 @@ def in_words(config: Config) -> str:
         for name, value in chosen(config).items()
         if getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) != value
     ]
+    free = dataclasses.replace(config, federation=dataclasses.replace(federation, num_rounds=None))
+    if chosen(free)["federation.num_rounds"] != federation.num_rounds:
+        own.append("federation.num_rounds")
     given = f"; given, not by the recipe: {', '.join(own)}" if own else ""
     return f"{how}; clipped at {config.privacy.max_grad_norm:g}{given}"

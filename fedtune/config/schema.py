@@ -195,7 +195,9 @@ class ModelConfig(Group):
 class AdapterConfig(Group):
     """The trainable part: all that ever travels."""
 
-    name: AdapterName = setting("head", "what is trained beside the frozen encoder")
+    name: Literal["auto", AdapterName] = setting(
+        "auto", "what is trained beside the frozen encoder; auto: by the recipe of train"
+    )
     layers: int | None = setting(
         None, "top k encoder layers; null: all. What lies below is computed once a text and cached", ge=1
     )
@@ -268,10 +270,10 @@ class TrainConfig(Group):
     head_learning_rate: float | None = setting(
         None, "of the rounds in which the head alone is trained; null: by the recipe", gt=0
     )
-    schedule: Literal["constant", "cosine"] | None = setting(
+    schedule: Literal["constant", "rise", "cosine"] | None = setting(
         None,
-        "fedsgd: cosine: the rate rises over a tenth of the rounds, then falls to a tenth of itself; null: "
-        "by the recipe",
+        "fedsgd: of the rate. rise: from half to one and a half of it; cosine: it rises over a tenth of the "
+        "rounds, then falls to a tenth; null: by the recipe",
     )
     averaging: float | None = setting(
         None,
@@ -282,6 +284,9 @@ class TrainConfig(Group):
     )
     optimizer: Literal["sgd", "adam", "adamw", "adam_mini"] | None = setting(
         None, "takes the steps; adam_mini: one second moment for all of the adapter; null: by the recipe"
+    )
+    start: Literal["zero", "names"] | None = setting(
+        None, "of the head: zero, or the classes' names as the encoder sees them; null: by the recipe"
     )
     label_smoothing: float | None = setting(
         None, "share of a label that is spread over all classes; null: by the recipe", ge=0, lt=1
@@ -296,7 +301,7 @@ class TrainConfig(Group):
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)
     micro_batch_tokens: int = setting(
-        2048, "computed at once; memory grows with it, privacy does not see it", ge=16, unit="tokens"
+        1024, "computed at once; memory grows with it, privacy does not see it", ge=16, unit="tokens"
     )
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto", "of the computation; auto: bf16 where the processor computes it fast"

@@ -211,7 +211,13 @@ class RunResources:
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]: the same for the same configuration."""
         with self.using_model() as model:
-            return np.array(model.initial, dtype=np.float32)
+            if self.config.train.start != "names":
+                return np.array(model.initial, dtype=np.float32)
+            from fedtune.models.encoder import load_tokenizer
+            from fedtune.models.name_start import start_by_names
+
+            model.set_vector(model.initial)
+            return start_by_names(model, load_tokenizer(self.config.model)[0])
 
     def head(self) -> np.ndarray:
         """Which of the adapter's numbers are the classifier's, bool [P]."""

@@ -1,9 +1,9 @@
 """Puts a trainable adapter on a frozen encoder, through PEFT.
 
     lora      low-rank updates of query and value (Hu et al. 2021), and the head
-    ffa_lora  the same with A frozen at its random start (Sun et al. 2024, FFA-LoRA): the product B A is
-              then linear in what travels, so averaging adapters averages models, and noise on A is not
-              multiplied with noise on B
+    ffa_lora  the same with A frozen at its random start, rows orthonormal (Sun et al. 2024, FFA-LoRA): the
+              product B A is then linear in what travels, so averaging adapters averages models, noise on A
+              is not multiplied with noise on B, and every direction of B weighs the same
     bitfit    the biases of the adapted layers (Ben Zaken et al. 2022), and the head
     head      the classifier alone
 
@@ -100,6 +100,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int) -> Any
         match = _LAYER.search(name)
         if ".lora_A." in name:
             parameter.requires_grad_(config.name == "lora")
+            if config.name == "ffa_lora":
+                nn.init.orthogonal_(parameter)  # rank is below the width: its rows are orthonormal
         elif name.endswith(".bias") and ".classifier." not in name:
             # Biases below the adapted layers (the embeddings' LayerNorm too) stay frozen.
             parameter.requires_grad_(match is not None and int(match.group(1)) >= lowest)

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.config.choices import resolved
+from fedtune.config.recipe import head_rounds
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, ConfigError, PrivacyError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
@@ -425,7 +426,7 @@ def make_plan(
     common: dict[str, Any] = {
         "unit": privacy.unit,
         "num_rounds": config.federation.num_rounds,
-        "head_rounds": 0 if config.adapter.name == "head" else config.train.head_rounds or 0,
+        "head_rounds": head_rounds(config),
         "declared_size": declared,
         "records_per_unit": 1,
         "nodes": nodes,

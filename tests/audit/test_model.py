@@ -12,6 +12,7 @@ import pytest
 from fedtune.audit.attack import audit_model
 from fedtune.audit.canaries import GradientCanaries, Scores
 from fedtune.audit.model import CanaryView, InputCanaries, _Training, watch
+from fedtune.config.choices import resolved
 from fedtune.config.files import state_dir
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
@@ -70,7 +71,8 @@ def test_a_canary_shows_the_norm_of_its_own_group(config: Any, monkeypatch: pyte
         placed = GradientCanaries.spread(200, model.num_parameters, np.random.default_rng(0))
         shard = run_resources(config).prepared.shards[0]
         scores = Scores(placed, plan.sample_rate, 3)
-        _Training(config, config.train, model, shard, placed, scores).round(model.initial, plan, 1, 0)
+        whole = resolved(config)
+        _Training(whole, whole.train, model, shard, placed, scores).round(model.initial, plan, 1, 0)
         view = CanaryView(model, shard, "record", config.train, placed)
         drawn = view.num_real + np.arange(len(placed.members))
         with per_example_gradients(model):

@@ -71,7 +71,7 @@ def test_unknown_option_names_the_nearest_and_all(override: str, hint: str) -> N
         "privacy.noise_multiplier=-0.5",
         "privacy.noise_multiplier=nan",
         "privacy.max_grad_norm=0",
-        "privacy.max_grad_norm=null",
+        "privacy.max_grad_norm=nan",
         "privacy.records_per_unit=0",
         "privacy.trust=everyone",
         "privacy.unit=patient",

@@ -54,10 +54,36 @@ def test_what_is_given_stays_and_is_named() -> None:
     assert "given" not in in_words(load([]))
 
 
+def test_inside_the_encoder_where_the_data_is_known_to_be_large() -> None:
+    files = ["data=files", "data.name=x", "data.path=x"]
+    assert load([]).adapter.name == "ffa_lora"
+    for more in ([], ["data.declared_size=50000"], ["data.labels=[a,b]"]):
+        assert load([*files, *more]).adapter.name == "head"
+    large = ["data.declared_size=50000", "data.labels=[a,b]"]
+    assert load([*files, *large]).adapter.name == "ffa_lora"
+    assert load([*files, "data.declared_size=500", "data.labels=[a,b]"]).adapter.name == "head"
+    assert load([*files, *large, "adapter=head"]).adapter.name == "head"
+
+
+def test_batches_inside_the_encoder_follow_from_the_declared_size() -> None:
+    inside = ["data=files", "data.name=x", "data.path=x", "adapter=ffa_lora"]
+    assert load([*inside, "data.declared_size=50000"]).train.sample_rate == 0.02
+    assert load([*inside, "data.declared_size=100"]).train.sample_rate == 0.5
+    assert load(inside).train.sample_rate == 0.1
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 45, 200])
+def test_the_head_comes_first_and_leaves_rounds_for_the_rest(rounds: int) -> None:
+    config = load(["adapter=lora", f"federation.num_rounds={rounds}"])
+    assert config.train.head_rounds is not None
+    assert 0 <= config.train.head_rounds <= rounds // 2
+    assert load(["adapter=lora"]).train.head_rounds == 40
+
+
 def test_the_choice_reads_no_data() -> None:
-    """Settings that say where the data is, or what is in it, change nothing."""
+    """Settings that say where the data is, and which column is which, change nothing."""
     plain = resolved(Config())
-    other = resolved(replace(Config(), data=replace(Config().data, name="x", labels=["a", "b", "c"])))
+    other = resolved(replace(Config(), data=replace(Config().data, name="x", text="y", path="/z")))
     assert chosen(plain) == chosen(other)
 
 

@@ -112,6 +112,7 @@ def test_only_a_node_that_starts_sets_the_budget(
     asked = [
         "data.labels=[negative,positive]", f"model.name={model}", "model.quantization=none", "adapter=lora",
         "train.sample_rate=0.3", "privacy.delta=1e-3", "privacy.epsilon=40", "federation.num_rounds=3",
+        "train.local_steps=4",
     ]  # fmt: skip
     path = tmp_path / "state" / "ledger.sqlite"
     raised = yaml.safe_load(node.read_text()) | {"budget": {"epsilon": 100.0, "delta": 1e-3}}

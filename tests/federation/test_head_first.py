@@ -65,7 +65,9 @@ def test_the_first_rounds_are_those_of_a_head_alone_bit_for_bit(
 ) -> None:
     config = with_trust(tiny, "none", federation__strategy=strategy, train__averaging=0.0)
     config.train.local_steps = 1 if strategy == "fedsgd" else 2
-    config.train.optimizer = "adam"
+    config.train.optimizer, config.train.schedule = "adam", "constant"
+    config.train.head_learning_rate = config.train.learning_rate
+    config.train.label_smoothing, config.train.start = 0.0, "zero"
     config.adapter = AdapterConfig(name=name, rank=2)  # type: ignore[arg-type]
     resources = run_resources(config)
     head, start = resources.head(), resources.initial()

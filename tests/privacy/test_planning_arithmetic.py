@@ -51,6 +51,7 @@ def config(declared: Any = 1000, **changes: Any) -> Config:
 USUAL = {
     "unit": "record", "num_rounds": 12, "seed": 7, "records_per_unit": 1, "reproducible_noise": False,
     "evaluation_share": 0.0, "evaluation_answers": 0, "evaluation_noise": 0.0, "size_noise": 0.0,
+    "head_norm": 0.0, "head_share": 0.0, "head_rounds": 0,
 }  # fmt: skip
 PRIVATE = {**USUAL, "noise_multiplier": 2.0, "max_grad_norm": 1.0, "target_epsilon": 8.0}
 

@@ -184,8 +184,9 @@ PUBLIC: dict[str, str] = {
     "record": (
         "schema run.id run.versions run.commit run.dirty run.engine run.started run.seed run.hardware "
         "run.status run.attempt config data.name data.source data.only_site data.public data.labels "
-        "data.labels_declared data.declared_sizes data.test_records federation.nodes federation.rounds "
-        "federation.cohort_size federation.node_names federation.dropped federation.void_rounds "
+        "data.labels_declared data.declared_sizes data.test_records federation.nodes "
+        "federation.rounds federation.cohort_size federation.node_names federation.recipe "
+        "federation.dropped federation.void_rounds "
         "federation.ended_early federation.notices privacy.unit privacy.adjacency privacy.trust "
         "privacy.mechanism privacy.noise_multiplier privacy.max_grad_norm privacy.head_norm "
         "privacy.head_share privacy.head_rounds privacy.sample_rate "

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import fedtune.privacy
-from fedtune.config.schema import Config
+from fedtune.config.recipe import filled
+from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, conversions, epsilon_of_terms
 from fedtune.privacy.accounting.filter import RunSteps, spent
@@ -93,7 +94,7 @@ def test_pitfall_05_clip_and_sensitivity_cannot_disagree() -> None:
 
 
 def test_pitfall_06_client_rate_times_batch_rate_as_if_each_step_drew_the_client_anew() -> None:
-    config = Config()
+    config = Config(train=TrainConfig(sample_rate=0.1, local_steps=4))
     config.federation.cohort_size = 1  # of four nodes: a quarter of the rounds each
     few = make_plan(config, [1000] * 4)
     config.federation.cohort_size = None
@@ -226,7 +227,10 @@ def test_pitfall_19_the_number_of_steps_is_fixed_before_data_is_read() -> None:
     parameters = inspect.signature(make_plan).parameters
     # Public settings, public sizes, and the delta of the owners' budgets, which they chose beforehand.
     assert list(parameters) == ["config", "declared_sizes", "largest_delta"]
-    assert make_plan(Config(), [1000]).steps() == Config().train.local_steps * Config().federation.num_rounds
+    config = Config(train=TrainConfig(local_steps=3), federation=FederationConfig(num_rounds=7))
+    assert make_plan(config, [1000]).steps() == 21
+    # What nobody set is the recipe's, which has no way to look at data.
+    assert list(inspect.signature(filled).parameters) == ["config"]
 
 
 def test_pitfall_20_a_guarantee_per_record_where_a_person_has_many(tmp_path: Path) -> None:

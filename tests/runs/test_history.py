@@ -54,7 +54,12 @@ def test_privacy_seed_and_rate_leave_the_time_alone_and_the_model_does_not() -> 
     note_run(first)
     known = RunHistory(HERE)
     assert known.estimate(config(made(epsilon=1.0, seed=5, train__learning_rate=0.3))) is not None
-    for other in ({"quantization": "nf4"}, {"adapter": "head"}, {"train__local_steps": 9}, {"epsilon": None}):
+    for other in (
+        {"quantization": "nf4"},
+        {"adapter": "head"},
+        {"train__sample_rate": 0.9},
+        {"epsilon": None},
+    ):
         assert known.estimate(config(made(**other))) is None, other
     assert kind(first["config"]) == kind(made(seed=3)["config"])
 

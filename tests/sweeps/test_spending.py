@@ -92,6 +92,7 @@ def test_a_sweep_says_its_price_before_its_first_run_and_a_resumed_one_what_is_l
         "data=files", f"data.path={world['data']}", "data.name=tiny", "data.labels=[negative,positive]",
         "data.max_length=16", "data.declared_size=120", f"model.name={world['model']}",
         "model.quantization=none", "federation.num_rounds=1", "privacy.epsilon=2,4", "device=cpu",
+        "train.sample_rate=0.1",
         f"hydra.sweep.dir={tmp_path / 'sweep'}",
     ]  # fmt: skip
     said: list[str] = []

@@ -51,5 +51,10 @@ def open_plan(**changes: Any) -> PrivacyPlan:
 @pytest.fixture
 def train() -> TrainConfig:
     return TrainConfig(
-        sample_rate=0.5, local_steps=2, learning_rate=0.05, micro_batch_tokens=64, precision="fp32"
+        sample_rate=0.5,
+        local_steps=2,
+        learning_rate=0.05,
+        optimizer="adam",
+        micro_batch_tokens=64,
+        precision="fp32",
     )

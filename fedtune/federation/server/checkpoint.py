@@ -115,7 +115,7 @@ class RunState:
         meta = _with_local(saved, run_dir)
         try:
             _same_config(meta["config"], config)
-            optimizer = server_optimizer(config)
+            optimizer = server_optimizer(config, saved.round)
             optimizer.load_state_dict(saved.optimizer)
             state = cls(
                 run=saved.run,

@@ -190,6 +190,10 @@ def _rounds(
         state.account(outcome, cohort, num_rounds)
         if outcome.aggregate is not None:
             state.adapter = _step(state, outcome.aggregate, setting.head(state.plan))
+        if state.round == state.plan.head_rounds and config.federation.strategy == "fedsgd":
+            # What the head's rounds end with is their average; from here on all of the adapter is trained.
+            state.adapter = state.optimizer.result(state.adapter)
+            state.optimizer = server_optimizer(config, state.round)
         void_rounds = 0 if outcome.aggregate is not None else void_rounds + 1
         state.plan = outcome.next_plan or state.plan
         summary = state.summary(outcome, num_rounds)

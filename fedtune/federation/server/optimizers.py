@@ -24,9 +24,11 @@ post-processing and costs no epsilon. Clipping and noise are not here.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
+from fedtune.config.recipe import head_rounds
 from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
 
@@ -160,26 +162,25 @@ class GradientOptimizer(ServerOptimizer):
     `adam_mini` is Adam whose second moment is the mean over all coordinates (Zhang et al. 2024, Adam-mini,
     arXiv 2406.16793): where noise of one size is on each, a moment for each tells noise from noise.
 
-    The rate of step t of T is `rate`; by the schedule `cosine` it rises in proportion to t over
-    W = max(1, T / 10) steps, and is then 1/10 + 9/10 (1 + cos(pi (t - W) / (T - W))) / 2 of it. With
-    `averaging` a > 0 the result is mean_t = s mean_(t-1) + (1 - s) x_t, where s = min(a, t / (t + 9)): early
-    adapters are soon forgotten.
+    The rate of step t of T is `rate`; by the schedule `rise` it is 1/2 + (t - 1) / T of it; by `cosine` it
+    rises in proportion to t over W = max(1, T / 10) steps, and is then
+    1/10 + 9/10 (1 + cos(pi (t - W) / (T - W))) / 2 of it. With `averaging` a > 0 the result is
+    mean_t = s mean_(t-1) + (1 - s) x_t, where s = min(a, t / (t + 9)): early adapters are soon forgotten.
 
     Args:
         train: optimizer, schedule and average, complete.
-        rate: null: `train.learning_rate`.
         num_rounds: T.
     """
 
     settings = "train.learning_rate"
 
-    def __init__(self, train: TrainConfig, num_rounds: int, rate: float | None = None) -> None:
+    def __init__(self, train: TrainConfig, num_rounds: int) -> None:
         super().__init__()
         if train.optimizer not in _STEPS:
             raise ConfigError(
                 f"train.optimizer={train.optimizer!r} is not known; it can be {', '.join(_STEPS)}."
             )
-        rate = train.learning_rate if rate is None else rate
+        rate = train.learning_rate
         if rate is None or not (math.isfinite(rate) and rate > 0):
             raise ConfigError(f"train.learning_rate={rate} must be a positive number.")
         self.name = f"gradient_{train.optimizer}"
@@ -204,6 +205,8 @@ class GradientOptimizer(ServerOptimizer):
 
     def _share(self, steps: float) -> float:
         """Of the rate, at step `steps` (from 1)."""
+        if self._train.schedule == "rise":
+            return 0.5 + min(1.0, (steps - 1.0) / self._num_rounds)
         if self._train.schedule != "cosine":
             return 1.0
         rise = max(1.0, _RISE * self._num_rounds)
@@ -257,12 +260,19 @@ def averaging_optimizer(config: FederationConfig) -> ServerOptimizer:
     )
 
 
-def server_optimizer(config: Config) -> ServerOptimizer:
-    """What turns a round's aggregate into the next adapter, by `federation.strategy`; `config` is complete.
+def server_optimizer(config: Config, after: int = 0) -> ServerOptimizer:
+    """What turns the aggregates of the rounds after `after` into adapters, by `federation.strategy`.
+
+    With FedSGD the rounds in which the head alone is trained have an optimizer of their own, with a rate of
+    their own: moments of the head say nothing of the rest, which begins when they end. `config` is complete.
 
     Raises:
         ConfigError: the settings have no meaning.
     """
     if config.federation.strategy != "fedsgd":
         return averaging_optimizer(config.federation)
-    return GradientOptimizer(config.train, config.federation.num_rounds or 1)
+    train, rounds, first = config.train, config.federation.num_rounds or 1, head_rounds(config)
+    if after < first:
+        rate = train.head_learning_rate or train.learning_rate
+        return GradientOptimizer(replace(train, learning_rate=rate, schedule="constant"), first)
+    return GradientOptimizer(train, max(1, rounds - first))

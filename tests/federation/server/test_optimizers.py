@@ -122,7 +122,7 @@ def test_settings_without_meaning_are_refused(field: str, value: object) -> None
         TrainConfig(optimizer="adamw", learning_rate=0.01, weight_decay=0.1),
     ],
 )
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "rise", "cosine"])
 def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainConfig, schedule: str) -> None:
     """The rate's fall is torch's too, and the average is one written out: sum of weights times adapters."""
     import torch
@@ -133,6 +133,7 @@ def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainCon
     train = dataclasses.replace(train, schedule=schedule, averaging=0.35)
     falls = {
         "constant": lambda t: 1.0,
+        "rise": lambda t: 0.5 + t / 20,
         # Twenty steps: two to rise, then from 1 to a tenth.
         "cosine": lambda t: (t + 1) / 2 if t < 2 else 0.1 + 0.9 * (1 + np.cos(np.pi * (t - 1) / 18)) / 2,
     }
