@@ -183,28 +183,22 @@ class RunResources:
 
         parts = [*self.prepared.shards, *self.prepared.held_out]
         corpora = [*(part.data for part in parts), self.prepared.test]
-        passes = 2 if self._head_first else 1
-        total = passes * sum(corpus.num_records for corpus in corpora)
-        behind, train = 0, self.config.train
-        for corpus in corpora:
+        train = self.config.train
+        with self.using_model() as model:
+            # An adapter in every layer leaves nothing frozen below it.
+            models = [model] if model.first_layer > 0 else []
+            if self._head_first:
+                models.append(self._bare_head())
+            total, behind = len(models) * sum(corpus.num_records for corpus in corpora), 0
+            for frozen in models:
+                for corpus in corpora:
 
-            def forward(done: int, _: int, before: int = behind) -> None:
-                if progress is not None:
-                    progress(before + done, total)
+                    def forward(done: int, _: int, before: int = behind) -> None:
+                        if progress is not None:
+                            progress(before + done, total)
 
-            with self.using_model() as model:
-                Features.of(model, corpus, train.micro_batch_tokens, forward, precision=train.precision)
-            behind += corpus.num_records
-        for corpus in corpora if self._head_first else ():
-
-            def further(done: int, _: int, before: int = behind) -> None:
-                if progress is not None:
-                    progress(before + done, total)
-
-            with self.using_model():
-                bare = self._bare_head()
-                Features.of(bare, corpus, train.micro_batch_tokens, further, precision=train.precision)
-            behind += corpus.num_records
+                    Features.of(frozen, corpus, train.micro_batch_tokens, forward, precision=train.precision)
+                    behind += corpus.num_records
 
     # What the server needs of its own; of the data, only what it may evaluate on without noise.
 
