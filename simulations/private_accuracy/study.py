@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+r"""What does a recipe that nobody tuned reach? Corpora, adapters, trust models and epsilons.
+
+    python simulations/private_accuracy/study.py --corpora FOLDER     all runs, then table and figure
+    python simulations/private_accuracy/study.py --report             from the records there are
+    python simulations/private_accuracy/study.py --corpora FOLDER --only banking77 --adapters head
+
+FOLDER holds banking77, clinc150 and sms_spam, each with train.csv and test.csv; `opinions` needs none. No
+setting of training is given but the adapter: all of it is `train=auto`. A finished run is kept as
+`records/NAME.json` and skipped the next time; words at the end (`name=value`) are overrides for all runs.
+Epsilon is per record (add or remove one), delta the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
+    sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours too
+
+from table import ADAPTERS, CORPORA, EPSILONS, TRUSTS, neighbour  # noqa: E402
+
+SEEDS = (0, 1, 2)
+_FILES = ("data=files", "data.text=text", "data.test_split=test", "data.test_public=true", "data.public=true")
+DATA = {
+    "banking77": (*_FILES, "data.label=category", "partition=iid", "federation.nodes=4"),
+    "clinc150": (*_FILES, "data.label=intent", "data.site=domain", "partition=natural"),
+    "sms_spam": (*_FILES, "data.label=label", "partition=iid", "federation.nodes=4"),
+    "sms_spam_50": (*_FILES, "data.label=label", "partition=iid", "federation.nodes=50"),
+    "opinions": (),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the study; `epsilon` None is without privacy, for which trust is `none`."""
+
+    corpus: str
+    adapter: str
+    trust: str
+    epsilon: int | None
+    seed: int
+    folder: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its record file and run folder."""
+        privacy = "none" if self.epsilon is None else f"epsilon{self.epsilon}"
+        return f"{self.corpus}-{self.adapter}-{self.trust}-{privacy}-seed{self.seed}"
+
+    def overrides(self) -> list[str]:
+        """What makes it this run and no other."""
+        words = [*DATA[self.corpus], f"adapter={self.adapter}", "privacy.unit=record", f"seed={self.seed}"]
+        if self.folder is not None and self.corpus != "opinions":
+            name = self.corpus.removesuffix("_50")
+            words += [f"data.path={self.folder / name}", f"data.name={name}"]
+        if self.epsilon is None:
+            return [*words, "privacy=none"]
+        return [*words, f"privacy={self.trust}", f"privacy.epsilon={self.epsilon}"]
+
+
+def cells(options: argparse.Namespace) -> list[Cell]:
+    """The runs, one seed after the other, so that a study that is cut short is complete for fewer seeds."""
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    found = []
+    for seed, corpus, adapter in itertools.product(
+        seeds, options.only.split(","), options.adapters.split(",")
+    ):
+        for trust, epsilon in itertools.product(
+            options.trusts.split(","), map(int, options.epsilons.split(","))
+        ):
+            found.append(Cell(corpus, adapter, trust, epsilon, seed, options.corpora))
+        if options.open:
+            found.append(Cell(corpus, adapter, "none", None, seed, options.corpora))
+    return found
+
+
+def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
+    """Runs one cell unless its record is there; returns whether it ran. Raises FedtuneError.
+
+    Records say nothing of where the corpora lie.
+    """
+    from dataclasses import asdict
+
+    from fedtune.config.loader import load
+    from fedtune.errors import RecordError
+    from fedtune.runs import record, run
+
+    first = neighbour("study")
+    config = load([*cell.overrides(), *extra])
+    path = records / f"{cell.name}.json"
+    if path.exists():
+        kept, wanted = (
+            {**first.settings_of(whole), "data": {**whole["data"], "path": None}}
+            for whole in (record.read(path)["config"], record.clean(asdict(config)))
+        )
+        if kept != wanted:
+            raise RecordError(
+                f"{path} was made with other settings ({', '.join(first.differences(kept, wanted))}). Delete "
+                "it to run it again, or choose another folder with --records."
+            )
+        return False
+    folder = work / cell.name
+    if (folder / "checkpoint").exists():
+        config = load([f"resume={folder}"])
+    else:
+        config.output = str(folder)
+    finished = record.read(run.run(config))
+    finished["config"]["data"]["path"] = None
+    first.write_record(finished, path)
+    return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpora", type=Path, help="folder of banking77, clinc150 and sms_spam")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), metavar="N,N", help="default: 0,1,2")
+    parser.add_argument("--only", default=",".join(CORPORA), metavar="NAME,NAME", help="corpora")
+    parser.add_argument("--adapters", default=",".join(ADAPTERS), metavar="NAME,NAME", help="adapters")
+    parser.add_argument("--trusts", default=",".join(TRUSTS), metavar="NAME,NAME", help="trust models")
+    parser.add_argument("--epsilons", default=",".join(map(str, EPSILONS)), metavar="N,N", help="epsilons")
+    parser.add_argument(
+        "--no-open", dest="open", action="store_false", help="without the runs without privacy"
+    )
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="every Nth run (start the others beside it)"
+    )
+    parser.add_argument("--records", type=Path, default=HERE / "records", help="where the records are kept")
+    parser.add_argument("--work", type=Path, default=Path("outputs") / "private_accuracy", help="run folders")
+    parser.add_argument("--report", action="store_true", help="run nothing; make table and figure")
+    parser.add_argument("overrides", nargs="*", help="name=value, for every run")
+    options = parser.parse_args(arguments)
+    import table
+
+    if not options.report:
+        part, parts = map(int, options.part.split("/"))
+        wanted = cells(options)[part - 1 :: parts]
+        for number, cell in enumerate(wanted, start=1):
+            print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
+            if not run_cell(cell, options.records, options.work, options.overrides):
+                print("  done before", flush=True)
+    print(
+        f"\n{table.write(options.records, HERE if options.records == HERE / 'records' else options.records)}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    from fedtune.errors import FedtuneError
+
+    try:
+        sys.exit(main())
+    except FedtuneError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(str(interrupt) or "Interrupted.")

@@ -1,0 +1,171 @@
+"""Table, figure and README of the study, from its record files alone; `study.py --report` runs this."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CORPORA = ("banking77", "clinc150", "sms_spam", "sms_spam_50", "opinions")
+ADAPTERS = ("head", "ffa_lora", "lora", "bitfit")
+TRUSTS = ("local", "distributed")
+EPSILONS = (1, 3, 8)
+WHAT = {
+    "banking77": "banking77, 77 classes, 4 equal nodes",
+    "clinc150": "clinc150, 150 classes, 10 nodes by domain",
+    "sms_spam": "sms_spam, 4 equal nodes",
+    "sms_spam_50": "sms_spam, 50 equal nodes",
+    "opinions": "opinions, 2 classes, 4 natural sites",
+}
+_COLORS = {"local": "#1f5fa8", "distributed": "#b5651d", "none": "#4a4a4a"}
+_NAMES = {
+    "local": "local: nobody is trusted",
+    "distributed": "distributed: secure sums",
+    "none": "without privacy",
+}
+
+Values = dict[tuple[str, str, str, int | None], list[float]]
+
+
+def neighbour(name: str) -> ModuleType:
+    """`study` or `report` of simulations/first_federation, under a name of its own."""
+    known = f"first_federation_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, HERE.parent / "first_federation" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[known] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[known]
+
+
+def read(records: Path) -> tuple[Values, dict[str, str]]:
+    """Accuracies by (corpus, adapter, trust, epsilon), one a seed; and what each corpus was trained by."""
+    values: Values = defaultdict(list)
+    recipes: dict[str, str] = {}
+    for path in sorted(records.glob("*.json")):
+        record: dict[str, Any] = json.loads(path.read_text())
+        corpus, adapter, trust, *_ = path.stem.split("-")
+        epsilon = record["privacy"]["target_epsilon"]
+        values[corpus, adapter, trust, None if epsilon is None else int(epsilon)].append(
+            record["metrics"]["accuracy"]
+        )
+        recipes[adapter] = record["federation"]["recipe"]
+    return values, recipes
+
+
+def cell(values: list[float] | None) -> str:
+    """Mean in percent with its standard error, and how many seeds where that is not three."""
+    if not values:
+        return "not run"
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) == 1:
+        return f"{mean} (one seed)"
+    error = 100 * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {error:.1f}"
+
+
+def table(values: Values) -> str:
+    """Rows: corpus, adapter, trust. Columns: epsilons, and without privacy."""
+    heads = " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
+    lines = [
+        f"| corpus | adapter | trust | {heads} | none |",
+        "|---|---|---|" + "---:|" * (len(EPSILONS) + 1),
+    ]
+    for corpus in CORPORA:
+        for adapter in ADAPTERS:
+            if not any(key[:2] == (corpus, adapter) for key in values):
+                continue
+            for trust in TRUSTS:
+                row = [cell(values.get((corpus, adapter, trust, epsilon))) for epsilon in EPSILONS]
+                row.append(cell(values.get((corpus, adapter, "none", None))))
+                lines.append(f"| {WHAT[corpus]} | {adapter} | {trust} | {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def draw(values: Values, path: Path) -> None:
+    """Accuracy against epsilon, a panel a corpus, of the best adapter there is for it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    best = {
+        corpus: next((a for a in ("ffa_lora", "head") if (corpus, a, "local", 8) in values), None)
+        for corpus in CORPORA
+    }
+    shown = [corpus for corpus in CORPORA if best[corpus] is not None]
+    figure, panels = pyplot.subplots(
+        1, len(shown), figsize=(3.1 * len(shown), 3.6), layout="constrained", squeeze=False
+    )
+    for panel, corpus in zip(panels[0], shown, strict=True):
+        adapter = best[corpus] or ""
+        for trust in TRUSTS:
+            found = [
+                (e, values[corpus, adapter, trust, e])
+                for e in EPSILONS
+                if (corpus, adapter, trust, e) in values
+            ]
+            means = [100 * statistics.fmean(v) for _, v in found]
+            errors = [100 * statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for _, v in found]
+            panel.errorbar(
+                [e for e, _ in found],
+                means,
+                errors,
+                color=_COLORS[trust],
+                marker="o",
+                capsize=3,
+                label=_NAMES[trust],
+            )
+            for (epsilon, _), mean in zip(found, means, strict=True):
+                above = trust == "distributed"
+                panel.annotate(
+                    f"{mean:.1f}", (epsilon, mean), xytext=(0, 7 if above else -13),
+                    textcoords="offset points",
+                    ha="center", fontsize=8, color=_COLORS[trust],
+                )  # fmt: skip
+        if (corpus, adapter, "none", None) in values:
+            limit = 100 * statistics.fmean(values[corpus, adapter, "none", None])
+            panel.axhline(limit, color=_COLORS["none"], linestyle="--", linewidth=1, label=_NAMES["none"])
+        what, _, how = WHAT[corpus].partition(", ")
+        panel.set_title(f"{what}\n{how}", fontsize=9)
+        panel.set_xscale("log")
+        panel.set_xticks(EPSILONS, [str(e) for e in EPSILONS])
+        panel.minorticks_off()
+        panel.margins(x=0.12, y=0.16)
+        panel.set_xlabel("epsilon (one record)")
+        panel.grid(alpha=0.25)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    panels[0][0].set_ylabel("test accuracy, percent")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write(records: Path, folder: Path) -> Path:
+    """Writes figure.png, and the table into README.md between its marks."""
+    values, recipes = read(records)
+    if not values:
+        raise SystemExit(f"There are no records in {records}.")
+    draw(values, folder / "figure.png")
+    readme = folder / "README.md"
+    begin, end = "<!-- table -->", "<!-- end -->"
+    text = readme.read_text() if readme.is_file() else f"{begin}\n{end}\n"
+    head, _, rest = text.partition(begin)
+    tail = rest.partition(end)[2]
+    how = "\n".join(
+        f"- `{adapter}` (of one of its runs): {recipes[adapter]}"
+        for adapter in ADAPTERS
+        if adapter in recipes
+    )
+    readme.write_text(f"{head}{begin}\n{table(values)}\n\n{how}\n{end}{tail}")
+    return readme
