@@ -37,7 +37,7 @@ SEEDS = (0, 1, 2)
 # the pooled data: the default depends on a shard's size, and would give each arrangement another promise.
 # Only the last adapter is evaluated: the test texts of four sites cost more than a round of one of them.
 # The unit is one record, as this study's README says: by default persons would be protected, and sampled.
-COMMON: tuple[str, ...] = ("federation.evaluate_every=1000", "privacy.unit=record")
+COMMON: tuple[str, ...] = ("adapter=head", "federation.evaluate_every=1000", "privacy.unit=record")
 SETTINGS = {
     "none": ("privacy=none",),
     "epsilon8": ("privacy=local", "privacy.epsilon=8", "privacy.delta=2.5e-5"),
