@@ -50,12 +50,19 @@ def statement(run_dir: RunFolder, json: Json = False) -> None:
         "Classifies texts with the model that a run trained.",
         """\
 fedtune predict RUN_DIR "what a film" "never again"
-fedtune predict RUN_DIR - < texts.txt         one text a line""",
+fedtune predict RUN_DIR - < texts.txt         one text a line
+fedtune predict RUN_DIR --site movies "so so"  with the part that is this site's own""",
     ),
 )
 def predict(
     run_dir: RunFolder,
     texts: Annotated[list[str], argument("TEXT...", "A text; '-' reads lines.")],
+    site: Annotated[
+        str | None,
+        option(
+            "Whose own part of the model to use (train.personalize); a new site has none.", metavar="NAME"
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     from dataclasses import asdict
@@ -66,7 +73,7 @@ def predict(
     lines: list[str] = []
     for text in texts:
         lines += [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
-    predictions = api.load(run_dir).predict(lines)
+    predictions = api.load(run_dir, site=site).predict(lines)
     if json:
         print_json([asdict(prediction) for prediction in predictions])
     else:

@@ -127,6 +127,8 @@ def _check_strategy(config: Config) -> None:
             f"federation.strategy={strategy} does not fit privacy.trust={config.privacy.trust}, which has "
             f"{', '.join(kind.strategies)}. Leave it out."
         )
+    if train.personalize != "none":
+        _check_personal(config)
     if strategy == "fedsgd":
         if kind.takes_local_steps and train.local_steps not in (None, 1):
             raise ConfigError(
@@ -157,6 +159,25 @@ def _check_strategy(config: Config) -> None:
                 f"train.{name}={value} is for an optimizer on the server (federation.strategy=fedsgd), and "
                 f"federation.strategy is {strategy}. Leave it out."
             )
+
+
+def _check_personal(config: Config) -> None:
+    """A site's own part moves by what the site releases by itself; where that is nothing there is none."""
+    asked, kind = f"train.personalize={config.train.personalize}", _mechanism(config)
+    if kind.round != "plain":
+        raise ConfigError(
+            f"{asked} moves a site's own part of the model by the gradient that the site releases, and with "
+            f"privacy.trust={kind.trust} no site releases one by itself: {kind.no_own_release}. Use "
+            "privacy=local, or train.personalize=none.",
+            setting="train.personalize",
+        )
+    if config.federation.strategy != "fedsgd":
+        raise ConfigError(
+            f"{asked} needs nodes that send one gradient a round (federation.strategy=fedsgd), and "
+            f"federation.strategy is {config.federation.strategy}. Use federation.strategy=fedsgd "
+            "train.local_steps=1 train.proximal_mu=0, or train.personalize=none.",
+            setting="train.personalize",
+        )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -191,6 +191,8 @@ def in_words(config: Config) -> str:
         how += {"rise": ", rising", "cosine": ", falling by a cosine"}.get(train.schedule or "", "")
         how += ", late adapters averaged" if train.averaging else ""
         how += f"; the head alone in the first {train.head_rounds}" if train.head_rounds else ""
+        if train.personalize != "none":
+            how += f", half of the rate for each site's own part ({train.personalize})"
     else:
         how = (
             f"{federation.num_rounds} rounds of {train.local_steps} steps on each node at sampling rate "

@@ -297,6 +297,12 @@ class TrainConfig(Group):
         "without effect under adapter=head; null: by the recipe",
         ge=0,
     )
+    personalize: Literal["none", "head", "adapter"] = setting(
+        "none",
+        "fedsgd, trust local and none: beside the common model each site trains an offset of its own, of the "
+        "head's numbers or of all, in the same charged steps. It never leaves the site; a new site gets the "
+        "common model alone, which is then a little less accurate",
+    )
     momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)
     proximal_mu: float = setting(0.0, "FedProx; 0: off", ge=0)

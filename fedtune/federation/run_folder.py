@@ -32,6 +32,8 @@ from fedtune.errors import CheckpointError, ResourceError
 
 __all__ = [
     "LOCAL_NAME",
+    "OFFSETS",
+    "PERSONAL",
     "SIZES",
     "collect_reasons",
     "lock_folder",
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 SIZES = "sizes"  # the folder of the sizes that nodes released; see `fedtune.federation.sizes`
+OFFSETS = "offsets"  # of the simulated nodes' own parts; see `fedtune.federation.personal`
+PERSONAL = "personal"  # of the models with such parts, one a site
 _RUN = "run_number"
 LOCAL_NAME = "local.json"
 _LOG_NAME = "local.log"
@@ -64,9 +68,10 @@ def run_number(run_dir: Path) -> str:
 
 
 def new_run_number(run_dir: Path) -> str:
-    """Draws the number of a run that begins in `run_dir`, and forgets what sizes an earlier one was told."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(run_dir / SIZES)
+    """Draws the number of a run that begins in `run_dir`, and forgets what nodes left for an earlier one."""
+    for folder in (SIZES, OFFSETS):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(run_dir / folder)
     run = secrets.token_hex(8)
     replace_whole(run_dir / _RUN, run.encode())
     return run

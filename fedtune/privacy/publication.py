@@ -177,7 +177,7 @@ _PRIVACY: Fields = {
 }
 _METRICS: Fields = {
     **dict.fromkeys(("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss"), _QUALITY),
-    **dict.fromkeys(("per_site", "evaluation"), _QUALITY),
+    **dict.fromkeys(("per_site", "personal", "evaluation"), _QUALITY),
     "chance": public("one over the number of declared labels"),
     "majority_rate": public("of a public test split"),
     "num_records": public("of a public test split"),
@@ -286,6 +286,12 @@ SINKS: Mapping[str, Fields] = {
         "ended_early": _REASON,
         "notices": _FEDERATION["notices"],
         **_below("rounds.*", _ROUND),
+    },
+    # A site's own part of the model: what of it a simulation puts into the run folder (its adapter).
+    "personal": {
+        "node": _NAME,
+        "steps": _COUNT,
+        "adapter": local("the site's own: made of its charged releases, and still nobody else's"),
     },
     "failure": {
         "error": _REASON,

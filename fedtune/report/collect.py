@@ -50,6 +50,8 @@ class Run:
         task: what accuracy was measured on; numbers of two tasks cannot be compared.
         epsilon: infinite without privacy, or where the record does not know.
         terms: by node, what its releases cost the accountant; None for a node without privacy.
+        per_site: of the common model on each site's records.
+        personal: on the same, of each site's own model (`train.personalize`); empty without such.
         nodes_fixed: a record lies on the same node in every run (the natural partition).
         dataset: the name of the data; runs on data of one name are taken to share records.
     """
@@ -69,6 +71,7 @@ class Run:
     reproducible_noise: bool
     accuracy: float | None
     per_site: Mapping[str, float]
+    personal: Mapping[str, float]
     rounds: tuple[Round, ...]
     cost: Cost
     records: int | None
@@ -123,6 +126,7 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         reproducible_noise=bool(privacy["reproducible_noise"]),
         accuracy=None if metrics["accuracy"] is None else float(metrics["accuracy"]),
         per_site=_per_site(metrics["per_site"]),
+        personal=_per_site({site: _own(row) for site, row in metrics["per_site"].items()}),
         rounds=tuple(
             Round(int(row["round"]), row.get("accuracy"), row.get("epsilon")) for row in metrics["by_round"]
         ),
@@ -164,6 +168,11 @@ def _per_site(values: Mapping[str, Any]) -> dict[str, float]:
         if accuracy is not None:
             accuracies[str(site)] = float(accuracy)
     return accuracies
+
+
+def _own(row: Any) -> Any:
+    """What a site's row says of its own model."""
+    return (row.get("personal") if isinstance(row, Mapping) else None) or {}
 
 
 def _cost(values: Mapping[str, Any], run: Mapping[str, Any]) -> Cost:

@@ -107,6 +107,7 @@ class Point:
     epsilon: float
     delta: float | None
     per_site: dict[str, Stat]
+    personal: dict[str, Stat]
     costs: dict[str, Stat | None]
     money: Money | None
     best: dict[str, bool] = field(default_factory=dict)
@@ -175,9 +176,10 @@ def _point(key: str, runs: list[Run], book: PriceBook, several_tasks: bool, seve
     first = runs[0]
     parts = ([first.task] if several_tasks else []) + ([f"unit {first.unit}"] if several_units else [])
     amounts = [_money_of(run, book) for run in runs]
-    sites = sorted({site for run in runs for site in run.per_site})
+    sites = sorted({site for run in runs for site in (*run.per_site, *run.personal)})
     deltas = [run.delta for run in runs if run.delta is not None]
     per_site = {site: Stat.of([run.per_site.get(site) for run in runs]) for site in sites}
+    personal = {site: Stat.of([run.personal.get(site) for run in runs]) for site in sites}
     return Point(
         id=hashlib.sha256(key.encode()).hexdigest()[:8],
         runs=runs,
@@ -187,6 +189,7 @@ def _point(key: str, runs: list[Run], book: PriceBook, several_tasks: bool, seve
         epsilon=max(run.epsilon for run in runs),
         delta=max(deltas) if deltas else None,
         per_site={site: stat for site, stat in per_site.items() if stat is not None},
+        personal={site: stat for site, stat in personal.items() if stat is not None},
         costs={
             name: Stat.of([_cost(name, run, amount) for run, amount in zip(runs, amounts, strict=True)])
             for name in COSTS
@@ -419,6 +422,7 @@ def _row(point: Point, names: Sequence[str], currency: str | None) -> dict[str, 
         row[name] = None if stat is None else float(stat.mean)
         row[f"{name}_error"] = None if stat is None else stat.error
     row |= {f"accuracy_{site}": stat.mean for site, stat in point.per_site.items()}
+    row |= {f"own_accuracy_{site}": stat.mean for site, stat in point.personal.items()}
     row["non_dominated_epsilon"] = point.best["epsilon"]
     row |= {f"non_dominated_{name}": point.best[name] for name in COSTS}
     row |= {name: _cell(point.settings.get(name)) for name in names}

@@ -326,6 +326,7 @@ def _point(point: Point, group: int, names: Sequence[str], named: Sequence[str])
             for part in (money.compute, money.energy, money.network, money.data)
         ],
         "sites": {site: _stat(stat) for site, stat in point.per_site.items()},
+        "own": {site: _stat(stat) for site, stat in point.personal.items()},
         "set": {name: point.settings.get(name) for name in names},
         "best": [name for name, best in point.best.items() if best],
         "cmd": repeat_command(point.settings, point.seeds),

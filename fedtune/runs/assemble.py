@@ -87,6 +87,7 @@ class Metrics:
     f1_macro: float | None = None
     loss: float | None = None
     per_site: Mapping[str, Any] = field(default_factory=dict)
+    personal: Mapping[str, Any] | None = None  # of each site with its own part, on its own records
     num_records: int | None = 0  # None: private
     majority_rate: float | None = None
     evaluation: Mapping[str, Any] = field(default_factory=lambda: {"data": "public"})
@@ -212,6 +213,7 @@ def assemble(
             "num_records": metrics.num_records,
             "by_round": [_round(one) for one in result.history],
             "per_site": dict(metrics.per_site),
+            "personal": metrics.personal,
             "evaluation": {**metrics.evaluation, **(evaluation or {})},
         },
         "cost": {

@@ -18,7 +18,7 @@ from fedtune.data.sources.load import LABELS_TAKEN
 from fedtune.runs.assemble import Metrics, NodePrivacy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from fedtune.config.schema import Config
     from fedtune.data.corpus import Shard, TokenizedCorpus
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedtune.federation.server.evaluation import NodesEvaluation
     from fedtune.models.classifier import AdaptedModel
     from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.runs.personal import PersonalScore
     from fedtune.training.evaluation import Evaluation
 
 __all__ = [
@@ -113,27 +114,37 @@ def _ledger(
 
 
 def metrics(
-    evaluation: Evaluation | NodesEvaluation | None, test: TokenizedCorpus, data: str = "public"
+    evaluation: Evaluation | NodesEvaluation | None,
+    test: TokenizedCorpus,
+    data: str = "public",
+    personal: Mapping[str, PersonalScore] | None = None,
 ) -> Metrics:
     """Quality, as it was measured.
 
     On a test part (`data`: public, or held_out in a run without privacy) with what guessing its commonest
     label would give. Of nodes' noised counts an accuracy and its standard error is all there is. None: it was
     not evaluated.
+
+    With `personal`, sites have parts of their own: on a test part each site's accuracy stands beside that of
+    the common model. Nodes answer about one model, the one that they use, so that nothing is known of the
+    common one then.
     """
     from fedtune.federation.server.evaluation import NodesEvaluation
 
     if evaluation is None:
         return Metrics(accuracy=None, evaluation={"data": "none"})
     if isinstance(evaluation, NodesEvaluation):
-        return _noised(evaluation)
+        return _noised(evaluation, own_parts=personal is not None)
     counts = Counter(np.asarray(test.labels).tolist())
     total = sum(counts.values())
     sizes = {} if test.sites is None or data != "public" else Counter(np.asarray(test.sites).tolist())
-    per_site = {
+    per_site: dict[str, dict[str, Any]] = {
         site: {"accuracy": accuracy, "num_records": sizes.get(site)}
         for site, accuracy in evaluation.per_site.items()
     }
+    tested = {site: one for site, one in (personal or {}).items() if one.accuracy is not None}
+    for site, one in tested.items():
+        per_site[site]["personal"] = {"accuracy": one.accuracy, "steps": one.steps}
     return Metrics(
         accuracy=evaluation.accuracy,
         precision_macro=evaluation.precision_macro,
@@ -143,28 +154,41 @@ def metrics(
         per_site=per_site,
         num_records=total if data == "public" else None,  # else how much is held out is private
         majority_rate=max(counts.values()) / total if total and data == "public" else None,
+        personal=_together(tested.values()),
         evaluation={"data": data},
     )
 
 
-def _noised(evaluation: NodesEvaluation) -> Metrics:
-    per_site = {
-        one.node: {
-            "accuracy": one.accuracy,
-            "standard_error": one.standard_error,
-            "units": one.right + one.wrong,
-            "num_records": None,
-        }
-        for one in evaluation.nodes
-    }
+def _together(tested: Collection[PersonalScore]) -> dict[str, Any] | None:
+    """Accuracy of all sites' models, each on its own test records; None if there are none."""
+    records = sum(one.records for one in tested)
+    if not records:
+        return None
+    return {"accuracy": sum(one.records * (one.accuracy or 0.0) for one in tested) / records}
+
+
+def _noised(evaluation: NodesEvaluation, own_parts: bool) -> Metrics:
+    per_site: dict[str, dict[str, Any]] = {}
+    for one in evaluation.nodes:
+        quality = {"accuracy": one.accuracy, "standard_error": one.standard_error}
+        row = {"accuracy": None, "standard_error": None, "personal": quality} if own_parts else quality
+        per_site[one.node] = {**row, "units": one.right + one.wrong, "num_records": None}
     found = {
         "data": "private",
+        "model": "personal" if own_parts else "common",
         "round": evaluation.round,
         "standard_error": evaluation.standard_error,
         "units": evaluation.units,
         "missing": [{"node": node, "reason": reason} for node, reason in evaluation.missing],
     }
-    return Metrics(accuracy=evaluation.accuracy, per_site=per_site, num_records=None, evaluation=found)
+    together = {"accuracy": evaluation.accuracy, "standard_error": evaluation.standard_error}
+    return Metrics(
+        accuracy=evaluation.accuracy,
+        per_site=per_site,
+        personal=together if own_parts else None,
+        num_records=None,
+        evaluation=found,
+    )
 
 
 def evaluation_facts(plan: PrivacyPlan) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import DataError, RecordError
+from fedtune.federation.run_folder import PERSONAL
 from fedtune.runs import record
 
 if TYPE_CHECKING:
@@ -122,18 +123,20 @@ class Model:
         return predictions
 
 
-def load(path: Path | str, *, device: str = "auto") -> Model:
+def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> Model:
     """The classifier that a finished run trained.
 
     Args:
         path: the run folder (`Result.path`), or its record.json.
         device: `auto`, `cpu`, `cuda` or `mps`.
+        site: of a run with `train.personalize`, whose model to load: the common one with the part that is
+            this site's own. None: the common one alone.
 
     Returns:
         The model, in memory and ready to predict.
 
     Raises:
-        RecordError: `path` is not a run folder, its run is not finished, or its adapter is missing.
+        RecordError: `path` is not a run folder, its run is not finished, or the adapter asked for is missing.
         DataError: the run was trained on pairs of texts.
         ModelError, ResourceError: the encoder or adapter cannot be loaded.
 
@@ -146,7 +149,7 @@ def load(path: Path | str, *, device: str = "auto") -> Model:
     """
     finished = record.read(path)
     folder = record.run_folder(path)
-    adapter = folder / finished["artifacts"]["adapter"]
+    adapter = folder / finished["artifacts"]["adapter"] if site is None else _of_site(folder, site)
     if not (adapter / "adapter_config.json").exists():
         raise RecordError(
             f"The run in {folder} has a record and no adapter at {adapter}. Copy the whole run folder, "
@@ -167,6 +170,21 @@ def load(path: Path | str, *, device: str = "auto") -> Model:
     tokenizer, _ = load_tokenizer(ModelConfig(**saved["model"]))
     labels = finished["data"]["labels"]
     return Model(folder, labels, module, tokenizer, finished["config"]["data"]["max_length"])
+
+
+def _of_site(folder: Path, site: str) -> Path:
+    """The folder of a site's own model."""
+    there = folder / PERSONAL
+    sites = sorted(path.name for path in there.iterdir()) if there.is_dir() else []
+    if site in sites:
+        return there / site
+    if sites:
+        raise RecordError(f"The run in {folder} has no model of site {site!r}. It has: {', '.join(sites)}.")
+    raise RecordError(
+        f"The run in {folder} holds no model of a site. A simulation of public data with "
+        f"train.personalize=head has them in {there}; a real site keeps its own beside its ledger, and may "
+        f"copy it to {there / site}. Leave --site out for the common model."
+    )
 
 
 def show(predictions: Sequence[Prediction], console: Console | None = None) -> None:

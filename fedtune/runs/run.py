@@ -21,7 +21,7 @@ import dataclasses
 import datetime
 import errno
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fedtune.federation.server.evaluation import NodesEvaluation
     from fedtune.models.classifier import AdaptedModel
     from fedtune.runs.display import Display
+    from fedtune.runs.personal import PersonalScore
     from fedtune.runs.trackers import Tracker
     from fedtune.training.evaluation import Evaluation
 
@@ -190,6 +191,7 @@ def finish(
     """
     from fedtune.config.choices import tests_openly
     from fedtune.federation.resources import run_resources
+    from fedtune.runs.personal import finish_parts
     from fedtune.runs.trackers import open_tracker
 
     resources = run_resources(config)
@@ -197,6 +199,7 @@ def finish(
     if evaluation is None and tests_openly(config):
         evaluation = resources.evaluate(result.adapter)
     resources.save(result.adapter, run_dir / ADAPTER)
+    own_parts = finish_parts(config, resources, result, run_dir)
     meter.stop()
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with resources.using_model() as model:
@@ -206,6 +209,7 @@ def finish(
             model,
             result,
             evaluation,
+            own_parts,
             meter,
             started,
             commit or environment.commit(),
@@ -224,6 +228,7 @@ def _record(
     model: AdaptedModel,
     result: FederationResult,
     evaluation: Evaluation | NodesEvaluation | None,
+    own_parts: Mapping[str, PersonalScore] | None,
     meter: Meter,
     started: str,
     commit: tuple[str | None, bool | None],
@@ -232,6 +237,7 @@ def _record(
     from fedtune.federation.events import PRUNED
     from fedtune.runs import measures
 
+    parts = {run_folder.PERSONAL: run_folder.PERSONAL} if own_parts and data.public else {}
     energy = measures.energy_of_run(meter.energy, result.attempt)
     cost = meter.cost(
         train_seconds=result.train_seconds,
@@ -261,7 +267,7 @@ def _record(
         ),
         result=result,
         nodes=measures.node_privacy(data.shards, result),
-        metrics=measures.metrics(evaluation, data.test, config.federation.evaluation),
+        metrics=measures.metrics(evaluation, data.test, config.federation.evaluation, own_parts),
         data=measures.data_facts(config, data, result),
         cost=cost,
         energy=energy,
@@ -272,7 +278,7 @@ def _record(
         adapter_bytes=model.adapter_bytes,
         num_parameters=model.num_parameters,
         expected_flops=None if data.public else measures.expected_flops(config, result, model),
-        artifacts={"adapter": ADAPTER, "statement": STATEMENT},
+        artifacts={"adapter": ADAPTER, "statement": STATEMENT, **parts},
         accountant=measures.accountant(result.plan),
         evaluation=measures.evaluation_facts(result.plan),
         sizes=measures.size_facts(result.plan),

@@ -122,14 +122,18 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("held out at" if noised else "test site", overflow="fold")
     table.add_column("about" if noised else "records", justify="right")
-    table.add_column("accuracy", justify="right")
+    own = bool(metrics.get("personal"))
+    table.add_column("common model" if own else "accuracy", justify="right")
+    if own:
+        table.add_column("with its own part", justify="right")
     for site, row in metrics["per_site"].items():
         count = row.get("units") if noised else row["num_records"]
-        table.add_row(Text(site), _count(count), _share(row["accuracy"], row.get("standard_error")))
+        cells = [_count(count), _share(row["accuracy"], row.get("standard_error"))]
+        table.add_row(Text(site), *cells, *([_own(row.get("personal"))] if own else []))
     count = evaluation["units"] if noised else metrics["num_records"]
-    table.add_row(
-        "all", _count(count), _share(metrics["accuracy"], evaluation.get("standard_error")), style="bold"
-    )
+    common = metrics["accuracy"] if evaluation.get("model") != "personal" else None
+    cells = [_count(count), _share(common, evaluation.get("standard_error"))]
+    table.add_row("all", *cells, *([_own(metrics["personal"])] if own else []), style="bold")
     if metrics.get("majority_rate") is not None:
         table.add_row("(always the commonest label)", "", _share(metrics["majority_rate"]), style="dim")
     if evaluation["data"] == "held_out":
@@ -138,6 +142,11 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
     if not noised:
         return table
     return Group(table, Text(_noise_line(evaluation), style="dim"))
+
+
+def _own(quality: Mapping[str, Any] | None) -> str:
+    """Accuracy with a site's own part; '-' where it is not known."""
+    return "-" if quality is None else _share(quality["accuracy"], quality.get("standard_error"))
 
 
 def _noise_line(evaluation: Mapping[str, Any]) -> str:

@@ -104,6 +104,9 @@ def test_the_page_of_fixed_numbers_is_the_other_way_to_train(trust: str) -> None
         ["privacy=central", "federation.strategy=fedsgd"],
         ["federation.strategy=fedavg", "train.schedule=cosine"],
         ["federation.strategy=fedavg", "train.averaging=0.5"],
+        ["train.personalize=head", "privacy=distributed"],
+        ["train.personalize=adapter", "privacy=central"],
+        ["train.personalize=head", "train.local_steps=4"],
     ],
     ids=" ".join,
 )
@@ -111,6 +114,25 @@ def test_settings_of_the_other_way_are_refused(overrides: list[str], golden: Gol
     with pytest.raises(ConfigError) as raised:
         load(overrides)
     golden(raised)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.personalize=head", "privacy=local"],
+        ["train.personalize=head", "privacy=none"],
+        [
+            "train.personalize=head",
+            "federation.strategy=fedsgd",
+            "train.local_steps=1",
+            "train.proximal_mu=0",
+        ],
+        ["train.personalize=none", "privacy=distributed"],
+    ],
+    ids=" ".join,
+)
+def test_the_ways_out_of_a_part_of_ones_own_work_as_typed(overrides: list[str]) -> None:
+    load(overrides)
 
 
 def test_a_configuration_of_json_is_filled_in() -> None:

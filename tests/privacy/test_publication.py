@@ -148,6 +148,9 @@ LOCAL: dict[str, dict[str, Any]] = {
         "rounds.*.seconds": 0.0,
         "rounds.*.train_seconds": 0.0,
     },
+    "personal": {
+        "adapter": None,
+    },
     "round": {
         "seconds": 0.0,
         "train_seconds": 0.0,
@@ -161,7 +164,7 @@ CHARGED: dict[str, str] = {
     "secagg": "masked",
     "record": (
         "metrics.accuracy metrics.precision_macro metrics.recall_macro metrics.f1_macro metrics.loss "
-        "metrics.per_site metrics.evaluation metrics.by_round.*.accuracy "
+        "metrics.per_site metrics.personal metrics.evaluation metrics.by_round.*.accuracy "
         "metrics.by_round.*.accuracy_error metrics.by_round.*.loss"
     ),
     "checkpoint": "history.*.accuracy history.*.accuracy_error history.*.loss evaluation",
@@ -170,6 +173,7 @@ CHARGED: dict[str, str] = {
 }
 
 PUBLIC: dict[str, str] = {
+    "personal": "node steps",
     "hello": "version node software declared_size shards idle delta",
     "join": "budget head lost",
     "consent": "version run attempt node refused refusal last_round",

@@ -6,7 +6,8 @@ It reads its message and its Context and nothing else. The server proposes; the 
 2. open its own shard (Context: `partition-id`, `num-partitions`) and its own ledger;
 3. check the plan against its own configuration, and the ledger against its second witness;
 4. reserve the release, durably, BEFORE training touches the data; or refuse, with the numbers;
-5. train, commit, and send the update with public numbers.
+5. train, commit, and send the update with public numbers. Where the site has a part of its own of the model
+   (`fedtune.federation.personal`), the gradient is taken with it, and it moves, before the commit.
 
 Steps 2 to 4 are `fedtune.federation.client.release.reserve_release`. All of this happens for every message,
 from the beginning: there is no state of round 1 that a restart, or a node that joins late, could go on
@@ -58,6 +59,7 @@ from fedtune.federation.messages import (
     Proposal,
     RoundRequest,
 )
+from fedtune.federation.personal import PersonalPart
 from fedtune.federation.secagg.client import register as register_distributed
 from fedtune.federation.sizes import size_to_declare
 
@@ -156,19 +158,32 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
     resources = run_resources(release.config)
     with resources.training_model(release.training, request.round) as (model, part):
         started = time.perf_counter()
+        own = _own_part(release, request)
         result = train_locally(
             model,
             release.shard,
             release.training,
-            request.adapter,
+            request.adapter if own is None else own.training(request.adapter, request.round),
             release.config.train,
             round=request.round,
             gradients=release.config.federation.strategy == "fedsgd",
             part=part,
         )
         seconds = time.perf_counter() - started
+    if own is not None:
+        own.move(result.update, request.round, release.count)
     training_usage.add(seconds, result.flops)
     return result.update, seconds
+
+
+def _own_part(release: Release, request: RoundRequest) -> PersonalPart | None:
+    """The node's own part of the model; None where the run has none."""
+    from fedtune.federation.resources import run_resources
+
+    if release.place is None:
+        return None
+    head = run_resources(release.config).head()
+    return PersonalPart(release.place, request.run, release.config, head)
 
 
 def _evaluation_reply(request: RoundRequest, context: Context) -> RecordDict:
@@ -191,14 +206,23 @@ def _evaluation_reply(request: RoundRequest, context: Context) -> RecordDict:
 
 
 def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
-    """What leaves the node of its held-out data: (right, wrong), in steps of the plan."""
+    """What leaves the node of its held-out data: (right, wrong), in steps of the plan.
+
+    They are about the model that the site uses: the one that the server sent, with the site's own part, if it
+    has one. A real site then keeps that model, beside its ledger.
+    """
     from fedtune.federation.resources import run_resources
 
     plan = release.plan.evaluation()
     assert plan is not None
     resources = run_resources(release.config)
     (held_out,) = (part for part in resources.prepared.held_out if part.node == release.shard.node)
-    with resources.model_at(request.adapter) as model:
+    own, adapter = _own_part(release, request), request.adapter
+    if own is not None:
+        adapter = own.result(adapter)
+        if release.config.engine.name == "deployment":
+            resources.save(adapter, own.folder)
+    with resources.model_at(adapter) as model:
         right = np.zeros(0, dtype=np.bool_)
         if held_out.data.num_records:
             from fedtune.training.evaluation import predict_probabilities

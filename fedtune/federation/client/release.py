@@ -13,6 +13,7 @@ refused too: one charge, one release (PITFALLS 21).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fedtune.federation.client.node_context import (
 )
 from fedtune.federation.client.policy import check_plan
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
+from fedtune.federation.personal import place_of_part
 from fedtune.federation.sizes import tell_size
 from fedtune.privacy.mechanisms.counts import size_plan
 
@@ -122,6 +124,7 @@ class Release:
     training: PrivacyPlan
     ledger: PrivacyLedger
     reservation: Reservation
+    place: Path | None  # of the node's personal part, if it has one
     count: int  # this run's releases for the same purpose in the ledger, this one included
 
 
@@ -133,6 +136,7 @@ class Permitted:
     shard: Shard
     plan: PrivacyPlan  # as it is accounted for this shard
     ledger: PrivacyLedger
+    place: Path | None  # of the node's personal part, if it has one
 
 
 def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
@@ -141,7 +145,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
 
     Raises:
         PrivacyError: (of some kind) they do not.
-        FederationError: the node has no part in the run.
+        FederationError: the node has no part in the run, or no place for a part of its own.
     """
     from fedtune.federation.resources import config_of
 
@@ -159,7 +163,8 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
         used = {release.fingerprint for release in ledger.releases(run=run, node=shard.node)}
         # A run that began under version 0.1 has the fingerprint that was not keyed.
         site.check(asked, proposed, used - {shard.fingerprint}, ledger.known_as(shard.identity))
-    return Permitted(config, shard, plan, ledger)
+    place = place_of_part(config, context, site, run, shard.node)
+    return Permitted(config, shard, plan, ledger, place)
 
 
 def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[ReleasePlan]:
@@ -240,7 +245,7 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     count = len(ledger.releases(**earlier))
     counter.note(request, count)
     training = request.plan.training_plan(shard.declared_size)
-    return Release(config, shard, plan, training, ledger, reservation, count)
+    return Release(config, shard, plan, training, ledger, reservation, own.place, count)
 
 
 def declare_size(config: Config, context: Context) -> None:

@@ -48,6 +48,7 @@ OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 _STEPS = ("sgd", "adam", "adamw", "adam_mini")
 _RISE, _FLOOR = 0.1, 0.1  # of the cosine schedule: share of the steps, share of the rate
 _WARM_UP = 9.0  # the average begins as that of all adapters: 1/10 is new in the first step, at most
+_COMMON_SHARE = 0.5  # of the rate, where each site has a part of its own with as much
 _BETA_1, _BETA_2, _EPS = 0.9, 0.999, 1e-8  # torch's defaults, which training on a node uses
 
 
@@ -266,13 +267,21 @@ def server_optimizer(config: Config, after: int = 0) -> ServerOptimizer:
     With FedSGD the rounds in which the head alone is trained have an optimizer of their own, with a rate of
     their own: moments of the head say nothing of the rest, which begins when they end. `config` is complete.
 
+    Where sites have a part of their own (`train.personalize`), this moves the common part, and one like it
+    each site's (`fedtune.federation.personal`): with half of the rate each.
+
     Raises:
         ConfigError: the settings have no meaning.
     """
     if config.federation.strategy != "fedsgd":
         return averaging_optimizer(config.federation)
     train, rounds, first = config.train, config.federation.num_rounds or 1, head_rounds(config)
+    rate = train.learning_rate
     if after < first:
-        rate = train.head_learning_rate or train.learning_rate
-        return GradientOptimizer(replace(train, learning_rate=rate, schedule="constant"), first)
-    return GradientOptimizer(train, max(1, rounds - first))
+        rate, rounds = train.head_learning_rate or rate, first
+        train = replace(train, schedule="constant")
+    else:
+        rounds = max(1, rounds - first)
+    if rate is not None and train.personalize != "none":
+        rate *= _COMMON_SHARE
+    return GradientOptimizer(replace(train, learning_rate=rate), rounds)

@@ -72,6 +72,7 @@ class Mechanism(ABC):
         tells_size: the plan follows from the sizes of shards, so that nodes tell them.
         clips_gradients: nodes clip the gradients of units; else whole updates are clipped, or nothing is.
         answers: nodes may answer, with noise, about data that they hold out.
+        no_own_release: why what a node sends is no release by itself, where `round` is not `plain`.
         adding_up: what happens to delta where one person's data lies on several nodes.
         arithmetic: how noise and training are computed, and what that leaves open.
     """
@@ -87,6 +88,7 @@ class Mechanism(ABC):
     tells_size: ClassVar[bool] = True
     clips_gradients: ClassVar[bool] = True
     answers: ClassVar[bool] = True
+    no_own_release: ClassVar[str] = ""
     adding_up: ClassVar[str] = ""
     arithmetic: ClassVar[str] = (
         "noise is a float; the known attack on its low bits is countered, which is no proof."

@@ -68,6 +68,7 @@ class Central(Mechanism):
     strategies: ClassVar[tuple[Strategy, ...]] = ("fedavg", "fedavgm", "fedadam")
     units: ClassVar[tuple[Unit, ...]] = ("client",)
     round: ClassVar[Round] = "clipped"
+    no_own_release: ClassVar[str] = "nodes train by themselves, and the server adds the noise"
     tells_size: ClassVar[bool] = False
     clips_gradients: ClassVar[bool] = False
     answers: ClassVar[bool] = False

@@ -50,6 +50,7 @@ class Distributed(Mechanism):
     takes_local_steps: ClassVar[bool] = False
     fixed_nodes: ClassVar[bool] = True
     shares_noise: ClassVar[bool] = True
+    no_own_release: ClassVar[str] = "only the sum of all sites has enough noise"
     adding_up: ClassVar[str] = ", and delta grows faster"
     arithmetic: ClassVar[str] = "noise is exact (discrete Gaussian), training itself is in floats."
 

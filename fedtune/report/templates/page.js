@@ -138,6 +138,7 @@ function detail(point) {
     try { await navigator.clipboard.writeText(point.cmd); copy.textContent = "Copied"; } catch { copy.textContent = "Select and copy it"; }
   } }, "Copy");
   const sites = Object.entries(point.sites).map(([site, stat]) => `${site} ${accuracyText(stat)}`).join(", ");
+  const own = Object.entries(point.own).map(([site, stat]) => `${site} ${accuracyText(stat)}`).join(", ");
   const runs = point.runs.map((run) => `seed ${run.seed}: ${run.acc === null ? "no accuracy" : percent(run.acc)} (${run.path})`).join("; ");
   const fact = (name, ...rest) => element("p", {}, element("b", {}, `${name}: `), ...rest);
   const settings = Object.entries({ ...data.base, ...point.set }).sort(([a], [b]) => d3.ascending(a, b));
@@ -145,7 +146,7 @@ function detail(point) {
   return [
     fact("Repeat it", copy), element("pre", {}, point.cmd),
     fact("Guarantee", guaranteeText(point), point.unit ? `, unit ${point.unit}.` : "."),
-    sites ? fact("Sites", sites, ".") : null, fact("Runs", runs), element("b", {}, "Full configuration"),
+    sites ? fact("Sites", sites, ".") : null, own ? fact("Sites with their own part", own, ".") : null, fact("Runs", runs), element("b", {}, "Full configuration"),
     element("ul", { class: "settings" }, ...settings.map(([name, v]) => element("li", { class: data.varied.includes(name) && "varied" }, `${name}=${value(v)}`))),
   ].filter(Boolean);
 }
