@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
 from fedtune.report.frontier import Point, points_of, price_book, varied_settings
+from tests.support.studies import import_script
 
 STUDIES = Path(__file__).resolve().parents[1] / "simulations"
 FRONTIERS = ("privacy_frontier", "quantization_frontier")
@@ -71,3 +73,16 @@ def test_the_shipped_table_is_of_the_shipped_records(study: str) -> None:
         assert point.accuracy is not None
         assert float(rows[point.id]["accuracy"]) == pytest.approx(point.accuracy.mean, rel=1e-5)
         assert float(rows[point.id]["epsilon"] or math.inf) == pytest.approx(point.epsilon, rel=1e-5)
+
+
+def test_no_site_loses_by_joining_with_a_part_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = STUDIES / "private_accuracy" / "personal"
+    personal = import_script(folder, "study", monkeypatch)
+    text = personal.table(folder / "records")
+    assert text in (folder / "README.md").read_text(encoding="utf-8")
+    found = personal.accuracies(folder / "records")
+    for site in personal.SITES:
+        gains = [a - b for a, b in zip(found["personal", site], found[f"alone_{site}", site], strict=True)]
+        assert len(gains) == 3
+        error = statistics.stdev(gains) / math.sqrt(len(gains))
+        assert statistics.fmean(gains) > -error, site

@@ -301,7 +301,7 @@ class TrainConfig(Group):
         "none",
         "fedsgd, trust local and none: beside the common model each site trains an offset of its own, of the "
         "head's numbers or of all, in the same charged steps. It never leaves the site; a new site gets the "
-        "common model alone, which is then a little less accurate",
+        "common model alone, which is then less accurate by half a point or more",
     )
     momentum: float = setting(0.0, "sgd: share of the last step's direction that is kept", ge=0, lt=1)
     weight_decay: float = setting(0.0, "adamw, sgd: how much of each weight a step takes off", ge=0)

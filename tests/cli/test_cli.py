@@ -357,13 +357,21 @@ def test_predict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
         for prediction in predictions:
             print(prediction.label, prediction.text)
 
-    monkeypatch.setattr("fedtune.api.load", lambda path: Model())
+    sites: list[str | None] = []
+
+    def load(path: Path, site: str | None) -> Model:
+        sites.append(site)
+        return Model()
+
+    monkeypatch.setattr("fedtune.api.load", load)
     monkeypatch.setattr("fedtune.runs.predict.show", show)
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
     assert call("predict", "run", "one", "-") == 0
     assert capsys.readouterr().out == "positive one\npositive two\npositive three\n"
     assert call("predict", "run", "é", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["text"] == "é"
+    assert call("predict", "run", "--site", "movies", "so so") == 0
+    assert sites == [None, None, "movies"]
 
 
 def test_budget_of_an_empty_home(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,3 +112,21 @@ def test_a_server_needs_no_test_data_where_nodes_evaluate(asked: Callable[..., S
 def test_less_than_no_answer_cannot_be_permitted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_evaluations=-1"):
         settings(tmp_path, permit={"max_evaluations": -1})
+
+
+def test_a_site_keeps_its_own_part_and_its_model_beside_its_ledger(asked: Callable[..., Site]) -> None:
+    site = asked()
+    site.config.train.personalize, site.config.train.local_steps = "head", 1
+    from fedtune.privacy.plan import make_plan
+
+    shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
+    plan = make_plan(site.config, [shard.declared_size])
+    released = site.send(RoundRequest("r", 1, 1, plan, site.start()).to_records())
+    assert "update" in released.content
+    folder = Path(site.settings.ledger).parent / "personal"
+    assert [path.name for path in folder.iterdir()] == ["r.npz"]
+    assert (folder / "r.npz").stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
+    assert question(site)["refused"] == ""
+    assert (folder / "r" / "adapter_config.json").exists()
+    assert site.charged() == 2  # a round and an answer, as without
+    assert "personal" not in str(site.log())

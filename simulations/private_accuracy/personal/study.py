@@ -12,19 +12,31 @@ epsilon 8 for each record on each site (trust local), three seeds. A finished ru
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import math
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE.parents[1] / "first_federation", HERE.parents[2]):
-    sys.path.insert(0, str(folder))
+if str(HERE.parents[2]) not in sys.path:  # a checkout that is not installed
+    sys.path.insert(0, str(HERE.parents[2]))
 
-import study as first_federation  # noqa: E402  (that folder's, which is first on the path)
 
+def _first_federation() -> Any:
+    """The script of that study, whose runs this one repeats with a site's own part; both are `study.py`."""
+    path = HERE.parents[1] / "first_federation" / "study.py"
+    spec = importlib.util.spec_from_file_location("first_federation", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["first_federation"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+first_federation = _first_federation()
 SITES, SEEDS = first_federation.SITES, first_federation.SEEDS
 ARRANGEMENTS = ("personal", "common", *(f"alone_{site}" for site in SITES))
 MARK = "<!-- table -->"
@@ -44,7 +56,7 @@ class Cell:
 
     def overrides(self) -> list[str]:
         """What makes it this run and no other."""
-        words = [*first_federation.COMMON, *first_federation.SETTINGS["epsilon8"], "adapter=head"]
+        words = [*first_federation.COMMON, *first_federation.SETTINGS["epsilon8"]]
         words += [f"seed={self.seed}", "partition=natural"]
         if self.arrangement == "personal":
             words.append("train.personalize=head")
