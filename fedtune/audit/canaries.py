@@ -127,7 +127,7 @@ class GradientCanaries:
 
     def unit(self, plan: PrivacyPlan) -> float:
         """What a right mechanism lets through of one: the clipping norm (without privacy: all of it)."""
-        return plan.max_grad_norm if math.isfinite(plan.max_grad_norm) else 1.0
+        return plan.clipping.whole
 
 
 class Scores:

@@ -32,6 +32,7 @@ from fedtune.config.schema import Config, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
+from fedtune.federation.server.centring import next_adapter
 from fedtune.federation.server.optimizers import server_optimizer
 from fedtune.federation.server.rounds import ClippedUpdates
 from fedtune.models.classifier import AdaptedModel
@@ -63,9 +64,9 @@ class CanaryView(ShardView):
         self.num_units = self.num_real + len(canaries.members)
         self._canaries = canaries
 
-    def clipped_sum(self, drawn: IntArray, plan: PrivacyPlan, entropy: Entropy) -> FloatArray:
+    def clipped_sum(self, drawn: IntArray, plan: PrivacyPlan, entropy: Entropy, round: int) -> FloatArray:
         """As `ShardView.clipped_sum`; units from `num_real` on are the canaries that exist."""
-        total = super().clipped_sum(drawn[drawn < self.num_real], plan, entropy)
+        total = super().clipped_sum(drawn[drawn < self.num_real], plan, entropy, round)
         canaries = self._canaries
         mine = canaries.members[drawn[drawn >= self.num_real] - self.num_real]
         for start in range(0, len(mine), _ROWS):
@@ -205,7 +206,7 @@ class _Training:
         view = CanaryView(self.model, self.shard, plan.unit, self.train, self.canaries)
         if plan.mechanism.round == "secure_sum":
             gradient = self._distributed(adapter, plan, view, round, repetition)
-            return self.optimizer.step(adapter, -gradient), plan
+            return self._next(adapter, -gradient, plan, round), plan
         result = train_locally(
             self.model,
             self.shard,
@@ -218,7 +219,17 @@ class _Training:
             view=view,
             observe=lambda released: self.scores.observe(released, plan, self._signal(plan)),
         )
-        return self.optimizer.step(adapter, result.update), plan
+        return self._next(adapter, result.update, plan, round), plan
+
+    def _next(
+        self,
+        adapter: npt.NDArray[np.float32],
+        aggregate: FloatArray | npt.NDArray[np.float32],
+        plan: PrivacyPlan,
+        round: int,
+    ) -> npt.NDArray[np.float32]:
+        sizes, centre = {self.shard.node: plan.declared_size}, self.model.centre_size
+        return next_adapter(self.optimizer, adapter, aggregate, plan, round, sizes, centre)
 
     def _distributed(
         self,
@@ -233,7 +244,7 @@ class _Training:
         theta = torch.nn.Parameter(self.model.theta, requires_grad=True)
         with per_example_gradients(self.model):
             preflight(self.model, view.features, plan, theta, self.train)
-            total = view.clipped_sum(plan.sample(view.num_units, entropy), plan, entropy)
+            total = view.clipped_sum(plan.sample(view.num_units, entropy), plan, entropy, round)
         gradient = plan.average(released_sum(plan, total, entropy))
         self.scores.observe(gradient, plan, self._signal(plan))
         return plan.clipping.undone(gradient, self.model.head)

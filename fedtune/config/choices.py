@@ -129,6 +129,8 @@ def _check_strategy(config: Config) -> None:
         )
     if train.personalize != "none":
         _check_personal(config)
+    if train.centre:
+        _check_centre(config)
     if strategy == "fedsgd":
         if kind.takes_local_steps and train.local_steps not in (None, 1):
             raise ConfigError(
@@ -178,6 +180,23 @@ def _check_personal(config: Config) -> None:
             "train.local_steps=1 train.proximal_mu=0, or train.personalize=none.",
             setting="train.personalize",
         )
+
+
+def _check_centre(config: Config) -> None:
+    federation = config.federation
+    for fits, name, value, words in (
+        (config.adapter.name == "head", "adapter", config.adapter.name, "trains inside the encoder"),
+        (federation.strategy == "fedsgd", "federation.strategy", federation.strategy, "trains on nodes"),
+        (config.model.normalize, "model.normalize", "false", "takes texts' vectors as they are"),
+        (federation.num_rounds != 1, "federation.num_rounds", 1, "has no round left to train in"),
+    ):
+        if not fits:
+            raise ConfigError(
+                "train.centre=true gives the first round to the mean of the texts' vectors, from which a "
+                "head (adapter=head, federation.strategy=fedsgd, model.normalize=true) then sees them, and "
+                f"{name}={value} {words}. Leave train.centre out.",
+                setting="train.centre",
+            )
 
 
 def _check_evaluation(config: Config) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedtune.config.schema import AdapterName, Config
     from fedtune.privacy.mechanisms.base import Mechanism
 
-__all__ = ["adapter_of", "chosen", "filled", "head_rounds", "in_words"]
+__all__ = ["adapter_of", "centre_rounds", "chosen", "filled", "head_rounds", "in_words"]
 
 _OPINIONS = 20_000  # records in the training part of the embedded corpora, which are public
 _LARGE, _FEW = 10_000, 10  # units and classes from which, and up to which, an adapter inside the encoder pays
@@ -42,6 +42,7 @@ _ON_NODES: dict[str, Any] = {
     "train.optimizer": "adam",
     "train.schedule": "constant",
     "train.averaging": 0.0,
+    "train.centre": False,
     "train.label_smoothing": 0.0,
     "train.start": "zero",
     "privacy.max_grad_norm": 1.0,
@@ -68,6 +69,7 @@ _HEAD: dict[str, Any] = {
 }
 _HEAD_ROUNDS = {"quick": 40, "standard": 60, "thorough": 100}
 _HEAD_RATE = 0.0375  # mean rate over 100 rounds
+_CENTRE_FROM = 10  # rounds: it costs one of them, and is not known to be worth more than a tenth
 
 # One step a round inside the encoder: the head first, then head and adapter, each clipped by itself. What
 # limits it is the number of steps that the time allows, not the noise: batches are as small as noise bears.
@@ -76,6 +78,7 @@ _INSIDE: dict[str, Any] = {
     "train.head_learning_rate": 0.02,
     "train.optimizer": "adam",
     "train.schedule": "cosine",
+    "train.centre": False,
     "train.label_smoothing": 0.1,
     "train.start": "names",
     "privacy.max_grad_norm": 1.05,  # of which 1 is the adapter's
@@ -111,6 +114,11 @@ def head_rounds(config: Config) -> int:
     return 0 if config.adapter.name == "head" else config.train.head_rounds or 0
 
 
+def centre_rounds(config: Config) -> int:
+    """Rounds at the beginning that set the centre and train nothing: one, or none."""
+    return int(bool(config.train.centre))
+
+
 def filled(config: Config) -> Config:
     """`config` with the recipe's choice in place of every null that it has a choice for."""
     values = chosen(config)
@@ -144,6 +152,7 @@ def chosen(config: Config) -> dict[str, Any]:
             "train.learning_rate": rate,
             "train.head_learning_rate": rate,
             "train.head_rounds": 0,
+            "train.centre": config.model.normalize and rounds >= _CENTRE_FROM,
             "federation.num_rounds": rounds,
         }
     else:
@@ -188,6 +197,7 @@ def in_words(config: Config) -> str:
             f"{federation.num_rounds} rounds of one gradient from each node at sampling rate "
             f"{train.sample_rate:g}, {train.optimizer} on the server at {train.learning_rate:g}"
         )
+        how += ", the first for the texts' centre" if train.centre else ""
         how += {"rise": ", rising", "cosine": ", falling by a cosine"}.get(train.schedule or "", "")
         how += ", late adapters averaged" if train.averaging else ""
         how += f"; the head alone in the first {train.head_rounds}" if train.head_rounds else ""

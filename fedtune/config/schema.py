@@ -288,6 +288,11 @@ class TrainConfig(Group):
     start: Literal["zero", "names"] | None = setting(
         None, "of the head: zero, or the classes' names as the encoder sees them; null: by the recipe"
     )
+    centre: bool | None = setting(
+        None,
+        "adapter=head, fedsgd: the first round gives the noised mean of the texts' vectors, charged as a "
+        "step, from which the head then sees them; null: by the recipe",
+    )
     label_smoothing: float | None = setting(
         None, "share of a label that is spread over all classes; null: by the recipe", ge=0, lt=1
     )

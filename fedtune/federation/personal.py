@@ -35,7 +35,7 @@ import numpy as np
 from flwr.app import Context
 
 from fedtune.config.files import replace_whole
-from fedtune.config.recipe import head_rounds
+from fedtune.config.recipe import centre_rounds, head_rounds
 from fedtune.errors import CheckpointError, FederationError
 from fedtune.federation.run_folder import OFFSETS, PERSONAL
 from fedtune.federation.server.optimizers import server_optimizer
@@ -69,7 +69,9 @@ class PersonalPart:
     def __init__(self, path: Path, run: str, config: Config, head: NDArray[np.bool_]) -> None:
         self._path, self._run = path, run
         self._config, self._optimizer = config, server_optimizer(config)
-        self._where = head if config.train.personalize == "head" else np.ones_like(head)  # bool [P]
+        # bool [P]; beside a centre there is only the head, and the centre is common.
+        own = config.train.personalize == "head" or centre_rounds(config)
+        self._where = head if own else np.ones_like(head)
         self._offset = np.zeros(int(self._where.sum()), dtype=np.float32)
         self.releases, self.steps, self._round = 0, 0, 1
         self._read()
@@ -102,7 +104,8 @@ class PersonalPart:
                 self._path, self.steps, releases - 1, self._run,
             )  # fmt: skip
         self._begin(round)
-        self._offset = self._optimizer.step(self._offset, update[self._where])
+        if round > centre_rounds(self._config):  # else there is no gradient in it, only noise on the head
+            self._offset = self._optimizer.step(self._offset, update[self._where])
         self.releases, self.steps = releases, self.steps + 1
         buffer = io.BytesIO()
         saved: dict[str, Any] = {"run": self._run, "round": round, "releases": releases, "steps": self.steps}

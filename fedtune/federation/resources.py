@@ -109,7 +109,8 @@ class RunResources:
     def _key(self) -> str:
         config = self.config
         names = list(self.prepared.label_names)
-        return json.dumps([asdict(config.model), asdict(config.adapter), config.seed, config.device, names])
+        base = [asdict(config.model), asdict(config.adapter), config.train.centre]
+        return json.dumps([*base, config.seed, config.device, names])
 
     @contextmanager
     def using_model(self) -> Iterator[AdaptedModel]:
@@ -122,8 +123,9 @@ class RunResources:
 
                 config, names = self.config, tuple(self.prepared.label_names)
                 slot.model = load_model(
-                    config.model, config.adapter, len(names), config.seed, config.device, names
-                )
+                    config.model, config.adapter, len(names), config.seed, config.device, names,
+                    centred=bool(config.train.centre),
+                )  # fmt: skip
                 slot.key, slot.bare_head = key, None
             positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
             if longest > positions:
@@ -217,6 +219,11 @@ class RunResources:
         """Which of the adapter's numbers are the classifier's, bool [P]."""
         with self.using_model() as model:
             return model.head
+
+    def centre_size(self) -> int:
+        """How many of the adapter's numbers, its last ones, are the centre."""
+        with self.using_model() as model:
+            return model.centre_size
 
     def evaluate(self, adapter: np.ndarray) -> Any:
         """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""

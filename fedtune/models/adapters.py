@@ -66,11 +66,12 @@ def _targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     return sorted(config.target_modules)
 
 
-def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int) -> Any:
-    """Wraps `model` (which has `.encoder.layer` and `.classifier`) as a PeftModel, in place.
+def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int, *, centred: bool = False) -> Any:
+    """Wraps `model` (which has `.encoder.layer`, `.classifier` and `.centring`) as a PeftModel, in place.
 
     Exactly the adapter's parameters require gradients afterwards. The random start of LoRA's A comes
-    from torch's global generator: seed it before.
+    from torch's global generator: seed it before. `centred`: the centre is part of the adapter; it has no
+    gradient.
 
     Raises:
         ModelError: as `lowest_trained_layer`, or `adapter.target_modules` names a layer that is not there.
@@ -79,7 +80,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int) -> Any
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     lowest = lowest_trained_layer(config, num_layers)
-    options: dict[str, Any] = {"modules_to_save": ["classifier"]}
+    options: dict[str, Any] = {"modules_to_save": ["classifier", *(["centring"] if centred else [])]}
     if config.name in ("lora", "ffa_lora"):
         options |= {
             "target_modules": _targets(model, config),
@@ -107,5 +108,7 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int) -> Any
             parameter.requires_grad_(match is not None and int(match.group(1)) >= lowest)
         elif ".classifier.original_module." in name:
             # PEFT's bias="all" also marks the head that modules_to_save has replaced.
+            parameter.requires_grad_(False)
+        elif ".centring." in name:
             parameter.requires_grad_(False)
     return wrapped

@@ -54,11 +54,30 @@ def _digest_below(encoder: EncoderStack, pooling: str, first_layer: int) -> str:
     return digest.hexdigest()
 
 
+class Centring(nn.Module):
+    """Vectors p [b, d] to `LENGTH` (u - m) / |u - m|, u = p / |p|: their direction from the centre m [d].
+
+    An encoder's vectors share a direction, which tells nothing and takes most of their length: seen from
+    their mean, texts differ more. The centre is nobody's gradient: a round of its own sets it
+    (`PrivacyPlan.centres`). At zero, which it starts at, vectors are scaled and no more.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.centre = nn.Parameter(torch.zeros(width, device=device), requires_grad=False)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """A vector of zeros stays one."""
+        length = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True)
+        return LENGTH * nn.functional.normalize(pooled - length * self.centre, dim=-1)
+
+
 class EncoderClassifier(nn.Module):
-    """Encoder, pooling over tokens, each text's vector scaled to one length, linear head.
+    """Encoder, pooling over tokens, each text's vector centred and scaled to one length, linear head.
 
     Shapes: b examples, s tokens, d width, c classes. The scaling (`normalize`) is a function of one text
-    alone. The head starts at zero: it is convex, so a random start is nothing but noise to be unlearnt.
+    and the adapter. The head starts at zero: it is convex, so a random start is nothing but noise to be
+    unlearnt.
     """
 
     def __init__(
@@ -75,6 +94,7 @@ class EncoderClassifier(nn.Module):
         self.classifier = nn.Linear(encoder.width, num_labels, device=device)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
+        self.centring = Centring(encoder.width, device)
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """[b, s, d] and mask [b, s] -> [b, d]."""
@@ -112,7 +132,10 @@ class EncoderClassifier(nn.Module):
     def scaled(self, pooled: Tensor) -> Tensor:
         """What the head sees of `pooled` [b, d]: in float32 whatever the encoder computed in; a vector of
         zeros stays one."""
-        return LENGTH * nn.functional.normalize(pooled.float(), dim=-1) if self.normalize else pooled
+        if not self.normalize:
+            return pooled
+        scaled: Tensor = self.centring(pooled.float())
+        return scaled
 
 
 class FlopCount:
@@ -146,8 +169,9 @@ class AdaptedModel:
 
     The trainable parameters are views into `theta`, one contiguous tensor [P]: packing, unpacking, the
     optimizer step and the noise each are one operation, and no parameter can be trained without being in
-    it. The model is one for all nodes of a process; it holds no node's state between two calls of
-    `set_vector`. Not thread-safe: callers take turns.
+    it. Of a `centred` model the centre [d], which has no gradient, comes last in it. The model is one for all
+    nodes of a process; it holds no node's state between two calls of `set_vector`. Not thread-safe: callers
+    take turns.
     """
 
     def __init__(
@@ -156,20 +180,25 @@ class AdaptedModel:
         model: ModelConfig,
         adapter: AdapterConfig,
         label_names: tuple[str, ...],
+        *,
+        centred: bool = False,
     ) -> None:
         self.base = classifier
         self.model_config, self.adapter_config, self.label_names = model, adapter, label_names
         self.num_layers = len(classifier.encoder.layer)
         self.first_layer = lowest_trained_layer(adapter, self.num_layers)
         self.encoder_bytes = stored_bytes(classifier.encoder)
-        self.peft_model = add_adapter(classifier, adapter, self.num_layers)
+        self.peft_model = add_adapter(classifier, adapter, self.num_layers, centred=centred)
         self.device = next(classifier.encoder.parameters()).device
-        self.parameters = {n: p for n, p in self.peft_model.named_parameters() if p.requires_grad}
-        self.num_parameters = sum(p.numel() for p in self.parameters.values())
+        named = dict(self.peft_model.named_parameters())
+        self.parameters = {n: p for n, p in named.items() if p.requires_grad}
+        self.centre = {n: p for n, p in named.items() if ".centring.modules_to_save." in n}
+        self.packed = self.parameters | self.centre
+        self.num_parameters = sum(p.numel() for p in self.packed.values())
         self.adapter_bytes = 4 * self.num_parameters
         self.theta = torch.empty(self.num_parameters, device=self.device)
         start = 0
-        for parameter in self.parameters.values():
+        for parameter in self.packed.values():
             view = self.theta[start : start + parameter.numel()].view_as(parameter)
             view.copy_(parameter.detach())
             parameter.data = view
@@ -179,22 +208,27 @@ class AdaptedModel:
         self.gradients_checked = False  # set by the preflight of the training layer
 
     def layout(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of each trainable parameter, in the order in which they are packed."""
-        return [(name, tuple(p.shape)) for name, p in self.parameters.items()]
+        """Name and shape of each parameter of the adapter, in the order in which they are packed."""
+        return [(name, tuple(p.shape)) for name, p in self.packed.items()]
+
+    @property
+    def centre_size(self) -> int:
+        """How many of the packed adapter's numbers, its last ones, are the centre: d, or 0 without one."""
+        return sum(p.numel() for p in self.centre.values())
 
     @property
     def heads(self) -> tuple[bool, ...]:
         """Which of the parameters in `layout` are the classifier's."""
-        return tuple("classifier" in name for name in self.parameters)
+        return tuple("classifier" in name for name in self.packed)
 
     @property
     def head(self) -> NDArray[np.bool_]:
         """Which of the packed adapter's numbers are the classifier's, bool [P]."""
-        return np.repeat(self.heads, [p.numel() for p in self.parameters.values()])
+        return np.repeat(self.heads, [p.numel() for p in self.packed.values()])
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """`packed` [u, P] as one [u, n] a parameter, in the order of `layout`."""
-        return packed.split([p.numel() for p in self.parameters.values()], dim=1)
+        return packed.split([p.numel() for p in self.packed.values()], dim=1)
 
     def get_vector(self) -> NDArray[np.float32]:
         """A copy of the adapter, float32 [P]."""
@@ -249,17 +283,20 @@ def load_model(
     seed: int,
     device: str = "auto",
     label_names: tuple[str, ...] = (),
+    *,
+    centred: bool = False,
 ) -> AdaptedModel:
     """Loads encoder, head and adapter; the same arguments give the same start on every machine.
 
-    The last two models are kept in memory and handed out again (with the adapter at its start).
+    The last two models are kept in memory and handed out again (with the adapter at its start). `centred`:
+    the adapter has a centre.
 
     Raises:
         ModelError: encoder or adapter are missing, unsupported, or do not fit.
         ResourceError: there is no such device, or the hub cannot be reached.
     """
     key = json.dumps([asdict(model), asdict(adapter)], sort_keys=True)
-    loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names))
+    loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names), centred)
     loaded.set_vector(loaded.initial)
     return loaded
 
@@ -271,7 +308,9 @@ def forget_models() -> None:
 
 
 @functools.lru_cache(maxsize=2)
-def _load(key: str, num_labels: int, seed: int, device: str, label_names: tuple[str, ...]) -> AdaptedModel:
+def _load(
+    key: str, num_labels: int, seed: int, device: str, label_names: tuple[str, ...], centred: bool
+) -> AdaptedModel:
     model_options, adapter_options = json.loads(key)
     model, adapter = ModelConfig(**model_options), AdapterConfig(**adapter_options)
     if adapter.name == "head":
@@ -286,6 +325,7 @@ def _load(key: str, num_labels: int, seed: int, device: str, label_names: tuple[
             model,
             adapter,
             label_names,
+            centred=centred,
         )
 
 

@@ -131,6 +131,7 @@ def validate(plan: PrivacyPlan) -> None:
             )
     _validate_sizes(plan)
     _validate_evaluation(plan)
+    _validate_centre(plan)
     if not plan.is_private():
         if noise != 0.0 or delta != 0.0 or plan.target_epsilon is not None:
             raise PrivacyError(
@@ -221,6 +222,18 @@ def _validate_sizes(plan: PrivacyPlan) -> None:
     if noise and not (plan.is_private() and plan.mechanism.tells_size):
         raise PrivacyError(
             f"A plan with trust={plan.trust} has sizes told with noise ({noise:g}): it needs none."
+        )
+
+
+def _validate_centre(plan: PrivacyPlan) -> None:
+    rounds = whole(plan.centre_rounds, "centre_rounds", 0)
+    one_step = plan.local_steps == 1 and "fedsgd" in plan.mechanism.strategies
+    if rounds > 1 or (rounds and (plan.num_rounds < 2 or not one_step)):
+        raise PrivacyError(
+            f"A plan of {plan.num_rounds} rounds of {plan.local_steps} steps with trust={plan.trust} has "
+            f"{rounds} that set the centre. At most one does, the first of two or more, where each is one "
+            "step that a server takes (federation.strategy=fedsgd). Leave train.centre out.",
+            setting="train.centre",
         )
 
 

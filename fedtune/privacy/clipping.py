@@ -41,6 +41,11 @@ class Clipping:
     head_norm: float = 0.0
     head_share: float = 0.0
 
+    @property
+    def whole(self) -> float:
+        """All that a unit may contribute: C; 1 where nothing is clipped."""
+        return self.norm if math.isfinite(self.norm) else 1.0
+
     def groups(self, heads: Sequence[bool]) -> list[Group]:
         """Each parameter in one of them, given which of the parameters [p] are the head's.
 

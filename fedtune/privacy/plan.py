@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.config.choices import resolved
-from fedtune.config.recipe import head_rounds
+from fedtune.config.recipe import centre_rounds, head_rounds
 from fedtune.config.schema import Config
 from fedtune.errors import CalibrationError, ConfigError, PrivacyError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
@@ -87,6 +87,7 @@ class PrivacyPlan:
         evaluation_answers: answers about them that a node agrees to, at most.
         evaluation_noise: of one answer: standard deviation over its sensitivity.
         size_noise: standard deviation, in units, of the sizes that nodes told; 0.0: declared ones.
+        centre_rounds: 1 if the first round asks where texts lie, instead of for a gradient; else 0.
     """
 
     purpose: ClassVar[str] = "training"
@@ -110,6 +111,7 @@ class PrivacyPlan:
     evaluation_answers: int = 0
     evaluation_noise: float = 0.0
     size_noise: float = 0.0
+    centre_rounds: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.mechanism, Mechanism):
@@ -166,6 +168,10 @@ class PrivacyPlan:
         """The strategy matrix of noise that is correlated over rounds (dp_ftrl), None elsewhere."""
         return self.mechanism.root(self)
 
+    def centres(self, round: int) -> bool:
+        """Whether `round` (from 1), a step like any other, asks where texts lie instead of for gradients."""
+        return round <= self.centre_rounds
+
     def check_round(self, node: str, run: str, round: int, earlier: Sequence[int]) -> None:
         """Raises `SeparationError` if a node that took part in rounds `earlier` may not do so in `round`."""
         if (root := self.root()) is not None:
@@ -179,8 +185,7 @@ class PrivacyPlan:
         """
         if isinstance(releases, bool) or releases < 0:
             raise PrivacyError(f"releases must be 0 or more, not {releases!r}.")
-        about = self.evaluation()
-        answered = {} if about is None else about.terms(answers)
+        answered = {} if (about := self.evaluation()) is None else about.terms(answers)
         if releases == 0:
             return answered
         return compose_terms(self.mechanism.terms(self, releases, after), answered)
@@ -204,8 +209,7 @@ class PrivacyPlan:
         return math.inf if terms is None else epsilon_rdp_of_terms(terms, self.delta)
 
     def largest_epsilon(self, made: Iterable[tuple[int, int]]) -> float | None:
-        """The largest over nodes that made so many (releases, answers), never an average (PITFALLS 29); None
-        without privacy."""
+        """The largest over nodes that made so many (releases, answers), PITFALLS 29; None without privacy."""
         if not self.is_private():
             return None
         counts = set(made)
@@ -263,19 +267,16 @@ class PrivacyPlan:
         """Randomness of one release: the operating system's, except where nothing is promised.
 
         System entropy has no state to repeat: a round that is resumed or repeated draws afresh. Elsewhere
-        (no privacy, or reproducible noise, which whoever knows the seed can subtract anyway) the draws
-        follow from the seed, the node and the round alone, so that a run that was interrupted and resumed
-        ends as the one that was not. `repetition`: for an audit, which runs one plan many times.
+        the draws follow from the seed, the node and the round alone, so that a run that was resumed ends as
+        the one that was not. `repetition`: for an audit, which runs one plan many times.
         """
         if self.is_private() and not self.reproducible_noise:
             return Entropy.system()
         return Entropy.reproducible(self.seed, node, round, repetition)
 
     def sample(self, num_units: int, entropy: Entropy) -> IntArray:
-        """Poisson sample: each of `num_units` units with probability `sample_rate`, independently.
-
-        Returns the indices drawn, int64 [m]; m may be 0, and the step is taken all the same.
-        """
+        """Poisson sample: each of `num_units` units with probability `sample_rate`, independently. Indices,
+        int64 [m]; m may be 0, and the step is taken all the same."""
         return np.flatnonzero(entropy.bernoulli(num_units, self.sample_rate)).astype(np.int64)
 
     def head_alone(self, round: int) -> bool:
@@ -305,13 +306,10 @@ class PrivacyPlan:
         return entropy.gaussian(size, self.noise_std())
 
     def average(self, noised_sum: npt.ArrayLike) -> FloatArray:
-        """`noised_sum` over the expected batch size, rounded to a grid far below the noise.
-
-        The size of a Poisson batch depends on who was drawn, so dividing by it would release it.
-        """
-        values = np.asarray(noised_sum, dtype=np.float64)
-        size = self.expected_batch_size()
-        return on_grid(values, self.noise_std()) / size
+        """`noised_sum` over the expected batch size, rounded to a grid far below the noise. (The size of a
+        Poisson batch depends on who was drawn, so dividing by it would release it.)"""
+        values = on_grid(np.asarray(noised_sum, dtype=np.float64), self.noise_std())
+        return values / self.expected_batch_size()
 
     def aggregation_weights(
         self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None = None
@@ -434,6 +432,7 @@ def make_plan(
         "evaluation_share": share,
         "evaluation_answers": answers,
         "size_noise": told,
+        "centre_rounds": centre_rounds(config),
     }
     if privacy.unit == "person":
         common["records_per_unit"] = whole(privacy.records_per_unit, "privacy.records_per_unit")

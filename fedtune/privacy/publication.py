@@ -158,7 +158,7 @@ _PRIVACY: Fields = {
         (
             *("unit", "adjacency", "trust", "mechanism", "noise_multiplier", "max_grad_norm", "sample_rate"),
             *("local_steps", "matrix", "accountant", "delta", "target_epsilon", "records_per_unit"),
-            *("head_norm", "head_share", "head_rounds"),
+            *("head_norm", "head_share", "head_rounds", "centre_rounds"),
             *("reproducible_noise", "max_dropouts", "max_colluders", "adaptive_clipping", "evaluation_data"),
             "evaluation",
             "sizes",

@@ -148,6 +148,7 @@ def assemble(
             "head_norm": plan.head_norm,
             "head_share": plan.head_share,
             "head_rounds": plan.head_rounds,
+            "centre_rounds": plan.centre_rounds,
             "sample_rate": plan.sample_rate,
             "local_steps": plan.local_steps,
             "steps": plan.local_steps * max((one.releases for one in nodes), default=0),

@@ -11,6 +11,9 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
     4. a unit whose norm is not finite contributes exactly zero
     5. the sum is taken in float64; nothing is divided here
 
+In a round that sets the centre (`PrivacyPlan.centres`) a unit contributes where its texts lie instead of a
+gradient, clipped to the same norm (`_centre_sum`); else the centre's part of the sum is zero.
+
 Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm, up to
 float32 rounding (of a scaled gradient and of a micro-batch's sum: relative errors near 1e-5). For trust
 `distributed` that is accounted for (`fedtune.privacy.mechanisms.discrete.FLOAT_MARGIN`); elsewhere
@@ -95,6 +98,8 @@ def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
             raise RuntimeError(f"no per-example gradient for {name}: {type(sample).__name__}")
         collected.append(sample.reshape(rows, -1).float())
         parameter.grad_sample = parameter.grad = None
+    # Nobody's gradient moves the centre.
+    collected += [torch.zeros(rows, p.numel(), device=model.device) for p in model.centre.values()]
     return collected
 
 
@@ -180,7 +185,38 @@ def _head_sum(
             error = torch.where(broken, 0.0, error) * factors
             gradient = torch.cat([(error.T @ torch.where(broken, 0.0, x)).reshape(-1), error.sum(0)])
         model.flops.total += 4 * len(rows) * classes * width
-        total += gradient.cpu().double().numpy()
+        total[: len(gradient)] += gradient.cpu().double().numpy()
+    return total
+
+
+def _centre_sum(
+    model: AdaptedModel,
+    features: Features,
+    records: NDArray[np.int64],
+    units: NDArray[np.int64] | None,
+    plan: PrivacyPlan,
+) -> NDArray[np.float64]:
+    """`clipped_sum` of a round that sets the centre: at its place, the sum of where each unit's texts lie.
+
+    That is the mean of a unit's vectors, each scaled to length 1, times `plan.clipping.whole`; so its norm is
+    no larger than a clipped gradient's, and it is clipped all the same. It is zero elsewhere.
+    """
+    if not (model.centre and features.pooled):
+        raise PreflightError("This model has no centre that a round could set: the plan is another model's.")
+    whose = np.arange(len(records)) if units is None else np.unique(units, return_inverse=True)[1]
+    total = np.zeros(model.num_parameters, dtype=np.float64)
+    for start in range(0, int(whose.max(initial=-1)) + 1, _ROWS):
+        chosen = np.flatnonzero((whose >= start) & (whose < start + _ROWS))
+        pooled = features.inputs(records[chosen], len(chosen), 1, model.device)["pooled"]
+        vectors = nn.functional.normalize(pooled.cpu().double(), dim=1)
+        row_of = torch.from_numpy(whose[chosen] - start)
+        counts = torch.bincount(row_of)
+        sums = torch.zeros(len(counts), vectors.shape[1], dtype=torch.float64).index_add_(0, row_of, vectors)
+        means = plan.clipping.whole * sums / counts[:, None]
+        norms = torch.linalg.vector_norm(means, dim=1)
+        factors = torch.from_numpy(plan.clip_factors(norms.numpy()))
+        means = torch.where(torch.isfinite(norms)[:, None], means, 0.0)  # 0 x NaN is NaN
+        total[-model.centre_size :] += (factors @ means).numpy()
     return total
 
 
@@ -206,6 +242,7 @@ def clipped_sum(
     micro_batch_tokens: int,
     precision: str = "auto",
     label_smoothing: float = 0.0,
+    centre: bool = False,
 ) -> NDArray[np.float64]:
     """Sum over the drawn units of their clipped gradients, float64 [P]; see the module's guarantee.
 
@@ -217,7 +254,10 @@ def clipped_sum(
         label_smoothing: share of a label that is spread over all classes (Szegedy et al. 2016): examples that
             are right then stop pulling, where clipping would let the logits grow for ever.
         units: [m] the unit of each record, or None where each record is its own unit.
+        centre: this round sets the centre.
     """
+    if centre:
+        return _centre_sum(model, features, records, units, plan)
     if units is None and features.pooled:
         return _head_sum(model, features, records, plan, label_smoothing)
     total = torch.zeros(model.num_parameters, dtype=torch.float64)

@@ -90,9 +90,10 @@ class ShardView:
         return np.concatenate(rows), np.repeat(drawn, [len(r) for r in rows])
 
     def clipped_sum(
-        self, drawn: NDArray[np.int64], plan: PrivacyPlan, entropy: Entropy
+        self, drawn: NDArray[np.int64], plan: PrivacyPlan, entropy: Entropy, round: int
     ) -> NDArray[np.float64]:
-        """Sum over the drawn units (numbers below `num_units`) of their clipped gradients, float64 [P]."""
+        """Sum over the drawn units (numbers below `num_units`) of their clipped gradients, or of what else
+        `round` (from 1) asks of them, float64 [P]."""
         records, units = self.records_of(drawn, plan.records_per_unit, entropy)
         return clipped_sum(
             self.model,
@@ -103,6 +104,7 @@ class ShardView:
             micro_batch_tokens=self.train.micro_batch_tokens,
             precision=self.train.precision,
             label_smoothing=self.train.label_smoothing or 0.0,
+            centre=plan.centres(round),
         )
 
 
@@ -186,7 +188,7 @@ def train_locally(
         for _ in range(plan.local_steps):
             drawn = plan.sample(view.num_units, entropy)
             total = np.zeros(len(start))
-            total[mine] = view.clipped_sum(drawn, plan, entropy)
+            total[mine] = view.clipped_sum(drawn, plan, entropy, round)
             gradient = plan.average(total + plan.noise(len(start), entropy))
             if observe is not None:
                 observe(gradient)

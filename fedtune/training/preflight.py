@@ -70,7 +70,7 @@ def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
             "model is loaded."
         )
     begin, offset = model.theta.data_ptr(), 0
-    for name, parameter in model.parameters.items():
+    for name, parameter in model.packed.items():
         if parameter.data_ptr() != begin + 4 * offset or parameter.dtype != torch.float32:
             raise PreflightError(
                 f"Parameter {name!r} is no longer a part of the packed adapter (was the model moved or cast "

@@ -14,6 +14,7 @@ from fedtune.audit.canaries import GradientCanaries, Scores
 from fedtune.audit.model import CanaryView, InputCanaries, _Training, watch
 from fedtune.config.choices import resolved
 from fedtune.config.files import state_dir
+from fedtune.config.schema import AdapterConfig
 from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -53,9 +54,9 @@ def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
             view = CanaryView(model, shard, "record", config.train, placed)
             assert view.num_units == plain.num_units + placed.included.sum()
             records, mine = np.array([0, 3]), np.array([0, 7, 20])
-            alone = plain.clipped_sum(records, plan, entropy)
-            both = view.clipped_sum(np.concatenate([records, plain.num_units + mine]), plan, entropy)
-            assert np.array_equal(view.clipped_sum(records, plan, entropy), alone)
+            alone = plain.clipped_sum(records, plan, entropy, 1)
+            both = view.clipped_sum(np.concatenate([records, plain.num_units + mine]), plan, entropy, 1)
+            assert np.array_equal(view.clipped_sum(records, plan, entropy, 1), alone)
     added = both - alone
     where = placed.coordinates[placed.members[mine]]
     assert sorted(np.flatnonzero(np.abs(added) > 1e-9)) == sorted(where)
@@ -76,12 +77,41 @@ def test_a_canary_shows_the_norm_of_its_own_group(config: Any, monkeypatch: pyte
         view = CanaryView(model, shard, "record", config.train, placed)
         drawn = view.num_real + np.arange(len(placed.members))
         with per_example_gradients(model):
-            total = view.clipped_sum(drawn, plan, plan.entropy("audit", 1, 0))
+            total = view.clipped_sum(drawn, plan, plan.entropy("audit", 1, 0), 1)
         of_head = model.head[placed.coordinates]
     assert 0 < of_head.sum() < 200 and len(expected) == plan.local_steps
     assert expected[0] == pytest.approx(np.sqrt(np.where(of_head, 0.2, 0.8)))
     shown = total[placed.coordinates[placed.members]] / plan.max_grad_norm
     assert shown == pytest.approx(expected[0][placed.members], rel=1e-5)
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed"])
+def test_the_round_of_the_centre_is_audited_as_it_is(
+    config: Any, trust: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is seen of round 1 is the noised mean, canaries in it; the next rounds train around it."""
+    head = dataclasses.replace(config, adapter=AdapterConfig(name="head"))
+    head = dataclasses.replace(
+        head, train=dataclasses.replace(head.train, centre=True, local_steps=None, averaging=0.0),
+        privacy=dataclasses.replace(head.privacy, trust=trust, epsilon=50.0, reproducible_noise=True),
+        federation=dataclasses.replace(head.federation, num_rounds=3, strategy="fedsgd"),
+    )  # fmt: skip
+    head = resolved(head)
+    plan, seen = make_plan(head, [30, 30, 30, 30]), []
+    monkeypatch.setattr(Scores, "observe", lambda self, released, plan, signal: seen.append(released))
+    train = dataclasses.replace(head.train, local_steps=1)
+    with run_resources(head).using_model() as model:
+        placed = GradientCanaries.spread(40, model.num_parameters, np.random.default_rng(0))
+        shard = run_resources(head).prepared.shards[0]
+        training = _Training(head, train, model, shard, placed, Scores(placed, plan.sample_rate, 3))
+        adapter, adapters = model.initial, []
+        for round in (1, 2, 3):
+            adapter, plan = training.round(adapter, plan, round, 0)
+            adapters.append(adapter)
+    width = model.centre_size
+    assert len(seen) == 3 and all(released.size == model.num_parameters for released in seen)
+    assert adapters[0][-width:].any() and not adapters[0][:-width].any()
+    assert adapters[1][:-width].any() and np.array_equal(adapters[2][-width:], adapters[0][-width:])
 
 
 def test_input_canaries_are_mislabelled_public_records_and_half_of_them_are_trained_on(

@@ -107,6 +107,11 @@ def test_the_page_of_fixed_numbers_is_the_other_way_to_train(trust: str) -> None
         ["train.personalize=head", "privacy=distributed"],
         ["train.personalize=adapter", "privacy=central"],
         ["train.personalize=head", "train.local_steps=4"],
+        ["adapter=head", "federation.strategy=fedavg", "train.centre=true"],
+        ["adapter=lora", "train.centre=true"],
+        ["adapter=head", "model.normalize=false", "train.centre=true"],
+        ["adapter=head", "federation.num_rounds=1", "train.centre=true"],
+        ["adapter=head", "privacy=central", "train.centre=true"],
     ],
     ids=" ".join,
 )
@@ -137,3 +142,18 @@ def test_the_ways_out_of_a_part_of_ones_own_work_as_typed(overrides: list[str]) 
 
 def test_a_configuration_of_json_is_filled_in() -> None:
     assert from_dict({}) == resolved(Config())
+
+
+@pytest.mark.parametrize("trust", ["local", "distributed", "none"])
+def test_a_head_has_its_texts_centred_where_there_are_rounds_for_it(trust: str) -> None:
+    def centre(*overrides: str) -> bool | None:
+        return load([f"privacy={trust}", *overrides]).train.centre
+
+    assert centre("adapter=head") is True
+    assert centre("adapter=head", "federation.num_rounds=10") is True
+    assert centre("adapter=head", "federation.num_rounds=9") is False
+    assert centre("adapter=head", "federation.num_rounds=2", "train.centre=true") is True
+    assert centre("adapter=head", "train.centre=false") is False
+    assert centre("adapter=head", "model.normalize=false") is False
+    assert centre("adapter=lora") is False
+    assert "the first for the texts' centre" in in_words(load([f"privacy={trust}", "adapter=head"]))

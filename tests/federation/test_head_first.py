@@ -111,7 +111,7 @@ def test_a_server_that_keeps_what_the_rest_got_would_be_noticed(
     head, start = run_resources(config).head(), run_resources(config).initial()
     after: list[np.ndarray] = []
 
-    def all_of_it(state: Any, aggregate: np.ndarray, head: np.ndarray | None) -> np.ndarray:
+    def all_of_it(setting: Any, state: Any, aggregate: np.ndarray, used: list[str]) -> np.ndarray:
         after.append(state.optimizer.step(state.adapter, aggregate))
         return after[-1]
 

@@ -17,7 +17,14 @@ from transformers import AutoModel
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models.adapters import ADAPTERS
-from fedtune.models.classifier import LENGTH, forget_models, load_base, load_model, load_saved
+from fedtune.models.classifier import (
+    LENGTH,
+    AdaptedModel,
+    forget_models,
+    load_base,
+    load_model,
+    load_saved,
+)
 from fedtune.models.encoder import load_encoder, load_tokenizer, select_device
 from tests.support.golden import Golden
 
@@ -199,6 +206,61 @@ def test_the_gradient_flows_through_the_scaling(tiny_bert: Path) -> None:
     want = torch.tensor([(up - down) / 2e-5 for up, down in zip(ours[::2], ours[1::2], strict=True)])
     assert want.abs().max() > 0.1
     assert torch.allclose(pooled.grad[0], want, atol=1e-4)
+
+
+def with_centre(folder: Path) -> AdaptedModel:
+    config = ModelConfig(name=str(folder), quantization="none")
+    return load_model(config, AdapterConfig(name="head"), 2, 0, "cpu", ("no", "yes"), centred=True)
+
+
+def test_a_head_sees_texts_from_the_centre(tiny_bert: Path) -> None:
+    model = with_centre(tiny_bert)
+    assert list(dict(model.layout()).values()) == [(2, 32), (2,), (32,)]
+    assert model.centre_size == 32 and model.heads == (True, True, False)
+    vector, pooled = (
+        model.get_vector(),
+        torch.randn(5, 32) * torch.tensor([1e-3, 0.1, 1.0, 50.0, 0.0])[:, None],
+    )
+    plain = load(tiny_bert, name="head")
+    assert plain.centre_size == 0 and plain.num_parameters == model.num_parameters - 32
+    assert torch.equal(model.base.scaled(pooled), plain.base.scaled(pooled))  # at zero: to the last bit
+    centre = np.random.default_rng(0).normal(0, 0.1, 32).astype(np.float32)
+    vector[-32:] = centre
+    model.set_vector(vector)
+    unit = pooled[:4].double() / pooled[:4].double().norm(dim=1, keepdim=True)
+    around = unit - torch.from_numpy(centre).double()
+    want = LENGTH * around / around.norm(dim=1, keepdim=True)
+    got = model.base.scaled(pooled)
+    assert torch.allclose(got[:4].double(), want, atol=1e-5) and not got[4].any()
+    assert not any(p.requires_grad for p in model.centre.values())
+
+
+def test_a_centre_is_saved_and_read_with_the_head(tiny_bert: Path, tmp_path: Path) -> None:
+    model = with_centre(tiny_bert)
+    model.set_vector(np.random.default_rng(0).normal(0, 0.3, model.num_parameters))
+    ids = torch.randint(5, 25, (4, 7))
+    want = model.base(input_ids=ids)
+    model.save(tmp_path / "new")
+    for loaded in (
+        load_saved(tmp_path / "new", "cpu"),
+        peft.PeftModel.from_pretrained(load_base(tmp_path / "new", "cpu"), str(tmp_path / "new")),
+    ):
+        assert torch.allclose(loaded(input_ids=ids), want, atol=1e-6)
+    vector = model.get_vector()
+    vector[-32:] = 0.0
+    model.set_vector(vector)
+    assert not torch.allclose(model.base(input_ids=ids), want, atol=1e-3)
+
+
+def test_an_adapter_without_a_centre_has_none_when_it_is_read(tiny_bert: Path, tmp_path: Path) -> None:
+    """As earlier versions saved one."""
+    old = load(tiny_bert, name="head")
+    old.set_vector(np.random.default_rng(0).normal(0, 0.3, old.num_parameters))
+    ids = torch.randint(5, 25, (4, 7))
+    want = old.base(input_ids=ids)
+    old.save(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert torch.allclose(load_saved(tmp_path, "cpu")(input_ids=ids), want, atol=1e-6)
 
 
 def test_an_adapter_of_an_earlier_version_loads_as_it_was_trained(tiny_bert: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_what_is_not_said_is_harmless() -> None:
         "weighting": "uniform", "nodes": 1, "evaluation_share": 0.0, "evaluation_answers": 0,
         "evaluation_noise": 0.0, "size_noise": 0.0, "head_norm": 0.0, "head_share": 0.0,
         "head_rounds": 0,
+        "centre_rounds": 0,
     }  # fmt: skip
     assert Distributed(sample_rate=0.5) == Distributed(sample_rate=0.5, max_dropouts=0, max_colluders=0)
     assert Central() == Central(

@@ -51,7 +51,7 @@ def config(declared: Any = 1000, **changes: Any) -> Config:
 USUAL = {
     "unit": "record", "num_rounds": 12, "seed": 7, "records_per_unit": 1, "reproducible_noise": False,
     "evaluation_share": 0.0, "evaluation_answers": 0, "evaluation_noise": 0.0, "size_noise": 0.0,
-    "head_norm": 0.0, "head_share": 0.0, "head_rounds": 0,
+    "head_norm": 0.0, "head_share": 0.0, "head_rounds": 0, "centre_rounds": 0,
 }  # fmt: skip
 PRIVATE = {**USUAL, "noise_multiplier": 2.0, "max_grad_norm": 1.0, "target_epsilon": 8.0}
 
@@ -70,7 +70,7 @@ def test_every_field_of_a_distributed_plan(asked: Asked) -> None:
     plan = make_plan(made, [300, 900, 500, 200, 100])
     assert plan.settings() == {
         **PRIVATE, "trust": "distributed", "sample_rate": 0.05, "declared_size": 2000, "delta": 2000**-1.1,
-        "nodes": 5, "max_dropouts": 1, "max_colluders": 1,
+        "nodes": 5, "max_dropouts": 1, "max_colluders": 1, "centre_rounds": 1,
     }  # fmt: skip
     assert [one[2:4] for one in asked] == [(0.05, 12)]
 

@@ -193,7 +193,7 @@ PUBLIC: dict[str, str] = {
         "federation.dropped federation.void_rounds "
         "federation.ended_early federation.notices privacy.unit privacy.adjacency privacy.trust "
         "privacy.mechanism privacy.noise_multiplier privacy.max_grad_norm privacy.head_norm "
-        "privacy.head_share privacy.head_rounds privacy.sample_rate "
+        "privacy.head_share privacy.head_rounds privacy.centre_rounds privacy.sample_rate "
         "privacy.local_steps privacy.matrix privacy.accountant privacy.delta privacy.target_epsilon "
         "privacy.records_per_unit privacy.reproducible_noise privacy.max_dropouts privacy.max_colluders "
         "privacy.adaptive_clipping privacy.evaluation_data privacy.evaluation privacy.sizes "

@@ -22,9 +22,11 @@ def load(folder: Path, spread: float = 0.2, **options: Any) -> AdaptedModel:
     quantization = options.pop("quantization", "none")
     options.setdefault("rank", 2)
     options.setdefault("name", "lora")
+    centred = options.pop("centred", False)
     model = load_model(
-        ModelConfig(name=str(folder), quantization=quantization), AdapterConfig(**options), 2, 0, "cpu"
-    )
+        ModelConfig(name=str(folder), quantization=quantization), AdapterConfig(**options), 2, 0, "cpu",
+        centred=centred,
+    )  # fmt: skip
     model.set_vector(model.initial + np.random.default_rng(1).normal(0, spread, model.num_parameters))
     return model
 

@@ -22,6 +22,7 @@ from fedtune.privacy.clipping import Clipping
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step
 from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients
+from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard
 
 ADAPTERS = [
@@ -57,6 +58,7 @@ def compute(
     plan: PrivacyPlan,
     units: list[int] | None = None,
     smoothing: float = 0.0,
+    centre: bool = False,
 ) -> np.ndarray:
     features = Features.of(model, shard.data, 64, precision="fp32")
     with per_example_gradients(model):
@@ -69,6 +71,7 @@ def compute(
             micro_batch_tokens=64,
             precision="fp32",
             label_smoothing=smoothing,
+            centre=centre,
         )
 
 
@@ -461,3 +464,122 @@ def test_a_head_record_without_a_norm_counts_as_nothing(tiny_bert: Path) -> None
     finally:
         features._vectors[1] = features.rows[1][0]
     assert np.isfinite(broken).all() and near(broken, without, 1e-6)
+
+
+# --- the round that sets the centre ------------------------------------------------------------------
+
+
+def centred(folder: Path) -> AdaptedModel:
+    return load(folder, name="head", centred=True)
+
+
+def lengths_one(model: AdaptedModel, shard: Shard) -> np.ndarray:
+    pooled = Features.of(model, shard.data, 64, precision="fp32")._vectors.astype(np.float64)
+    return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+
+
+def in_centre(total: np.ndarray) -> np.ndarray:
+    """The centre's part [32]; the rest is zero."""
+    assert not total[:-32].any()
+    return total[-32:]
+
+
+@pytest.mark.parametrize("rows", [3, 4096])
+def test_a_record_contributes_where_its_text_lies(
+    tiny_bert: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dp_step, "_ROWS", rows)
+    model, shard = centred(tiny_bert), make_shard()
+    records, unit = [0, 2, 3, 7, 11], lengths_one(model, shard)
+    got = in_centre(compute(model, shard, records, make_plan(max_grad_norm=0.05), centre=True))
+    np.testing.assert_allclose(got, 0.05 * unit[records].sum(0), atol=1e-7)
+    without_privacy = make_plan(trust="none", noise_multiplier=0.0, max_grad_norm=math.inf, delta=0.0)
+    got = in_centre(compute(model, shard, records, without_privacy, centre=True))
+    np.testing.assert_allclose(got, unit[records].sum(0), atol=1e-6)
+    assert not compute(model, shard, [], make_plan(), centre=True).any()
+
+
+@pytest.mark.parametrize("rows", [2, 4096])
+def test_a_person_contributes_the_mean_of_its_texts(
+    tiny_bert: Path, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: one person counts as one, and no more than a record."""
+    monkeypatch.setattr(dp_step, "_ROWS", rows)
+    model, shard = centred(tiny_bert), make_shard(12, persons=5)
+    unit, plan = lengths_one(model, shard), make_plan(unit="person", max_grad_norm=0.05)
+    groups = {0: [0, 5, 10], 2: [2, 7], 4: [4]}
+    records = [r for members in groups.values() for r in members]
+    units = [p for p, members in groups.items() for _ in members]
+    got = in_centre(compute(model, shard, records, plan, units, centre=True))
+    np.testing.assert_allclose(got, 0.05 * sum(unit[m].mean(0) for m in groups.values()), atol=1e-7)
+    assert not compute(model, shard, [], plan, [], centre=True).any()
+
+
+@pytest.mark.parametrize("mended", [True, False], ids=["as it is", "vectors as long as they come"])
+def test_a_long_vector_weighs_no_more(tiny_bert: Path, mended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length is not looked at; and a mutant that looks at it is clipped all the same."""
+    model, shard, plan = centred(tiny_bert), make_shard(), make_plan(max_grad_norm=0.05)
+    features = Features.of(model, shard.data, 64, precision="fp32")
+    unit = lengths_one(model, shard)
+    longer = features._vectors.copy()
+    longer[4] *= 256.0  # exactly, in float16
+    monkeypatch.setitem(features.__dict__, "_vectors", longer)
+    if not mended:
+        monkeypatch.setattr(nn.functional, "normalize", lambda x, dim: x)
+    got = [in_centre(compute(model, shard, r, plan, centre=True)) for r in ([0, 4], [0])]
+    change = float(np.linalg.norm(got[0] - got[1]))
+    assert change == pytest.approx(0.05, rel=1e-6)
+    if mended:
+        np.testing.assert_allclose(got[0], 0.05 * (unit[0] + unit[4]), atol=1e-6)
+        monkeypatch.setattr(PrivacyPlan, "clip_factors", lambda self, norms: np.ones_like(norms))
+        np.testing.assert_allclose(in_centre(compute(model, shard, [0, 4], plan, centre=True)), got[0])
+    else:
+        # Without the clip the mutant would be found out.
+        monkeypatch.setattr(PrivacyPlan, "clip_factors", lambda self, norms: np.ones_like(norms))
+        assert np.linalg.norm(compute(model, shard, [4], plan, centre=True)) > 1.0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_broken_vector_contributes_nothing_to_the_centre(
+    tiny_bert: Path, poison: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shard, plan = centred(tiny_bert), make_shard(12, persons=6), make_plan(max_grad_norm=0.05)
+    want = compute(model, shard, [0, 1, 2], plan, centre=True)
+    features = Features.of(model, shard.data, 64, precision="fp32")
+    broken = features._vectors.copy()
+    broken[4, 3], broken[5] = poison, 0.0
+    monkeypatch.setitem(features.__dict__, "_vectors", broken)
+    np.testing.assert_array_equal(compute(model, shard, [0, 1, 2, 4, 5], plan, centre=True), want)
+    persons = make_plan(unit="person", max_grad_norm=0.05)
+    got = compute(model, shard, [0, 4, 4], persons, [0, 3, 3], centre=True)
+    np.testing.assert_array_equal(got, compute(model, shard, [0], plan, centre=True))
+
+
+@pytest.mark.parametrize("unit", ["record", "person"])
+def test_gradients_around_a_centre_against_one_at_a_time(tiny_bert: Path, unit: str) -> None:
+    """In closed form and by hooks alike; the centre's own part is zero."""
+    model, shard = centred(tiny_bert), make_shard(12, persons=4 if unit == "person" else None)
+    assert model.base.centring.modules_to_save.default.centre.any()  # the spread is on it too
+    groups = [[r for r in range(12) if r % 4 == p] for p in range(4)]
+    if unit == "record":
+        groups = [[r] for r in range(12)]
+    records = [r for members in groups for r in members]
+    plan = make_plan(unit=unit, max_grad_norm=0.05)
+    got = compute(model, shard, records, plan, [r % 4 for r in records] if unit == "person" else None)
+    assert got.shape == (model.num_parameters,) and not got[-32:].any()
+    want = np.zeros_like(got)
+    for members in groups:
+        gradient = sum(one_at_a_time(model, shard, r) for r in members)
+        assert isinstance(gradient, torch.Tensor)
+        want[:-32] += (gradient * min(1.0, 0.05 / float(gradient.norm()))).numpy()
+    assert near(got, want, 5e-3)
+    away = np.concatenate([model.get_vector()[:-32], np.zeros(32)])
+    model.set_vector(away)
+    assert not near(compute(model, shard, records[:1], plan), want, 0.1)
+
+
+def test_a_model_without_a_centre_is_not_asked_for_one(tiny_bert: Path, golden: Golden) -> None:
+    for model in (load(tiny_bert, name="head"), load(tiny_bert, name="lora")):
+        with pytest.raises(PreflightError) as raised:
+            compute(model, make_shard(), [0], make_plan(), centre=True)
+    golden(raised)

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedtune.config.schema import TrainConfig
 from fedtune.errors import ConfigError, PreflightError, UpdateRejected
+from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.training.local import ShardView, make_optimizer, train_locally
 from tests.support.golden import Golden
@@ -150,3 +151,33 @@ def test_plan_and_training_must_agree(tiny_bert: Path, train: TrainConfig, golde
             train_locally(model, shard, plan, start, train, round=1)
         golden(raised)
         assert np.array_equal(model.get_vector(), start)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["as it is", "without noise on the mean"])
+def test_the_mean_of_the_texts_has_the_noise_of_a_gradient(
+    tiny_bert: Path, train: TrainConfig, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What round 1 releases, less the mean, is noise of std sigma C / n on every number, the mean's too."""
+    train = with_(train, sample_rate=1.0, local_steps=1)
+    model, shard = load(tiny_bert, name="head", centred=True), make_shard()
+    plan = make_plan(sample_rate=1.0, local_steps=1, noise_multiplier=2.0, max_grad_norm=0.5, centre_rounds=1)
+    pooled = Features.of(model, shard.data, 64, precision="fp32")._vectors.astype(float)
+    mean = np.zeros(model.num_parameters)
+    mean[-32:] = 0.5 * (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)).mean(0)
+    if missing:
+        real = type(plan).noise
+        gone = lambda self, size, entropy: np.r_[real(self, size, entropy)[:-32], np.zeros(32)]  # noqa: E731
+        monkeypatch.setattr(type(plan), "noise", gone)
+    start = model.get_vector()
+    updates = [
+        train_locally(model, shard, plan, start, train, round=1, gradients=True).update for _ in range(30)
+    ]
+    noise = -np.array(updates, dtype=float) - mean
+    std = 2.0 * 0.5 / 12
+    z = [(np.sum((part / std) ** 2) - part.size) / math.sqrt(2 * part.size) for part in (
+        noise[:, :-32], noise[:, -32:]
+    )]  # fmt: skip
+    assert abs(z[0]) < 4 and (abs(z[1]) < 4) is not missing
+    assert abs(noise[:, -32:].mean() / std) < 4 / math.sqrt(30 * 32) or missing
+    later = train_locally(model, shard, plan, start, train, round=2, gradients=True).update
+    assert np.linalg.norm(-later[-32:] - mean[-32:]) > 0  # a gradient again: nothing but noise there

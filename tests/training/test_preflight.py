@@ -195,3 +195,54 @@ def test_a_layer_that_opacus_cannot_follow_ends_in_a_paragraph(model: AdaptedMod
     model.base.classifier = nn.Sequential(Strange(), model.base.classifier)
     with per_example_gradients(model), pytest.raises(PreflightError, match=r"RuntimeError.*Strange"):
         check_gradients(model, Features.of(model, make_shard().data, 64))
+
+
+# --- with a centre -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def centred(tiny_bert: Path) -> Iterator[AdaptedModel]:
+    classifier._load.cache_clear()
+    yield load(tiny_bert, name="head", centred=True)
+    classifier._load.cache_clear()
+
+
+def test_a_centred_head_passes_and_is_compared_at_another_centre(
+    centred: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = centred.get_vector(), []
+    real = classifier.Centring.forward
+    monkeypatch.setattr(
+        classifier.Centring, "forward", lambda self, p: (seen.append(self.centre.clone()), real(self, p))[1]
+    )
+    check_parameters(centred, nn.Parameter(centred.theta))
+    with per_example_gradients(centred):
+        check_gradients(centred, Features.of(centred, make_shard().data, 64))
+    assert np.array_equal(centred.get_vector(), before)
+    assert seen and not any(np.allclose(one.numpy(), before[-32:], atol=1e-3) for one in seen)
+
+
+def test_a_centre_that_is_trained(centred: AdaptedModel) -> None:
+    next(iter(centred.centre.values())).requires_grad_(True)
+    with pytest.raises(PreflightError, match="trainable"):
+        check_parameters(centred, nn.Parameter(centred.theta))
+
+
+def test_a_centre_that_is_no_part_of_the_adapter(centred: AdaptedModel) -> None:
+    (parameter,) = centred.centre.values()
+    parameter.data = parameter.data.clone()
+    with pytest.raises(PreflightError, match=r"centring.*no longer a part of the packed adapter"):
+        check_parameters(centred, nn.Parameter(centred.theta))
+
+
+def test_a_wrong_gradient_around_a_centre(centred: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opacus.grad_sample import GradSampleHooks
+
+    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+
+    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+        return {p: 1.05 * g for p, g in right(layer, activations, backprops).items()}
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    with per_example_gradients(centred), pytest.raises(PreflightError, match="one at a time differ"):
+        check_gradients(centred, Features.of(centred, make_shard().data, 64))

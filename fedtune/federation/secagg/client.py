@@ -126,10 +126,9 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
         with per_example_gradients(model):
             preflight(model, view.features, plan, theta, train)
             drawn = plan.sample(view.num_units, entropy)
-            total = np.zeros(
-                request.adapter.size
-            )  # the rest of a head alone is zero, and noised all the same
-            total[mine] = view.clipped_sum(drawn, plan, entropy)
+            # Of a head alone the rest is zero, and noised all the same.
+            total = np.zeros(request.adapter.size)
+            total[mine] = view.clipped_sum(drawn, plan, entropy, request.round)
         seconds, flops = time.perf_counter() - started, model.flops.total - flops
     training_usage.add(seconds, flops)
     return mechanism.share(total, entropy), seconds

@@ -52,6 +52,7 @@ from fedtune.federation.events import (
 from fedtune.federation.messages import Proposal
 from fedtune.federation.run_folder import lock_folder, new_run_number, run_number
 from fedtune.federation.server.agreement import agree, check_enough, propose
+from fedtune.federation.server.centring import next_adapter
 from fedtune.federation.server.checkpoint import RunState, has_checkpoint, load_latest, next_attempt
 from fedtune.federation.server.cohort import Roster, discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
@@ -80,6 +81,9 @@ class ServerSide(Protocol):
     def head(self) -> np.ndarray:
         """Which of the adapter's numbers are the classifier's, bool [P]; only asked where the plan tells them
         from the others."""
+
+    def centre_size(self) -> int:
+        """How many of the adapter's numbers, its last ones, are the centre; asked where a round sets one."""
 
     def evaluate(self, adapter: np.ndarray) -> Any:
         """Has `accuracy` and `loss`, rates and nats as plain numbers; on public data only."""
@@ -189,7 +193,7 @@ def _rounds(
         # 6. Charge it, and take a step; with too few updates the round is void and the adapter stays.
         state.account(outcome, cohort, num_rounds)
         if outcome.aggregate is not None:
-            state.adapter = _step(state, outcome.aggregate, setting.head(state.plan))
+            state.adapter = _step(setting, state, outcome.aggregate, outcome.used)
         if state.round == state.plan.head_rounds and config.federation.strategy == "fedsgd":
             # What the head's rounds end with is their average; from here on all of the adapter is trained.
             state.adapter = state.optimizer.result(state.adapter)
@@ -327,12 +331,16 @@ def _next_cohort(state: RunState, free: Sequence[NodeInfo], roster: Roster, conf
     return cohort
 
 
-def _step(state: RunState, aggregate: np.ndarray, head: np.ndarray | None) -> np.ndarray:
+def _step(setting: _Setting, state: RunState, aggregate: np.ndarray, used: Sequence[str]) -> np.ndarray:
     """The next adapter. While the head alone is trained the rest stays, whatever noise or nodes put there."""
-    if head is None or not state.plan.head_alone(state.round):
-        return state.optimizer.step(state.adapter, aggregate)
-    stepped = state.optimizer.step(state.adapter, np.where(head, aggregate, 0.0))
-    return np.where(head, stepped, state.adapter)
+    plan, head = state.plan, setting.head(state.plan)
+    if head is not None and plan.head_alone(state.round):
+        stepped = state.optimizer.step(state.adapter, np.where(head, aggregate, 0.0))
+        return np.where(head, stepped, state.adapter)
+    declared = {node.name: node.declared_size for node in state.nodes}
+    sizes = {name: declared[name] for name in used}
+    centre = setting.server_side.centre_size() if plan.centre_rounds else 0
+    return next_adapter(state.optimizer, state.adapter, aggregate, plan, state.round, sizes, centre)
 
 
 def _evaluate(setting: _Setting, evaluator: Evaluator, state: RunState, roster: Roster) -> Any:

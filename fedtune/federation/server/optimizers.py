@@ -28,7 +28,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedtune.config.recipe import head_rounds
+from fedtune.config.recipe import centre_rounds, head_rounds
 from fedtune.config.schema import Config, FederationConfig, TrainConfig
 from fedtune.errors import CheckpointError, ConfigError, FederationError
 
@@ -68,8 +68,10 @@ class ServerOptimizer:
         """The next adapter and the next state, float64 [P] each."""
         raise NotImplementedError
 
-    def step(self, adapter: np.ndarray, update: np.ndarray) -> np.ndarray:
+    def step(self, adapter: np.ndarray, update: np.ndarray, *, fixed: int = 0) -> np.ndarray:
         """Adapter float32 [P] and aggregated update float [P] -> next adapter, float32 [P], a new array.
+
+        The last `fixed` numbers are not trained: they stay, whatever the update has for them.
 
         Raises:
             FederationError: the shapes differ, or the result is not finite; the state is then as it was.
@@ -79,8 +81,9 @@ class ServerOptimizer:
                 f"The aggregated update has shape {update.shape} and the adapter {adapter.shape}; "
                 "server and nodes run different models. Start all of them with the same configuration."
             )
-        x, state = self._next(adapter.astype(np.float64), update.astype(np.float64))
-        result: np.ndarray = x.astype(np.float32)
+        free = adapter.size - fixed
+        x, state = self._next(adapter[:free].astype(np.float64), update[:free].astype(np.float64))
+        result: np.ndarray = np.concatenate([x.astype(np.float32), adapter[free:]])
         if not np.isfinite(result).all():
             raise FederationError(
                 f"The server step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter "
@@ -193,7 +196,8 @@ class GradientOptimizer(ServerOptimizer):
     def result(self, adapter: np.ndarray) -> np.ndarray:
         """The average of late adapters; `adapter` itself before the first step, or without averaging."""
         mean = self._state.get("mean")
-        return adapter if mean is None else mean.astype(np.float32)
+        # What is not trained has no average.
+        return adapter if mean is None else np.concatenate([mean.astype(np.float32), adapter[mean.size :]])
 
     def _next(self, x: np.ndarray, update: np.ndarray) -> tuple[np.ndarray, State]:
         steps = float(self._state["steps"][0]) + 1.0 if self._state else 1.0
@@ -281,7 +285,7 @@ def server_optimizer(config: Config, after: int = 0) -> ServerOptimizer:
         rate, rounds = train.head_learning_rate or rate, first
         train = replace(train, schedule="constant")
     else:
-        rounds = max(1, rounds - first)
+        rounds = max(1, rounds - first - centre_rounds(config))
     if rate is not None and train.personalize != "none":
         rate *= _COMMON_SHARE
     return GradientOptimizer(replace(train, learning_rate=rate), rounds)

@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import ConfigError, PrivacyError
@@ -256,6 +257,14 @@ class Mechanism(ABC):
     def noise_multiplier_of_sum(self, plan: PrivacyPlan) -> float:
         """Noise on one sum over `max_grad_norm`; 0.0 without privacy."""
         return plan.noise_multiplier
+
+    def noise_on_average(self, plan: PrivacyPlan, sizes: Mapping[str, int]) -> float:
+        """Standard deviation of the noise on each number of what the server makes of one step by each of the
+        nodes of declared `sizes` (one or more), by name."""
+        weights = self.weights(list(sizes), sizes)
+        own = [plan.for_shard(size) for size in sizes.values()]
+        noise = np.array([one.noise_std() / one.expected_batch_size() for one in own])
+        return float(np.linalg.norm(weights * noise) / weights.sum())
 
     @abstractmethod
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:

@@ -114,6 +114,11 @@ class Distributed(Mechanism):
 
     # --- what is done -------------------------------------------------------------------------------
 
+    def noise_on_average(self, plan: PrivacyPlan, sizes: Mapping[str, int]) -> float:
+        """Each node in the sum adds its share, and those that are counted on are fewer."""
+        shares = len(sizes) / self.honest_shares(plan)
+        return plan.noise_std() * math.sqrt(shares) / plan.expected_batch_size()
+
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:
         """Sums are added up: noise and sensitivity were fixed before."""
         return np.ones(len(nodes), dtype=np.float64)

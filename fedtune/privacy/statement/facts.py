@@ -135,6 +135,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "max_grad_norm": privacy["max_grad_norm"],
             "head_norm": privacy.get("head_norm", 0.0),
             "head_share": privacy.get("head_share", 0.0),
+            "centre_rounds": privacy.get("centre_rounds", 0),
             "steps": privacy["steps"],
             "evaluation": dict(privacy["evaluation"]) if privacy.get("evaluation") else None,
             "matrix": privacy.get("matrix"),
@@ -301,10 +302,18 @@ def _mechanism(facts: Mapping[str, Any]) -> list[str]:
     return [
         *lines,
         f"Sampling as run: {mechanism['sampling']}.",
+        *([_CENTRE] if mechanism["centre_rounds"] else []),
         _noise(mechanism),
         f"Source of the noise: {mechanism['randomness']}.",
         *_evaluation(mechanism["evaluation"]),
     ]
+
+
+_CENTRE = (
+    "Round 1 released, in place of a gradient, the noised mean of the texts' vectors (from which the head "
+    "then sees every text): each unit's part of it was clipped and noised as a gradient is, and it is one of "
+    "the accounted steps."
+)
 
 
 def _evaluation(about: Mapping[str, Any] | None) -> list[str]:
