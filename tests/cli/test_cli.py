@@ -465,7 +465,7 @@ def test_values_of_closed_sets_are_offered() -> None:
 
     context: Any = click.Context(click.Command("run"))
     assert complete_setting(context, "adapter=") == [
-        f"adapter={name}" for name in ("bitfit", "ffa_lora", "head", "lora")
+        f"adapter={name}" for name in ("auto", "bitfit", "ffa_lora", "head", "lora")
     ]
     assert "privacy.unit=person" in complete_setting(context, "privacy.unit=p")
     assert complete_setting(context, "privacy.epsilon=") == []

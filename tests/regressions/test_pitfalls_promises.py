@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from fedtune.config.schema import Config, DataConfig, FederationConfig, PrivacyConfig, TrainConfig
+from fedtune.config.schema import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    FederationConfig,
+    PrivacyConfig,
+    TrainConfig,
+)
 from fedtune.errors import BudgetExhausted, PrivacyError
 from fedtune.federation.client.policy import Permit, SiteData, SiteSettings
 from fedtune.privacy.accounting.epsilon import Term, compose_terms, epsilon_of_terms
@@ -122,7 +129,7 @@ def test_36_a_site_can_demand_more_colluders_than_the_default() -> None:
             permit=Permit(min_colluders=least),
         )  # fmt: skip
 
-    asked = Config(data=DataConfig(name="d"))
+    asked = Config(data=DataConfig(name="d"), adapter=AdapterConfig(name="head"))
     site(1).check(asked, distributed(4))
     site(1).check(asked, distributed(4, max_colluders=0))  # the noise covers one all the same
     site(2).check(asked, distributed(4, max_colluders=2))

@@ -134,7 +134,7 @@ def small(world: dict[str, Path], tmp_path: Path) -> list[str]:
         *("data=files", f"data.path={data}", "data.text=text", "data.label=label", "data.site=site"),
         "data.public=true",
         *("data.labels=[negative,positive]", "data.max_length=16", f"model.name={world['model']}"),
-        *("model.quantization=none", "adapter=head", "federation.num_rounds=1", "train.sample_rate=0.3"),
+        *("model.quantization=none", "federation.num_rounds=1", "train.sample_rate=0.3"),
     ]
 
 

@@ -66,7 +66,7 @@ def make_record(
     config.model.quantization, config.adapter.name = quantization, adapter
     config.privacy.trust = trust = "none" if epsilon is None else trust
     config.privacy.epsilon, config.privacy.unit = epsilon, unit
-    config.federation.num_rounds = ROUNDS
+    config.federation.num_rounds, config.train.head_rounds, config.privacy.head_norm = ROUNDS, 2, 0.0
     for name, value in settings.items():
         part, _, last = name.rpartition("__")
         setattr(getattr(config, part) if part else config, last, value)

@@ -39,6 +39,7 @@ def asked(**privacy: Any) -> Config:
         setattr(config.privacy, name, value)
     config.federation.num_rounds = 10
     config.train.sample_rate, config.train.local_steps = 0.1, 4
+    config.adapter.name = "head"
     return config
 
 

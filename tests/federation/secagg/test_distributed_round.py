@@ -51,8 +51,10 @@ def distributed(config: Config, **changes: Any) -> Config:
     """The same under `trust=distributed`, with noise of one clipping norm and one dropout covered."""
     settings: dict[str, Any] = {
         "trust": "distributed", "epsilon": None, "noise_multiplier": 1.0, "delta": 1e-4, "max_dropouts": 1,
+        "head_norm": 0.0,
     }  # fmt: skip
     config.privacy = PrivacyConfig(**{**settings, **changes})
+    config.train.head_rounds, config.train.label_smoothing = 0, 0.0
     return config
 
 
