@@ -337,7 +337,9 @@ class FederationConfig(Group):
     server_learning_rate: float = setting(1.0, "times the average update", gt=0)
     server_momentum: float = setting(0.9, "fedavgm; beta_1 of fedadam", ge=0, lt=1)
     min_updates: int = setting(1, "usable updates that a round needs", ge=1)
-    max_update_norm: float = setting(100.0, "an update with a larger L2 norm is rejected", gt=0)
+    max_update_norm: float = setting(
+        100.0, "an update with a larger L2 norm is rejected; fedsgd: beside that of the noise in it", gt=0
+    )
     weighting: Literal["uniform", "declared"] | None = setting(
         None, "of updates; declared: by public sizes; null: declared with fedsgd, where the noise allows it"
     )

@@ -347,11 +347,14 @@ class EvaluationReply:
         return cls(**values, counts=(right, wrong) if counted else None)
 
 
-def check_update(update: np.ndarray, *, node: str, round: int, size: int, max_norm: float) -> float:
+def check_update(
+    update: np.ndarray, *, node: str, round: int, size: int, max_norm: float, noise: float = 0.0
+) -> float:
     """The L2 norm of a usable update; raises UpdateRejected, naming node, round and limit, for any other.
 
-    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`. The
-    text quotes no value of the update: it goes into the record, and not every update is private by itself.
+    Usable: a one-dimensional float32 array of `size` finite values with a norm of at most `max_norm`, beside
+    `noise` for the noise that is in it. The text quotes no value of the update: it goes into the record, and
+    not every update is private by itself.
     """
     whose = f"Round {round} goes on without the update of node {node!r}:"
     if update.ndim != 1 or update.shape != (size,) or update.dtype != np.float32:
@@ -361,9 +364,10 @@ def check_update(update: np.ndarray, *, node: str, round: int, size: int, max_no
     if not np.isfinite(update).all():
         raise UpdateRejected(f"{whose} some of its {size} values are NaN or infinite.")
     norm = float(np.linalg.norm(update.astype(np.float64)))
-    if norm > max_norm:
+    if norm > max_norm + noise:
+        beside = f" beside {noise:g} for its noise" if noise else ""
         raise UpdateRejected(
-            f"{whose} its norm is over federation.max_update_norm={max_norm:g}. Lower the node's "
+            f"{whose} its norm is over federation.max_update_norm={max_norm:g}{beside}. Lower the node's "
             "learning rate, or raise the limit if such updates are meant."
         )
     return norm

@@ -370,6 +370,7 @@ def _ask(setting: _Setting, state: RunState, nodes: Sequence[NodeInfo]) -> Round
         deadline=setting.dynamic,
         noise=None if state.correlated is None else state.correlated.noise,
         head=setting.head(state.plan),
+        gradients=setting.config.federation.strategy == "fedsgd",
     )
 
 

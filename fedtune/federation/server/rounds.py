@@ -59,6 +59,7 @@ class RoundAsk:
     `timeout`: seconds until it goes on without those that have not answered, counted from the question if
     `deadline` is set (every node has a machine of its own), else from the last answer (few workers serve many
     nodes, and those at the end of the queue are not late).
+    `gradients`: nodes send one noised gradient each, not what training made of it.
     """
 
     run: str
@@ -74,6 +75,23 @@ class RoundAsk:
     deadline: bool = False
     noise: CorrelatedNoise | None = field(default=None, repr=False)  # dp_ftrl: what past rounds have left
     head: np.ndarray | None = field(default=None, repr=False)  # bool [P]: the head's part, where it matters
+    gradients: bool = False
+
+    def noise_in(self, node: NodeInfo) -> float:
+        """Twice the L2 norm that noise has in what `node` sends, by the plan alone; 0.0 but for gradients.
+
+        The fewer units, the more of it: on 77 classes a site of 30 records at epsilon 1 sends noise of norm
+        109. Twice the root of the mean square is passed by chance less than once in 10^9, from P = 16 on.
+        """
+        if not self.gradients or not self.plan.is_private():
+            return 0.0
+        plan = self.plan
+        deviations = plan.average(np.full(self.adapter.size, plan.noise_std()))
+        if self.head is not None:
+            alone = plan.head_alone(self.round)
+            deviations = plan.clipping.undone(deviations, self.head, alone) * (self.head | (not alone))
+        # Each node divides by its own size.
+        return 2.0 * float(np.linalg.norm(deviations)) * plan.declared_size / node.declared_size
 
 
 @dataclass
@@ -262,7 +280,10 @@ def _usable(
             return None
         if update is None:
             return lost(reply.error or "")
-        check_update(update, node=name, round=ask.round, size=ask.adapter.size, max_norm=ask.max_update_norm)
+        check_update(
+            update, node=name, round=ask.round, size=ask.adapter.size,
+            max_norm=ask.max_update_norm, noise=ask.noise_in(node),
+        )  # fmt: skip
     except UpdateRejected as error:
         return lost(str(error))
     return update

@@ -11,8 +11,10 @@ from flwr.app import RecordDict
 
 from fedtune.config.schema import PrivacyConfig
 from fedtune.engines.local import LocalGrid
+from fedtune.errors import UpdateRejected
 from fedtune.federation.events import NodeInfo, NullObserver
 from fedtune.federation.flower import task_identity
+from fedtune.federation.messages import check_update
 from fedtune.federation.server import rounds
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.privacy.plan import PrivacyPlan, make_plan
@@ -135,6 +137,41 @@ def test_weights_by_declared_sizes_are_scaled_over_those_that_answered() -> None
     outcome = _round(PlainRound(), plan, misbehaving(3, "nan"))
     expected = sum(honest_update(i, 1) * (i + 1) for i in range(3)) / 6
     np.testing.assert_allclose(outcome.aggregate, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("head_norm", [None, 3.0])
+def test_a_small_site_is_not_refused_for_the_noise_that_it_must_add(head_norm: float | None) -> None:
+    """At epsilon 1 two records hide under noise of a norm of hundreds, which is no sign of a broken node."""
+    config = fake_config(strategy="fedsgd", num_rounds=60)
+    config.train.sample_rate, config.train.head_rounds = 1.0, 0
+    config.adapter.name = "lora"
+    config.privacy = PrivacyConfig(
+        trust="local", unit="record", epsilon=1.0, max_grad_norm=0.9, head_norm=head_norm or 0.0,
+        head_share=0.1,
+    )  # fmt: skip
+    plan = make_plan(config, [2, 2000])
+    size, few, many = 30_000, NodeInfo("few", 1, 2), NodeInfo("many", 2, 2000)
+    head = None if head_norm is None else np.arange(size) < 1000
+    ask = RoundAsk(
+        "run", 1, 1, plan, np.zeros(size, np.float32), [few, many], 5.0, 100.0, head=head, gradients=True
+    )
+    for node in (few, many):
+        training = plan.training_plan(node.declared_size)
+        sent = training.average(training.noise(size, training.entropy(node.name, 1)))
+        if head is not None:
+            sent = training.clipping.undone(sent, head)
+        norm = check_update(
+            sent.astype(np.float32), node=node.name, round=1, size=size, max_norm=100.0,
+            noise=ask.noise_in(node),
+        )  # fmt: skip
+        assert 0.45 * ask.noise_in(node) < norm < 0.55 * ask.noise_in(node)
+        assert (norm > 100.0) == (node is few)
+        with pytest.raises(UpdateRejected, match="max_update_norm=100 beside "):
+            check_update(
+                np.float32(3) * sent.astype(np.float32) + np.float32(1), node=node.name, round=1, size=size,
+                max_norm=100.0, noise=ask.noise_in(node),
+            )  # fmt: skip
+    assert dataclasses.replace(ask, gradients=False).noise_in(few) == 0.0
 
 
 def test_bytes_are_those_of_the_messages() -> None:
