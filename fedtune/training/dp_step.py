@@ -183,9 +183,11 @@ def _head_sum(
             factors = torch.from_numpy(group.factor * plan.clip_factors(norms, group.most)).to(error)[:, None]
             # 0 x NaN is NaN: the factor alone would let it through.
             error = torch.where(broken, 0.0, error) * factors
-            gradient = torch.cat([(error.T @ torch.where(broken, 0.0, x)).reshape(-1), error.sum(0)])
+            # In float64: thousands that pull one way would lose one of them by 4e-4 of C in float32.
+            error, x = error.cpu().double(), torch.where(broken, 0.0, x).cpu().double()
+            gradient = torch.cat([(error.T @ x).reshape(-1), error.sum(0)])
         model.flops.total += 4 * len(rows) * classes * width
-        total[: len(gradient)] += gradient.cpu().double().numpy()
+        total[: len(gradient)] += gradient.numpy()
     return total
 
 

@@ -583,3 +583,16 @@ def test_a_model_without_a_centre_is_not_asked_for_one(tiny_bert: Path, golden: 
         with pytest.raises(PreflightError) as raised:
             compute(model, make_shard(), [0], make_plan(), centre=True)
     golden(raised)
+
+
+def test_a_record_among_thousands_that_pull_one_way_changes_a_sum_by_its_bound_and_no_more(
+    tiny_bert: Path,
+) -> None:
+    """A sum of thousands in float32 rounds each of its numbers by more than one record's share of them."""
+    model, shard, plan = load(tiny_bert, name="head"), make_shard(), make_plan(max_grad_norm=0.05)
+    alike = np.flatnonzero(shard.data.labels == 0)
+    records = np.tile(alike, 30_000 // len(alike)).tolist()
+    total = compute(model, shard, records, plan)
+    for without in (0, 1, len(records) // 3, len(records) // 2):
+        change = np.linalg.norm(total - compute(model, shard, np.delete(records, without).tolist(), plan))
+        assert change <= plan.max_grad_norm * (1 + 1e-5)
