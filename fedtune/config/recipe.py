@@ -218,4 +218,8 @@ def in_words(config: Config) -> str:
     if chosen(free)["federation.num_rounds"] != federation.num_rounds:
         own.append("federation.num_rounds")
     given = f"; given, not by the recipe: {', '.join(own)}" if own else ""
-    return f"{how}; clipped at {config.privacy.max_grad_norm:g}{given}"
+    from fedtune.privacy.mechanisms.registry import mechanism_of
+
+    private = mechanism_of(config.privacy.trust).is_private
+    clipped = f"; clipped at {config.privacy.max_grad_norm:g}" if private else ""
+    return f"{how}{clipped}{given}"

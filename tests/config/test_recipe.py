@@ -54,6 +54,14 @@ def test_what_is_given_stays_and_is_named() -> None:
     assert "given" not in in_words(load([]))
 
 
+def test_where_nothing_is_clipped_no_norm_is_named() -> None:
+    assert "clipped at 0.9" in in_words(load(["adapter=head"]))
+    assert "clipped" not in in_words(load(["adapter=head", "privacy=none"]))
+    with pytest.raises(ConfigError, match="head_norm=3 works where gradients are clipped") as raised:
+        load(["adapter=lora", "privacy=none", "privacy.head_norm=3"])
+    assert raised.value.setting == "privacy.head_norm"
+
+
 def test_inside_the_encoder_where_the_data_is_known_to_be_large() -> None:
     files = ["data=files", "data.name=x", "data.path=x"]
     assert load([]).adapter.name == "ffa_lora"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedtune.errors import ConfigError
+from fedtune.privacy.checks import HEAD_NORM
 from fedtune.privacy.mechanisms.base import NODES_SEE, USERS_SEE
 from fedtune.privacy.mechanisms.local import TrainingOnNodes
 
@@ -47,6 +48,8 @@ class NoPrivacy(TrainingOnNodes):
                 "or choose privacy.trust=local.",
                 setting="privacy.trust",
             )
+        if privacy.head_norm:
+            raise ConfigError(HEAD_NORM.format(privacy.head_norm, cls.trust), setting="privacy.head_norm")
         cls.check_server_noise(config)
 
     def terms(self, plan: PrivacyPlan, releases: int, after: int) -> dict[Term, int] | None:
