@@ -182,8 +182,12 @@ def test_the_account_is_the_same_with_and_without(tiny: Make, tmp_path: Path) ->
 
 
 class Stops(Watcher):
+    def __init__(self, after: int = 2) -> None:
+        super().__init__()
+        self.after = after
+
     def on_round(self, summary: RoundSummary) -> None:
-        if summary.round == 2:
+        if summary.round == self.after:
             raise KeyboardInterrupt
 
 
@@ -280,3 +284,26 @@ def test_a_site_keeps_it_beside_its_ledger_under_a_name_that_is_one(tiny: Make, 
         with pytest.raises(FederationError):
             place_of_part(config, context, site, run_name, "site-0")
     assert place_of_part(personal(tiny, train__personalize="none"), context, site, "../x", "site-0") is None
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+@pytest.mark.parametrize("personalize", ["none", "adapter"])
+def test_a_run_that_stops_about_the_end_of_the_heads_rounds_ends_as_if_it_had_not(
+    tiny: Make, tmp_path: Path, after: int, personalize: str
+) -> None:
+    """The head's average and the new optimizer come once, on whichever side the run goes on."""
+    inside = AdapterConfig(name="lora", rank=2)
+    config = personal(
+        tiny, adapter=inside, train__head_rounds=2, train__personalize=personalize, train__optimizer="adam"
+    )
+    whole, _ = run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", Stops(after))
+    config.resume = str(tmp_path / "cut")
+    resumed, _ = run(config, tmp_path / "cut")
+    np.testing.assert_array_equal(resumed.adapter, whole.adapter)
+    if personalize == "none":
+        return
+    for name in NAMES:
+        own = [part(config, r.run, tmp_path / f, name) for r, f in ((whole, "whole"), (resumed, "cut"))]
+        np.testing.assert_array_equal(*(one.result(whole.adapter) for one in own))
