@@ -114,7 +114,11 @@ def test_less_than_no_answer_cannot_be_permitted(tmp_path: Path) -> None:
         settings(tmp_path, permit={"max_evaluations": -1})
 
 
-def test_a_site_keeps_its_own_part_and_its_model_beside_its_ledger(asked: Callable[..., Site]) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_site_keeps_its_own_part_and_its_model_beside_its_ledger(
+    asked: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """Where the disk is full there is no model, and the answer, which is charged, is given all the same."""
     site = asked()
     site.config.train.personalize, site.config.train.local_steps = "head", 1
     from fedtune.privacy.plan import make_plan
@@ -126,7 +130,14 @@ def test_a_site_keeps_its_own_part_and_its_model_beside_its_ledger(asked: Callab
     folder = Path(site.settings.ledger).parent / "personal"
     assert [path.name for path in folder.iterdir()] == ["r.npz"]
     assert (folder / "r.npz").stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
-    assert question(site)["refused"] == ""
-    assert (folder / "r" / "adapter_config.json").exists()
+    if full:
+
+        def save(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("fedtune.federation.resources.RunResources.save", save)
+    answer = question(site)
+    assert (answer["refused"], answer["error"]) == ("", "")
+    assert (folder / "r" / "adapter_config.json").exists() is not full
     assert site.charged() == 2  # a round and an answer, as without
     assert "personal" not in str(site.log())

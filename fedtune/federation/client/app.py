@@ -23,6 +23,7 @@ again, in a new attempt, it is charged again, with fresh noise.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,8 @@ from fedtune.federation.secagg.client import register as register_distributed
 from fedtune.federation.sizes import size_to_declare
 
 __all__ = ["app"]
+
+_log = logging.getLogger("fedtune.node")
 
 app = ClientApp()
 register_distributed(app)
@@ -221,7 +224,10 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     if own is not None:
         adapter = own.result(adapter)
         if release.config.engine.name == "deployment":
-            resources.save(adapter, own.folder)
+            try:
+                resources.save(adapter, own.folder)
+            except OSError:  # the answer is charged, and must not be lost to a full disk
+                _log.warning("The site's own model could not be kept in %s.", own.folder, exc_info=True)
     with resources.model_at(adapter) as model:
         right = np.zeros(0, dtype=np.bool_)
         if held_out.data.num_records:
