@@ -262,8 +262,9 @@ class Mechanism(ABC):
         """Standard deviation of the noise on each number of what the server makes of one step by each of the
         nodes of declared `sizes` (one or more), by name."""
         weights = self.weights(list(sizes), sizes)
-        own = [plan.for_shard(size) for size in sizes.values()]
-        noise = np.array([one.noise_std() / one.expected_batch_size() for one in own])
+        # Each divides by its own size; one that no delta allows is its node's to refuse, no error here.
+        of_one_unit = plan.noise_std() / plan.expected_batch_size() * plan.declared_size
+        noise = of_one_unit / np.array(list(sizes.values()), dtype=np.float64)
         return float(np.linalg.norm(weights * noise) / weights.sum())
 
     @abstractmethod

@@ -261,3 +261,15 @@ def test_the_server_asks_seldom_while_all_nodes_train(monkeypatch: pytest.Monkey
     assert slept[0] == 0.1 and max(slept) == 1.0
     assert len(slept) < 150  # a tenth of a second each time would be 600
     assert 60.0 < now[0] < 61.1
+
+
+def test_a_size_that_no_delta_allows_does_not_end_the_run_of_the_others() -> None:
+    """Its own node refuses it; one that lies and answers all the same must not stop the server's step."""
+    config = fake_config(strategy="fedsgd", num_rounds=20)
+    config.adapter.name = "head"
+    config.privacy = PrivacyConfig(trust="local", unit="record", epsilon=3.0, max_grad_norm=0.9)
+    plan = make_plan(config, [100, 200])
+    noise = {size: plan.mechanism.noise_on_average(plan, {"one": size}) for size in (100, 200, 10**9)}
+    own = plan.for_shard(100)
+    assert noise[100] == pytest.approx(own.noise_std() / own.expected_batch_size())
+    assert noise[100] == pytest.approx(2 * noise[200]) and noise[10**9] > 0.0
