@@ -212,7 +212,8 @@ def in_words(config: Config) -> str:
     own = [
         name
         for name, value in chosen(config).items()
-        if getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) != value
+        if name != "federation.evaluate_every"  # it trains nothing
+        and getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) != value
     ]
     free = dataclasses.replace(config, federation=dataclasses.replace(federation, num_rounds=None))
     if chosen(free)["federation.num_rounds"] != federation.num_rounds:
