@@ -23,7 +23,8 @@ from fedtune.federation.personal import PersonalPart
 from fedtune.federation.resources import run_resources
 from fedtune.federation.server import centring, loop
 from fedtune.federation.server.centring import next_adapter, shrunk
-from fedtune.federation.server.optimizers import GradientOptimizer
+from fedtune.federation.server.optimizers import GradientOptimizer, server_optimizer
+from fedtune.federation.server.rounds import PlainRound, RoundAsk, RoundOutcome
 from fedtune.models.classifier import LENGTH, load_saved
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -188,6 +189,32 @@ def test_the_centre_is_saved_with_the_head(tiny: Make, tmp_path: Path) -> None:
     at_zero = result.adapter.copy()
     at_zero[-WIDTH:] = 0.0
     assert np.abs(resources.evaluate(at_zero).probabilities - want).max() > 0.01
+
+
+def test_the_schedule_is_that_of_the_rounds_that_train(tiny: Make) -> None:
+    changes = {"train__schedule": "rise", "train__optimizer": "sgd", "train__averaging": 0.0}
+    optimizer = server_optimizer(config_of(tiny, train__learning_rate=1.0, **changes))
+    adapter, steps = np.zeros(1, np.float32), []
+    for _ in range(3):
+        adapter, before = optimizer.step(adapter, np.ones(1)), adapter
+        steps.append(float((adapter - before)[0]))
+    assert steps == pytest.approx([0.5 + t / 3 for t in range(3)])  # four rounds, of which three train
+
+
+def test_a_first_round_that_is_void_leaves_no_centre_and_the_rest_trains(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PlainRound.run_round
+
+    def void(self: PlainRound, grid: Any, ask: RoundAsk, observer: Any) -> RoundOutcome:
+        outcome = real(self, grid, ask, observer)
+        return dataclasses.replace(outcome, aggregate=None) if ask.round == 1 else outcome
+
+    monkeypatch.setattr(PlainRound, "run_round", void)
+    result = run(config_of(tiny, "local"), tmp_path)
+    assert [summary.void for summary in result.history] == [True, False, False, False]
+    assert result.adapter[:-WIDTH].any() and not result.adapter[-WIDTH:].any()
+    assert set(result.releases.values()) == {4}  # it was charged
 
 
 @pytest.mark.parametrize("which", ["head", "adapter"])
