@@ -135,11 +135,14 @@ def draw(values: Values, path: Path) -> None:
             limit = 100 * statistics.fmean(values[corpus, adapter, "none", None])
             panel.axhline(limit, color=_COLORS["none"], linestyle="--", linewidth=1, label=_NAMES["none"])
         what, _, how = WHAT[corpus].partition(", ")
-        panel.set_title(f"{what}\n{how}", fontsize=9)
+        panel.set_title(f"{what}, {adapter}\n{how}", fontsize=9)
         panel.set_xscale("log")
         panel.set_xticks(EPSILONS, [str(e) for e in EPSILONS])
         panel.minorticks_off()
-        panel.margins(x=0.12, y=0.16)
+        panel.margins(x=0.12)
+        # A range of a dozen points at least, so that noise does not look like a trend.
+        low, high = panel.dataLim.ymin - 2.0, panel.dataLim.ymax + 1.5
+        panel.set_ylim(min(low, high - 12.0), high)
         panel.set_xlabel("epsilon (one record)")
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
