@@ -87,10 +87,11 @@ _INSIDE: dict[str, Any] = {
 }
 _HEAD_FIRST = 40  # rounds; each costs privacy, and next to no time
 _MOST_RATE, _UNKNOWN_RATE = 0.5, 0.1  # of sampling; the second where nobody has said how many units there are
-# (steps inside the encoder, units in one): where noise is light, where it is heavy, and without any.
-_LIGHT = {"quick": (50, 512.0), "standard": (80, 512.0), "thorough": (200, 512.0)}
-_HEAVY = {"quick": (25, 1000.0), "standard": (50, 1000.0), "thorough": (100, 1000.0)}
-_NONE = {"quick": (200, 128.0), "standard": (400, 128.0), "thorough": (1600, 128.0)}
+# Inside the encoder, where noise is light, where it is heavy, and without any: the largest rate, units in a
+# step, and steps by what the run may take.
+_LIGHT = (0.01, 512.0, {"quick": 50, "standard": 80, "thorough": 200})
+_HEAVY = (0.008, 1000.0, {"quick": 25, "standard": 50, "thorough": 100})
+_NONE = (0.003, 128.0, {"quick": 200, "standard": 400, "thorough": 1600})
 _LIGHT_FROM = 6.0  # epsilon
 
 
@@ -119,13 +120,19 @@ def centre_rounds(config: Config) -> int:
     return int(bool(config.train.centre))
 
 
+def _set(config: Config, name: str) -> Any:
+    """What the setting `name` (`train.sample_rate`) of `config` is."""
+    group, _, setting = name.partition(".")
+    return getattr(getattr(config, group), setting)
+
+
 def filled(config: Config) -> Config:
     """`config` with the recipe's choice in place of every null that it has a choice for."""
     values = chosen(config)
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         group, _, setting = name.partition(".")
-        if getattr(getattr(config, group), setting) is None:
+        if _set(config, name) is None:
             groups.setdefault(group, {})[setting] = value
     if not groups:
         return config
@@ -170,15 +177,14 @@ def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
     epsilon = config.privacy.epsilon or _LIGHT_FROM  # a given noise says nothing without the data's size
     if kind.is_private and kind.takes_local_steps:
         epsilon /= 2.0  # every node adds all of the noise: with four of them that halves epsilon
-    schedules = _NONE if not kind.is_private else _LIGHT if epsilon >= _LIGHT_FROM else _HEAVY
-    steps, batch = schedules[config.train.compute]
+    rate, batch, allowed = _NONE if not kind.is_private else _LIGHT if epsilon >= _LIGHT_FROM else _HEAVY
+    if kind.is_private:
+        rate = round(min(rate, 0.0055 * math.sqrt(epsilon)), 6)
+    steps = allowed[config.train.compute]
     rounds, units = config.federation.num_rounds or _HEAD_FIRST + steps, _units(config)
-    most = 0.01 if schedules is _LIGHT else 0.008 if schedules is _HEAVY else 0.003
     values = _INSIDE | {
         "train.sample_rate": _UNKNOWN_RATE if units is None else min(_MOST_RATE, batch / units),
-        "train.learning_rate": most
-        if not kind.is_private
-        else round(min(most, 0.0055 * math.sqrt(epsilon)), 6),
+        "train.learning_rate": rate,
         "train.averaging": 0.9 if steps < 80 else 0.95,
         "train.head_rounds": min(_HEAD_FIRST, 4 * rounds // 9),
         "federation.num_rounds": rounds,
@@ -190,6 +196,8 @@ def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
 
 def in_words(config: Config) -> str:
     """One line on how `config` trains, and which of it somebody chose in words instead of the recipe."""
+    from fedtune.privacy.mechanisms.registry import mechanism_of
+
     config = filled(config)
     train, federation = config.train, config.federation
     if federation.strategy == "fedsgd":
@@ -212,15 +220,12 @@ def in_words(config: Config) -> str:
     own = [
         name
         for name, value in chosen(config).items()
-        if name != "federation.evaluate_every"  # it trains nothing
-        and getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) != value
+        if name != "federation.evaluate_every" and _set(config, name) != value  # that one trains nothing
     ]
     free = dataclasses.replace(config, federation=dataclasses.replace(federation, num_rounds=None))
     if chosen(free)["federation.num_rounds"] != federation.num_rounds:
         own.append("federation.num_rounds")
     given = f"; given, not by the recipe: {', '.join(own)}" if own else ""
-    from fedtune.privacy.mechanisms.registry import mechanism_of
-
     private = mechanism_of(config.privacy.trust).is_private
     clipped = f"; clipped at {config.privacy.max_grad_norm:g}" if private else ""
     return f"{how}{clipped}{given}"

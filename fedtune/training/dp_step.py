@@ -165,7 +165,7 @@ def _head_sum(
     its squared norm is |e|^2 (|x|^2 + 1), and the clipped sum is two products of matrices (Goodfellow 2015,
     arXiv 1510.01799; "ghost norm" in Li et al. 2022). No example's gradient [c, d] is ever written out.
     """
-    weight, bias = (model.parameters[name] for name in head_parameters(model))
+    weight, bias = (model.parameters[name] for name in _head_parameters(model))
     total = np.zeros(model.num_parameters, dtype=np.float64)
     classes, width = weight.shape
     (group,) = plan.clipping.groups(model.heads)
@@ -222,7 +222,7 @@ def _centre_sum(
     return total
 
 
-def head_parameters(model: AdaptedModel) -> tuple[str, str]:
+def _head_parameters(model: AdaptedModel) -> tuple[str, str]:
     """Names of the weight and the bias of a head that is all there is to train, in the order of the adapter.
 
     Raises:
@@ -253,9 +253,9 @@ def clipped_sum(
     Args:
         features: of the shard's data.
         records: [m] rows of the shard's data that were drawn, m may be 0.
+        units: [m] the unit of each record, or None where each record is its own unit.
         label_smoothing: share of a label that is spread over all classes (Szegedy et al. 2016): examples that
             are right then stop pulling, where clipping would let the logits grow for ever.
-        units: [m] the unit of each record, or None where each record is its own unit.
         centre: this round sets the centre.
     """
     if centre:

@@ -24,7 +24,9 @@ if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours too
 
-from table import ADAPTERS, CORPORA, EPSILONS, TRUSTS, neighbour  # noqa: E402
+from table import ADAPTERS, CORPORA, EPSILONS, TRUSTS  # noqa: E402
+
+from simulations.trust_models.arrangements import neighbour  # noqa: E402
 
 SEEDS = (0, 1, 2)
 _FILES = ("data=files", "data.text=text", "data.test_split=test", "data.test_public=true", "data.public=true")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -32,18 +29,6 @@ _NAMES = {
 }
 
 Values = dict[tuple[str, str, str, int | None], list[float]]
-
-
-def neighbour(name: str) -> ModuleType:
-    """`study` or `report` of simulations/first_federation, under a name of its own."""
-    known = f"first_federation_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, HERE.parent / "first_federation" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[known] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    return sys.modules[known]
 
 
 def read(records: Path) -> tuple[Values, dict[str, str]]:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtune.config.schema import Config
+from fedtune.federation.server import loop
 from tests.support import tiny_federation
 
 
@@ -28,3 +30,17 @@ def tiny(tiny_parts: tuple[Path, Path]) -> Callable[..., Config]:
         return tiny_federation.make_config(*tiny_parts, **changes)
 
     return make
+
+
+@pytest.fixture
+def adapters(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """The server's adapter after each round."""
+    seen: list[np.ndarray] = []
+    real = loop._step
+
+    def noting(*arguments: Any) -> np.ndarray:
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "_step", noting)
+    return seen

@@ -37,20 +37,6 @@ SIZES = [30, 30, 30, 30]
 WIDTH = 32
 
 
-@pytest.fixture
-def adapters(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """The server's adapter after each round."""
-    seen: list[np.ndarray] = []
-    real = loop._step
-
-    def noting(*arguments: Any) -> np.ndarray:
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(loop, "_step", noting)
-    return seen
-
-
 def config_of(tiny: Make, trust: str = "none", **changes: Any) -> Config:
     config = tiny(
         **{"federation__num_rounds": 4, "train__centre": True, "train__sample_rate": 1.0, **changes}

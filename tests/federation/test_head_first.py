@@ -27,20 +27,6 @@ Make = Callable[..., Config]
 SIZES = [30, 30, 30, 30]
 
 
-@pytest.fixture
-def adapters(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
-    """The server's adapter after each round."""
-    seen: list[np.ndarray] = []
-    real = loop._step
-
-    def noting(*arguments: Any) -> np.ndarray:
-        seen.append(real(*arguments))
-        return seen[-1]
-
-    monkeypatch.setattr(loop, "_step", noting)
-    return seen
-
-
 def run(config: Config, folder: Path) -> FederationResult:
     return local.run(resolved(config), folder)
 
