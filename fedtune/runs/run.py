@@ -154,7 +154,10 @@ def _work(
     from fedtune.federation.resources import run_resources
 
     resources = run_resources(config)
-    _ = resources.prepared  # here rather than in the engine, so that the display can say what takes the time
+    data = resources.prepared  # here rather than in the engine, so that the display says what takes the time
+    view.working("calibrating the noise")
+    if config.resume is None:
+        _check_plan(config, data)
     view.working("loading the encoder")
     with resources.using_model():
         pass
@@ -164,13 +167,31 @@ def _work(
 
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     resources.warm(warming)
-    view.working("calibrating the noise")
+    view.working("asking the nodes")
     observer: Observer = Observers(_ForOwner(view, run_dir), tracker)
     if stop_rule is not None:
         observer = StoppingObserver(observer, stop_rule)
     result = engines.run(config, run_dir, observer)
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
+
+
+def _check_plan(config: Config, data: PreparedData) -> None:
+    """Refuses a run that no noise allows, before minutes go into frozen layers. Nothing is released.
+
+    The plan that is made is the run's own (what it cost to calibrate is kept), unless a node's budget asks
+    for a smaller delta. Of sizes that nodes tell with noise it does not matter what they come to.
+
+    Raises:
+        PrivacyError: (of some kind) as `make_plan`.
+    """
+    from fedtune.federation.sizes import size_to_declare
+    from fedtune.privacy.mechanisms.counts import size_plan
+    from fedtune.privacy.plan import make_plan
+
+    told = size_plan(config) is not None
+    if sizes := [1 if told else size_to_declare(config, shard) for shard in data.shards]:
+        make_plan(config, sizes)  # of real sites none is here
 
 
 def finish(

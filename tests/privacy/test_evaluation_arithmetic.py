@@ -175,5 +175,11 @@ def test_answers_that_no_noise_allows_are_refused_in_their_own_words(monkeypatch
         raise CalibrationError("of training")
 
     monkeypatch.setattr(evaluation, "noise_multiplier_for", refuse)
-    with pytest.raises(CalibrationError, match="No noise lets 3 answers about held-out data cost epsilon 2"):
-        evaluation_noise(asking(8.0), 1e-5, 3)
+    for asked, words, setting in (
+        ({}, "may cost epsilon 2, a quarter of privacy.epsilon=8. of training", "privacy.epsilon"),
+        ({"evaluation_epsilon": 3.0}, "epsilon 3, as set. of training", "federation.evaluation_epsilon"),
+    ):
+        with pytest.raises(CalibrationError, match=words) as raised:
+            evaluation_noise(asking(8.0, **asked), 1e-5, 3)
+        assert raised.value.setting == setting
+        assert "federation.evaluation=none" in str(raised.value)

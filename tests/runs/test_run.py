@@ -14,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedtune.errors import CheckpointError, ConfigError, ModelError, ResourceError
+from fedtune.errors import CalibrationError, CheckpointError, ConfigError, ModelError, ResourceError
+from fedtune.federation.resources import RunResources
 from fedtune.runs import record as records
 from fedtune.runs.run import Interrupted, run
 from tests.support import tiny_federation as tiny
@@ -233,6 +234,29 @@ def test_a_wrong_price_is_refused_before_anything_is_trained(world: dict[str, Pa
     with pytest.raises(ConfigError, match="device_hour"):
         run(config(world, tmp_path / "run", pricing__device_hour=math.nan), console=quiet())
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("the encoder ran, and no noise allows this run")
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e6])
+@pytest.mark.parametrize("declared", [None, 80])
+def test_an_epsilon_that_no_noise_meets_is_refused_before_the_encoder_runs(
+    world: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    golden: Golden,
+    epsilon: float,
+    declared: int | None,
+) -> None:
+    monkeypatch.setattr(RunResources, "using_model", _never)
+    asked = tiny.private(config(world, tmp_path / "run", federation__evaluation="private"), epsilon)
+    asked.data.declared_size, asked.privacy.delta = declared, 1e-7
+    with pytest.raises(CalibrationError) as raised:
+        run(asked, console=quiet())
+    assert raised.value.setting == "privacy.epsilon"
+    golden(raised)
 
 
 def test_two_runs_with_one_seed_and_no_noise_are_the_same(world: dict[str, Path], tmp_path: Path) -> None:

@@ -234,8 +234,8 @@ def _refuse_small(target: float, delta: float, sample_rate: float, steps: int, r
     raise CalibrationError(
         f"No noise meets epsilon {target:g} at delta {delta:g}: with sample rate {sample_rate:g} and {steps} "
         f"steps the smallest that can be reached is {reached:.3g}, at noise multiplier "
-        f"{MAX_NOISE_MULTIPLIER:g}, where nothing would be learnt. Raise privacy.epsilon, or lower "
-        "train.sample_rate, train.local_steps or federation.num_rounds.",
+        f"{MAX_NOISE_MULTIPLIER:g}, where nothing would be learnt. Raise privacy.epsilon well above that, or "
+        "lower train.sample_rate, train.local_steps or federation.num_rounds.",
         setting="privacy.epsilon",
     )
 

@@ -245,7 +245,9 @@ def check_told(given: float | None, delta: float, target: float | None, most: fl
     if target is not None and cost >= target:
         raise CalibrationError(
             f"Nobody declared how much data each node has, and to tell it with noise costs epsilon "
-            f"{cost:.2g}, which leaves nothing of privacy.epsilon={target:g} for training. {way_out}."
+            f"{cost:.2g}, which leaves nothing of privacy.epsilon={target:g} for training. {way_out}. "
+            "Or raise privacy.epsilon well above that.",
+            setting="privacy.epsilon",
         )
 
 
@@ -332,8 +334,10 @@ def evaluation_noise(config: Config, delta: float, answers: int) -> float:
     try:
         return noise_multiplier_for(epsilon, delta, sample_rate=1.0, steps=answers)
     except CalibrationError as error:
+        of_all = config.federation.evaluation_epsilon is None
+        whence = f"a quarter of privacy.epsilon={config.privacy.epsilon:g}" if of_all else "as set"
         raise CalibrationError(
-            f"No noise lets {answers} answers about held-out data cost epsilon {epsilon:g} at delta "
-            f"{delta:g}, as federation.evaluation=private asks. Set federation.evaluation_epsilon to another "
-            "value, lower federation.evaluation_rounds, or use federation.evaluation=none."
+            f"Answers about held-out data (federation.evaluation=private; {answers} of each node) may cost "
+            f"epsilon {epsilon:g}, {whence}. {error} Or evaluate nothing: federation.evaluation=none.",
+            setting="privacy.epsilon" if of_all else "federation.evaluation_epsilon",
         ) from error
