@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from fedtune.config.recipe import adapter_of, filled
+from fedtune.config.recipe import adapter_of, chosen, filled, head_rounds
 from fedtune.config.schema import Config, DataConfig, Evaluation, Unit
 from fedtune.errors import ConfigError
 
@@ -71,12 +71,7 @@ def check_together(config: Config) -> None:
     kind = _mechanism(config)
     _check_strategy(config)
     kind.check_settings(config)
-    if config.privacy.head_norm and config.adapter.name == "head":
-        raise ConfigError(
-            f"privacy.head_norm={config.privacy.head_norm:g} is for a head beside something else that is "
-            "trained, and with adapter=head nothing is. Leave it out and use privacy.max_grad_norm.",
-            setting="privacy.head_norm",
-        )
+    _check_head(config, kind)
     alone, rounds = config.train.head_rounds, federation.num_rounds
     if alone is not None and rounds is not None and alone > rounds and config.adapter.name != "head":
         raise ConfigError(
@@ -161,6 +156,42 @@ def _check_strategy(config: Config) -> None:
                 f"train.{name}={value} is for an optimizer on the server (federation.strategy=fedsgd), and "
                 f"federation.strategy is {strategy}. Leave it out."
             )
+
+
+def _check_head(config: Config, kind: type[Mechanism]) -> None:
+    """A norm, a share or a rate that the head alone would have is refused where it would do nothing."""
+    privacy, train, adapter = config.privacy, config.train, config.adapter.name
+    if privacy.head_norm and adapter == "head":
+        raise ConfigError(
+            f"privacy.head_norm={privacy.head_norm:g} is for a head beside something else that is trained, "
+            "and with adapter=head nothing is. Leave it out and use privacy.max_grad_norm.",
+            setting="privacy.head_norm",
+        )
+    if config.federation.strategy is None:
+        return  # nobody has filled it in yet
+    idle = chosen(config)
+    share = privacy.head_share
+    if not privacy.head_norm and share not in (None, idle["privacy.head_share"]):
+        grouped = adapter != "head" and kind.clips_gradients
+        raise ConfigError(
+            f"privacy.head_share={share:g} is the share of a head that is clipped by itself, and this one is "
+            "not (privacy.head_norm=0). Leave it out"
+            + (", or give the head a norm: privacy.head_norm=3." if grouped else "."),
+            setting="privacy.head_share",
+        )
+    # A run of adapter=head that an earlier version began has the rate here too.
+    known = (None, idle["train.head_learning_rate"], train.learning_rate)
+    alone = config.federation.strategy == "fedsgd" and head_rounds(config)
+    if not alone and train.head_learning_rate not in known:
+        why = "adapter=head" if adapter == "head" else "train.head_rounds=0"
+        if config.federation.strategy != "fedsgd":
+            why = f"federation.strategy={config.federation.strategy}"
+        raise ConfigError(
+            f"train.head_learning_rate={train.head_learning_rate:g} is the server's rate in rounds of a head "
+            f"alone, before the rest is trained, and with {why} there are none. Leave it out; the rate is "
+            "train.learning_rate.",
+            setting="train.head_learning_rate",
+        )
 
 
 def _check_personal(config: Config) -> None:

@@ -223,8 +223,9 @@ class PrivacyConfig(Group):
     )
     head_norm: float | None = setting(
         None,
-        "L2 norm that the head's part of a unit's gradient is clipped to by itself; 0: one norm over "
-        "everything, as ever for adapter=head and trust=none; null: by the recipe",
+        "L2 norm that the head's part of a unit's gradient is clipped to by itself, at most a thousand times "
+        "max_grad_norm and at least a thousandth; 0: one norm over everything, as ever for adapter=head and "
+        "trust=none; null: by the recipe",
         ge=0,
     )
     head_share: float | None = setting(

@@ -28,6 +28,7 @@ HEAD_NORM = (
 # What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 1e6
 _MOST_STEPS = 10**9
+_MOST_APART = 1000.0  # of max_grad_norm to head_norm, and back: the head is scaled by it, and so is its noise
 _MOST_COUNT = 10**18
 
 
@@ -123,6 +124,13 @@ def validate(plan: PrivacyPlan) -> None:
         )
     if head and not plan.mechanism.clips_gradients:
         raise PrivacyError(HEAD_NORM.format(head, trust), setting="privacy.head_norm")
+    if head and not norm / _MOST_APART <= head <= norm * _MOST_APART:
+        raise PrivacyError(
+            f"privacy.head_norm={head:g} is too far from privacy.max_grad_norm={norm:g}: the head's part is "
+            "scaled from one to the other, and back with its noise, and would drown or be lost. Give one "
+            f"between {norm / _MOST_APART:g} and {norm * _MOST_APART:g}, or 0 for one norm over everything.",
+            setting="privacy.head_norm",
+        )
     if plan.target_epsilon is not None:
         target = number(plan.target_epsilon, "privacy.epsilon")
         if not 0.0 < target < math.inf:

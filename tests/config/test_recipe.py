@@ -120,6 +120,13 @@ def test_the_page_of_fixed_numbers_is_the_other_way_to_train(trust: str) -> None
         ["adapter=head", "model.normalize=false", "train.centre=true"],
         ["adapter=head", "federation.num_rounds=1", "train.centre=true"],
         ["adapter=head", "privacy=central", "train.centre=true"],
+        ["adapter=head", "privacy.head_share=0.3"],
+        ["adapter=lora", "privacy=none", "privacy.head_share=0.3"],
+        ["adapter=lora", "privacy.head_norm=0", "privacy.head_share=0.3"],
+        ["adapter=head", "train.head_learning_rate=0.3"],
+        ["adapter=lora", "train.head_rounds=0", "train.head_learning_rate=0.3"],
+        ["adapter=lora", "federation.strategy=fedavg", "train.head_learning_rate=0.3"],
+        ["adapter=lora", "privacy=central", "train.head_rounds=2", "train.head_learning_rate=0.3"],
     ],
     ids=" ".join,
 )
@@ -141,10 +148,13 @@ def test_settings_of_the_other_way_are_refused(overrides: list[str], golden: Gol
             "train.proximal_mu=0",
         ],
         ["train.personalize=none", "privacy=distributed"],
+        ["adapter=lora", "privacy.head_norm=3", "privacy.head_share=0.3"],
+        ["adapter=lora", "privacy.head_share=0.3", "train.head_learning_rate=0.3"],
+        ["adapter=head", "train.learning_rate=0.3"],
     ],
     ids=" ".join,
 )
-def test_the_ways_out_of_a_part_of_ones_own_work_as_typed(overrides: list[str]) -> None:
+def test_the_ways_out_work_as_typed(overrides: list[str]) -> None:
     load(overrides)
 
 

@@ -126,7 +126,8 @@ def test_one_site_by_itself_trains_as_it_would_with_the_whole_rate(
 ) -> None:
     settings: dict[str, Any] = {"data__only_site": "site-1", "data__declared_size": 30}
     settings |= {"train__optimizer": "sgd", "train__averaging": 0.5, "train__schedule": "constant"}
-    settings |= {"train__personalize": "adapter", "train__head_learning_rate": 0.3, "train__head_rounds": 2}
+    settings |= {"train__personalize": "adapter", "train__head_rounds": 2}
+    settings |= {} if adapter == "head" else {"train__head_learning_rate": 0.3}
     settings["adapter"] = AdapterConfig(name=adapter, rank=2, alpha=4.0)  # type: ignore[arg-type]
     alone, _ = run(personal(tiny, **settings | {"train__personalize": "none"}), tmp_path / "plain")
     config = personal(tiny, **settings)

@@ -234,7 +234,7 @@ def test_the_squares_of_what_the_groups_let_through_add_up(
 
 @pytest.mark.parametrize(
     ("norm", "share"), [(1.0, 0.0), (1.0, -0.1), (1.0, 1.0), (1.0, math.nan), (0.0, 0.5), (-1.0, 0.5),
-                        (math.inf, 0.5), (math.nan, 0.5)],
+                        (math.inf, 0.5), (math.nan, 0.5), (1e-9, 0.5), (1e9, 0.5)],
 )  # fmt: skip
 def test_a_norm_or_share_of_the_head_that_is_none_is_refused(norm: float, share: float) -> None:
     with pytest.raises(PrivacyError, match="head_"):
