@@ -21,7 +21,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -185,17 +185,15 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Runs the first of these messages that has not run, and gives its answer; [] if all have."""
-        wanted = set(message_ids)
-        for message_id in list(self._pending):
-            if message_id in wanted:
-                return [self._deliver(self._pending.pop(message_id))]
-        return []
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
+        message_id = next((name for name in self._pending if name in wanted), None)
+        return [] if message_id is None else [self._deliver(self._pending.pop(message_id))]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """All answers; those of clients that raise or hang carry an error."""
-        ids = list(self.push_messages(messages))
+        ids = set(self.push_messages(messages))
         end = None if timeout is None else time.monotonic() + timeout
         answers: list[Message] = []
         while len(answers) < len(ids) and (end is None or time.monotonic() < end):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.flower import serialize, serialized_size, task_identity
+from fedtune.federation.server.rounds import exchange
+from fedtune.federation.server.tracking_grid import TrackingGrid
 from tests.support.fake_federation import fake_app, fake_config, run_fake
 
 
@@ -241,3 +244,23 @@ def test_the_same_seed_gives_the_same_adapter(tiny: Callable[..., Config], tmp_p
 def test_an_unknown_engine_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="engine='spark'"):
         engines.run(tiny(engine__name="spark"), tmp_path)
+
+
+def test_a_round_costs_no_more_a_node_with_more_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying what is pending for every answer took seconds at 10,000 nodes."""
+
+    def seconds(nodes: int) -> float:
+        grid = LocalGrid(ClientApp(), nodes, {}, timeout=5.0)
+
+        def answer(message: Message) -> SimpleNamespace:
+            return SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=message.metadata.message_id))
+
+        monkeypatch.setattr(grid, "_deliver", answer)
+        with task_identity(grid.run_id):
+            messages = [Message(RecordDict(), node, "train") for node in grid.get_node_ids()]
+        start = time.process_time()
+        assert len(list(exchange(TrackingGrid(grid), messages, 5.0))) == nodes
+        return time.process_time() - start
+
+    seconds(100)
+    assert seconds(16_000) < 20 * min(seconds(2_000) for _ in range(3))

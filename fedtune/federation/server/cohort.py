@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -156,8 +157,8 @@ def discover_nodes(
         reasons = " ".join(dict.fromkeys(reason for _, reason in failed)) or "No node is connected."
         raise FederationError(f"None of {len(ids)} nodes can take part in this run. {reasons}")
     nodes.sort(key=lambda node: node.name)
-    names = [node.name for node in nodes]
-    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(node.name for node in nodes)
+    if duplicates := sorted(name for name, count in names.items() if count > 1):
         raise FederationError(
             f"Two nodes say that they are {', '.join(duplicates)}. Shards are disjoint, so each node needs a "
             "partition-id of its own; the guarantee does not hold for one person's data on two nodes."

@@ -177,7 +177,7 @@ def exchange(
     end = last_answer + timeout
     while pending:
         asked = time.monotonic()
-        answers = list(grid.pull_messages(set(pending)))
+        answers = list(grid.pull_messages(pending.keys()))  # a view: nothing is copied for an answer
         took = time.monotonic() - asked
         for answer in answers:
             node_id = pending.pop(answer.metadata.reply_to_message_id, None)
