@@ -103,8 +103,8 @@ def _ledger(
     ledger = simulation_ledger(state_dir() / "ledgers")
     if not ledger.path.exists():
         return 0, 0, (None, None, None)
-    mine = len(ledger.releases(run=run, node=node, purpose="training"))
-    answers = len(ledger.releases(run=run, node=node, purpose="evaluation"))
+    mine = len(ledger.rounds(run=run, node=node, purpose="training"))
+    answers = len(ledger.rounds(run=run, node=node, purpose="evaluation"))
     if shard is None:
         return mine, answers, (None, None, None)
     data: dict[str, Any] = {"dataset": shard.dataset, "fingerprint": shard.identity}

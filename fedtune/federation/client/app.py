@@ -242,7 +242,6 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
 def _last_round(run: str, node: str, context: Context) -> int:
     """The last round of a run that this node has charged; 0 if it has none, or its ledger cannot be read."""
     try:
-        releases = node_ledger(context).releases(run=run, node=node)
+        return max(node_ledger(context).rounds(run=run, node=node), default=0)
     except LedgerError:
         return 0
-    return max((release.round for release in releases), default=0)

@@ -231,7 +231,7 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
     counter = ReleaseCounter(
         context.state, request.run, "fedtune.answers" if evaluation else ReleaseCounter.NAME
     )
-    counter.check(request, shard.node, len(ledger.releases(**earlier)))
+    counter.check(request, shard.node, len(ledger.rounds(**earlier)))
     reservation = ledger.reserve(
         dataset=shard.dataset,
         fingerprint=shard.identity,
@@ -242,7 +242,7 @@ def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool
         whole=releases_of(plan, site_settings(context)),
         public=config.data.public,
     )
-    count = len(ledger.releases(**earlier))
+    count = len(ledger.rounds(**earlier))
     counter.note(request, count)
     training = request.plan.training_plan(shard.declared_size)
     return Release(config, shard, plan, training, ledger, reservation, own.place, count)
@@ -316,7 +316,7 @@ def failure_reply(
 def charged_releases(node: str, run: str, context: Context, purpose: str = "training") -> int:
     """Releases of a run that the node's ledger knows; 0 if it cannot be read."""
     try:
-        return len(node_ledger(context).releases(run=run, node=node, purpose=purpose))
+        return len(node_ledger(context).rounds(run=run, node=node, purpose=purpose))
     except Exception:
         return 0
 

@@ -18,6 +18,7 @@ accountant.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,14 +31,14 @@ from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.accounting.filter import closes, order_of, renyi_budget, renyi_of_terms, spent
 from fedtune.privacy.ledger.accounts import NEVER, Account, AccountKeys
 from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget
-from fedtune.privacy.ledger.chain import Chain
+from fedtune.privacy.ledger.chain import Chain, Row
 from fedtune.privacy.ledger.releases import RELEASED, Planned, is_coarser, purpose_of, steps_of, terms_of_plan
 from fedtune.privacy.ledger.state import Use
 from fedtune.privacy.plan import UNITS, PrivacyPlan, ReleasePlan
 
 __all__ = ["Allowance", "ReleaseRequest", "RunCounts"]
 
-_MOST_RUNS = 1024  # of a node and purpose each, whose releases a process counts
+_MOST_RUNS = 64  # whose releases a process counts
 _RELEASES = {"training": "releases", "evaluation": "answers about held-out data"}
 _WHAT = {
     "training": "round {}",
@@ -54,22 +55,40 @@ _SPENT = "Nothing is left: use other data, or its owner allows more."
 
 @dataclass
 class _Counted:
-    """Releases that one node made in one run for one purpose, up to row `seq`."""
+    """Releases that one node made in one run for one purpose."""
 
-    seq: int = 0
     rounds: list[int] = field(default_factory=list)  # of each release
     agreed: float = math.inf  # the fewest that a plan allowed
     steps: Any = None  # what the first of them added to the account
+
+
+@dataclass
+class _OfNode:
+    """What one node did in one run."""
+
+    purposes: defaultdict[str, _Counted] = field(default_factory=lambda: defaultdict(_Counted))
     planned: tuple[Planned] | None = None  # the whole run's plan as its first release named it
     unit: str | None = None  # of privacy, of the node's first release in the run, for whatever purpose
 
 
+@dataclass
+class _OfRun:
+    """What the rows of one run say, up to row `seq`."""
+
+    seq: int = 0
+    nodes: defaultdict[str, _OfNode] = field(default_factory=lambda: defaultdict(_OfNode))
+    committed: set[int] = field(default_factory=set)  # rows of reservations
+
+
 class RunCounts:
-    """Counts that last from one release to the next; rows of other processes are read as they come."""
+    """Counts that last from one release to the next; rows of other processes are read as they come.
+
+    Each row is read once, whichever node asks: a simulation has thousands of nodes in one run.
+    """
 
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
-        self._counted: dict[tuple[str, str, str], _Counted] = {}
+        self._counted: dict[str, _OfRun] = {}
 
     def made(
         self, connection: Any, plan: ReleasePlan, planned: tuple[Planned] | None, *, node: str, run: str,
@@ -79,7 +98,8 @@ class RunCounts:
 
         Raises `BudgetExhausted`, `SeparationError` or `PrivacyError` if the run may not make one more.
         """
-        counted = self._count(connection, plan.purpose, node, run)
+        of_node = self._count(connection, run).nodes[node]
+        counted = of_node.purposes[plan.purpose]
         made, agreed = len(counted.rounds), min(counted.agreed, plan.num_rounds)
         if isinstance(plan, PrivacyPlan):
             plan.check_round(node, run, round, counted.rounds)
@@ -92,14 +112,14 @@ class RunCounts:
                 "rounds.",
                 public=True,
             )
-        if counted.unit not in (None, plan.unit):
+        if of_node.unit not in (None, plan.unit):
             raise PrivacyError(
                 f"node '{node}' refuses round {round} of run '{run}': it is asked for a release that "
                 f"protects one {plan.unit} (privacy.unit), and the run began with releases that protect one "
-                f"{counted.unit}. Start a new run."
+                f"{of_node.unit}. Start a new run."
             )
         other_steps = made > 0 and counted.steps != steps_of(plan, 0)
-        if other_steps or (planned is not None and counted.planned not in (None, planned)):
+        if other_steps or (planned is not None and of_node.planned not in (None, planned)):
             raise PrivacyError(
                 f"node '{node}' refuses round {round} of run '{run}': it is asked for releases with another "
                 "sampling rate, noise, number of steps or number of rounds than the run began with. A run is "
@@ -107,26 +127,45 @@ class RunCounts:
             )
         return made
 
-    def _count(self, connection: Any, purpose: str, node: str, run: str) -> _Counted:
+    def rounds(self, connection: Any, run: str, node: str, purpose: str | None) -> list[int]:
+        """The round of each release of a node in a run, oldest first; `purpose` None: of all, by purpose."""
+        of_node = self._count(connection, run).nodes[node]
+        return [
+            round
+            for name, counted in of_node.purposes.items()
+            if purpose in (None, name)
+            for round in counted.rounds
+        ]
+
+    def is_committed(self, connection: Any, run: str, seq: int) -> bool:
+        """Whether the reservation in row `seq` came to its end."""
+        return seq in self._count(connection, run).committed
+
+    def _count(self, connection: Any, run: str) -> _OfRun:
         # Only rows that this process has not counted yet: those before them are proven by the chain, whose
         # last known row is looked at before every reservation.
-        key = (run, node, purpose)
-        if key not in self._counted and len(self._counted) >= _MOST_RUNS:
+        if run not in self._counted and len(self._counted) >= _MOST_RUNS:
             self._counted.clear()
-        counted = self._counted.setdefault(key, _Counted())
+        counted = self._counted.setdefault(run, _OfRun())
         for row in () if connection is None else self._chain.run_rows(connection, run, after=counted.seq):
-            if row.kind in RELEASED:
-                if row.body["node"] == node:
-                    counted.unit = counted.unit or row.body["unit"]
-                if row.body["node"] == node and "planned" in row.body:
-                    counted.planned = (row.body["planned"],)
-                if row.body["node"] == node and purpose_of(row) == purpose:
-                    if not counted.rounds:
-                        counted.steps = row.body["steps"]
-                    counted.rounds.append(row.body["round"])
-                    counted.agreed = min(counted.agreed, row.body["num_rounds"])
+            if row.kind == "committed":
+                counted.committed.add(row.body["reservation"])
+            elif row.kind in RELEASED:
+                _add(counted.nodes[row.body["node"]], row)
             counted.seq = row.seq
         return counted
+
+
+def _add(of_node: _OfNode, row: Row) -> None:
+    """Counts a release of the node."""
+    body, counted = row.body, of_node.purposes[purpose_of(row)]
+    of_node.unit = of_node.unit or body["unit"]
+    if "planned" in body:
+        of_node.planned = (body["planned"],)
+    if not counted.rounds:
+        counted.steps = body["steps"]
+    counted.rounds.append(body["round"])
+    counted.agreed = min(counted.agreed, body["num_rounds"])
 
 
 @dataclass(frozen=True)

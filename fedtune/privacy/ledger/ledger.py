@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -66,7 +65,6 @@ from fedtune.privacy.ledger.releases import (
     Release,
     charge_of,
     noise_scope,
-    purpose_of,
     release_of,
     steps_of,
     terms_of_plan,
@@ -272,9 +270,8 @@ class PrivacyLedger:
                     f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
                     f"'{reservation.run}', round {reservation.round}: was it made in another file?"
                 )
-            for row in self._chain.run_rows(writer.connection, reservation.run, after=reservation.seq):
-                if row.kind == "committed" and row.body["reservation"] == reservation.seq:
-                    return
+            if self._runs.is_committed(writer.connection, reservation.run, reservation.seq):
+                return
             writer.write("committed", {"reservation": reservation.seq}, run=reservation.run)
 
     def writing(self) -> AbstractContextManager[LedgerWriter]:
@@ -317,6 +314,12 @@ class PrivacyLedger:
             if row.kind in RELEASED and all(v is None or row.body[k] == v for k, v in wanted.items())
         ]
         return [release for release in found if purpose in (None, release.purpose)]
+
+    def rounds(self, *, run: str, node: str, purpose: str | None = None) -> list[int]:
+        """The round of each release of `node` in `run` (`purpose` None: of all, by purpose), oldest first."""
+        self.state()  # raises if what was counted before is gone
+        with self._chain.reading() as view:
+            return self._runs.rounds(view, run, node, purpose)
 
     def account(self, *, dataset: str, fingerprint: str | Identity) -> Account:
         """Everything that this data was ever charged; see `fedtune.privacy.ledger.accounts`."""
@@ -426,12 +429,9 @@ class PrivacyLedger:
     ) -> tuple[LedgerState, ReleaseRequest]:
         """What is left of `plans` in a run that may have begun."""
         state = self.state()
-        with self._chain.reading() as view:
-            rows = [] if view is None else [r for r in self._chain.run_rows(view, run) if r.kind in RELEASED]
-        made = Counter(purpose_of(row) for row in rows if row.body["node"] == node)
         steps: dict[str, dict[Term, int] | None] = {}
         for plan in plans:
-            done = made[plan.purpose]
+            done = len(self.rounds(run=run, node=node, purpose=plan.purpose))
             further = charge_of(plan, max(0, plan.num_rounds - done), done)
             steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
         return state, ReleaseRequest(

@@ -255,7 +255,7 @@ def test_releases_of_one_run_node_and_purpose_are_counted(books: Books, counts: 
     books.add()
     books.add(node="other")
     books.add(run="another")
-    books.add(kind="committed")
+    books.add(kind="committed", reservation=1)
     books.add(purpose="evaluation")
     books.add(kind="imported", purpose="training")
     assert made(counts) == 2 and made(counts, node="other") == 1 and made(counts, run="another") == 1

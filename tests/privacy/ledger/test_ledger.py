@@ -897,6 +897,33 @@ def test_what_a_process_has_counted_is_read_no_more_and_what_others_wrote_is(
         reserve(other, plan, round=6)
 
 
+def test_each_row_of_a_run_is_read_once_for_all_of_its_nodes(path: Path, monkeypatch: Any) -> None:
+    """A simulation of 100 nodes read every row of its run for each of them, twice a round."""
+    ledger, plan, nodes = PrivacyLedger(path, shared=True), local_plan(num_rounds=6), range(4)
+    read: list[int] = []
+    real = ledger._chain.run_rows
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        for row in real(*arguments, **named):
+            read.append(row.seq)
+            yield row
+
+    monkeypatch.setattr(ledger._chain, "run_rows", counting)
+    for round in (1, 2, 3):
+        for i in nodes:
+            asked = {"run": "run-1", "node": f"n{i}"}
+            assert ledger.rounds(**asked, purpose="training") == list(range(1, round))
+            ledger.commit(reserve(ledger, plan, node=f"n{i}", round=round))
+            assert ledger.rounds(**asked) == list(range(1, round + 1))
+    assert len(read) == len(set(read)) == 3 * 2 * len(nodes)
+    other = PrivacyLedger(path, shared=True)
+    reserve(other, plan, node="n0", round=4)
+    assert ledger.rounds(run="run-1", node="n0", purpose="training") == [1, 2, 3, 4]
+    assert ledger.rounds(run="run-1", node="n0", purpose="size") == []
+    shown = [release.round for release in ledger.releases(run="run-1", node="n0")]
+    assert shown == ledger.rounds(run="run-1", node="n0")
+
+
 def fill(path: Path, count: int, *, short_runs: bool) -> None:
     """`count` releases written in one transaction, as the ledger itself writes them."""
     reserve(PrivacyLedger(path), run="run-0")
