@@ -38,7 +38,7 @@ from fedtune.federation.server.rounds import ClippedUpdates
 from fedtune.models.classifier import AdaptedModel
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clip_and_sum, per_example_gradients
+from fedtune.training.dp_step import clip_and_sum, hooks_for
 from fedtune.training.evaluation import predict_probabilities
 from fedtune.training.local import ShardView, train_locally
 from fedtune.training.preflight import preflight
@@ -242,7 +242,7 @@ class _Training:
         self.model.set_vector(adapter)
         entropy = plan.entropy(self.shard.node, round, repetition)
         theta = torch.nn.Parameter(self.model.theta, requires_grad=True)
-        with per_example_gradients(self.model):
+        with hooks_for(self.model, view.features):
             preflight(self.model, view.features, plan, theta, self.train)
             total = view.clipped_sum(plan.sample(view.num_units, entropy), plan, entropy, round)
         gradient = plan.average(released_sum(plan, total, entropy))

@@ -4,7 +4,7 @@ Opacus' hooks give each example's gradient; everything that touches sensitivity 
 
     1. the drawn units' records are cut into micro-batches of like length
     2. each example's gradient, by Opacus, of the summed loss (so no example's gradient depends on b); of a
-       head on outputs that are kept, its norm and its part of the sum in closed form (`_head_sum`)
+       head on outputs that are kept, each unit's norm and its part of the sum in closed form (`_head_sum`)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
        `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1); or head
        and rest each by itself, so that the squares add up to that of this norm (`fedtune.privacy.clipping`)
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,10 @@ from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.preflight import check_layers
 
-__all__ = ["clip_and_sum", "clipped_sum", "per_example_gradients"]
+__all__ = ["clip_and_sum", "clipped_sum", "hooks_for", "per_example_gradients"]
 
 _ROWS = 4096  # of a head's batch at once
+_PAIRED = 1024  # of them where records of one unit are paired, of whole units
 _BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, and changes nothing else
 
 
@@ -87,6 +88,14 @@ def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
         yield
     finally:
         hooks.cleanup()
+
+
+def hooks_for(model: AdaptedModel, features: Features) -> AbstractContextManager[None]:
+    """What a training on `features` must run within: `per_example_gradients`; nothing where all is in closed
+    form, and preflight, which wants the hooks too, is behind this model. To set them up and take them off
+    costs more than some steps of a head."""
+    closed = features.pooled and model.gradients_checked
+    return nullcontext() if closed else per_example_gradients(model)
 
 
 def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
@@ -152,40 +161,73 @@ def _example_gradients(
         yield batch.records, [g[: len(rows)] for g in _collect(model, batch.rows)]
 
 
+def _blocks(
+    units: NDArray[np.int64] | None, count: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64] | None]]:
+    """Positions of `count` records, block by block, and the unit of each within its block: units stay whole.
+    None for units: each record is its own."""
+    if units is None:
+        for start in range(0, count, _ROWS):
+            yield np.arange(start, min(count, start + _ROWS)), None
+        return
+    _, whose, sizes = np.unique(units, return_inverse=True, return_counts=True)
+    order, ends, first = np.argsort(whose, kind="stable"), np.cumsum(sizes), 0
+    while first < len(sizes):
+        begin = int(ends[first] - sizes[first])
+        last = max(first + 1, int(np.searchsorted(ends, begin + _PAIRED, "right")))
+        chosen = order[begin : ends[last - 1]]
+        yield chosen, whose[chosen] - first
+        first = last
+
+
 def _head_sum(
     model: AdaptedModel,
     features: Features,
     records: NDArray[np.int64],
+    units: NDArray[np.int64] | None,
     plan: PrivacyPlan,
     label_smoothing: float,
 ) -> NDArray[np.float64]:
-    """`clipped_sum` of a head alone, each record its own unit, in closed form.
+    """`clipped_sum` of a head alone, in closed form.
 
     A record of features x [d] whose softmax is off by e [c] has the gradient e x^T (weight) and e (bias), so
-    its squared norm is |e|^2 (|x|^2 + 1), and the clipped sum is two products of matrices (Goodfellow 2015,
-    arXiv 1510.01799; "ghost norm" in Li et al. 2022). No example's gradient [c, d] is ever written out.
+    its squared norm is |e|^2 (|x|^2 + 1). Of two records the product is (e . e') (x . x' + 1); a unit's
+    squared norm is its sum over all pairs of its records, and the clipped sum is two products of matrices
+    (Goodfellow 2015, arXiv 1510.01799; "ghost norm" in Li et al. 2022). No example's gradient [c, d] is ever
+    written out.
     """
     weight, bias = (model.parameters[name] for name in _head_parameters(model))
     total = np.zeros(model.num_parameters, dtype=np.float64)
     classes, width = weight.shape
     (group,) = plan.clipping.groups(model.heads)
-    for start in range(0, len(records), _ROWS):
-        rows = records[start : start + _ROWS]
+    for positions, whose in _blocks(units, len(records)):
+        rows = records[positions]
         with torch.no_grad():
             x = model.base.scaled(features.inputs(rows, len(rows), 1, model.device)["pooled"])
             error = torch.softmax(x @ weight.T + bias, dim=1)
             target = torch.from_numpy(features.corpus.labels[rows]).to(model.device)
             error -= label_smoothing / classes
             error[torch.arange(len(rows), device=model.device), target] -= 1.0 - label_smoothing
-            squares = error.double().square().sum(1) * (x.double().square().sum(1) + 1.0)
-            norms = squares.sqrt().cpu().numpy()
-            broken = torch.from_numpy(~np.isfinite(norms)).to(model.device)[:, None]
-            factors = torch.from_numpy(group.factor * plan.clip_factors(norms, group.most)).to(error)[:, None]
+            # In float64, and so on the CPU: thousands that pull one way would lose one of them by 4e-4 of C.
+            precise, inputs = error.cpu().double(), x.cpu().double()
+            if whose is None:
+                squares = precise.square().sum(1) * (inputs.square().sum(1) + 1.0)
+            else:
+                products = (precise @ precise.T) * (inputs @ inputs.T + 1.0)
+                one = torch.from_numpy(whose)
+                products = torch.where(one[:, None] == one, products, 0.0)
+                squares = torch.zeros(int(whose[-1]) + 1, dtype=torch.float64)
+                squares.index_add_(0, one, products.sum(1)).clamp_(min=0.0)
+                model.flops.total += 2 * len(rows) ** 2 * (classes + width)
+            norms = squares.sqrt().numpy()
+            factors, broken = group.factor * plan.clip_factors(norms, group.most), ~np.isfinite(norms)
+            if whose is not None:
+                factors, broken = factors[whose], broken[whose]
             # 0 x NaN is NaN: the factor alone would let it through.
-            error = torch.where(broken, 0.0, error) * factors
-            # In float64: thousands that pull one way would lose one of them by 4e-4 of C in float32.
-            error, x = error.cpu().double(), torch.where(broken, 0.0, x).cpu().double()
-            gradient = torch.cat([(error.T @ x).reshape(-1), error.sum(0)])
+            gone = torch.from_numpy(broken)[:, None]
+            precise = torch.where(gone, 0.0, precise) * torch.from_numpy(factors)[:, None]
+            inputs = torch.where(gone, 0.0, inputs)
+            gradient = torch.cat([(precise.T @ inputs).reshape(-1), precise.sum(0)])
         model.flops.total += 4 * len(rows) * classes * width
         total[: len(gradient)] += gradient.numpy()
     return total
@@ -248,7 +290,7 @@ def clipped_sum(
 ) -> NDArray[np.float64]:
     """Sum over the drawn units of their clipped gradients, float64 [P]; see the module's guarantee.
 
-    Must run within `per_example_gradients(model)`.
+    Must run within `hooks_for(model, features)`, or `per_example_gradients(model)`.
 
     Args:
         features: of the shard's data.
@@ -260,8 +302,8 @@ def clipped_sum(
     """
     if centre:
         return _centre_sum(model, features, records, units, plan)
-    if units is None and features.pooled:
-        return _head_sum(model, features, records, plan, label_smoothing)
+    if features.pooled:
+        return _head_sum(model, features, records, units, plan, label_smoothing)
     total = torch.zeros(model.num_parameters, dtype=torch.float64)
     options = (micro_batch_tokens, precision, label_smoothing)
     if units is None:

@@ -28,7 +28,7 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clipped_sum, per_example_gradients
+from fedtune.training.dp_step import clipped_sum, hooks_for, per_example_gradients
 from fedtune.training.preflight import preflight
 
 __all__ = ["LocalResult", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]
@@ -183,7 +183,7 @@ def train_locally(
     update: NDArray[np.float32] = np.zeros_like(start)
     anchor = model.theta.clone()
     began, flops = time.perf_counter(), model.flops.total
-    with per_example_gradients(model):
+    with hooks_for(model, view.features):
         preflight(model, view.features, plan, theta, train)
         for _ in range(plan.local_steps):
             drawn = plan.sample(view.num_units, entropy)

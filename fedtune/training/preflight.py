@@ -25,7 +25,9 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["check_gradients", "check_layers", "check_parameters", "check_plan", "preflight"]
+__all__ = [
+    "check_gradients", "check_layers", "check_memory", "check_parameters", "check_plan", "preflight",
+]  # fmt: skip
 
 _log = logging.getLogger("fedtune.node")
 _MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -69,6 +71,15 @@ def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
             f"not in both: {', '.join(stray[:5]) or 'frozen ones'}. Do not change requires_grad after the "
             "model is loaded."
         )
+    check_memory(model, optimized)
+
+
+def check_memory(model: AdaptedModel, optimized: Tensor) -> None:
+    """The last part of `check_parameters`: what is clipped and noised is the memory that is optimized.
+
+    Raises:
+        PreflightError: it is other memory.
+    """
     begin, offset = model.theta.data_ptr(), 0
     for name, parameter in model.packed.items():
         if parameter.data_ptr() != begin + 4 * offset or parameter.dtype != torch.float32:
@@ -182,15 +193,20 @@ def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:
 def preflight(
     model: AdaptedModel, features: Features, plan: PrivacyPlan, theta: Tensor, train: TrainConfig
 ) -> None:
-    """Runs every check; see the module. Must run within `per_example_gradients(model)`.
+    """Runs every check; see the module. Must run within `fedtune.training.dp_step.hooks_for`.
+
+    What belongs to the model alone is checked once: a layer that is unfrozen later is in no optimizer.
 
     Raises:
         PreflightError: one of them failed.
     """
     check_plan(plan, train)
+    if model.gradients_checked:
+        check_memory(model, theta)
+        return
     check_parameters(model, theta)
     # A shard may be empty: what is held out for evaluation is decided unit by unit.
-    if not model.gradients_checked and features.corpus.num_records:
+    if features.corpus.num_records:
         check_layers(model)
         check_gradients(model, features)
         model.gradients_checked = True

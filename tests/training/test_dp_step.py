@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedtune.config.schema import TrainConfig
 from fedtune.data.corpus import Shard
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
@@ -22,6 +23,7 @@ from fedtune.privacy.clipping import Clipping
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step
 from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients
+from fedtune.training.local import train_locally
 from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard
 
@@ -435,22 +437,72 @@ def test_the_work_of_a_step_is_counted_as_training(tiny_bert: Path) -> None:
     assert counted and all(kind == "train" for kind, *_ in counted)
 
 
+def by_hooks(
+    model: AdaptedModel,
+    shard: Shard,
+    records: list[int],
+    plan: PrivacyPlan,
+    units: list[int],
+    smoothing: float,
+) -> np.ndarray:
+    """The same sum from gradients that Opacus writes out, each unit's added up and then clipped."""
+    features = Features.of(model, shard.data, 64, precision="fp32")
+    rows, sums = np.array(records), torch.zeros(max(units) + 1, model.num_parameters)
+    with per_example_gradients(model):
+        for places, gradients in dp_step._example_gradients(model, features, rows, 64, "fp32", smoothing):
+            sums.index_add_(0, torch.tensor(units)[places], torch.cat(gradients, dim=1))
+    return torch.cat(clip_and_sum(model.split(sums), plan, model.heads)).numpy()
+
+
 @pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
 @pytest.mark.parametrize(("rows", "smoothing"), [(5, 0.0), (4096, 0.2)])
+@pytest.mark.parametrize("persons", [None, 3])
 def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
-    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int, smoothing: float
-) -> None:
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int, smoothing: float,
+    persons: int | None,
+) -> None:  # fmt: skip
     monkeypatch.setattr(dp_step, "_ROWS", rows)
+    monkeypatch.setattr(dp_step, "_PAIRED", rows)
     model, shard = load(tiny_bert, name="head"), make_shard()
     plan, records = make_plan(max_grad_norm=clip), list(range(12))
-    closed = compute(model, shard, records, plan, smoothing=smoothing)
-    # Where each record is a person of its own, gradients are written out, clipped, and added up.
-    assert near(closed, compute(model, shard, records, plan, records, smoothing), 1e-5)
-    if clip < 1.0:  # the mutant: no clip at all
-        assert not near(closed, compute(model, shard, records, make_plan(max_grad_norm=1e6)), 1e-2)
+    units = None if persons is None else [r % persons for r in records]
+    closed = compute(model, shard, records, plan, units, smoothing)
+    assert near(closed, by_hooks(model, shard, records, plan, units or records, smoothing), 1e-5)
+    if clip < 1.0:  # the mutants: no clip at all, and another unit
+        assert not near(closed, compute(model, shard, records, make_plan(max_grad_norm=1e6), units), 1e-2)
+        other = [r % 2 for r in records]
+        assert not near(closed, compute(model, shard, records, plan, other, smoothing), 1e-2)
     if smoothing and clip > 1.0:  # of two classes a clipped gradient is the same with and without
-        assert not near(closed, compute(model, shard, records, plan), 1e-2)
-    assert not compute(model, shard, [], plan).any()
+        assert not near(closed, compute(model, shard, records, plan, units), 1e-2)
+    assert not compute(model, shard, [], plan, None if units is None else []).any()
+
+
+def test_a_person_adds_at_most_the_clip_to_a_heads_sum(tiny_bert: Path) -> None:
+    model, shard = load(tiny_bert, name="head"), make_shard()
+    plan, records = make_plan(unit="person", max_grad_norm=0.05), [r for r in range(12) for _ in range(40)]
+    units = [r % 3 for r in records]
+    whole = compute(model, shard, records, plan, units)
+    for person in range(3):
+        left = [(r, u) for r, u in zip(records, units, strict=True) if u != person]
+        without = compute(model, shard, [r for r, _ in left], plan, [u for _, u in left])
+        assert np.linalg.norm(whole - without) == pytest.approx(plan.max_grad_norm, rel=1e-5)
+
+
+def test_a_head_needs_no_hooks_once_preflight_has_compared_with_them(
+    tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = []
+    real = dp_step.per_example_gradients
+    monkeypatch.setattr(
+        dp_step, "per_example_gradients", lambda model: installed.append(model) or real(model)
+    )
+    for name, expected in (("head", 1), ("lora", 3)):
+        model, shard = load(tiny_bert, name=name), make_shard()
+        model.gradients_checked = False
+        for round in (1, 2, 3):
+            train_locally(model, shard, make_plan(), model.get_vector(), train, round=round)
+        assert len(installed) == expected
+        installed.clear()
 
 
 def test_a_head_record_without_a_norm_counts_as_nothing(tiny_bert: Path) -> None:
@@ -461,9 +513,10 @@ def test_a_head_record_without_a_norm_counts_as_nothing(tiny_bert: Path) -> None
     features._vectors[1, 3] = math.nan
     try:
         broken = compute(model, shard, [0, 1, 2], plan)
+        persons = compute(model, shard, [0, 1, 2], make_plan(unit="person", max_grad_norm=0.5), [0, 1, 2])
     finally:
         features._vectors[1] = features.rows[1][0]
-    assert np.isfinite(broken).all() and near(broken, without, 1e-6)
+    assert np.isfinite(broken).all() and near(broken, without, 1e-6) and near(persons, without, 1e-6)
 
 
 # --- the round that sets the centre ------------------------------------------------------------------

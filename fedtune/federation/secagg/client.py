@@ -108,7 +108,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     import torch
 
     from fedtune.federation.resources import run_resources, training_usage
-    from fedtune.training.dp_step import per_example_gradients
+    from fedtune.training.dp_step import hooks_for
     from fedtune.training.local import ShardView
     from fedtune.training.preflight import preflight
 
@@ -123,7 +123,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
         model.set_vector(request.adapter[mine])
         view = ShardView(model, release.shard, plan.unit, train)
         theta = torch.nn.Parameter(model.theta, requires_grad=True)
-        with per_example_gradients(model):
+        with hooks_for(model, view.features):
             preflight(model, view.features, plan, theta, train)
             drawn = plan.sample(view.num_units, entropy)
             # Of a head alone the rest is zero, and noised all the same.
