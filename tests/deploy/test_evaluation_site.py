@@ -123,21 +123,24 @@ def test_a_site_keeps_its_own_part_and_its_model_beside_its_ledger(
     site.config.train.personalize, site.config.train.local_steps = "head", 1
     from fedtune.privacy.plan import make_plan
 
-    shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
-    plan = make_plan(site.config, [shard.declared_size])
-    released = site.send(RoundRequest("r", 1, 1, plan, site.start()).to_records())
-    assert "update" in released.content
-    folder = Path(site.settings.ledger).parent / "personal"
-    assert [path.name for path in folder.iterdir()] == ["r.npz"]
-    assert (folder / "r.npz").stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
     if full:
 
         def save(*arguments: object) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("fedtune.federation.resources.RunResources.save", save)
+    shard = run_resources(site.settings.own(site.config)).prepared.shards[0]
+    plan = make_plan(site.config, [shard.declared_size])
+    released = site.send(RoundRequest("r", 1, 1, plan, site.start()).to_records())
+    assert "update" in released.content
+    folder = Path(site.settings.ledger).parent / "personal"
+    assert {path.name for path in folder.iterdir()} == ({"r.npz"} if full else {"r", "r.npz"})
+    after_round = None if full else (folder / "r" / "adapter_model.safetensors").read_bytes()
+    assert (folder / "r.npz").stat().st_mode & 0o777 == 0o600 and folder.stat().st_mode & 0o777 == 0o700
     answer = question(site)
     assert (answer["refused"], answer["error"]) == ("", "")
     assert (folder / "r" / "adapter_config.json").exists() is not full
+    if not full:
+        assert (folder / "r" / "adapter_model.safetensors").read_bytes() == after_round  # both at the start
     assert site.charged() == 2  # a round and an answer, as without
     assert "personal" not in str(site.log())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from flwr.app import Context, Message, RecordDict
 from fedtune.config.choices import resolved
 from fedtune.config.convert import to_json
 from fedtune.config.schema import AdapterConfig, Config
-from fedtune.engines.local import LocalGrid
+from fedtune.engines.local import ClientThread, LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation import flower
 from fedtune.federation.client.app import app
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.events import FederationResult, RoundSummary
 from fedtune.federation.personal import PersonalPart, place_of_part, place_of_simulated
-from fedtune.federation.resources import run_resources
+from fedtune.federation.resources import forget, run_resources
 from fedtune.federation.server.loop import run_rounds
+from fedtune.training.local import train_locally
 from tests.federation.client.test_client_app import Node
 from tests.support.fake_federation import Watcher
 from tests.support.tiny_federation import private
@@ -107,7 +109,10 @@ def test_without_noise_both_parts_move_as_the_formulas_say(tiny: Make, tmp_path:
 
     common = Mover(run_resources(resolved(config)).initial().astype(float))
     own = [Mover(np.zeros_like(common.x)) for _ in shards]
-    for _ in range(4):
+    sent = common.x
+    for step in range(4):
+        share = min(0.9, (step + 1) / (step + 10)) if step else 0.0
+        sent = share * sent + (1 - share) * common.x
         gradients = [gradient(config, common.x + d.x, s) for d, s in zip(own, shards, strict=True)]
         common.step(np.average(gradients, axis=0, weights=sizes))
         for d, g in zip(own, gradients, strict=True):
@@ -117,6 +122,9 @@ def test_without_noise_both_parts_move_as_the_formulas_say(tiny: Make, tmp_path:
         kept = part(config, result.run, tmp_path, name)
         assert kept.steps == 4
         np.testing.assert_allclose(kept.result(result.adapter), common.mean + d.mean, atol=4e-3)
+        so_far = kept.so_far()
+        assert so_far is not None and np.abs(sent - common.mean).max() > 0.02
+        np.testing.assert_allclose(so_far, sent + d.mean, atol=4e-3)
         assert np.abs(d.mean).max() > 0.05  # of which the tolerance is little
 
 
@@ -206,6 +214,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny: Make, tmp_path: Path) 
         )
         assert one.steps == other.steps == 4
         np.testing.assert_array_equal(one.result(whole.adapter), other.result(whole.adapter))
+        np.testing.assert_array_equal(one.so_far(), other.so_far())
 
 
 def node(tiny: Make, tmp_path: Path) -> Node:
@@ -225,6 +234,34 @@ def test_it_moves_once_for_each_release(tiny: Make, tmp_path: Path) -> None:
     assert kept(asked, tmp_path).steps == 1
     assert asked.ask(round=1, attempt=2).releases == 2  # the answer was lost, and is paid for again
     assert (kept(asked, tmp_path).steps, asked.charged()) == (2, 2)
+
+
+def test_a_node_that_was_given_up_does_not_move_it_late(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had to say in round 1 is lost; it must not be written over what round 2 left."""
+    asked, path, go_on = node(tiny, tmp_path), place_of_simulated(tmp_path, "site-0"), threading.Event()
+    whole = train_locally
+
+    def hanging(*arguments: Any, round: int, **settings: Any) -> Any:
+        result = whole(*arguments, round=round, **settings)
+        if round == 1:
+            go_on.wait()  # outside of Python, as a product of matrices is
+        return result
+
+    monkeypatch.setattr("fedtune.training.local.train_locally", hanging)
+    hangs = ClientThread()
+    with pytest.raises(TimeoutError):
+        hangs.run(lambda: asked.ask(round=1), timeout=3.0)
+    hangs.abandon()
+    forget()
+    assert asked.ask(round=2).update is not None
+    written = path.read_bytes()
+    go_on.set()
+    hangs.abandon(wait=20.0)
+    assert not hangs._thread.is_alive()
+    assert path.read_bytes() == written
+    assert asked.charged() == 2 and kept(asked, tmp_path).steps == 1
 
 
 @pytest.mark.parametrize("what", ["gone", "torn", "of another run", "older"])

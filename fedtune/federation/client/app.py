@@ -175,6 +175,7 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
         seconds = time.perf_counter() - started
     if own is not None:
         own.move(result.update, request.round, release.count)
+        _keep(release, own, own.so_far())
     training_usage.add(seconds, result.flops)
     return result.update, seconds
 
@@ -187,6 +188,18 @@ def _own_part(release: Release, request: RoundRequest) -> PersonalPart | None:
         return None
     head = run_resources(release.config).head()
     return PersonalPart(release.place, request.run, release.config, head)
+
+
+def _keep(release: Release, own: PersonalPart, adapter: np.ndarray | None) -> None:
+    """Writes the model that a real site uses, `adapter` [P], beside its ledger."""
+    from fedtune.federation.resources import run_resources
+
+    if adapter is None or release.config.engine.name != "deployment":
+        return
+    try:
+        run_resources(release.config).save(adapter, own.folder)
+    except OSError:  # the answer is charged, and must not be lost to a full disk
+        _log.warning("The site's own model could not be kept in %s.", own.folder, exc_info=True)
 
 
 def _evaluation_reply(request: RoundRequest, context: Context) -> RecordDict:
@@ -212,7 +225,7 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     """What leaves the node of its held-out data: (right, wrong), in steps of the plan.
 
     They are about the model that the site uses: the one that the server sent, with the site's own part, if it
-    has one. A real site then keeps that model, beside its ledger.
+    has one.
     """
     from fedtune.federation.resources import run_resources
 
@@ -223,11 +236,7 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     own, adapter = _own_part(release, request), request.adapter
     if own is not None:
         adapter = own.result(adapter)
-        if release.config.engine.name == "deployment":
-            try:
-                resources.save(adapter, own.folder)
-            except OSError:  # the answer is charged, and must not be lost to a full disk
-                _log.warning("The site's own model could not be kept in %s.", own.folder, exc_info=True)
+        _keep(release, own, adapter)
     with resources.model_at(adapter) as model:
         right = np.zeros(0, dtype=np.bool_)
         if held_out.data.num_records:

@@ -96,6 +96,11 @@ class ServerOptimizer:
         """What is evaluated and saved where the run is at `adapter`, float32 [P]."""
         return adapter
 
+    def averaged(self, mean: np.ndarray | None, adapter: np.ndarray) -> np.ndarray:
+        """The average of late adapters, float32 [P], that goes on from `mean` (None: it begins) with what the
+        run is at after as many steps as this optimizer has taken."""
+        return adapter
+
     def state_dict(self) -> State:
         """Everything that the next step depends on, as copies; empty before the first step."""
         return {name: array.copy() for name, array in self._state.items()}
@@ -204,9 +209,18 @@ class GradientOptimizer(ServerOptimizer):
         x, state = self._stepped(x, -update, steps, self._rate * self._share(steps))
         state["steps"] = np.array([steps])
         if self._averaging:
-            share = min(self._averaging, steps / (steps + _WARM_UP))
-            state["mean"] = share * self._state.get("mean", x) + (1.0 - share) * x
+            state["mean"] = self._mean(self._state.get("mean", x), x, steps)
         return x, state
+
+    def averaged(self, mean: np.ndarray | None, adapter: np.ndarray) -> np.ndarray:
+        """See `ServerOptimizer`."""
+        if mean is None or not self._state:
+            return adapter
+        return self._mean(mean, adapter, float(self._state["steps"][0])).astype(np.float32)
+
+    def _mean(self, before: np.ndarray, x: np.ndarray, steps: float) -> np.ndarray:
+        share = min(self._averaging, steps / (steps + _WARM_UP))
+        return share * before + (1.0 - share) * x
 
     def _share(self, steps: float) -> float:
         """Of the rate, at step `steps` (from 1)."""
