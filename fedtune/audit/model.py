@@ -38,8 +38,9 @@ from fedtune.federation.server.rounds import ClippedUpdates
 from fedtune.models.classifier import AdaptedModel
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clip_and_sum, hooks_for
+from fedtune.training.dp_step import clip_and_sum
 from fedtune.training.evaluation import predict_probabilities
+from fedtune.training.example_gradients import hooks_for
 from fedtune.training.local import ShardView, train_locally
 from fedtune.training.preflight import preflight
 

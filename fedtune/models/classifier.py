@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models.adapters import add_adapter, lowest_trained_layer
-from fedtune.models.encoder import EncoderStack, load_encoder, model_location, select_device
+from fedtune.models.encoder import (
+    EncoderStack,
+    autocast,
+    computes_in,
+    load_encoder,
+    model_location,
+    select_device,
+)
+from fedtune.models.merged_layers import MergedLayers, Seen
 from fedtune.models.quantization import stored_bytes
 
 __all__ = ["LENGTH", "AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
@@ -110,9 +118,12 @@ class EncoderClassifier(nn.Module):
         hidden: Tensor | None = None,
         first_layer: int | None = None,
         pooled: Tensor | None = None,
+        layers: MergedLayers | None = None,
+        seen: list[Seen] | None = None,
     ) -> Tensor:
         """Logits [b, c] from ids [b, s] with mask [b, s]; or from `hidden` [b, s, d], the input of layer
-        `first_layer`; or from `pooled` [b, d], as `pool` gave it, before it is scaled."""
+        `first_layer`; or from `pooled` [b, d], as `pool` gave it, before it is scaled. `layers` run in place
+        of the encoder's own from where they begin, and list in `seen` what is trained."""
         if pooled is None:
             if attention_mask is None:
                 if input_ids is None:
@@ -125,7 +136,9 @@ class EncoderClassifier(nn.Module):
                 hidden, first_layer = self.encoder.embed(input_ids, mask), 0
             if first_layer is None:
                 raise ValueError("hidden needs first_layer: which layer it is the input of")
-            hidden = self.encoder.run(hidden, mask, first_layer, len(self.encoder.layer))
+            last = len(self.encoder.layer) if layers is None else layers.first
+            hidden = self.encoder.run(hidden, mask, first_layer, last)
+            hidden = hidden if layers is None else layers.run(hidden, mask, seen)
             pooled = self.pool(hidden, mask)
         return self.classifier(self.scaled(pooled))
 
@@ -261,6 +274,27 @@ class AdaptedModel:
         if key not in known:
             known[key] = _digest_below(self.base.encoder, *key)
         return known[key]
+
+    def merged_layers(self, precision: str) -> MergedLayers | None:
+        """The layers from the first trained one, with the adapter as it is now; None where there are none, or
+        they are of a make that must run as it is. `precision` as `train.precision`."""
+        if self.first_layer == self.num_layers:
+            return None
+        bf16 = computes_in(self.device, precision) == "bf16"
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return MergedLayers.of(self.base.encoder, self.first_layer, self.num_layers, dtype)
+
+    def logits(
+        self,
+        arguments: dict[str, Any],
+        precision: str,
+        layers: MergedLayers | None,
+        seen: list[Seen] | None = None,
+    ) -> Tensor:
+        """Logits [b, c] of `EncoderClassifier.forward`; without `layers` by the model as it is."""
+        with autocast(self.device, precision) if layers is None else nullcontext():
+            logits: Tensor = self.base(**arguments, layers=layers, seen=seen)
+        return logits.float()
 
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT's own format, and beside it what `load_base` needs.

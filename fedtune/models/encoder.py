@@ -29,6 +29,7 @@ from fedtune.models.quantization import quantize
 __all__ = [
     "EMBEDDED",
     "EncoderStack",
+    "attention_bias",
     "autocast",
     "computes_in",
     "fast_bf16",
@@ -178,6 +179,14 @@ def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What is added to attention's scores so that padding is not seen, [b, 1, 1, s]; None without padding."""
+    if bool(mask.all()):
+        return None
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
+
+
 class EncoderStack(nn.Module):
     """A BERT-family encoder as embeddings and a list of layers.
 
@@ -223,10 +232,7 @@ class EncoderStack(nn.Module):
 
     def run(self, hidden: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
         """Layers `first` to `last - 1` on `hidden` [b, s, d]."""
-        bias: Tensor | None = None
-        if not bool(mask.all()):
-            bias = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
-            bias = bias.masked_fill(~mask, torch.finfo(hidden.dtype).min)[:, None, None, :]  # [b, 1, 1, s]
+        bias = attention_bias(mask, hidden.dtype)
         for index in range(first, last):
             hidden = self.layer[index](hidden, bias)
         return hidden

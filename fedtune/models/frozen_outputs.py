@@ -28,7 +28,6 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from fedtune.data.corpus import TokenizedCorpus
 from fedtune.errors import ResourceError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.encoder import autocast, computes_in
-from fedtune.models.quantization import expanded_once
+from fedtune.models.merged_layers import MergedLayers
 
 __all__ = ["FeatureStore", "Features", "Progress"]
 
@@ -287,28 +286,29 @@ def _compute(
     encoder = model.base.encoder
     done, waiting, items = 0, 0, dict[bytes, NDArray[np.float16]]()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with expanded_once(encoder, dtype) if len(missing) else nullcontext():
-        for batch in micro_batches(corpus.lengths[missing], tokens):
-            records = missing[batch.records]
-            ids, mask = pad(corpus, records, batch.length, batch.rows)
-            on_device = torch.from_numpy(mask).to(model.device)
-            with (
-                model.flops.counting(("frozen", batch.rows, batch.length)),
-                autocast(model.device, precision),
-            ):
-                hidden = encoder.embed(torch.from_numpy(ids).to(model.device), on_device)
-                hidden = encoder.run(hidden, on_device, 0, model.first_layer).float()
-            output = model.base.pool(hidden, on_device)[:, None] if pooled else hidden
-            kept = output.cpu().numpy().astype(np.float16)
-            for row, record in enumerate(records):
-                size = 1 if pooled else corpus.lengths[record]
-                items[digests[record]] = kept[row, :size].copy()
-            waiting += batch.rows * batch.length
-            done += len(records)
-            if waiting > _FLUSH_TOKENS:
-                store.add(list(items.items()))
-                waiting, items = 0, {}
-            if progress is not None:
-                progress(done, len(missing))
+    layers = MergedLayers.of(encoder, 0, model.first_layer, dtype) if len(missing) else None
+    for batch in micro_batches(corpus.lengths[missing], tokens):
+        records = missing[batch.records]
+        ids, mask = pad(corpus, records, batch.length, batch.rows)
+        on_device = torch.from_numpy(mask).to(model.device)
+        with model.flops.counting(("frozen", batch.rows, batch.length)):
+            hidden = encoder.embed(torch.from_numpy(ids).to(model.device), on_device)
+            if layers is not None:
+                hidden = layers.run(hidden, on_device)
+            else:
+                with autocast(model.device, precision):
+                    hidden = encoder.run(hidden, on_device, 0, model.first_layer).float()
+        output = model.base.pool(hidden, on_device)[:, None] if pooled else hidden
+        kept = output.cpu().numpy().astype(np.float16)
+        for row, record in enumerate(records):
+            size = 1 if pooled else corpus.lengths[record]
+            items[digests[record]] = kept[row, :size].copy()
+        waiting += batch.rows * batch.length
+        done += len(records)
+        if waiting > _FLUSH_TOKENS:
+            store.add(list(items.items()))
+            waiting, items = 0, {}
+        if progress is not None:
+            progress(done, len(missing))
     if items:
         store.add(list(items.items()))

@@ -16,8 +16,6 @@ What it does not do: 8- or 4-bit arithmetic. It saves memory, not time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +29,9 @@ __all__ = [
     "Int8Linear",
     "NF4Embedding",
     "NF4Linear",
-    "expanded_once",
     "quantize",
     "stored_bytes",
+    "weight_of",
 ]
 
 QUANTIZATIONS = ("none", "int8", "nf4")
@@ -83,18 +81,16 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: _FrozenLinear) -> Tensor:
         ctx.layer = layer
         ctx.dtype = x.dtype
-        return torch.nn.functional.linear(x, layer.weight_in(x.dtype))
+        return torch.nn.functional.linear(x, layer.expanded(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
         grad = grads[0]
-        return grad @ ctx.layer.weight_in(grad.dtype), None
+        return grad @ ctx.layer.expanded(grad.dtype), None
 
 
 class _FrozenLinear(nn.Linear):
     """A linear layer whose weight is stored compressed; the bias stays float32 and may be trained."""
-
-    _kept: Tensor | None = None
 
     def __init__(self, source: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -108,11 +104,6 @@ class _FrozenLinear(nn.Linear):
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [out_features, in_features] as the floating point numbers that it stands for."""
         raise NotImplementedError
-
-    def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """`expanded`, or what `expanded_once` keeps of it."""
-        kept = self._kept
-        return kept if kept is not None and kept.dtype == dtype else self.expanded(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., in_features] -> [..., out_features], in the input's type (autocast's, under it)."""
@@ -236,20 +227,9 @@ def quantize(encoder: nn.Module, quantization: str) -> nn.Module:
     return encoder
 
 
-@contextmanager
-def expanded_once(encoder: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within it, quantized layers below `encoder` keep their weights in `dtype`: for many batches in a row.
-
-    It takes the memory of the plain encoder meanwhile; the numbers are the same.
-    """
-    layers = [module for module in encoder.modules() if isinstance(module, _FrozenLinear)]
-    try:
-        for layer in layers:
-            layer._kept = layer.expanded(dtype)
-        yield
-    finally:
-        for layer in layers:
-            layer._kept = None
+def weight_of(linear: nn.Linear) -> Tensor:
+    """The weight [out_features, in_features] of a plain or a compressed layer, in floating point."""
+    return linear.expanded(torch.float32) if isinstance(linear, _FrozenLinear) else linear.weight.detach()
 
 
 def stored_bytes(module: nn.Module) -> int:

@@ -1,10 +1,11 @@
 """The sum of clipped gradients over one drawn batch: the only place where private data meets the adapter.
 
-Opacus' hooks give each example's gradient; everything that touches sensitivity is here, in one page:
+`fedtune.training.example_gradients` gives each example's gradient; everything that touches sensitivity is
+here, in one page:
 
     1. the drawn units' records are cut into micro-batches of like length
-    2. each example's gradient, by Opacus, of the summed loss (so no example's gradient depends on b); of a
-       head on outputs that are kept, each unit's norm and its part of the sum in closed form (`_head_sum`)
+    2. each example's gradient, of the summed loss (so no example's gradient depends on b); of a head on
+       outputs that are kept, each unit's norm and its part of the sum in closed form (`_head_sum`)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
        `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1); or head
        and rest each by itself, so that the squares add up to that of this norm (`fedtune.privacy.clipping`)
@@ -25,10 +26,7 @@ Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,78 +36,15 @@ from torch import Tensor, nn
 from fedtune.data.batches import micro_batches
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.encoder import autocast
 from fedtune.models.frozen_outputs import Features
-from fedtune.models.quantization import Int8Linear, NF4Linear
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.preflight import check_layers
+from fedtune.training.example_gradients import example_gradients
 
-__all__ = ["clip_and_sum", "clipped_sum", "hooks_for", "per_example_gradients"]
+__all__ = ["clip_and_sum", "clipped_sum"]
 
 _ROWS = 4096  # of a head's batch at once
 _PAIRED = 1024  # of them where records of one unit are paired, of whole units
-_BLOCK = 64  # units whose summed gradients are in memory at once; bounds it, and changes nothing else
-
-
-@contextmanager
-def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
-    """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter.
-
-    Raises:
-        PreflightError: the model has layers that Opacus refuses.
-    """
-    from opacus.grad_sample import GradSampleHooks, register_grad_sampler
-
-    if Int8Linear not in GradSampleHooks.GRAD_SAMPLERS:
-
-        @register_grad_sampler([Int8Linear, NF4Linear])
-        def _bias_only(layer: nn.Linear, _: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-            # The weight of a quantized layer is frozen; preflight checks that only the bias is trained.
-            return {layer.bias: torch.einsum("n...k->nk", backprops)}
-
-    # True of every lowest adapted layer, whose input is data, and harmless: Opacus needs outputs' gradients.
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    try:
-        hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
-    except NotImplementedError as error:
-        check_layers(model)  # says it in other words than of Opacus' source code, where it can
-        refused = [
-            f"{name!r} ({type(module).__name__})"
-            for name, module in model.base.named_modules()
-            if any(p.requires_grad for p in module.parameters(recurse=False)) and list(module.buffers())
-        ]
-        named = ", ".join(refused[:3]) or "a layer of this model"
-        raise PreflightError(
-            f"Opacus has no per-example gradients for {named}: it keeps state from batch to batch, so "
-            "clipping one example's gradient does not bound its influence. Train another part (adapter=lora "
-            "or head), or use an encoder with LayerNorm."
-        ) from error
-    try:
-        yield
-    finally:
-        hooks.cleanup()
-
-
-def hooks_for(model: AdaptedModel, features: Features) -> AbstractContextManager[None]:
-    """What a training on `features` must run within: `per_example_gradients`; nothing where all is in closed
-    form, and preflight, which wants the hooks too, is behind this model. To set them up and take them off
-    costs more than some steps of a head."""
-    closed = features.pooled and model.gradients_checked
-    return nullcontext() if closed else per_example_gradients(model)
-
-
-def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
-    """Takes each parameter's per-example gradient as [b, size], in the order of the packed adapter."""
-    collected = []
-    for name, parameter in model.parameters.items():
-        sample: Any = parameter.grad_sample
-        if not isinstance(sample, Tensor) or sample.shape != (rows, *parameter.shape):
-            raise RuntimeError(f"no per-example gradient for {name}: {type(sample).__name__}")
-        collected.append(sample.reshape(rows, -1).float())
-        parameter.grad_sample = parameter.grad = None
-    # Nobody's gradient moves the centre.
-    collected += [torch.zeros(rows, p.numel(), device=model.device) for p in model.centre.values()]
-    return collected
+_BLOCK = 1 << 25  # numbers of units' summed gradients in memory at once; bounds it, and changes nothing else
 
 
 def clip_and_sum(gradients: Sequence[Tensor], plan: PrivacyPlan, heads: Sequence[bool]) -> list[Tensor]:
@@ -147,18 +82,16 @@ def _example_gradients(
 ) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
     """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter."""
     labels_of = features.corpus.labels
+    layers = model.merged_layers(precision) if len(records) else None
     for batch in micro_batches(features.lengths[records], micro_batch_tokens):
         rows = records[batch.records]
         arguments = features.inputs(rows, batch.rows, batch.length, model.device)
         target = torch.from_numpy(labels_of[rows]).to(model.device)
         with model.flops.counting(("train", batch.rows, batch.length)):
-            with autocast(model.device, precision):
-                logits = model.base(**arguments)
-            # Dummy rows do not enter the loss, so their gradients are exactly zero.
-            nn.functional.cross_entropy(
-                logits[: len(rows)].float(), target, reduction="sum", label_smoothing=label_smoothing
-            ).backward()
-        yield batch.records, [g[: len(rows)] for g in _collect(model, batch.rows)]
+            gradients = example_gradients(model, arguments, target, precision, layers, label_smoothing)
+        # Nobody's gradient moves the centre.
+        gradients += [torch.zeros(batch.rows, p.numel(), device=model.device) for p in model.centre.values()]
+        yield batch.records, [g[: len(rows)] for g in gradients]
 
 
 def _blocks(
@@ -312,9 +245,9 @@ def clipped_sum(
         return total.numpy()
     # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
     # its gradients are added up in the block's row for it, and clipped when all of them are there.
-    names = np.unique(units)
-    for start in range(0, len(names), _BLOCK):
-        block = names[start : start + _BLOCK]
+    names, together = np.unique(units), max(1, _BLOCK // model.num_parameters)
+    for start in range(0, len(names), together):
+        block = names[start : start + together]
         chosen = np.flatnonzero((units >= block[0]) & (units <= block[-1]))
         row_of = np.searchsorted(block, units[chosen])
         sums = torch.zeros(len(block), model.num_parameters, device=model.device)

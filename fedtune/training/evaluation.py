@@ -15,7 +15,6 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import micro_batches
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.encoder import autocast
 from fedtune.models.frozen_outputs import Features, Progress
 
 __all__ = ["Evaluation", "evaluate", "predict_probabilities", "score"]
@@ -43,14 +42,12 @@ def predict_probabilities(
     """Class probabilities, float32 [n, c], of the model as it stands."""
     features = Features.of(model, data, train.micro_batch_tokens, progress, precision=train.precision)
     result = np.zeros((data.num_records, model.base.num_labels), dtype=np.float32)
+    layers = model.merged_layers(train.precision)
     for batch in micro_batches(features.lengths, train.micro_batch_tokens):
         arguments = features.inputs(batch.records, batch.rows, batch.length, model.device)
-        with (
-            model.flops.counting(("predict", batch.rows, batch.length)),
-            autocast(model.device, train.precision),
-        ):
-            logits = model.base(**arguments)
-        result[batch.records] = logits.float().softmax(-1).cpu().numpy()[: len(batch.records)]
+        with model.flops.counting(("predict", batch.rows, batch.length)):
+            logits = model.logits(arguments, train.precision, layers)
+        result[batch.records] = logits.softmax(-1).cpu().numpy()[: len(batch.records)]
     return result
 
 

@@ -28,7 +28,8 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clipped_sum, hooks_for, per_example_gradients
+from fedtune.training.dp_step import clipped_sum
+from fedtune.training.example_gradients import hooks_for, per_example_gradients
 from fedtune.training.preflight import preflight
 
 __all__ = ["LocalResult", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,34 +25,13 @@ from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.plan import PrivacyPlan
+from fedtune.training.example_gradients import check_layers, example_gradients
 
-__all__ = [
-    "check_gradients", "check_layers", "check_memory", "check_parameters", "check_plan", "preflight",
-]  # fmt: skip
+__all__ = ["check_gradients", "check_memory", "check_parameters", "check_plan", "preflight"]
 
 _log = logging.getLogger("fedtune.node")
-_MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _TOLERANCE = 2e-3  # of a parameter's own gradient; a wrong one is off by far more
 _ROUNDING = 1e-4  # of the example's largest: a gradient that is zero by nature (a key's bias) is rounding
-
-
-def check_layers(model: AdaptedModel) -> None:
-    """Refuses layers whose output for one example depends on the others, and dropout.
-
-    Raises:
-        PreflightError: there is one; it is named.
-    """
-    for name, module in model.base.named_modules():
-        if isinstance(module, _MIXING):
-            raise PreflightError(
-                f"Layer {name!r} ({type(module).__name__}) mixes the examples of a batch, so clipping one "
-                "example's gradient does not bound its influence. Use an encoder with LayerNorm, as every "
-                "BERT has."
-            )
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise PreflightError(
-                f"Dropout {name!r} is {module.p:g}; it must be 0 for per-example gradients to be exact."
-            )
 
 
 def check_parameters(model: AdaptedModel, optimized: Tensor) -> None:
@@ -123,12 +103,11 @@ def _compare(model: AdaptedModel, features: Features) -> None:
     length = int(-(-corpus.lengths[records].max() // 8) * 8)
     labels = torch.from_numpy(corpus.labels[records]).to(model.device)
 
-    def losses(rows: NDArray[np.int64]) -> Tensor:
-        logits = model.base(**features.inputs(rows, len(rows), length, model.device))
-        return nn.functional.cross_entropy(logits.float(), labels[rows], reduction="none")
+    def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
+        return features.inputs(rows, len(rows), length, model.device)
 
     try:
-        losses(records).sum().backward()
+        together = example_gradients(model, inputs(records), labels, "fp32", model.merged_layers("fp32"))
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -138,25 +117,17 @@ def _compare(model: AdaptedModel, features: Features) -> None:
             f"Opacus cannot compute per-example gradients of this model ({type(error).__name__}; its trained "
             f"layers are {', '.join(kinds)}). Use another adapter, or layer types that Opacus supports."
         ) from error
-    together = {n: p.grad_sample for n, p in model.parameters.items()}
-    for parameter in model.parameters.values():
-        parameter.grad_sample = parameter.grad = None
-    for row in records:
-        alone = torch.autograd.grad(
-            losses(np.array([row])).sum(), list(model.parameters.values()), allow_unused=True
-        )
+    for row in range(len(records)):
+        only = slice(row, row + 1)
+        # The model as transformers and PEFT run it, and nothing but autograd.
+        loss = nn.functional.cross_entropy(model.base(**inputs(records[only])), labels[only])
+        alone = torch.autograd.grad(loss, list(model.parameters.values()), allow_unused=True)
         for parameter in model.parameters.values():
             parameter.grad_sample = None
         largest = max(float(g.abs().max()) for g in alone if g is not None)
-        for (name, _), expected in zip(model.parameters.items(), alone, strict=True):
-            got = together[name]
-            if not isinstance(got, Tensor) or got.shape[0] != len(records):
-                raise PreflightError(
-                    f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would be "
-                    "trained without clipping. Use another adapter, or a layer type that Opacus supports."
-                )
-            want = torch.zeros_like(got[row]) if expected is None else expected
-            difference, own = float((got[row] - want).abs().max()), float(want.abs().max())
+        for name, got, expected in zip(model.parameters, (g[row] for g in together), alone, strict=True):
+            want = torch.zeros_like(got) if expected is None else expected.reshape(-1)
+            difference, own = float((got - want).abs().max()), float(want.abs().max())
             if not difference <= _TOLERANCE * own + _ROUNDING * largest + 1e-8:
                 # Gradients of real records: for the node's own log, never for the error, which travels.
                 _log.error("%s: they differ by %.2g, its gradient is up to %.2g", name, difference, own)

@@ -64,7 +64,8 @@ def one_round(session: Session, mechanism: DiscreteMechanism) -> tuple[dict[str,
 
 def aggregation(repeats: int = 5) -> None:
     """Secure aggregation of a 300 KB adapter among 10 nodes, over the step of the union that it protects."""
-    from fedtune.training.dp_step import clipped_sum, per_example_gradients
+    from fedtune.training.dp_step import clipped_sum
+    from fedtune.training.example_gradients import per_example_gradients
     from fedtune.training.local import ShardView
 
     _, model, shard, config = pooled("int8")

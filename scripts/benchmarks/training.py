@@ -11,7 +11,8 @@ from torch import nn
 
 from fedtune.data.batches import micro_batches
 from fedtune.models.encoder import model_location
-from fedtune.training.dp_step import clipped_sum, per_example_gradients
+from fedtune.training.dp_step import clipped_sum
+from fedtune.training.example_gradients import per_example_gradients
 from fedtune.training.local import ShardView, train_locally
 from scripts.benchmarks.common import CLIP, NOISE_MULTIPLIER, in_turn, plan_for, pooled, take, write
 

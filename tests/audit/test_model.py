@@ -19,7 +19,7 @@ from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
-from fedtune.training.dp_step import per_example_gradients
+from fedtune.training.example_gradients import per_example_gradients
 from fedtune.training.local import ShardView
 from tests.models.conftest import random_corpus
 from tests.support import audited_plans as plans

@@ -21,7 +21,19 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def families(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[str, Path]:
     import torch
-    from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel
+    from transformers import (
+        CamembertConfig,
+        CamembertModel,
+        DistilBertConfig,
+        DistilBertModel,
+        ElectraConfig,
+        ElectraModel,
+        PreTrainedModel,
+        RobertaConfig,
+        RobertaModel,
+        XLMRobertaConfig,
+        XLMRobertaModel,
+    )
 
     torch.manual_seed(5)
     found = {"bert": tiny_bert}
@@ -34,11 +46,17 @@ def families(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[
         max_position_embeddings=32,
         pad_token_id=0,
     )
-    roberta = RobertaConfig(
-        vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=34, type_vocab_size=1, pad_token_id=1,
-    )  # fmt: skip
-    for name, model in (("distilbert", DistilBertModel(distil)), ("roberta", RobertaModel(roberta))):
+    sizes = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 64, "max_position_embeddings": 34}  # fmt: skip
+    offset = {"type_vocab_size": 1, "pad_token_id": 1}  # RoBERTa counts positions from its padding
+    models: dict[str, PreTrainedModel] = {
+        "distilbert": DistilBertModel(distil),
+        "roberta": RobertaModel(RobertaConfig(**sizes, **offset)),
+        "camembert": CamembertModel(CamembertConfig(**sizes, **offset)),
+        "xlm-roberta": XLMRobertaModel(XLMRobertaConfig(**sizes, **offset)),
+        "electra": ElectraModel(ElectraConfig(**sizes, embedding_size=32)),
+    }
+    for name, model in models.items():
         found[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(found[name])
     return found

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,6 @@ from fedtune.models.quantization import (
     Int8Linear,
     NF4Embedding,
     NF4Linear,
-    expanded_once,
     quantize,
     stored_bytes,
 )
@@ -54,28 +51,6 @@ def test_values_are_near_and_not_equal(layers: nn.Module, name: str) -> None:
         assert got.shape == want.shape
         difference = (got - want).norm() / want.norm()
         assert 1e-5 < difference < error
-
-
-@pytest.mark.parametrize("name", BITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_expanded_once_give_the_same_numbers(
-    layers: nn.Module, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    quantize(layers, name)
-    linear, inputs = layers["linear"], torch.randn(3, 5, 128, dtype=dtype)
-    want, small = linear(inputs), stored_bytes(layers)
-    expansions: list[torch.dtype] = []
-    expand = type(linear).expanded
-    monkeypatch.setattr(
-        type(linear), "expanded", lambda self, kind: expansions.append(kind) or expand(self, kind)
-    )
-    with contextlib.suppress(KeyError), expanded_once(layers, dtype):
-        assert torch.equal(linear(inputs), want) and torch.equal(linear(inputs), want)
-        assert expansions == [dtype] and stored_bytes(layers) == small
-        other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
-        assert linear(inputs.to(other)).dtype is other
-        raise KeyError
-    assert linear._kept is None  # given back, whatever happened
 
 
 @pytest.mark.parametrize("name", BITS)

@@ -21,8 +21,9 @@ from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.clipping import Clipping
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training import dp_step
-from fedtune.training.dp_step import _collect, clip_and_sum, clipped_sum, per_example_gradients
+from fedtune.training import dp_step, example_gradients
+from fedtune.training.dp_step import clip_and_sum, clipped_sum
+from fedtune.training.example_gradients import _collect, per_example_gradients
 from fedtune.training.local import train_locally
 from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard
@@ -116,7 +117,7 @@ def test_more_persons_than_a_block(tiny_bert: Path, monkeypatch: pytest.MonkeyPa
     records = list(range(12))
     plan, units = make_plan(unit="person", max_grad_norm=0.05), [r % 5 for r in range(12)]
     whole = compute(model, shard, records, plan, units)
-    monkeypatch.setattr("fedtune.training.dp_step._BLOCK", 2)
+    monkeypatch.setattr("fedtune.training.dp_step._BLOCK", 2 * model.num_parameters)
     assert near(compute(model, shard, records, plan, units), whole, 1e-5)
 
 
@@ -347,7 +348,7 @@ def test_a_parameter_without_its_gradients_stops_the_step(tiny_bert: Path) -> No
     name, first = next(iter(model.parameters.items()))
     for sample in (None, torch.zeros(3, 1), torch.zeros(2, *first.shape)):
         first.grad_sample = sample
-        with pytest.raises(RuntimeError, match=f"no per-example gradient for {name}"):
+        with pytest.raises(PreflightError, match=f"gradient for the trainable parameter '{name}'"):
             _collect(model, 3)
 
 
@@ -383,7 +384,7 @@ def test_layers_that_mix_examples_are_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, count: int, named: str
 ) -> None:
     checked: list[Any] = []
-    monkeypatch.setattr(dp_step, "check_layers", checked.append)
+    monkeypatch.setattr(example_gradients, "check_layers", checked.append)
     model = stateful(count)
     with pytest.raises(PreflightError, match=named), per_example_gradients(model):
         pass
@@ -398,7 +399,7 @@ def test_a_refusal_without_such_a_layer_says_so(monkeypatch: pytest.MonkeyPatch)
             raise NotImplementedError
 
     monkeypatch.setattr(grad_sample, "GradSampleHooks", Refusing)
-    monkeypatch.setattr(dp_step, "check_layers", lambda model: None)
+    monkeypatch.setattr(example_gradients, "check_layers", lambda model: None)
     model = SimpleNamespace(base=nn.Linear(2, 2))
     with (
         pytest.raises(PreflightError, match="gradients for a layer of this model: it"),
@@ -419,8 +420,8 @@ def test_the_warning_of_every_lowest_layer_is_not_repeated(tiny_bert: Path) -> N
 
 def test_precision_is_automatic_unless_it_is_said(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    real = dp_step.autocast
-    monkeypatch.setattr(dp_step, "autocast", lambda device, how: asked.append(how) or real(device, how))
+    real = AdaptedModel.merged_layers
+    monkeypatch.setattr(AdaptedModel, "merged_layers", lambda self, how: asked.append(how) or real(self, how))
     model, shard = load(tiny_bert), make_shard()
     features = Features.of(model, shard.data, 64, precision="fp32")
     with per_example_gradients(model):

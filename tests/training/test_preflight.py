@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from fedtune.errors import PreflightError
 from fedtune.models import classifier
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.frozen_outputs import Features
-from fedtune.training.dp_step import per_example_gradients
+from fedtune.models.merged_layers import Seen
+from fedtune.training.example_gradients import check_layers, per_example_gradients
 from fedtune.training.local import train_locally
-from fedtune.training.preflight import check_gradients, check_layers, check_parameters
+from fedtune.training.preflight import check_gradients, check_parameters
 from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard
 
@@ -95,7 +96,7 @@ def test_a_wrong_gradient_sampler(
 
     right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
 
-    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
         return {p: factor * g for p, g in right(layer, activations, backprops).items()}
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
@@ -109,18 +110,21 @@ def test_a_wrong_gradient_of_one_part_at_the_real_start(part: str, monkeypatch: 
     from opacus.grad_sample import GradSampleHooks
 
     model = load_model(ModelConfig(quantization="none"), AdapterConfig(name="lora"), 2, 0, "cpu")
-    found = [module for name, module in model.base.named_modules() if part in name]
-    spoilt = [module for module in found if isinstance(module, nn.Linear)][-1]
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
+    spoilt = [p for name, p in model.parameters.items() if part in name and "bias" not in name][-1]
+    linear, merged = GradSampleHooks.GRAD_SAMPLERS[nn.Linear], Seen.per_example
 
-    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
-        factor = 1.05 if layer is spoilt else 1.0
-        return {p: factor * g for p, g in right(layer, activations, backprops).items()}
+    def wrong_by_opacus(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
+        found = linear(layer, activations, backprops)
+        return {p: (1.05 if p is spoilt else 1.0) * g for p, g in found.items()}
+
+    def wrong_by_merged_layers(seen: Seen, g: Tensor) -> object:
+        return [(p, (1.05 if p is spoilt else 1.0) * v) for p, v in merged(seen, g)]
 
     features = Features.of(model, make_shard().data, 64)
     with per_example_gradients(model):
         check_gradients(model, features)
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong_by_opacus)
+    monkeypatch.setattr(Seen, "per_example", wrong_by_merged_layers)
     with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
         check_gradients(model, features)
 
@@ -130,7 +134,7 @@ def test_gradients_mixed_up_between_examples(model: AdaptedModel, monkeypatch: p
 
     right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
 
-    def shifted(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+    def shifted(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
         return {p: g.roll(1, 0) for p, g in right(layer, activations, backprops).items()}
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, shifted)
@@ -152,7 +156,7 @@ def test_what_is_told_of_a_wrong_gradient_is_no_number_of_a_record(
             check_gradients(model, Features.of(model, data.subset(np.arange(seed, 12)), 64))
         return str(error.value)
 
-    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
         return {p: 2 * g for p, g in right(layer, activations, backprops).items()}
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
@@ -187,7 +191,7 @@ class Strange(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(32))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         return hidden * self.weight if float(hidden.abs().max()) >= 0 else hidden
 
 
@@ -240,7 +244,7 @@ def test_a_wrong_gradient_around_a_centre(centred: AdaptedModel, monkeypatch: py
 
     right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
 
-    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> object:
+    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
         return {p: 1.05 * g for p, g in right(layer, activations, backprops).items()}
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)

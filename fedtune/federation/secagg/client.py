@@ -108,7 +108,7 @@ def clipped_gradient_sum(release: Release, request: RoundRequest) -> tuple[np.nd
     import torch
 
     from fedtune.federation.resources import run_resources, training_usage
-    from fedtune.training.dp_step import hooks_for
+    from fedtune.training.example_gradients import hooks_for
     from fedtune.training.local import ShardView
     from fedtune.training.preflight import preflight
 

@@ -156,7 +156,8 @@ def test_the_aggregate_is_the_noised_sum_over_the_expected_batch(tiny: Make, vec
 
 def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
     """With everybody sampled and next to no noise: the gradient over the union of all shards."""
-    from fedtune.training.dp_step import clipped_sum, per_example_gradients
+    from fedtune.training.dp_step import clipped_sum
+    from fedtune.training.example_gradients import per_example_gradients
     from fedtune.training.local import ShardView
 
     config = distributed(tiny(train__sample_rate=1.0), noise_multiplier=1e-4)

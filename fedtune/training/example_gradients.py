@@ -1,0 +1,149 @@
+"""Each example's gradient, of a whole micro-batch at once.
+
+Opacus' hooks give it for every layer that has trained parameters and is run as it is: the head always. The
+layers of an encoder are run merged where they are of a known make (`fedtune.models.merged_layers`), which
+gives the same numbers several times as fast, in closed form from what autograd says of the layers' outputs.
+
+Shapes: b rows of a micro-batch, of which the first r are records.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedtune.errors import PreflightError
+from fedtune.models.classifier import AdaptedModel
+from fedtune.models.frozen_outputs import Features
+from fedtune.models.merged_layers import MergedLayers, Seen
+from fedtune.models.quantization import Int8Linear, NF4Linear
+
+__all__ = ["check_layers", "example_gradients", "hooks_for", "per_example_gradients"]
+
+_MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def check_layers(model: AdaptedModel) -> None:
+    """Refuses layers whose output for one example depends on the others, and dropout.
+
+    Raises:
+        PreflightError: there is one; it is named.
+    """
+    for name, module in model.base.named_modules():
+        if isinstance(module, _MIXING):
+            raise PreflightError(
+                f"Layer {name!r} ({type(module).__name__}) mixes the examples of a batch, so clipping one "
+                "example's gradient does not bound its influence. Use an encoder with LayerNorm, as every "
+                "BERT has."
+            )
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise PreflightError(
+                f"Dropout {name!r} is {module.p:g}; it must be 0 for per-example gradients to be exact."
+            )
+
+
+@contextmanager
+def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
+    """Within it, a backward pass leaves `grad_sample` [b, *shape] on every trainable parameter.
+
+    Raises:
+        PreflightError: the model has layers that Opacus refuses.
+    """
+    from opacus.grad_sample import GradSampleHooks, register_grad_sampler
+
+    if Int8Linear not in GradSampleHooks.GRAD_SAMPLERS:
+
+        @register_grad_sampler([Int8Linear, NF4Linear])
+        def _bias_only(layer: nn.Linear, _: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+            # The weight of a quantized layer is frozen; preflight checks that only the bias is trained.
+            return {layer.bias: torch.einsum("n...k->nk", backprops)}
+
+    # True of every lowest adapted layer, whose input is data, and harmless: Opacus needs outputs' gradients.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+    try:
+        hooks = GradSampleHooks(model.base, loss_reduction="sum", strict=True)
+    except NotImplementedError as error:
+        check_layers(model)  # says it in other words than of Opacus' source code, where it can
+        refused = [
+            f"{name!r} ({type(module).__name__})"
+            for name, module in model.base.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False)) and list(module.buffers())
+        ]
+        named = ", ".join(refused[:3]) or "a layer of this model"
+        raise PreflightError(
+            f"Opacus has no per-example gradients for {named}: it keeps state from batch to batch, so "
+            "clipping one example's gradient does not bound its influence. Train another part (adapter=lora "
+            "or head), or use an encoder with LayerNorm."
+        ) from error
+    try:
+        yield
+    finally:
+        hooks.cleanup()
+
+
+def hooks_for(model: AdaptedModel, features: Features) -> AbstractContextManager[None]:
+    """What a training on `features` must run within: `per_example_gradients`; nothing where all is in closed
+    form, and preflight, which wants the hooks too, is behind this model. To set them up and take them off
+    costs more than some steps of a head."""
+    closed = features.pooled and model.gradients_checked
+    return nullcontext() if closed else per_example_gradients(model)
+
+
+def example_gradients(
+    model: AdaptedModel,
+    arguments: dict[str, Any],
+    target: Tensor,
+    precision: str,
+    layers: MergedLayers | None,
+    label_smoothing: float = 0.0,
+) -> list[Tensor]:
+    """Of each trained parameter, in the order of the packed adapter: its gradients, float32 [b, size].
+
+    Must run within `per_example_gradients(model)`. The loss is summed, so that no example's gradient depends
+    on b; rows from r on do not enter it, and their gradients are exactly zero.
+
+    Args:
+        arguments: of `EncoderClassifier.forward`.
+        target: int64 [r], the records' labels.
+        precision: as `train.precision`, of a model without `layers`.
+        layers: what runs in place of the layers from the first trained one, at the adapter as it is.
+        label_smoothing: share of a label that is spread over all classes.
+    """
+    seen: list[Seen] = []
+    logits = model.logits(arguments, precision, layers, seen)
+    loss = nn.functional.cross_entropy(
+        logits[: len(target)], target, reduction="sum", label_smoothing=label_smoothing
+    )
+    if layers is None:
+        loss.backward()
+    else:
+        # By outputs, not parameters: no weight's gradient is made, and the hooks see the head all the same.
+        outputs = torch.autograd.grad(loss, [operation.y for operation in seen])
+        for operation, g in zip(seen, outputs, strict=True):
+            for parameter, gradients in operation.per_example(g):
+                parameter.grad_sample = gradients  # type: ignore[attr-defined]
+    return _collect(model, len(logits))
+
+
+def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
+    """Takes each parameter's per-example gradient, and leaves none behind.
+
+    Raises:
+        PreflightError: a parameter has none, or of another shape.
+    """
+    collected = []
+    for name, parameter in model.parameters.items():
+        sample: Any = getattr(parameter, "grad_sample", None)
+        parameter.grad_sample = parameter.grad = None
+        if not isinstance(sample, Tensor) or sample.shape != (rows, *parameter.shape):
+            raise PreflightError(
+                f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would be "
+                "trained without clipping. Use another adapter, or a layer type that Opacus supports."
+            )
+        collected.append(sample.reshape(rows, -1).float())
+    return collected
