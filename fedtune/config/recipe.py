@@ -101,13 +101,28 @@ def _units(config: Config) -> int | None:
     return _OPINIONS if known is None and config.data.source == "opinions" else known
 
 
+def _classes(config: Config) -> int | None:
+    """How many classes there are, as far as settings say; they are not counted in the data."""
+    return 2 if config.data.source == "opinions" else len(config.data.labels or ()) or None
+
+
 def adapter_of(config: Config) -> AdapterName:
     """What `adapter=auto` is: FFA-LoRA where data is known to be large and has few classes, else the head."""
-    data = config.data
-    classes = 2 if data.source == "opinions" else len(data.labels or ()) or None
-    units = _units(config)
+    units, classes = _units(config), _classes(config)
     inside = units is not None and units >= _LARGE and classes is not None and classes <= _FEW
     return "ffa_lora" if inside else "head"
+
+
+def _why(config: Config) -> str:
+    """Why the adapter is what `adapter_of` says."""
+    units, classes = _units(config), _classes(config)
+    if units is None:
+        return f"data.declared_size does not say that there are {_LARGE:,} units"
+    if units < _LARGE:
+        return f"{units:,} units, fewer than {_LARGE:,}"
+    if classes is None:
+        return f"data.labels does not say that there are at most {_FEW} classes"
+    return f"{classes} classes, more than {_FEW}" if classes > _FEW else f"{units:,} units, {classes} classes"
 
 
 def head_rounds(config: Config) -> int:
@@ -195,11 +210,13 @@ def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
 
 
 def in_words(config: Config) -> str:
-    """One line on how `config` trains, and which of it somebody chose in words instead of the recipe."""
+    """One line on how `config` trains, and why; and which of it somebody chose in place of the recipe."""
     from fedtune.privacy.mechanisms.registry import mechanism_of
 
     config = filled(config)
-    train, federation = config.train, config.federation
+    train, federation, adapter = config.train, config.federation, config.adapter.name
+    own = [] if adapter in ("auto", adapter_of(config)) else ["adapter"]
+    what = adapter if own else f"{adapter_of(config)} ({_why(config)})"
     if federation.strategy == "fedsgd":
         how = (
             f"{federation.num_rounds} rounds of one gradient from each node at sampling rate "
@@ -217,7 +234,7 @@ def in_words(config: Config) -> str:
             f"{train.sample_rate:g}, {train.optimizer} at {train.learning_rate:g}, averaged by "
             f"{federation.strategy}"
         )
-    own = [
+    own += [
         name
         for name, value in chosen(config).items()
         if name != "federation.evaluate_every" and _set(config, name) != value  # that one trains nothing
@@ -228,4 +245,4 @@ def in_words(config: Config) -> str:
     given = f"; given, not by the recipe: {', '.join(own)}" if own else ""
     private = mechanism_of(config.privacy.trust).is_private
     clipped = f"; clipped at {config.privacy.max_grad_norm:g}" if private else ""
-    return f"{how}{clipped}{given}"
+    return f"{what}, {how}{clipped}{given}"

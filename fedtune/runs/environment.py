@@ -80,8 +80,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout
 
 
-def hardware(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, memory, system, and the accelerator if `device` is one."""
+def hardware(device: str = "cpu", precision: str | None = None) -> dict[str, Any]:
+    """Processor, cores, memory, system, and the accelerator if `device` is one; `precision`: what products
+    run in there, if that is known."""
     found: dict[str, Any] = {
         "platform": platform.platform(),
         "processor": _processor(),
@@ -90,6 +91,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "device": device,
         "accelerator": None,
+        "precision": precision,
     }
     if device.startswith("cuda"):
         import torch

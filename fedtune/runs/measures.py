@@ -7,6 +7,7 @@ epsilon is 0.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ __all__ = [
     "expected_flops",
     "metrics",
     "node_privacy",
+    "noise_line",
     "size_facts",
 ]
 
@@ -242,6 +244,29 @@ def expected_flops(config: Config, result: FederationResult, model: AdaptedModel
         records = plan.local_steps * plan.sample_rate * node.declared_size
         total += (first * alone + (releases - first) * each) * records
     return total * (plan.records_per_unit if plan.unit == "person" else 1)
+
+
+def noise_line(result: FederationResult, numbers: int) -> str | None:
+    """That noise is all there is, where the noise of the whole run is longer than gradients of `numbers`
+    numbers can be, if all of them pointed one way; else None. From public numbers.
+
+    A step's average has noise of s on each of P numbers, and a norm of at most C: over T steps together that
+    is a ratio of s sqrt(P / T) / C. Where a server noises whole updates, nothing is said.
+    """
+    plan = result.plan
+    if not plan.is_private() or not plan.mechanism.clips_gradients:
+        return None
+    sizes = {node.name: node.declared_size for node in result.nodes}
+    noise = plan.mechanism.noise_on_average(plan, sizes)
+    ratio = noise * math.sqrt(numbers / plan.steps()) / plan.max_grad_norm
+    if not ratio > 1.0:
+        return None
+    times = f"{ratio:.1f}" if ratio < 10.0 else f"{ratio:,.0f}"
+    return (
+        f"The noise of all {plan.steps()} steps together is {times} times as long as their gradients can "
+        "be at most: hardly anything is learnt. With as much data and as many numbers to train it is shorter "
+        f"from about epsilon {plan.epsilon() * ratio:.2g} on."
+    )
 
 
 def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:

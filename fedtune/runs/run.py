@@ -212,6 +212,7 @@ def finish(
     """
     from fedtune.config.choices import tests_openly
     from fedtune.federation.resources import run_resources
+    from fedtune.runs.measures import noise_line
     from fedtune.runs.personal import finish_parts
     from fedtune.runs.trackers import open_tracker
 
@@ -222,6 +223,8 @@ def finish(
     resources.save(result.adapter, run_dir / ADAPTER)
     own_parts = finish_parts(config, resources, result, run_dir)
     meter.stop()
+    if (drowned := noise_line(result, len(result.adapter))) is not None:
+        result.notices.append(drowned)
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with resources.using_model() as model:
         made = _record(
@@ -256,6 +259,7 @@ def _record(
 ) -> dict[str, Any]:
     from fedtune.cost.prices import carbon_kg, price
     from fedtune.federation.events import PRUNED
+    from fedtune.models.encoder import computes_in
     from fedtune.runs import measures
 
     parts = {run_folder.PERSONAL: run_folder.PERSONAL} if own_parts and data.public else {}
@@ -282,7 +286,9 @@ def _record(
             versions=environment.versions(),
             commit=commit[0],
             dirty=commit[1],
-            hardware=environment.hardware(str(model.device)),
+            hardware=environment.hardware(
+                str(model.device), computes_in(model.device, config.train.precision)
+            ),
             status="pruned" if (result.ended_early or "").startswith(PRUNED) else "finished",
             attempt=result.attempt,
         ),

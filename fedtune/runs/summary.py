@@ -57,7 +57,7 @@ def facts_and_notes(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], l
     """(facts, notes) of a run, each a name and a text; a text is empty where there is nothing to say."""
     privacy, cost, federation = record["privacy"], record["cost"], record["federation"]
     facts = [
-        ("training", federation.get("recipe") or ""),
+        ("training", _training_line(record)),
         ("privacy", privacy_line(privacy)),
         ("ledger", ledger_line(privacy)),
         ("time", _time_line(record)),
@@ -209,6 +209,16 @@ def ledger_line(privacy: Mapping[str, Any]) -> str:
         f"over all uses of the same data, earlier runs included: epsilon {worst['epsilon']:.3f} at delta "
         f"{worst['delta']:.2e}{about} ({worst['node']})"
     )
+
+
+def _training_line(record: Mapping[str, Any]) -> str:
+    """How it was trained, and in which precision, unless real sites chose that."""
+    recipe, run = record["federation"].get("recipe") or "", record["run"]
+    precision = (run.get("hardware") or {}).get("precision")
+    if not recipe or precision is None or run["engine"] == "deployment":
+        return recipe
+    slow = precision == "fp32" and record["config"]["train"]["precision"] == "auto"
+    return f"{recipe}; computed in {precision}{', for bf16 is slow on this machine' if slow else ''}"
 
 
 def _time_line(record: Mapping[str, Any]) -> str:

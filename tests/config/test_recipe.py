@@ -54,6 +54,29 @@ def test_what_is_given_stays_and_is_named() -> None:
     assert "given" not in in_words(load([]))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["data.declared_size=450"], "head (450 units, fewer than 10,000), 60 rounds"),
+        ([], "head (data.declared_size does not say that there are 10,000 units), 60 rounds"),
+        (
+            ["data.declared_size=50000"],
+            "head (data.labels does not say that there are at most 10 classes), 60",
+        ),
+        (
+            ["data.declared_size=50000", "data.labels=[a,b,c,d,e,f,g,h,i,j,k]"],
+            "head (11 classes, more than 10), 60 rounds",
+        ),
+        (["data.declared_size=50000", "data.labels=[a,b]"], "ffa_lora (50,000 units, 2 classes), 90 rounds"),
+    ],
+)
+def test_the_adapter_is_said_with_the_reason(overrides: list[str], why: str) -> None:
+    files = ["data=files", "data.name=x", "data.path=x"]
+    assert in_words(load([*files, *overrides])).startswith(why)
+    given = in_words(load([*files, *overrides, "adapter=bitfit"]))
+    assert given.startswith("bitfit, ") and given.endswith("given, not by the recipe: adapter")
+
+
 def test_where_nothing_is_clipped_no_norm_is_named() -> None:
     assert "clipped at 0.9" in in_words(load(["adapter=head"]))
     assert "clipped" not in in_words(load(["adapter=head", "privacy=none"]))

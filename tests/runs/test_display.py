@@ -272,6 +272,25 @@ def test_the_table_says_what_the_record_says(record: dict[str, Any]) -> None:
     assert "fedtune statement outputs/x" in text
 
 
+def test_how_it_was_trained_is_said_with_the_precision(record: dict[str, Any]) -> None:
+    record["federation"]["recipe"] = "head, 3 rounds"
+    for given, precision, words in (
+        ("auto", "bf16", "training head, 3 rounds; computed in bf16 privacy"),
+        (
+            "auto",
+            "fp32",
+            "training head, 3 rounds; computed in fp32, for bf16 is slow on this machine privacy",
+        ),
+        ("fp32", "fp32", "training head, 3 rounds; computed in fp32 privacy"),
+        ("auto", None, "training head, 3 rounds privacy"),  # a record of before
+    ):
+        record["config"]["train"]["precision"] = given
+        record["run"]["hardware"]["precision"] = precision
+        assert words in printed(record)
+    record["run"]["hardware"]["precision"], record["run"]["engine"] = "bf16", "deployment"
+    assert "computed in" not in printed(record)  # each site chooses its own
+
+
 def test_who_submitted_is_not_sent_to_ledgers_that_lie_with_the_sites(record: dict[str, Any]) -> None:
     assert "fedtune budget show" in printed(record)
     record["run"]["engine"] = "deployment"

@@ -16,7 +16,7 @@ from fedtune.privacy.ledger.simulation import simulation_ledger
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs import measures
 from fedtune.training.evaluation import score
-from tests.support.plans import plan_of
+from tests.support.plans import central_plan, distributed_plan, local_plan, plan_of, public_plan
 
 PLAN = plan_of(
     "local", unit="record", sample_rate=0.1, local_steps=2, num_rounds=5, noise_multiplier=1.0,
@@ -85,6 +85,31 @@ def test_of_a_node_on_another_machine_only_the_run_is_known() -> None:
     (a,) = measures.node_privacy([], result(names=("a",), a=3))
     assert a.epsilon == pytest.approx(PLAN.for_shard(100).epsilon(3))
     assert (a.dataset, a.fingerprint, a.total_epsilon, a.total_releases) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("make", [local_plan, distributed_plan])
+def test_noise_that_drowns_everything_is_said_with_the_epsilon_that_would_do(make: Any) -> None:
+    """Held to the definition: noise as it is drawn, over all steps, beside gradients that point one way."""
+    settings = {"num_rounds": 60, "nodes": 2, "declared_size": 100, "max_grad_norm": 0.9}
+    drowned = make(**settings, noise_multiplier=400.0)
+    generator, numbers = np.random.default_rng(0), 1000
+    noise = drowned.mechanism.noise_on_average(drowned, {"a": 100, "b": 100})
+    drawn = generator.normal(0.0, noise, (drowned.steps(), numbers)).sum(axis=0)
+    ratio = np.linalg.norm(drawn) / (drowned.steps() * 0.9)
+    assert ratio > 2
+    said = measures.noise_line(result(drowned), numbers)
+    assert said is not None
+    told = float(said.split(" times as long")[0].rsplit(" ", 1)[1])
+    assert told == pytest.approx(ratio, rel=0.1)
+    enough = float(said.split("about epsilon ")[1].split(" ")[0])
+    assert enough == pytest.approx(drowned.epsilon() * ratio, rel=0.1)
+    weaker = make(**settings, noise_multiplier=400.0 / ratio / 1.1)
+    assert measures.noise_line(result(weaker), numbers) is None
+
+
+@pytest.mark.parametrize("plan", [public_plan(), central_plan(noise_multiplier=900.0)])
+def test_nothing_is_said_of_noise_that_no_node_adds(plan: PrivacyPlan) -> None:
+    assert measures.noise_line(result(plan), 10**6) is None
 
 
 def test_a_node_that_was_never_asked_has_spent_nothing() -> None:

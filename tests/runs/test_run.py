@@ -259,6 +259,12 @@ def test_an_epsilon_that_no_noise_meets_is_refused_before_the_encoder_runs(
     golden(raised)
 
 
+def test_a_run_that_can_only_have_learnt_noise_says_so(world: dict[str, Path], tmp_path: Path) -> None:
+    run(tiny.private(config(world, tmp_path / "run"), epsilon=0.05), console=quiet())
+    said = [text for text in records.read(tmp_path / "run")["privacy"]["cautions"] if "as long as" in text]
+    assert len(said) == 1 and "from about epsilon" in said[0]
+
+
 def test_two_runs_with_one_seed_and_no_noise_are_the_same(world: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
