@@ -69,6 +69,7 @@ _HEAD: dict[str, Any] = {
 }
 _HEAD_ROUNDS = {"quick": 40, "standard": 60, "thorough": 100}
 _HEAD_RATE = 0.0375  # mean rate over 100 rounds
+_FEW_STEPS = 0.03  # times the rounds: the most, for in very few of them noise would bury the start by names
 _CENTRE_FROM = 10  # rounds: it costs one of them, and is not known to be worth more than a tenth
 
 # One step a round inside the encoder: the head first, then head and adapter, each clipped by itself. What
@@ -169,7 +170,7 @@ def chosen(config: Config) -> dict[str, Any]:
         values = dict(_ON_NODES)
     elif config.adapter.name == "head":
         rounds = config.federation.num_rounds or _HEAD_ROUNDS[train.compute]
-        rate = round(_HEAD_RATE * (100.0 / rounds) ** 0.75, 6)
+        rate = round(min(_HEAD_RATE * (100.0 / rounds) ** 0.75, _FEW_STEPS * rounds), 6)
         values = _HEAD | {
             "train.learning_rate": rate,
             "train.head_learning_rate": rate,

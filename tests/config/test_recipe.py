@@ -111,6 +111,14 @@ def test_the_head_comes_first_and_leaves_rounds_for_the_rest(rounds: int) -> Non
     assert load(["adapter=lora"]).train.head_rounds == 40
 
 
+def test_a_heads_rate_grows_with_few_rounds_and_falls_with_many() -> None:
+    rates = [
+        load(["adapter=head", f"federation.num_rounds={rounds}"]).train.learning_rate
+        for rounds in (1, 3, 8, 20, 60, 100)
+    ]
+    assert rates == [0.03, 0.09, 0.24, 0.125389, 0.055007, 0.0375]
+
+
 def test_the_choice_reads_no_data() -> None:
     """Settings that say where the data is, and which column is which, change nothing."""
     plain = resolved(Config())
