@@ -32,7 +32,7 @@ _OPINIONS = 20_000  # records in the training part of the embedded corpora, whic
 _LARGE, _FEW = 10_000, 10  # units and classes from which, and up to which, an adapter inside the encoder pays
 _EVALUATIONS = 12  # on the test split in one run: as many as a curve needs
 
-# Where nodes train by themselves.
+# Where nodes train by themselves. What the others do not name is as here.
 _ON_NODES: dict[str, Any] = {
     "train.sample_rate": 0.1,
     "train.local_steps": 4,
@@ -55,17 +55,14 @@ _ON_NODES: dict[str, Any] = {
 # One step a round: the head alone, on outputs that are computed once. Every unit is in every step: sampling
 # would save computing, of which there is next to none, and noise on a mean is smallest without it. One rate
 # does for every epsilon, size and trust model: the second moment that it is divided by is that of the noise.
-_HEAD: dict[str, Any] = {
+_HEAD: dict[str, Any] = _ON_NODES | {
     "train.sample_rate": 1.0,
     "train.local_steps": 1,
     "train.optimizer": "adam_mini",
     "train.schedule": "rise",
     "train.averaging": 0.9,
-    "train.label_smoothing": 0.0,
     "train.start": "names",
     "privacy.max_grad_norm": 0.9,
-    "privacy.head_norm": 0.0,
-    "privacy.head_share": 0.1,
 }
 _HEAD_ROUNDS = {"quick": 40, "standard": 60, "thorough": 100}
 _HEAD_RATE = 0.0375  # mean rate over 100 rounds
@@ -74,17 +71,14 @@ _CENTRE_FROM = 10  # rounds: it costs one of them, and is not known to be worth 
 
 # One step a round inside the encoder: the head first, then head and adapter, each clipped by itself. What
 # limits it is the number of steps that the time allows, not the noise: batches are as small as noise bears.
-_INSIDE: dict[str, Any] = {
+_INSIDE: dict[str, Any] = _ON_NODES | {
     "train.local_steps": 1,
     "train.head_learning_rate": 0.02,
-    "train.optimizer": "adam",
     "train.schedule": "cosine",
-    "train.centre": False,
     "train.label_smoothing": 0.1,
     "train.start": "names",
     "privacy.max_grad_norm": 1.05,  # of which 1 is the adapter's
     "privacy.head_norm": 3.0,  # clipped harder it grows too sure of itself: wrong examples cannot pull back
-    "privacy.head_share": 0.1,
 }
 _HEAD_FIRST = 40  # rounds; each costs privacy, and next to no time
 _MOST_RATE, _UNKNOWN_RATE = 0.5, 0.1  # of sampling; the second where nobody has said how many units there are
@@ -174,7 +168,6 @@ def chosen(config: Config) -> dict[str, Any]:
         values = _HEAD | {
             "train.learning_rate": rate,
             "train.head_learning_rate": rate,
-            "train.head_rounds": 0,
             "train.centre": config.model.normalize and rounds >= _CENTRE_FROM,
             "federation.num_rounds": rounds,
         }
