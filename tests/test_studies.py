@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.errors import RecordError
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
 from fedtune.report.frontier import Point, points_of, price_book, varied_settings
@@ -86,3 +87,24 @@ def test_no_site_loses_by_joining_with_a_part_of_its_own(monkeypatch: pytest.Mon
         assert len(gains) == 3
         error = statistics.stdev(gains) / math.sqrt(len(gains))
         assert statistics.fmean(gains) > -error, site
+
+
+@pytest.mark.parametrize(
+    ("ends", "status"),
+    [
+        (None, 0),
+        (RecordError("There is none."), "RecordError: There is none."),
+        (KeyboardInterrupt("x"), 130),
+    ],
+)
+def test_a_script_of_a_study_ends_in_words(
+    ends: BaseException | None, status: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> int:
+        if ends is not None:
+            raise ends
+        return 0
+
+    with pytest.raises(SystemExit) as raised:
+        import_script(STUDIES, "cells", monkeypatch).script(main)
+    assert raised.value.code == status

@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
+
+from simulations.cells import known, run_all, script  # noqa: E402
+
 SITES = ("editorials", "movies", "products", "tweets")
 ALONE = tuple(f"alone_{site}" for site in SITES)
 ARRANGEMENTS = (*ALONE, "federation", "pooled")
@@ -73,64 +74,6 @@ def cells(seeds: list[int], only: list[str], privacy: list[str]) -> list[Cell]:
     return [Cell(a, p, s) for s, p, a in itertools.product(seeds, privacy, only)]
 
 
-def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must share to be the same run: all but where its files are."""
-    return {key: value for key, value in config.items() if key not in ("output", "resume")}
-
-
-def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
-    """Runs one cell unless its record is there; returns whether it ran. Raises FedtuneError."""
-    from fedtune.config.loader import load
-    from fedtune.errors import RecordError
-    from fedtune.runs import record, run
-
-    config = load([*cell.overrides(), *extra])
-    path = records / f"{cell.name}.json"
-    if path.exists():
-        kept = settings_of(record.read(path)["config"])
-        wanted = settings_of(record.clean(asdict(config)))
-        if kept != wanted:
-            raise RecordError(
-                f"{path} was made with other settings ({', '.join(differences(kept, wanted))}), and a study "
-                "mixes no settings. Delete it to run it again, or choose another folder with --records."
-            )
-        return False
-    folder = work / cell.name
-    if (folder / "checkpoint").exists():
-        config = load([f"resume={folder}"])
-    else:
-        config.output = str(folder)
-    write_record(record.read(run.run(config)), path)
-    return True
-
-
-def write_record(finished: dict[str, Any], path: Path) -> None:
-    """Writes a study's copy of a record: small, a line for each section, without what no study reads."""
-    finished["config"]["output"] = None  # where it ran says nothing to others
-    finished["privacy"].pop("ledger", None)
-    sections = (
-        f"{json.dumps(name)}: {json.dumps(finished[name], separators=(',', ':'))}" for name in finished
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(sections) + "\n}\n", encoding="utf-8")
-
-
-def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Dotted names of the settings in which two configurations differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        found = [differences(one.get(key), other.get(key), f"{name}.{key}") for key in {**one, **other}]
-        return list(itertools.chain.from_iterable(found))
-    return [] if one == other else [name.removeprefix(".")]
-
-
-def _known(words: str, allowed: tuple[str, ...]) -> list[str]:
-    chosen = words.split(",")
-    for word in chosen:
-        if word not in allowed:
-            raise SystemExit(f"there is no {word!r}; choose from {', '.join(allowed)}")
-    return chosen
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,32 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
         index, count = (int(part) for part in options.part.split("/"))
         wanted = cells(
             [int(seed) for seed in options.seeds.split(",")],
-            _known(options.only, ARRANGEMENTS),
-            _known(options.privacy, PRIVACY),
+            known(options.only, ARRANGEMENTS),
+            known(options.privacy, PRIVACY),
         )[index - 1 :: count]
         work = options.work or Path("outputs") / "first_federation"
-        ran = 0
-        for number, cell in enumerate(wanted, start=1):
-            if options.max_runs is not None and ran >= options.max_runs:
-                print(f"stopped after {ran} runs; call again to go on")
-                return 0
-            print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
-            if run_cell(cell, options.records, work, options.overrides):
-                ran += 1
-            else:
-                print("  done before", flush=True)
+        if not run_all(wanted, options.records, work, options.overrides, options.max_runs):
+            return 0
     target = HERE if options.records.resolve() == HERE / "records" else options.records
     print(f"\n{report.write(options.records, target)}")
     return 0
 
 
 if __name__ == "__main__":
-    from fedtune.errors import FedtuneError
-
-    try:
-        sys.exit(main())
-    except FedtuneError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt}", file=sys.stderr)
-        sys.exit(130)
+    script(main)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours 
 
 from table import ADAPTERS, CORPORA, EPSILONS, TRUSTS  # noqa: E402
 
-from simulations.trust_models.arrangements import neighbour  # noqa: E402
+from simulations.cells import run_all, script  # noqa: E402
 
 SEEDS = (0, 1, 2)
 _FILES = ("data=files", "data.text=text", "data.test_split=test", "data.test_public=true", "data.public=true")
@@ -83,42 +83,6 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return found
 
 
-def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
-    """Runs one cell unless its record is there; returns whether it ran. Raises FedtuneError.
-
-    Records say nothing of where the corpora lie.
-    """
-    from dataclasses import asdict
-
-    from fedtune.config.loader import load
-    from fedtune.errors import RecordError
-    from fedtune.runs import record, run
-
-    first = neighbour("study")
-    config = load([*cell.overrides(), *extra])
-    path = records / f"{cell.name}.json"
-    if path.exists():
-        kept, wanted = (
-            {**first.settings_of(whole), "data": {**whole["data"], "path": None}}
-            for whole in (record.read(path)["config"], record.clean(asdict(config)))
-        )
-        if kept != wanted:
-            raise RecordError(
-                f"{path} was made with other settings ({', '.join(first.differences(kept, wanted))}). Delete "
-                "it to run it again, or choose another folder with --records."
-            )
-        return False
-    folder = work / cell.name
-    if (folder / "checkpoint").exists():
-        config = load([f"resume={folder}"])
-    else:
-        config.output = str(folder)
-    finished = record.read(run.run(config))
-    finished["config"]["data"]["path"] = None
-    first.write_record(finished, path)
-    return True
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -145,10 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.report:
         part, parts = map(int, options.part.split("/"))
         wanted = cells(options)[part - 1 :: parts]
-        for number, cell in enumerate(wanted, start=1):
-            print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
-            if not run_cell(cell, options.records, options.work, options.overrides):
-                print("  done before", flush=True)
+        run_all(wanted, options.records, options.work, options.overrides)
     print(
         f"\n{table.write(options.records, HERE if options.records == HERE / 'records' else options.records)}"
     )
@@ -156,11 +117,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fedtune.errors import FedtuneError
-
-    try:
-        sys.exit(main())
-    except FedtuneError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as interrupt:
-        sys.exit(str(interrupt) or "Interrupted.")
+    script(main)

@@ -1,13 +1,7 @@
-"""The arrangements that the study compares, and its way to the scripts of the study that it builds on."""
+"""The arrangements that the study compares."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-HERE = Path(__file__).resolve().parent
 EPSILONS = (1, 3, 8)
 
 # A record is protected, and one delta is below 1/n for every size; a larger one would be another promise.
@@ -42,15 +36,3 @@ ARRANGEMENTS: dict[str, tuple[str, ...]] = {
         "train.local_steps=8",
     ),
 }
-
-
-def neighbour(name: str) -> ModuleType:
-    """`study` or `report` of simulations/first_federation, under a name of its own."""
-    known = f"first_federation_{name}"
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, HERE.parent / "first_federation" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[known] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    return sys.modules[known]

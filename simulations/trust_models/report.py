@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from arrangements import ARRANGEMENTS, EPSILONS, neighbour
+from arrangements import ARRANGEMENTS, EPSILONS
 
-_first = neighbour("report")
+from simulations.first_federation import report as _first
+
 COLORS = {"local": "#1f5fa8", "distributed": "#b5651d", "pooled": "#4a4a4a", "central": "#2e8b57"}
 MARKERS = {"local": "o", "distributed": "D", "pooled": "s", "central": "^"}
 # Two-sided 95 percent quantiles of Student's t by degrees of freedom: three values have two.

@@ -7,7 +7,7 @@ r"""What does it cost not to trust the server? Local, distributed, central and p
     python simulations/trust_models/study.py --records /tmp/try federation.num_rounds=2      a try-out
 
 Every run goes through `fedtune.runs.run.run` and is kept as `records/NAME.json`; how a finished run is
-skipped and an interrupted one resumed is that of `simulations/first_federation/study.py`, which this imports.
+skipped and an interrupted one resumed is in `simulations/cells.py`.
 Each arrangement takes 48 steps (of each node, or of the union) with the same sampling rate, optimizer and
 learning rate; only the encoder's head is trained, so that all runs together take minutes. Words at the end
 (`name=value`) are overrides for all runs. `replication/` holds runs of one comparison on fresh seeds, which
@@ -30,7 +30,9 @@ if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours too
 
-from arrangements import ARRANGEMENTS, EPSILONS, neighbour  # noqa: E402
+from arrangements import ARRANGEMENTS, EPSILONS  # noqa: E402
+
+from simulations.cells import known, run_all, script  # noqa: E402
 
 ALL = ("none", *map(str, EPSILONS))
 SEEDS = (0, 1, 2)
@@ -96,13 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.report:
         wanted = cells(
             [int(seed) for seed in options.seeds.split(",")],
-            neighbour("study")._known(options.only, tuple(ARRANGEMENTS)),
+            known(options.only, tuple(ARRANGEMENTS)),
             [None if epsilon == "none" else int(epsilon) for epsilon in options.epsilons.split(",")],
         )
-        for number, cell in enumerate(wanted, start=1):
-            print(f"\n[{number}/{len(wanted)}] {cell.name}", flush=True)
-            if not neighbour("study").run_cell(cell, options.records, options.work, options.overrides):
-                print("  done before", flush=True)
+        run_all(wanted, options.records, options.work, options.overrides)
     if options.records.resolve() in (HERE / "records", HERE / "replication"):
         print(f"\n{report.write(HERE / 'records', HERE, HERE / 'replication')}")
     else:
@@ -111,12 +110,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fedtune.errors import FedtuneError
-
-    try:
-        sys.exit(main())
-    except FedtuneError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as interrupt:
-        print(f"\n{interrupt}", file=sys.stderr)
-        sys.exit(130)
+    script(main)

@@ -16,8 +16,6 @@ FOLDER = Path(__file__).resolve().parents[2] / "simulations" / "trust_models"
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("first_federation_study", "first_federation_report"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
     return import_script(FOLDER, "study", monkeypatch)
 
 

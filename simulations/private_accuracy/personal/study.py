@@ -12,32 +12,20 @@ epsilon 8 for each record on each site (trust local), three seeds. A finished ru
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import math
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parents[2]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[2]))
 
+from simulations.cells import run_all, script  # noqa: E402
+from simulations.first_federation.study import COMMON, SEEDS, SETTINGS, SITES  # noqa: E402
 
-def _first_federation() -> Any:
-    """The script of that study, whose runs this one repeats with a site's own part; both are `study.py`."""
-    path = HERE.parents[1] / "first_federation" / "study.py"
-    spec = importlib.util.spec_from_file_location("first_federation", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["first_federation"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-first_federation = _first_federation()
-SITES, SEEDS = first_federation.SITES, first_federation.SEEDS
 ARRANGEMENTS = ("personal", "common", *(f"alone_{site}" for site in SITES))
 MARK = "<!-- table -->"
 
@@ -56,7 +44,7 @@ class Cell:
 
     def overrides(self) -> list[str]:
         """What makes it this run and no other."""
-        words = [*first_federation.COMMON, *first_federation.SETTINGS["epsilon8"]]
+        words = [*COMMON, *SETTINGS["epsilon8"]]
         words += [f"seed={self.seed}", "partition=natural"]
         if self.arrangement == "personal":
             words.append("train.personalize=head")
@@ -113,9 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("outputs") / "personal", help="run folders")
     options = parser.parse_args(arguments)
     if not options.report:
-        for seed, arrangement in itertools.product(SEEDS, ARRANGEMENTS):
-            print(f"\n{arrangement}, seed {seed}", flush=True)
-            first_federation.run_cell(Cell(arrangement, seed), options.records, options.work, [])
+        cells = [Cell(arrangement, seed) for seed, arrangement in itertools.product(SEEDS, ARRANGEMENTS)]
+        run_all(cells, options.records, options.work, [])
     text = table(options.records)
     print(text)
     page = HERE / "README.md"
@@ -126,9 +113,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fedtune.errors import FedtuneError
-
-    try:
-        sys.exit(main())
-    except FedtuneError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    script(main)
