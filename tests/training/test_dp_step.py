@@ -493,7 +493,7 @@ def test_a_head_needs_no_hooks_once_preflight_has_compared_with_them(
     tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = []
-    real = dp_step.per_example_gradients
+    real = example_gradients.per_example_gradients
     monkeypatch.setattr(
         dp_step, "per_example_gradients", lambda model: installed.append(model) or real(model)
     )
