@@ -30,7 +30,8 @@ __all__ = ["adapter_of", "centre_rounds", "chosen", "filled", "head_rounds", "in
 
 _OPINIONS = 20_000  # records in the training part of the embedded corpora, which are public
 _LARGE, _FEW = 10_000, 10  # units and classes from which, and up to which, an adapter inside the encoder pays
-_EVALUATIONS = 12  # on the test split in one run: as many as a curve needs
+# On the test split in one run: as many as a curve needs; inside the encoder each takes as long as a round.
+_EVALUATIONS, _EVALUATIONS_INSIDE = 12, 6
 
 # Where nodes train by themselves. What the others do not name is as here.
 _ON_NODES: dict[str, Any] = {
@@ -177,7 +178,8 @@ def chosen(config: Config) -> dict[str, Any]:
         values["federation.weighting"] = "declared" if kind.takes_local_steps else "uniform"
     values["federation.strategy"] = strategy
     rounds = config.federation.num_rounds or values["federation.num_rounds"]
-    values["federation.evaluate_every"] = -(-rounds // _EVALUATIONS)
+    evaluations = _EVALUATIONS if config.adapter.name == "head" else _EVALUATIONS_INSIDE
+    values["federation.evaluate_every"] = -(-rounds // evaluations)
     return values
 
 

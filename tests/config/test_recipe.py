@@ -49,7 +49,8 @@ def test_nothing_is_left_open(trust: str, adapter: str, compute: str) -> None:
 def test_what_is_given_stays_and_is_named() -> None:
     config = load(["train.learning_rate=0.5", "federation.num_rounds=7"])
     assert (config.train.learning_rate, config.federation.num_rounds) == (0.5, 7)
-    assert config.federation.evaluate_every == 1
+    assert config.federation.evaluate_every == 2  # at most six times: this is inside the encoder
+    assert load(["adapter=head", "federation.num_rounds=7"]).federation.evaluate_every == 1
     assert "given, not by the recipe: train.learning_rate, federation.num_rounds" in in_words(config)
     assert "given" not in in_words(load([]))
 

@@ -495,7 +495,7 @@ def test_a_head_needs_no_hooks_once_preflight_has_compared_with_them(
     installed = []
     real = example_gradients.per_example_gradients
     monkeypatch.setattr(
-        dp_step, "per_example_gradients", lambda model: installed.append(model) or real(model)
+        example_gradients, "per_example_gradients", lambda model: installed.append(model) or real(model)
     )
     for name, expected in (("head", 1), ("lora", 3)):
         model, shard = load(tiny_bert, name=name), make_shard()
