@@ -352,7 +352,7 @@ class FederationConfig(Group):
     )
     evaluate_every: int | None = setting(
         None,
-        "evaluation=public, held_out: rounds between evaluations on the test split; null: at most twelve, inside the encoder six",
+        "evaluation=public, held_out: rounds between; null: twelve times at most, inside the encoder six",
         ge=1,
     )
     evaluation_rounds: int = setting(
