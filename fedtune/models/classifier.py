@@ -41,7 +41,15 @@ from fedtune.models.encoder import (
 from fedtune.models.merged_layers import MergedLayers, Seen
 from fedtune.models.quantization import stored_bytes
 
-__all__ = ["LENGTH", "AdaptedModel", "EncoderClassifier", "load_base", "load_model", "load_saved"]
+__all__ = [
+    "LENGTH",
+    "AdaptedModel",
+    "EncoderClassifier",
+    "load_base",
+    "load_model",
+    "load_saved",
+    "read_saved",
+]
 
 # Of a text's vector as the head sees it. Weights and bias share one clipped gradient by how long their inputs
 # are: at 3 the bias, whose input is 1, has a tenth of it (squared); beside a vector of length 1 it had half.
@@ -368,21 +376,30 @@ def _bare_encoder(model: str, device: str) -> EncoderStack:
     return load_encoder(ModelConfig(**json.loads(model)), torch.device(device))
 
 
-def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
-    """The model that the adapter in `folder` was trained on, ready for `PeftModel.from_pretrained`.
+def read_saved(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """(settings of the base, label names in the order of the classes) of the adapter in `folder`.
 
     Raises:
         ModelError: `folder` holds no adapter that fedtune saved.
     """
     path = Path(folder) / _BASE
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         # Earlier versions saved no `normalize`: they trained on vectors as they were.
-        model, labels = ModelConfig(**{"normalize": False, **saved["model"]}), saved["label_names"]
+        return ModelConfig(**{"normalize": False, **saved["model"]}), tuple(saved["label_names"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} holds no adapter saved by fedtune: {path.name} is missing or unreadable."
         ) from error
+
+
+def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
+    """The model that the adapter in `folder` was trained on, ready for `PeftModel.from_pretrained`.
+
+    Raises:
+        ModelError: `folder` holds no adapter that fedtune saved.
+    """
+    model, labels = read_saved(folder)
     model_location(model.name)
     encoder = load_encoder(model, select_device(device))
     return EncoderClassifier(encoder, len(labels), model.pooling, normalize=model.normalize)

@@ -34,7 +34,10 @@ __all__ = [
     "computes_in",
     "fast_bf16",
     "load_encoder",
+    "load_encoder_config",
+    "load_pretrained",
     "load_tokenizer",
+    "max_positions",
     "model_location",
     "select_device",
 ]
@@ -187,6 +190,13 @@ def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
     return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
 
 
+def max_positions(config: Any) -> int:
+    """How many tokens an encoder with this configuration takes, special ones included."""
+    counted_from_padding = config.model_type in ("roberta", "xlm-roberta", "camembert")
+    taken = (config.pad_token_id or 0) + 1 if counted_from_padding else 0
+    return int(config.max_position_embeddings) - taken
+
+
 class EncoderStack(nn.Module):
     """A BERT-family encoder as embeddings and a list of layers.
 
@@ -212,9 +222,7 @@ class EncoderStack(nn.Module):
         self.layer: nn.ModuleList = body.layer
         self.width: int = config.hidden_size
         self.pad_token_id: int = config.pad_token_id or 0
-        self.max_positions: int = config.max_position_embeddings - (
-            self.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-        )
+        self.max_positions: int = max_positions(config)
         self._segments: bool = getattr(config, "type_vocab_size", 0) > 1
         self.separator = separator if self._segments else None
 
@@ -238,6 +246,34 @@ class EncoderStack(nn.Module):
         return hidden
 
 
+def load_pretrained(config: ModelConfig, **options: Any) -> nn.Module:
+    """The encoder as transformers has it, in float32; `options` are transformers' own.
+
+    Raises:
+        ModelError, ResourceError: as `load_encoder`.
+    """
+    import transformers
+    from transformers import AutoModel, BertModel
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model: nn.Module = _from_pretrained(AutoModel, BertModel, config, dtype=torch.float32, **options)
+    return model
+
+
+def load_encoder_config(config: ModelConfig) -> Any:
+    """The encoder's configuration in transformers' form, without its place on this machine.
+
+    Raises:
+        ModelError, ResourceError: as `load_encoder`.
+    """
+    from transformers import AutoConfig, BertConfig
+
+    found = _from_pretrained(AutoConfig, BertConfig, config)
+    found._name_or_path = ""
+    return found
+
+
 def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
     """Loads, quantizes and freezes the encoder.
 
@@ -245,15 +281,8 @@ def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
         ModelError: it is missing, unreadable or of another family.
         ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
-    import transformers
-    from transformers import AutoModel, BertModel
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     quiet_kernels()
-    kernel = "eager" if device.type == "cpu" else "sdpa"
-    options = {"attn_implementation": kernel, "dtype": torch.float32}
-    encoder = _from_pretrained(AutoModel, BertModel, config, **options)
+    encoder = load_pretrained(config, attn_implementation="eager" if device.type == "cpu" else "sdpa")
     segments = getattr(encoder.config, "type_vocab_size", 0) > 1
     stack = EncoderStack(encoder, load_tokenizer(config)[0].sep_token_id if segments else None)
     for module in stack.modules():

@@ -29,6 +29,7 @@ __all__ = [
     "Int8Linear",
     "NF4Embedding",
     "NF4Linear",
+    "dequantize",
     "quantize",
     "stored_bytes",
     "weight_of",
@@ -225,6 +226,36 @@ def quantize(encoder: nn.Module, quantization: str) -> nn.Module:
             if replacement is not None:
                 setattr(parent, name, replacement)
     return encoder
+
+
+def dequantize(encoder: nn.Module) -> nn.Module:
+    """Replaces every compressed layer below `encoder` in place by a plain one, float32, of the same numbers.
+
+    Returns:
+        `encoder`.
+    """
+    for parent in list(encoder.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (_FrozenLinear, _FrozenEmbedding)):
+                setattr(parent, name, _plain(child))
+    return encoder
+
+
+def _plain(layer: _FrozenLinear | _FrozenEmbedding) -> nn.Module:
+    device = layer.weight.device
+    if isinstance(layer, _FrozenLinear):
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device=device
+        ).requires_grad_(False)
+        linear.weight.copy_(weight_of(layer))
+        if layer.bias is not None:
+            linear.bias.copy_(layer.bias)
+        return linear
+    table = nn.Embedding(
+        layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx, device=device
+    ).requires_grad_(False)
+    table.weight.copy_(layer(torch.arange(layer.num_embeddings, device=device)))
+    return table
 
 
 def weight_of(linear: nn.Linear) -> Tensor:

@@ -1,0 +1,163 @@
+"""What a run trained, as a model that needs no fedtune: adapter merged, weights float32, in transformers'
+form.
+
+`merged` gives a `FedtuneForSequenceClassification` (`fedtune.models.modeling_fedtune`, the file that
+travels with it). A compressed base is expanded to the numbers that it stands for, which are those that the
+adapter was trained on. `save_adapter` writes the adapter alone for the same class, so that it loads onto
+the base as transformers has it; `on_plain_base` is what one gets there, which differs a little where the
+run's base was compressed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedtune.config.schema import ModelConfig
+from fedtune.errors import ModelError
+from fedtune.models import modeling_fedtune
+from fedtune.models.classifier import LENGTH, load_saved, read_saved
+from fedtune.models.encoder import load_encoder_config, load_pretrained, load_tokenizer
+from fedtune.models.modeling_fedtune import FedtuneConfig, FedtuneForSequenceClassification
+from fedtune.models.quantization import dequantize
+
+__all__ = [
+    "MODELING_FILE",
+    "load_merged",
+    "merged",
+    "on_plain_base",
+    "save_adapter",
+    "save_config",
+    "save_tokenizer",
+]
+
+MODELING_FILE = "modeling_fedtune.py"
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def merged(adapter: Path) -> FedtuneForSequenceClassification:
+    """The model of a run, on the CPU and in evaluation mode, from its adapter folder.
+
+    Raises:
+        ModelError, ResourceError: as `fedtune.models.classifier.load_saved`.
+    """
+    trained: Any = load_saved(adapter, "cpu")
+    # PEFT merges into a layer's weight, so the layers must be plain before; merging is exact in float32.
+    dequantize(trained.get_base_model().encoder)
+    plain = trained.merge_and_unload()
+    model = FedtuneForSequenceClassification(_config(adapter))
+    layers = _layers(model)
+    weights: dict[str, Tensor] = {_renamed(name, layers): value for name, value in plain.state_dict().items()}
+    if not plain.normalize:
+        weights = {name: value for name, value in weights.items() if not name.startswith("centring.")}
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+def load_merged(folder: Path) -> FedtuneForSequenceClassification:
+    """The model that `save_pretrained` of a merged one wrote, by the class that is here: no file of it is
+    run.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return FedtuneForSequenceClassification.from_pretrained(folder).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{folder} holds no model in transformers' form: "
+            f"{' '.join(str(error).split())[:300]}. Export the "
+            "run again."
+        ) from error
+
+
+def on_plain_base(folder: Path, base: ModelConfig) -> nn.Module:
+    """The exported adapter in `folder` (`save_adapter`, `save_config`) on `base` as transformers loads it.
+
+    Raises:
+        ModelError, ResourceError: the base cannot be loaded.
+    """
+    import peft
+
+    model = FedtuneForSequenceClassification(FedtuneConfig.from_pretrained(folder))
+    model.encoder = load_pretrained(base)
+    loaded: nn.Module = peft.PeftModel.from_pretrained(model, str(folder))
+    return loaded.eval()
+
+
+def save_config(adapter: Path, folder: Path) -> None:
+    """Writes config.json of the standalone model, and the modelling file that it names."""
+    _config(adapter).save_pretrained(folder)
+    source = Path(modeling_fedtune.__file__).read_text(encoding="utf-8")
+    (folder / MODELING_FILE).write_text(source, encoding="utf-8")
+
+
+def save_tokenizer(adapter: Path, folder: Path, max_length: int) -> list[str]:
+    """Writes the tokenizer, which cuts to `max_length` tokens when it is told to cut.
+
+    Returns:
+        The names of the model's inputs, in the tokenizer's order.
+
+    Raises:
+        ModelError: it has no form that works without Python (`tokenizer.json`).
+    """
+    tokenizer, _ = load_tokenizer(read_saved(adapter)[0])
+    before = tokenizer.model_max_length
+    try:
+        tokenizer.model_max_length = max_length
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.model_max_length = before
+    if not (folder / "tokenizer.json").is_file():
+        raise ModelError(
+            f"The tokenizer of {Path(read_saved(adapter)[0].name).name} has no tokenizer.json, which an "
+            "export needs. Convert it with transformers' AutoTokenizer, and name its folder by model.name."
+        )
+    return list(tokenizer.model_input_names)
+
+
+def save_adapter(adapter: Path, folder: Path) -> None:
+    """Writes the adapter alone, in PEFT's format, with the names that the standalone model has."""
+    from safetensors.torch import load_file, save_file
+
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    # Nothing of PEFT's needs fedtune's own class any more.
+    settings |= {"auto_mapping": None, "base_model_name_or_path": None}
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    layers = _layers(FedtuneForSequenceClassification(_config(adapter)))
+    weights = load_file(adapter / _WEIGHTS)
+    save_file({_renamed(name, layers): value for name, value in weights.items()}, folder / _WEIGHTS)
+
+
+def _config(adapter: Path) -> FedtuneConfig:
+    settings, labels = read_saved(adapter)
+    stem = Path(MODELING_FILE).stem
+    model = FedtuneForSequenceClassification.__name__
+    return FedtuneConfig(
+        encoder=load_encoder_config(settings),
+        pooling=settings.pooling,
+        vector_length=LENGTH if settings.normalize else None,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+        architectures=[model],
+        auto_map={
+            "AutoConfig": f"{stem}.{FedtuneConfig.__name__}",
+            "AutoModelForSequenceClassification": f"{stem}.{model}",
+        },
+    )
+
+
+def _layers(model: FedtuneForSequenceClassification) -> str:
+    """Where transformers has the list of layers that an `EncoderStack` calls `encoder.layer`."""
+    return "encoder.transformer.layer." if hasattr(model.encoder, "transformer") else "encoder.encoder.layer."
+
+
+def _renamed(name: str, layers: str) -> str:
+    return name.replace("encoder.layer.", layers)
