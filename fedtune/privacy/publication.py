@@ -298,6 +298,15 @@ SINKS: Mapping[str, Fields] = {
         "overrides": _SETTING,
         "when": public("when it was noted"),
     },
+    # An exported model. Its check is of public texts, or of texts of which whoever exports publishes figures.
+    "export": {
+        **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs"), _NAME),
+        "made": public("the day on which it was exported"),
+        **dict.fromkeys(("max_length", "base", "pad_id"), _SETTING),
+        "formats": public("sizes of files, and figures of public texts"),
+        "check": public("which public texts, how many, what was asked of them, and the processor"),
+        "quality": public("of a public test split"),
+    },
     # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},
 }

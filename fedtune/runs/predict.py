@@ -10,8 +10,7 @@ adapter; the texts that are asked about are not protected by anything and go now
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from fedtune.runs import record
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Model", "Prediction", "load", "show"]
+__all__ = ["Model", "Prediction", "adapter_of", "check_texts", "load", "show"]
 
 _BATCH = 32  # texts at a time
 
@@ -86,21 +85,7 @@ class Model:
         """
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts: write predict([text]) for a single one.")
-        if not texts:
-            raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
-        for number, text in enumerate(texts, start=1):
-            if not isinstance(text, str):
-                raise DataError(f"Text {number} of {len(texts)} is {text!r}. Give texts, each a str.")
-            if not text.strip():
-                raise DataError(
-                    f"Text {number} of {len(texts)} is empty. Give a text with at least one word."
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # half a character: what was read was not UTF-8
-                raise DataError(
-                    f"Text {number} of {len(texts)} is not UTF-8: {error.reason}. Convert it first."
-                ) from error
+        check_texts(texts)
         predictions: list[Prediction] = []
         for start in range(0, len(texts), _BATCH):
             predictions += self._predict_batch(list(texts[start : start + _BATCH]))
@@ -147,8 +132,24 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
 
     ```
     """
-    finished = record.read(path)
-    folder = record.run_folder(path)
+    folder, finished = record.run_folder(path), record.read(path)
+    adapter = adapter_of(folder, finished, site)
+    from fedtune.models.classifier import load_saved, read_saved
+    from fedtune.models.encoder import load_tokenizer
+
+    module = load_saved(adapter, device)
+    tokenizer, _ = load_tokenizer(read_saved(adapter)[0])
+    labels = finished["data"]["labels"]
+    return Model(folder, labels, module, tokenizer, finished["config"]["data"]["max_length"])
+
+
+def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = None) -> Path:
+    """The adapter folder of the finished run in `folder`, whose record is `finished`.
+
+    Raises:
+        RecordError: the adapter asked for is missing.
+        DataError: the run was trained on pairs of texts.
+    """
     adapter = folder / finished["artifacts"]["adapter"] if site is None else _of_site(folder, site)
     if not (adapter / "adapter_config.json").exists():
         raise RecordError(
@@ -161,15 +162,24 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
             "takes one text at a time: what it said of one alone would mean nothing. Load the adapter with "
             "peft.PeftModel.from_pretrained, and give both texts to the tokenizer."
         )
-    from fedtune.config.schema import ModelConfig
-    from fedtune.models.classifier import load_saved
-    from fedtune.models.encoder import load_tokenizer
+    return adapter
 
-    module = load_saved(adapter, device)
-    saved = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
-    tokenizer, _ = load_tokenizer(ModelConfig(**saved["model"]))
-    labels = finished["data"]["labels"]
-    return Model(folder, labels, module, tokenizer, finished["config"]["data"]["max_length"])
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises `DataError` with the number of the text, and the way out, unless there are texts to classify."""
+    if not texts:
+        raise DataError("There is no text to classify. Give one or more, or '-' and one text a line.")
+    for number, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            raise DataError(f"Text {number} of {len(texts)} is {text!r}. Give texts, each a str.")
+        if not text.strip():
+            raise DataError(f"Text {number} of {len(texts)} is empty. Give a text with at least one word.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a character: what was read was not UTF-8
+            raise DataError(
+                f"Text {number} of {len(texts)} is not UTF-8: {error.reason}. Convert it first."
+            ) from error
 
 
 def _of_site(folder: Path, site: str) -> Path:

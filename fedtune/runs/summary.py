@@ -86,7 +86,7 @@ def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = 
     paths = [("record", str(run_dir / "record.json"))]
     paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
     folder = shlex.quote(str(run_dir))
-    commands = [f'predict {folder} "your text"', f"statement {folder}"]
+    commands = [f'predict {folder} "your text"', f"statement {folder}", f"export {folder}"]
     if adds_noise(privacy["trust"]):
         commands.append(f"audit {folder}")
     if record["run"]["engine"] != "deployment":  # there the ledgers lie with the sites

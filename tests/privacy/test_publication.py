@@ -217,6 +217,7 @@ PUBLIC: dict[str, str] = {
         "rounds.*.epsilon rounds.*.bytes_up rounds.*.bytes_down rounds.*.dropped rounds.*.updates "
         "rounds.*.void"
     ),
+    "export": "schema fedtune run labels inputs made max_length base pad_id formats check quality",
     "failure": "error overrides when",
     "round": "round num_rounds epsilon bytes_up bytes_down dropped updates void delta",
 }

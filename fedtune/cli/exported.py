@@ -1,0 +1,73 @@
+"""A finished model elsewhere: `fedtune export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.results import RunFolder
+from fedtune.cli.shared import Command, Json, help_text, option, print_json
+
+__all__ = ["commands"]
+
+commands = typer.Typer(rich_markup_mode="rich")
+_PANEL = "Use a model elsewhere"
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="A run's model as a folder that needs no fedtune.",
+    help=help_text(
+        "Writes a folder that people can use without fedtune: the model for transformers "
+        "(adapter merged), the "
+        "adapter alone, ONNX in float32 and int8, each checked against the run's own model; a "
+        "model card, a data "
+        "card, the privacy statement, and the sums of all files. It costs no privacy.",
+        """\
+fedtune export RUN_DIR
+fedtune export RUN_DIR -o FOLDER --format hf,onnx-int8
+fedtune export RUN_DIR --texts public.txt     check with these, one a line""",
+    ),
+)
+def export(
+    run_dir: RunFolder,
+    output: Annotated[
+        Path | None, option("A new folder (default: RUN_DIR/export).", "--output", "-o", metavar="FOLDER")
+    ] = None,
+    formats: Annotated[
+        str, option("hf, adapter, onnx, onnx-int8, with commas (default: all).", "--format", metavar="NAMES")
+    ] = "hf,adapter,onnx,onnx-int8",
+    texts: Annotated[
+        Path | None,
+        option(
+            "Texts to check with, one a line; figures of them are in the export (default: the run's public "
+            "test split).",
+            metavar="FILE",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    import json as library
+
+    from fedtune.export.export import export as write
+    from fedtune.serving.bundle import EXPORT_NAME
+
+    # Progress goes beside the answer, which a program may read.
+    folder = write(
+        run_dir,
+        output,
+        [name.strip() for name in formats.split(",") if name.strip()],
+        texts=texts,
+        say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+    )
+    about = library.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))
+    if json:
+        print_json({"folder": str(folder), **about})
+        return
+    from fedtune.export.show import show
+
+    show(folder, about)

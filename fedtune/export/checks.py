@@ -1,0 +1,129 @@
+"""Whether what was exported says what the run's model says: on public texts, each format against the
+original.
+
+The original is what `fedtune predict` asks: the run's own base, compressed as it was trained on, with its
+adapter through PEFT. Texts are those of the public test split of the run, or a file that whoever exports
+names, or, where there is neither, words of the tokenizer in no order: those show whether the arithmetic is
+right, and little about labels of real texts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.errors import DataError, FedtuneError, ModelError, ResourceError
+from fedtune.runs.predict import check_texts
+
+__all__ = ["LABELS_EQUAL", "TOLERANCE", "CheckTexts", "agreement", "check_texts_of", "refuse_if_wrong"]
+
+TOLERANCE = 1e-3  # of a logit, for formats in float32; the arithmetic is the same, its order is not
+LABELS_EQUAL = 0.99  # share of labels, for int8
+_MADE_UP = 256
+
+
+@dataclass(frozen=True)
+class CheckTexts:
+    """What is asked.
+
+    Attributes:
+        texts: n texts.
+        source: what they are, in words.
+        labels: int64 [n], where they are known.
+        sites: str [n], where they are known.
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    labels: NDArray[np.int64] | None = None
+    sites: NDArray[np.str_] | None = None
+
+
+def check_texts_of(
+    record: Mapping[str, Any], named: Path | None, vocabulary: Mapping[str, int]
+) -> CheckTexts:
+    """The texts to check with.
+
+    Args:
+        record: of the run.
+        named: a file with one text a line; None: the run's public test split, if it can be read here.
+        vocabulary: of the tokenizer.
+
+    Raises:
+        DataError: the file that was named has no texts.
+        ResourceError: it cannot be read.
+    """
+    if named is not None:
+        return CheckTexts(tuple(_lines(named)), "texts that were given for the check")
+    try:
+        public = _test_split(record)
+    except (FedtuneError, OSError) as error:
+        why = f", since the run's test split cannot be read here ({type(error).__name__})"
+    else:
+        if public is not None:
+            return public
+        why = ", since the run has no public test split"
+    chance = random.Random(0)
+    words = sorted(word for word in vocabulary if word.isalpha())
+    texts = tuple(" ".join(chance.choices(words, k=chance.randint(3, 20))) for _ in range(_MADE_UP))
+    return CheckTexts(texts, f"made-up texts of the tokenizer's words{why}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot read {path}: {error.strerror or error}. Name a file of texts."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    check_texts(texts)
+    return texts
+
+
+def _test_split(record: Mapping[str, Any]) -> CheckTexts | None:
+    """The test split that the run was evaluated on; None unless its owner declared it public."""
+    from fedtune.config.choices import resolved
+    from fedtune.config.convert import from_dict
+    from fedtune.data.sources.load import load_corpus
+
+    config = from_dict(dict(record["config"]))
+    declared = config.data.public or (config.data.test_public and config.data.test_split is not None)
+    if not declared or resolved(config).federation.evaluation != "public":
+        return None
+    _, test = load_corpus(config.data, config.seed)
+    if test.label_names != tuple(record["data"]["labels"]):
+        raise DataError("its label set is not the run's any more")
+    return CheckTexts(test.texts, "the run's public test split", test.labels, test.sites)
+
+
+def agreement(
+    original: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int64] | None
+) -> dict[str, Any]:
+    """Figures of one format: logits [n, c] that it gives, beside those of the original."""
+    said = found.argmax(1)
+    return {
+        "largest_difference": float(np.abs(found - original).max()),
+        "labels_equal": float((said == original.argmax(1)).mean()),
+        "accuracy": None if labels is None else float((said == labels).mean()),
+    }
+
+
+def refuse_if_wrong(name: str, figures: Mapping[str, Any]) -> None:
+    """Raises `ModelError` if a format in float32 gives other logits than the original: then it is broken."""
+    if not figures["largest_difference"] <= TOLERANCE:  # NaN too
+        raise ModelError(
+            f"The {name} format is not what was trained: a logit differs by "
+            f"{figures['largest_difference']:.3g} "
+            f"where {TOLERANCE:g} is allowed, and {figures['labels_equal']:.1%} of the labels "
+            "are equal. Nothing "
+            "was exported. Leave this format out (--format), and report it with the versions of torch, "
+            "transformers and onnxruntime."
+        )

@@ -1,0 +1,165 @@
+"""Logits of texts by an exported model, in whichever format: onnxruntime, or torch.
+
+Texts are tokenised by the `tokenizers` library from the folder's tokenizer.json, cut as in training, sorted
+by length and run in batches of few padded tokens; what a text gets does not depend on the others beside it,
+up to the last bits of float32 sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.errors import ConfigError, ModelError
+from fedtune.serving.bundle import Bundle
+
+__all__ = ["BATCH_TOKENS", "Classifier", "Forward", "onnx_forward", "probabilities", "torch_forward"]
+
+BATCH_TOKENS = 2048
+# Token ids int64 [b, s] and their mask int64 [b, s] -> logits float32 [b, c].
+Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A tokenizer and a model.
+
+    Attributes:
+        labels: names, in the order of the classes.
+        tokenizer: of the `tokenizers` library, which cuts.
+        forward: the model.
+        pad_id: the token that fills up.
+    """
+
+    labels: tuple[str, ...]
+    tokenizer: Any
+    forward: Forward
+    pad_id: int
+
+    @classmethod
+    def open(cls, bundle: Bundle, wanted: str | None = None, threads: int = 0) -> Classifier:
+        """The model of `bundle` in the format `wanted`; None: the fastest that is there.
+
+        Args:
+            threads: of the model itself; 0: as many as there are cores.
+
+        Raises:
+            ConfigError: there is no such format, or onnxruntime is not installed.
+            ModelError: a file cannot be read.
+        """
+        name = bundle.chosen(wanted)
+        path = bundle.path(name)
+        forward = _hf_forward(bundle.folder) if name == "hf" else onnx_forward(path, threads)
+        return cls(
+            bundle.labels, read_tokenizer(bundle.folder, bundle.max_length), forward, bundle.about["pad_id"]
+        )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut."""
+        return [one.ids for one in self.tokenizer.encode_batch(list(texts))]
+
+    def logits(
+        self, ids: Sequence[Sequence[int]], advance: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Logits, float32 [n, c], of n texts' token ids; `advance` is told how many more are done."""
+        found = np.zeros((len(ids), len(self.labels)), dtype=np.float32)
+        for rows in token_batches([len(one) for one in ids], BATCH_TOKENS):
+            longest = max(len(ids[row]) for row in rows)
+            tokens = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
+            mask = np.zeros((len(rows), longest), dtype=np.int64)
+            for place, row in enumerate(rows):
+                tokens[place, : len(ids[row])] = ids[row]
+                mask[place, : len(ids[row])] = 1
+            found[rows] = self.forward(tokens, mask)
+            if advance is not None:
+                advance(len(rows))
+        return found
+
+
+def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Softmax over the last axis, in float64 between."""
+    raised = np.exp(logits.astype(float) - logits.max(-1, keepdims=True))
+    return (raised / raised.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Positions of `lengths`, longest first, cut so that a batch has at most `max_tokens` padded tokens."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    while order:
+        count = max(1, max_tokens // lengths[order[0]])
+        yield order[:count]
+        order = order[count:]
+
+
+def read_tokenizer(folder: Path, max_length: int) -> Any:
+    """The folder's tokenizer, which cuts to `max_length` tokens and does not pad.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{path} is no tokenizer: {error}. Export the run again.") from error
+    tokenizer.enable_truncation(max_length)
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def onnx_forward(path: Path, threads: int = 0) -> Forward:
+    """The ONNX file `path` in onnxruntime, on the processor.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+        ModelError: it cannot read the file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            "An ONNX file needs onnxruntime, which this Python lacks. Install it with "
+            "`pip install onnxruntime`, or use transformers' format: --format hf."
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ModelError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+    names = [one.name for one in session.get_inputs()]
+
+    def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        given = {"input_ids": ids, "attention_mask": mask}
+        inputs = {name: given[name] if name in given else np.zeros_like(ids) for name in names}
+        logits: NDArray[np.float32] = session.run(None, inputs)[0]
+        return logits
+
+    return forward
+
+
+def torch_forward(module: Any) -> Forward:
+    """A torch module that takes input_ids and attention_mask, and gives logits or an object with them."""
+    import torch
+
+    def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            found = module(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+            logits: NDArray[np.float32] = getattr(found, "logits", found).float().numpy()
+            return logits
+
+    return forward
+
+
+def _hf_forward(folder: Path) -> Forward:
+    from fedtune.models.standalone import load_merged
+
+    return torch_forward(load_merged(folder))
