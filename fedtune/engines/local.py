@@ -3,7 +3,8 @@
 One Context a node, one worker thread, one message at a time: torch already uses every core for one
 client, and one model serves all. Messages go through Flower's own serialization in both directions,
 so that their bytes are the real ones and no node can reach into another's message or the server's.
-A message is run when its answer is pulled, so at most one copy of the adapter is on its way at once.
+A message is run when its answer is pulled, so a few megabytes of adapters at most are on their way at once.
+What can be done for many before the first of them is run is done `ahead`: charges, in one durable write.
 
 A client that hangs is given up after `timeout` seconds: its thread is told to end at its next Python
 instruction, its late answer goes nowhere, and the next client gets a new thread and, through
@@ -17,11 +18,14 @@ from __future__ import annotations
 import copy
 import ctypes
 import dataclasses
+import itertools
+import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -46,9 +50,11 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, Observer
 
-__all__ = ["ClientThread", "LocalGrid", "run"]
+__all__ = ["Ahead", "ClientThread", "LocalGrid", "run"]
 
+_log = logging.getLogger(__name__)
 _FIRST_NODE_ID = SERVER_NODE_ID + 1
+_MOST_BYTES = 8_000_000  # of messages that go ahead together
 
 
 class _Abandoned(BaseException):
@@ -101,6 +107,23 @@ class ClientThread:
             self._thread.join(wait)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ahead:
+    """What is done for many messages before the first of them is run.
+
+    Attributes:
+        kinds: of messages for which it is done.
+        most: messages, all of one kind and each of another node.
+        before: called with them, each with its node's Context.
+        after: called when all of these have been run; with the ids of those that will not be, at the end.
+    """
+
+    kinds: Collection[str]
+    most: int
+    before: Callable[[Sequence[tuple[Message, Context]]], None]
+    after: Callable[[Iterable[str]], None]
+
+
 class LocalGrid(Grid):
     """Runs a ClientApp for `num_nodes` nodes in this process.
 
@@ -111,6 +134,7 @@ class LocalGrid(Grid):
         timeout: seconds that one client may take for one message.
         node_config: more keys for every Context's `node_config`.
         on_abandoned: called after a client was given up, before the next one starts.
+        ahead: what is done for many messages before the first of them is run.
     """
 
     def __init__(
@@ -122,8 +146,9 @@ class LocalGrid(Grid):
         timeout: float,
         node_config: Mapping[str, Any] | None = None,
         on_abandoned: Callable[[], None] | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
-        self._app = client_app
+        self._app, self._ahead = client_app, ahead
         self._timeout = timeout
         self._on_abandoned = on_abandoned
         # Always 56 bits: every message carries it, and is as long in every run, whatever was drawn.
@@ -134,7 +159,9 @@ class LocalGrid(Grid):
             for i in range(num_nodes)
         }
         self._states = {node_id: RecordDict() for node_id in self._nodes}
-        self._pending: dict[str, Message] = {}
+        # Ordered: the first of a plain dict is found past all that were taken out before it.
+        self._pending: OrderedDict[str, Message] = OrderedDict()
+        self._ready: dict[str, tuple[Message, Context]] = {}  # of those pending: as its client gets each
         self._thread: ClientThread | None = None
 
     @property
@@ -187,7 +214,7 @@ class LocalGrid(Grid):
         """Runs the first of these messages that has not run, and gives its answer; [] if all have."""
         wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         message_id = next((name for name in self._pending if name in wanted), None)
-        return [] if message_id is None else [self._deliver(self._pending.pop(message_id))]
+        return [] if message_id is None else [self._answer(message_id)]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -207,10 +234,51 @@ class LocalGrid(Grid):
         if self._thread is not None:
             self._thread.abandon(wait)
             self._thread = None
+        if self._ahead is not None:
+            self._ahead.after(list(self._ready))
+        self._ready.clear()
         self._pending.clear()
 
-    def _deliver(self, message: Message) -> Message:
-        received = deserialize(serialize(message))
+    def _answer(self, message_id: str) -> Message:
+        """The answer to a pending message."""
+        ahead = self._ahead
+        if ahead is None or self._pending[message_id].metadata.message_type not in ahead.kinds:
+            return self._deliver(self._pending.pop(message_id))
+        if message_id not in self._ready:
+            self._prepare(ahead, message_id)
+        answer = self._deliver(self._pending.pop(message_id))
+        if not self._ready:
+            ahead.after(())
+        return answer
+
+    def _prepare(self, ahead: Ahead, first: str) -> None:
+        """Makes the message `first` ready, and with it those behind it for which something is done ahead."""
+        kind, group, size = self._pending[first].metadata.message_type, dict[int, str](), 0
+        for name, message in itertools.dropwhile(lambda item: item[0] != first, self._pending.items()):
+            node_id = message.metadata.dst_node_id
+            if node_id in group or message.metadata.message_type != kind:
+                break
+            if name not in self._ready:
+                group[node_id] = name
+                data = serialize(message)
+                self._ready[name] = self._received(message, data)
+                size += len(data)
+            if len(group) == ahead.most or size > _MOST_BYTES:
+                break
+        if len(group) == 1:
+            return
+        ready = [self._ready[name] for name in group.values()]
+        try:
+            self._client_thread().run(lambda: ahead.before(ready), self._timeout)
+        except TimeoutError:
+            self._give_up()
+            for name in group.values():  # what the thread has may still be written to
+                self._ready[name] = self._received(message := self._pending[name], serialize(message))
+        except Exception as error:
+            _log.debug("Nothing was done ahead: %s", error)  # each client meets it, and answers for itself
+
+    def _received(self, message: Message, data: bytes) -> tuple[Message, Context]:
+        """A message as its node gets it, with a Context of its own."""
         node_id = message.metadata.dst_node_id
         context = Context(
             run_id=self.run_id,
@@ -219,19 +287,31 @@ class LocalGrid(Grid):
             state=copy.deepcopy(self._states[node_id]),
             run_config=dict(self._run_config),
         )
+        return deserialize(data), context
+
+    def _client_thread(self) -> ClientThread:
         if self._thread is None:
             self._thread = ClientThread()
-        thread = self._thread
+        return self._thread
+
+    def _give_up(self) -> None:
+        """Leaves the client's thread to itself."""
+        self._client_thread().abandon()
+        self._thread = None
+        if self._on_abandoned is not None:
+            self._on_abandoned()
+
+    def _deliver(self, message: Message) -> Message:
+        ready = self._ready.pop(message.metadata.message_id, None)
+        received, context = self._received(message, serialize(message)) if ready is None else ready
+        node_id = message.metadata.dst_node_id
         try:
-            data = thread.run(lambda: serialize(self._app(received, context)), self._timeout)
+            data = self._client_thread().run(lambda: serialize(self._app(received, context)), self._timeout)
             answer = deserialize(data)
             # A client that was given up may still be writing to its own copy; that copy is not kept.
             self._states[node_id] = context.state
         except TimeoutError:
-            thread.abandon()
-            self._thread = None
-            if self._on_abandoned is not None:
-                self._on_abandoned()
+            self._give_up()
             answer = error_answer(
                 message, f"did not answer in {self._timeout:g} s (federation.round_timeout)"
             )
@@ -249,6 +329,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         FedtuneError: as `fedtune.federation.server.loop.run_rounds` does.
     """
     from fedtune.config.convert import to_json
+    from fedtune.federation.client import together
     from fedtune.federation.client.app import app
     from fedtune.federation.resources import forget, run_resources, training_usage
     from fedtune.federation.server.loop import run_rounds
@@ -261,6 +342,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
         timeout=config.federation.round_timeout,
         on_abandoned=forget,
+        ahead=Ahead(together.KINDS, together.MOST, together.charge, together.settle),
     )
     try:
         with task_identity(grid.run_id):

@@ -385,7 +385,7 @@ def _interrupted(run_dir: Path) -> str:
     if has_checkpoint(run_dir):
         return (
             f"Interrupted. Finished rounds are saved; go on with: {_resume_command(run_dir)} (the round "
-            "that was interrupted counts as released by the nodes that had begun it)"
+            "that was interrupted counts as released by the nodes that it had charged)"
         )
     return f"Interrupted before the first round began; {_shown(run_dir)} holds nothing to resume from."
 

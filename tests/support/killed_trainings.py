@@ -27,7 +27,7 @@ from fedtune.config.convert import config_from_json
 from fedtune.federation.client.app import app
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.resources import run_resources
-from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
 from tests.federation.client.test_client_app import Node
 from tests.support.tiny_federation import one_thread
 
@@ -64,11 +64,12 @@ def charge_when_trained() -> None:
     reserve, commit = PrivacyLedger.reserve, PrivacyLedger.commit
     wanted: list[Any] = []
 
-    def remembered(self: PrivacyLedger, **release: Any) -> Any:
-        wanted.append(release)
+    def remembered(self: PrivacyLedger, asked: Any) -> Any:
+        wanted.append(asked)
+        return Reservation(0, "", asked.node, asked.run, asked.round, 1)
 
     def written(self: PrivacyLedger, reservation: Any) -> None:
-        commit(self, reserve(self, **wanted.pop()))
+        commit(self, reserve(self, wanted.pop()))
 
     PrivacyLedger.reserve, PrivacyLedger.commit = remembered, written  # type: ignore[method-assign, assignment]
 

@@ -9,7 +9,8 @@ It reads its message and its Context and nothing else. The server proposes; the 
 5. train, commit, and send the update with public numbers. Where the site has a part of its own of the model
    (`fedtune.federation.personal`), the gradient is taken with it, and it moves, before the commit.
 
-Steps 2 to 4 are `fedtune.federation.client.release.reserve_release`. All of this happens for every message,
+Steps 2 to 4 are `fedtune.federation.client.release.reserve_release`; nodes of a simulation that one process
+runs go through them together (`fedtune.federation.client.together`). All of this happens for every message,
 from the beginning: there is no state of round 1 that a restart, or a node that joins late, could go on
 without (PITFALLS 3). `propose` asks in advance, and without any charge, whether all rounds of the run would
 be permitted. `evaluate` goes the same way as `train`: only after the charge is the held-out part of the shard
@@ -33,6 +34,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.errors import LedgerError
+from fedtune.federation.client import together
 from fedtune.federation.client.node_context import (
     delay_answer,
     node_config,
@@ -127,25 +129,28 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(
-    message: Message, context: Context, reply: Callable[[RoundRequest, Context], RecordDict]
+    message: Message, context: Context, reply: Callable[[RoundRequest, Context, Release | None], RecordDict]
 ) -> Message:
     """`reply` to a request, which must not raise, after the delay that the node's owner asks for."""
     arrived = time.monotonic()
-    try:
-        request = RoundRequest.from_records(message.content)
-    except Exception as error:
-        return error_answer(message, public_reason(error, "?", context))
-    content = reply(request, context)
+    if (ahead := together.charged(message)) is not None:
+        content = reply(ahead.request, context, ahead.release)
+    else:
+        try:
+            request = RoundRequest.from_records(message.content)
+        except Exception as error:
+            return error_answer(message, public_reason(error, "?", context))
+        content = reply(request, context, None)
     delay_answer(context, arrived)
     return Message(content, reply_to=message)
 
 
-def _training_reply(request: RoundRequest, context: Context) -> RecordDict:
-    release: Release | None = None
+def _training_reply(request: RoundRequest, context: Context, release: Release | None) -> RecordDict:
+    """`release`: what the node was charged already, together with others."""
     try:
-        release = reserve_release(request, context)
+        release = release or reserve_release(request, context)
         update, seconds = _train(release, request)
-        release.ledger.commit(release.reservation)
+        together.end(release)
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
         return failure_reply(request, context, release, error).to_records()
@@ -202,13 +207,13 @@ def _keep(release: Release, own: PersonalPart, adapter: np.ndarray | None) -> No
         _log.warning("The site's own model could not be kept in %s.", own.folder, exc_info=True)
 
 
-def _evaluation_reply(request: RoundRequest, context: Context) -> RecordDict:
-    release: Release | None = None
+def _evaluation_reply(request: RoundRequest, context: Context, release: Release | None) -> RecordDict:
+    """`release` as in `_training_reply`."""
     asked: dict[str, Any] = {"run": request.run, "round": request.round, "attempt": request.attempt}
     try:
-        release = reserve_release(request, context, evaluation=True)
+        release = release or reserve_release(request, context, evaluation=True)
         counts = _noised_counts(release, request)
-        release.ledger.commit(release.reservation)
+        together.end(release)
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
         fields = failure_fields(context, release, request.round, error)

@@ -33,6 +33,7 @@ from fedtune.federation.client.policy import check_plan
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.personal import place_of_part
 from fedtune.federation.sizes import tell_size
+from fedtune.privacy.ledger.ledger import AskedRelease
 from fedtune.privacy.mechanisms.counts import size_plan
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = [
+    "Asked",
     "Permitted",
     "Release",
     "ReleaseCounter",
+    "ask_for_release",
     "charged_releases",
     "check_run",
     "declare_size",
@@ -126,6 +129,7 @@ class Release:
     reservation: Reservation
     place: Path | None  # of the node's personal part, if it has one
     count: int  # this run's releases for the same purpose in the ledger, this one included
+    together: bool = False  # charged with those of other nodes
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,26 @@ class Permitted:
     plan: PrivacyPlan  # as it is accounted for this shard
     ledger: PrivacyLedger
     place: Path | None  # of the node's personal part, if it has one
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A release that this node may make as far as it can tell without a charge."""
+
+    request: RoundRequest
+    own: Permitted
+    counter: ReleaseCounter
+    wanted: AskedRelease
+
+    def reserved(self, reservation: Reservation, *, together: bool = False) -> Release:
+        """The release, now that it is charged; the second witness takes note of it."""
+        own = self.own
+        self.counter.note(self.request, reservation.count)
+        training = self.request.plan.training_plan(own.shard.declared_size)
+        return Release(
+            own.config, own.shard, own.plan, training, own.ledger, reservation, own.place, reservation.count,
+            together,
+        )  # fmt: skip
 
 
 def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
@@ -207,45 +231,49 @@ def check_run(plan: PrivacyPlan, run: str, context: Context) -> str:
     return own.shard.node
 
 
-def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
-    """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
-
-    For every protocol: whoever lets anything about a shard leave the node calls this first. With `evaluation`
-    it is for an answer about what is held out, charged by the plan's own event for that.
-
-    Raises:
-        PrivacyError: (of some kind) the node refuses; nothing is charged then.
-    """
+def ask_for_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Asked:
+    """Steps 2 and 3 of a round: shard, plan, second witness. Charges nothing. Raises as `reserve_release`."""
     own = permitted(request.plan, request.run, context)
-    config, shard, plan, ledger = own.config, own.shard, own.plan, own.ledger
-    charged: ReleasePlan | None = plan.evaluation() if evaluation else plan
+    config, shard = own.config, own.shard
+    charged: ReleasePlan | None = own.plan.evaluation() if evaluation else own.plan
     if charged is None:
         raise PrivacyError(
             f"Node {shard.node!r} is asked about data that it holds out, and federation.evaluation is "
             f"{config.federation.evaluation}: no such answer is in the plan."
         )
-    if evaluation and (site := site_settings(context)) is not None:
+    site = site_settings(context)
+    if evaluation and site is not None:
         site.check_evaluation(request.plan)
-
-    earlier = {"run": request.run, "node": shard.node, "purpose": charged.purpose}
     counter = ReleaseCounter(
         context.state, request.run, "fedtune.answers" if evaluation else ReleaseCounter.NAME
     )
-    counter.check(request, shard.node, len(ledger.rounds(**earlier)))
-    reservation = ledger.reserve(
+    earlier = own.ledger.rounds(run=request.run, node=shard.node, purpose=charged.purpose)
+    counter.check(request, shard.node, len(earlier))
+    wanted = AskedRelease(
         dataset=shard.dataset,
         fingerprint=shard.identity,
         node=shard.node,
         run=request.run,
         round=request.round,
         plan=charged,
-        whole=releases_of(plan, site_settings(context)),
+        whole=tuple(releases_of(own.plan, site)),
         public=config.data.public,
     )
-    count = len(ledger.rounds(**earlier))
-    counter.note(request, count)
-    training = request.plan.training_plan(shard.declared_size)
-    return Release(config, shard, plan, training, ledger, reservation, own.place, count)
+    return Asked(request, own, counter, wanted)
+
+
+def reserve_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Release:
+    """Steps 2 to 4 of a round: shard, plan, ledger, second witness, and a durable charge.
+
+    For every protocol: whoever lets anything about a shard leave the node calls this first, or has been
+    charged together with other nodes (`fedtune.federation.client.together`). With `evaluation` it is for an
+    answer about what is held out, charged by the plan's own event for that.
+
+    Raises:
+        PrivacyError: (of some kind) the node refuses; nothing is charged then.
+    """
+    asked = ask_for_release(request, context, evaluation=evaluation)
+    return asked.reserved(asked.own.ledger.reserve(asked.wanted))
 
 
 def declare_size(config: Config, context: Context) -> None:

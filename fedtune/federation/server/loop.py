@@ -412,7 +412,7 @@ def _says_how_to_resume(run_dir: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"Interrupted. Finished rounds are saved; go on with `fedtune run resume={run_dir}`. The "
-            "round that was interrupted counts as released by the nodes that had begun it."
+            "round that was interrupted counts as released by the nodes that it had charged."
         ) from None
 
 

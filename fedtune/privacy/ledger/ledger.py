@@ -28,11 +28,12 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedtune.errors import LedgerError, PrivacyError
 from fedtune.privacy.accounting.calibration import cached_epsilon
@@ -61,10 +62,12 @@ from fedtune.privacy.ledger.identity import (
 from fedtune.privacy.ledger.key_sets import KeySets
 from fedtune.privacy.ledger.releases import (
     RELEASED,
-    Planned,
+    AskedRelease,
     Release,
+    as_planned,
     charge_of,
     noise_scope,
+    planned_by,
     release_of,
     steps_of,
     terms_of_plan,
@@ -72,7 +75,9 @@ from fedtune.privacy.ledger.releases import (
 from fedtune.privacy.ledger.state import LedgerState, LedgerWriter, StateReader, replay
 from fedtune.privacy.plan import ReleasePlan
 
-__all__ = ["PrivacyBudget", "PrivacyLedger", "Release", "Reservation"]
+__all__ = ["AskedRelease", "PrivacyBudget", "PrivacyLedger", "Release", "Reservation"]
+
+T = TypeVar("T")
 
 _MOST_OPEN = 16  # ledgers that one process holds open
 _opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
@@ -88,6 +93,7 @@ class Reservation:
     node: str
     run: str
     round: int
+    count: int  # of the node's releases in the run for the same purpose, with this one
 
 
 class PrivacyLedger:
@@ -139,75 +145,87 @@ class PrivacyLedger:
 
     # --- releasing ----------------------------------------------------------------------------------
 
-    def reserve(
-        self,
-        *,
-        dataset: str,
-        fingerprint: str | Identity,
-        node: str,
-        run: str,
-        round: int,
-        plan: ReleasePlan,
-        whole: Sequence[ReleasePlan] = (),
-        public: bool = False,
-    ) -> Reservation:
-        """Writes down that one release of `plan` is about to be made, durably, before it returns.
+    def reserve(self, asked: AskedRelease | None = None, **fields: Any) -> Reservation:
+        """Writes down that one release is about to be made, durably, before it returns.
 
-        Args: `dataset` and `fingerprint` say from what (see the class); `whole`: the plans of all releases of
-        the run, one for each purpose, by which it may be admitted as one that was fixed in advance (default:
-        `plan` alone); `public`: its owner declared the data public, so nothing is refused (ignored where a
-        key of it was released as private before). Raises `BudgetExhausted` if the release would exceed a
-        budget or the run's own plan, `SeparationError` if it comes too soon after the last one (dp_ftrl),
+        Args: `asked`, or its fields. Raises `BudgetExhausted` if the release would exceed a budget or
+        the run's own plan, `SeparationError` if it comes too soon after the last one (dp_ftrl),
         `PrivacyError` if it is another than the run's first ones were, `LedgerError` if it could not be
         written; then nothing may be released.
         """
-        data = fingerprint if isinstance(fingerprint, Identity) else str(fingerprint or "")
-        for name, value in (("dataset", dataset), ("fingerprint", data), ("node", node), ("run", run)):
-            if not isinstance(value, str | Identity) or not value:
-                raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
-        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
-            raise PrivacyError(f"round must be a whole number of 0 or more, not {round!r}.")
-        planned = _planned(whole or (plan,))
+        (answer,) = self.reserve_all([asked or AskedRelease(**fields)])
+        if isinstance(answer, PrivacyError):
+            raise answer
+        return answer
+
+    def reserve_all(self, asked: Sequence[AskedRelease]) -> list[Reservation | PrivacyError]:
+        """`reserve` for several releases in one transaction: when it returns, all are on the disk together.
+
+        In their order, each checked after those before it. For one that `reserve` would refuse its answer is
+        the error, and nothing is written. Raises `LedgerError` if they could not be written; then none of
+        them may be made.
+        """
+        answers: list[Reservation | PrivacyError] = []
         # Keys and accounting may take a second. They are made here first, so that they are known already when
         # they are asked for again below, where other processes wait for the lock.
-        known = self._keys(data, register=True)
-        named = (_as_json(planned),) if whole else None
+        allowed = [_refusal(partial(self._ahead, one)) for one in asked]
+        if all(isinstance(one, PrivacyError) for one in allowed):
+            return [one for one in allowed if isinstance(one, PrivacyError)]
+        with self.writing() as writer:
+            for one, ahead in zip(asked, allowed, strict=True):
+                if isinstance(ahead, PrivacyError):
+                    answers.append(ahead)
+                else:
+                    answers.append(_refusal(partial(self._reserved, one, ahead, writer)))
+        return answers
 
-        def allowed(connection: Any, state: LedgerState) -> tuple[int, bool]:
-            made = self._runs.made(connection, plan, named, node=node, run=run, round=round)
-            steps = {plan.unit: charge_of(plan, 1, made)}
-            request = ReleaseRequest(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
-            account = self._sets.account(connection, state, dataset, known)
-            budgets = self._budgets(connection, state)
-            return made, self._allowance.check(
-                budgets, account, request, dataset=dataset, node=node, round=round, public=public
-            )
-
+    def _ahead(self, asked: AskedRelease) -> KeySet | str:
+        """What `asked` is a release from; raises as `reserve`."""
+        known = self._keys(asked.checked(), register=True)
         state = self.state()
         with self._chain.reading() as view:
-            allowed(view, state)
-        with self.writing() as writer:
-            state = writer.state
-            if state.node is not None and state.node != node and not self._shared:
-                raise LedgerError(
-                    f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
-                    "it for a release. Two nodes with one ledger would spend one another's budget: give each "
-                    "its own file."
-                )
-            made, public = allowed(writer.connection, state)
-            if isinstance(known, KeySet) and known.id not in state.sets:
-                writer.write("set", self._sets.add(writer.connection, known, state))
-            body: dict[str, Any] = {
-                "dataset": dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
-                "node": node, "round": round, "public": bool(public), "trust": plan.trust, "unit": plan.unit,
-                "delta": plan.delta, "num_rounds": plan.num_rounds,
-                "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
-                "steps": steps_of(plan, made), **noise_scope(plan),
-            }  # fmt: skip
-            if node not in state.plans.get(run, {}):
-                body["planned"] = _as_json(planned)
-            row = writer.write("reserved", body, run=run)
-        return Reservation(row.seq, row.hash, node, run, round)
+            self._allowed(asked, known, view, state)
+        return known
+
+    def _allowed(
+        self, asked: AskedRelease, known: KeySet | str, connection: Any, state: LedgerState
+    ) -> tuple[int, bool]:
+        """How many such releases were made, and whether this one is of public data; raises as `reserve`."""
+        plan, node, run, round = asked.plan, asked.node, asked.run, asked.round
+        planned = asked.planned
+        named = (as_planned(planned),) if asked.whole else None
+        made = self._runs.made(connection, plan, named, node=node, run=run, round=round)
+        steps = {plan.unit: charge_of(plan, 1, made)}
+        request = ReleaseRequest(run, plan, steps, self._planned(state, run, node, planned), plan.purpose)
+        account = self._sets.account(connection, state, asked.dataset, known)
+        return made, self._allowance.check(
+            self._budgets(connection, state), account, request,
+            dataset=asked.dataset, node=node, round=round, public=asked.public,
+        )  # fmt: skip
+
+    def _reserved(self, asked: AskedRelease, known: KeySet | str, writer: LedgerWriter) -> Reservation:
+        """Writes the row of `asked`, if it is allowed after the rows before it."""
+        state, plan, node, run = writer.state, asked.plan, asked.node, asked.run
+        if state.node is not None and state.node != node and not self._shared:
+            raise LedgerError(
+                f"The privacy ledger {self.path} belongs to node '{state.node}', but node '{node}' asks "
+                "it for a release. Two nodes with one ledger would spend one another's budget: give each "
+                "its own file."
+            )
+        made, public = self._allowed(asked, known, writer.connection, state)
+        if isinstance(known, KeySet) and known.id not in state.sets:
+            writer.write("set", self._sets.add(writer.connection, known, state))
+        body: dict[str, Any] = {
+            "dataset": asked.dataset, "fingerprint": known.id if isinstance(known, KeySet) else known,
+            "node": node, "round": asked.round, "public": bool(public), "trust": plan.trust,
+            "unit": plan.unit, "delta": plan.delta, "num_rounds": plan.num_rounds,
+            "reproducible_noise": plan.reproducible_noise, "purpose": plan.purpose,
+            "steps": steps_of(plan, made), **noise_scope(plan),
+        }  # fmt: skip
+        if node not in state.plans.get(run, {}):
+            body["planned"] = as_planned(asked.planned)
+        row = writer.write("reserved", body, run=run)
+        return Reservation(row.seq, row.hash, node, run, asked.round, made + 1)
 
     def check_run(
         self,
@@ -264,19 +282,30 @@ class PrivacyLedger:
 
         A second commit of the same reservation changes nothing. Without any, the release counts all the same.
         """
-        with self.writing() as writer:
-            if self._chain.hash_of(writer.connection, reservation.seq) != reservation.hash:
-                raise LedgerError(
-                    f"The privacy ledger {self.path} holds no reservation number {reservation.seq} of run "
-                    f"'{reservation.run}', round {reservation.round}: was it made in another file?"
-                )
-            if self._runs.is_committed(writer.connection, reservation.run, reservation.seq):
-                return
-            writer.write("committed", {"reservation": reservation.seq}, run=reservation.run)
+        self.commit_all([reservation])
 
-    def writing(self) -> AbstractContextManager[LedgerWriter]:
+    def commit_all(self, reservations: Iterable[Reservation]) -> None:
+        """`commit` for several releases in one transaction."""
+        with self.writing() as writer:
+            for one in reservations:
+                if self._chain.hash_of(writer.connection, one.seq) != one.hash:
+                    raise LedgerError(
+                        f"The privacy ledger {self.path} holds no reservation number {one.seq} of run "
+                        f"'{one.run}', round {one.round}: was it made in another file?"
+                    )
+                if not self._runs.is_committed(writer.connection, one.run, one.seq):
+                    writer.write("committed", {"reservation": one.seq}, run=one.run)
+
+    @contextmanager
+    def writing(self) -> Iterator[LedgerWriter]:
         """A transaction that holds the writer's lock (`StateReader.writing`)."""
-        return self._reader.writing()
+        try:
+            with self._reader.writing() as writer:
+                yield writer
+        except BaseException:
+            # They may have counted rows of this transaction, which are not in the file now.
+            self._sets, self._runs = KeySets(self._chain), RunCounts(self._chain)
+            raise
 
     # --- asking -------------------------------------------------------------------------------------
 
@@ -435,7 +464,7 @@ class PrivacyLedger:
             further = charge_of(plan, max(0, plan.num_rounds - done), done)
             steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
         return state, ReleaseRequest(
-            run, plans[0], steps, self._planned(state, run, node, _planned(plans)), "run"
+            run, plans[0], steps, self._planned(state, run, node, planned_by(plans)), "run"
         )
 
     def _planned(
@@ -456,12 +485,11 @@ class PrivacyLedger:
         return budgets_of(row.body for row in self._chain.latest_of_kind(connection, "budget", state.seq))
 
 
-def _planned(plans: Sequence[ReleasePlan]) -> dict[Term, int] | None:
-    """Everything that the plans of one run allow."""
-    return compose_terms(*(charge_of(plan, plan.num_rounds) for plan in plans))
-
-
-def _as_json(planned: dict[Term, int] | None) -> Planned:
-    if planned is None:
-        return None
-    return [[term.sample_rate, term.noise_multiplier, count] for term, count in sorted(planned.items())]
+def _refusal(ask: Callable[[], T]) -> T | PrivacyError:
+    """What `ask` returns, or the refusal that it raises; a ledger that cannot be used is none."""
+    try:
+        return ask()
+    except LedgerError:
+        raise
+    except PrivacyError as error:
+        return error

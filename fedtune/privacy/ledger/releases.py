@@ -7,22 +7,28 @@ and their noise of trust=distributed was that towards the server.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
 from fedtune.privacy.ledger.chain import Row
+from fedtune.privacy.ledger.identity import Identity
 from fedtune.privacy.mechanisms.registry import MECHANISMS
 from fedtune.privacy.plan import UNITS, ReleasePlan
 
 __all__ = [
     "RELEASED",
+    "AskedRelease",
     "Planned",
     "Release",
+    "as_planned",
     "charge_of",
     "charged_steps",
     "is_coarser",
     "noise_scope",
+    "planned_by",
     "planned_in",
     "purpose_of",
     "release_of",
@@ -93,6 +99,42 @@ def release_of(row: Row, *, committed: bool) -> Release:
     )
 
 
+@dataclass(frozen=True)
+class AskedRelease:
+    """One release that a node asks its ledger for.
+
+    `dataset` and `fingerprint` say from what (see `fedtune.privacy.ledger.ledger`); `whole`: the plans of all
+    releases of the run, one for each purpose, by which it may be admitted as one that was fixed in advance
+    (none: `plan` alone); `public`: its owner declared the data public, so nothing is refused (ignored where a
+    key of it was released as private before).
+    """
+
+    dataset: str
+    fingerprint: str | Identity
+    node: str
+    run: str
+    round: int
+    plan: ReleasePlan
+    whole: tuple[ReleasePlan, ...] = ()
+    public: bool = False
+
+    @property
+    def planned(self) -> dict[Term, int] | None:
+        """Everything that the run's plans allow."""
+        return planned_by(self.whole or (self.plan,))
+
+    def checked(self) -> str | Identity:
+        """What the data is known by. Raises `PrivacyError` if something that a release needs is missing."""
+        data = self.fingerprint if isinstance(self.fingerprint, Identity) else str(self.fingerprint or "")
+        named = (("dataset", self.dataset), ("fingerprint", data), ("node", self.node), ("run", self.run))
+        for name, value in named:
+            if not isinstance(value, str | Identity) or not value:
+                raise PrivacyError(f"A release needs a {name}: a text that is not empty, not {value!r}.")
+        if isinstance(self.round, bool) or not isinstance(self.round, int) or self.round < 0:
+            raise PrivacyError(f"round must be a whole number of 0 or more, not {self.round!r}.")
+        return data
+
+
 def charge_of(plan: ReleasePlan, releases: int, after: int = 0) -> dict[Term, int] | None:
     """What `releases` of `plan` cost the data; None without privacy.
 
@@ -161,3 +203,15 @@ def steps_of(plan: ReleasePlan, made: int) -> list[dict[str, Any]] | None:
         {"sample_rate": term.sample_rate, "noise_multiplier": term.noise_multiplier, "count": count}
         for term, count in sorted(terms.items())
     ]
+
+
+def planned_by(plans: Sequence[ReleasePlan]) -> dict[Term, int] | None:
+    """Everything that the plans of one run allow."""
+    return compose_terms(*(charge_of(plan, plan.num_rounds) for plan in plans))
+
+
+def as_planned(terms: dict[Term, int] | None) -> Planned:
+    """Steps as the row of a run's first release names them; `terms_of_plan` reads them."""
+    if terms is None:
+        return None
+    return [[term.sample_rate, term.noise_multiplier, count] for term, count in sorted(terms.items())]

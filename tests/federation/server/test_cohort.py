@@ -65,7 +65,7 @@ class Field(LocalGrid):
         ready = [name for name in set(message_ids) & set(self._due) if self._due[name][0] <= now]
         for name in ready:
             del self._due[name]
-        return [self._deliver(self._pending.pop(name)) for name in ready]
+        return [self._answer(name) for name in ready]
 
 
 def real(**federation: Any) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from fedtune.privacy.accounting.filter import RunSteps, spent
 from fedtune.privacy.ledger import ledger as module
 from fedtune.privacy.ledger.budget import Budgets, PrivacyBudget
 from fedtune.privacy.ledger.chain import Chain, Row
-from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
+from fedtune.privacy.ledger.identity import make_secret
+from fedtune.privacy.ledger.ledger import AskedRelease, PrivacyLedger, Reservation
 from tests.support.golden import Golden
 from tests.support.ledgers import identity
 from tests.support.plans import local_plan, public_plan
@@ -63,8 +65,8 @@ def test_the_row_of_a_release(ledger: PrivacyLedger) -> None:
     assert rows[0].body["planned"] == [[0.05, 1.0, 60]] and "planned" not in rows[1].body
     assert rows[1].body["round"] == 1
     assert [(row.kind, row.run) for row in rows] == [("reserved", "run-1")] * 2
-    assert first == Reservation(1, rows[0].hash, "clinic", "run-1", 0)
-    assert second == Reservation(2, rows[1].hash, "clinic", "run-1", 1)
+    assert first == Reservation(1, rows[0].hash, "clinic", "run-1", 0, 1)
+    assert second == Reservation(2, rows[1].hash, "clinic", "run-1", 1, 2)
     assert head(ledger) == (2, rows[1].hash) and ledger.state().node == "clinic"
     assert ledger.verify() == (2, [])
 
@@ -72,7 +74,7 @@ def test_the_row_of_a_release(ledger: PrivacyLedger) -> None:
 def test_what_a_run_without_noise_plans(ledger: PrivacyLedger) -> None:
     reserve(ledger, plan=public_plan())
     assert rows_of(ledger)[0].body["planned"] is None
-    assert module._as_json({Term(1.0, 3.0): 2, STEP: 5}) == [[0.05, 1.0, 5], [1.0, 3.0, 2]]
+    assert module.as_planned({Term(1.0, 3.0): 2, STEP: 5}) == [[0.05, 1.0, 5], [1.0, 3.0, 2]]
 
 
 def test_a_ledger_that_nobody_wrote_to(ledger: PrivacyLedger) -> None:
@@ -300,3 +302,78 @@ def test_a_budget_is_a_row_and_replaces_a_damaged_file(ledger: PrivacyLedger) ->
     ledger.set_budget(PrivacyBudget(3.0, DELTA))
     assert [(row.kind, row.run) for row in rows_of(ledger)] == [("budget", None)]
     assert ledger.budgets() == Budgets(PrivacyBudget(3.0, DELTA), {})
+
+
+# --- several at once ---------------------------------------------------------------------------------
+
+
+def asked(node: str, round: int, **changes: Any) -> AskedRelease:
+    values: dict[str, Any] = {
+        "dataset": "visits", "fingerprint": "f1", "node": node, "run": "run-1", "round": round,
+        "plan": local_plan(num_rounds=2),
+    }  # fmt: skip
+    return AskedRelease(**(values | changes))
+
+
+def test_releases_asked_at_once_are_those_asked_one_after_another(tmp_path: Path) -> None:
+    wanted = [
+        asked("a", 1), asked("b", 1), asked("a", 2), asked("a", 3),  # over the plan's two rounds
+        asked("b", 2, plan=local_plan(num_rounds=2, noise_multiplier=9.0)),  # not what it began with
+        asked("", 2), asked("c", 1, fingerprint=identity("xy")), asked("c", 2, fingerprint=identity("xy")),
+    ]  # fmt: skip
+
+    secret = tmp_path / "a.key"
+    make_secret(secret)
+
+    def answers(name: str, together: bool) -> tuple[list[Any], list[Any]]:
+        ledger = PrivacyLedger(tmp_path / name / "l.sqlite", shared=True)
+        ledger.secret_path.parent.mkdir()
+        shutil.copy(secret, ledger.secret_path)  # by which it names sets of keys
+        ledger.set_budget(PrivacyBudget(50.0, 1e-5))
+        given: list[Any] = []
+        if together:
+            given = ledger.reserve_all(wanted)
+        else:
+            for one in wanted:
+                try:
+                    given.append(ledger.reserve(one))
+                except PrivacyError as error:
+                    given.append(error)
+        assert ledger.verify()[1] == []
+        said = [str(one) if isinstance(one, Exception) else (one.node, one.round, one.count) for one in given]
+        return said, [(row.kind, row.run, row.body) for row in rows_of(ledger) if row.kind != "secret"]
+
+    assert answers("together", True) == answers("alone", False)
+    said, rows = answers("again", True)
+    assert [one for one in said if isinstance(one, tuple)] == [
+        ("a", 1, 1), ("b", 1, 1), ("a", 2, 2), ("c", 1, 1), ("c", 2, 2),
+    ]  # fmt: skip
+    assert "allows 2 releases, and 2 were made" in said[3] and "another sampling rate" in said[4]
+    assert [row[0] for row in rows] == ["budget", *["reserved"] * 3, "set", *["reserved"] * 2]
+
+
+def test_of_several_releases_all_are_written_or_none(
+    ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve(ledger, round=0, plan=local_plan(num_rounds=9))
+    before = ledger.releases()
+    real = ledger._chain.append
+
+    def fails_at_the_third(connection: Any, kind: str, body: dict[str, Any], **named: Any) -> Any:
+        if body.get("round") == 3:
+            raise OSError("no space left")
+        return real(connection, kind, body, **named)
+
+    several = [asked("clinic", round, plan=local_plan(num_rounds=9)) for round in (1, 2, 3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger._chain, "append", fails_at_the_third)
+        with pytest.raises(LedgerError, match="no space left"):
+            ledger.reserve_all(several)
+    # What was counted within the transaction is forgotten with it.
+    assert ledger.releases() == before and ledger.rounds(run="run-1", node="clinic") == [0]
+    made = [one for one in ledger.reserve_all(several) if isinstance(one, Reservation)]
+    assert [one.count for one in made] == [2, 3, 4]
+    assert ledger.rounds(run="run-1", node="clinic") == [0, 1, 2, 3]
+    ledger.commit_all(made)
+    assert [one.committed for one in ledger.releases()] == [False, True, True, True]
+    assert ledger.verify()[1] == []

@@ -1,0 +1,168 @@
+"""Charges of nodes that are asked together: as if each had been charged by itself, and before any begins."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtune import engines
+from fedtune.config.schema import Config
+from fedtune.errors import LedgerError
+from fedtune.federation.client import together
+from fedtune.federation.client.node_context import node_ledger
+from fedtune.federation.client.release import ReleaseCounter
+from fedtune.federation.events import FederationResult
+from fedtune.privacy.ledger.chain import Chain
+from fedtune.privacy.ledger.ledger import PrivacyLedger, Release
+from fedtune.training import local
+from tests.support.tiny_federation import private
+
+Make = Callable[..., Config]
+NODES = [f"site-{i}" for i in range(4)]
+
+
+@pytest.fixture
+def config(tiny: Make) -> Config:
+    made = private(tiny())
+    made.privacy.reproducible_noise = True
+    made.federation.num_rounds = 2
+    return made
+
+
+def shown() -> list[Release]:
+    """What a process that knows nothing yet reads in the file."""
+    ledger = PrivacyLedger(node_ledger().path, shared=True)
+    assert ledger.verify()[1] == []
+    releases = ledger.releases()
+    ledger.close()
+    return releases
+
+
+def same(releases: list[Release], run: str) -> list[tuple[object, ...]]:
+    return sorted(
+        (one.node, one.round, one.dataset, one.fingerprint, one.steps, one.delta, one.purpose, one.committed)
+        for one in releases
+        if one.run == run
+    )
+
+
+def test_a_run_is_the_same_as_with_one_charge_after_another(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> tuple[FederationResult, int]:
+        written: list[object] = []
+        real = Chain.writing
+
+        def counting(self: Chain) -> Any:
+            written.append(self)
+            return real(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Chain, "writing", counting)
+            return engines.run(config, tmp_path / name), len(written)
+
+    run("before")  # makes the ledger's secret
+    fast, few = run("together")
+    monkeypatch.setattr(together, "MOST", 1)
+    slow, many = run("alone")
+    assert (few, many) == (2 * 2, 2 * 2 * 4)  # a round's charges, and that they came to their end
+    np.testing.assert_array_equal(fast.adapter, slow.adapter)
+    of_one, of_other = same(shown(), fast.run), same(shown(), slow.run)
+    assert of_one == of_other and len(of_one) == 8 and all(one[-1] for one in of_one)
+
+
+def test_all_have_paid_on_the_disk_when_the_first_begins(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, seen = local.train_locally, []
+
+    def train(model: Any, shard: Any, *arguments: Any, **options: Any) -> Any:
+        paid = {one.node for one in shown() if one.round == options["round"] and not one.committed}
+        seen.append((options["round"], shard.node, paid))
+        return trained(model, shard, *arguments, **options)
+
+    monkeypatch.setattr(local, "train_locally", train)
+    engines.run(config, tmp_path / "run")
+    assert seen == [(round, node, set(NODES)) for round in (1, 2) for node in NODES]
+
+
+def test_a_kill_in_the_middle_of_a_round_leaves_all_of_it_charged(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node_ledger()
+    witness = tmp_path / "witness"
+    child = os.fork()
+    if child == 0:
+        try:
+
+            def train(model: Any, shard: Any, *arguments: Any, **options: Any) -> Any:
+                with witness.open("a") as file:
+                    file.write(f"{shard.node}\n")
+                if shard.node == NODES[2]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise MemoryError  # a fork after torch has trained is not defined
+
+            monkeypatch.setattr(local, "train_locally", train)
+            engines.run(config, tmp_path / "run")
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert witness.read_text().split() == NODES[:3]
+    releases = shown()
+    assert {one.node for one in releases} == set(NODES) and not any(one.committed for one in releases)
+
+
+def test_who_refuses_costs_the_others_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ReleaseCounter.check
+
+    def check(self: ReleaseCounter, request: Any, node: str, in_ledger: int) -> None:
+        real(self, request, node, in_ledger + (-9 if node == NODES[1] and request.round == 2 else 0))
+
+    monkeypatch.setattr(ReleaseCounter, "check", check)
+    result = engines.run(config, tmp_path / "run")
+    assert [(lost.node, lost.round) for lost in result.dropped] == [(NODES[1], 2)]
+    assert "the ledger has lost some" in result.dropped[0].reason
+    paid = Counter(node for node, *_ in same(shown(), result.run))
+    assert paid == {node: 1 if node == NODES[1] else 2 for node in NODES}
+
+
+@pytest.mark.parametrize("broken", ["charge", "settle"])
+def test_what_cannot_be_done_together_is_done_by_each(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise LedgerError("the disk is full")
+
+    if broken == "charge":
+        monkeypatch.setattr(together, "charge", fails)
+    else:
+        monkeypatch.setattr(PrivacyLedger, "commit_all", fails)
+    result = engines.run(config, tmp_path / "run")
+    releases = same(shown(), result.run)
+    assert len(result.history) == 2 and len(releases) == 8
+    assert all(one[-1] is (broken == "charge") for one in releases)
+    assert not together._waiting and not together._ended
+
+
+def test_what_is_never_run_is_forgotten(config: Config, tmp_path: Path) -> None:
+    class Stops:
+        def on_client(self, node: str, status: str) -> None:
+            if status == "answered":
+                raise KeyboardInterrupt
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    with pytest.raises(KeyboardInterrupt):
+        engines.run(config, tmp_path / "run", Stops())
+    assert not together._waiting and not together._ended
+    assert [one.committed for one in sorted(shown(), key=lambda one: one.node)] == [True, False, False, False]
