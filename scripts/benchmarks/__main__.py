@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import sys
 
-from scripts.benchmarks import aggregation, calibration, identity, ledger, report, sweep, system, training
+from scripts.benchmarks import (
+    aggregation,
+    calibration,
+    identity,
+    ledger,
+    peers,
+    report,
+    sweep,
+    system,
+    training,
+)
 from scripts.benchmarks.table import write_table
 
 BENCHMARKS = {
-    "throughput": training.throughput,
+    "peers": peers.peers,
     "step": training.step,
     "engine": system.engine,
     "memory": system.memory,
