@@ -122,6 +122,32 @@ def finished(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return folder, output.getvalue()
 
 
+@pytest.fixture(scope="session")
+def run_dir(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished private run, with so little noise that its model says both labels."""
+    from fedtune.cost import meter
+    from fedtune.runs.run import run
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    config = tiny.make_config(
+        world["model"], world["data"], output=str(folder), federation__num_rounds=12, train__learning_rate=0.3
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            meter.importlib.util, "find_spec", tiny.without_codecarbon(meter.importlib.util.find_spec)
+        )
+        run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `fedtune export` makes of `run_dir`."""
+    from fedtune.export.export import export
+
+    return export(run_dir, tmp_path_factory.mktemp("export") / "model")
+
+
 @pytest.fixture
 def record(finished: tuple[Path, str]) -> dict[str, Any]:
     """A copy of the finished run's record, to be changed at will."""

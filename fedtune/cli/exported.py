@@ -1,4 +1,4 @@
-"""A finished model elsewhere: `fedtune export`."""
+"""A finished model elsewhere: `fedtune export`, and what can be done with what it made: `evaluate`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.results import RunFolder
-from fedtune.cli.shared import Command, Json, help_text, option, print_json
+from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
 
 __all__ = ["commands"]
 
 commands = typer.Typer(rich_markup_mode="rich")
 _PANEL = "Use a model elsewhere"
+
+ModelFolder = Annotated[Path, argument("MODEL_DIR", "A folder that 'fedtune export' made.")]
+Format = Annotated[
+    str | None,
+    option("onnx-int8, onnx or hf (default: the first of these that is there).", "--format", metavar="NAME"),
+]
 
 
 @commands.command(
@@ -71,3 +77,52 @@ def export(
     from fedtune.export.show import show
 
     show(folder, about)
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="How right an exported model is on labelled texts.",
+    help=help_text(
+        "Accuracy, rates and F1 of each class, the confusion matrix, the calibration error and "
+        "the best threshold, "
+        "of an exported model on labelled texts, and by site where the data names sites. Without "
+        "noise: figures of "
+        "private texts stay with their owner.",
+        """\
+fedtune evaluate MODEL_DIR test.csv
+fedtune evaluate MODEL_DIR FOLDER data.text=review data.label=stars
+fedtune evaluate MODEL_DIR test.csv -o FOLDER   with a picture""",
+    ),
+)
+def evaluate(
+    model_dir: ModelFolder,
+    data: Annotated[
+        Path, argument("DATA", "A .csv, .tsv, .jsonl or .parquet file, or a folder with a file test.")
+    ],
+    settings: Annotated[
+        list[str] | None,
+        argument("[SETTING...]", "data.text, data.label, data.site: which column is which; data.test_split."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        option("Write evaluation.json and evaluation.png there.", "--output", "-o", metavar="FOLDER"),
+    ] = None,
+    wanted: Format = None,
+    json: Json = False,
+) -> None:
+    from fedtune.serving import evaluation
+
+    def advance(done: int, whole: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == whole else ""
+            print(f"\r{done:,} of {whole:,} texts", end=end, file=sys.stderr, flush=True)
+
+    found = evaluation.evaluate(model_dir, data, settings or [], wanted, advance=advance)
+    paths = [] if output is None else evaluation.keep(found, output)
+    if json:
+        print_json(found)
+        return
+    evaluation.show(found)
+    for path in paths:
+        print(path)

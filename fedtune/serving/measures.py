@@ -35,10 +35,11 @@ def measure(
         sites: str [n], where each text comes from.
 
     Returns:
-        accuracy, precision_macro, recall_macro, f1_macro, loss, num_records; `per_class` ({precision, recall,
-        f1, num_records} by name); `confusion` (int [c, c], a row the label, a column what was said);
-        `calibration_error` (expected, of the most probable label); `threshold` (two classes only: which
-        probability of the second class to ask for so that macro F1 is largest on these texts); `per_site`.
+        accuracy, precision_macro, recall_macro, f1_macro, loss, num_records; `per_class` ({precision,
+        recall, f1, num_records} by name); `confusion` (int [c, c], a row the label, a column what was
+        said); `calibration_error` (expected, of the most probable label) and `calibration`, its bins;
+        `threshold` (two classes only: which probability of the second class to ask for so that macro F1 is
+        largest on these texts); `per_site`.
 
     Raises:
         ValueError: n is 0.
@@ -47,6 +48,7 @@ def measure(
     said = probabilities.argmax(1)
     confusion = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(confusion, (labels, said), 1)
+    calibration = _calibration(probabilities, said == labels)
     found: dict[str, Any] = {
         "num_records": len(labels),
         "accuracy": whole.accuracy,
@@ -54,7 +56,12 @@ def measure(
         "recall_macro": whole.recall_macro,
         "f1_macro": whole.f1_macro,
         "loss": whole.loss,
-        "calibration_error": _calibration_error(probabilities, said == labels),
+        # Expected: how far, on average, the probability is from the share that is right.
+        "calibration_error": sum(
+            one["num_records"] * abs(one["right"] - one["probability"]) for one in calibration
+        )
+        / len(labels),
+        "calibration": calibration,
         "per_class": {name: _of_class(confusion, place) for place, name in enumerate(names)},
         "confusion": confusion.tolist(),
         "threshold": _threshold(probabilities[:, 1], labels) if len(names) == 2 else None,
@@ -83,14 +90,18 @@ def _of_class(confusion: NDArray[np.int64], place: int) -> dict[str, Any]:
     }
 
 
-def _calibration_error(probabilities: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error: how far, on average, the probability is from the share right."""
+def _calibration(probabilities: NDArray[np.float32], right: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """By bins of the label's probability that hold any text: its mean, the share that is right, how many."""
     sure = probabilities.max(1).astype(float)
     bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
-    gaps = [
-        abs(right[bins == one].mean() - sure[bins == one].mean()) * (bins == one).mean() for one in set(bins)
+    return [
+        {
+            "num_records": int((bins == one).sum()),
+            "probability": float(sure[bins == one].mean()),
+            "right": float(right[bins == one].mean()),
+        }
+        for one in np.unique(bins)
     ]
-    return float(sum(gaps))
 
 
 def _threshold(second: NDArray[np.float32], labels: NDArray[np.int64]) -> dict[str, float]:

@@ -73,13 +73,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "uvicorn": ("deploy",),  # what flwr's SuperLink is served by
     "ray": ("engines",),
     "scipy": ("privacy", "audit"),
-    "matplotlib": ("report", "runs"),
+    "matplotlib": ("report", "runs", "serving"),
     "optuna": ("sweeps",),
     "IPython": ("runs",),  # which is there where a notebook is
     "click": ("cli",),
     "typer": ("cli",),
     "pandas": ("report",),
-    "rich": ("runs", "export", "report", "sweeps", "api", "cli"),
+    "rich": ("runs", "serving", "export", "report", "sweeps", "api", "cli"),
     "mlflow": ("runs",),
     "wandb": ("runs",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),

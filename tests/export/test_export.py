@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from fedtune.errors import ConfigError, DataError, ModelError, RecordError
 from fedtune.export import card, checks, export
@@ -23,32 +22,10 @@ from fedtune.runs import record as records
 from fedtune.runs.predict import load
 from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, Bundle
 from fedtune.serving.classifier import Classifier
-from tests.support import tiny_federation
 from tests.support.golden import Golden
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
-
-
-@pytest.fixture(scope="module")
-def run_dir(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished private run, with so little noise that its model says both labels."""
-    from fedtune.runs.run import run
-
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    config = tiny_federation.make_config(
-        world["model"], world["data"], output=str(folder), federation__num_rounds=12, train__learning_rate=0.3
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        find_spec = tiny_federation.without_codecarbon(importlib.util.find_spec)
-        patch.setattr(importlib.util, "find_spec", find_spec)
-        run(tiny_federation.private(config, epsilon=500.0), console=Console(quiet=True))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export.export(run_dir, tmp_path_factory.mktemp("export") / "model")
 
 
 @pytest.fixture

@@ -111,6 +111,7 @@ def build_corpus(
     notes: Sequence[str] = (),
     *,
     part: bool = False,
+    fixed: bool = False,
 ) -> Corpus:
     """Checks `table` and makes it a Corpus.
 
@@ -121,6 +122,7 @@ def build_corpus(
         label_names: the label set; labels may be names in it, or numbers 0..k-1 that index it.
         notes: what was decided on the way here.
         part: others hold the rest of the data, so all records here may be of one class.
+        fixed: the label set is that of a model, which no setting changes.
 
     Raises:
         DataError: a column or value is missing, a text is no text, a label is not in the label set, or
@@ -147,7 +149,7 @@ def build_corpus(
     notes = list(notes)
     if empty:
         notes.append(f"{len(empty)} of {len(texts)} records of {table.where} have no text and were dropped.")
-    labels = _labels(table, columns.label, tuple(label_names), keep, part)
+    labels = _labels(table, columns.label, tuple(label_names), keep, part, fixed)
     return Corpus(
         name=name,
         texts=tuple(texts[i] for i in keep),
@@ -182,7 +184,9 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
     return texts, empty
 
 
-def _labels(table: Table, column: str, names: tuple[str, ...], keep: list[int], part: bool) -> Any:
+def _labels(
+    table: Table, column: str, names: tuple[str, ...], keep: list[int], part: bool, fixed: bool
+) -> Any:
     index = {label: i for i, label in enumerate(names)}
     if len(index) != len(names):
         raise DataError(
@@ -216,8 +220,12 @@ def _labels(table: Table, column: str, names: tuple[str, ...], keep: list[int], 
             )
         raise DataError(
             f"{len(unknown)} of {len(values)} records of {table.where} have a label in column {column!r} that"
-            f" is not in the label set of {len(names)} ({_rows(unknown)}). Correct them, or declare all"
-            " labels in data.labels."
+            f" is not in the label set of {len(names)} ({_rows(unknown)}). "
+            + (
+                f"The model has {', '.join(names)}: correct them, or name another column in data.label."
+                if fixed
+                else "Correct them, or declare all labels in data.labels."
+            )
         )
     if not part and len(np.unique(labels)) < 2:
         raise DataError(
