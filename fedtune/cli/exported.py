@@ -1,4 +1,4 @@
-"""A finished model elsewhere: `fedtune export`, and what can be done with what it made: `evaluate`."""
+"""A finished model elsewhere: `fedtune export`, and what it made at work: `evaluate | serve`."""
 
 from __future__ import annotations
 
@@ -126,3 +126,39 @@ def evaluate(
     evaluation.show(found)
     for path in paths:
         print(path)
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="An exported model as an HTTP service.",
+    help=help_text(
+        "Answers POST /predict with labels and probabilities; /model with the card and the "
+        "privacy statement; "
+        "/healthz, /readyz and /metrics for whoever runs it; /openapi.json says it all. Requests "
+        "are batched. Texts "
+        "are not logged. Stop it with SIGTERM or Ctrl-C: what was accepted is answered. No TLS "
+        "and no keys: put it "
+        "behind a proxy that has them.",
+        """\
+fedtune serve MODEL_DIR
+fedtune serve MODEL_DIR --host 0.0.0.0 --port 80 --rate 50
+curl localhost:8000/predict -d '{"text": "what a film"}'""",
+    ),
+)
+def serve(
+    model_dir: ModelFolder,
+    host: Annotated[str, option("Address to listen on (default 127.0.0.1: this machine).")] = "127.0.0.1",
+    port: Annotated[int, option("Port (default 8000; 0: any that is free).", metavar="N")] = 8000,
+    wanted: Format = None,
+    threads: Annotated[int, option("Of the model (default: as many as cores).", metavar="N")] = 0,
+    rate: Annotated[
+        float | None, option("Texts a second from one address; more is 429.", metavar="R")
+    ] = None,
+    waiting: Annotated[
+        int | None, option("Tokens that may wait; more is 503 (default 32768).", metavar="N")
+    ] = None,
+) -> None:
+    from fedtune.serving.serve import serve as run
+
+    run(model_dir, host, port, wanted=wanted, threads=threads, rate=rate, waiting=waiting)

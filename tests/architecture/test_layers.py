@@ -48,7 +48,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "hydra": ("config",),
     "omegaconf": ("config",),
     "platformdirs": ("config",),
-    "pydantic": ("config",),
+    "pydantic": ("config", "serving"),
     "pydantic_core": ("config",),
     "yaml": ("config", "federation", "deploy", "cli"),
     "dp_accounting": ("privacy",),
@@ -70,7 +70,9 @@ HOMES: dict[str, tuple[str, ...]] = {
     "cryptography": ("federation", "deploy"),
     "huggingface_hub": ("data",),  # for its errors; datasets and transformers are what fetches
     "httpx": ("data", "models", "deploy"),  # what the hub and flwr speak HTTP with
-    "uvicorn": ("deploy",),  # what flwr's SuperLink is served by
+    "uvicorn": ("deploy", "serving"),  # what flwr's SuperLink is served by
+    "fastapi": ("serving",),
+    "prometheus_client": ("serving",),
     "ray": ("engines",),
     "scipy": ("privacy", "audit"),
     "matplotlib": ("report", "runs", "serving"),

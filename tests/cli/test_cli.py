@@ -20,7 +20,7 @@ from fedtune.cli.results import folders_and_prices
 from fedtune.config import Config
 from fedtune.errors import BudgetExhausted, RecordError
 
-COMMANDS = ("run", "statement", "predict", "export", "evaluate", "report", "plan", "budget", "audit")
+COMMANDS = ("run", "statement", "predict", "export", "evaluate", "serve", "report", "plan", "budget", "audit")
 RECORD = {
     "run": {"seconds": 2.0},
     "metrics": {"accuracy": 0.75},

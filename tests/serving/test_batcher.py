@@ -1,0 +1,143 @@
+"""Batches are of many requests, bounded, in order; what was accepted is answered, whatever else happens."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from fedtune.serving.batcher import Batcher, Busy
+from fedtune.serving.classifier import BATCH_TOKENS
+
+
+class Model:
+    """Gives each text its own first token and its length; waits to be let go on."""
+
+    def __init__(self) -> None:
+        self.go, self.seen = threading.Event(), list[int]()
+        self.go.set()
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        self.seen.append(sum(map(len, ids)))
+        assert self.go.wait(10)
+        if any(one[0] < 0 for one in ids):
+            raise RuntimeError("broken")
+        return np.array([[one[0], len(one)] for one in ids], np.float32)
+
+
+def text(number: int, length: int = 4) -> list[int]:
+    return [number] * length
+
+
+async def held(batcher: Batcher, model: Model, number: int = 0) -> asyncio.Task[np.ndarray]:
+    """A request that is being computed and does not come back before `model.go`."""
+    model.go.clear()
+    count = len(model.seen)
+    first = asyncio.create_task(batcher.logits([text(number)]))
+    while len(model.seen) == count:
+        await asyncio.sleep(0.001)
+    return first
+
+
+def test_each_gets_its_own_and_those_who_wait_share_a_batch() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher(model, max_waiting=10_000)
+        batcher.start()
+        first = await held(batcher, model)
+        tasks = [asyncio.create_task(batcher.logits([text(n), text(100 + n, n + 1)])) for n in range(1, 20)]
+        await asyncio.sleep(0.01)
+        assert batcher.waiting == 4 + sum(4 + n + 1 for n in range(1, 20))
+        model.go.set()
+        for number, found in enumerate(await asyncio.gather(first, *tasks)):
+            expected = [[0, 4]] if number == 0 else [[number, 4], [100 + number, number + 1]]
+            assert found.tolist() == expected
+        assert len(model.seen) == 2 and batcher.batches == 2 and batcher.waiting == 0
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_a_batch_has_few_tokens_and_a_long_request_is_one_by_itself() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher(model, max_waiting=10 * BATCH_TOKENS)
+        batcher.start()
+        first = await held(batcher, model)
+        lengths = [BATCH_TOKENS // 2, BATCH_TOKENS // 2, 8, 3 * BATCH_TOKENS, 8]
+        tasks = [asyncio.create_task(batcher.logits([text(1, length)])) for length in lengths]
+        await asyncio.sleep(0.01)
+        model.go.set()
+        await asyncio.gather(first, *tasks)
+        assert model.seen == [4, BATCH_TOKENS, 8, 3 * BATCH_TOKENS, 8]
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses_and_says_for_how_long() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher(model, max_waiting=12)
+        with pytest.raises(Busy):  # before it is opened
+            await batcher.logits([text(1)])
+        batcher.start()
+        await batcher.logits([text(1, 50)])  # longer than the queue may be, and nothing waits
+        first = await held(batcher, model)
+        second = asyncio.create_task(batcher.logits([text(2, 8)]))
+        await asyncio.sleep(0.01)
+        with pytest.raises(Busy) as refused:
+            await batcher.logits([text(3, 1)])
+        assert 1 <= refused.value.retry_after <= 60
+        batcher._tokens_a_second = 0.25
+        assert batcher.retry_after() == 48
+        model.go.set()
+        assert (await first).tolist() == [[0, 4]] and (await second).tolist() == [[2, 8]]
+        assert (await batcher.logits([text(4)])).tolist() == [[4, 4]]
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_stopping_answers_what_was_accepted_and_nothing_else() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher(model, max_waiting=1000)
+        batcher.start()
+        tasks = [
+            await held(batcher, model),
+            *(asyncio.create_task(batcher.logits([text(n)])) for n in (1, 2)),
+        ]
+        await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(batcher.stop())
+        await asyncio.sleep(0.01)
+        assert not stopping.done() and not batcher.is_open
+        with pytest.raises(Busy):
+            await batcher.logits([text(3)])
+        model.go.set()
+        await stopping
+        assert [found.tolist() for found in await asyncio.gather(*tasks)] == [[[0, 4]], [[1, 4]], [[2, 4]]]
+
+    asyncio.run(main())
+
+
+def test_an_error_is_that_batchs_alone_and_a_client_that_leaves_takes_nothing_along() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher(model, max_waiting=1000)
+        batcher.start()
+        with pytest.raises(RuntimeError, match="broken"):
+            await batcher.logits([text(-1)])
+        first = await held(batcher, model)
+        gone, stays = (asyncio.create_task(batcher.logits([text(n)])) for n in (1, 2))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        model.go.set()
+        await first
+        assert (await stays).tolist() == [[2, 4]] and batcher.waiting == 0
+        await batcher.stop()
+
+    asyncio.run(main())
