@@ -26,6 +26,7 @@ seconds after the request came in (`fedtune.federation.client.node_context.delay
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -80,6 +81,7 @@ EVALUATION_KEYS: Mapping[str, type] = {
 _COUNTS = ("right", "wrong")
 _MAX_COUNT = 2**62
 _MAX_TEXT = 2000  # characters of a reason
+_plan_in = functools.lru_cache(8)(lambda text: PrivacyPlan.from_json(json.loads(text)))  # the same to all
 _SHOWN = ("refused", "refusal", "error", "software")  # a node's words, for a person
 _LEAST_DELTA = 1e-30
 
@@ -467,7 +469,7 @@ def read_plan(text: str, what: str) -> PrivacyPlan:
         PrivacyError: the plan has no meaning.
     """
     try:
-        return PrivacyPlan.from_json(json.loads(text))
+        return _plan_in(text)
     except FedtuneError:
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -67,7 +67,12 @@ class _Slot:
 _slots = [_Slot()]  # one element, replaced by `forget`
 
 
-@functools.lru_cache(maxsize=8)
+_MOST_READ = 8  # configurations that a process remembers
+# By identity: what `config_of` made, which nobody changes, with its key; nodes ask for it in every message.
+_read: dict[int, tuple[Config, str]] = {}
+
+
+@functools.lru_cache(maxsize=_MOST_READ)
 def config_of(text: str) -> Config:
     """The Config in a run config's `fedtune` value; empty text means the defaults of conf/.
 
@@ -77,10 +82,16 @@ def config_of(text: str) -> Config:
     if not text.strip():
         from fedtune.config.loader import load
 
-        return load()
-    from fedtune.config.convert import config_from_json
+        config = load()
+    else:
+        from fedtune.config.convert import config_from_json
 
-    return config_from_json(text)
+        config = config_from_json(text)
+    if config.engine.name != "deployment":  # whose key follows from its files too
+        while len(_read) >= _MOST_READ:
+            _read.pop(next(iter(_read)))
+        _read[id(config)] = (config, _key_of(config))
+    return config
 
 
 class RunResources:
@@ -244,6 +255,16 @@ _resources: dict[str, RunResources] = {}
 
 def run_resources(config: Config) -> RunResources:
     """The RunResources of a configuration. The last one is cached, so every node of a process shares it."""
+    read = _read.get(id(config))
+    key = read[1] if read is not None and read[0] is config else _key_of(config)
+    if key not in _resources:
+        _resources.clear()
+        _resources[key] = RunResources(resolved(config))
+    return _resources[key]
+
+
+def _key_of(config: Config) -> str:
+    """What resources depend on, as text."""
     config = resolved(config)
     relevant = [asdict(config.data), asdict(config.partition), asdict(config.model), asdict(config.adapter)]
     if config.engine.name == "deployment" and config.data.path:
@@ -256,11 +277,7 @@ def run_resources(config: Config) -> RunResources:
         {"held out": config.federation.evaluation_share if evaluation == "private" else evaluation}
     )
     relevant.append({"unit": config.privacy.unit})
-    key = json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
-    if key not in _resources:
-        _resources.clear()
-        _resources[key] = RunResources(config)
-    return _resources[key]
+    return json.dumps([*relevant, config.federation.nodes, config.seed, config.device, asdict(config.train)])
 
 
 def forget() -> None:

@@ -12,6 +12,7 @@ refused too: one charge, one release (PITFALLS 21).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -173,22 +174,37 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
     """
     from fedtune.federation.resources import config_of
 
+    text = str(context.run_config.get("fedtune", ""))
     config = node_config(context)
     shard = own_shard(config, context)
     if shard is None:
         raise FederationError("This node holds no shard of this federation.")
-    check_plan(proposed, config)
+    site = site_settings(context)
+    if site is None:
+        _check_simulated(proposed, text)
+    else:
+        check_plan(proposed, config)
     plan = proposed.for_shard(shard.declared_size)
     plan.mechanism.check_shard(plan, shard.node, shard.declared_size)
     ledger = node_ledger(context)
-    site = site_settings(context)
     if site is not None:
-        asked = config_of(str(context.run_config.get("fedtune", "")))
+        asked = config_of(text)
         used = {release.fingerprint for release in ledger.releases(run=run, node=shard.node)}
         # A run that began under version 0.1 has the fingerprint that was not keyed.
         site.check(asked, proposed, used - {shard.fingerprint}, ledger.known_as(shard.identity))
     place = place_of_part(config, context, site, run, shard.node)
     return Permitted(config, shard, plan, ledger, place)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_simulated(proposed: PrivacyPlan, text: str) -> None:
+    """`check_plan` of a simulated node, whose configuration is the run's `text`: once for all that have it.
+
+    It follows from the two alone. A refusal is not remembered.
+    """
+    from fedtune.federation.resources import config_of
+
+    check_plan(proposed, config_of(text))
 
 
 def releases_of(plan: PrivacyPlan, site: SiteSettings | None = None) -> list[ReleasePlan]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flwr.app import Context, Message, RecordDict
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.errors import LedgerError, PreflightError, PrivacyError
+from fedtune.federation import resources
 from fedtune.federation.client import release as node_module
 from fedtune.federation.client.app import app
 from fedtune.federation.client.node_context import node_ledger
@@ -312,3 +314,50 @@ def test_answers_can_be_held_back_to_a_fixed_time(tiny: Make) -> None:
     started = time.monotonic()
     node.ask(round=2)
     assert time.monotonic() - started >= 1.0
+
+
+def test_what_nodes_of_a_process_have_in_common_is_worked_out_once(
+    tiny: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan as text, its comparison with the configuration, and what data and model follow from."""
+    counts: Counter[str] = Counter()
+
+    def counting(where: Any, name: str) -> None:
+        real = getattr(where, name)
+
+        def counted(*arguments: Any) -> Any:
+            counts[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(where, name, counted)
+
+    config = private(tiny())
+    config.seed = 77  # seen by no other test
+    nodes = [Node(config, position) for position in range(4)]
+    monkeypatch.setattr(PrivacyPlan, "from_json", classmethod(counted_from_json(counts)))
+    counting(node_module, "check_plan")
+    counting(resources, "_key_of")
+    for round in (1, 2):
+        for one in nodes:
+            assert one.ask(round=round).update is not None
+    assert counts == {"from_json": 1, "check_plan": 1, "_key_of": 1}
+    # A refusal is no answer that is kept: each is refused by a check of its own.
+    wrong = dataclasses.replace(nodes[0].plan, max_grad_norm=9.0)
+    for one in nodes:
+        assert "max_grad_norm=9.0" in (one.ask(round=3, plan=wrong).refused or "")
+    assert counts["check_plan"] == 1 + len(nodes)
+    # Another configuration is another check of the same plan.
+    stricter = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, epsilon=0.5))
+    nodes[0].context.run_config["fedtune"] = to_json(stricter)
+    assert nodes[0].ask(round=4).refusal == "PrivacyError"
+
+
+def counted_from_json(counts: Counter[str]) -> Callable[..., PrivacyPlan]:
+    real = PrivacyPlan.from_json.__func__  # type: ignore[attr-defined]
+
+    def from_json(cls: type[PrivacyPlan], values: Any) -> PrivacyPlan:
+        counts["from_json"] += 1
+        plan: PrivacyPlan = real(cls, values)
+        return plan
+
+    return from_json
