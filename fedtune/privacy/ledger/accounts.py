@@ -95,10 +95,16 @@ class AccountKeys:
     sizes: IntArray
     columns: Mapping[NamedData, BoolArray]
 
-    def charged_run(self, charged: Mapping[NodeData, Charges]) -> ChargedRun | None:
-        """What the charges of one run come to here; None if it charged nothing."""
+    def charged_run(
+        self, charged: Mapping[NodeData, Charges], holders: Mapping[NamedData, Iterable[str]] | None = None
+    ) -> ChargedRun | None:
+        """What the charges of one run come to here; None if it charged nothing. `holders`: the nodes that
+        ever released a body of data; of a run of many nodes only those of this data are looked at then."""
         nodes: dict[str, dict[Use, IntArray]] = {}
         first = np.full(len(self.sizes), NEVER)
+        if holders is not None and len(charged) > len(self.columns):
+            mine = [NodeData(node, data) for data in self.columns for node in holders.get(data, ())]
+            charged = {source: charged[source] for source in mine if source in charged}
         for source, charges in charged.items():
             column = self.columns.get(source.data)
             uses = {
@@ -181,7 +187,7 @@ class Account:
         for name, charged in self.state.runs.items():
             if name != but:
                 for kind in self.keys if keys is None else [keys]:
-                    if (run := kind.charged_run(charged)) is not None:
+                    if (run := kind.charged_run(charged, self.state.nodes)) is not None:
                         yield name, run
 
     def charged_keys(self, unit: str) -> list[AccountKeys]:
@@ -223,7 +229,7 @@ class Account:
     def own_spending(self, keys: AccountKeys, run: str, order: int) -> Spending:
         """What `run` itself came to so far."""
         total = Spending.nothing(len(keys.sizes))
-        if (charged := keys.charged_run(self.state.runs.get(run, {}))) is not None:
+        if (charged := keys.charged_run(self.state.runs.get(run, {}), self.state.nodes)) is not None:
             total.first[:] = charged.first
             total.add(charged, order)
         return total
@@ -232,7 +238,7 @@ class Account:
         self, keys: AccountKeys, run: str, requested: Mapping[Use, int], planned: Mapping[Term, int] | None
     ) -> bool:
         """Whether all that `run` has charged, with what it asks for, is within its plan."""
-        charged = keys.charged_run(self.state.runs.get(run, {}))
+        charged = keys.charged_run(self.state.runs.get(run, {}), self.state.nodes)
         made = {} if charged is None else {use: int(counts.max()) for use, counts in charged.counts.items()}
         whole = compose_terms(_terms(made, None), _terms(requested, None))
         if whole is None or planned is None:
@@ -266,7 +272,7 @@ class Account:
     def smallest_delta(self) -> float:
         """The smallest delta that a plan for this data named; 1e-6 if none did."""
         mine = {data for keys in self.keys for data in keys.columns}
-        return min((delta for data, delta in self.state.deltas.items() if data in mine), default=1e-6)
+        return min((self.state.deltas[data] for data in mine if data in self.state.deltas), default=1e-6)
 
     def histories(
         self, run: str | None = None, *, adding: Addition | None = None, unit: str = "record"
@@ -344,7 +350,7 @@ def account_of(
     for unit, of_unit in groups.items():
         all_of_it = np.ones(len(of_unit.sizes), dtype=np.bool_)
         sets = {**of_unit.columns, name: all_of_it}
-        columns = {data: sets[data.fingerprint] for data in state.releases if data.fingerprint in sets}
+        columns = {data: column for other, column in sets.items() for data in state.data_of(other)}
         for part in without_keys:
             called, prints = {data.dataset for data in part}, {data.fingerprint for data in part}
             if called & mine or prints & old:
@@ -386,7 +392,7 @@ def _finest(uses: Iterable[Use]) -> str:
 
 def _components(state: LedgerState) -> Iterator[set[NamedData]]:
     """Data without keys, what is linked by name or fingerprint together."""
-    left = {data for data in state.releases if data.fingerprint not in state.sets}
+    left = set(state.without_keys())
     while left:
         data = next(iter(left))
         part = state.linked({data.dataset}, {data.fingerprint}, all_data=False)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +74,7 @@ class KeySets:
         records = bytes_of(keys.records)
         persons = None if keys.persons is None else bytes_of(keys.persons)
         self._chain.add_set(connection, keys.id, records, persons)
-        old = {body.fingerprint for body in state.releases} - set(state.sets)
+        old = {body.fingerprint for body in state.without_keys()}
         return {
             "id": keys.id,
             "records": len(keys.records),
@@ -112,9 +112,8 @@ class KeySets:
                 self._members.pop(next(iter(self._members)))
             members = {unit: Membership(keys) for unit, keys in mine.items()}
             self._members[name] = members
-        others = [other for other in state.sets if other != name]
         groups = {
-            unit: member.groups(others, self._reader(connection, state, unit), self._pools[unit])
+            unit: member.groups(state.sets, self._reader(connection, state, unit), self._pools[unit])
             for unit, member in members.items()
         }
         return account_of(state, dataset, name, old, groups)
@@ -180,50 +179,72 @@ def digest_of(records: bytes, persons: bytes | None) -> str:
 
 
 class Pool:
-    """The small sets of a ledger in one sorted array, each key with the set that it is of."""
+    """The small sets of a ledger in sorted arrays, each key with the set that it is of.
+
+    What comes is merged into what is there when it is half as large, so there are few arrays, and a set among
+    thousands costs no more than it would alone.
+    """
 
     def __init__(self) -> None:
+        self.apart: list[str] = []  # sets that it does not hold
+        self._learnt: set[str] = set()
         self._names: list[str] = []
         self._known: set[str] = set()
-        self._keys: KeyArray = np.empty(0, dtype=np.uint64)
-        self._owners: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
-        self._waiting: list[KeyArray] = []
+        self._held = 0  # keys
+        self._parts: list[tuple[KeyArray, npt.NDArray[np.int32]]] = []
+
+    @property
+    def version(self) -> int:
+        """Of how many sets it has heard."""
+        return len(self._learnt)
+
+    def learn(self, names: Collection[str], keys_of: Callable[[str], KeyArray]) -> None:
+        """Takes in those of `names` that it has not heard of; these came last, where `names` only grow."""
+        missing, new = len(names) - len(self._learnt), list[str]()
+        for name in reversed(list(names) if not isinstance(names, Mapping) else names):
+            if name not in self._learnt:
+                new.append(name)
+            elif len(new) >= missing:
+                break
+        for name in reversed(new):
+            self._learnt.add(name)
+            if not self.add(name, keys_of(name)):
+                self.apart.append(name)
 
     def add(self, name: str, keys: KeyArray) -> bool:
         """Takes a set in, once; False if it is too large, or the pool full."""
         if name in self._known:
             return True
-        if len(keys) > _SMALL or len(self._keys) + sum(map(len, self._waiting)) > _POOLED:
+        if len(keys) > _SMALL or self._held > _POOLED:
             return False
+        self._parts.append((keys, np.full(len(keys), len(self._names), dtype=np.int32)))
         self._known.add(name)
         self._names.append(name)
-        self._waiting.append(keys)
+        self._held += len(keys)
+        while len(self._parts) > 1 and len(self._parts[-2][0]) <= 2 * len(self._parts[-1][0]):
+            last, before = self._parts.pop(), self._parts.pop()
+            all_keys = np.concatenate([before[0], last[0]])
+            order = np.argsort(all_keys, kind="stable")
+            self._parts.append((all_keys[order], np.concatenate([before[1], last[1]])[order]))
         return True
 
     def columns(self, keys: KeyArray) -> dict[str, BoolArray]:
         """By set of the pool, which of `keys` [n] are in it, bool [n]; only sets that have one of them."""
-        if self._waiting:
-            first = len(self._names) - len(self._waiting)
-            owners = np.repeat(
-                np.arange(first, len(self._names), dtype=np.int32), [len(one) for one in self._waiting]
-            )
-            all_keys = np.concatenate([self._keys, *self._waiting])
-            order = np.argsort(all_keys, kind="stable")
-            self._keys, self._owners = all_keys[order], np.concatenate([self._owners, owners])[order]
-            self._waiting = []
-        low = np.searchsorted(self._keys, keys, "left")
-        counts = np.searchsorted(self._keys, keys, "right") - low
-        rows = np.repeat(np.arange(len(keys)), counts)
-        # Where each hit lies: its key's first place plus how many hits of that key came before it.
-        places = np.arange(len(rows)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
-        owners = self._owners[places]
-        order = np.argsort(owners, kind="stable")
-        owners, rows = owners[order], rows[order]
         found: dict[str, BoolArray] = {}
-        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(owners)) + 1) if len(rows) else ():
-            column = np.zeros(len(keys), dtype=np.bool_)
-            column[rows[part]] = True
-            found[self._names[owners[part[0]]]] = column
+        for held, of in self._parts:
+            low = np.searchsorted(held, keys, "left")
+            counts = np.searchsorted(held, keys, "right") - low
+            rows = np.repeat(np.arange(len(keys)), counts)
+            # Where each hit lies: its key's first place plus how many hits of that key came before it.
+            places = np.arange(len(rows)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+            owners = of[places]
+            order = np.argsort(owners, kind="stable")
+            owners, rows = owners[order], rows[order]
+            ends = np.flatnonzero(np.diff(owners)) + 1
+            for part in np.split(np.arange(len(rows)), ends) if len(rows) else ():
+                column = np.zeros(len(keys), dtype=np.bool_)
+                column[rows[part]] = True
+                found[self._names[owners[part[0]]]] = column
         return found
 
 
@@ -234,28 +255,30 @@ class Membership:
         self.keys = keys
         self._columns: dict[str, BoolArray] = {}
         self._asked: set[str] = set()
+        self._version = 0  # of the pool, as it was asked
         self._groups: KeyGroups | None = None
 
-    def groups(self, names: Iterable[str], keys_of: Callable[[str], KeyArray], pool: Pool) -> KeyGroups:
-        """The groups of this body's keys by the sets `names`; `keys_of` gives the keys of one."""
-        new = [name for name in names if name not in self._asked]
-        if new or self._groups is None:
-            pooled = {} if len(new) <= _FEW else self._from_pool(new, keys_of, pool)
+    def groups(self, names: Collection[str], keys_of: Callable[[str], KeyArray], pool: Pool) -> KeyGroups:
+        """The groups of this body's keys by the sets `names`; `keys_of` gives the keys of one.
+
+        A few sets are looked up one by one; where there are more, or were, those that `pool` holds at once.
+        """
+        alone = names
+        if len(names) > _FEW or pool.version:
+            pool.learn(names, keys_of)
+            alone = pool.apart
+        new = [name for name in alone if name not in self._asked]
+        if new or pool.version != self._version or self._groups is None:
+            if pool.version != self._version:
+                self._columns |= pool.columns(self.keys)
+                self._version = pool.version
             for name in new:
                 self._asked.add(name)
-                column = pooled[name] if name in pooled else contained(self.keys, keys_of(name))
-                if column is not None and column.any():
+                column = contained(self.keys, keys_of(name))
+                if column.any():
                     self._columns[name] = column
             self._groups = self._grouped()
         return self._groups
-
-    def _from_pool(
-        self, names: list[str], keys_of: Callable[[str], KeyArray], pool: Pool
-    ) -> dict[str, BoolArray | None]:
-        """The columns of those of `names` that the pool holds; None: no key in common."""
-        held = [name for name in names if pool.add(name, keys_of(name))]
-        columns = pool.columns(self.keys)
-        return {name: columns.get(name) for name in held}
 
     def _grouped(self) -> KeyGroups:
         count = len(self.keys)

@@ -102,11 +102,18 @@ class LedgerState:
     nodes: dict[NamedData, tuple[str, ...]] = field(default_factory=dict)  # that released it
     sets: dict[str, KnownSet] = field(default_factory=dict)
     imports: dict[str, Imported] = field(default_factory=dict)  # by the hash of the old ledger's first row
+    # What follows from `releases`: data by fingerprint; of how many; and those that had no set of keys.
+    by_print: dict[str, tuple[NamedData, ...]] = field(default_factory=dict, compare=False, repr=False)
+    indexed: int = field(default=0, compare=False, repr=False)
+    bare: dict[NamedData, None] = field(default_factory=dict, compare=False, repr=False)
+    # Runs of which this state alone has the charges and plans; those of others are copied before they change.
+    own: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def copy(self) -> LedgerState:
-        """A state that may be added to while this one stays; what is deeper is replaced, never changed."""
+        """A state that may be added to while this one stays; what is deeper is copied when it changes."""
         copies: dict[str, Any] = {n: dict(v) for n, v in vars(self).items() if isinstance(v, dict)}
-        return replace(self, **copies)
+        self.own = set()
+        return replace(self, **copies, own=set())
 
     def add(self, row: Row) -> None:
         """Adds `row`, which must be the next one."""
@@ -131,19 +138,23 @@ class LedgerState:
         """Counts the release of a row."""
         body, run = row.body, row.run or ""
         data = NamedData(body["dataset"], body["fingerprint"])
-        source, of_run = NodeData(body["node"], data), dict(self.runs.get(run, {}))
+        if run not in self.own:
+            self.runs[run], self.plans[run] = dict(self.runs.get(run, {})), dict(self.plans.get(run, {}))
+            self.own.add(run)
+        source, of_run = NodeData(body["node"], data), self.runs[run]
         before = of_run.get(source, Charges(row.seq, {}))
         uses = dict(before.uses)
         for use, steps in _uses(bool(body["public"]), body["unit"], charged_steps(body)):
             uses[use] = uses.get(use, 0) + steps
         of_run[source] = Charges(before.first, uses)
-        self.runs[run] = of_run
-        if body["node"] not in self.plans.get(run, {}):
-            self.plans[run] = {**self.plans.get(run, {}), body["node"]: planned_in(body)}
+        if body["node"] not in self.plans[run]:
+            self.plans[run][body["node"]] = planned_in(body)
         self.by_run[run] = self.by_run.get(run, 0) + 1
         self.total += 1
         if body["delta"] > 0.0:
             self.deltas[data] = min(body["delta"], self.deltas.get(data, 1.0))
+        if data not in self.releases and self.indexed == len(self.releases):
+            self._index(data)
         self.releases[data] = self.releases.get(data, 0) + 1
         known = self.nodes.get(data, ())
         if body["node"] not in known:
@@ -167,9 +178,31 @@ class LedgerState:
 
     # --- what belongs together ----------------------------------------------------------------------
 
+    def _index(self, data: NamedData) -> None:
+        self.by_print[data.fingerprint] = (*self.by_print.get(data.fingerprint, ()), data)
+        if data.fingerprint not in self.sets:
+            self.bare[data] = None
+        self.indexed += 1
+
+    def _indexed(self) -> LedgerState:
+        """This state, its index as its releases are."""
+        if self.indexed != len(self.releases):
+            self.by_print, self.bare, self.indexed = {}, {}, 0
+            for data in self.releases:
+                self._index(data)
+        return self
+
+    def data_of(self, name: str) -> tuple[NamedData, ...]:
+        """The data that was released with fingerprint `name`."""
+        return self._indexed().by_print.get(name, ())
+
+    def without_keys(self) -> list[NamedData]:
+        """The data that is not known by a set of keys: what version 0.1 wrote."""
+        return [data for data in self._indexed().bare if data.fingerprint not in self.sets]
+
     def names_of_set(self, name: str) -> set[str]:
         """The names of the data sets under which a set of keys was released."""
-        return {data.dataset for data in self.releases if data.fingerprint == name}
+        return {data.dataset for data in self.data_of(name)}
 
     def linked(self, names: set[str], prints: set[str], *, all_data: bool) -> set[NamedData]:
         """All data with one of `names` or `prints`, what shares either with one of these, and so on.
@@ -177,7 +210,7 @@ class LedgerState:
         Without `all_data` only data without keys is looked at: what version 0.1 wrote.
         """
         names, prints = set(names), set(prints)
-        candidates = [data for data in self.releases if all_data or data.fingerprint not in self.sets]
+        candidates = list(self.releases) if all_data else self.without_keys()
         linked: set[NamedData] = set()
         while True:
             reached = {d for d in candidates if d.dataset in names or d.fingerprint in prints} - linked

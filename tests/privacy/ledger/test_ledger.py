@@ -28,10 +28,11 @@ from fedtune.privacy.ledger import allowance
 from fedtune.privacy.ledger import state as ledger_state
 from fedtune.privacy.ledger.allowance import steps_of
 from fedtune.privacy.ledger.budget import PrivacyBudget
-from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
+from fedtune.privacy.ledger.chain import Chain
+from fedtune.privacy.ledger.ledger import AskedRelease, PrivacyLedger, Reservation
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.golden import Golden
-from tests.support.ledgers import charged
+from tests.support.ledgers import charged, identity
 from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 from tests.support.work import calls_of
 
@@ -922,6 +923,35 @@ def test_each_row_of_a_run_is_read_once_for_all_of_its_nodes(path: Path, monkeyp
     assert ledger.rounds(run="run-1", node="n0", purpose="size") == []
     shown = [release.round for release in ledger.releases(run="run-1", node="n0")]
     assert shown == ledger.rounds(run="run-1", node="n0")
+
+
+def test_a_new_node_is_as_much_work_beside_1000_as_beside_100(path: Path, monkeypatch: Any) -> None:
+    """Each looked through the keys of all others: a run of n nodes took n squared."""
+    plan = local_plan(num_rounds=4)
+    read: list[str] = []
+    real = Chain.set_of
+
+    def counting(self: Chain, connection: Any, name: str) -> Any:
+        read.append(name)
+        return real(self, connection, name)
+
+    def ask(node: int, round: int = 1) -> AskedRelease:
+        mine = identity([f"{node}-{record}" for record in range(5)])
+        return AskedRelease("visits", mine, f"n{node}", "run-1", round, plan)
+
+    monkeypatch.setattr(Chain, "set_of", counting)
+    ledger = PrivacyLedger(path, shared=True)
+    ledger.set_budget(PrivacyBudget(20.0, 1e-5))
+    work = {}
+    for count in (100, 1000):
+        there = ledger.state().total
+        ledger.reserve_all([ask(node) for node in range(there, count)])
+        read.clear()
+        work[count] = min(calls_of(partial(ledger.reserve, ask(-count - i))) for i in range(5))
+        again = min(calls_of(partial(ledger.reserve, ask(count - 1 - i, 2))) for i in range(5))
+        assert again < 2 * work[count]
+        assert len(read) <= 2 * 5  # each set once, when it is new
+    assert work[1000] < 1.3 * work[100] < 6_000
 
 
 def fill(path: Path, count: int, *, short_runs: bool) -> None:

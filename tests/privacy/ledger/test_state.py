@@ -164,6 +164,33 @@ def test_a_copy_is_added_to_alone() -> None:
         copy.add(one)
     assert state.to_json() == before and (state.seq, state.hash, state.total) == (12, "h12", 6)
     assert copy.summarised == 15 and state.summarised == 0
+    # A run's charges are copied once a copy, not for each of its nodes.
+    copy = state.copy()
+    copy.add(released(13, node="e"))
+    of_run = copy.runs["r1"]
+    copy.add(released(14, node="f"))
+    assert copy.runs["r1"] is of_run and len(of_run) == len(state.runs["r1"]) + 2
+    # The one that was copied may be added to as well.
+    state.add(released(13, node="g"))
+    other = copy.copy()
+    copy.add(released(15, node="h"))
+    assert {source.node for source in state.runs["r1"]} == {"a", "b", "g"}
+    assert {source.node for source in copy.runs["r1"]} == {"a", "b", "e", "f", "h"}
+    assert {source.node for source in other.runs["r1"]} == {"a", "b", "e", "f"}
+    assert set(other.plans["r1"]) == {"a", "b", "e", "f"} and set(state.plans["r1"]) == {"a", "b", "g"}
+
+
+def test_what_follows_from_releases_is_found_however_they_came() -> None:
+    state, _ = replay(rows())
+    visits, old = NamedData("visits", "s1"), NamedData("b", "old")
+    assert state.data_of("s1") == (visits,) and state.data_of("s9") == ()
+    assert state.without_keys() == [old]
+    copy = state.copy()
+    copy.add(released(13, dataset="again", fingerprint="s1"))
+    assert copy.data_of("s1") == (visits, NamedData("again", "s1")) and state.data_of("s1") == (visits,)
+    again = state_from_summary(row(13, "summary", **json.loads(json.dumps(copy.to_json()))))
+    assert again is not None
+    assert set(again.data_of("s1")) == set(copy.data_of("s1")) and again.without_keys() == [old]
 
 
 def test_what_was_taken_over_is_known_by_row_and_hash() -> None:
