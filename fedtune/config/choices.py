@@ -149,7 +149,7 @@ def _check_strategy(config: Config) -> None:
             f"train.optimizer=adam_mini is an optimizer on the server (federation.strategy=fedsgd), and "
             f"federation.strategy is {strategy}. Use adam, adamw or sgd."
         )
-    for name, idle in (("schedule", "constant"), ("averaging", 0.0)):
+    for name, idle in (("schedule", "constant"), ("averaging", 0.0), ("damped", False)):
         value = getattr(train, name)
         if value not in (None, idle):
             raise ConfigError(

@@ -43,6 +43,7 @@ _ON_NODES: dict[str, Any] = {
     "train.optimizer": "adam",
     "train.schedule": "constant",
     "train.averaging": 0.0,
+    "train.damped": False,
     "train.centre": False,
     "train.label_smoothing": 0.0,
     "train.start": "zero",
@@ -169,6 +170,7 @@ def chosen(config: Config) -> dict[str, Any]:
         values = _HEAD | {
             "train.learning_rate": rate,
             "train.head_learning_rate": rate,
+            "train.damped": train.start != "zero",
             "train.centre": config.model.normalize and rounds >= _CENTRE_FROM,
             "federation.num_rounds": rounds,
         }

@@ -283,6 +283,11 @@ class TrainConfig(Group):
         ge=0,
         lt=1,
     )
+    damped: bool | None = setting(
+        None,
+        "fedsgd: a tenth of the rate where noise is so heavy that a head would lose in it what its start by "
+        "the classes' names knows; null: by the recipe",
+    )
     optimizer: Literal["sgd", "adam", "adamw", "adam_mini"] | None = setting(
         None, "takes the steps; adam_mini: one second moment for all of the adapter; null: by the recipe"
     )

@@ -98,13 +98,14 @@ class PersonalPart:
         """What the site uses, float32 [P], where `adapter` [P] is the result of the common part."""
         return self._added(adapter, self._optimizer.result(self._offset))
 
-    def move(self, update: NDArray[np.float32], round: int, releases: int) -> None:
+    def move(self, update: NDArray[np.float32], round: int, releases: int, damping: float = 1.0) -> None:
         """Takes the step of one release, durably.
 
         Args:
             update: what is released, minus a noised gradient, float32 [P].
             round: in which, from 1.
             releases: the node's number of releases in this run, this one included.
+            damping: share of the rate that the step takes, for the noise of this node alone.
 
         Raises:
             FederationError: the step is not finite.
@@ -118,6 +119,7 @@ class PersonalPart:
             )  # fmt: skip
         self._begin(round)
         if round > centre_rounds(self._config):  # else there is no gradient in it, only noise on the head
+            self._optimizer.damping = damping
             self._offset = self._optimizer.step(self._offset, update[self._where])
             if self._sent is not None:
                 self._common = self._optimizer.averaged(self._common, self._sent)

@@ -236,6 +236,10 @@ class RunResources:
         with self.using_model() as model:
             return model.centre_size
 
+    def classes(self) -> int:
+        """How many classes there are: a public number."""
+        return len(self.prepared.label_names)
+
     def evaluate(self, adapter: np.ndarray) -> Any:
         """`Evaluation` of `adapter` on the test part: public, or held out of a run without privacy."""
         from fedtune.training.evaluation import evaluate

@@ -7,7 +7,6 @@ epsilon is 0.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -250,15 +249,11 @@ def noise_line(result: FederationResult, numbers: int) -> str | None:
     """That noise is all there is, where the noise of the whole run is longer than gradients of `numbers`
     numbers can be, if all of them pointed one way; else None. From public numbers.
 
-    A step's average has noise of s on each of P numbers, and a norm of at most C: over T steps together that
-    is a ratio of s sqrt(P / T) / C. Where a server noises whole updates, nothing is said.
+    Where a server noises whole updates, nothing is said.
     """
     plan = result.plan
-    if not plan.is_private() or not plan.mechanism.clips_gradients:
-        return None
     sizes = {node.name: node.declared_size for node in result.nodes}
-    noise = plan.mechanism.noise_on_average(plan, sizes)
-    ratio = noise * math.sqrt(numbers / plan.steps()) / plan.max_grad_norm
+    ratio = plan.mechanism.noise_over_gradients(plan, sizes, numbers)
     if not ratio > 1.0:
         return None
     times = f"{ratio:.1f}" if ratio < 10.0 else f"{ratio:,.0f}"

@@ -112,6 +112,14 @@ def test_the_head_comes_first_and_leaves_rounds_for_the_rest(rounds: int) -> Non
     assert load(["adapter=lora"]).train.head_rounds == 40
 
 
+def test_a_head_that_starts_by_names_is_kept_from_losing_them_in_noise() -> None:
+    assert load(["adapter=head"]).train.damped is True
+    assert load(["adapter=head", "train.start=zero"]).train.damped is False
+    assert load(["adapter=head", "train.damped=false"]).train.damped is False
+    assert load(["adapter=lora"]).train.damped is False
+    assert load(["adapter=head", "privacy=central"]).train.damped is False
+
+
 def test_a_heads_rate_grows_with_few_rounds_and_falls_with_many() -> None:
     rates = [
         load(["adapter=head", f"federation.num_rounds={rounds}"]).train.learning_rate
@@ -144,6 +152,7 @@ def test_the_page_of_fixed_numbers_is_the_other_way_to_train(trust: str) -> None
         ["privacy=central", "federation.strategy=fedsgd"],
         ["federation.strategy=fedavg", "train.schedule=cosine"],
         ["federation.strategy=fedavg", "train.averaging=0.5"],
+        ["federation.strategy=fedavg", "train.damped=true"],
         ["train.personalize=head", "privacy=distributed"],
         ["train.personalize=adapter", "privacy=central"],
         ["train.personalize=head", "train.local_steps=4"],

@@ -152,8 +152,8 @@ def test_what_is_a_sites_own_is_in_no_message_and_no_file_of_the_server(
     marks: list[bytes] = []
     move = PersonalPart.move
 
-    def marking(self: PersonalPart, update: np.ndarray, round: int, releases: int) -> None:
-        move(self, update, round, releases)
+    def marking(self: PersonalPart, update: np.ndarray, round: int, *rest: Any) -> None:
+        move(self, update, round, *rest)
         adapter = np.zeros_like(update)
         for values in (self.training(adapter, round), self.result(adapter)):
             marks.append(values[-12:].tobytes())  # the head is last
@@ -234,6 +234,28 @@ def test_it_moves_once_for_each_release(tiny: Make, tmp_path: Path) -> None:
     assert kept(asked, tmp_path).steps == 1
     assert asked.ask(round=1, attempt=2).releases == 2  # the answer was lost, and is paid for again
     assert (kept(asked, tmp_path).steps, asked.charged()) == (2, 2)
+
+
+@pytest.mark.parametrize("which", ["none", "head"])
+def test_where_noise_is_heavy_all_steps_are_a_tenth(tiny: Make, tmp_path: Path, which: str) -> None:
+    """Of the common part and of each site's own; and the run says so."""
+    moved, notices = [], []
+    for damped in (True, False):
+        changes = {"train__damped": damped, "train__personalize": which, "federation__num_rounds": 1}
+        config = private(personal(tiny, **changes), epsilon=0.05)
+        config.privacy.reproducible_noise = True
+        config.train.centre = False
+        result, _ = run(config, tmp_path / str(damped))
+        start = run_resources(resolved(config)).initial()
+        ends = [result.adapter - start]
+        if which == "head":
+            own = [part(config, result.run, tmp_path / str(damped), name) for name in NAMES]
+            ends += [one.result(np.zeros_like(start)) for one in own]
+        moved.append(np.stack(ends))
+        notices.append([text for text in result.notices if "train.damped=false" in text])
+    assert np.abs(moved[1]).max() > 0.01
+    np.testing.assert_allclose(moved[0], 0.1 * moved[1], rtol=1e-4, atol=1e-6)
+    assert [len(texts) for texts in notices] == [1, 0]
 
 
 def test_a_node_that_was_given_up_does_not_move_it_late(

@@ -64,6 +64,7 @@ from fedtune.federation.messages import (
 )
 from fedtune.federation.personal import PersonalPart
 from fedtune.federation.secagg.client import register as register_distributed
+from fedtune.federation.server.optimizers import damping
 from fedtune.federation.sizes import size_to_declare
 
 __all__ = ["app"]
@@ -179,7 +180,9 @@ def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
         )
         seconds = time.perf_counter() - started
     if own is not None:
-        own.move(result.update, request.round, release.count)
+        sizes, classes = {release.shard.node: release.shard.declared_size}, resources.classes()
+        share = damping(release.config.train, release.plan, sizes, request.adapter.size, classes)
+        own.move(result.update, request.round, release.count, share)
         _keep(release, own, own.so_far())
     training_usage.add(seconds, result.flops)
     return result.update, seconds

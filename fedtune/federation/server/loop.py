@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +57,7 @@ from fedtune.federation.server.checkpoint import RunState, has_checkpoint, load_
 from fedtune.federation.server.cohort import Roster, discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.federation.server.evaluation import Evaluator, evaluator_for
-from fedtune.federation.server.optimizers import server_optimizer
+from fedtune.federation.server.optimizers import damping, server_optimizer
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.server.tracking_grid import TrackingGrid
 from fedtune.privacy.mechanisms.counts import size_plan
@@ -84,6 +84,9 @@ class ServerSide(Protocol):
 
     def centre_size(self) -> int:
         """How many of the adapter's numbers, its last ones, are the centre; asked where a round sets one."""
+
+    def classes(self) -> int:
+        """How many classes there are; asked where the rate may be damped."""
 
     def evaluate(self, adapter: np.ndarray) -> Any:
         """Has `accuracy` and `loss`, rates and nats as plain numbers; on public data only."""
@@ -121,6 +124,11 @@ class _Setting:
     def head(self, plan: PrivacyPlan) -> np.ndarray | None:
         """The head's part of the adapter, bool [P], where `plan` tells it from the rest."""
         return self.server_side.head() if plan.head_norm or plan.head_rounds else None
+
+    def damping(self, plan: PrivacyPlan, sizes: Mapping[str, int], adapter: np.ndarray) -> float:
+        """Share of the rate that a step takes by gradients of the nodes of declared `sizes`."""
+        train = self.config.train
+        return damping(train, plan, sizes, adapter.size, self.server_side.classes()) if train.damped else 1.0
 
 
 def run_rounds(
@@ -276,6 +284,12 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         nodes = state.reconnect(nodes)
     state.notices += notices
     state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed] + refused
+    sizes = {node.name: node.declared_size for node in state.nodes}
+    if (share := setting.damping(state.plan, sizes, state.adapter)) < 1.0:
+        state.notices.append(
+            f"Noise is so heavy for so many classes that a step takes {share:g} of the rate: the result is "
+            "close to the start by the classes' names. With train.damped=false it takes all of it."
+        )
     for notice in state.notices:
         _log.warning("%s", notice)
     roster = Roster(
@@ -339,6 +353,7 @@ def _step(setting: _Setting, state: RunState, aggregate: np.ndarray, used: Seque
         return np.where(head, stepped, state.adapter)
     declared = {node.name: node.declared_size for node in state.nodes}
     sizes = {name: declared[name] for name in used}
+    state.optimizer.damping = setting.damping(plan, sizes, state.adapter)
     centre = setting.server_side.centre_size() if plan.centre_rounds else 0
     return next_adapter(state.optimizer, state.adapter, aggregate, plan, state.round, sizes, centre)
 

@@ -16,6 +16,7 @@ Pure: nothing here or in a subclass knows of a network, a model or a file.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -266,6 +267,21 @@ class Mechanism(ABC):
         of_one_unit = plan.noise_std() / plan.expected_batch_size() * plan.declared_size
         noise = of_one_unit / np.array(list(sizes.values()), dtype=np.float64)
         return float(np.linalg.norm(weights * noise) / weights.sum())
+
+    def noise_over_gradients(self, plan: PrivacyPlan, sizes: Mapping[str, int], numbers: int) -> float:
+        """How long the noise of all steps together is, over what gradients together can be at most.
+
+        The average of a step has noise of s on each of its P numbers, and a norm of at most C: over T steps
+        that is s sqrt(P / T) / C. From public numbers; 0.0 where no gradient is noised.
+
+        Args:
+            plan: the run's.
+            sizes: declared sizes of the nodes that take part, by name.
+            numbers: P, that are trained.
+        """
+        if not self.is_private or not self.clips_gradients:
+            return 0.0
+        return self.noise_on_average(plan, sizes) * math.sqrt(numbers / plan.steps()) / plan.max_grad_norm
 
     @abstractmethod
     def weights(self, nodes: Sequence[str], declared_sizes: Mapping[str, int] | None) -> FloatArray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +18,11 @@ from fedtune.federation.server.optimizers import (
     FedAvgM,
     GradientOptimizer,
     averaging_optimizer,
+    damping,
 )
+from fedtune.privacy.plan import PrivacyPlan
 from tests.support.golden import Golden
+from tests.support.plans import central_plan, distributed_plan, local_plan, public_plan
 
 UPDATES = np.random.default_rng(0).normal(size=(7, 5))
 
@@ -196,3 +201,40 @@ def test_a_gradient_optimizer_refuses_what_it_cannot_do() -> None:
     assert adam.state_dict() == {}
     with pytest.raises(CheckpointError):
         adam.load_state_dict({"momentum": np.zeros(3)})
+
+
+def test_a_damped_step_is_that_part_of_a_whole_one() -> None:
+    settings = TrainConfig(optimizer="adam_mini", learning_rate=0.3, schedule="rise", averaging=0.9)
+    whole, damped = GradientOptimizer(settings, 5), GradientOptimizer(settings, 5)
+    damped.damping = 0.1
+    x = y = np.zeros(5, dtype=np.float32)
+    for update in UPDATES:
+        x, y = whole.step(x, update), damped.step(y, update)
+    np.testing.assert_allclose(y, 0.1 * x, rtol=1e-5)
+    np.testing.assert_allclose(damped.result(y), 0.1 * whole.result(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [local_plan, distributed_plan])
+def test_the_rate_is_damped_where_noise_hides_what_each_class_says(make: Any) -> None:
+    """Noise on a class over what its gradient can be: s sqrt(P / T) / C against 1 / sqrt(K)."""
+    numbers, classes, steps = 1000, 25, 60
+    settings = {"num_rounds": steps, "nodes": 2, "declared_size": 100, "max_grad_norm": 0.9}
+    settings |= {"sample_rate": 1.0} | ({"local_steps": 1} if make is local_plan else {})
+
+    def share(noise: float, damped: bool = True, classes: int = classes) -> float:
+        plan, sizes = make(**settings, noise_multiplier=noise), {"a": 100, "b": 100}
+        return damping(TrainConfig(damped=damped), plan, sizes, numbers, classes)
+
+    # One node's noise is on a mean over 100 records, the mean of two has it over sqrt(2). The secure sum was
+    # sized for a union of 100, to which each of two nodes adds all that must be there without the other.
+    nodes = 2.0 if make is distributed_plan else 0.5
+    one = math.sqrt(numbers / steps) / 100 * math.sqrt(nodes)
+    edge = 1.7 / math.sqrt(classes) / one
+    assert (share(0.98 * edge), share(1.02 * edge)) == (1.0, 0.1)
+    assert share(1.02 * edge, damped=False) == 1.0
+    assert share(1.02 * edge, classes=24) == 1.0
+
+
+@pytest.mark.parametrize("plan", [public_plan(), central_plan(noise_multiplier=900.0)])
+def test_nothing_is_damped_where_no_gradient_is_noised(plan: PrivacyPlan) -> None:
+    assert damping(TrainConfig(damped=True), plan, {"a": 1}, 10**6, 100) == 1.0
