@@ -29,7 +29,8 @@ def test_it_measures_what_the_run_measured(
         advance=lambda done, whole: seen.append((done, whole)),
     )
     made = records.read(run_dir)["metrics"]
-    close = 0.03 if wanted is None else 1e-4  # the fastest is in int8
+    # The fastest is in int8, where a few of the 40 texts may change sides: the run's noise is drawn anew.
+    close = 0.1 if wanted is None else 1e-4
     for name in ("accuracy", "f1_macro", "loss"):
         assert found[name] == pytest.approx(made[name], abs=close)
     assert {site: one["num_records"] for site, one in found["per_site"].items()} == {
