@@ -181,7 +181,14 @@ class Watcher:
 
 def fake_config(**federation: Any) -> Config:
     """A configuration without privacy and without data, for the fakes."""
-    options = {"num_rounds": 3, "round_timeout": 30.0, "strategy": "fedavg", **federation}
+    # The evaluator's calls are what tests look at the adapters through: one after each round.
+    options = {
+        "num_rounds": 3,
+        "round_timeout": 30.0,
+        "strategy": "fedavg",
+        "evaluate_every": 1,
+        **federation,
+    }
     return Config(
         privacy=PrivacyConfig(trust="none", epsilon=None),
         train=TrainConfig(sample_rate=0.5, local_steps=1),
