@@ -42,7 +42,8 @@ def read(records: Path) -> tuple[Values, dict[str, str]]:
         values[corpus, adapter, trust, None if epsilon is None else int(epsilon)].append(
             record["metrics"]["accuracy"]
         )
-        recipes[adapter] = record["federation"]["recipe"]
+        if epsilon is not None:
+            recipes[adapter] = record["federation"]["recipe"]
     return values, recipes
 
 
@@ -92,6 +93,14 @@ def draw(values: Values, path: Path) -> None:
     )
     for panel, corpus in zip(panels[0], shown, strict=True):
         adapter = best[corpus] or ""
+        if adapter != "head":
+            for trust in TRUSTS:
+                heads = [100 * statistics.fmean(values[corpus, "head", trust, e]) for e in EPSILONS]
+                panel.plot(EPSILONS, heads, color=_COLORS[trust], alpha=0.4, linewidth=1, linestyle=":")
+            panel.annotate(
+                "the head alone", (3, max(heads)), xytext=(0, -22), textcoords="offset points",
+                ha="center", fontsize=8, color="#666666",
+            )  # fmt: skip
         for trust in TRUSTS:
             found = [
                 (e, values[corpus, adapter, trust, e])
