@@ -26,10 +26,11 @@ LEFT_OUT = "not milliseconds and not seconds"
 
 
 def all_sources() -> list[Source]:
-    """`fedtune/privacy` and the training step."""
+    """`fedtune/privacy` and the training step with its examples' gradients."""
     paths = [
         *sorted((ROOT / "fedtune" / "privacy").rglob("*.py")),
         ROOT / "fedtune" / "training" / "dp_step.py",
+        ROOT / "fedtune" / "training" / "example_gradients.py",
     ]
     return [
         Source(".".join(path.relative_to(ROOT).with_suffix("").parts), path)

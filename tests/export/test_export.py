@@ -82,7 +82,11 @@ def test_the_lines_of_the_card_give_the_runs_labels_without_fedtune(
     printed = without_fedtune(code_of(exported / "README.md")[number], tmp_path)
     said = eval(printed)
     labels = [one["label"] for one in said] if number == 0 else said
-    assert labels == labels_of(run_dir) and len(set(labels)) == 2
+    # A run's noise may give all of them one label: the scores tell models apart whatever it is.
+    assert labels == labels_of(run_dir)
+    if number == 0:
+        scores = [max(p.probabilities.values()) for p in load(run_dir, device="cpu").predict(TEXTS)]
+        assert [one["score"] for one in said] == pytest.approx(scores, abs=1e-4)
 
 
 def test_the_lines_of_the_adapters_card_load_it_onto_its_base(

@@ -56,7 +56,7 @@ def test_privacy_seed_and_rate_leave_the_time_alone_and_the_model_does_not() -> 
     assert known.estimate(config(made(epsilon=1.0, seed=5, train__learning_rate=0.3))) is not None
     for other in (
         {"quantization": "nf4"},
-        {"adapter": "head"},
+        {"adapter": "head", "train__head_learning_rate": None, "train__head_rounds": None},
         {"train__sample_rate": 0.9},
         {"epsilon": None},
     ):
