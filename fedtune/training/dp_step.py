@@ -37,6 +37,7 @@ from fedtune.data.batches import micro_batches
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
+from fedtune.models.merged_layers import MergedLayers
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.example_gradients import example_gradients
 
@@ -79,10 +80,13 @@ def _example_gradients(
     micro_batch_tokens: int,
     precision: str,
     label_smoothing: float,
+    layers: MergedLayers | None,
 ) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
-    """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter."""
+    """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter.
+
+    `layers`: the model's merged ones, at the adapter as it is.
+    """
     labels_of = features.corpus.labels
-    layers = model.merged_layers(precision) if len(records) else None
     for batch in micro_batches(features.lengths[records], micro_batch_tokens):
         rows = records[batch.records]
         arguments = features.inputs(rows, batch.rows, batch.length, model.device)
@@ -238,7 +242,8 @@ def clipped_sum(
     if features.pooled:
         return _head_sum(model, features, records, units, plan, label_smoothing)
     total = torch.zeros(model.num_parameters, dtype=torch.float64)
-    options = (micro_batch_tokens, precision, label_smoothing)
+    layers = model.merged_layers(precision) if len(records) else None
+    options = (micro_batch_tokens, precision, label_smoothing, layers)
     if units is None:
         for _, gradients in _example_gradients(model, features, records, *options):
             total += torch.cat(clip_and_sum(gradients, plan, model.heads)).cpu().double()

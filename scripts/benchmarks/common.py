@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,10 +72,17 @@ def in_turn(first: Callable[[], object], second: Callable[[], object], repeats: 
     """Times the two in turn after one uncounted call of each; the ratio is of pairs, first over second."""
     first(), second()
     pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
-    ratios = sorted(a / b for a, b in pairs)
     return {
         "seconds_first": [round(a, 4) for a, _ in pairs],
         "seconds_second": [round(b, 4) for _, b in pairs],
+        **ratios_of(pairs),
+    }
+
+
+def ratios_of(pairs: Iterable[tuple[float, float]]) -> dict[str, float]:
+    """Least, median and largest of first over second."""
+    ratios = sorted(a / b for a, b in pairs)
+    return {
         "ratio_min": round(ratios[0], 3),
         "ratio_median": round(statistics.median(ratios), 3),
         "ratio_max": round(ratios[-1], 3),

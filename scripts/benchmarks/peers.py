@@ -8,8 +8,6 @@ products in bfloat16 where the processor has them, and each physical batch padde
 
 from __future__ import annotations
 
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +19,16 @@ from torch import Tensor, nn
 
 from fedtune.models.encoder import autocast, computes_in, model_location
 from fedtune.training.local import train_locally
-from scripts.benchmarks.common import CLIP, NOISE_MULTIPLIER, plan_for, pooled, seconds, take, write
+from scripts.benchmarks.common import (
+    CLIP,
+    NOISE_MULTIPLIER,
+    plan_for,
+    pooled,
+    ratios_of,
+    seconds,
+    take,
+    write,
+)
 
 EXAMPLES, RATE = 512, 0.5  # shard size and sampling rate: 256 expected examples a step, in every program
 _PHYSICAL = (16, 32, 64)  # sizes of physical batches that every peer may choose from
@@ -117,12 +124,7 @@ def peers(repeats: int = 5) -> None:
     for _ in range(repeats):
         for name, program in programs.items():
             measured[name].append(seconds(program))
-            time.sleep(0.1)
-    ratios = {
-        name: sorted(a / b for a, b in zip(taken, measured["fedtune"], strict=True))
-        for name, taken in measured.items()
-        if name != "fedtune"
-    }
+    ours_took = measured["fedtune"]
     write(
         "peers",
         {
@@ -136,12 +138,9 @@ def peers(repeats: int = 5) -> None:
                 name: [round(EXAMPLES / s, 1) for s in taken] for name, taken in measured.items()
             },
             "adapters": {
-                name: {
-                    "ratio_min": round(values[0], 3),
-                    "ratio_median": round(statistics.median(values), 3),
-                    "ratio_max": round(values[-1], 3),
-                }
-                for name, values in ratios.items()
+                name: ratios_of(zip(taken, ours_took, strict=True))
+                for name, taken in measured.items()
+                if name != "fedtune"
             },
             "target": "at least 8 (stock; 3.2 without bf16), 6 (hooks), 7 (ghost)",
         },

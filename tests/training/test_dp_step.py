@@ -450,7 +450,9 @@ def by_hooks(
     features = Features.of(model, shard.data, 64, precision="fp32")
     rows, sums = np.array(records), torch.zeros(max(units) + 1, model.num_parameters)
     with per_example_gradients(model):
-        for places, gradients in dp_step._example_gradients(model, features, rows, 64, "fp32", smoothing):
+        for places, gradients in dp_step._example_gradients(
+            model, features, rows, 64, "fp32", smoothing, None
+        ):
             sums.index_add_(0, torch.tensor(units)[places], torch.cat(gradients, dim=1))
     return torch.cat(clip_and_sum(model.split(sums), plan, model.heads)).numpy()
 

@@ -873,11 +873,8 @@ def test_a_reservation_is_as_much_work_after_10000_as_after_100(
     assert fresh(path.with_name("10000.sqlite")).state().releases[("visits", "f1")] == 10_006
 
 
-def test_what_a_process_has_counted_is_read_no_more_and_what_others_wrote_is(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = local_plan(num_rounds=6)
-    ledger, other = PrivacyLedger(path), PrivacyLedger(path)
+def rows_read(ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the rows of runs that `ledger` reads from now on, as it reads them."""
     read: list[int] = []
     real = ledger._chain.run_rows
 
@@ -887,6 +884,15 @@ def test_what_a_process_has_counted_is_read_no_more_and_what_others_wrote_is(
             yield row
 
     monkeypatch.setattr(ledger._chain, "run_rows", counting)
+    return read
+
+
+def test_what_a_process_has_counted_is_read_no_more_and_what_others_wrote_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = local_plan(num_rounds=6)
+    ledger, other = PrivacyLedger(path), PrivacyLedger(path)
+    read = rows_read(ledger, monkeypatch)
     for round in range(4):
         ledger.commit(reserve(ledger, plan, round=round))
     assert len(read) <= 8  # every row once: 4 reserved, 4 committed
@@ -898,18 +904,12 @@ def test_what_a_process_has_counted_is_read_no_more_and_what_others_wrote_is(
         reserve(other, plan, round=6)
 
 
-def test_each_row_of_a_run_is_read_once_for_all_of_its_nodes(path: Path, monkeypatch: Any) -> None:
+def test_each_row_of_a_run_is_read_once_for_all_of_its_nodes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A simulation of 100 nodes read every row of its run for each of them, twice a round."""
     ledger, plan, nodes = PrivacyLedger(path, shared=True), local_plan(num_rounds=6), range(4)
-    read: list[int] = []
-    real = ledger._chain.run_rows
-
-    def counting(*arguments: Any, **named: Any) -> Any:
-        for row in real(*arguments, **named):
-            read.append(row.seq)
-            yield row
-
-    monkeypatch.setattr(ledger._chain, "run_rows", counting)
+    read = rows_read(ledger, monkeypatch)
     for round in (1, 2, 3):
         for i in nodes:
             asked = {"run": "run-1", "node": f"n{i}"}
