@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Message
@@ -45,7 +45,9 @@ from fedtune.federation.flower import (
 )
 from fedtune.privacy.publication import error_in_public
 
-__all__ = ["UPLOAD_SECONDS", "MessageHandler", "PollInterval", "pauses", "run_message_loop"]
+__all__ = ["UPLOAD_SECONDS", "MessageHandler", "PollInterval", "begun_again", "pauses", "run_message_loop"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("fedtune.node")
 
@@ -157,36 +159,54 @@ def _patient(pull: Callable[[int, str], bytes]) -> Callable[[int, str], bytes]:
     return patient
 
 
+def begun_again(push: Callable[[], T]) -> T:
+    """What `push` returns; it is called again for UPLOAD_SECONDS while the server fails or takes an object no
+    more, as it does when it was killed between storing the object and saying so.
+
+    All of it is begun again, for the server may have stored an object and failed later: it knows a message by
+    the hash of its content, keeps it once, and says which of its objects it still misses; a new push of a
+    message replaces the one before (`LinkState.store_message_ins` and `store_message_res`,
+    `CoreState.preregister_object_tree`).
+    """
+    for pause in pauses():
+        try:
+            return push()
+        except (httpx.HTTPStatusError, flower.ObjectPushError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500:
+                raise
+            time.sleep(pause)
+    return push()
+
+
 def _with_retries(
     store: Any, send: Callable[..., Any], push_object: Callable[..., Any], say: Callable[[str], None]
 ) -> Callable[[Any, Any, float], tuple[set[str], str]]:
     """Flower's `send`, which also pushes the answer's objects, and does both again when the server failed.
 
-    Flower drops an answer at an HTTP 500 or an object that was not stored, and this one is charged. All of it
-    is begun again, for the server may have stored an object and failed later: it knows an answer by the hash
-    of its content, keeps it once, and says which of its objects it still misses; a new push of an answer
-    replaces the one before (`LinkState.store_message_res`, `CoreState.preregister_object_tree`).
+    Flower drops an answer at an HTTP 500 or an object that was not stored, and this one is charged.
     """
 
     def deliver(message: Any, tree: Any, seconds: float) -> tuple[set[str], str]:
-        for pause in itertools.chain(pauses(), [None]):
-            try:
-                missing, session = send(message, tree, seconds)
-                ids = [name for name in flower.object_ids(tree) if name in missing]
-                flower.push_objects(store, ids, partial(push_object, message.metadata.run_id, session))
-                return set(), session
-            except Exception as error:
-                status = error.response.status_code if isinstance(error, httpx.HTTPStatusError) else 0
-                if pause is None or not (status >= 500 or isinstance(error, flower.ObjectPushError)):
-                    reason = f"HTTP status {status}" if status else f"{type(error).__name__}: {error}"
-                    say(
-                        f"the answer to {message.metadata.message_type}, round {message.metadata.group_id}, "
-                        f"did not arrive at the server ({reason}) and is given up; what was charged for it "
-                        "stays charged"
-                    )
-                    raise
-                time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        def push() -> tuple[set[str], str]:
+            missing, session = send(message, tree, seconds)
+            ids = [name for name in flower.object_ids(tree) if name in missing]
+            flower.push_objects(store, ids, partial(push_object, message.metadata.run_id, session))
+            return set(), session
+
+        try:
+            return begun_again(push)
+        except Exception as error:
+            reason = (
+                f"HTTP status {error.response.status_code}"
+                if isinstance(error, httpx.HTTPStatusError)
+                else f"{type(error).__name__}: {error}"
+            )
+            say(
+                f"the answer to {message.metadata.message_type}, round {message.metadata.group_id}, "
+                f"did not arrive at the server ({reason}) and is given up; what was charged for it "
+                "stays charged"
+            )
+            raise
 
     return deliver
 

@@ -7,7 +7,8 @@ What can go wrong on the way, and what becomes of it:
 
 - The server does not answer (it was killed, it restarts): asked again until it does; the observer is told.
 - The server has given the run up, because it was away for longer than the minute after which a ServerApp
-  that is not heard of counts as dead: `RunLost`. It goes on from its checkpoint, as another run there.
+  that is not heard of counts as dead, or because somebody stopped it: `RunLost`, however the server failed at
+  it meanwhile. It goes on from its checkpoint, as another run there.
 - This process is killed: nothing is told to anybody. The run is resumed from its folder (`fedtune submit DIR
   resume=RUN_DIR`), which stops what is left of the one before it, so that no node begins a round that nobody
   waits for any more.
@@ -32,7 +33,7 @@ from fedtune.config.files import lock_file, replace_whole
 from fedtune.deploy import flower
 from fedtune.deploy.certificates import check_server, tls_context
 from fedtune.deploy.join import as_enrolled, checked_budget
-from fedtune.deploy.message_loop import pauses
+from fedtune.deploy.message_loop import begun_again, pauses
 from fedtune.deploy.provision import Federation, read_token
 from fedtune.deploy.server import PUBLISHED_PATH, TOKEN_HEADER
 from fedtune.deploy.thin_app import thin_app
@@ -301,7 +302,8 @@ def submitted_run(
     client = server.open_client(flower.RuntimeHttpClient, interceptor, retries=retries)
     impatient = server.open_client(flower.RuntimeHttpClient, interceptor)
     lost = threading.Event()
-    beat = flower.HeartbeatSender(_heartbeat(impatient, lost))
+    alive = _heartbeat(impatient, lost)
+    beat = flower.HeartbeatSender(alive)
     outcome, details = flower.SubStatus.FAILED, "The submitting process ended."
     try:
         beat.start()
@@ -315,8 +317,10 @@ def submitted_run(
         if lost.is_set():
             raise RunLost from None
         raise
-    except httpx.HTTPStatusError as error:
-        if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+    except (httpx.HTTPStatusError, flower.ObjectPushError) as error:
+        # One of them may be how the server fails at a run that it is just ending: it says whether it has.
+        alive()
+        if _refused(error) or lost.is_set():
             raise RunLost from error
         raise _broken(server, error) from error
     except httpx.HTTPError as error:
@@ -330,6 +334,12 @@ def submitted_run(
             beat.stop()
         client.close()
         impatient.close()
+
+
+def _refused(error: Exception) -> bool:
+    """Whether the server answers so because the run's token is of no run that goes on."""
+    codes = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code in codes
 
 
 def _broken(server: Server, error: Exception) -> FederationError:
@@ -410,7 +420,7 @@ def _heartbeat(client: Any, lost: threading.Event) -> Any:
             if not client.SendTaskHeartbeat(flower.runtime_pb2.SendTaskHeartbeatRequest()).success:
                 lost.set()
         except httpx.HTTPStatusError as error:
-            if error.response.status_code not in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            if not _refused(error):
                 return False
             lost.set()
         except httpx.TransportError:
@@ -447,6 +457,10 @@ def _grid(server: Server, client: Any, token: str) -> Any:
     class Grid(flower.HttpGrid):
         def _connect(self) -> None:
             self._client = patient
+
+        def push_messages(self, messages: Any) -> Any:
+            push, messages = super().push_messages, list(messages)
+            return begun_again(lambda: push(messages))
 
         def pull_messages(self, message_ids: Any) -> Any:
             messages = super().pull_messages(message_ids)

@@ -11,17 +11,30 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.proto.control_pb2 import StartRunRequest, StopRunRequest
+from flwr.proto.message_pb2 import PushObjectResponse
+from flwr.proto.runtime_pb2 import (
+    GetNodesResponse,
+    PullAppMessagesResponse,
+    PullTaskInputResponse,
+    PushAppMessagesResponse,
+    SendTaskHeartbeatResponse,
+)
 from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
-from fedtune.deploy import submit
+from fedtune.deploy import message_loop, submit
 from fedtune.deploy.provision import provision
 from fedtune.deploy.submit import RunLost, Server, status, submitted_run
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import FederationError, FedtuneError
+from fedtune.federation.flower import task_identity
 from tests.support.fake_federation import Watcher
 
 REPOSITORY = Path(__file__).parents[2]
@@ -101,7 +114,13 @@ def test_a_server_that_is_killed_is_waited_for_and_the_observer_is_told(
 ) -> None:
     monkeypatch.setattr(submit, "_QUIET_SECONDS", 0.5)
     watcher, away = Watcher(), time.monotonic()
-    again = threading.Thread(target=running.start)
+
+    def start_when_it_was_missed() -> None:
+        while not watcher.waits and time.monotonic() - away < 120.0:
+            time.sleep(0.1)
+        running.start()
+
+    again = threading.Thread(target=start_when_it_was_missed)
     try:
         with submitted_run(running.server, "{}", tmp_path, watcher) as (grid, lost):
             running.kill()
@@ -178,3 +197,137 @@ def test_a_task_that_nobody_took_is_ended_and_a_fresh_one_is_left_alone(
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
     with submitted_run(running.server, "{}", tmp_path, None):
         assert running.states()[str(orphan)] == "failed"
+
+
+class RunThatEnds:
+    """A server's answers to a run's ServerApp, without a network.
+
+    `ends`: at which of them it ends the run, as a server does that is told so between two of its own steps;
+    `fails`: how it answers then, once. It goes on with the run if it is not `ended`.
+    """
+
+    def __init__(self, ends: str, fails: str, *, ended: bool = True) -> None:
+        self.ends, self.fails, self.ended, self.over = ends, fails, ended, False
+        self.asked: list[str] = []
+        self.stored: set[str] = set()
+
+    def _ask(self, name: str) -> bool:
+        """Whether this one fails as it is told to."""
+        self.asked.append(name)
+        if self.over and self.ended:
+            raise self._status(401)
+        if name != self.ends or self.over:
+            return False
+        self.over = True
+        if self.fails != "not stored":
+            raise self._status(int(self.fails))
+        return True
+
+    @staticmethod
+    def _status(code: int) -> httpx.HTTPStatusError:
+        answer = httpx.Response(code, request=httpx.Request("POST", "https://s"))
+        return httpx.HTTPStatusError(f"status {code}", request=answer.request, response=answer)
+
+    def PullTaskInput(self, request: Any) -> Any:
+        answer = PullTaskInputResponse(task_id=3)
+        answer.run.run_id, answer.context.node_id = 7, 1
+        self._ask("PullTaskInput")
+        return answer
+
+    def SendTaskHeartbeat(self, request: Any) -> Any:
+        if self.over and self.ended:
+            raise self._status(401)
+        return SendTaskHeartbeatResponse(success=True)
+
+    def GetNodes(self, request: Any) -> Any:
+        self._ask("GetNodes")
+        return GetNodesResponse()
+
+    def PullMessages(self, request: Any) -> Any:
+        self._ask("PullMessages")
+        return PullAppMessagesResponse()
+
+    def PushMessages(self, request: Any) -> Any:
+        self._ask("PushMessages")
+        wanted = [one.object_id for tree in request.message_object_trees for one in iterate_object_tree(tree)]
+        ids = [tree.object_id for tree in request.message_object_trees]
+        missing = [name for name in wanted if name not in self.stored]
+        return PushAppMessagesResponse(message_ids=ids, objects_to_push=missing, session_id="s")
+
+    def PushObject(self, request: Any) -> Any:
+        if self._ask("PushObject"):
+            return PushObjectResponse(stored=False)
+        self.stored.add(request.object_id)
+        return PushObjectResponse(stored=True)
+
+    def PushTaskOutput(self, request: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def push_one(grid: Any) -> list[str]:
+    content = RecordDict({"a": ConfigRecord({"value": 1}), "b": ConfigRecord({"value": 2})})
+    return list(grid.push_messages([Message(content, 2, "train")]))
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    slept: list[float] = []
+    monkeypatch.setattr(submit, "_start", lambda *_: "token")
+    monkeypatch.setattr(message_loop.time, "sleep", slept.append)
+
+    def run(answers: RunThatEnds, do: Any) -> tuple[Any, float]:
+        class Faked(Server):
+            def open_client(self, *_: Any, **__: Any) -> Any:
+                return answers
+
+        slept.clear()
+        with submitted_run(Faked(tmp_path, "h:1", b"", "t"), "{}", tmp_path, None) as (grid, _):
+            return do(grid), sum(slept)
+
+    with task_identity(7):
+        yield run
+
+
+_CALLS = ("PushObject", "PushMessages", "PullMessages", "GetNodes", "PullTaskInput")
+
+
+@pytest.mark.parametrize(
+    ("ends", "fails"),
+    [("PushObject", "not stored"), *((ends, fails) for ends in _CALLS for fails in ("500", "404", "401"))],
+)
+def test_however_a_server_fails_at_a_run_that_it_is_ending_the_run_is_lost(
+    submitted: Any, ends: str, fails: str
+) -> None:
+    def do(grid: Any) -> None:
+        push_one(grid)
+        grid.pull_messages(["m"])
+        grid.get_node_ids()
+
+    with pytest.raises(RunLost):
+        submitted(RunThatEnds(ends, fails), do)
+
+
+@pytest.mark.parametrize(
+    ("ends", "fails"), [("PushObject", "not stored"), ("PushObject", "500"), ("PushMessages", "500")]
+)
+def test_a_push_that_a_server_forgot_to_confirm_is_begun_again(submitted: Any, ends: str, fails: str) -> None:
+    """It was killed between storing an object and saying so: it takes that object no second time."""
+    server = RunThatEnds(ends, fails, ended=False)
+    (message_id,), slept = submitted(server, push_one)
+    assert message_id in server.stored and len(server.stored) == 4  # the message, its content and two records
+    assert server.asked.count("PushMessages") == 2 and 0 < slept < 1
+
+
+def test_what_is_no_ended_run_is_an_error_with_a_way_out(
+    submitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = RunThatEnds("PushMessages", "404", ended=False)
+    with pytest.raises(FederationError, match=r"404.*fedtune submit DIR resume=RUN_DIR"):
+        submitted(server, push_one)
+    assert server.asked.count("PushMessages") == 1
+    server = RunThatEnds("", "", ended=False)
+    monkeypatch.setattr(server, "PushObject", lambda request: PushObjectResponse(stored=False))
+    with pytest.raises(FederationError, match=r"ObjectPushError.*resume=RUN_DIR"):
+        submitted(server, push_one)
+    assert server.asked.count("PushMessages") > message_loop.UPLOAD_SECONDS
