@@ -1,4 +1,4 @@
-"""A finished model elsewhere: `fedtune export`, and what it made at work: `evaluate | serve`."""
+"""A finished model elsewhere: `fedtune export`, and what it made at work: `evaluate | serve | key`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ Format = Annotated[
     rich_help_panel=_PANEL,
     short_help="A run's model as a folder that needs no fedtune.",
     help=help_text(
-        "Writes a folder that people can use without fedtune: the model for transformers "
-        "(adapter merged), the "
-        "adapter alone, ONNX in float32 and int8, each checked against the run's own model; a "
-        "model card, a data "
-        "card, the privacy statement, and the sums of all files. It costs no privacy.",
+        "Writes a folder that people can use without fedtune: the model for transformers (adapter merged), "
+        "the adapter alone, ONNX in float32 and int8, each checked against the run's own model; a model "
+        "card, a data card, the privacy statement, and the sums of all files. It costs no privacy.",
         """\
 fedtune export RUN_DIR
 fedtune export RUN_DIR -o FOLDER --format hf,onnx-int8
@@ -84,11 +82,9 @@ def export(
     rich_help_panel=_PANEL,
     short_help="How right an exported model is on labelled texts.",
     help=help_text(
-        "Accuracy, rates and F1 of each class, the confusion matrix, the calibration error and "
-        "the best threshold, "
-        "of an exported model on labelled texts, and by site where the data names sites. Without "
-        "noise: figures of "
-        "private texts stay with their owner.",
+        "Accuracy, rates and F1 of each class, the confusion matrix, the calibration error and the best "
+        "threshold, of an exported model on labelled texts, and by site where the data names sites. "
+        "Without noise: figures of private texts stay with their owner.",
         """\
 fedtune evaluate MODEL_DIR test.csv
 fedtune evaluate MODEL_DIR FOLDER data.text=review data.label=stars
@@ -131,34 +127,66 @@ def evaluate(
 @commands.command(
     cls=Command,
     rich_help_panel=_PANEL,
-    short_help="An exported model as an HTTP service.",
+    short_help="Exported models as an HTTP service.",
     help=help_text(
-        "Answers POST /predict with labels and probabilities; /model with the card and the "
-        "privacy statement; "
-        "/healthz, /readyz and /metrics for whoever runs it; /openapi.json says it all. Requests "
-        "are batched. Texts "
-        "are not logged. Stop it with SIGTERM or Ctrl-C: what was accepted is answered. No TLS "
-        "and no keys: put it "
-        "behind a proxy that has them.",
+        "Answers POST /predict with labels and probabilities, and POST /explain with the words that speak "
+        "for a label. /model has the card and the privacy statement; / is a page to try it; /healthz, "
+        "/readyz and /metrics are for whoever runs it; /openapi.json describes it all. Requests are "
+        "batched, and texts are not logged. SIGTERM or Ctrl-C stops it when what was accepted is answered. "
+        "It speaks no TLS: put it behind a proxy that does.",
         """\
 fedtune serve MODEL_DIR
-fedtune serve MODEL_DIR --host 0.0.0.0 --port 80 --rate 50
+fedtune serve film=MODEL_DIR mood=OTHER_DIR   several models
+fedtune serve MODEL_DIR --host 0.0.0.0 --keys keys.txt --rate 50
 curl localhost:8000/predict -d '{"text": "what a film"}'""",
     ),
 )
 def serve(
-    model_dir: ModelFolder,
+    model_dirs: Annotated[
+        list[str],
+        argument("MODEL_DIR...", "Folders that 'fedtune export' made, each as FOLDER or NAME=FOLDER."),
+    ],
     host: Annotated[str, option("Address to listen on (default 127.0.0.1: this machine).")] = "127.0.0.1",
     port: Annotated[int, option("Port (default 8000; 0: any that is free).", metavar="N")] = 8000,
     wanted: Format = None,
-    threads: Annotated[int, option("Of the model (default: as many as cores).", metavar="N")] = 0,
+    keys: Annotated[
+        Path | None, option("Ask for a key of this file; 'fedtune key' makes them.", metavar="FILE")
+    ] = None,
     rate: Annotated[
-        float | None, option("Texts a second from one address; more is 429.", metavar="R")
+        float | None, option("Texts a second of one key, or address; more is 429.", metavar="R")
     ] = None,
     waiting: Annotated[
         int | None, option("Tokens that may wait; more is 503 (default 32768).", metavar="N")
     ] = None,
+    workers: Annotated[
+        int, option("Batches computed at once, at most (default: as many as cores).", metavar="N")
+    ] = 0,
+    threads: Annotated[int, option("Of one batch (default 1; 0: as many as cores).", metavar="N")] = 1,
 ) -> None:
     from fedtune.serving.serve import serve as run
 
-    run(model_dir, host, port, wanted=wanted, threads=threads, rate=rate, waiting=waiting)
+    run(
+        model_dirs, host, port, wanted=wanted, keys=keys, rate=rate, waiting=waiting, workers=workers,
+        threads=threads,
+    )  # fmt: skip
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="A key for a client of 'fedtune serve'.",
+    help=help_text(
+        "Draws a key, prints it once, and adds its hash to the file that 'fedtune serve --keys' reads. "
+        "Nobody can show a key again. Delete its line, and it is worth nothing, without a restart.",
+        """\
+fedtune key clinic-1 --keys keys.txt
+curl localhost:8000/predict -H "Authorization: Bearer KEY" -d '{"text": "what a film"}'""",
+    ),
+)
+def key(
+    name: Annotated[str, argument("NAME", "What the log calls the client.")],
+    keys: Annotated[Path, typer.Option("--keys", help="The file.", metavar="FILE")],
+) -> None:
+    from fedtune.serving.keys import make_key
+
+    print(make_key(keys, name))

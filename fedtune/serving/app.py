@@ -1,281 +1,435 @@
-"""The HTTP service of an exported model: what it answers, what it refuses, what it counts.
+"""The HTTP service of exported models: what it answers, what it refuses, what it counts.
 
     POST /predict   {"text": "..."} or {"texts": ["...", ...]} -> the label and the probability of each label
-    GET  /model     export.json, the model card and the privacy statement
+    POST /explain   {"text": "..."} -> which words speak for the label (`fedtune.serving.explain`)
+    GET  /model     export.json, the model card and the privacy statement;   /models   what is served
     GET  /healthz   the process lives;   /readyz   it accepts requests;   /metrics   for Prometheus
+    GET  /          a page to try it
 
-Refused: 400 no JSON, 408 a body that takes too long to come, 413 more bytes than allowed, 422 texts that
-cannot be classified (empty, too long, too many, half a character), 429 more texts a second than one address
-may ask (`Limits.rate`), 503 a full queue or a server that is stopping; 429 and 503 with Retry-After. Each
-answer has one sentence in `detail`. Nothing of a text is logged or counted: a line of the log has time,
-status, number of texts, tokens and milliseconds.
+With several models a request names one: "model". With keys (`fedtune.serving.keys`) a question needs one in
+its header, `Authorization: Bearer KEY`; what the service says about itself is open to everybody.
 
-Does not do: TLS, keys of clients (put it behind a proxy that does both), explanations, several models.
+Refused: 400 no JSON, 401 no key that is known, 404 no such model, 408 a body that takes too long to come, 413
+    more
+bytes than allowed, 422 texts that cannot be classified (empty, too long, too many, half a character), 429
+more texts a second than one client may ask (`Limits.rate`), 503 a full queue or a server that is stopping;
+429 and 503 with Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged or
+counted.
+
+Does not do: TLS (put it behind a proxy that does).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import base64
+import hashlib
 import logging
-import math
+import re
+import secrets
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, ValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from numpy.typing import NDArray
+from pydantic import BaseModel
 
-from fedtune.errors import DataError
-from fedtune.runs.predict import check_texts
+from fedtune import __version__
 from fedtune.serving.batcher import Batcher, Busy
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier, probabilities
+from fedtune.serving.explain import METHOD, cut, weights
+from fedtune.serving.keys import Keys
+from fedtune.serving.metrics import Metrics
+from fedtune.serving.questions import (
+    Limits,
+    Question,
+    Rates,
+    Refused,
+    described,
+    read_body,
+    read_question,
+)
 
-__all__ = ["Limits", "make_app"]
+__all__ = ["Served", "make_app"]
 
 _log = logging.getLogger("fedtune.serve")
-_ADDRESSES = 10_000  # whose rate is remembered at once
+_DEFAULTS = Limits()
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one request, and one address, may ask.
+class Served:
+    """A model that is served.
 
     Attributes:
-        texts: in one request.
-        characters: of one text.
-        body: bytes of one request.
-        body_seconds: that a body may take to come.
-        waiting: tokens in the queue.
-        rate: texts a second from one address, on average over some seconds; None: any.
+        bundle: the folder that it comes from.
+        model: the model itself.
+        format: which of the folder's formats it is.
     """
 
-    texts: int = 256
-    characters: int = 20_000
-    body: int = 2_000_000
-    body_seconds: float = 10.0
-    waiting: int = 32_768
-    rate: float | None = None
+    bundle: Bundle
+    model: Classifier
+    format: str
 
 
-class Question(BaseModel):
-    """A request for predictions: `text`, or `texts`."""
+class Prediction(BaseModel):
+    """What a model says of one text."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-    text: str | None = None
-    texts: list[str] | None = None
-
-
-class Refused(Exception):
-    """A request is answered by a status and one sentence."""
-
-    def __init__(self, status: int, detail: str, retry_after: int | None = None) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.retry_after = status, detail, retry_after
+    label: str
+    probability: float
+    probabilities: dict[str, float]
 
 
-class Rates:
-    """Texts a second of each address: a bucket that holds five seconds' worth."""
+class Predictions(BaseModel):
+    """The answer of /predict: of each text, in the order of the texts."""
 
-    def __init__(self, rate: float) -> None:
-        self.rate, self.most = rate, max(1.0, 5 * rate)
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, address: str, count: int, now: float) -> int:
-        """0 if `address` may ask `count` texts now; else after how many seconds it may."""
-        left, then = self._left.pop(address, (self.most, now))
-        left = min(self.most, left + (now - then) * self.rate)
-        # More than a bucket holds is let through when it is full, and paid for afterwards.
-        short = min(count, self.most) - left
-        self._left[address] = (left if short > 0 else left - count, now)
-        while len(self._left) > _ADDRESSES:
-            self._left.popitem(last=False)
-        return math.ceil(short / self.rate) if short > 0 else 0
+    model: str
+    predictions: list[Prediction]
 
 
-class Metrics:
-    """What Prometheus is told; of this app alone."""
+class Word(BaseModel):
+    """A part of a text: characters from `start` to before `end`, and what it speaks for."""
 
-    def __init__(self, batcher: Batcher) -> None:
-        self.registry = CollectorRegistry()
-        known: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("fedtune_requests", "Requests for predictions.", ["status"], **known)
-        self.texts = Counter("fedtune_texts", "Texts that were classified.", **known)
-        self.tokens = Counter("fedtune_tokens", "Tokens of them.", **known)
-        self.seconds = Histogram("fedtune_request_seconds", "From the request to its answer.", **known)
-        waiting = Gauge("fedtune_waiting_tokens", "Tokens accepted and not answered.", **known)
-        waiting.set_function(lambda: float(batcher.waiting))
-        batches = Gauge("fedtune_batches", "Batches computed.", **known)
-        batches.set_function(lambda: float(batcher.batches))
+    start: int
+    end: int
+    weight: float
 
 
-def make_app(bundle: Bundle, model: Classifier, limits: Limits = Limits()) -> FastAPI:
-    """The service of `model`, opened from `bundle`."""
-    batcher = Batcher(model.logits, limits.waiting)
-    metrics = Metrics(batcher)
-    rates = None if limits.rate is None else Rates(limits.rate)
+class Explanation(BaseModel):
+    """The answer of /explain."""
+
+    model: str
+    label: str
+    probability: float
+    method: str
+    read: int
+    words: list[Word]
+
+
+class Detail(BaseModel):
+    """Why a request was refused."""
+
+    detail: str
+
+
+@dataclass
+class _Asked:
+    """What is known of a request so far, for its line in the log."""
+
+    id: str
+    path: str
+    started: float = field(default_factory=time.monotonic)
+    who: str = ""  # whose rate it counts for
+    client: str | None = None
+    model: str | None = None
+    texts: int = 0
+    tokens: int = 0
+
+
+class _Service:
+    """The models, their queue, and who may ask how much."""
+
+    def __init__(self, models: Mapping[str, Served], limits: Limits, keys: Keys | None, workers: int) -> None:
+        self.models, self.limits, self.keys = models, limits, keys
+        asks = {name: served.model.logits for name, served in models.items()}
+        self.batcher = Batcher(asks, limits.waiting, workers)
+        self.metrics = Metrics(self.batcher)
+        self.rates = None if limits.rate is None else Rates(limits.rate)
+        for name, served in models.items():
+            self.metrics.model.labels(name, str(served.bundle.about["run"]), served.format).set(1)
+
+    def chosen(self, name: str | None) -> tuple[str, Served]:
+        """The model `name`; None: the only one. Raises `Refused` if there is none."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.items()))
+        if name in self.models:
+            return str(name), self.models[str(name)]
+        there = ", ".join(self.models)
+        raise Refused(404 if name else 422, f"Name one of the models that are served: {there}.")
+
+    def _admit(self, request: Request, asked: _Asked) -> None:
+        """Notes who asks: by the key, or by the address where none is needed. `Refused`: a stranger."""
+        if self.keys is None:
+            asked.who = request.client.host if request.client else ""
+            return
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        asked.client = self.keys.name_of(key.strip()) if scheme.lower() == "bearer" else None
+        if asked.client is None:
+            raise Refused(
+                401, "Send a key that is known: Authorization: Bearer KEY.", WWW_Authenticate="Bearer"
+            )
+        asked.who = asked.client
+
+    async def question(
+        self, request: Request, asked: _Asked, *, explain: bool = False
+    ) -> tuple[str, Served, Question, list[str]]:
+        """(the model's name, the model, the question, its texts), from a client that may ask."""
+        self._admit(request, asked)  # before anything of a stranger's is read
+        question, texts = read_question(await read_body(request, self.limits), self.limits, explain=explain)
+        name, served = self.chosen(question.model)
+        asked.model = name
+        return name, served, question, texts
+
+    async def logits(self, asked: _Asked, name: str, ids: list[list[int]]) -> NDArray[np.float32]:
+        """Logits of `ids` by the model `name`, for a client that may ask so much now."""
+        if self.rates is not None and (wait := self.rates.take(asked.who, len(ids), time.monotonic())):
+            whose = "address" if self.keys is None else "key"
+            raise Refused(
+                429, f"More than {self.rates.rate:g} texts a second of one {whose}.", Retry_After=str(wait)
+            )
+        try:
+            logits = await self.batcher.logits(name, ids)
+        except Busy as busy:
+            raise Refused(
+                503, "Too much is waiting, or the server stops.", Retry_After=str(busy.retry_after)
+            ) from busy
+        asked.texts, asked.tokens = len(ids), sum(map(len, ids))
+        return logits
+
+    async def predict(self, request: Request, asked: _Asked) -> dict[str, Any]:
+        """What /predict answers."""
+        name, served, _, texts = await self.question(request, asked)
+        ids = await asyncio.get_running_loop().run_in_executor(None, served.model.encode, texts)
+        rows = probabilities(await self.logits(asked, name, ids)).tolist()
+        found = [dict(zip(served.model.labels, row, strict=True)) for row in rows]
+        best = [max(one, key=one.__getitem__) for one in found]
+        predictions = [
+            {"label": label, "probability": one[label], "probabilities": one}
+            for label, one in zip(best, found, strict=True)
+        ]
+        return {"model": name, "predictions": predictions}
+
+    async def explain(self, request: Request, asked: _Asked) -> dict[str, Any]:
+        """What /explain answers."""
+        name, served, question, (text,) = await self.question(request, asked, explain=True)
+        labels = served.model.labels
+        if question.label is not None and question.label not in labels:
+            raise Refused(422, f"label: the model {name} has the labels {', '.join(labels)}.")
+        parts = await asyncio.get_running_loop().run_in_executor(
+            None, cut, served.model.tokenizer, text, self.limits.parts
+        )
+        logits = await self.logits(asked, name, parts.ids)
+        said = probabilities(logits[:1])[0]
+        label = int(said.argmax()) if question.label is None else labels.index(question.label)
+        words = [
+            {"start": start, "end": end, "weight": round(weight, 4)}
+            for (start, end), weight in zip(parts.spans, weights(logits, label), strict=True)
+        ]
+        return {
+            "model": name,
+            "label": labels[label],
+            "probability": float(said[label]),
+            "method": METHOD,
+            "read": parts.end,
+            "words": words,
+        }
+
+    async def answer(
+        self, request: Request, work: Callable[[Request, _Asked], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        """What `work` answers, or why not; counted and logged."""
+        asked = _Asked(secrets.token_hex(6), request.url.path)
+        try:
+            response = JSONResponse(await work(request, asked))
+        except Refused as refused:
+            response = JSONResponse({"detail": refused.detail}, refused.status, refused.headers)
+        except Exception as error:  # its words may quote a text
+            _log.error({"id": asked.id, "message": f"a request failed with {type(error).__name__}"})
+            response = JSONResponse({"detail": "The model failed; the server's log says how."}, 500)
+        response.headers["X-Request-Id"] = asked.id
+        self._count(asked, response.status_code)
+        return response
+
+    def _count(self, asked: _Asked, status: int) -> None:
+        seconds, model = time.monotonic() - asked.started, asked.model or ""
+        self.metrics.requests.labels(asked.path, model, status).inc()
+        self.metrics.texts.labels(asked.path, model).inc(asked.texts)
+        self.metrics.tokens.labels(asked.path, model).inc(asked.tokens)
+        self.metrics.seconds.labels(asked.path).observe(seconds)
+        line = {
+            "id": asked.id,
+            "path": asked.path,
+            "status": status,
+            "client": asked.client,
+            "model": asked.model,
+            "texts": asked.texts,
+            "tokens": asked.tokens,
+            "ms": round(1000 * seconds, 1),
+        }
+        _log.info(line)
+
+
+def make_app(
+    models: Mapping[str, Served],
+    limits: Limits = _DEFAULTS,
+    *,
+    keys: Keys | None = None,
+    workers: int = 1,
+) -> FastAPI:
+    """The service.
+
+    Args:
+        models: by the names that requests give.
+        keys: of the clients; None: anybody may ask.
+        workers: batches that are computed at once, at most.
+    """
+    service = _Service(models, limits, keys, workers)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
+        service.batcher.start()
         yield
-        await batcher.stop()
+        await service.batcher.stop()
 
     app = FastAPI(
         title="fedtune",
-        description="A text classifier that was trained by fedtune.",
-        version=str(bundle.about["fedtune"]),
+        description="Text classifiers that were trained by fedtune.",
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages fetch their scripts from elsewhere
         redoc_url=None,
     )
-    app.state.batcher = batcher
+    app.state.batcher = service.batcher
 
-    async def answer(request: Request) -> tuple[dict[str, Any], int, int]:
-        """(what is answered, number of texts, tokens)."""
-        texts = _texts(await _body(request, limits), limits)
-        address = request.client.host if request.client else ""
-        if rates is not None and (wait := rates.take(address, len(texts), time.monotonic())):
-            raise Refused(429, f"More than {limits.rate:g} texts a second from one address.", wait)
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(None, model.encode, texts)
-        try:
-            logits = await batcher.logits(ids)
-        except Busy as busy:
-            raise Refused(503, "Too much is waiting, or the server stops.", busy.retry_after) from busy
-        rows = probabilities(logits).tolist()
-        named = [dict(zip(model.labels, row, strict=True)) for row in rows]
-        best = [max(one, key=one.__getitem__) for one in named]
-        predictions = [
-            {"label": label, "probability": one[label], "probabilities": one}
-            for label, one in zip(best, named, strict=True)
-        ]
-        return {"model": bundle.about["run"], "predictions": predictions}, len(texts), sum(map(len, ids))
+    labels = {name: served.model.labels for name, served in models.items()}
 
-    @app.post("/predict", openapi_extra=_DESCRIBED, responses=_RESPONSES)
+    def described_as(explain: bool) -> dict[str, Any]:
+        schema = described(limits, labels, explain=explain)
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        return {"requestBody": body} | ({} if keys is None else {"security": [{"key": []}]})
+
+    @app.post(
+        "/predict", response_model=Predictions, responses=_refusals(keys), openapi_extra=described_as(False)
+    )
     async def predict(request: Request) -> Response:
         """The label of each text, with the probability of every label."""
-        started, texts, tokens = time.monotonic(), 0, 0
-        try:
-            found, texts, tokens = await answer(request)
-            response = JSONResponse(found)
-        except Refused as refused:
-            headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
-            response = JSONResponse({"detail": refused.detail}, refused.status, headers)
-        except Exception as error:  # its words may quote a text
-            _log.error("a request failed with %s", type(error).__name__)
-            response = JSONResponse({"detail": "The model failed; the server's log says how."}, 500)
-        seconds = time.monotonic() - started
-        metrics.requests.labels(response.status_code).inc()
-        metrics.texts.inc(texts)
-        metrics.tokens.inc(tokens)
-        metrics.seconds.observe(seconds)
-        line = {
-            "status": response.status_code,
-            "texts": texts,
-            "tokens": tokens,
-            "ms": round(1000 * seconds, 1),
-        }
-        _log.info(json.dumps(line))
-        return response
+        return await service.answer(request, service.predict)
 
-    @app.get("/model")
-    async def about() -> dict[str, Any]:
-        """What the model is, and what was promised to the people in its data."""
-        pages = {
-            name: bundle.folder / f"{file}.md"
-            for name, file in (("card", "README"), ("statement", "statement"))
+    @app.post(
+        "/explain", response_model=Explanation, responses=_refusals(keys), openapi_extra=described_as(True)
+    )
+    async def explain(request: Request) -> Response:
+        """Which words of a text speak for its label, or for the label that is named, and how much."""
+        return await service.answer(request, service.explain)
+
+    _add_pages(app, service)
+    if keys is not None:
+        _describe_keys(app)
+    return app
+
+
+def _add_pages(app: FastAPI, service: _Service) -> None:
+    """What the service says of itself, to everybody."""
+
+    @app.get("/models")
+    async def models() -> dict[str, Any]:
+        """The models that are served, with their labels."""
+        return {
+            "models": [
+                {
+                    "name": name,
+                    "labels": served.model.labels,
+                    "run": served.bundle.about["run"],
+                    "format": served.format,
+                }
+                for name, served in service.models.items()
+            ],
+            "key": service.keys is not None,
         }
-        return {**bundle.about, **{name: path.read_text(encoding="utf-8") for name, path in pages.items()}}
+
+    @app.get(
+        "/model", responses={404: {"model": Detail}, 422: {"model": Detail}}, response_model=dict[str, Any]
+    )
+    async def about(model: str | None = None) -> Any:
+        """What a model is, and what was promised to the people in its data."""
+        try:
+            _, served = service.chosen(model)
+        except Refused as refused:
+            return JSONResponse({"detail": refused.detail}, refused.status)
+        pages = {name: served.bundle.folder / f"{file}.md" for name, file in _PAGES.items()}
+        return {
+            **served.bundle.about,
+            **{name: path.read_text(encoding="utf-8") for name, path in pages.items()},
+        }
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process lives."""
         return {"status": "alive"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "The queue is full, or the server stops."}})
     async def readyz() -> Response:
         """Whether requests are accepted: 200, or 503 with a full queue."""
-        if batcher.is_open and batcher.waiting < limits.waiting:
+        batcher = service.batcher
+        if batcher.is_open and batcher.waiting < batcher.max_waiting:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "busy"}, 503, {"Retry-After": str(batcher.retry_after())})
 
-    @app.get("/metrics")
-    async def counted() -> Response:
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
         """For Prometheus."""
-        return PlainTextResponse(generate_latest(metrics.registry))
+        return PlainTextResponse(service.metrics.page())
 
-    return app
+    page = files("fedtune.serving").joinpath("page.html").read_text(encoding="utf-8")
+    policy = _policy(page)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def try_it() -> Response:
+        """A page to try it."""
+        return HTMLResponse(
+            page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
+        )
 
 
-_DESCRIBED = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": Question.model_json_schema()}},
-    }
-}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": what}
-    for status, what in (
+_PAGES = {"card": "README", "statement": "statement"}
+
+
+def _policy(page: str) -> str:
+    """By which a browser runs the page's own script and style, asks this service, and does no more."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(one.encode()).digest() for one in found)
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src "
+        "'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _refusals(keys: Keys | None) -> dict[int | str, dict[str, Any]]:
+    known = (
         (400, "No JSON."),
+        (401, "No key that is known."),
+        (404, "No such model."),
         (408, "The body took too long."),
         (413, "Too many bytes."),
         (422, "Texts that cannot be classified."),
         (429, "Too many texts a second."),
+        (500, "The model failed."),
         (503, "Too much is waiting."),
     )
-}
+    return {
+        status: {"description": what, "model": Detail}
+        for status, what in known
+        if status != 401 or keys is not None
+    }
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The request's body. Raises `Refused` for one that is too long, or too slow."""
-    too_long = Refused(413, f"A request may have {limits.body} bytes. Send fewer texts at a time.")
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said) > limits.body:
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(limits.body_seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > limits.body:
-                    raise too_long
-    except TimeoutError:
-        raise Refused(408, f"The body did not come within {limits.body_seconds:g} s.") from None
-    return bytes(body)
+def _describe_keys(app: FastAPI) -> None:
+    """Says in the OpenAPI page how a key is sent."""
+    make = app.openapi
 
+    def openapi() -> dict[str, Any]:
+        schema = make()
+        schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return schema
 
-def _texts(body: bytes, limits: Limits) -> list[str]:
-    """The texts of a request. Raises `Refused` for what is none."""
-    try:
-        question = Question.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        status = 400 if first["type"] == "json_invalid" else 422
-        raise Refused(status, f"{where + ': ' if where else ''}{first['msg']}.") from None
-    if (question.text is None) == (question.texts is None):
-        raise Refused(422, 'Give "text", or "texts": one of the two.')
-    texts = [question.text] if question.text is not None else question.texts or []
-    if len(texts) > limits.texts:
-        raise Refused(422, f"{len(texts)} texts; a request may have {limits.texts}. Send them in parts.")
-    for number, text in enumerate(texts, start=1):
-        if len(text) > limits.characters:
-            raise Refused(
-                422,
-                f"Text {number} of {len(texts)} has {len(text)} characters, and a text may have "
-                f"{limits.characters}. Its beginning will do: the model looks at no more.",
-            )
-    try:
-        check_texts(texts)
-    except DataError as error:
-        raise Refused(
-            422, str(error).replace("Give one or more, or '-' and one text a line.", "Give some.")
-        ) from None
-    return texts
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,9 +1,17 @@
-"""Texts of many requests, asked together: a queue that is bounded by tokens, and one thread that empties it.
+"""Texts of many requests, asked together: a queue that is bounded by tokens, and workers that come and go
+with it.
 
-While one batch is computed the next one gathers, in the order of arrival, up to `BATCH_TOKENS` tokens:
-nobody waits for a batch to fill. A request that would make the queue longer than it may be is refused at
-once, with the time that what waits before it will take, by the speed that was measured so far. What was
-accepted is answered.
+A request that comes while fewer than `max_workers` batches are computed starts a worker; a worker takes what
+waits, up to `BATCH_TOKENS` tokens of one model in the order of arrival, and ends when nothing is left. So
+nobody waits for a batch to fill, batches grow as requests come faster than they are answered, and an idle
+service has no worker. A request that is longer than a batch is cut into several, which all workers share.
+
+Workers are threads over one onnxruntime session with one thread each, and not processes: a session may be
+asked by many threads at once and leaves Python's lock while it computes, so that a worker costs no second
+copy of the weights and starts in microseconds.
+
+A request that would make the queue longer than it may be is refused at once, with the time that what waits
+before it will take, by the speed that was measured so far. What was accepted is answered.
 """
 
 from __future__ import annotations
@@ -12,18 +20,19 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.serving.classifier import BATCH_TOKENS
+from fedtune.serving.classifier import BATCH_TOKENS, token_batches
 
 __all__ = ["Batcher", "Busy"]
 
-Ask = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
+Logits = NDArray[np.float32]
+Ask = Callable[[Sequence[Sequence[int]]], Logits]
 _LONGEST_WAIT = 60  # seconds, that a client is told at most
 
 
@@ -37,31 +46,39 @@ class Busy(Exception):
 
 @dataclass
 class _Job:
+    """Texts of one request that fit into a batch."""
+
+    model: str
     ids: list[list[int]]
     tokens: int
-    answer: asyncio.Future[NDArray[np.float32]]
+    answer: asyncio.Future[Logits]
 
 
 @dataclass
 class Batcher:
-    """Collects jobs and asks the model; use it in one event loop, between `start` and `stop`.
+    """Collects jobs and asks the models; use it in one event loop, between `start` and `stop`.
 
     Attributes:
-        ask: token ids of n texts -> logits [n, c]; it is called in one thread.
+        asks: by the name of a model: token ids of n texts -> logits [n, c]; called in up to `max_workers`
+            threads.
         max_waiting: tokens that may wait. A request that is longer is accepted when nothing waits.
+        max_workers: batches that are computed at once, at most.
+        seen: is told of each batch that was computed: its texts, its tokens, and its seconds.
         waiting: tokens that were accepted and are not answered.
-        batches: how many were computed.
+        workers: batches that are being computed.
     """
 
-    ask: Ask
+    asks: Mapping[str, Ask]
     max_waiting: int
+    max_workers: int = 1
+    seen: Callable[[int, int, float], None] = lambda texts, tokens, seconds: None
     waiting: int = 0
-    batches: int = 0
+    workers: int = 0
     _jobs: deque[_Job] = field(default_factory=deque)
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _running: set[asyncio.Task[None]] = field(default_factory=set)
+    _threads: ThreadPoolExecutor | None = None
     _closed: bool = True
-    _worker: asyncio.Task[None] | None = None
-    _tokens_a_second: float = 1000.0  # a guess, until a batch was measured
+    _tokens_a_second: float = 1000.0  # of one worker; a guess, until a batch was measured
 
     @property
     def is_open(self) -> bool:
@@ -70,18 +87,19 @@ class Batcher:
 
     def start(self) -> None:
         """Opens the queue, in the running event loop."""
+        self._threads = ThreadPoolExecutor(self.max_workers, thread_name_prefix="model")
         self._closed = False
-        self._worker = asyncio.create_task(self._work())
 
     async def stop(self) -> None:
         """Accepts nothing more, and returns when all that was accepted is answered."""
         self._closed = True
-        self._wake.set()
-        if self._worker is not None:
-            await self._worker
+        while self._running:
+            await asyncio.wait(self._running)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
 
-    async def logits(self, ids: list[list[int]]) -> NDArray[np.float32]:
-        """Logits [n, c] of n texts' token ids.
+    async def logits(self, model: str, ids: Sequence[list[int]]) -> Logits:
+        """Logits [n, c] of n texts' token ids, one or more.
 
         Raises:
             Busy: it is not accepted.
@@ -91,51 +109,76 @@ class Batcher:
             raise Busy(1)
         if self.waiting and self.waiting + tokens > self.max_waiting:
             raise Busy(self.retry_after())
-        job = _Job(ids, tokens, asyncio.get_running_loop().create_future())
-        self._jobs.append(job)
         self.waiting += tokens
-        self._wake.set()
+        parts = list(token_batches([len(one) for one in ids], BATCH_TOKENS))
+        answers = [self._add(model, [ids[row] for row in rows]) for rows in parts]
         # A client that goes away does not take the answer from the others of its batch.
-        return await asyncio.shield(job.answer)
+        found = await asyncio.shield(asyncio.gather(*answers, return_exceptions=True))
+        logits: Logits | None = None
+        for rows, one in zip(parts, found, strict=True):
+            if isinstance(one, BaseException):
+                raise one
+            if logits is None:
+                logits = np.empty((len(ids), one.shape[1]), dtype=np.float32)
+            logits[rows] = one
+        assert logits is not None
+        return logits
 
     def retry_after(self) -> int:
         """Whole seconds that what waits will take, at least 1."""
-        return min(_LONGEST_WAIT, max(1, math.ceil(self.waiting / self._tokens_a_second)))
+        speed = self._tokens_a_second * self.max_workers
+        return min(_LONGEST_WAIT, max(1, math.ceil(self.waiting / speed)))
+
+    def _add(self, model: str, ids: list[list[int]]) -> asyncio.Future[Logits]:
+        job = _Job(model, ids, sum(map(len, ids)), asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        if self.workers < self.max_workers:
+            self.workers += 1
+            task = asyncio.create_task(self._work())
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        return job.answer
 
     def _next(self) -> list[_Job]:
-        """The jobs of the next batch: one at least."""
-        batch = [self._jobs.popleft()]
-        tokens = batch[0].tokens
-        while self._jobs and tokens + self._jobs[0].tokens <= BATCH_TOKENS:
-            batch.append(self._jobs.popleft())
-            tokens += batch[-1].tokens
+        """The jobs of the next batch: the one that waits longest, and those of its model that still fit."""
+        first = self._jobs.popleft()
+        batch, tokens, left = [first], first.tokens, deque[_Job]()
+        while self._jobs and tokens < BATCH_TOKENS:
+            job = self._jobs.popleft()
+            if job.model != first.model:
+                left.append(job)
+            elif tokens + job.tokens <= BATCH_TOKENS:
+                batch.append(job)
+                tokens += job.tokens
+            else:
+                left.append(job)
+                break
+        self._jobs.extendleft(reversed(left))
         return batch
 
     async def _work(self) -> None:
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="model") as thread:
-            while self._jobs or not self._closed:
-                if not self._jobs:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                await self._answer(self._next(), thread)
+        try:
+            while self._jobs:
+                await self._answer(self._next())
+        finally:
+            self.workers -= 1
 
-    async def _answer(self, batch: list[_Job], thread: ThreadPoolExecutor) -> None:
+    async def _answer(self, batch: list[_Job]) -> None:
         tokens, started = sum(job.tokens for job in batch), time.monotonic()
         ids = [one for job in batch for one in job.ids]
         try:
-            found = await asyncio.get_running_loop().run_in_executor(thread, self.ask, ids)
+            ask = self.asks[batch[0].model]
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, ask, ids)
         except Exception as error:  # it is these requests' answer, and no end of the others'
             for job in batch:
-                if not job.answer.done():
-                    job.answer.set_exception(error)
+                job.answer.set_exception(error)
         else:
-            self._tokens_a_second = tokens / max(time.monotonic() - started, 1e-6)
+            seconds = max(time.monotonic() - started, 1e-6)
+            self._tokens_a_second = tokens / seconds
+            self.seen(len(ids), tokens, seconds)
             start = 0
             for job in batch:
-                if not job.answer.done():
-                    job.answer.set_result(found[start : start + len(job.ids)])
+                job.answer.set_result(found[start : start + len(job.ids)])
                 start += len(job.ids)
         finally:
             self.waiting -= tokens
-            self.batches += 1

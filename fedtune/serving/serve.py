@@ -1,17 +1,20 @@
-"""`fedtune serve MODEL_DIR`: the service (`fedtune.serving.app`) on uvicorn, until it is told to stop.
+"""`fedtune serve MODEL_DIR...`: the service (`fedtune.serving.app`) on uvicorn, until it is told to stop.
 
-The folder is checked (`Bundle.open`), the model is loaded and asked once before the port opens. SIGTERM and
+Each folder is checked (`Bundle.open`), each model is loaded and asked once before the port opens. SIGTERM and
 Ctrl-C close the port; what was accepted is answered, for `GRACE` seconds at most, and the process ends with
-status 0.
+status 0. A connection that takes longer than `HEADER_SECONDS` to say what it wants is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,66 +23,109 @@ from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
 
 if TYPE_CHECKING:
-    from fedtune.serving.app import Limits
+    from fedtune.serving.app import Served
+    from fedtune.serving.questions import Limits
 
-__all__ = ["GRACE", "serve"]
+__all__ = ["GRACE", "HEADER_SECONDS", "serve"]
 
 GRACE = 60  # seconds for what was accepted
+HEADER_SECONDS = 10.0
 _LAST_CALL = 0.2  # seconds, in which connections that wait for the process are taken and their requests read
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "httptools", "uvicorn", "prometheus_client")
 
 
 def serve(
-    model_dir: Path,
+    model_dirs: Sequence[str],
     host: str,
     port: int,
     *,
     wanted: str | None = None,
-    threads: int = 0,
+    workers: int = 0,
+    threads: int = 1,
     rate: float | None = None,
     waiting: int | None = None,
+    keys: Path | None = None,
 ) -> None:
-    """Serves the exported model in `model_dir` until SIGTERM or Ctrl-C.
+    """Serves exported models until SIGTERM or Ctrl-C.
 
     Args:
+        model_dirs: folders, each by itself or as NAME=FOLDER; without a name a model is called as its run.
         wanted: the format; None: the fastest that is there.
-        threads: of the model; 0: as many as there are cores.
-        rate: texts a second from one address; None: any.
+        workers: batches that are computed at once, at most; 0: as many as there are cores.
+        threads: of one batch; 0: as many as there are cores.
+        rate: texts a second of one client; None: any.
         waiting: tokens that may wait; None: as `Limits` has it.
+        keys: the file of keys; None: anybody may ask.
 
     Raises:
-        ModelError: the folder is no export, or not what was exported.
-        ConfigError: the format is not there, a number is out of its range, or something is not installed.
+        ModelError: a folder is no export, or not what was exported.
+        ConfigError: the format is not there, a number is out of its range, the file of keys cannot be read,
+            two models have one name, or something is not installed.
         ResourceError: the port is taken.
     """
     _require()
     import uvicorn
 
-    from fedtune.serving.app import Limits, make_app
+    from fedtune.serving.app import make_app
+    from fedtune.serving.keys import Keys
+    from fedtune.serving.questions import Limits
 
     limits = _limits(Limits(), rate, waiting)
-    bundle = Bundle.open(model_dir)
-    model = Classifier.open(bundle, wanted, threads)
-    model.logits(model.encode(["a first text"]))  # what is loaded lazily is loaded now
+    for name, value in (("workers", workers), ("threads", threads)):
+        if value < 0:
+            raise ConfigError(f"--{name} {value}: give a number from 1, or 0 for as many as there are cores.")
+    known = None if keys is None else Keys.open(keys)
+    models = _open(model_dirs, wanted, threads)
     listener = _listen(host, port)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("fedtune.serve").setLevel(logging.INFO)
+    _log_as_json()
+    app = make_app(models, limits, keys=known, workers=workers or os.cpu_count() or 1)
     config = uvicorn.Config(
-        make_app(bundle, model, limits),
+        app,
+        http=_protocol(),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=GRACE,
         lifespan="on",
+        server_header=False,
     )
     # uvicorn raises the signal again when it is done; the end that was asked for is no failure.
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
-    print(
-        f"{bundle.chosen(wanted)} of run {bundle.about['run']}: http://{shown}:{where[1]}/predict", flush=True
-    )
+    what = ", ".join(f"{name} ({served.format})" for name, served in models.items())
+    print(f"{what}: http://{shown}:{where[1]}/predict", flush=True)
     _server(config, listener).run(sockets=[listener])
+
+
+def _log_as_json() -> None:
+    """One JSON object a line on stderr: each request, and warnings of the libraries."""
+    from fedtune.serving.metrics import JsonLines
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.getLogger("fedtune.serve").setLevel(logging.INFO)
+
+
+def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mapping[str, Served]:
+    """The models by name; each was asked once, so that what is loaded lazily is loaded."""
+    from fedtune.serving.app import Served
+
+    models: dict[str, Served] = {}
+    for text in model_dirs:
+        name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
+        bundle = Bundle.open(Path(folder))
+        name = name or str(bundle.about["run"])
+        if name in models:
+            raise ConfigError(
+                f"Two models are called {name!r}, and a request names one of them. Give each a name of its "
+                f"own: fedtune serve first={models[name].bundle.folder} second={folder}"
+            )
+        model = Classifier.open(bundle, wanted, threads)
+        model.logits(model.encode(["a first text"]))
+        models[name] = Served(bundle, model, bundle.chosen(wanted))
+    return models
 
 
 def _server(config: Any, listener: socket.socket) -> Any:
@@ -95,6 +141,44 @@ def _server(config: Any, listener: socket.socket) -> Any:
     return Server(config)
 
 
+def _protocol() -> type[asyncio.Protocol]:
+    """uvicorn's protocol, which waits for a request's headers no longer than `HEADER_SECONDS`.
+
+    uvicorn itself waits for ever, so that a few thousand connections that say nothing would keep others out.
+    """
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Protocol(HttpToolsProtocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+                self._expect()
+
+        def on_headers_complete(self) -> None:
+            self._expect_nothing()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._expect_nothing()
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+        def _expect_nothing(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+    return Protocol
+
+
 def _require() -> None:
     from importlib.util import find_spec
 
@@ -107,8 +191,6 @@ def _require() -> None:
 
 
 def _limits(limits: Limits, rate: float | None, waiting: int | None) -> Limits:
-    from dataclasses import replace
-
     if rate is not None and not 0 < rate < float("inf"):
         raise ConfigError(f"--rate {rate}: give texts a second, above 0, or leave it out for any number.")
     if waiting is not None and waiting < 1:

@@ -16,23 +16,34 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fedtune.runs.predict import load
-from fedtune.serving.app import Limits, Rates, make_app
+from fedtune.serving.app import Served, make_app
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
+from fedtune.serving.keys import Keys, make_key
+from fedtune.serving.metrics import JsonLines
+from fedtune.serving.questions import Limits, Rates
 
 TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
 
 
+Models = dict[str, Served]
+
+
 @pytest.fixture(scope="module")
-def parts(exported: Path) -> tuple[Bundle, Classifier]:
+def models(exported: Path) -> Models:
     bundle = Bundle.open(exported)
-    return bundle, Classifier.open(bundle, "onnx", threads=1)
+    return {"film": Served(bundle, Classifier.open(bundle, "onnx", threads=1), "onnx")}
 
 
 @pytest.fixture(scope="module")
-def client(parts: tuple[Bundle, Classifier]) -> Iterator[TestClient]:
-    with TestClient(make_app(*parts)) as opened:
+def client(models: Models) -> Iterator[TestClient]:
+    with TestClient(make_app(models)) as opened:
         yield opened
+
+
+def with_forward(models: Models, forward: Any) -> Models:
+    """The same with a model that computes otherwise."""
+    return {name: replace(one, model=replace(one.model, forward=forward)) for name, one in models.items()}
 
 
 def test_predictions_are_the_runs(client: TestClient, run_dir: Path) -> None:
@@ -61,7 +72,9 @@ def test_predictions_are_the_runs(client: TestClient, run_dir: Path) -> None:
         (b'{"texts": []}', 422, "no text"),
         (b'{"text": ""}', 422, "empty"),
         (b'{"texts": ["a", " \\n"]}', 422, "Text 2 of 2"),
-        (b'{"text": "a", "model": "b"}', 422, "model: "),
+        (b'{"text": "a", "model": "b"}', 404, "film"),
+        (b'{"text": "a", "label": "positive"}', 422, "/explain"),
+        (b'{"text": "a", "other": "b"}', 422, "other: "),
         (json.dumps({"text": "a" * 1_000_000}).encode(), 422, "1000000 characters"),
         (json.dumps({"texts": ["a"] * 10_000}).encode(), 422, "10000 texts"),
         (b" " * 2_000_001, 413, "bytes"),
@@ -80,11 +93,11 @@ def test_one_character_and_the_longest_text(client: TestClient) -> None:
 
 
 def test_a_body_that_comes_in_parts_is_counted_and_a_slow_one_is_not_waited_for(
-    parts: tuple[Bundle, Classifier],
+    models: Models,
 ) -> None:
     import asyncio
 
-    app = make_app(*parts, Limits(body=100, body_seconds=0.05))
+    app = make_app(models, Limits(body=100, body_seconds=0.05))
 
     async def ask(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         sent: list[dict[str, Any]] = []
@@ -113,16 +126,15 @@ def test_a_body_that_comes_in_parts_is_counted_and_a_slow_one_is_not_waited_for(
     assert asyncio.run(ask([part]))[0]["status"] == 408
 
 
-def test_a_full_queue_is_503_and_what_was_accepted_is_answered(parts: tuple[Bundle, Classifier]) -> None:
-    bundle, model = parts
+def test_a_full_queue_is_503_and_what_was_accepted_is_answered(models: Models) -> None:
     go, entered = threading.Event(), threading.Event()
 
     def slow(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         entered.set()
         assert go.wait(20)
-        return model.forward(ids, mask)
+        return models["film"].model.forward(ids, mask)
 
-    app = make_app(bundle, replace(model, forward=slow), Limits(waiting=8))
+    app = make_app(with_forward(models, slow), Limits(waiting=8))
     with TestClient(app) as client, ThreadPoolExecutor(3) as pool:
         first = pool.submit(client.post, "/predict", json={"text": TEXTS[0]})
         assert entered.wait(10)
@@ -136,8 +148,8 @@ def test_a_full_queue_is_503_and_what_was_accepted_is_answered(parts: tuple[Bund
         assert client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_an_address_that_asks_too_much_is_told_when_to_come_back(parts: tuple[Bundle, Classifier]) -> None:
-    with TestClient(make_app(*parts, Limits(rate=0.5))) as client:
+def test_an_address_that_asks_too_much_is_told_when_to_come_back(models: Models) -> None:
+    with TestClient(make_app(models, Limits(rate=0.5))) as client:
         assert client.post("/predict", json={"texts": TEXTS[:2]}).status_code == 200
         response = client.post("/predict", json={"texts": TEXTS[:2]})
         assert response.status_code == 429 and 1 <= int(response.headers["retry-after"]) <= 4
@@ -156,16 +168,14 @@ def test_rates_on_average() -> None:
 
 
 def test_a_model_that_fails_is_500_and_the_text_is_in_no_answer(
-    parts: tuple[Bundle, Classifier], caplog: pytest.LogCaptureFixture
+    models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bundle, model = parts
-
     def broken(ids: Any, mask: Any) -> Any:
         raise RuntimeError("cannot read 'a secret'")
 
     with (
         caplog.at_level(logging.INFO),
-        TestClient(make_app(bundle, replace(model, forward=broken))) as client,
+        TestClient(make_app(with_forward(models, broken))) as client,
     ):
         response = client.post("/predict", json={"text": "a secret"})
     assert response.status_code == 500 and "secret" not in response.text + caplog.text
@@ -173,17 +183,39 @@ def test_a_model_that_fails_is_500_and_the_text_is_in_no_answer(
 
 
 def test_the_log_and_the_metrics_count_and_quote_nothing(
-    parts: tuple[Bundle, Classifier], caplog: pytest.LogCaptureFixture
+    models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "fedtune.serve"), TestClient(make_app(*parts)) as client:
+    with caplog.at_level(logging.INFO, "fedtune.serve"), TestClient(make_app(models)) as client:
         client.post("/predict", json={"texts": ["the film was good", "sad"]})
         client.post("/predict", json={"text": ""})
         counted = client.get("/metrics").text
-    lines = [json.loads(one.message) for one in caplog.records if one.name == "fedtune.serve"]
+    lines = [one.msg for one in caplog.records if one.name == "fedtune.serve"]
+    assert all(isinstance(one, dict) for one in lines)
     assert [(one["status"], one["texts"], one["tokens"]) for one in lines] == [(200, 2, 9), (422, 0, 0)]
-    assert 'fedtune_requests_total{status="200"} 1.0' in counted and "fedtune_texts_total 2.0" in counted
-    assert 'fedtune_requests_total{status="422"} 1.0' in counted and "fedtune_waiting_tokens 0.0" in counted
-    assert "film" not in counted + caplog.text
+    asked = 'path="/predict",'
+    for line in (
+        f'fedtune_requests_total{{model="film",{asked}status="200"}} 1.0',
+        f'fedtune_requests_total{{model="",{asked}status="422"}} 1.0',
+        'fedtune_texts_total{model="film",path="/predict"} 2.0',
+        'fedtune_tokens_total{model="film",path="/predict"} 9.0',
+        "fedtune_waiting_tokens 0.0",
+        "fedtune_workers 0.0",
+        "fedtune_batch_texts_total 2.0",
+        "fedtune_batch_tokens_sum 9.0",
+        "fedtune_batch_seconds_count 1.0",
+        'fedtune_request_seconds_count{path="/predict"} 2.0',
+    ):
+        assert line in counted, line
+    assert 'fedtune_model{format="onnx",model="film"' in counted and "process_resident_memory" in counted
+    assert "was good" not in counted + caplog.text
+
+
+def test_a_line_of_the_log_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    record = logging.LogRecord("fedtune.serve", logging.INFO, "", 0, {"status": 200}, (), None)
+    line = json.loads(JsonLines().format(record))
+    assert line["status"] == 200 and line["level"] == "info" and line["time"].endswith("+00:00")
+    other = logging.LogRecord("uvicorn", logging.WARNING, "", 0, "a %s", ("word",), None)
+    assert json.loads(JsonLines().format(other))["message"] == "a word"
 
 
 def test_what_the_model_is(client: TestClient, exported: Path) -> None:
@@ -191,7 +223,119 @@ def test_what_the_model_is(client: TestClient, exported: Path) -> None:
     assert about["labels"] == ["negative", "positive"]
     assert about["card"] == (exported / "README.md").read_text()
     assert about["statement"].startswith("# Privacy statement")
+    assert client.get("/model?model=film").json() == about
+    assert client.get("/model?model=other").status_code == 404
+    (one,) = client.get("/models").json()["models"]
+    assert one == {"name": "film", "labels": about["labels"], "run": about["run"], "format": "onnx"}
+
+
+def test_what_the_service_says_of_itself(client: TestClient) -> None:
     described = client.get("/openapi.json").json()
-    assert {"/predict", "/model", "/healthz", "/readyz", "/metrics"} == set(described["paths"])
+    paths = {"/predict", "/explain", "/model", "/models", "/healthz", "/readyz", "/metrics"}
+    assert paths == set(described["paths"])
     schema = described["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert set(schema["properties"]) == {"text", "texts"}
+    assert [set(one["properties"]) for one in schema["oneOf"]] == [{"text", "model"}, {"texts", "model"}]
+    assert "securitySchemes" not in described["components"]
+
+
+def test_an_explanation_is_what_the_model_says_without_each_word(client: TestClient) -> None:
+    text = "Good food,  an awful film\U0001f600"
+    found = client.post("/explain", json={"text": text}).json()
+    words = [text[one["start"] : one["end"]] for one in found["words"]]
+    assert words[:5] == ["Good", "food", ",", "an", "awful"] and found["read"] == len(text)
+
+    def odds(text: str) -> float:
+        (one,) = client.post("/predict", json={"text": text}).json()["predictions"]
+        probability = one["probabilities"][found["label"]]
+        return float(np.log(probability / (1 - probability)))
+
+    assert found["probability"] == pytest.approx(1 / (1 + np.exp(-odds(text))), abs=1e-5)
+    for one in found["words"]:
+        without = text[: one["start"]] + " " + text[one["end"] :]
+        assert one["weight"] == pytest.approx(odds(text) - odds(without), abs=2e-3)
+    other = {"positive": "negative", "negative": "positive"}[found["label"]]
+    turned = client.post("/explain", json={"text": text, "label": other}).json()
+    for one, opposite in zip(found["words"], turned["words"], strict=True):
+        assert one["weight"] == pytest.approx(-opposite["weight"], abs=1e-3)
+
+
+def test_a_long_text_is_explained_in_parts(client: TestClient, models: Models) -> None:
+    text = "good " * 4000
+    found = client.post("/explain", json={"text": text}).json()
+    assert len(found["words"]) <= Limits().parts and found["read"] < 200
+    with TestClient(make_app(models, Limits(parts=2))) as other:
+        found = other.post("/explain", json={"text": "the film was good"}).json()
+    assert [(one["start"], one["end"]) for one in found["words"]] == [(0, 8), (9, 17)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"texts": ["a"]}, "one text"),
+        ({}, "one text"),
+        ({"text": "a", "label": "happy"}, "negative, positive"),
+    ],
+)
+def test_what_cannot_be_explained(client: TestClient, asked: dict[str, Any], words: str) -> None:
+    response = client.post("/explain", json=asked)
+    assert response.status_code == 422 and words in response.json()["detail"]
+
+
+def test_an_explanation_counts_as_the_texts_that_the_model_reads(models: Models) -> None:
+    with TestClient(make_app(models, Limits(rate=1.0))) as client:
+        assert client.post("/explain", json={"text": "the film was good"}).status_code == 200
+        assert client.post("/predict", json={"text": "a"}).status_code == 429
+
+
+def test_without_a_key_nobody_asks(models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    key, other = make_key(path, "clinic-1"), make_key(path, "clinic-2")
+    with (
+        caplog.at_level(logging.INFO, "fedtune.serve"),
+        TestClient(make_app(models, Limits(rate=0.5), keys=Keys.open(path))) as client,
+    ):
+
+        def ask(**headers: str) -> Any:
+            return client.post("/predict", json={"texts": ["a", "b"]}, headers=headers)
+
+        for headers in ({}, {"Authorization": f"Basic {key}"}, {"Authorization": f"Bearer {key[:-1]}"}):
+            response = ask(**headers)
+            assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
+        # A stranger's body is not read: what is wrong with it is not told.
+        assert client.post("/explain", content=b"{").status_code == 401
+        assert ask(Authorization=f"Bearer {key}").status_code == 200
+        assert ask(Authorization=f"bearer  {key}").status_code == 429  # each key has a rate of its own
+        assert ask(Authorization=f"Bearer {other}").status_code == 200
+        for page in ("/", "/model", "/models", "/healthz", "/readyz", "/metrics", "/openapi.json"):
+            assert client.get(page).status_code == 200, page
+        assert (
+            client.get("/openapi.json").json()["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+        )
+    lines = [one.msg for one in caplog.records if one.name == "fedtune.serve"]
+    assert [one["client"] for one in lines[-3:]] == ["clinic-1", "clinic-1", "clinic-2"]
+    assert key not in caplog.text and lines[0]["client"] is None
+
+
+def test_several_models(models: Models) -> None:
+    def reversed_(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        return models["film"].model.forward(ids, mask)[:, ::-1]
+
+    both = models | {"mood": with_forward(models, reversed_)["film"]}
+    with TestClient(make_app(both)) as client:
+
+        def ask(**more: str) -> Any:
+            return client.post("/predict", json={"texts": TEXTS, **more})
+
+        first, second = (
+            [one["probabilities"]["positive"] for one in ask(model=name).json()["predictions"]]
+            for name in ("film", "mood")
+        )
+        assert first == pytest.approx([1 - one for one in second], abs=1e-5)
+        nameless, unknown = ask(), ask(model="else")
+        assert (nameless.status_code, unknown.status_code) == (422, 404)
+        assert "film, mood" in nameless.json()["detail"] and "film, mood" in unknown.json()["detail"]
+        assert client.get("/model").status_code == 422
+        assert client.get("/model?model=mood").status_code == 200
+        assert [one["name"] for one in client.get("/models").json()["models"]] == ["film", "mood"]
+        described = client.get("/openapi.json").json()["paths"]["/explain"]["post"]["requestBody"]
+    assert described["content"]["application/json"]["schema"]["required"] == ["text", "model"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,35 +10,43 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from fedtune.errors import ConfigError, ModelError, ResourceError
 from fedtune.serving.serve import serve
 from tests.support.golden import Golden
 
 
-@pytest.fixture
-def process(exported: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def start(*words: str) -> tuple[subprocess.Popen[str], str]:
     """(the process, the address of /predict)"""
     started = subprocess.Popen(
-        [sys.executable, "-m", "fedtune", "serve", str(exported), "--port", "0", "--threads", "1"],
+        [sys.executable, "-m", "fedtune", "serve", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    try:
-        assert started.stdout is not None
-        line = started.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+/predict", line)
-        assert found, line or started.communicate()[1]
-        yield started, found[0]
-    finally:
+    assert started.stdout is not None
+    line = started.stdout.readline()
+    found = re.search(r"http://127\.0\.0\.1:\d+/predict", line)
+    if not found:
         started.kill()
-        started.communicate()
+        raise AssertionError(line or started.communicate()[1])
+    return started, found[0]
+
+
+@pytest.fixture
+def process(exported: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    started, address = start(str(exported), "--port", "0")
+    yield started, address
+    started.kill()
+    started.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,6 +75,97 @@ def test_a_signal_ends_it_when_what_was_accepted_is_answered(
     assert log.count('"status": 200') == found.count(200) + 1
     assert log.count('"status":') == len(found) - found.count(0) + 1
     assert "Traceback" not in log and "film" not in log + out
+    assert all(json.loads(line)["time"] for line in log.splitlines())
+
+
+def ask_until(stop: threading.Event, address: str) -> tuple[int, int]:
+    """(answers with 200, answers that broke off) of one client that asks again and again."""
+    good = broken = 0
+    with httpx.Client(timeout=60) as client:
+        while not stop.is_set():
+            try:
+                good += client.post(address, json={"texts": ["sad", "the film was good"]}).status_code == 200
+            except httpx.ConnectError:
+                stop.wait(0.02)  # between two servers
+            except httpx.TransportError:
+                broken += 1
+    return good, broken
+
+
+@pytest.mark.parametrize("restarts", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_restarts_under_load_lose_nothing_that_was_accepted(exported: Path, restarts: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    stop, answered = threading.Event(), 0
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask_until, stop, f"http://127.0.0.1:{port}/predict") for _ in range(4)]
+        try:
+            for _ in range(restarts):
+                server, _address = start(str(exported), "--port", str(port))
+                time.sleep(0.5)
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) == 0
+                log = [json.loads(line) for line in server.communicate()[1].splitlines()]
+                assert all(one["status"] in (200, 503) for one in log)
+                answered += sum(one["status"] == 200 for one in log)
+        finally:
+            stop.set()
+    good, broken = map(sum, zip(*(one.result() for one in clients), strict=True))
+    # A connection that the server closed unread is no request of its: whatever it read, its client has.
+    assert good == answered and answered > 10 * restarts, (good, broken)
+
+
+def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import asyncio
+
+    from fedtune.serving import serve as module
+
+    monkeypatch.setattr(module, "HEADER_SECONDS", 0.3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.5)  # an answer may take longer than the headers
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def main() -> None:
+        config = uvicorn.Config(
+            app, http=module._protocol(), log_config=None, lifespan="off", timeout_keep_alive=1
+        )
+        server = uvicorn.Server(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+
+        async def say(*parts: bytes) -> bytes:
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            try:
+                for part in parts:
+                    writer.write(part)
+                    await asyncio.sleep(0.1)
+                    if reader.at_eof():
+                        break
+                return await asyncio.wait_for(reader.read(), 3)
+            except ConnectionError:
+                return b""
+            finally:
+                writer.close()
+
+        asked = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+        silent, slow, quick, second = await asyncio.gather(
+            say(),
+            say(b"GET / HTTP/1.1\r\n", *[b"A: b\r\n"] * 20),
+            say(asked),
+            say(asked, asked[:20], *[b"A: b\r\n"] * 30),
+        )
+        assert silent == slow == b""
+        assert quick.startswith(b"HTTP/1.1 200") and second.count(b"HTTP/1.1") <= 1
+        server.should_exit = True
+        await serving
+
+    asyncio.run(main())
 
 
 def test_a_changed_folder_is_not_served(exported: Path, tmp_path: Path) -> None:
@@ -74,18 +174,24 @@ def test_a_changed_folder_is_not_served(exported: Path, tmp_path: Path) -> None:
     path = folder / "onnx" / "model_int8.onnx"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"onnx/model_int8\.onnx was changed"):
-        serve(folder, "127.0.0.1", 0)
+        serve([str(folder)], "127.0.0.1", 0)
 
 
 def test_what_cannot_be_served(exported: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     with taken, pytest.raises(ResourceError, match="Choose another"):
-        serve(exported, "127.0.0.1", taken.getsockname()[1])
-    for options in ({"rate": 0.0}, {"rate": float("nan")}, {"waiting": 0}):
+        serve([str(exported)], "127.0.0.1", taken.getsockname()[1])
+    for options in (
+        {"rate": 0.0}, {"rate": float("nan")}, {"waiting": 0}, {"workers": -1}, {"threads": -1},
+        {"keys": Path("/gone/keys")},
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=f"--{next(iter(options))}"):
-            serve(exported, "127.0.0.1", 0, **options)  # type: ignore[arg-type]
+            serve([str(exported)], "127.0.0.1", 0, **options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="--port 70000"):
-        serve(exported, "127.0.0.1", 70000)
+        serve([str(exported)], "127.0.0.1", 70000)
+    with pytest.raises(ConfigError) as raised:
+        serve([f"film={exported}", f"mood={exported}", f"film={exported}"], "127.0.0.1", 0)
+    golden(raised)
     import importlib.util
 
     find_spec = importlib.util.find_spec
@@ -93,5 +199,5 @@ def test_what_cannot_be_served(exported: Path, monkeypatch: pytest.MonkeyPatch, 
         importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else find_spec(name, *rest)
     )
     with pytest.raises(ConfigError) as raised:
-        serve(exported, "127.0.0.1", 0)
+        serve([str(exported)], "127.0.0.1", 0)
     golden(raised)

@@ -1,0 +1,84 @@
+"""What the service counts for Prometheus, and the lines of its log: never a text, a key or an address.
+
+The log has one JSON object a line: the time, the request's id (which its answer carries as X-Request-Id), the
+path, the status, the client's name where keys are asked for, the model, and how much was asked.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from fedtune.serving.batcher import Batcher
+from fedtune.serving.classifier import BATCH_TOKENS
+
+__all__ = ["JsonLines", "Metrics"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_TOKENS = (16, 64, 256, 1024, BATCH_TOKENS)
+
+
+class Metrics:
+    """What Prometheus is told; of one app alone."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self.registry = CollectorRegistry()
+        known: dict[str, Any] = {"registry": self.registry}
+        asked = ["path", "model"]
+        self.requests = Counter(
+            "fedtune_requests", "Requests that were answered.", ["path", "model", "status"], **known
+        )
+        self.texts = Counter("fedtune_texts", "Texts that were asked about.", asked, **known)
+        self.tokens = Counter("fedtune_tokens", "Tokens of them.", asked, **known)
+        self.seconds = Histogram(
+            "fedtune_request_seconds", "From a request to its answer.", ["path"], buckets=_SECONDS, **known
+        )
+        self.batch_tokens = Histogram("fedtune_batch_tokens", "Tokens of a batch.", buckets=_TOKENS, **known)
+        self.batch_texts = Counter("fedtune_batch_texts", "Texts in batches.", **known)
+        self.batch_seconds = Histogram(
+            "fedtune_batch_seconds", "That a batch took to compute.", buckets=_SECONDS, **known
+        )
+        for name, what, value in (
+            ("fedtune_waiting_tokens", "Tokens accepted and not answered.", lambda: batcher.waiting),
+            (
+                "fedtune_waiting_tokens_limit",
+                "Beyond which requests are refused.",
+                lambda: batcher.max_waiting,
+            ),
+            ("fedtune_workers", "Batches that are being computed.", lambda: batcher.workers),
+            ("fedtune_workers_limit", "That are computed at once at most.", lambda: batcher.max_workers),
+        ):
+            Gauge(name, what, **known).set_function(value)
+        self.model = Gauge(
+            "fedtune_model", "1 for each model that is served.", ["model", "run", "format"], **known
+        )
+        ProcessCollector(**known)
+        batcher.seen = self._batch
+
+    def _batch(self, texts: int, tokens: int, seconds: float) -> None:
+        self.batch_texts.inc(texts)
+        self.batch_tokens.observe(tokens)
+        self.batch_seconds.observe(seconds)
+
+    def page(self) -> bytes:
+        """The exposition, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class JsonLines(logging.Formatter):
+    """A record as one JSON object: its message, where that is an object itself, or else as `message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(
+            timespec="milliseconds"
+        )
+        line: dict[str, Any] = {"time": time, "level": record.levelname.lower()}
+        line |= record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
