@@ -188,6 +188,9 @@ class ModelConfig(Group):
     revision: Text | None = setting(None, "hub: branch, tag or commit")
     quantization: Literal["none", "int8", "nf4"] = setting("int8", "how the encoder's weights are stored")
     pooling: Literal["mean", "cls"] = setting("mean", "how token states become one vector for the head")
+    pickle: bool = setting(
+        False, "weights may be read from a pickle (pytorch_model.bin), by a reader that runs no code of it"
+    )
     normalize: bool = setting(True, "each text's vector is scaled to one length before the head")
 
 

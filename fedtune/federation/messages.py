@@ -59,12 +59,12 @@ __all__ = [
     "read_plan",
 ]
 
-VERSION = 1
+VERSION = 2
 HELLO_KEYS: Mapping[str, type] = {
     "version": int, "node": str, "declared_size": int, "shards": int, "software": str, "idle": bool,
     "delta": float,
 }  # fmt: skip
-PROPOSAL_KEYS: Mapping[str, type] = {"version": int, "run": str, "attempt": int, "plan": str}
+PROPOSAL_KEYS: Mapping[str, type] = {"version": int, "run": str, "attempt": int, "plan": str, "encoder": str}
 CONSENT_KEYS: Mapping[str, type] = {
     "version": int, "node": str, "run": str, "attempt": int, "refused": str, "refusal": str,
     "last_round": int,
@@ -146,11 +146,12 @@ class NodeHello:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a server means to do with a run, from its first round to its last."""
+    """What a server means to do with a run, first round to last, on the encoder with the digest `encoder`."""
 
     run: str
     attempt: int
     plan: PrivacyPlan
+    encoder: str
 
     def to_records(self) -> RecordDict:
         """The message as it travels."""
@@ -166,7 +167,7 @@ class Proposal:
         what = "The server's proposal"
         _only_records(content, {"proposal"}, what)
         values = read_config(content, "proposal", PROPOSAL_KEYS, what)
-        return cls(values["run"], values["attempt"], read_plan(values["plan"], what))
+        return cls(values["run"], values["attempt"], read_plan(values["plan"], what), values["encoder"])
 
 
 @dataclass(frozen=True)
@@ -230,9 +231,7 @@ class RoundRequest:
         values = read_config(content, "request", REQUEST_KEYS, what)
         adapter = _read_vector(content, "adapter", what)
         if not np.isfinite(adapter).all():
-            raise FederationError(
-                f"{what} for round {values['round']} carries an adapter with NaN or infinity."
-            )
+            raise FederationError(f"{what} for round {values['round']} has an adapter with NaN or infinity.")
         plan = read_plan(values["plan"], what)
         return cls(values["run"], values["round"], values["attempt"], plan, adapter)
 

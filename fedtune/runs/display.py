@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -117,6 +117,14 @@ class Display:
             if done > first:
                 line += f", about {duration((now - begun) / (done - first) * (total - done))} left"
             self.console.print(Text(line), soft_wrap=True)
+
+    def notes(self, lines: Sequence[str]) -> None:
+        """Says for good what was decided about the data and the model; in a sweep nothing."""
+        with self._lock:
+            self._open()
+            if not self._brief:
+                for line in lines:
+                    self.console.print(Text(f"note: {line}", style="yellow"), soft_wrap=True)
 
     # --- Observer -------------------------------------------------------------------------------
 

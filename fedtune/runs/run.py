@@ -159,8 +159,8 @@ def _work(
     if config.resume is None:
         _check_plan(config, data)
     view.working("loading the encoder")
-    with resources.using_model():
-        pass
+    with resources.using_model() as model:
+        view.notes([*data.notes, *model.notes])  # before anything is charged
 
     def warming(done: int, total: int) -> None:
         view.counting("frozen layers, once and kept", done, total)
@@ -223,6 +223,8 @@ def finish(
     resources.save(result.adapter, run_dir / ADAPTER)
     own_parts = finish_parts(config, resources, result, run_dir)
     meter.stop()
+    with resources.using_model() as model:
+        result.notices += model.notes
     if (drowned := noise_line(result, len(result.adapter))) is not None:
         result.notices.append(drowned)
     started = started or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -131,7 +131,7 @@ def test_data_that_was_replaced_during_a_run_is_refused(site: Site) -> None:
         (RecordDict(), "no record 'request'"),
         (raw_request("not json"), "unreadable privacy plan"),
         (raw_request("[" * 50_000), "unreadable privacy plan"),
-        (raw_request("{}", version=2), "message version 2.*speaks version 1"),
+        (raw_request("{}", version=1), "message version 1.*speaks version 2"),
         (raw_request("{}", round=-1), "round is -1"),
         (raw_request("{}", more="x"), "unknown keys.*more"),
         (RecordDict({"request": ConfigRecord({"run": "r"})}), "message version None"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtune.federation.messages import Consent, Proposal
+from fedtune.federation.resources import run_resources
 from fedtune.federation.server.agreement import read_consent
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan, make_plan
@@ -22,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def propose(site: Site, plan: PrivacyPlan) -> Consent:
-    proposal = Proposal("r", 1, plan)
+    proposal = Proposal("r", 1, plan, run_resources(site.settings.own(site.config)).digest())
     return read_consent(site.send(proposal.to_records(), "query.propose"), "clinic-1", proposal)
 
 

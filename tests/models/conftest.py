@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,8 @@ def families(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[
     for name, model in models.items():
         found[name] = tmp_path_factory.mktemp(name)
         model.save_pretrained(found[name])
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_bert / file, found[name])
     return found
 
 

@@ -179,7 +179,7 @@ PUBLIC: dict[str, str] = {
     "consent": "version run attempt node refused refusal last_round",
     "reply": "version run round attempt node refused refusal error releases steps",
     "evaluation": "version run round attempt node refused refusal error answers",
-    "proposal": "version run attempt plan",
+    "proposal": "version run attempt plan encoder",
     "request": "version run round attempt plan",
     "secagg": (
         "version run round attempt phase plan size names sealing masking sealed seed_hashes key_hashes "
@@ -208,7 +208,7 @@ PUBLIC: dict[str, str] = {
         "cost.money.data cost.pricing artifacts"
     ),
     "checkpoint": (
-        "config plan strategy attempt nodes history.*.round history.*.num_rounds history.*.epsilon "
+        "config encoder plan strategy attempt nodes history.*.round history.*.num_rounds history.*.epsilon "
         "history.*.bytes_up history.*.bytes_down history.*.dropped history.*.updates history.*.void "
         "dropped releases answers exhausted notices ended_early"
     ),

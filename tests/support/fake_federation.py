@@ -145,6 +145,9 @@ class FakeServerSide:
     size: int = SIZE
     evaluated: list[np.ndarray] = field(default_factory=list)
 
+    def digest(self) -> str:
+        return "fake"
+
     def initial(self) -> np.ndarray:
         return np.zeros(self.size, dtype=np.float32)
 

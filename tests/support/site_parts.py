@@ -16,7 +16,7 @@ from fedtune.deploy import worker
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.federation.flower import deserialize, serialize, task_identity
-from fedtune.federation.messages import RoundRequest
+from fedtune.federation.messages import VERSION, RoundRequest
 from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support import tiny_federation
@@ -111,7 +111,14 @@ def raw_request(plan: str, adapter: np.ndarray | None = None, **changes: Any) ->
     """A request as a server that obeys no rule may send it."""
     from flwr.app import Array
 
-    values: dict[str, Any] = {"version": 1, "run": "r", "round": 1, "attempt": 1, "plan": plan, **changes}
+    values: dict[str, Any] = {
+        "version": VERSION,
+        "run": "r",
+        "round": 1,
+        "attempt": 1,
+        "plan": plan,
+        **changes,
+    }
     array = np.zeros(3, dtype=np.float32) if adapter is None else adapter
     return RecordDict({"adapter": ArrayRecord({"adapter": Array(array)}), "request": ConfigRecord(values)})
 

@@ -47,6 +47,7 @@ from fedtune.federation.client.node_context import (
 from fedtune.federation.client.release import (
     Release,
     charged_releases,
+    check_encoder,
     check_run,
     declare_size,
     failure_fields,
@@ -108,6 +109,7 @@ def propose(message: Message, context: Context) -> Message:
     refusal: str | None = None
     try:
         fields = {"node": check_run(proposal.plan, proposal.run, context)}
+        check_encoder(proposal.encoder, fields["node"], context)
     except Exception as error:
         refusal = type(error).__name__
         fields = failure_fields(context, None, 0, error)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedtune.errors import FederationError, LedgerError, PrivacyError
+from fedtune.errors import FederationError, LedgerError, ModelError, PrivacyError
 from fedtune.federation.client.node_context import (
     node_config,
     node_label,
@@ -51,6 +51,7 @@ __all__ = [
     "ReleaseCounter",
     "ask_for_release",
     "charged_releases",
+    "check_encoder",
     "check_run",
     "declare_size",
     "failure_fields",
@@ -245,6 +246,27 @@ def check_run(plan: PrivacyPlan, run: str, context: Context) -> str:
         public=own.config.data.public,
     )
     return own.shard.node
+
+
+def check_encoder(digest: str, node: str, context: Context) -> None:
+    """Whether this node trains on the encoder whose digest the server has.
+
+    Raises:
+        ModelError: it holds another one, on which the server's adapter means nothing; or none.
+        ResourceError: it cannot be loaded.
+    """
+    from fedtune.federation.resources import run_resources
+
+    config = node_config(context)
+    own = run_resources(config).digest()
+    if own != digest:
+        raise ModelError(
+            f"Node {node!r} has another encoder or tokenizer as model.name={config.model.name} than the "
+            f"server: the digest is {own[:12]} here and {digest[:12]} there. Copy the model's folder from "
+            "the server, "
+            "or set model.revision to one commit for everybody.",
+            public=True,
+        )
 
 
 def ask_for_release(request: RoundRequest, context: Context, *, evaluation: bool = False) -> Asked:

@@ -75,12 +75,15 @@ def agree(
     nodes: Sequence[NodeInfo],
     run: str,
     attempt: int,
+    encoder: str,
     *,
     stop: threading.Event | None = None,
     deadline: bool = False,
     observer: Observer,
 ) -> tuple[PrivacyPlan, list[NodeInfo], list[Dropped]]:
     """The plan that all who are left agree to: (plan, nodes, those who refused, with their reasons).
+
+    Each also compares `encoder`, the digest of the server's, with its own.
 
     Raises:
         FederationError: fewer than `federation.min_updates` are left, or nobody; nothing was charged then.
@@ -103,7 +106,12 @@ def agree(
             return plan, left, refused  # nobody who is left has another plan to judge
         plan = now
         answers = propose(
-            grid, Proposal(run, attempt, plan), left, config.federation.round_timeout, stop, deadline=deadline
+            grid,
+            Proposal(run, attempt, plan, encoder),
+            left,
+            config.federation.round_timeout,
+            stop,
+            deadline=deadline,
         )
         for node, answer in zip(left, answers, strict=True):
             if answer.refused is not None:

@@ -64,6 +64,7 @@ class RunState:
     adapter: np.ndarray
     optimizer: ServerOptimizer
     attempt: int
+    encoder: str  # the digest of what the adapter trains on
     round: int = 0
     nodes: list[NodeInfo] = field(default_factory=list)
     history: list[RoundSummary] = field(default_factory=list)
@@ -86,6 +87,7 @@ class RunState:
             self.correlated.save_noise()  # first: noise that is in an adapter must be known to later rounds
         meta: dict[str, Any] = {
             "config": asdict(config),
+            "encoder": self.encoder,
             "plan": self.plan.to_json(),
             "strategy": self.optimizer.name,
             "attempt": self.attempt,
@@ -123,6 +125,7 @@ class RunState:
                 adapter=saved.adapter.astype(np.float32),
                 optimizer=optimizer,
                 attempt=attempt,
+                encoder=meta["encoder"],
                 round=saved.round,
                 nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
                 history=[RoundSummary.from_json(summary) for summary in meta["history"]],

@@ -75,6 +75,9 @@ Usage = Callable[[], tuple[float, int]]
 class ServerSide(Protocol):
     """What the loop needs of model and public data; `fedtune.federation.resources.RunResources` is one."""
 
+    def digest(self) -> str:
+        """Of the encoder and its tokenizer, which every node compares with its own."""
+
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]."""
 
@@ -270,16 +273,22 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
         plan, nodes, refused = agree(
-            setting.grid, config, nodes, run, attempt,
+            setting.grid, config, nodes, run, attempt, server_side.digest(),
             stop=setting.stop, deadline=dynamic, observer=setting.observer,
         )  # fmt: skip
         adapter, optimizer = server_side.initial(), server_optimizer(config)
-        state = RunState(run, plan, adapter, optimizer, attempt, nodes=nodes)
+        state = RunState(run, plan, adapter, optimizer, attempt, server_side.digest(), nodes=nodes)
         if plan.root() is not None:
             state.correlated = CorrelatedRounds.start(run_dir, state.run, plan, adapter.size)
         state.save(run_dir, config)
     else:
         state = RunState.restore(run_dir, config, attempt)
+        if state.encoder != server_side.digest():
+            raise CheckpointError(
+                f"The run in {run_dir} began with another encoder than {config.model.name!r} is now: the "
+                f"digest was {state.encoder[:12]} and is {server_side.digest()[:12]}. Put the model back "
+                "that it began with, or start a new run."
+            )
         nodes, refused = _agreed_again(setting, state, nodes)
         nodes = state.reconnect(nodes)
     state.notices += notices
@@ -296,7 +305,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         setting.grid,
         nodes,
         [node_id for node_id, _ in failed] + [ids[lost.node] for lost in refused],
-        proposal=Proposal(state.run, attempt, state.plan),
+        proposal=Proposal(state.run, attempt, state.plan, state.encoder),
         dynamic=dynamic,
         closed=state.plan.mechanism.fixed_nodes,
         timeout=timeout,
@@ -313,7 +322,7 @@ def _agreed_again(
     federation = setting.config.federation
     if state.round >= state.plan.num_rounds or state.ended_early is not None:
         return list(nodes), []
-    proposal = Proposal(state.run, state.attempt, state.plan)
+    proposal = Proposal(state.run, state.attempt, state.plan, state.encoder)
     answers = propose(
         setting.grid, proposal, nodes, federation.round_timeout, setting.stop, deadline=setting.dynamic
     )

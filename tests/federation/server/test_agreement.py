@@ -18,7 +18,7 @@ from fedtune.federation.client.app import app
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.events import FederationResult
 from fedtune.federation.flower import task_identity
-from fedtune.federation.messages import Proposal
+from fedtune.federation.messages import VERSION, Proposal
 from fedtune.federation.resources import run_resources
 from fedtune.federation.server.agreement import read_consent
 from fedtune.federation.server.loop import run_rounds
@@ -163,7 +163,7 @@ class Answers(LocalGrid):
 
 
 def consent(**changes: Any) -> RecordDict:
-    values = {"version": 1, "node": "node-1", "run": "r", "attempt": 1, "refused": "", "refusal": ""}
+    values = {"version": VERSION, "node": "node-1", "run": "r", "attempt": 1, "refused": "", "refusal": ""}
     values["last_round"] = 0
     return RecordDict({"consent": ConfigRecord({**values, **changes})})
 
@@ -191,14 +191,20 @@ def test_a_proposal_that_is_none_is_answered_with_an_error(config: Config) -> No
         run_config={"fedtune": to_json(config)},
     )  # fmt: skip
     plan = make_plan(config, [30] * 4)
-    good = Proposal("r", 1, plan).to_records()
+    digest = run_resources(config).digest()
+    good = Proposal("r", 1, plan, digest).to_records()
     with task_identity(1):
         for content in (RecordDict(), RecordDict({**good, "more": ConfigRecord({"a": 1})})):
             assert app(Message(content, 10, "query.propose"), context).has_error()
         answer = app(Message(good, 10, "query.propose"), context)
         name = shards(config)[0].node
-        assert read_consent(answer, name, Proposal("r", 1, plan)).refused is None
-        weak = Proposal("r", 1, dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier / 2))
+        assert read_consent(answer, name, Proposal("r", 1, plan, digest)).refused is None
+        weaker = dataclasses.replace(plan, noise_multiplier=plan.noise_multiplier / 2)
+        weak = Proposal("r", 1, weaker, digest)
         answer = app(Message(weak.to_records(), 10, "query.propose"), context)
         refused = read_consent(answer, name, weak)
+        other = Proposal("r", 1, plan, "0" * 64)
+        unlike = read_consent(app(Message(other.to_records(), 10, "query.propose"), context), name, other)
     assert refused.refusal == "PrivacyError" and "permits 4" in str(refused.refused)
+    assert unlike.refusal == "ModelError"
+    assert f"digest is {digest[:12]} here and 000000000000 there" in str(unlike.refused)

@@ -17,6 +17,7 @@ from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation.events import FederationResult, NodeInfo
 from fedtune.federation.flower import task_identity
+from fedtune.federation.messages import VERSION
 from fedtune.federation.server import cohort as roster_module
 from fedtune.federation.server.agreement import PROPOSE
 from fedtune.federation.server.checkpoint import load_latest
@@ -192,7 +193,7 @@ def test_a_node_that_joins_late_and_does_not_agree_to_the_run_is_asked_nothing(t
         def _deliver(self, message: Message) -> Message:
             answer = super()._deliver(message)
             if message.metadata.message_type == PROPOSE and message.metadata.dst_node_id == 4:
-                values = {"version": 1, "node": "node-2", "run": "", "attempt": 1}
+                values = {"version": VERSION, "node": "node-2", "run": "", "attempt": 1}
                 values |= {"run": str(message.content["proposal"]["run"])}
                 refused = {"refused": "BudgetExhausted: no", "refusal": "BudgetExhausted", "last_round": 0}
                 answer.content = RecordDict({"consent": ConfigRecord({**values, **refused})})

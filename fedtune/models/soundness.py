@@ -1,0 +1,347 @@
+"""Whether an encoder is what its folder says: checked before transformers reads it, and by what it loaded.
+
+transformers makes up what it does not find: weights under names that it does not know stay random, a missing
+tokenizer becomes one of five tokens, an attention mask of the wrong kind is taken for granted. It says so in
+a log that nobody reads, or nowhere. Here each is a refusal that names the file, the weights and the way out.
+
+Weights under a common prefix (`module.`, as DataParallel saves them) are found where exactly one prefix fits
+every weight of the encoder.
+
+Nothing that a folder or a hub brings is run: neither its own modelling code (`trust_remote_code` is off,
+always), nor a pickle, unless `model.pickle` asks for it; and then by torch's reader that takes weights alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.errors import ModelError
+
+__all__ = [
+    "FAMILIES",
+    "check_finite",
+    "check_folder",
+    "check_kind",
+    "check_report",
+    "check_tokenizer",
+    "check_vocabulary",
+    "check_weights",
+    "digest_of",
+    "prefix_of",
+]
+
+FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra")
+
+_POINTER = b"version https://git-lfs"
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
+               "spiece.model", "spm.model")  # fmt: skip
+_BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What belongs to the encoder itself, whatever is in front of it; heads of other tasks do not.
+_BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layer)\.\w")
+_SHOWN = 3  # names of weights in a message
+_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Checks that a folder may be a model's, by its configuration.
+
+    Args:
+        folder: `name` as a path.
+        name: `model.name`, for messages; in those below too.
+
+    Raises:
+        ModelError: config.json is missing, a pointer to another file, or unreadable.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"The folder {folder} (model.name) holds an adapter (adapter_config.json) and no encoder: an "
+                "adapter trains on top of one. Name the encoder's own folder, or merge the two with PEFT's "
+                "merge_and_unload and save_pretrained."
+            )
+        raise ModelError(
+            f"The folder {folder} (model.name) has no config.json, so it is no model. It should hold "
+            "config.json, model.safetensors and tokenizer.json, as transformers' save_pretrained writes them."
+        )
+    _refuse_pointer(config, name)
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{config} is not JSON, so model.name={name} cannot be loaded. Copy it again."
+        ) from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{config} is no configuration of a model, which is a JSON object. Copy it again.")
+
+
+def check_weights(folder: Path, name: str, *, pickle: bool = False) -> None:
+    """Checks the files of a folder's weights without loading them.
+
+    Raises:
+        ModelError: one is missing, empty, cut off, a pointer to another file, or a pickle that nobody asked
+            for.
+    """
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    for file in (*_SAFE, *_PICKLED):
+        if file in files:
+            _refuse_pointer(files[file], name)
+    if any(file in files for file in _SAFE):
+        for shard in _shards(folder, files, name):
+            _refuse_pointer(shard, name)
+            _check_safetensors(shard, name)
+        return
+    if not any(file in files for file in _PICKLED):
+        raise ModelError(
+            f"The folder {folder} (model.name) has no weights: model.safetensors is missing in it. Copy the "
+            "whole folder."
+        )
+    if not pickle:
+        raise ModelError(
+            f"The folder {folder} (model.name) has its weights in a pickle (pytorch_model.bin), which may "
+            "carry code. Take a copy that has model.safetensors. If you know who made this one, "
+            "model.pickle=true reads it, weights alone."
+        )
+
+
+def check_vocabulary(folder: Path, name: str) -> None:
+    """Checks that a folder has files of a tokenizer.
+
+    Raises:
+        ModelError: there is none, or it is empty or a pointer to another file.
+    """
+    there = [folder / file for file in _TOKENIZERS if (folder / file).is_file()]
+    if not there:
+        raise ModelError(
+            f"The folder {folder} (model.name) has no tokenizer: neither tokenizer.json nor a vocabulary "
+            "(vocab.txt, vocab.json, sentencepiece.bpe.model). Without one every word would be unknown. Copy "
+            "it from where the model is from, or write it there: tokenizer.save_pretrained(FOLDER)."
+        )
+    for path in (*there, *(folder / file for file in _BESIDE if (folder / file).is_file())):
+        _refuse_pointer(path, name)
+        if path.stat().st_size == 0:
+            raise ModelError(
+                f"{path} is empty (0 bytes), so the tokenizer of model.name={name} is not whole. Copy it "
+                "again."
+            )
+
+
+def check_kind(config: Any, name: str) -> None:
+    """Checks that a configuration of transformers' is one of an encoder that fedtune runs as it is.
+
+    Raises:
+        ModelError: it is of another family, a decoder, or compressed already.
+    """
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"The model is of type {config.model_type!r}, and fedtune adapts encoders of the BERT "
+            f"family: {', '.join(FAMILIES)}."
+        )
+    for key in ("is_decoder", "add_cross_attention"):
+        if getattr(config, key, False):
+            raise ModelError(
+                f"The model {name!r} is a decoder: its config.json says {key}=true. There each token sees "
+                "the ones before it alone, and fedtune runs encoders, in which every token sees all. Name an "
+                f'encoder; or, if it was trained as one, write "{key}": false into its config.json.'
+            )
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"The model {name!r} is stored compressed (quantization_config in its config.json). Name the "
+            "model that it was made from: fedtune compresses by itself, as model.quantization says."
+        )
+    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
+        raise ModelError(
+            f"The model's embeddings have width {config.embedding_size} and its layers "
+            f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
+        )
+
+
+def prefix_of(report: Mapping[str, Any]) -> str | None:
+    """The one prefix under which all weights of the encoder lie that transformers did not find.
+
+    None if there is no such prefix, or several.
+
+    Args:
+        report: transformers' loading report (`missing_keys`, `unexpected_keys`).
+    """
+    missing = [key for key in report["missing_keys"] if not _of_pooler(key)]
+    if not missing:
+        return None
+    there = {_modern(key) for key in report["unexpected_keys"]}
+    last = missing[0]
+    prefixes = {key[: -len(last)] for key in there if key.endswith("." + last)}
+    fitting = [prefix for prefix in prefixes if all(prefix + key in there for key in missing)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def check_report(report: Mapping[str, Any], name: str) -> None:
+    """Checks that every weight of the encoder came from its file, and that the file has no more of them.
+
+    Heads of other tasks, and the pooler, which fedtune does not use, may be there or not.
+
+    Raises:
+        ModelError: with the names, their number and their shapes.
+    """
+    missing = [key for key in report["missing_keys"] if not _of_pooler(key)]
+    unexpected = [key for key in report["unexpected_keys"] if _BODY.search(key) and not _of_pooler(key)]
+    mismatched = {
+        key: (there, asked) for key, there, asked in report["mismatched_keys"] if not _of_pooler(key)
+    }
+    if mismatched:
+        key = min(mismatched)
+        there, asked = (list(shape) for shape in mismatched[key])
+        raise ModelError(
+            f"The weights of the model {name!r} do not fit its config.json: {key} is {there} in the file and "
+            f"{asked} by config.json{_more(len(mismatched) - 1, 'weight')}. Copy config.json and the weights "
+            "from the same model."
+        )
+    if missing:
+        others = f" The file has {_named(unexpected)} instead." if unexpected else ""
+        raise ModelError(
+            f"The model {name!r} lacks {len(missing)} weights of its encoder, which would be random: "
+            f"{_named(missing)}.{others} Name the folder that the encoder was saved in, with all of its "
+            "weights under the names that transformers gives them (save_pretrained)."
+        )
+    if unexpected:
+        raise ModelError(
+            f"The weights of the model {name!r} are not those of its config.json: the file also has "
+            f"{len(unexpected)} weights of an encoder that config.json does not speak of, "
+            f"{_named(unexpected)}. They would be left out. Copy config.json and the weights from the same "
+            "model."
+        )
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Checks that no weight is NaN or infinite.
+
+    Raises:
+        ModelError: some are; with their names.
+    """
+    wrong = [key for key, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
+    if wrong:
+        raise ModelError(
+            f"The model {name!r} holds NaN or infinity in {len(wrong)} of its weights: {_named(wrong)}. It "
+            "was saved after a training that failed, or damaged. Take another copy of it."
+        )
+
+
+def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
+    """Checks that a tokenizer has words, and the encoder an embedding for each of its tokens.
+
+    Args:
+        tokenizer: of transformers.
+        rows: of the encoder's embedding.
+        name: of the model.
+
+    Raises:
+        ModelError: it has none, or more tokens than that.
+    """
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"The tokenizer of the model {name!r} knows no words, only {len(vocabulary)} special tokens: its "
+            "vocabulary is missing or empty. Copy tokenizer.json from where the model is from, or write it "
+            "there: tokenizer.save_pretrained(FOLDER)."
+        )
+    largest = max(vocabulary.values())
+    if largest >= rows:
+        beyond = sorted(
+            (token for token, number in vocabulary.items() if number >= rows), key=vocabulary.__getitem__
+        )
+        raise ModelError(
+            f"The tokenizer of the model {name!r} has {largest + 1} tokens, and the encoder has embeddings "
+            f"for {rows}: {_named(beyond)} would have none. If tokens were added, save the encoder after "
+            f"resize_token_embeddings({largest + 1}); else take the tokenizer that the encoder was saved "
+            "with."
+        )
+
+
+def digest_of(model: nn.Module, tokenizer_id: str) -> str:
+    """SHA-256 of the encoder as it was loaded, before it is compressed, and of its tokenizer: 64 hex digits.
+
+    The same on every machine for the same weights, wherever they lie.
+    """
+    digest = hashlib.sha256(f"fedtune encoder 1|{tokenizer_id}".encode())
+    for key, value in sorted(model.named_parameters()):
+        if not _of_pooler(key):
+            digest.update(f"|{key}{list(value.shape)}|".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of_pooler(key: str) -> bool:
+    return "pooler." in key
+
+
+def _modern(key: str) -> str:
+    """The name of a weight as it is today: early BERTs called a norm's two gamma and beta."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", key))
+
+
+def _named(keys: Collection[str]) -> str:
+    shown = sorted(keys)[:_SHOWN]
+    return ", ".join(shown) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
+
+
+def _more(count: int, what: str) -> str:
+    return f", and {count} more {what}{'s' if count > 1 else ''} do not" if count else ""
+
+
+def _refuse_pointer(path: Path, name: str) -> None:
+    with path.open("rb") as file:
+        if not file.read(len(_POINTER)).startswith(_POINTER):
+            return
+    raise ModelError(
+        f"{path} is a Git LFS pointer of {path.stat().st_size} bytes in place of the file itself, so "
+        f"model.name={name} cannot be loaded. Fetch the files: run `git lfs pull` in that folder."
+    )
+
+
+def _shards(folder: Path, files: Mapping[str, Path], name: str) -> list[Path]:
+    """The files that hold the weights."""
+    if _SAFE[0] in files:
+        return [files[_SAFE[0]]]
+    index = files[_SAFE[1]]
+    try:
+        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [file for file in named if file not in files]
+    except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        raise ModelError(
+            f"{index} is no list of the weights' files, so model.name={name} cannot be loaded. Copy it again."
+        ) from error
+    if missing:
+        raise ModelError(
+            f"The folder {folder} (model.name) lacks {len(missing)} of the {len(named)} files of its "
+            f"weights: {_named(missing)}. Copy the whole folder."
+        )
+    return [files[file] for file in named]
+
+
+def _check_safetensors(path: Path, name: str) -> None:
+    """Checks that a file is as long as its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if size >= 8 and length <= min(size - 8, _LARGEST_HEADER) else b""
+    what = f"is cut off, or no safetensors file: it has {size} bytes"
+    try:
+        entries = json.loads(header)
+        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+        asked = 8 + length + max(ends, default=0)
+        if asked == size:
+            return
+        what = f"has {size} bytes, and its header speaks of {asked}: it is not whole"
+    except (ValueError, RecursionError, LookupError, AttributeError, TypeError):
+        if size == 0:
+            what = "is empty (0 bytes)"
+    raise ModelError(f"{path} {what}, so model.name={name} cannot be loaded. Copy or download it again.")
