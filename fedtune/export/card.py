@@ -8,13 +8,16 @@ to be unknown, and is for whoever publishes the folder to fill in.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import ModelConfig
 from fedtune.models.encoder import EMBEDDED
+from fedtune.privacy.publication import one_line
 from fedtune.privacy.statement.facts import statement_json
+from fedtune.privacy.statement.markdown import bullets, coded, plain, table
 from fedtune.runs.summary import human_bytes
 
 __all__ = ["adapter_card", "base_of", "data_card", "model_card"]
@@ -43,10 +46,11 @@ def model_card(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     facts = statement_json(record)
     parts = [
         _hub_block(record, about),
-        f"# Text classifier: {', '.join(about['labels'])}",
+        f"# Text classifier: {_labels(about['labels'])}",
         f"Says of a text which of {len(about['labels'])} labels it has. Trained by "
         f"{record['federation']['nodes']} nodes of a federation with "
-        f"fedtune {record['run']['versions'].get('fedtune', '')}: each kept its texts. Run `{about['run']}`.",
+        f"fedtune {record['run']['versions'].get('fedtune', '')}: each kept its texts. Run "
+        f"{coded(about['run'])}.",
         "## How to load it",
         *_loading(about),
         "## What was promised to the people in the data",
@@ -58,9 +62,9 @@ def model_card(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         "## The formats, and how they were checked",
         *_formats(about),
         "## How it was made",
-        _bullets(_making(record, about)),
+        bullets(_making(record, about)),
         "## What it is for, and what not",
-        _bullets(_limits(record, about)),
+        bullets(_limits(record, about)),
         "## Files",
         "`export.json` says all of this for programs, [DATA.md](DATA.md) what it was trained on. "
         "`sha256sum -c SHA256SUMS` tells whether a file was cut short or changed; `fedtune evaluate` and "
@@ -70,9 +74,8 @@ def model_card(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    import json
-
     metrics, data = record["metrics"], record["config"]["data"]
+    data_name = one_line(record["data"]["name"])
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
@@ -86,9 +89,9 @@ def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         ],
     }
     if about["base"]["hub"]:
-        values |= {"base_model": about["base"]["name"], "base_model_relation": "finetune"}
+        values |= {"base_model": one_line(about["base"]["name"]), "base_model_relation": "finetune"}
     if data["source"] == "hub":
-        values["datasets"] = [record["data"]["name"]]
+        values["datasets"] = [data_name]
     if metrics["accuracy"] is not None:
         measured = [
             {"type": kind, "value": round(metrics[field], 4)}
@@ -96,11 +99,11 @@ def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
             if metrics[field] is not None
         ]
         task = {"type": "text-classification"}
-        dataset = {"name": record["data"]["name"], "type": record["data"]["name"]}
+        dataset = {"name": data_name, "type": data_name}
         values["model-index"] = [
             {"name": "fedtune", "results": [{"task": task, "dataset": dataset, "metrics": measured}]}
         ]
-    # JSON is YAML, and quotes whatever a name may hold.
+    # JSON is YAML, and quotes whatever a printable name may hold.
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in values.items()]
     return "\n".join(["---", *lines, "---"])
 
@@ -168,15 +171,16 @@ def adapter_card(about: Mapping[str, Any]) -> str:
     """README.md beside the bare adapter."""
     base = about["base"]
     package = base["package"]
-    where = f'"{base["name"]}"' if base["hub"] else '"..."  # the folder of ' + base["name"]
+    name = one_line(base["name"])
+    where = json.dumps(name, ensure_ascii=False) if base["hub"] else f'"..."  # the folder of {name}'
     compressed = base["quantization"] != "none"
     figures = about["formats"]["adapter"]
     parts = [
         '---\nlibrary_name: peft\ntags: ["fedtune"]\n---',
         "# The adapter alone",
         f"What was trained, {human_bytes(figures['bytes'])}, in PEFT's format; it belongs onto "
-        f"`{base['name']}`"
-        + (f", revision `{base['revision']}`" if base["revision"] else "")
+        f"{coded(name)}"
+        + (f", revision {coded(base['revision'])}" if base["revision"] else "")
         + ". `AutoPeftModelForSequenceClassification` cannot load it, since the model takes the mean over a "
         "text's tokens, which transformers' own classes do not; these lines do (`pip install "
         "torch transformers "
@@ -244,11 +248,11 @@ def _quality(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
             f"{quality['calibration_error']:.3f}."
         )
         parts.append(
-            _table(
+            table(
                 ["class", "records", "precision", "recall", "F1"],
                 [
                     [
-                        name,
+                        plain(name),
                         f"{one['num_records']:,}",
                         *(_rate(one[rate]) for rate in ("precision", "recall", "f1")),
                     ]
@@ -260,12 +264,12 @@ def _quality(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         quality["per_site"] if quality is not None and quality["per_site"] else metrics.get("per_site") or {}
     )
     rows = [
-        [name, _count(one.get("num_records")), _rate(one.get("accuracy"))]
+        [plain(name), _count(one.get("num_records")), _rate(one.get("accuracy"))]
         for name, one in sites.items()
         if isinstance(one, Mapping)
     ]
     if rows:
-        parts.append(_table(["site", "records", "accuracy"], rows))
+        parts.append(table(["site", "records", "accuracy"], rows))
     return parts
 
 
@@ -286,7 +290,7 @@ def _formats(about: Mapping[str, Any]) -> list[str]:
         f"Each was asked about {_asked(about)}, beside the model of the run as `fedtune predict` "
         "asks it; a logit of "
         f"`hf` and `onnx` may differ by {check['tolerance']:g} at most, or nothing is exported.",
-        _table(["format", "file", "size", "largest difference of a logit", "labels equal", "accuracy"], rows),
+        table(["format", "file", "size", "largest difference of a logit", "labels equal", "accuracy"], rows),
     ]
     eight = about["formats"].get("onnx-int8")
     if eight is not None:
@@ -311,9 +315,9 @@ def _making(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     compressed = (
         "" if base["quantization"] == "none" else f", compressed to {base['quantization']} while training"
     )
-    revision = f", revision `{base['revision']}`" if base["revision"] else ""
+    revision = f", revision {coded(base['revision'])}" if base["revision"] else ""
     return [
-        f"Base: `{base['name']}`{revision}, frozen{compressed}; {model['pooling']} pooling.",
+        f"Base: {coded(base['name'])}{revision}, frozen{compressed}; {model['pooling']} pooling.",
         f"Trained: adapter `{adapter['name']}`{where}; {record['cost']['num_parameters']:,} numbers."
         if record["cost"].get("num_parameters")
         else f"Trained: adapter `{adapter['name']}`{where}.",
@@ -327,8 +331,8 @@ def _making(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
 
 def _limits(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     return [
-        f"For texts like those of {record['data']['name']}, one at a time, with the labels "
-        f"{', '.join(about['labels'])}. It always says one of them, whatever the text.",
+        f"For texts like those of {plain(record['data']['name'])}, one at a time, with the labels "
+        f"{_labels(about['labels'])}. It always says one of them, whatever the text.",
         f"It looks at the first {about['max_length']} tokens of a text and at nothing after them.",
         "Not for decisions about a person without a human who looks at the text. Nobody has tested it for "
         "fairness between groups; the table by site shows what differs between kinds of texts.",
@@ -347,13 +351,13 @@ def data_card(record: Mapping[str, Any]) -> str:
     sizes = data.get("declared_sizes") or {}
     units = f"{privacy['unit']}s" if privacy["unit"] != "record" else "records"
     lines = [
-        f"Name: `{data['name']}`, read as `data={config['source']}`.",
+        f"Name: {coded(data['name'])}, read as `data={config['source']}`.",
         "Its owner declared it public."
         if data.get("public")
         else "It is private: its texts stay with the nodes, and nothing here was computed from "
         "them but what was "
         "noised and charged.",
-        f"Labels: {', '.join(str(label) for label in data['labels'])}"
+        f"Labels: {_labels(data['labels'])}"
         + (
             " (declared)." if data.get("labels_declared") else " (taken from the records; see the statement)."
         ),
@@ -364,12 +368,12 @@ def data_card(record: Mapping[str, Any]) -> str:
     parts = [
         "# Data card",
         "What the model of this folder was trained on, by what is public of it.",
-        _bullets(lines),
+        bullets(lines),
     ]
     if sizes:
         parts += [
             f"Sizes, as their owners declared them (or told them with noise), in {units}:",
-            _table(["node", units], [[str(name), f"{int(size):,}"] for name, size in sizes.items()]),
+            table(["node", units], [[plain(name), f"{int(size):,}"] for name, size in sizes.items()]),
         ]
     if config["source"] == "opinions":
         parts.append(
@@ -401,6 +405,10 @@ def _asked(about: Mapping[str, Any]) -> str:
     return f"{check['num_texts']:,} texts ({check['texts']})"
 
 
+def _labels(names: Sequence[object]) -> str:
+    return ", ".join(map(plain, names))
+
+
 def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
@@ -409,16 +417,5 @@ def _count(value: int | None) -> str:
     return "-" if value is None else f"{value:,}"
 
 
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def _code(lines: str) -> str:
     return f"```python\n{lines}\n```"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([row(head), row(["---"] * len(head)), *map(row, rows)])

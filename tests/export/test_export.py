@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import re
@@ -15,9 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from markdown_it import MarkdownIt
 
 from fedtune.errors import ConfigError, DataError, ModelError, RecordError
 from fedtune.export import card, checks, export
+from fedtune.privacy.publication import one_line
 from fedtune.runs import record as records
 from fedtune.runs.predict import load
 from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, Bundle
@@ -150,6 +154,47 @@ def test_the_cards_say_what_was_promised_and_how_right_it_is(exported: Path, run
     assert 'library_name: "transformers"' in head and "base_model" not in head  # it is no hub's
     assert "private" in data and "| site-1 | " in data
     assert (exported / "statement.md").read_text().startswith("# Privacy statement")
+
+
+HOSTILE = [
+    "a\n\n---\n# License\n<script>alert(1)</script>",
+    "[here](https://example.org) | `c` \u2028--- \x85\x7f \ud800",
+    '"\nimport os; os.abort()\n#',
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_card_obeys_no_name(record: dict[str, Any], about: dict[str, Any], name: str) -> None:
+    """Of labels, sites, nodes, data and base: whoever named them wrote no part of the card."""
+
+    def pages() -> list[str]:
+        return [card.model_card(record, about), card.data_card(record), card.adapter_card(about)]
+
+    before = pages()
+    record["data"] |= {"name": name, "labels": [name, "b"], "declared_sizes": {name: 3, "c": 4}}
+    record["config"]["data"] |= {"source": "hub"}
+    record["metrics"]["per_site"] = {name: {"accuracy": 0.5, "num_records": 2}}
+    about["labels"] = [name, "b"]
+    about["base"] |= {"name": name, "hub": len(name) % 2 == 0, "revision": name}
+    about["quality"]["per_site"] = dict.fromkeys([name, *"ab"], about["quality"]["per_site"]["site-0"])
+    about["quality"]["per_class"] = dict.fromkeys([name, "b"], about["quality"]["per_class"]["positive"])
+    for page, was in zip(pages(), before, strict=True):
+        page.encode()
+        kinds, kinds_before = (
+            [
+                child.type
+                for token in MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+                for child in (token, *(token.children or []))
+                if re.search("link|html|heading|image|hr|fence|table", child.type)
+            ]
+            for text in (page.partition("\n---\n")[2] or page, was.partition("\n---\n")[2] or was)
+        )
+        assert kinds == kinds_before
+        for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+            assert "os.abort" not in {ast.unparse(node) for node in ast.walk(ast.parse(code))}
+    head = yaml.safe_load(pages()[0].split("\n---\n")[0])
+    assert set(head) >= {"license", "model-index"} and head["license"] == "unknown"
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == one_line(name)
 
 
 def test_nothing_of_this_machine_is_in_it(exported: Path, run_dir: Path, world: dict[str, Path]) -> None:

@@ -23,7 +23,7 @@ What a record lacks is stated as unknown, never made up.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fedtune.config.schema import TRUSTS
@@ -33,6 +33,7 @@ from fedtune.privacy.accounting.filter import FILTER
 from fedtune.privacy.accounting.strength import WEAK, WRONG, TradeOff, caution, grade, trade_off
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
+from fedtune.privacy.statement.markdown import bullets, plain, table
 from fedtune.privacy.statement.picture import picture
 from fedtune.privacy.statement.words import (
     UNITS,
@@ -77,16 +78,16 @@ def statement_markdown(record: Mapping[str, Any], image: str | None = None) -> s
         facts["summary"],
         *[f"**Caution.** {caution}" for caution in facts["cautions"]],
         "## The guarantee",
-        _bullets(_guarantee(facts)),
+        bullets(_guarantee(facts)),
         *(_strength(facts, image) if facts["strength"] else ()),
         "## Who sees what",
-        _bullets(facts["trust"]["sees"]),
+        bullets(facts["trust"]["sees"]),
         "## How it was done",
-        _bullets(_mechanism(facts)),
+        bullets(_mechanism(facts)),
         "## What is covered",
-        _bullets(facts["covered"]),
+        bullets(facts["covered"]),
         "## What is not covered",
-        _bullets(facts["not_covered"]),
+        bullets(facts["not_covered"]),
         "## Per node",
         _per_node(facts),
         "## Other uses of the same data",
@@ -94,7 +95,7 @@ def statement_markdown(record: Mapping[str, Any], image: str | None = None) -> s
         "## Audit",
         _audit(facts["audit"]),
         "## How to check this",
-        _bullets(_transparency(facts)),
+        bullets(_transparency(facts)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -289,9 +290,9 @@ def _guarantee(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _strength(facts: Mapping[str, Any], image: str | None) -> list[str]:
-    above, rows, below = strength_table(facts)
+    above, (head, *rows), below = strength_table(facts)
     shown = [f"![What an attacker can find out, at most]({image})"] if image else []
-    return ["## How strong that is", above, _table(rows), below, *shown]
+    return ["## How strong that is", above, table(head, rows), below, *shown]
 
 
 def _mechanism(facts: Mapping[str, Any]) -> list[str]:
@@ -354,12 +355,11 @@ def _noise(mechanism: Mapping[str, Any]) -> str:
 
 
 def _per_node(facts: Mapping[str, Any]) -> str:
-    rows = [("node", "epsilon", "delta", "releases")]
-    rows += [
-        (str(e["node"]), _shown(e["epsilon"]), _shown(e["delta"]), str(e["releases"]))
+    rows = [
+        (plain(e["node"]), _shown(e["epsilon"]), _shown(e["delta"]), str(e["releases"]))
         for e in facts["per_node"]
     ]
-    return _table(rows)
+    return table(("node", "epsilon", "delta", "releases"), rows)
 
 
 def _other_uses(facts: Mapping[str, Any]) -> str:
@@ -369,10 +369,10 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
             "The record does not say what else this data was used for. The guarantee above is this run's "
             "alone; ask each node's owner what else it was used for."
         )
-    rows = [("node", "data set", "releases of this shard", "epsilon over all uses", "delta", "for one")]
-    rows += [
+    head = ("node", "data set", "releases of this shard", "epsilon over all uses", "delta", "for one")
+    rows = [
         (
-            str(use["node"]), _known(use["dataset"]), _known(use["releases"]),
+            plain(use["node"]), plain(_known(use["dataset"])), _known(use["releases"]),
             "infinite" if use["epsilon"] is None and use["releases"] else _known(use["epsilon"]),
             _shown(use["delta"]), _known(use.get("unit")),
         )
@@ -403,7 +403,7 @@ def _other_uses(facts: Mapping[str, Any]) -> str:
             "**Unknown**: that node's ledger lies with the node, which did not say. Earlier uses of its data "
             "are not in any number on this page; ask its owner for `fedtune node proof --config node.yaml`.",
         )
-    return "\n\n".join([_table(rows), *notes])
+    return "\n\n".join([table(head, rows), *notes])
 
 
 def _audit(audit: Any) -> str:
@@ -462,13 +462,3 @@ def _shown(value: Any) -> str:
 def _known(value: Any) -> str:
     """As `_shown`, where null says that it is not known."""
     return "unknown" if value is None else _shown(value)
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])

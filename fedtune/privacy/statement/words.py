@@ -12,6 +12,7 @@ from typing import Any
 from fedtune.privacy.accounting.strength import WRONG, TradeOff, grade, percent
 from fedtune.privacy.mechanisms.registry import mechanism_of
 from fedtune.privacy.publication import EXPOSED
+from fedtune.privacy.statement.markdown import coded
 
 __all__ = [
     "UNITS",
@@ -41,7 +42,7 @@ def outline(
     nodes = federation["nodes"]
     name = (record.get("data") or {}).get("name")
     kind = "texts that their owner declared public" if privacy.get("data_public") else "private texts"
-    what = f"{kind} (`{name}`)" if name else kind
+    what = f"{kind} ({coded(name)})" if name else kind
     holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
     trained = f"A text classifier was trained on {what} that {holders}"
     if not was_trained(privacy):
