@@ -34,6 +34,7 @@ PATHS: Mapping[str, str] = {
     "onnx": "onnx/model.onnx",
     "onnx-int8": "onnx/model_int8.onnx",
 }
+_ALWAYS = ("DATA.md", "README.md", "config.json", "statement.md", "tokenizer.json")  # whatever the formats
 EXPORT_NAME = "export.json"
 SUMS_NAME = "SHA256SUMS"
 
@@ -61,7 +62,7 @@ class Bundle:
                 + (f"It is the folder of {what}." if (folder / "record.json").is_file() else "Name a folder "
                 "that 'fedtune export' made.")
             )  # fmt: skip
-        _check_sums(folder)
+        summed = _check_sums(folder)
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             labels, formats = about["labels"], about["formats"]
@@ -72,6 +73,12 @@ class Bundle:
                 f"{path} is none that this fedtune reads ({type(error).__name__}: {error}). Export the run "
                 "again with the fedtune that is installed here."
             ) from error
+        # A list of sums that was itself cut short would let files pass that it does not name.
+        if unsummed := sorted({*_ALWAYS, *(PATHS[name] for name in formats)} - summed):
+            raise ModelError(
+                f"{folder} cannot be checked: {SUMS_NAME} has no sum of {', '.join(unsummed)}. Copy the "
+                "whole folder again, or export the run again."
+            )
         return cls(folder, about)
 
     @property
@@ -119,7 +126,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sums(folder: Path) -> None:
+def _check_sums(folder: Path) -> set[str]:
+    """The files that have a sum; raises `ModelError` unless all of them are what they were."""
     try:
         lines = (folder / SUMS_NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -141,3 +149,4 @@ def _check_sums(folder: Path) -> None:
             f"{folder} is not what was exported: {', '.join(wrong)} (by {SUMS_NAME}). Nothing of it is used. "
             "Copy the folder again from where it came from, or export the run again."
         )
+    return set(said)

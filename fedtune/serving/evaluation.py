@@ -165,7 +165,9 @@ def draw(found: Mapping[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names, confusion = list(found["per_class"]), np.array(found["confusion"])
+    # Between two dollar signs matplotlib reads a formula, and fails at what is none.
+    names = [name.replace("$", r"\$") for name in found["per_class"]]
+    confusion = np.array(found["confusion"])
     figure = Figure(figsize=(9.6, 4.4), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)

@@ -88,14 +88,16 @@ def serve(
         lifespan="on",
         server_header=False,
     )
-    # uvicorn raises the signal again when it is done; the end that was asked for is no failure.
+    server = _server(config, listener)
+    # uvicorn listens for signals when it runs, and raises them again when it is done: the end that was asked
+    # for is no failure then, and before then it is not forgotten.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     where = listener.getsockname()
     shown = f"[{where[0]}]" if ":" in where[0] else where[0]
     what = ", ".join(f"{name} ({served.format})" for name, served in models.items())
     print(f"{what}: http://{shown}:{where[1]}/predict", flush=True)
-    _server(config, listener).run(sockets=[listener])
+    server.run(sockets=[listener])
 
 
 def _log_as_json() -> None:

@@ -19,6 +19,8 @@ def folder(tmp_path: Path) -> Path:
     (made / "onnx" / "model.onnx").write_bytes(b"weights" * 100)
     about = {"schema": 1, "labels": ["no", "yes"], "max_length": 16, "pad_id": 0, "formats": {"onnx": {}}}
     (made / "export.json").write_text(json.dumps(about))
+    for name in ("DATA.md", "README.md", "config.json", "statement.md", "tokenizer.json"):
+        (made / name).write_text("{}")
     write_sums(made)
     return made
 
@@ -63,6 +65,21 @@ def test_a_description_that_no_sum_covers_is_not_believed(folder: Path) -> None:
         Bundle.open(folder)
 
 
+def test_a_list_of_sums_that_was_cut_short_lets_nothing_pass(folder: Path, golden: Golden) -> None:
+    sums = folder / "SHA256SUMS"
+    whole = sums.read_text()
+    lines = whole.splitlines(keepends=True)
+    for count in range(len(lines)):
+        sums.write_text("".join(lines[:count]))
+        with pytest.raises(ModelError):
+            Bundle.open(folder)
+    sums.write_text(whole.replace(next(line for line in lines if "model.onnx" in line), ""))
+    (folder / "onnx" / "model.onnx").write_bytes(b"other weights")
+    with pytest.raises(ModelError) as raised:
+        Bundle.open(folder)
+    golden(raised)
+
+
 def test_what_is_no_export(folder: Path, tmp_path: Path, golden: Golden) -> None:
     with pytest.raises(ModelError) as raised:
         Bundle.open(tmp_path)
@@ -85,6 +102,8 @@ def test_a_format_that_is_not_there(folder: Path, golden: Golden) -> None:
     golden(raised)
     about = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(json.dumps(about | {"formats": {"adapter": {}}}))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").touch()
     write_sums(folder)
     with pytest.raises(ConfigError) as raised:
         Bundle.open(folder).chosen()

@@ -12,7 +12,7 @@ from rich.console import Console
 from fedtune.errors import ConfigError, DataError, ModelError
 from fedtune.runs import record as records
 from fedtune.serving.bundle import EXPORT_NAME
-from fedtune.serving.evaluation import evaluate, keep, show
+from fedtune.serving.evaluation import draw, evaluate, keep, show
 from tests.support.golden import Golden
 
 
@@ -55,6 +55,13 @@ def test_it_is_kept_as_json_and_picture(exported: Path, world: dict[str, Path], 
     first, second = keep(found, tmp_path / "new")
     assert json.loads(first.read_text()) == found
     assert second.read_bytes().startswith(b"\x89PNG") and len(second.read_bytes()) > 10_000
+
+
+def test_a_label_that_looks_like_a_formula_is_drawn_as_it_is(exported: Path, world: dict[str, Path]) -> None:
+    found = evaluate(exported, world["data"] / "test.csv")
+    one, other = found["per_class"].values()
+    named = found | {"per_class": {"$x_$": one, "under $100 or over $200": other}}
+    assert draw(named).startswith(b"\x89PNG")
 
 
 def test_what_it_prints(exported: Path, world: dict[str, Path]) -> None:

@@ -168,6 +168,30 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
     asyncio.run(main())
 
 
+def test_a_signal_as_soon_as_the_address_is_told_is_not_forgotten(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before uvicorn listens for any."""
+    import uvicorn
+
+    run = uvicorn.Server.run
+
+    def told(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(20.0, setattr, (server, "should_exit", True)).start()
+        run(server, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", told)
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    started = time.monotonic()
+    try:
+        serve([str(exported)], "127.0.0.1", 0, threads=1)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert time.monotonic() - started < 20.0
+
+
 def test_a_changed_folder_is_not_served(exported: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
