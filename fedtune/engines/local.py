@@ -4,7 +4,8 @@ One Context a node, one worker thread, one message at a time: torch already uses
 client, and one model serves all. Messages go through Flower's own serialization in both directions,
 so that their bytes are the real ones and no node can reach into another's message or the server's.
 A message is run when its answer is pulled, so a few megabytes of adapters at most are on their way at once.
-What can be done for many before the first of them is run is done `ahead`: charges, in one durable write.
+What can be done for many before the first of them is run is done `ahead`: charges, in one durable write, and
+answers that need the ledger.
 
 A client that hangs is given up after `timeout` seconds: its thread is told to end at its next Python
 instruction, its late answer goes nowhere, and the next client gets a new thread and, through
@@ -342,7 +343,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
         timeout=config.federation.round_timeout,
         on_abandoned=forget,
-        ahead=Ahead(together.KINDS, together.MOST, together.charge, together.settle),
+        ahead=Ahead(together.KINDS, together.MOST, together.prepare, together.settle),
     )
     try:
         with task_identity(grid.run_id):

@@ -33,23 +33,16 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.errors import LedgerError
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import (
     delay_answer,
-    node_config,
     node_label,
-    node_ledger,
-    own_shard,
-    owner_delta,
     public_reason,
 )
+from fedtune.federation.client.questions import ANSWERS
 from fedtune.federation.client.release import (
     Release,
     charged_releases,
-    check_encoder,
-    check_run,
-    declare_size,
     failure_fields,
     failure_reply,
     finished_reply,
@@ -57,16 +50,12 @@ from fedtune.federation.client.release import (
 )
 from fedtune.federation.flower import error_answer
 from fedtune.federation.messages import (
-    Consent,
     EvaluationReply,
-    NodeHello,
-    Proposal,
     RoundRequest,
 )
 from fedtune.federation.personal import PersonalPart
 from fedtune.federation.secagg.client import register as register_distributed
 from fedtune.federation.server.optimizers import damping
-from fedtune.federation.sizes import size_to_declare
 
 __all__ = ["app"]
 
@@ -79,44 +68,24 @@ register_distributed(app)
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Answers who this node is: name, declared size, software and the budget's delta, all public."""
-    from fedtune import __version__
-    from fedtune.federation.resources import run_resources
-
-    try:
-        config = node_config(context)
-        declare_size(config, context)
-        shard = own_shard(config, context)
-        answer = NodeHello(
-            node=shard.node if shard else "",
-            declared_size=size_to_declare(config, shard) if shard else 0,
-            shards=len(run_resources(config).prepared.shards),
-            software=f"fedtune {__version__}",
-            idle=shard is None,
-            delta=owner_delta(shard, config, context) if shard else 0.0,
-        )
-        return Message(answer.to_records(), reply_to=message)
-    except Exception as error:
-        return error_answer(message, public_reason(error, node_label(context), context))
+    return _say(message, context, node_label(context))
 
 
 @app.query("propose")
 def propose(message: Message, context: Context) -> Message:
     """Answers whether this whole run may be done here. Charges nothing, trains nothing."""
+    return _say(message, context, "?")
+
+
+def _say(message: Message, context: Context, label: str) -> Message:
+    """The answer to a question before the run, which may have been found together with those of others."""
     try:
-        proposal = Proposal.from_records(message.content)
+        answer = together.answered(message) or ANSWERS[message.metadata.message_type](
+            message.content, context
+        )
     except Exception as error:
-        return error_answer(message, public_reason(error, "?", context))
-    refusal: str | None = None
-    try:
-        fields = {"node": check_run(proposal.plan, proposal.run, context)}
-        check_encoder(proposal.encoder, fields["node"], context)
-    except Exception as error:
-        refusal = type(error).__name__
-        fields = failure_fields(context, None, 0, error)
-    node, refused = fields["node"], fields.get("refused") or fields.get("error")
-    last = _last_round(proposal.run, node, context)
-    consent = Consent(node, proposal.run, proposal.attempt, refused, refusal, last)
-    return Message(consent.to_records(), reply_to=message)
+        return error_answer(message, public_reason(error, label, context))
+    return Message(answer, reply_to=message)
 
 
 @app.train()
@@ -256,11 +225,3 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
             right = predicted == held_out.data.labels
     entropy = plan.entropy(release.shard.node, request.round, request.attempt)
     return plan.answer(right, held_out.data.unit_index, entropy)
-
-
-def _last_round(run: str, node: str, context: Context) -> int:
-    """The last round of a run that this node has charged; 0 if it has none, or its ledger cannot be read."""
-    try:
-        return max(node_ledger(context).rounds(run=run, node=node), default=0)
-    except LedgerError:
-        return 0

@@ -14,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "delay_answer",
+    "ledger_at_once",
     "node_config",
     "node_label",
     "node_ledger",
@@ -92,6 +95,27 @@ def own_shard(config: Config, context: Context) -> Shard | None:
     return sized(config, context, shards[position]) if position < len(shards) else None
 
 
+_at_hand = threading.local()
+
+
+@contextlib.contextmanager
+def ledger_at_once(context: Context) -> Iterator[None]:
+    """Within it all simulated nodes that this thread asks have one ledger, opened once and read as it is now
+    (`PrivacyLedger.at_once`): nothing can be charged meanwhile. `context`: of one of them.
+
+    Raises:
+        LedgerError, ResourceError: as `node_ledger`.
+    """
+    ledger = node_ledger(context)
+    with ledger.at_once():
+        if site_settings(context) is None:
+            _at_hand.ledger = ledger
+        try:
+            yield
+        finally:
+            _at_hand.ledger = None
+
+
 def node_ledger(context: Context | None = None) -> PrivacyLedger:
     """The ledger that this node charges, a file that outlives process and run.
 
@@ -108,7 +132,8 @@ def node_ledger(context: Context | None = None) -> PrivacyLedger:
     site = None if context is None else site_settings(context)
     if site is not None:
         return PrivacyLedger.open(Path(site.ledger), require_budget=True)
-    return simulation_ledger(state_dir() / "ledgers")
+    at_hand: PrivacyLedger | None = getattr(_at_hand, "ledger", None)
+    return at_hand or simulation_ledger(state_dir() / "ledgers")
 
 
 def owner_delta(shard: Shard, config: Config, context: Context) -> float:

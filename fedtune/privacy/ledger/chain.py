@@ -121,13 +121,16 @@ class Chain:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()  # of the thread that uses the file
         self._open: tuple[sqlite3.Connection, int, tuple[int, int]] | None = None
+        self._view: tuple[sqlite3.Connection | None] | None = None  # that is being read
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that holds the writer's lock; durable when the block ends, gone if it raises."""
-        with self._turn, self._errors():
+        with self.turn, self._errors():
+            if self._view is not None:
+                raise RuntimeError("A ledger is written to while it is read: what is read would not hold.")
             connection = self._connected(create=True)
             connection.execute("BEGIN IMMEDIATE")
             try:
@@ -144,22 +147,25 @@ class Chain:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:
-        """A consistent view; None where there is no file yet."""
-        with self._turn, self._errors():
-            if not self.path.exists():
-                yield None
+        """A consistent view; None where there is no file yet. Whoever reads within it has the same view."""
+        with self.turn, self._errors():
+            if self._view is not None:
+                yield self._view[0]
                 return
-            connection = self._connected(create=False)
-            connection.execute("BEGIN")
+            connection = self._connected(create=False) if self.path.exists() else None
+            if connection is not None:
+                connection.execute("BEGIN")
+            self._view = (connection,)
             try:
                 yield connection
             finally:
-                if connection.in_transaction:
+                self._view = None
+                if connection is not None and connection.in_transaction:
                     connection.execute("ROLLBACK")
 
     def close(self) -> None:
         """Lets go of the file; the next use opens it again."""
-        with self._turn:
+        with self.turn:
             if self._open is not None and self._open[1] == os.getpid():
                 self._open[0].close()
             self._open = None

@@ -234,6 +234,8 @@ class Pool:
         for held, of in self._parts:
             low = np.searchsorted(held, keys, "left")
             counts = np.searchsorted(held, keys, "right") - low
+            if not counts.any():
+                continue
             rows = np.repeat(np.arange(len(keys)), counts)
             # Where each hit lies: its key's first place plus how many hits of that key came before it.
             places = np.arange(len(rows)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
@@ -241,7 +243,7 @@ class Pool:
             order = np.argsort(owners, kind="stable")
             owners, rows = owners[order], rows[order]
             ends = np.flatnonzero(np.diff(owners)) + 1
-            for part in np.split(np.arange(len(rows)), ends) if len(rows) else ():
+            for part in np.split(np.arange(len(rows)), ends):
                 column = np.zeros(len(keys), dtype=np.bool_)
                 column[rows[part]] = True
                 found[self._names[owners[part[0]]]] = column

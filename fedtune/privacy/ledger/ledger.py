@@ -29,8 +29,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +63,7 @@ from fedtune.privacy.ledger.releases import (
     RELEASED,
     AskedRelease,
     Release,
+    Reservation,
     as_planned,
     charge_of,
     noise_scope,
@@ -82,18 +82,6 @@ T = TypeVar("T")
 _MOST_OPEN = 16  # ledgers that one process holds open
 _opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
 _NO_SECRET = secrets.token_bytes(32)
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """One release that may now be made, once. Hand it back to `PrivacyLedger.commit`."""
-
-    seq: int  # row of the ledger
-    hash: str
-    node: str
-    run: str
-    round: int
-    count: int  # of the node's releases in the run for the same purpose, with this one
 
 
 class PrivacyLedger:
@@ -168,7 +156,8 @@ class PrivacyLedger:
         answers: list[Reservation | PrivacyError] = []
         # Keys and accounting may take a second. They are made here first, so that they are known already when
         # they are asked for again below, where other processes wait for the lock.
-        allowed = [_refusal(partial(self._ahead, one)) for one in asked]
+        with self.at_once() if self.state().secret else nullcontext():
+            allowed = [_refusal(partial(self._ahead, one)) for one in asked]
         if all(isinstance(one, PrivacyError) for one in allowed):
             return [one for one in allowed if isinstance(one, PrivacyError)]
         with self.writing() as writer:
@@ -244,9 +233,9 @@ class PrivacyLedger:
         in `reserve`. Raises `BudgetExhausted` with the numbers if all of them together would
         exceed a budget of this data, `LedgerError` if the ledger cannot be used.
         """
-        known = self._keys(fingerprint)
-        state, request = self._request(node, run, plans)
-        with self._chain.reading() as view:
+        with self.at_once(), self._chain.reading() as view:
+            known = self._keys(fingerprint)
+            state, request = self._request(node, run, plans)
             account, budgets = self._sets.account(view, state, dataset, known), self._budgets(view, state)
         self._allowance.check(budgets, account, request, dataset=dataset, node=node, round=0, public=public)
 
@@ -308,6 +297,10 @@ class PrivacyLedger:
             raise
 
     # --- asking -------------------------------------------------------------------------------------
+
+    def at_once(self) -> AbstractContextManager[None]:
+        """Within it the ledger is looked at once for all that is asked; `StateReader.at_once`."""
+        return self._reader.at_once()
 
     def known_as(self, fingerprint: str | Identity) -> str:
         """The text by which this ledger knows data. Local to the node: never to be sent or published."""
@@ -436,7 +429,7 @@ class PrivacyLedger:
 
     def _secret(self, state: LedgerState) -> bytes | None:
         """The ledger's secret; None where it has none yet. Raises `LedgerError` if it is not what it was."""
-        secret = read_secret(self.secret_path)
+        secret = self._reader.once("secret", lambda: read_secret(self.secret_path))
         return secret if state.secret is None else check_secret(self.secret_path, secret, state.secret)
 
     def _keys(self, data: str | Identity, *, register: bool = False) -> KeySet | str:
@@ -475,8 +468,11 @@ class PrivacyLedger:
         return terms_of_plan(known[node]) if node in known else planned
 
     def _budgets(self, connection: Any, state: LedgerState) -> Budgets:
-        said = self._said(connection, state)
-        return budgets_in_force(self.budget_path, self.path, said=said, required=self._require_budget)
+        def look() -> Budgets:
+            said, required = self._said(connection, state), self._require_budget
+            return budgets_in_force(self.budget_path, self.path, said=said, required=required)
+
+        return self._reader.once("budgets", look)
 
     def _said(self, connection: Any, state: LedgerState) -> Budgets | None:
         """What the rows up to `state` say of budgets; None if nothing."""

@@ -23,6 +23,7 @@ __all__ = [
     "AskedRelease",
     "Planned",
     "Release",
+    "Reservation",
     "as_planned",
     "charge_of",
     "charged_steps",
@@ -72,6 +73,18 @@ class Release:
     steps: tuple[tuple[Term, int], ...] | None
     committed: bool
     purpose: str = "training"
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """One release that may now be made, once. Hand it back to `PrivacyLedger.commit`."""
+
+    seq: int  # row of the ledger
+    hash: str
+    node: str
+    run: str
+    round: int
+    count: int  # of the node's releases in the run for the same purpose, with this one
 
 
 def release_of(row: Row, *, committed: bool) -> Release:

@@ -8,10 +8,10 @@ of rows. Which records the data sets share is not here but in the sets of keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fedtune.privacy.ledger.chain import GENESIS, Chain, Head, Row
 from fedtune.privacy.ledger.releases import RELEASED, Planned, charged_steps, planned_in
@@ -30,6 +30,8 @@ __all__ = [
     "state_from_summary",
     "summary_differs",
 ]
+
+T = TypeVar("T")
 
 _SNAPSHOT_EVERY = 256  # rows between two summaries at least; more where a summary is longer than that
 
@@ -276,6 +278,33 @@ class StateReader:
     def __init__(self, chain: Chain) -> None:
         self._chain = chain
         self._state = LedgerState()
+        self._kept: dict[str, Any] | None = None  # what was looked at already, within `at_once`
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the ledger is read as it is now, and looked at once for all that is asked.
+
+        Other processes may write meanwhile; this thread cannot, and others of this process wait.
+        """
+        with self._chain.reading():
+            if self._kept is not None:
+                yield
+                return
+            self._kept = {}
+            try:
+                yield
+            finally:
+                self._kept = None
+
+    def once(self, what: str, look: Callable[[], T]) -> T:
+        """What `look` gives; within `at_once`, and within a transaction, it looks once."""
+        with self._chain.turn:  # whoever keeps something has it
+            if self._kept is None:
+                return look()
+            if what not in self._kept:
+                self._kept[what] = look()
+            kept: T = self._kept[what]
+            return kept
 
     def current(self) -> LedgerState:
         """The state with every row that there is.
@@ -283,6 +312,9 @@ class StateReader:
         Raises:
             LedgerError: the file cannot be used or trusted, or what was read of it before is gone.
         """
+        return self.once("state", self._read)
+
+    def _read(self) -> LedgerState:
         with self._chain.reading() as connection:
             if connection is not None:
                 self._state = self._caught_up(connection)
@@ -301,7 +333,11 @@ class StateReader:
         """
         with self._chain.writing() as connection:
             writer = LedgerWriter(self._chain, connection, self._caught_up(connection).copy())
-            yield writer
+            self._kept = {}
+            try:
+                yield writer
+            finally:
+                self._kept = None
         self._state = writer.state
 
     def _caught_up(self, connection: Any) -> LedgerState:

@@ -14,11 +14,14 @@ import pytest
 
 from fedtune import engines
 from fedtune.config.schema import Config
-from fedtune.errors import LedgerError
+from fedtune.errors import FederationError, LedgerError
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.client.release import ReleaseCounter
 from fedtune.federation.events import FederationResult
+from fedtune.privacy.ledger import identity
+from fedtune.privacy.ledger import ledger as ledger_module
+from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.chain import Chain
 from fedtune.privacy.ledger.ledger import PrivacyLedger, Release
 from fedtune.training import local
@@ -143,7 +146,7 @@ def test_what_cannot_be_done_together_is_done_by_each(
         raise LedgerError("the disk is full")
 
     if broken == "charge":
-        monkeypatch.setattr(together, "charge", fails)
+        monkeypatch.setattr(together, "prepare", fails)
     else:
         monkeypatch.setattr(PrivacyLedger, "commit_all", fails)
     result = engines.run(config, tmp_path / "run")
@@ -166,3 +169,52 @@ def test_what_is_never_run_is_forgotten(config: Config, tmp_path: Path) -> None:
         engines.run(config, tmp_path / "run", Stops())
     assert not together._waiting and not together._ended
     assert [one.committed for one in sorted(shown(), key=lambda one: one.node)] == [True, False, False, False]
+
+
+def test_what_is_asked_before_a_run_is_answered_from_one_look_at_the_ledger(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Path] = []
+    real = identity.read_secret
+    monkeypatch.setattr(ledger_module, "read_secret", lambda path: looks.append(path) or real(path))
+
+    class Begun:
+        def on_start(self, info: dict[str, Any]) -> None:
+            begun.append(len(looks))
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_, **__: None
+
+    begun: list[int] = []
+
+    def run(name: str) -> FederationResult:
+        looks.clear()
+        return engines.run(config, tmp_path / name, Begun())
+
+    run("before")
+    fast = run("together")
+    monkeypatch.setattr(together, "MOST", 1)
+    slow = run("alone")
+    # Of all nodes: it is opened for `hello` and for `propose`, and the latter asks for their keys.
+    assert begun[1] == 3 and begun[2] >= 3 * len(NODES)
+    assert fast.plan == slow.plan
+    assert [(n.name, n.declared_size, n.delta) for n in fast.nodes] == [
+        (n.name, n.declared_size, n.delta) for n in slow.nodes
+    ]
+    assert not together._answers
+
+
+def test_a_budget_that_does_not_reach_refuses_the_run_in_the_same_words(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node_ledger().set_budget(PrivacyBudget(0.5, 1e-3))
+
+    def refused(name: str) -> str:
+        with pytest.raises(FederationError) as raised:
+            engines.run(config, tmp_path / name)
+        return str(raised.value)
+
+    fast = refused("together")
+    monkeypatch.setattr(together, "MOST", 1)
+    assert fast == refused("alone") and "0 of 4 nodes agreed" in fast and "BudgetExhausted" in fast
+    assert shown() == []

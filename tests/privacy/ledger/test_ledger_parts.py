@@ -377,3 +377,66 @@ def test_of_several_releases_all_are_written_or_none(
     ledger.commit_all(made)
     assert [one.committed for one in ledger.releases()] == [False, True, True, True]
     assert ledger.verify()[1] == []
+
+
+# --- read at once -------------------------------------------------------------------------------------
+
+
+def test_what_is_read_at_once_is_of_one_moment(ledger: PrivacyLedger) -> None:
+    reserve(ledger)
+    other = PrivacyLedger(ledger.path)
+    asked: dict[str, Any] = {"dataset": "visits", "fingerprint": "f1", "node": "clinic", "run": "run-2"}
+    with ledger.at_once():
+        assert ledger.rounds(run="run-1", node="clinic") == [0] and ledger.budgets() == Budgets(None, {})
+        reserve(other, round=1)
+        other.set_budget(PrivacyBudget(1e-3, DELTA))
+        with ledger.at_once():  # within it is the same moment
+            assert ledger.rounds(run="run-1", node="clinic") == [0] and head(ledger)[0] == 1
+        ledger.check_run(**asked, plans=[local_plan()])
+    assert ledger.rounds(run="run-1", node="clinic") == [0, 1]
+    with pytest.raises(BudgetExhausted), ledger.at_once():
+        ledger.check_run(**asked, plans=[local_plan()])
+    with pytest.raises(BudgetExhausted):  # what comes next is asked anew, whatever ended the last
+        reserve(ledger, round=2)
+
+
+def test_it_is_looked_at_once_for_all_that_is_asked(
+    ledger: PrivacyLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = identity(range(5))
+    reserve(ledger, fingerprint=data)
+    ledger.set_budget(PrivacyBudget(50.0, DELTA))
+    looks: list[str] = []
+    for name in ("read_secret", "budgets_in_force"):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, real=real, name=name, **k: looks.append(name) or real(*a, **k)
+        )
+    asked: dict[str, Any] = {
+        "dataset": "visits",
+        "fingerprint": data,
+        "node": "clinic",
+        "plans": [local_plan()],
+    }
+    with ledger.at_once():
+        for run in ("run-2", "run-3", "run-4"):
+            ledger.check_run(**asked, run=run)
+    assert looks == ["read_secret", "budgets_in_force"]
+    ledger.check_run(**asked, run="run-2")
+    assert looks == ["read_secret", "budgets_in_force"] * 2
+
+
+def test_nothing_is_written_to_what_is_read_at_once(ledger: PrivacyLedger) -> None:
+    reserve(ledger)
+    with ledger.at_once():
+        with pytest.raises(RuntimeError, match="written to while it is read"):
+            reserve(ledger, round=1)
+        assert ledger.rounds(run="run-1", node="clinic") == [0]
+    assert reserve(ledger, round=1).count == 2
+
+
+def test_a_ledger_that_is_not_there_yet_is_read_at_once(ledger: PrivacyLedger) -> None:
+    with ledger.at_once():
+        reserve(PrivacyLedger(ledger.path))
+        assert ledger.rounds(run="run-1", node="clinic") == [] and head(ledger)[0] == 0
+    assert head(ledger)[0] == 1
