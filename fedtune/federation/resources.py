@@ -117,6 +117,7 @@ class RunResources:
             return prepare_deployed(self.config, tokenizer, tokenizer_id)
         return prepare(self.config, tokenizer, tokenizer_id)
 
+    @functools.cached_property
     def _key(self) -> str:
         config = self.config
         names = list(self.prepared.label_names)
@@ -128,7 +129,7 @@ class RunResources:
         """The model, for this thread alone. Its adapter is whatever the last user left: set it first."""
         slot = _slots[0]
         with slot.lock:
-            key = self._key()
+            key = self._key
             if slot.key != key:
                 from fedtune.models.classifier import load_model
 
@@ -197,8 +198,8 @@ class RunResources:
         """
         from fedtune.models.frozen_outputs import Features
 
-        parts = [*self.prepared.shards, *self.prepared.held_out]
-        corpora = [*(part.data for part in parts), self.prepared.test]
+        # Shards and what they hold out are cut from `train`: together they are in the cache at once.
+        corpora = [self.prepared.train, self.prepared.test]
         train = self.config.train
         with self.using_model() as model:
             # An adapter in every layer leaves nothing frozen below it.

@@ -218,6 +218,10 @@ class Features:
         _RESIDENT[corpus] = (key, features)
         return features
 
+    def vectors(self, records: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The pooled vectors of `records` [r], [r, d]."""
+        return self._vectors[records]
+
     @functools.cached_property
     def _vectors(self) -> NDArray[np.float16]:
         """The pooled vectors of all records, [n, d], in one place."""

@@ -133,41 +133,45 @@ def _head_sum(
     (Goodfellow 2015, arXiv 1510.01799; "ghost norm" in Li et al. 2022). No example's gradient [c, d] is ever
     written out.
     """
-    weight, bias = (model.parameters[name] for name in _head_parameters(model))
+    weight, bias = (
+        model.parameters[name].detach().cpu().numpy().astype(np.float64) for name in _head_parameters(model)
+    )
     total = np.zeros(model.num_parameters, dtype=np.float64)
     classes, width = weight.shape
     (group,) = plan.clipping.groups(model.heads)
     for positions, whose in _blocks(units, len(records)):
         rows = records[positions]
-        with torch.no_grad():
-            x = model.base.scaled(features.inputs(rows, len(rows), 1, model.device)["pooled"])
-            error = torch.softmax(x @ weight.T + bias, dim=1)
-            target = torch.from_numpy(features.corpus.labels[rows]).to(model.device)
+        with np.errstate(invalid="ignore", over="ignore"):  # of a record that is broken
+            # In float64: thousands that pull one way would lose one of them by 4e-4 of C. By numpy, which
+            # takes one thread for a few rows: torch's wait for one another longer than they compute.
+            inputs = model.head_inputs(features.vectors(rows))
+            error = _softmax(inputs @ weight.T + bias)
             error -= label_smoothing / classes
-            error[torch.arange(len(rows), device=model.device), target] -= 1.0 - label_smoothing
-            # In float64, and so on the CPU: thousands that pull one way would lose one of them by 4e-4 of C.
-            precise, inputs = error.cpu().double(), x.cpu().double()
+            error[np.arange(len(rows)), features.corpus.labels[rows]] -= 1.0 - label_smoothing
             if whose is None:
-                squares = precise.square().sum(1) * (inputs.square().sum(1) + 1.0)
+                squares = np.square(error).sum(1) * (np.square(inputs).sum(1) + 1.0)
             else:
-                products = (precise @ precise.T) * (inputs @ inputs.T + 1.0)
-                one = torch.from_numpy(whose)
-                products = torch.where(one[:, None] == one, products, 0.0)
-                squares = torch.zeros(int(whose[-1]) + 1, dtype=torch.float64)
-                squares.index_add_(0, one, products.sum(1)).clamp_(min=0.0)
+                products = (error @ error.T) * (inputs @ inputs.T + 1.0)
+                products = np.where(whose[:, None] == whose, products, 0.0)
+                squares = np.maximum(np.bincount(whose, products.sum(1)), 0.0)
                 model.flops.total += 2 * len(rows) ** 2 * (classes + width)
-            norms = squares.sqrt().numpy()
-            factors, broken = group.factor * plan.clip_factors(norms, group.most), ~np.isfinite(norms)
-            if whose is not None:
-                factors, broken = factors[whose], broken[whose]
-            # 0 x NaN is NaN: the factor alone would let it through.
-            gone = torch.from_numpy(broken)[:, None]
-            precise = torch.where(gone, 0.0, precise) * torch.from_numpy(factors)[:, None]
-            inputs = torch.where(gone, 0.0, inputs)
-            gradient = torch.cat([(precise.T @ inputs).reshape(-1), precise.sum(0)])
+            norms = np.sqrt(squares)
+        factors, broken = group.factor * plan.clip_factors(norms, group.most), ~np.isfinite(norms)
+        if whose is not None:
+            factors, broken = factors[whose], broken[whose]
+        if broken.any():  # 0 x NaN is NaN: the factor alone would let it through
+            error[broken], inputs[broken] = 0.0, 0.0
+        error *= factors[:, None]
         model.flops.total += 4 * len(rows) * classes * width
-        total[: len(gradient)] += gradient.numpy()
+        total[: weight.size] += (error.T @ inputs).ravel()
+        total[weight.size : weight.size + classes] += error.sum(0)
     return total
+
+
+def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[b, c] -> [b, c], each row sums to 1."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
 def _centre_sum(

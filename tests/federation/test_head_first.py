@@ -172,3 +172,22 @@ def test_what_is_kept_is_computed_before_the_first_round(
                 resources._bare_head(), shard.data, 64, lambda done, _: again.append(done), precision="fp32"
             )
     assert again == [] and seen and all(done <= total for done, total in seen)
+
+
+def test_texts_of_all_nodes_are_kept_at_once(
+    tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node by node the whole index of what is kept would be read and written as often as there are nodes."""
+    from fedtune.models import frozen_outputs
+
+    monkeypatch.setenv("FEDTUNE_HOME", str(tmp_path))
+    frozen_outputs._STORES.clear()
+    frozen_outputs._RESIDENT.clear()
+    kept: list[int] = []
+    real = frozen_outputs.FeatureStore.add
+    monkeypatch.setattr(
+        frozen_outputs.FeatureStore, "add", lambda self, items: kept.append(len(items)) or real(self, items)
+    )
+    resources = run_resources(resolved(with_trust(tiny, "none")))
+    resources.warm()
+    assert len(resources.prepared.shards) == 4 and len(kept) <= 2

@@ -480,6 +480,45 @@ def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
     assert not compute(model, shard, [], plan, None if units is None else []).any()
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_head_sees_by_numpy_what_it_sees_by_torch(tiny_bert: Path, centred: bool) -> None:
+    model = load(tiny_bert, name="head", centred=centred)
+    generator = np.random.default_rng(0)
+    pooled = generator.normal(size=(7, 32)).astype(np.float16)
+    pooled[3] = 0.0
+    vector = generator.normal(size=model.num_parameters).astype(np.float32)
+    model.set_vector(0.1 * vector)
+    torchs = model.base.scaled(torch.from_numpy(pooled).float()).numpy()
+    np.testing.assert_allclose(model.head_inputs(pooled), torchs, rtol=1e-5, atol=1e-6)
+    uncentred = np.concatenate([vector[:66], 0 * vector[66:]])
+    model.set_vector(0.1 * uncentred)
+    assert centred is not np.allclose(model.head_inputs(pooled), torchs, rtol=1e-3)
+    model.base.normalize = False
+    try:
+        np.testing.assert_array_equal(model.head_inputs(pooled), pooled)
+    finally:
+        model.base.normalize = True
+
+
+def test_a_heads_few_rows_do_not_enter_torch(tiny_bert: Path) -> None:
+    """Its threads wait for one another longer than four rows take."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    operations: list[str] = []
+    model, shard = load(tiny_bert, name="head"), make_shard()
+    features = Features.of(model, shard.data, 64, precision="fp32")
+    with Seen():
+        for units in (None, np.array([0, 0, 1, 1])):
+            got = clipped_sum(model, features, np.arange(4), units, make_plan(), micro_batch_tokens=64)
+            assert got.any()
+    assert set(operations) <= {"aten.detach.default", "aten._to_copy.default"}
+
+
 def test_a_person_adds_at_most_the_clip_to_a_heads_sum(tiny_bert: Path) -> None:
     model, shard = load(tiny_bert, name="head"), make_shard()
     plan, records = make_plan(unit="person", max_grad_norm=0.05), [r for r in range(12) for _ in range(40)]

@@ -15,7 +15,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.errors import ConfigError, PreflightError, UpdateRejected
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.mechanisms.noise import Entropy
-from fedtune.training.local import ShardView, make_optimizer, train_locally
+from fedtune.training.local import Sgd, ShardView, make_optimizer, train_locally
 from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard, open_plan
 
@@ -134,9 +134,26 @@ def test_persons_and_their_records(tiny_bert: Path, train: TrainConfig) -> None:
     assert len(empty) == len(nobody) == 0  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sgd_is_torchs_own_to_the_last_bit(momentum: float, decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(770, generator=generator)
+    mine, reference = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    steps = Sgd(mine, 0.3, momentum, decay)
+    torchs = torch.optim.SGD([reference], lr=0.3, momentum=momentum, weight_decay=decay)
+    for _ in range(5):
+        mine.grad = torch.randn(770, generator=generator)
+        reference.grad = mine.grad.clone()
+        steps.step()
+        torchs.step()
+        assert torch.equal(mine, reference)
+    assert not torch.equal(mine, start)
+
+
 def test_optimizers(train: TrainConfig, golden: Golden) -> None:
     theta = nn.Parameter(torch.zeros(3))
-    for name, kind in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+    for name, kind in (("sgd", Sgd), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
         assert type(make_optimizer(theta, with_(train, optimizer=name))) is kind
     with pytest.raises(ConfigError) as raised:
         make_optimizer(theta, with_(train, optimizer="lion"))

@@ -145,7 +145,11 @@ def test_a_gradient_step_is_torchs_own_and_survives_a_checkpoint(train: TrainCon
     generator = np.random.default_rng(2)
     start = generator.normal(size=50).astype(np.float32)
     theta = torch.nn.Parameter(torch.from_numpy(start.copy()))
-    reference, mine = make_optimizer(theta, train), GradientOptimizer(train, 20)
+    mine, reference = GradientOptimizer(train, 20), make_optimizer(theta, train)
+    if train.optimizer == "sgd":
+        reference = torch.optim.SGD(
+            [theta], lr=train.learning_rate or 0.0, momentum=train.momentum, weight_decay=train.weight_decay
+        )
     fall = LambdaLR(reference, falls[schedule])
     adapter, iterates = start, []
     np.testing.assert_array_equal(mine.result(start), start)
