@@ -116,7 +116,7 @@ class Ahead:
         kinds: of messages for which it is done.
         most: messages, all of one kind and each of another node.
         before: called with them, each with its node's Context.
-        after: called when all of these have been run; with the ids of those that will not be, at the end.
+        after: called when no message waits any more; with the ids of those that will not be run, at the end.
     """
 
     kinds: Collection[str]
@@ -248,7 +248,7 @@ class LocalGrid(Grid):
         if message_id not in self._ready:
             self._prepare(ahead, message_id)
         answer = self._deliver(self._pending.pop(message_id))
-        if not self._ready:
+        if not self._pending:
             ahead.after(())
         return answer
 

@@ -34,9 +34,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
+from fedtune.federation.vectors import array_record, read_vector
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.publication import one_line, publish
 
@@ -216,7 +217,7 @@ class RoundRequest:
 
     def to_records(self) -> RecordDict:
         """The message as it travels."""
-        adapter = _array_record("adapter", self.adapter)
+        adapter = array_record("adapter", self.adapter)
         return RecordDict({"adapter": adapter, "request": _record("request", self, REQUEST_KEYS)})
 
     @classmethod
@@ -229,7 +230,7 @@ class RoundRequest:
         what = "The server's request"
         _only_records(content, {"adapter", "request"}, what)
         values = read_config(content, "request", REQUEST_KEYS, what)
-        adapter = _read_vector(content, "adapter", what)
+        adapter = read_vector(content, "adapter", what)
         if not np.isfinite(adapter).all():
             raise FederationError(f"{what} for round {values['round']} has an adapter with NaN or infinity.")
         plan = read_plan(values["plan"], what)
@@ -269,7 +270,7 @@ class RoundReply:
         """
         records: dict[str, Any] = {"reply": _record("reply", self, REPLY_KEYS, public_data=public_data)}
         if self.update is not None:
-            records["update"] = _array_record("update", self.update)
+            records["update"] = array_record("update", self.update)
         return RecordDict(records)
 
     @classmethod
@@ -286,7 +287,7 @@ class RoundReply:
         try:
             _only_records(content, {"reply", "update"}, what)
             values = read_config(content, "reply", REPLY_KEYS, what)
-            update = _read_vector(content, "update", what) if "update" in content else None
+            update = read_vector(content, "update", what) if "update" in content else None
         except FederationError as error:
             raise UpdateRejected(str(error)) from error
         values = _answers(values, what, node=node, run=run, round=round, attempt=attempt)
@@ -394,11 +395,6 @@ def _record(
     return publishable_record(sink, values, public_data=public_data)
 
 
-def _array_record(name: str, vector: np.ndarray) -> ArrayRecord:
-    # 0-d and 2-d arrays never travel: `ascontiguousarray` of the ravelled vector is float32 [P], always.
-    return ArrayRecord({name: Array(np.ascontiguousarray(vector.ravel(), dtype=np.float32))})
-
-
 def _only_records(content: RecordDict, allowed: set[str], what: str) -> None:
     """Refuses `content` that has records beside the `allowed` ones, with a FederationError."""
     if extra := sorted(set(content) - allowed):
@@ -475,25 +471,3 @@ def read_plan(text: str, what: str) -> PrivacyPlan:
         raise FederationError(
             f"{what} carries an unreadable privacy plan ({type(error).__name__})."
         ) from error
-
-
-def _read_vector(content: RecordDict, name: str, what: str) -> np.ndarray:
-    """The flat float32 array in the ArrayRecord `name`; a copy of the received bytes."""
-    record = content.get(name)
-    if not isinstance(record, ArrayRecord) or list(record) != [name]:
-        raise FederationError(f"{what} has no array {name!r} (it has {sorted(content)}).")
-    array = record[name]
-    # A header that lies about its size must not make this process allocate it: look at the bytes first.
-    if array.dtype != "float32" or len(array.shape) != 1 or len(array.data) > 4 * array.shape[0] + 1024:
-        raise FederationError(
-            f"{what}: {name} is {array.dtype}{list(array.shape)}, and should be float32[P]."
-        )
-    try:
-        vector = array.numpy()
-    except (ValueError, TypeError, EOFError, OSError) as error:
-        raise FederationError(f"{what}: {name} cannot be decoded ({type(error).__name__}).") from error
-    if vector.dtype != np.float32 or vector.shape != tuple(array.shape):
-        raise FederationError(
-            f"{what}: {name} says float32{list(array.shape)} and is {vector.dtype}{list(vector.shape)}."
-        )
-    return vector

@@ -158,7 +158,7 @@ class Asked:
         """The release, now that it is charged; the second witness takes note of it."""
         own = self.own
         self.counter.note(self.request, reservation.count)
-        training = self.request.plan.training_plan(own.shard.declared_size)
+        _, training = _plans_of(self.request.plan, own.shard.declared_size)
         return Release(
             own.config, own.shard, own.plan, training, own.ledger, reservation, own.place, reservation.count,
             together,
@@ -185,7 +185,7 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
         _check_simulated(proposed, text)
     else:
         check_plan(proposed, config)
-    plan = proposed.for_shard(shard.declared_size)
+    plan, _ = _plans_of(proposed, shard.declared_size)
     plan.mechanism.check_shard(plan, shard.node, shard.declared_size)
     ledger = node_ledger(context)
     if site is not None:
@@ -195,6 +195,12 @@ def permitted(proposed: PrivacyPlan, run: str, context: Context) -> Permitted:
         site.check(asked, proposed, used - {shard.fingerprint}, ledger.known_as(shard.identity))
     place = place_of_part(config, context, site, run, shard.node)
     return Permitted(config, shard, plan, ledger, place)
+
+
+@functools.lru_cache(maxsize=64)
+def _plans_of(proposed: PrivacyPlan, declared_size: int) -> tuple[PrivacyPlan, PrivacyPlan]:
+    """By what a node of that size is accounted, and what its steps obey: once for all such nodes."""
+    return proposed.for_shard(declared_size), proposed.training_plan(declared_size)
 
 
 @functools.lru_cache(maxsize=8)

@@ -206,6 +206,18 @@ def reason_of(answer: Message) -> str:
     return reason[:500]
 
 
+def _bytes_of(messages: Sequence[Message]) -> int:
+    """Bytes of messages that are the same to all but in their nodes' ids: of each length one is counted."""
+    sizes: dict[int, int] = {}
+    total = 0
+    for message in messages:
+        length = message.metadata.dst_node_id.bit_length()
+        if length not in sizes:
+            sizes[length] = serialized_size(message)
+        total += sizes[length]
+    return total
+
+
 def collect(
     grid: Grid, ask: RoundAsk, observer: Observer, outcome: RoundOutcome, *, raw: bool = False
 ) -> Iterator[tuple[NodeInfo, np.ndarray]]:
@@ -218,7 +230,7 @@ def collect(
     request = RoundRequest(ask.run, ask.round, ask.attempt, ask.plan, ask.adapter)
     ttl = time_to_live(ask.timeout) if ask.deadline else None
     messages = make_messages(request.to_records(), "train", ask.nodes, ask.round, ttl=ttl)
-    outcome.bytes_down = sum(serialized_size(message) for message in messages)
+    outcome.bytes_down = _bytes_of(messages)
     for node in ask.nodes:
         observer.on_client(node.name, "asked")
     waiting = {node.node_id: node for node in ask.nodes}

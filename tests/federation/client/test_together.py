@@ -73,9 +73,12 @@ def test_a_run_is_the_same_as_with_one_charge_after_another(
 
     run("before")  # makes the ledger's secret
     fast, few = run("together")
+    monkeypatch.setattr(together, "MOST", 2)
+    _, some = run("two by two")
     monkeypatch.setattr(together, "MOST", 1)
     slow, many = run("alone")
-    assert (few, many) == (2 * 2, 2 * 2 * 4)  # a round's charges, and that they came to their end
+    # A round's charges, group by group, and that they came to their end.
+    assert (few, some, many) == (2 * (1 + 1), 2 * (2 + 1), 2 * (4 + 4))
     np.testing.assert_array_equal(fast.adapter, slow.adapter)
     of_one, of_other = same(shown(), fast.run), same(shown(), slow.run)
     assert of_one == of_other and len(of_one) == 8 and all(one[-1] for one in of_one)

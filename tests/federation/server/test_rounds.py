@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.config.schema import PrivacyConfig
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import UpdateRejected
 from fedtune.federation.events import NodeInfo, NullObserver
-from fedtune.federation.flower import task_identity
+from fedtune.federation.flower import serialized_size, task_identity
 from fedtune.federation.messages import check_update
 from fedtune.federation.server import rounds
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
@@ -273,3 +273,14 @@ def test_a_size_that_no_delta_allows_does_not_end_the_run_of_the_others() -> Non
     own = plan.for_shard(100)
     assert noise[100] == pytest.approx(own.noise_std() / own.expected_batch_size())
     assert noise[100] == pytest.approx(2 * noise[200]) and noise[10**9] > 0.0
+
+
+def test_bytes_of_a_rounds_questions_are_those_of_each() -> None:
+    grid = LocalGrid(fake_app(honest), 1, {}, timeout=5.0)
+    ids = [2, 127, 128, 2**14 - 1, 2**14, 2**20, 2**56, 2**63 + 1]
+    nodes = [NodeInfo(f"node-{i}", node_id, 10) for i, node_id in enumerate(ids)]
+    with task_identity(grid.run_id):
+        messages = rounds.make_messages(RecordDict({"c": ConfigRecord({"x": 1})}), "train", nodes, 1)
+    sizes = [serialized_size(message) for message in messages]
+    assert len(set(sizes)) > 3
+    assert rounds._bytes_of(messages) == sum(sizes)
