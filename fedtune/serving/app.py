@@ -343,15 +343,13 @@ def _add_pages(app: FastAPI, service: _Service) -> None:
             "key": service.keys is not None,
         }
 
-    @app.get(
-        "/model", responses={404: {"model": Detail}, 422: {"model": Detail}}, response_model=dict[str, Any]
-    )
+    @app.get("/model", responses={404: {"model": Detail}}, response_model=dict[str, Any])
     async def about(model: str | None = None) -> Any:
         """What a model is, and what was promised to the people in its data."""
         try:
             _, served = service.chosen(model)
         except Refused as refused:
-            return JSONResponse({"detail": refused.detail}, refused.status)
+            return JSONResponse({"detail": refused.detail}, 404)
         pages = {name: served.bundle.folder / f"{file}.md" for name, file in _PAGES.items()}
         return {
             **served.bundle.about,
@@ -400,7 +398,7 @@ def _policy(page: str) -> str:
 
     return (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src "
-        "'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
