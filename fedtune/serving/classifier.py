@@ -16,9 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import ConfigError, ModelError
+from fedtune.models.onnx_base import Constants, share
 from fedtune.serving.bundle import Bundle
 
-__all__ = ["BATCH_TOKENS", "Classifier", "Forward", "onnx_forward", "probabilities", "torch_forward"]
+__all__ = [
+    "BATCH_TOKENS",
+    "Classifier",
+    "Forward",
+    "onnx_forward",
+    "onnx_forwards",
+    "probabilities",
+    "torch_forward",
+]
 
 BATCH_TOKENS = 2048
 # Token ids int64 [b, s] and their mask int64 [b, s] -> logits float32 [b, c].
@@ -52,12 +61,32 @@ class Classifier:
             ConfigError: there is no such format, or onnxruntime is not installed.
             ModelError: a file cannot be read.
         """
-        name = bundle.chosen(wanted)
-        path = bundle.path(name)
-        forward = _hf_forward(bundle.folder) if name == "hf" else onnx_forward(path, threads)
-        return cls(
-            bundle.labels, read_tokenizer(bundle.folder, bundle.max_length), forward, bundle.about["pad_id"]
-        )
+        (model,) = cls.open_all([bundle], wanted, threads)
+        return model
+
+    @classmethod
+    def open_all(
+        cls, bundles: Sequence[Bundle], wanted: str | None = None, threads: int = 0
+    ) -> list[Classifier]:
+        """The models of several bundles; adapters over one base share it. As `open` otherwise."""
+        names = [bundle.chosen(wanted) for bundle in bundles]
+        forwards: dict[int, Forward] = {}
+        for name in sorted(set(names)):
+            places = [place for place, other in enumerate(names) if other == name]
+            if name == "hf":
+                made = [_hf_forward(bundles[place].folder) for place in places]
+            else:
+                made = onnx_forwards([bundles[place].path(name) for place in places], threads)
+            forwards.update(zip(places, made, strict=True))
+        return [
+            cls(
+                bundle.labels,
+                read_tokenizer(bundle.folder, bundle.max_length),
+                forwards[place],
+                bundle.about["pad_id"],
+            )
+            for place, bundle in enumerate(bundles)
+        ]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut."""
@@ -121,6 +150,29 @@ def onnx_forward(path: Path, threads: int = 0) -> Forward:
         ConfigError: onnxruntime is not installed.
         ModelError: it cannot read the file.
     """
+    return _session(str(path), path, threads)({})
+
+
+def onnx_forwards(paths: Sequence[Path], threads: int = 0) -> list[Forward]:
+    """Several ONNX files; if they are adapters over one base, they share one session and one copy of it.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+        ModelError: it cannot read a file.
+    """
+    try:
+        shared = share(paths) if len(paths) > 1 else None
+    except ImportError:  # onnx is for making files: a service may lack it
+        shared = None
+    if shared is None:
+        return [onnx_forward(path, threads) for path in paths]
+    base, constants = shared
+    with_constants = _session(base, paths[0], threads)
+    return [with_constants(one) for one in constants]
+
+
+def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constants], Forward]:
+    """A session of `model`, a file's name or content; what asks it with constants that are inputs of it."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -132,18 +184,21 @@ def onnx_forward(path: Path, threads: int = 0) -> Forward:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ModelError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
     names = [one.name for one in session.get_inputs()]
 
-    def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        given = {"input_ids": ids, "attention_mask": mask}
-        inputs = {name: given[name] if name in given else np.zeros_like(ids) for name in names}
-        logits: NDArray[np.float32] = session.run(None, inputs)[0]
-        return logits
+    def with_constants(constants: Constants) -> Forward:
+        def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+            given = {"input_ids": ids, "attention_mask": mask, **constants}
+            inputs = {name: given[name] if name in given else np.zeros_like(ids) for name in names}
+            logits: NDArray[np.float32] = session.run(None, inputs)[0]
+            return logits
 
-    return forward
+        return forward
+
+    return with_constants
 
 
 def torch_forward(module: Any) -> Forward:

@@ -114,20 +114,24 @@ def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mappin
     """The models by name; each was asked once, so that what is loaded lazily is loaded."""
     from fedtune.serving.app import Served
 
-    models: dict[str, Served] = {}
+    bundles: dict[str, Bundle] = {}
     for text in model_dirs:
         name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
         bundle = Bundle.open(Path(folder))
         name = name or str(bundle.about["run"])
-        if name in models:
+        if name in bundles:
             raise ConfigError(
                 f"Two models are called {name!r}, and a request names one of them. Give each a name of its "
-                f"own: fedtune serve first={models[name].bundle.folder} second={folder}"
+                f"own: fedtune serve first={bundles[name].folder} second={folder}"
             )
-        model = Classifier.open(bundle, wanted, threads)
+        bundles[name] = bundle
+    found = Classifier.open_all(list(bundles.values()), wanted, threads)
+    for model in found:
         model.logits(model.encode(["a first text"]))
-        models[name] = Served(bundle, model, bundle.chosen(wanted))
-    return models
+    return {
+        name: Served(bundle, model, bundle.chosen(wanted))
+        for (name, bundle), model in zip(bundles.items(), found, strict=True)
+    }
 
 
 def _server(config: Any, listener: socket.socket) -> Any:
