@@ -61,6 +61,7 @@ __all__ = ["Served", "make_app"]
 
 _log = logging.getLogger("fedtune.serve")
 _DEFAULTS = Limits()
+_AT_ONCE = 2000  # characters: tokenizing them is faster than handing them to another thread
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,10 @@ class _Service:
     async def predict(self, request: Request, asked: _Asked) -> dict[str, Any]:
         """What /predict answers."""
         name, served, _, texts = await self.question(request, asked)
-        ids = await asyncio.get_running_loop().run_in_executor(None, served.model.encode, texts)
+        if sum(map(len, texts)) <= _AT_ONCE:
+            ids = served.model.encode(texts)
+        else:
+            ids = await asyncio.get_running_loop().run_in_executor(None, served.model.encode, texts)
         rows = probabilities(await self.logits(asked, name, ids)).tolist()
         found = [dict(zip(served.model.labels, row, strict=True)) for row in rows]
         best = [max(one, key=one.__getitem__) for one in found]

@@ -11,6 +11,7 @@ from scripts.benchmarks import (
     ledger,
     peers,
     report,
+    serving,
     sweep,
     system,
     training,
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "sweep": sweep.sweep,
     "calibration": calibration.calibration,
     "report": report.report,
+    "serving": serving.serving,
 }
 
 
