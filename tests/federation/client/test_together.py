@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 
 from fedtune import engines
+from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.errors import FederationError, LedgerError
 from fedtune.federation.client import together
@@ -123,6 +127,75 @@ def test_a_kill_in_the_middle_of_a_round_leaves_all_of_it_charged(
     assert witness.read_text().split() == NODES[:3]
     releases = shown()
     assert {one.node for one in releases} == set(NODES) and not any(one.committed for one in releases)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+from fedtune import engines
+from fedtune.config.convert import config_from_json
+from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.training import local
+
+text, folder, witness, moment = sys.argv[1:]
+out = os.open(witness, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+calls = []
+
+
+def at(what):
+    calls.append(what)
+    if calls.count(what) == 2 and what == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(model, shard, *arguments, trained=local.train_locally, **options):
+    os.write(out, f"{shard.node} {options['round']}\\n".encode())
+    if shard.node == "site-2":
+        at("trains")
+    return trained(model, shard, *arguments, **options)
+
+
+def reserve_all(self, asked, reserve=PrivacyLedger.reserve_all):
+    answers = reserve(self, asked)
+    at("charged")
+    return answers
+
+
+def commit_all(self, reservations, commit=PrivacyLedger.commit_all):
+    at("settles")
+    commit(self, reservations)
+
+
+local.train_locally, PrivacyLedger.reserve_all, PrivacyLedger.commit_all = train, reserve_all, commit_all
+result = engines.run(config_from_json(text), Path(folder))
+print("released", *sorted(result.releases.items()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("moment", ["charged", "trains", "settles"])
+def test_a_simulation_killed_in_a_round_pays_for_what_it_did_and_again_when_it_goes_on(
+    config: Config, tmp_path: Path, moment: str
+) -> None:
+    config.federation.num_rounds = 3
+    run, witness = tmp_path / "run", tmp_path / "witness"
+
+    def go(config: Config, moment: str) -> subprocess.CompletedProcess[str]:
+        arguments = [to_json(config), str(run), str(witness), moment]
+        return subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True)
+
+    assert go(config, moment).returncode == -signal.SIGKILL
+    done = go(dataclasses.replace(config, resume=str(run)), "never")
+    assert done.returncode == 0, done.stderr[-3000:]
+    touched = Counter(tuple(line.split()) for line in witness.read_text().splitlines())
+    charged = Counter((one.node, str(one.round)) for one in shown())
+    assert touched <= charged
+    # The round in which it was killed was asked of all again; the plan's three releases are then used up.
+    assert charged == {(node, str(round)): round for node in NODES for round in (1, 2)}
+    assert touched["site-3", "2"] == (1 if moment in ("charged", "trains") else 2)
+    assert done.stdout.split("released")[-1].split() == " ".join(f"('{n}', 3)" for n in NODES).split()
 
 
 def test_who_refuses_costs_the_others_nothing(
