@@ -16,10 +16,13 @@ In a round that sets the centre (`PrivacyPlan.centres`) a unit contributes where
 gradient, clipped to the same norm (`_centre_sum`); else the centre's part of the sum is zero.
 
 Guarantee: adding or removing one unit changes the result by at most `plan.max_grad_norm` in L2 norm, up to
-float32 rounding (of a scaled gradient and of a micro-batch's sum: relative errors near 1e-5). For trust
-`distributed` that is accounted for (`fedtune.privacy.mechanisms.discrete.FLOAT_MARGIN`); elsewhere
-arithmetic is taken as exact, as the privacy statement says. An empty batch gives zeros, and is a step like
-any other.
+rounding: of the unit's own scaled gradient and of a micro-batch's sum in float32 (relative errors near 1e-5);
+and of the others', which are cut into other micro-batches then, where a product may add up in another order.
+Measured on the default model: that moves the sum of 100 others by 1e-6 of the clip, or, in bfloat16 on two
+threads, that of 250 by 3e-3, at right angles to the unit's own part, so that all of the change was at most
+1.00005 clips. For trust `distributed` there is a margin (`fedtune.privacy.mechanisms.discrete.FLOAT_MARGIN`);
+elsewhere arithmetic is taken as exact, as the privacy statement says. An empty batch gives zeros, and is a
+step like any other.
 
 Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 """

@@ -20,6 +20,7 @@ from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.privacy.clipping import Clipping
+from fedtune.privacy.mechanisms.discrete import FLOAT_MARGIN
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step, example_gradients
 from fedtune.training.dp_step import clip_and_sum, clipped_sum
@@ -155,6 +156,44 @@ def test_one_record_changes_the_sum_by_at_most_the_clip(tiny_bert: Path) -> None
     ]
     assert max(changes) <= 0.05 * (1 + 1e-5)
     assert max(changes) > 0.049  # the bound is met, so a larger clip would be noticed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_who_is_drawn_beside_a_record_hardly_moves_it_on_the_default_model(
+    precision: str,
+) -> None:
+    """With the threads and the precision of a run: a long text is added, and all are cut anew."""
+    model, chance = load(Path("embedded:minilm"), 0.02, rank=4, layers=2), np.random.default_rng(0)
+    lengths = [*chance.integers(6, 60, 60), 120]
+    ids = chance.integers(1000, 20_000, sum(lengths)).astype(np.int32)
+    corpus = dataclasses.replace(
+        make_shard().data,
+        input_ids=ids,
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        labels=chance.integers(0, 2, len(lengths)),
+        units=None, sites=None, digests=np.zeros((len(lengths), 32), np.uint8),
+        marks=np.zeros((len(lengths), 32), np.uint8),
+    )  # fmt: skip
+    features, plan = Features.of(model, corpus, 2048, precision=precision), make_plan(max_grad_norm=0.05)
+
+    def clipped(*records: int) -> np.ndarray:
+        return clipped_sum(
+            model, features, np.array(records), None, plan, micro_batch_tokens=2048, precision=precision
+        )
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with per_example_gradients(model):
+            others, one, all_of_them = clipped(*range(60)), clipped(60), clipped(*range(61))
+    finally:
+        torch.set_num_threads(threads)
+    assert np.linalg.norm(one) == pytest.approx(0.05, rel=1e-5)
+    assert np.linalg.norm(all_of_them - others) <= 0.05 * (1 + FLOAT_MARGIN)
+    moved = np.linalg.norm(all_of_them - others - one) / 0.05
+    assert moved < (1e-2 if precision == "bf16" else 1e-5)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -43,9 +43,10 @@ in the sum one at least is taken off, for a node that looks at the published sum
 
 Approximations. FLOAT_MARGIN covers what float32 does to a clipped gradient and to the sum of a micro-batch
 (relative errors near 1e-5); that other units' gradients do not depend on who is in the batch with them is
-taken as exact beyond that, as everywhere in DP-SGD. A sum outside the range wraps around: that costs
-accuracy (a probability below 1e-20 a round, for honest nodes) and no privacy. The time that sampling
-takes depends on the noise and is not hidden.
+taken as exact beyond that, as everywhere in DP-SGD (`fedtune.training.dp_step` says how nearly it is true,
+and a test holds the margin to it). A sum outside the range wraps around: that costs accuracy (a probability
+below 1e-20 a round, for honest nodes) and no privacy. The time that sampling takes depends on the noise and
+is not hidden.
 """
 
 from __future__ import annotations
