@@ -91,7 +91,10 @@ def make_shards(
     else:
         raise PartitionError(f"There is no partition {name!r}; choose natural, iid or dirichlet.")
     node_of_record = _assignment(train, name, partition.alpha, len(names), seed)
-    return [_shard(train, node, np.flatnonzero(node_of_record == i), unit) for i, node in enumerate(names)]
+    # The records of each node in their order; of every node, for there may be a hundred thousand.
+    order = np.argsort(node_of_record, kind="stable")
+    ends = np.cumsum(np.bincount(node_of_record, minlength=len(names)))[:-1]
+    return [_shard(train, node, rows, unit) for node, rows in zip(names, np.split(order, ends), strict=True)]
 
 
 def round_size(count: int) -> int:
@@ -175,15 +178,13 @@ def _assignment(train: TokenizedCorpus, name: str, alpha: float, nodes: int, see
         if len(cached) == train.num_records and np.array_equal(np.unique(cached), np.arange(nodes)):
             return cached.astype(np.int64)
         warn_unusable(path, f"it does not deal {train.num_records} records to {nodes} nodes")
-    node_of_record = np.full(train.num_records, -1, dtype=np.int64)
-    for node, rows in enumerate(_partition(train, name, alpha, nodes, seed)):
-        node_of_record[rows] = node
+    node_of_record = _partition(train, name, alpha, nodes, seed)
     store_array(path, node_of_record.astype(np.int32))
     return node_of_record
 
 
-def _partition(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed: int) -> list[Int64Array]:
-    """Rows of each node, as Flower's partitioners deal them."""
+def _partition(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed: int) -> Int64Array:
+    """The node of each record, [n], as Flower's partitioners deal them."""
     if name == "natural":
         from flwr_datasets.partitioner import NaturalIdPartitioner
 
@@ -195,7 +196,7 @@ def _partition(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed
         with _quiet():
             natural.dataset = _table(site=names[order], code=order)
             dealt = [_column(natural.load_partition(i), "code") for i in range(nodes)]
-        return [np.flatnonzero(np.isin(site_of_record, codes)) for codes in dealt]
+        return _nodes_of(dealt, site_of_record)
     generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
     # Flower's iid partitioner cuts the table in its order, so the order must be random.
     order = generator.permutation(train.num_units)
@@ -208,7 +209,14 @@ def _partition(train: TokenizedCorpus, name: str, alpha: float, nodes: int, seed
         with _quiet():
             iid.dataset = _table(person=order)
             dealt = [_column(iid.load_partition(i), "person") for i in range(nodes)]
-    return [np.flatnonzero(np.isin(train.unit_index, persons)) for persons in dealt]
+    return _nodes_of(dealt, train.unit_index)
+
+
+def _nodes_of(dealt: list[Int64Array], group: Int64Array) -> Int64Array:
+    """The node of each record, [n], which is of `group` [n], where `dealt` has the groups of each node."""
+    node = np.empty(int(group.max(initial=-1)) + 1, dtype=np.int64)
+    node[np.concatenate(dealt)] = np.repeat(np.arange(len(dealt)), [len(groups) for groups in dealt])
+    return node[group]
 
 
 def _dirichlet(
