@@ -7,6 +7,7 @@ import sys
 from scripts.benchmarks import (
     aggregation,
     calibration,
+    clients,
     identity,
     ledger,
     peers,
@@ -21,6 +22,8 @@ from scripts.benchmarks.table import write_table
 BENCHMARKS = {
     "peers": peers.peers,
     "step": training.step,
+    "clients": clients.clients,
+    "scale": clients.scale,
     "engine": system.engine,
     "memory": system.memory,
     "startup": system.startup,

@@ -18,6 +18,21 @@ ratio of two things measured in turn in one run, because machines differ and are
 
 
 def _figure(record: dict[str, Any]) -> str:
+    if "beside" in record:
+        books, ours = record["parts_seconds"]["books"], record["round_seconds"]["fedtune"]
+        beside = "; ".join(f"{name}: {one['ratio_median']}x" for name, one in record["beside"].items())
+        return (
+            f"{beside}; fedtune takes {ours['median']} s, of which books {books['median']} "
+            f"(pfl over fedtune without its books: {record['without_books']['ratio_median']}x)"
+        )
+    if "growth_over_nodes" in record:
+        ours = "; ".join(
+            f"{nodes}: {one['round']['median']}, {one['parts_seconds']['books']['median']}, "
+            f"{one['start_seconds']}, {one['peak_megabytes']:.0f}"
+            for nodes, one in record["nodes"].items()
+        )
+        peers = "; ".join(f"{name}: {one['round']['median']}" for name, one in record["pfl"].items())
+        return f"{ours} (a round of pfl with {peers})"
     if "adapters" in record:
         return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
     if "commands" in record:
