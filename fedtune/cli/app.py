@@ -18,7 +18,7 @@ import click
 import typer
 
 from fedtune import __version__
-from fedtune.cli import budget_command, deployment, exported, results, run_command
+from fedtune.cli import budget_command, compress_command, deployment, exported, results, run_command
 from fedtune.cli.shared import help_text
 from fedtune.errors import ConfigError, FedtuneError
 
@@ -37,6 +37,7 @@ fedtune run -m privacy.epsilon=1,2,4,8  one run for each value
 fedtune run resume=RUN_DIR  after a crash or Ctrl-C
 fedtune predict RUN_DIR "what a film"  use what was trained
 fedtune export RUN_DIR  a folder to use without fedtune
+fedtune compress RUN_DIR  the same, smaller and faster
 fedtune statement RUN_DIR  what was promised to whom
 fedtune audit RUN_DIR  what an attacker learns
 fedtune budget show  what each data set has spent
@@ -77,6 +78,7 @@ def root(
 app.add_typer(run_command.commands)
 app.add_typer(results.commands)
 app.add_typer(exported.commands)
+app.add_typer(compress_command.commands)
 app.add_typer(budget_command.commands, rich_help_panel="Privacy budgets")
 app.add_typer(deployment.commands)
 

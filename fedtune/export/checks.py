@@ -18,10 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.data.corpus import Corpus
 from fedtune.errors import DataError, FedtuneError, ModelError, ResourceError
 from fedtune.runs.predict import check_texts
 
-__all__ = ["LABELS_EQUAL", "TOLERANCE", "CheckTexts", "agreement", "check_texts_of", "refuse_if_wrong"]
+__all__ = [
+    "LABELS_EQUAL",
+    "TOLERANCE",
+    "CheckTexts",
+    "agreement",
+    "check_texts_of",
+    "lines_of",
+    "public_test_split",
+    "refuse_if_wrong",
+]
 
 TOLERANCE = 1e-3  # of a logit, for formats in float32; the arithmetic is the same, its order is not
 LABELS_EQUAL = 0.99  # share of labels, for int8
@@ -60,14 +70,14 @@ def check_texts_of(
         ResourceError: it cannot be read.
     """
     if named is not None:
-        return CheckTexts(tuple(_lines(named)), "texts that were given for the check")
+        return CheckTexts(tuple(lines_of(named)), "texts that were given for the check")
     try:
-        public = _test_split(record)
+        public = public_test_split(record)
     except (FedtuneError, OSError) as error:
         why = f", since the run's test split cannot be read here ({type(error).__name__})"
     else:
         if public is not None:
-            return public
+            return CheckTexts(public.texts, "the run's public test split", public.labels, public.sites)
         why = ", since the run has no public test split"
     chance = random.Random(0)
     words = sorted(word for word in vocabulary if word.isalpha())
@@ -75,7 +85,13 @@ def check_texts_of(
     return CheckTexts(texts, f"made-up texts of the tokenizer's words{why}")
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The texts of a file that has one a line, empty lines left out.
+
+    Raises:
+        DataError: there are none, or it is no text in UTF-8.
+        ResourceError: it cannot be read.
+    """
     try:
         texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
@@ -84,12 +100,22 @@ def _lines(path: Path) -> list[str]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    if not texts or any("\0" in text for text in texts):
+        raise DataError(
+            f"{path} {'holds no text' if not texts else 'is no text: it holds null bytes'}. "
+            "Name a file with one text a line."
+        )
     check_texts(texts)
     return texts
 
 
-def _test_split(record: Mapping[str, Any]) -> CheckTexts | None:
-    """The test split that the run was evaluated on; None unless its owner declared it public."""
+def public_test_split(record: Mapping[str, Any]) -> Corpus | None:
+    """The test split that the run was evaluated on; None unless its owner declared it public.
+
+    Raises:
+        DataError: it is not there any more, or has other labels.
+        ResourceError: it cannot be read.
+    """
     from fedtune.config.choices import resolved
     from fedtune.config.convert import from_dict
     from fedtune.data.sources.load import load_corpus
@@ -101,7 +127,7 @@ def _test_split(record: Mapping[str, Any]) -> CheckTexts | None:
     _, test = load_corpus(config.data, config.seed)
     if test.label_names != tuple(record["data"]["labels"]):
         raise DataError("its label set is not the run's any more")
-    return CheckTexts(test.texts, "the run's public test split", test.labels, test.sites)
+    return test
 
 
 def agreement(

@@ -11,10 +11,11 @@ no privacy. The texts of a check that a person names are theirs to publish figur
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune import __version__
+from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, ResourceError
 from fedtune.export import card, checks
 from fedtune.privacy.publication import publish
 from fedtune.runs import predict, record
 from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, write_sums
-from fedtune.serving.classifier import Classifier, onnx_forward, probabilities, read_tokenizer, torch_forward
+from fedtune.serving.classifier import (
+    Classifier,
+    Forward,
+    onnx_forward,
+    probabilities,
+    read_tokenizer,
+    torch_forward,
+)
 from fedtune.serving.measures import measure
 
-__all__ = ["export"]
+__all__ = [
+    "describe",
+    "export",
+    "figures_of",
+    "new_folder",
+    "processor",
+    "write_format",
+    "write_words",
+]
 
 Say = Callable[[str], None]
 
@@ -64,15 +81,28 @@ def export(
     made, folder = record.read(run_dir), record.run_folder(run_dir)
     adapter = predict.adapter_of(folder, made)
     target = (folder / "export" if output is None else output).expanduser()
+    published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
+    with new_folder(target) as whole:
+        _write(whole, adapter, published, [name for name in FORMATS if name in formats], texts, say)
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, which gets its name when the block ends well, and is gone when it does not.
+
+    Raises:
+        ConfigError: `target` is there already, and not empty.
+        ResourceError: it cannot be written.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{target} is there already. Name a new folder: --output FOLDER.")
-    published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
             whole = Path(beside) / target.name
             whole.mkdir()
-            _write(whole, adapter, published, [name for name in FORMATS if name in formats], texts, say)
+            yield whole
             if target.exists():
                 target.rmdir()  # it is empty
             whole.rename(target)
@@ -80,7 +110,6 @@ def export(
         raise ResourceError(
             f"Cannot write {target}: {error.strerror or error}. Choose another folder with --output FOLDER."
         ) from error
-    return target
 
 
 def _check(formats: Sequence[str]) -> None:
@@ -117,48 +146,95 @@ def _write(
 
     say(f"asking the original about {len(ids)} texts: {asked.source}")
     original = logits_of(torch_forward(load_saved(adapter, "cpu")))
-    about: dict[str, Any] = {}
+    about = {}
     for name in formats:
         say(f"writing and checking {name}")
-        forward = _make(name, folder, adapter, model, inputs)
-        figures = checks.agreement(original, logits_of(forward), asked.labels)
-        if name in ("hf", "onnx"):
-            checks.refuse_if_wrong(name, figures)
-        path = folder / PATHS[name]
-        about[name] = {"file": PATHS[name], "bytes": path.stat().st_size, **figures}
+        forward = _adapter(folder, adapter) if name == "adapter" else write_format(name, folder, model, inputs)
+        about[name] = figures_of(name, folder, original, logits_of(forward), asked.labels)
     if "onnx" not in formats:
         (folder / PATHS["onnx"]).unlink(missing_ok=True)  # int8 is made of it
-    description = {
+    say("writing the cards")
+    description = describe(made, base, labels, pad_id, inputs, about, asked, original)
+    write_words(folder, made, description)
+    write_sums(folder)
+
+
+def describe(
+    made: Mapping[str, Any],
+    base: ModelConfig,
+    labels: Sequence[str],
+    pad_id: int,
+    inputs: Sequence[str],
+    formats: Mapping[str, Any],
+    asked: checks.CheckTexts,
+    original: NDArray[np.float32],
+) -> dict[str, Any]:
+    """What export.json says of a model whose own logits of the texts `asked` are `original`, float32 [n, c]."""
+    return {
         "schema": 1,
         "fedtune": __version__,
         "made": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "run": made["run"]["id"],
         "labels": list(labels),
-        "max_length": max_length,
+        "max_length": int(made["config"]["data"]["max_length"]),
         "pad_id": pad_id,
-        "inputs": inputs,
+        "inputs": list(inputs),
         "base": card.base_of(base),
-        "formats": about,
+        "formats": dict(formats),
         "check": {
             "texts": asked.source,
-            "num_texts": len(ids),
+            "num_texts": len(asked.texts),
             "tolerance": checks.TOLERANCE,
             "labels_equal_asked": checks.LABELS_EQUAL,
-            "processor": _processor(),
+            "processor": processor(),
         },
         "quality": None
         if asked.labels is None
         else measure(probabilities(original), asked.labels, labels, asked.sites),
     }
-    say("writing the cards")
-    _write_words(folder, made, description)
-    write_sums(folder)
 
 
-def _make(name: str, folder: Path, adapter: Path, model: Any, inputs: Sequence[str]) -> Any:
-    """Writes one format; what asks the files that were written."""
+def figures_of(
+    name: str,
+    folder: Path,
+    original: NDArray[np.float32],
+    found: NDArray[np.float32],
+    labels: NDArray[np.int64] | None,
+) -> dict[str, Any]:
+    """What export.json says of one format in `folder`, which gave the logits `found` where `original` was right.
+
+    Raises:
+        ModelError: it is float32, and gives others.
+    """
+    figures = checks.agreement(original, found, labels)
+    if name in ("hf", "onnx"):
+        checks.refuse_if_wrong(name, figures)
+    return {"file": PATHS[name], "bytes": (folder / PATHS[name]).stat().st_size, **figures}
+
+
+def _adapter(folder: Path, adapter: Path) -> Any:
+    """Writes the adapter alone; what asks it, on its base as published."""
     from fedtune.models import standalone
     from fedtune.models.classifier import read_saved
+
+    there = (folder / PATHS["adapter"]).parent
+    there.mkdir()
+    standalone.save_adapter(adapter, there)
+    standalone.save_config(adapter, there)
+    (folder / PATHS["adapter"]).chmod((there / "config.json").stat().st_mode)
+    return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]))
+
+
+def write_format(
+    name: str, folder: Path, model: Any, inputs: Sequence[str], threads: int = 0
+) -> Forward:
+    """Writes `model` in one format into `folder`, which has its configuration; what asks the files there.
+
+    Args:
+        inputs: names of the tokenizer's outputs, in its order.
+        threads: of onnxruntime, when it is asked; 0: as many as there are cores.
+    """
+    from fedtune.models import standalone
 
     if name == "hf":
         modeling, config = folder / standalone.MODELING_FILE, folder / "config.json"
@@ -168,13 +244,6 @@ def _make(name: str, folder: Path, adapter: Path, model: Any, inputs: Sequence[s
         config.write_bytes(kept[1])
         (folder / PATHS[name]).chmod(config.stat().st_mode)  # safetensors makes files for their owner alone
         return torch_forward(standalone.load_merged(folder))
-    if name == "adapter":
-        there = (folder / PATHS[name]).parent
-        there.mkdir()
-        standalone.save_adapter(adapter, there)
-        standalone.save_config(adapter, there)
-        (folder / PATHS[name]).chmod((there / "config.json").stat().st_mode)
-        return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]))
     from fedtune.models import onnx_files
 
     path, plain = folder / PATHS[name], folder / PATHS["onnx"]
@@ -183,16 +252,18 @@ def _make(name: str, folder: Path, adapter: Path, model: Any, inputs: Sequence[s
         onnx_files.write_fp32(model, inputs, plain)
     if name == "onnx-int8":
         onnx_files.write_int8(plain, path)
-    return onnx_forward(path)
+    return onnx_forward(path, threads)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The instructions of this processor that torch uses, by its name for them."""
     import torch
 
     return str(torch.backends.cpu.get_cpu_capability())
 
 
-def _write_words(folder: Path, made: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+def write_words(folder: Path, made: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+    """Writes export.json, the cards and the statement, of what the door lets through."""
     # On public texts, or on texts that whoever exports may publish figures of: nothing is local.
     described, _ = publish("export", record.clean(description), public_data=False)
     (folder / EXPORT_NAME).write_text(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-__all__ = ["FedtuneConfig", "FedtuneForSequenceClassification"]
+__all__ = ["FedtuneConfig", "FedtuneForSequenceClassification", "layers_of"]
 
 
 class FedtuneConfig(PreTrainedConfig):
@@ -29,6 +29,8 @@ class FedtuneConfig(PreTrainedConfig):
         encoder: the configuration of the encoder, with its `model_type`.
         pooling: `mean` over the tokens of a text, or `cls`, its first token.
         vector_length: of the vector that the head sees; None: vectors are taken as they are.
+        cut: how many `heads` and `units` (of the feed-forward part) each layer has, where some were cut out;
+            None: as the encoder's configuration says.
     """
 
     model_type = "fedtune"
@@ -39,6 +41,7 @@ class FedtuneConfig(PreTrainedConfig):
         encoder: Any = None,
         pooling: str = "mean",
         vector_length: float | None = None,
+        cut: dict[str, list[int]] | None = None,
         **options: Any,
     ) -> None:
         if isinstance(encoder, dict):
@@ -46,6 +49,7 @@ class FedtuneConfig(PreTrainedConfig):
         self.encoder = encoder
         self.pooling = pooling
         self.vector_length = vector_length
+        self.cut = cut
         super().__init__(**options)
 
 
@@ -80,6 +84,12 @@ class FedtuneForSequenceClassification(PreTrainedModel):
         without = {"add_pooling_layer": False} if _has_pooler(config.encoder) else {}
         self.encoder = AutoModel.from_config(config.encoder, **without)
         width = int(config.encoder.hidden_size)
+        if config.cut is not None:
+            size = width // config.encoder.num_attention_heads
+            for layer, heads, units in zip(
+                layers_of(self.encoder), config.cut["heads"], config.cut["units"], strict=True
+            ):
+                _shrink(layer, heads * size, units)
         if config.vector_length is not None:
             self.centring = Centring(width, config.vector_length)
         self.classifier = nn.Linear(width, self.num_labels)
@@ -112,6 +122,31 @@ class FedtuneForSequenceClassification(PreTrainedModel):
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def layers_of(encoder: Any) -> nn.ModuleList:
+    """The layers of an encoder of transformers' BERT family."""
+    layers: nn.ModuleList = (encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder).layer
+    return layers
+
+
+def _shrink(layer: Any, inner: int, units: int) -> None:
+    """Gives the layer's attention the width `inner`, and its feed-forward part so many `units`."""
+    if hasattr(layer, "ffn"):  # DistilBERT
+        attention, names, after = layer.attention, ("q_lin", "k_lin", "v_lin"), (layer.attention, "out_lin")
+        up, down = (layer.ffn, "lin1"), (layer.ffn, "lin2")
+    else:
+        attention, names = layer.attention.self, ("query", "key", "value")
+        after = (layer.attention.output, "dense")
+        up, down = (layer.intermediate, "dense"), (layer.output, "dense")
+    width = getattr(*up).in_features
+    for holder, name, shape in (
+        *((attention, name, (width, inner)) for name in names),
+        (*after, (inner, width)),
+        (*up, (width, units)),
+        (*down, (units, width)),
+    ):
+        setattr(holder, name, nn.Linear(*shape))
 
 
 def _has_pooler(config: Any) -> bool:

@@ -32,6 +32,7 @@ __all__ = [
     "save_adapter",
     "save_config",
     "save_tokenizer",
+    "write_config",
 ]
 
 MODELING_FILE = "modeling_fedtune.py"
@@ -94,7 +95,12 @@ def on_plain_base(folder: Path, base: ModelConfig) -> nn.Module:
 
 def save_config(adapter: Path, folder: Path) -> None:
     """Writes config.json of the standalone model, and the modelling file that it names."""
-    _config(adapter).save_pretrained(folder)
+    write_config(_config(adapter), folder)
+
+
+def write_config(config: FedtuneConfig, folder: Path) -> None:
+    """Writes `config` as config.json, and the modelling file that it names."""
+    config.save_pretrained(folder)
     source = Path(modeling_fedtune.__file__).read_text(encoding="utf-8")
     (folder / MODELING_FILE).write_text(source, encoding="utf-8")
 

@@ -309,6 +309,15 @@ SINKS: Mapping[str, Fields] = {
         "check": public("which public texts, how many, what was asked of them, and the processor"),
         "quality": public("of a public test split"),
     },
+    # A compressed model: made of the released one and of texts that are public or nobody's.
+    "compression": {
+        **dict.fromkeys(("schema", "fedtune", "run", "privacy"), _NAME),
+        "made": public("the day on which it was compressed"),
+        **dict.fromkeys(("base", "settings"), _SETTING),
+        "texts": public("what it learnt from and was measured on, in words, and how many there were"),
+        "processor": public("whose speeds these are"),
+        **dict.fromkeys(("original", "steps", "formats"), public("sizes, and figures and speeds of public texts")),
+    },
     # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},
 }

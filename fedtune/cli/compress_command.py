@@ -1,0 +1,70 @@
+"""`fedtune compress`: a finished model, or a base before any run, smaller and faster."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
+
+__all__ = ["commands"]
+
+commands = typer.Typer(rich_markup_mode="rich")
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel="Use a model elsewhere",
+    short_help="A run's model smaller and faster: prune, distill, quantize.",
+    help=help_text(
+        "Makes a smaller model of a run's, step by step, each with its measured effect: layers, attention heads and "
+        "feed-forward units are cut out, or a student of fewer layers learns from the model, and integers take the "
+        "place of floats. It learns from public or unlabelled texts alone, so it costs no privacy. The folder is "
+        "one that 'fedtune evaluate' and 'fedtune serve' take. Of a base encoder (its name in place of RUN_DIR) it "
+        "makes one to train on.",
+        """\
+fedtune compress RUN_DIR
+fedtune compress RUN_DIR compress=pruned prune.units=0.5
+fedtune compress RUN_DIR distill.layers=3 texts=unlabelled.txt -o FOLDER
+fedtune compress embedded:minilm distill.layers=3 texts=FILE -o FOLDER
+fedtune run model.name=FOLDER  federate the smaller base""",
+    ),
+)
+def compress(
+    source: Annotated[str, argument("RUN_DIR", "A run folder; or a base encoder, as model.name takes it.")],
+    settings: Annotated[
+        list[str] | None, argument("[SETTING...]", "compress=NAME, and name=value; --settings lists them.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        option("A new folder (default: RUN_DIR/compressed-NAME).", "--output", "-o", metavar="FOLDER"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    import json as library
+
+    from fedtune.compress.compress import RECORD_NAME
+    from fedtune.compress.compress import compress as make
+
+    def advance(done: int, whole: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == whole else ""
+            print(f"\r{done / whole:4.0%}", end=end, file=sys.stderr, flush=True)
+
+    folder = make(
+        source,
+        settings or [],
+        output,
+        say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+        advance=advance,
+    )
+    about = library.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    if json:
+        print_json({"folder": str(folder), **about})
+        return
+    from fedtune.compress.show import show
+
+    show(folder, about)

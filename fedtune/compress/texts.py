@@ -1,0 +1,192 @@
+"""Which texts a compression learns from, and which it is measured on: never the same, and never private ones.
+
+    learn from    a file that a person names, of public or unlabelled texts; else part of the run's public test
+                  split, whose labels are not looked at
+    measured on   the public test split: the other part of it (no person is in both), or all of it but what the
+                  file has too
+
+What is computed from the released model and from such texts is post-processing (Dwork and Roth 2014, proposition
+2.1): it spends no privacy, and the run's statement stays true as it is. Texts of the nodes are another thing: a
+student that learns from them learns about them. So a file that has texts of the run's own private training data,
+where that can be read here, is refused; where it cannot be read, whoever names the file answers for it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtune.config.convert import from_dict
+from fedtune.data.corpus import Corpus
+from fedtune.data.sources.load import hold_out, load_corpus
+from fedtune.errors import ConfigError, DataError, FedtuneError
+from fedtune.export.checks import lines_of, public_test_split
+
+__all__ = ["POST_PROCESSING", "Texts", "altered", "texts_for", "texts_of_file"]
+
+POST_PROCESSING = (
+    "Everything here was computed from the released model and from texts that are not its training data. That is "
+    "post-processing: it spends no privacy, and the guarantee is the run's own."
+)
+_LEAST = 8  # texts to learn from, or to measure on
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is learnt from, and measured on.
+
+    Attributes:
+        learn: texts without labels.
+        learn_from: what they are, in words.
+        measure: texts.
+        measured_on: what they are, in words.
+        labels: int64 [n], of the measured ones; None where nobody knows them.
+        sites: str [n], of the measured ones, where they are known.
+        notes: what was decided, and must not go unsaid.
+    """
+
+    learn: tuple[str, ...]
+    learn_from: str
+    measure: tuple[str, ...]
+    measured_on: str
+    labels: NDArray[np.int64] | None
+    sites: NDArray[np.str_] | None
+    notes: tuple[str, ...] = ()
+
+
+def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: int) -> Texts:
+    """The texts of a compression of the run with this `record`.
+
+    Args:
+        named: a file of texts to learn from, one a line; None: `share` of the public test split's persons.
+
+    Raises:
+        DataError: the file is missing, empty, no text, or has private texts of the run; or the run has no public
+            test split.
+        ResourceError: it cannot be read.
+    """
+    public = public_test_split(record)
+    if public is None:
+        raise DataError(
+            "This run has no public test split, so that nothing could be measured, and nothing learnt from. Name "
+            "a labelled public test file when you run (data.test_split=test data.test_public=true), or leave the "
+            "model as it is: fedtune export."
+        )
+    if named is None:
+        learn, measure = hold_out(public, 1 - share, seed)
+        where = "the run's public test split"
+        return _checked(
+            Texts(
+                learn.texts, f"{share:.0%} of {where}, by persons", measure.texts,
+                f"the rest of {where}, which nothing was learnt from", measure.labels, measure.sites,
+            )
+        )  # fmt: skip
+    lines = lines_of(Path(named).expanduser())
+    notes = _own_texts(record, lines)
+    measured = {_plain(text) for text in public.texts}
+    learn_lines = tuple(line for line in lines if _plain(line) not in measured)
+    if len(learn_lines) < len(lines):
+        notes.append(
+            f"{len(lines) - len(learn_lines):,} of the {len(lines):,} texts of {Path(named).name} are in the test "
+            "split too: they were not learnt from."
+        )
+    return _checked(
+        Texts(
+            learn_lines, f"{Path(named).name}, which was named as public or unlabelled", public.texts,
+            "the run's public test split", public.labels, public.sites, tuple(notes),
+        )
+    )  # fmt: skip
+
+
+def texts_of_file(named: str | None, seed: int) -> Texts:
+    """The texts for a base encoder that no run has trained: nine tenths of a file to learn from.
+
+    Raises:
+        ConfigError: no file is named.
+        DataError, ResourceError: as `texts_for`.
+    """
+    if named is None:
+        raise ConfigError(
+            "A base encoder that no run has trained needs public or unlabelled texts to learn from: add "
+            "texts=FILE, one text a line."
+        )
+    lines = list(dict.fromkeys(lines_of(Path(named).expanduser())))
+    random.Random(seed).shuffle(lines)
+    some = max(1, len(lines) // 10)
+    name = Path(named).name
+    return _checked(
+        Texts(tuple(lines[some:]), f"nine tenths of {name}", tuple(lines[:some]), f"a tenth of {name}", None, None)
+    )
+
+
+def _checked(texts: Texts) -> Texts:
+    if min(len(texts.learn), len(texts.measure)) < _LEAST:
+        raise DataError(
+            f"There are {len(texts.learn)} texts to learn from and {len(texts.measure)} to measure on, and each "
+            f"takes {_LEAST} or more. Name a larger file: texts=FILE."
+        )
+    return texts
+
+
+def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
+    """Refuses `lines` that are private training texts of the run; notes of what was found or cannot be known."""
+    try:
+        train: Corpus = load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0]
+    except (FedtuneError, OSError) as error:
+        return [
+            "The run's training data cannot be read here, so that nobody could compare the named texts with it "
+            f"({type(error).__name__})."
+        ]
+    own = {_plain(text) for text in train.texts}
+    shared = sum(_plain(line) in own for line in lines)
+    if not shared:
+        return []
+    if record["privacy"].get("data_public") is not True:
+        raise DataError(
+            f"{shared:,} of the {len(lines):,} texts are private training texts of this run. To learn from them "
+            "would tell about them what no ledger was charged for, and a charged way is not supported. Name texts "
+            "that are public or nobody's (texts=FILE), or leave texts out: part of the public test split is taken. "
+            "To train a smaller model on the nodes' own texts, compress the base first and then run, which is "
+            "charged: fedtune compress embedded:minilm -o FOLDER texts=FILE, then fedtune run model.name=FOLDER."
+        )
+    return [
+        f"{shared:,} of the {len(lines):,} texts to learn from are training texts of the run, which its owner "
+        "declared public. Their labels were not looked at; but on other data this would not be free."
+    ]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def altered(texts: Sequence[str], copies: int, mask: str, seed: int) -> list[str]:
+    """`copies` altered copies of each text, for a teacher to say what it thinks of them (Tang et al. 2019, 4.3).
+
+    Of each copy a word in ten is masked, another in ten is one of another text; of a copy in four a part of one
+    to five words is left alone. (They replace words by others of the same part of speech; there is no tagger
+    here.)
+    """
+    chance = random.Random(seed)
+    words = [word for text in texts for word in text.split()]
+    made = []
+    for text in texts:
+        for _ in range(copies):
+            own = text.split()
+            if len(own) > 1 and chance.random() < 0.25:
+                size = chance.randint(1, min(5, len(own)))
+                start = chance.randint(0, len(own) - size)
+                own = own[start : start + size]
+            else:
+                own = [
+                    mask if draw < 0.1 else chance.choice(words) if draw < 0.2 else word
+                    for word in own
+                    for draw in (chance.random(),)
+                ]
+            made.append(" ".join(own))
+    return made
