@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,16 +16,33 @@ __all__ = ["commands"]
 commands = typer.Typer(rich_markup_mode="rich")
 
 
+class _CompressCommand(Command):
+    """`fedtune compress`, whose help ends with every page and setting."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Prints typer's help, then the pages of conf/compress/ and the settings."""
+        from dataclasses import asdict
+
+        from fedtune.config.compression import Compression, pages_text
+        from fedtune.config.pages import settings_text
+
+        super().format_help(ctx, formatter)
+        width = min(100, shutil.get_terminal_size().columns)
+        typer.echo(f"compress=NAME: a page of conf/compress/; * is the default\n{pages_text(width)}\n")
+        typer.echo("settings: name=default, what it is, and what it may be")
+        typer.echo(settings_text(asdict(Compression()), width, Compression))
+
+
 @commands.command(
-    cls=Command,
+    cls=_CompressCommand,
     rich_help_panel="Use a model elsewhere",
     short_help="A run's model smaller and faster: prune, distill, quantize.",
     help=help_text(
-        "Makes a smaller model of a run's, step by step, each with its measured effect: layers, attention heads and "
-        "feed-forward units are cut out, or a student of fewer layers learns from the model, and integers take the "
-        "place of floats. It learns from public or unlabelled texts alone, so it costs no privacy. The folder is "
-        "one that 'fedtune evaluate' and 'fedtune serve' take. Of a base encoder (its name in place of RUN_DIR) it "
-        "makes one to train on.",
+        "Makes a smaller model of a run's, step by step, each with its measured effect: layers, attention "
+        "heads and feed-forward units are cut out, or a student of fewer layers learns from the model, and "
+        "integers take the place of floats. It learns from public or unlabelled texts alone, so it costs "
+        "no privacy. The folder is one that 'fedtune evaluate' and 'fedtune serve' take. Of a base encoder "
+        "(its name in place of RUN_DIR) it makes one to train on.",
         """\
 fedtune compress RUN_DIR
 fedtune compress RUN_DIR compress=pruned prune.units=0.5
@@ -36,7 +54,7 @@ fedtune run model.name=FOLDER  federate the smaller base""",
 def compress(
     source: Annotated[str, argument("RUN_DIR", "A run folder; or a base encoder, as model.name takes it.")],
     settings: Annotated[
-        list[str] | None, argument("[SETTING...]", "compress=NAME, and name=value; --settings lists them.")
+        list[str] | None, argument("[SETTING...]", "compress=NAME and name=value, listed below.")
     ] = None,
     output: Annotated[
         Path | None,

@@ -33,8 +33,8 @@ def encoder_card(about: Mapping[str, Any]) -> str:
         "## How it was made smaller",
         *_compression(about),
         "## Files",
-        "`compression.json` says all of this for programs. `sha256sum -c SHA256SUMS` tells whether a file was "
-        "changed. What the base learnt from its own training data is still in it.",
+        "`compression.json` says all of this for programs. `sha256sum -c SHA256SUMS` tells whether a file "
+        "was changed. What the base learnt from its own training data is still in it.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -65,15 +65,16 @@ def _compression(about: Mapping[str, Any]) -> list[str]:
         bullets(
             [
                 *(f"{step['what'].capitalize()}." for step in about["steps"]),
-                f"Learnt from {texts['num_learn']:,} texts: {texts['learn_from']}. No label of them was looked at.",
+                f"Learnt from {texts['num_learn']:,} texts: {texts['learn_from']}. No label of them was "
+                "looked at.",
                 f"Measured on {texts['num_measured']:,} texts: {texts['measured_on']}.",
                 *texts["notes"],
                 *([about["privacy"]] if about["privacy"] else []),
             ]
         ),
         table(head, rows),
-        f"{fewest} Texts a second are beside the original in torch, float32, all in turn in one process, with "
-        f"{about['settings']['threads']} thread(s) on a processor with {about['processor']}.",
+        f"{fewest} Texts a second are beside the original in torch, float32, all in turn in one process, "
+        f"with {about['settings']['threads']} thread(s) on a processor with {about['processor']}.",
     ]
 
 

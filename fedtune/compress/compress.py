@@ -6,9 +6,10 @@
     4  what all of them cost to ask, in turn (`fedtune.compress.measure`)
     5  compression.json, the cards, the sums
 
-Everything is made in a folder beside, which gets its name when it is whole: what ends early, by an error or by
-Ctrl-C, leaves nothing. The folder of a run's model is one as `fedtune export` writes, so that `fedtune evaluate`
-and `fedtune serve` take it; that of a base encoder is one for `model.name=FOLDER` of `fedtune run`.
+Everything is made in a folder beside, which gets its name when it is whole: what ends early, by an error or
+by Ctrl-C, leaves nothing. The folder of a run's model is one as `fedtune export` writes, so that `fedtune
+evaluate` and `fedtune serve` take it; that of a base encoder is one for `model.name=FOLDER` of `fedtune
+run`.
 """
 
 from __future__ import annotations
@@ -109,10 +110,13 @@ def compress(
         settings = replace(settings, steps=tuple(step for step in settings.steps if step != "quantize"))
         if not settings.steps:
             raise ConfigError(
-                "A base encoder is quantized when it is trained on, by model.quantization=int8 or nf4 of fedtune "
-                "run. Prune or distill it here: compress=student or compress=pruned."
+                "A base encoder is quantized when it is trained on, by model.quantization=int8 or nf4 of "
+                "fedtune run. Prune or distill it here: compress=student or compress=pruned."
             )
-    if any(name.startswith("int8") or name == "nf4" for name in settings.quantize) and "quantize" in settings.steps:
+    if (
+        any(name.startswith("int8") or name == "nf4" for name in settings.quantize)
+        and "quantize" in settings.steps
+    ):
         from fedtune.models.onnx_files import require_onnx
 
         require_onnx()
@@ -132,9 +136,12 @@ def _subject(source: Path | str, words: Sequence[str]) -> _Subject:
     path = Path(source).expanduser()
     if (path / "export.json").is_file():
         raise ConfigError(
-            f"{source} is an exported model, whose texts and record are not in it. Name the run that it was made of."
+            f"{source} is an exported model, whose texts and record are not in it. Name the run that it was "
+            "made of."
         )
-    is_run = path.is_file() or any((path / name).exists() for name in ("record.json", "checkpoint", "config.yaml"))
+    is_run = path.is_file() or any(
+        (path / name).exists() for name in ("record.json", "checkpoint", "config.yaml")
+    )
     if not is_run and (not path.is_dir() or (path / "config.json").is_file()):
         base = ModelConfig(name=str(source))
         return _Subject(None, base, None, (), 128, None)
@@ -148,11 +155,18 @@ def _subject(source: Path | str, words: Sequence[str]) -> _Subject:
 
 
 def _classifier(
-    folder: Path, subject: _Subject, made: Mapping[str, Any], settings: Compression, say: Say, advance: Advance
+    folder: Path,
+    subject: _Subject,
+    made: Mapping[str, Any],
+    settings: Compression,
+    say: Say,
+    advance: Advance,
 ) -> None:
     assert subject.adapter is not None
     texts = texts_for(made, settings.texts, settings.share, settings.seed)
-    say(f"{len(texts.learn):,} texts to learn from ({texts.learn_from}), {len(texts.measure):,} to measure on")
+    say(
+        f"{len(texts.learn):,} texts to learn from ({texts.learn_from}), {len(texts.measure):,} to measure on"
+    )
     inputs = standalone.save_tokenizer(subject.adapter, folder, subject.max_length)
     original: Any = standalone.merged(subject.adapter)
     tokenizer = read_tokenizer(folder, subject.max_length)
@@ -166,8 +180,8 @@ def _classifier(
     said = {ORIGINAL: models[ORIGINAL].logits(ids)}
     if not np.isfinite(said[ORIGINAL]).all():
         raise ModelError(
-            "The run's own model says NaN of public texts, so that there is nothing to learn from it. Run again with "
-            "a lower train.learning_rate."
+            "The run's own model says NaN of public texts, so that there is nothing to learn from it. Run "
+            "again with a lower train.learning_rate."
         )
     states = _changed(original, tokenizer, texts, settings, subject.labels, pad, say, advance)
     for name, state in states.items():
@@ -184,9 +198,7 @@ def _classifier(
         formats[name] = figures_of(name, folder, compressed, said[name], texts.labels)
     say("measuring what each costs to ask")
     told = speeds(models, ids, settings.threads)
-    found = {
-        name: {**_right(said[ORIGINAL], said[name], texts.labels), **told[name]} for name in models
-    }
+    found = {name: {**_right(said[ORIGINAL], said[name], texts.labels), **told[name]} for name in models}
     for name in formats:
         path = folder if name == "hf" else folder / PATHS[name]
         found[name]["memory_bytes"] = memory_of(path, ids, pad, len(subject.labels), settings.threads)
@@ -210,7 +222,9 @@ _FORMATS = {"int8": "onnx-int8", "int8-weights": "onnx-int8-weights", "nf4": "on
 def _base(folder: Path, subject: _Subject, settings: Compression, say: Say, advance: Advance) -> None:
     """A base encoder as a smaller one, in transformers' own form."""
     texts = texts_of_file(settings.texts, settings.seed)
-    say(f"{len(texts.learn):,} texts to learn from ({texts.learn_from}), {len(texts.measure):,} to measure on")
+    say(
+        f"{len(texts.learn):,} texts to learn from ({texts.learn_from}), {len(texts.measure):,} to measure on"
+    )
     loaded, _ = load_tokenizer(subject.base)
     original: Any = load_pretrained(subject.base).eval()
     loaded.save_pretrained(str(folder))
@@ -259,7 +273,7 @@ def _changed(
     lesson = Lesson(original, vocabulary, ids[: len(texts.learn)], ids, pad)
     count = anatomy(original).layers if set(settings.steps) - {"quantize"} else 1
     state = State(original, tuple(range(count)), count - 1)
-    found = {}
+    found: dict[str, State] = {}
     for step in settings.steps:
         if step == "quantize":
             continue
@@ -304,7 +318,10 @@ def _description(
     """compression.json."""
 
     def size(model: nn.Module) -> dict[str, Any]:
-        sizes: dict[str, Any] = {"numbers": sum(p.numel() for p in model.parameters()), "bytes": stored_bytes(model)}
+        sizes: dict[str, Any] = {
+            "numbers": sum(p.numel() for p in model.parameters()),
+            "bytes": stored_bytes(model),
+        }
         if states:
             now = anatomy(model)
             sizes |= {"layers": now.layers, "heads": sum(now.heads), "units": sum(now.units)}
@@ -331,7 +348,8 @@ def _description(
         "processor": processor(),
         "original": {**size(original), **found[ORIGINAL]},
         "steps": [
-            {"step": name, "what": state.what, "seconds": state.seconds, "loss": state.loss, **size(state.model),
+            {"step": name, "what": state.what, "seconds": state.seconds, "loss": state.loss,
+            **size(state.model),
              **found[name]}
             for name, state in states.items()
         ],

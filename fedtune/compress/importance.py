@@ -1,14 +1,14 @@
 """What of a model matters least, by how much its answers on public texts would change without it.
 
-Of a head or unit with output m h (m = 1): taking it out (m = 0) changes the answers, to second order, by half of
-the Fisher information of m,
+Of a head or unit with output m h (m = 1): taking it out (m = 0) changes the answers, to second order, by
+half of the Fisher information of m,
 
     F = E [ (d log p(y | x) / d m)^2 ],   y drawn from what the model itself says of x
 
-(the first derivative of the Kullback-Leibler divergence is 0 where both models are the same). No label is looked
-at. A bare encoder says no probabilities: there, log p is the product of its mean token state, at length one,
-with a random direction, and F is how far that state moves. The gradients by text are of masks, one for each text
-(Michel et al. 2019 take the mean of absolute ones, with labels).
+(the first derivative of the Kullback-Leibler divergence is 0 where both models are the same). No label is
+looked at. A bare encoder says no probabilities: there, log p is the product of its mean token state, at
+length one, with a random direction, and F is how far that state moves. The gradients by text are of masks,
+one for each text (Michel et al. 2019 take the mean of absolute ones, with labels).
 
 Whole layers go one after the other: each time the one without which the answers change least, asked with the
 model as it then is.
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from fedtune.compress.transfer import forward, padded
 from fedtune.models.modeling_fedtune import layers_of
-from fedtune.models.surgery import Anatomy, Kept, anatomy, encoder_of, masked
+from fedtune.models.surgery import Anatomy, anatomy, encoder_of, masked
 
 __all__ = ["choose", "importance", "least_layers"]
 
@@ -93,7 +93,8 @@ def choose(found: Sequence[Tensor], share: float, *, even: bool = False) -> tupl
         least = flat.argsort()[: min(len(flat) - len(found), round(share * len(flat)))]
         goes = [places[least][layer[least] == number] for number in range(len(found))]
     return tuple(
-        tuple(sorted(set(range(len(one))) - set(gone.tolist()))) for one, gone in zip(found, goes, strict=True)
+        tuple(sorted(set(range(len(one))) - set(gone.tolist())))
+        for one, gone in zip(found, goes, strict=True)
     )
 
 

@@ -1,8 +1,8 @@
 """What a model costs to ask: bytes, texts a second beside the original, milliseconds of one text, memory.
 
-Speeds are taken in turn, within one process, of all models after each other, several times over, and are given
-as ratios: what else the machine does then meets all of them alike. Milliseconds are of one text at a time. Memory
-is the largest that a process of its own has held, which asked the model about the same texts.
+Speeds are taken in turn, within one process, of all models after each other, several times over, and are
+given as ratios: what else the machine does then meets all of them alike. Milliseconds are of one text at a
+time. Memory is the largest that a process of its own has held, which asked the model about the same texts.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from fedtune.serving.classifier import Classifier, Forward, onnx_forward, torch_
 __all__ = ["memory_of", "speeds"]
 
 _TEXTS = 400  # that a speed is measured with
-_ALONE = 200  # of them one at a time
-_ROUNDS = 5
+_ALONE = 100  # of them one at a time
+_ROUNDS = 3
 
 
 def speeds(
     models: Mapping[str, Classifier], ids: Sequence[Sequence[int]], threads: int
 ) -> dict[str, dict[str, float]]:
-    """By model: `ratio` (texts a second over those of the first model, the median of the rounds), `low` and `high`
-    (the smallest and the largest), `texts_per_second`, and `p50_ms` and `p99_ms` of one text at a time.
+    """By model: `ratio` (texts a second over those of the first model, the median of the rounds), `low` and
+    `high` (the smallest and the largest), `texts_per_second`, and `p50_ms` and `p99_ms` of one text at a
+    time.
 
     Args:
         models: the first is what the others are compared with.
@@ -77,8 +78,8 @@ def speeds(
 
 
 def memory_of(path: Path, ids: Sequence[Sequence[int]], pad: int, classes: int, threads: int) -> int | None:
-    """Bytes that a process held at most which opened the model `path` and asked it about `ids`; None where the
-    system does not tell.
+    """Bytes that a process held at most which opened the model `path` and asked it about `ids`; None where
+    the system does not tell.
 
     Args:
         path: an ONNX file, or the folder of a model in transformers' form.
@@ -95,8 +96,8 @@ def memory_of(path: Path, ids: Sequence[Sequence[int]], pad: int, classes: int, 
     )
     if done.returncode:
         raise ResourceError(
-            f"The process that measures the memory of {path.name} failed: {done.stderr.strip()[-300:]}. Give the "
-            "machine more memory."
+            f"The process that measures the memory of {path.name} failed: {done.stderr.strip()[-300:]}. Give "
+            "the machine more memory."
         )
     told: int | None = json.loads(done.stdout)
     return told

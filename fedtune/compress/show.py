@@ -1,4 +1,4 @@
-"""What `fedtune compress` prints at its end: each model with its size, speed and accuracy, and where to read on."""
+"""What `fedtune compress` prints at its end: each model with its size, speed and accuracy."""
 
 from __future__ import annotations
 

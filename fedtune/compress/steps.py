@@ -1,8 +1,9 @@
-"""The steps that change a model: prune and distill. Each gives a smaller model that has learnt from the original.
+"""The steps that change a model: prune and distill. Each gives a smaller model that has learnt from the
+original.
 
-`State` is a model on its way: its layers' places in the original say which state of the original each of them
-has to give. A layer takes over the work of those that went after it, so its own is compared with the original's
-before the next layer that stayed.
+`State` is a model on its way: its layers' places in the original say which state of the original each of
+them has to give. A layer takes over the work of those that went after it, so its own is compared with the
+original's before the next layer that stayed.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class State:
 
 
 def prune(state: State, lesson: Lesson, settings: Compression, advance: Advance) -> State:
-    """Cuts out what matters least on the lesson's texts, or puts the smallest weights to 0; then it learns again.
+    """Cuts out what matters least on the lesson's texts, or puts the smallest weights to 0; then it learns
+    again.
 
     Raises:
         ModelError: there are not so many layers, or a bare encoder has no place for fewer heads.
@@ -93,8 +95,8 @@ def prune(state: State, lesson: Lesson, settings: Compression, advance: Advance)
     wanted = settings.prune
     if wanted.layers >= whole.layers:
         raise ModelError(
-            f"prune.layers={wanted.layers} would leave nothing: the model has {whole.layers} layers. Give at most "
-            f"{whole.layers - 1}."
+            f"prune.layers={wanted.layers} would leave nothing: the model has {whole.layers} layers. Give at "
+            f"most {whole.layers - 1}."
         )
     some = list(lesson.ids[:_ASKED])
     model, places = state.model, state.places
@@ -136,7 +138,9 @@ def _sparse(state: State, lesson: Lesson, settings: Compression, advance: Advanc
     return made
 
 
-def distill(state: State, lesson: Lesson, settings: Compression, labels: Sequence[str], advance: Advance) -> State:
+def distill(
+    state: State, lesson: Lesson, settings: Compression, labels: Sequence[str], advance: Advance
+) -> State:
     """A student of fewer layers, or from another encoder, learns from the original.
 
     Args:
@@ -150,13 +154,14 @@ def distill(state: State, lesson: Lesson, settings: Compression, labels: Sequenc
     whole, wanted = anatomy(state.model), settings.distill.layers or 0
     if wanted >= whole.layers:
         raise ModelError(
-            f"distill.layers={wanted}: the model has {whole.layers} layers, and a student is smaller. Give at most "
-            f"{whole.layers - 1}."
+            f"distill.layers={wanted}: the model has {whole.layers} layers, and a student is smaller. Give "
+            f"at most {whole.layers - 1}."
         )
     stay = tuple(number * whole.layers // wanted for number in range(wanted))
     model = cut(state.model, Kept.all_of(stay, whole))
     places = tuple(state.places[layer] for layer in stay)
-    what = f"distilled: a student of {wanted} of {whole.layers} layers ({', '.join(str(one + 1) for one in stay)})"
+    numbers = ", ".join(str(layer + 1) for layer in stay)
+    what = f"distilled: a student of {wanted} of {whole.layers} layers ({numbers})"
     return _learnt(replace(state, model=model, places=places, what=what), lesson, settings, advance)
 
 
@@ -180,15 +185,16 @@ def _other_student(
         )
     if load_tokenizer(base)[0].get_vocab() != lesson.vocabulary:
         raise ModelError(
-            f"distill.student={said} has another vocabulary than the model, and the exported tokenizer is the "
-            "model's. Name a student with the same tokenizer, or take some of the model's layers: distill.layers=2."
+            f"distill.student={said} has another vocabulary than the model, and the exported tokenizer is "
+            "the model's. Name a student with the same tokenizer, or take some of the model's layers: "
+            "distill.layers=2."
         )
     encoder = load_pretrained(base)
     sizes = [sum(p.numel() for p in encoder_of(one).parameters()) for one in (encoder, teacher)]
     if sizes[0] >= sizes[1]:
         raise ModelError(
-            f"distill.student={said} has {sizes[0]:,} numbers and the model's encoder {sizes[1]:,}: a student is "
-            "smaller. Name a smaller encoder, or give distill.layers=2."
+            f"distill.student={said} has {sizes[0]:,} numbers and the model's encoder {sizes[1]:,}: a "
+            "student is smaller. Name a smaller encoder, or give distill.layers=2."
         )
     same = encoder.config.hidden_size == encoder_of(teacher).config.hidden_size  # type: ignore[union-attr]
     model = _classifier(encoder, teacher, same=bool(same))
@@ -207,8 +213,8 @@ def _classifier(encoder: nn.Module, teacher: nn.Module, *, same: bool) -> nn.Mod
     if not isinstance(teacher, FedtuneForSequenceClassification):
         if not same:
             raise ModelError(
-                "A base encoder has nothing but its states to learn from, so its student needs the same width. Take "
-                "some of its layers: distill.layers=2."
+                "A base encoder has nothing but its states to learn from, so its student needs the same "
+                "width. Take some of its layers: distill.layers=2."
             )
         return encoder.eval()
     config: Any = copy.deepcopy(teacher.config)
@@ -238,7 +244,14 @@ def _learnt(
     teacher = Teacher.ask(lesson.original, lesson.more, compared, lesson.pad, part(0, 1.0))
     own = list(range(len(state.places))) if compared else []
     loss = learn(
-        state.model, teacher, own, settings.transfer, settings.seed, lesson.pad, part(ask, 1.0), embeddings=embeddings
+        state.model,
+        teacher,
+        own,
+        settings.transfer,
+        settings.seed,
+        lesson.pad,
+        part(ask, 1.0),
+        embeddings=embeddings,
     )
     return replace(state, loss=loss)
 

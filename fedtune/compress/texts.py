@@ -1,14 +1,17 @@
 """Which texts a compression learns from, and which it is measured on: never the same, and never private ones.
 
-    learn from    a file that a person names, of public or unlabelled texts; else part of the run's public test
+    learn from    a file that a person names, of public or unlabelled texts; else part of the run's public
+    test
                   split, whose labels are not looked at
-    measured on   the public test split: the other part of it (no person is in both), or all of it but what the
+    measured on   the public test split: the other part of it (no person is in both), or all of it but what
+    the
                   file has too
 
-What is computed from the released model and from such texts is post-processing (Dwork and Roth 2014, proposition
-2.1): it spends no privacy, and the run's statement stays true as it is. Texts of the nodes are another thing: a
-student that learns from them learns about them. So a file that has texts of the run's own private training data,
-where that can be read here, is refused; where it cannot be read, whoever names the file answers for it.
+What is computed from the released model and from such texts is post-processing (Dwork and Roth 2014,
+proposition 2.1): it spends no privacy, and the run's statement stays true as it is. Texts of the nodes are
+another thing: a student that learns from them learns about them. So a file that has texts of the run's own
+private training data, where that can be read here, is refused; where it cannot be read, whoever names the
+file answers for it.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ from fedtune.export.checks import lines_of, public_test_split
 __all__ = ["POST_PROCESSING", "Texts", "altered", "texts_for", "texts_of_file"]
 
 POST_PROCESSING = (
-    "Everything here was computed from the released model and from texts that are not its training data. That is "
-    "post-processing: it spends no privacy, and the guarantee is the run's own."
+    "Everything here was computed from the released model and from texts that are not its training data. "
+    "That is post-processing: it spends no privacy, and the guarantee is the run's own."
 )
 _LEAST = 8  # texts to learn from, or to measure on
 
@@ -67,16 +70,17 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
         named: a file of texts to learn from, one a line; None: `share` of the public test split's persons.
 
     Raises:
-        DataError: the file is missing, empty, no text, or has private texts of the run; or the run has no public
+        DataError: the file is missing, empty, no text, or has private texts of the run; or the run has no
+        public
             test split.
         ResourceError: it cannot be read.
     """
     public = public_test_split(record)
     if public is None:
         raise DataError(
-            "This run has no public test split, so that nothing could be measured, and nothing learnt from. Name "
-            "a labelled public test file when you run (data.test_split=test data.test_public=true), or leave the "
-            "model as it is: fedtune export."
+            "This run has no public test split, so that nothing could be measured, and nothing learnt from. "
+            "Name a labelled public test file when you run (data.test_split=test data.test_public=true), or "
+            "leave the model as it is: fedtune export."
         )
     if named is None:
         learn, measure = hold_out(public, 1 - share, seed)
@@ -93,8 +97,8 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
     learn_lines = tuple(line for line in lines if _plain(line) not in measured)
     if len(learn_lines) < len(lines):
         notes.append(
-            f"{len(lines) - len(learn_lines):,} of the {len(lines):,} texts of {Path(named).name} are in the test "
-            "split too: they were not learnt from."
+            f"{len(lines) - len(learn_lines):,} of the {len(lines):,} texts of {Path(named).name} are in the "
+            "test split too: they were not learnt from."
         )
     return _checked(
         Texts(
@@ -121,27 +125,34 @@ def texts_of_file(named: str | None, seed: int) -> Texts:
     some = max(1, len(lines) // 10)
     name = Path(named).name
     return _checked(
-        Texts(tuple(lines[some:]), f"nine tenths of {name}", tuple(lines[:some]), f"a tenth of {name}", None, None)
+        Texts(
+            tuple(lines[some:]),
+            f"nine tenths of {name}",
+            tuple(lines[:some]),
+            f"a tenth of {name}",
+            None,
+            None,
+        )
     )
 
 
 def _checked(texts: Texts) -> Texts:
     if min(len(texts.learn), len(texts.measure)) < _LEAST:
         raise DataError(
-            f"There are {len(texts.learn)} texts to learn from and {len(texts.measure)} to measure on, and each "
-            f"takes {_LEAST} or more. Name a larger file: texts=FILE."
+            f"There are {len(texts.learn)} texts to learn from and {len(texts.measure)} to measure on, and "
+            f"each takes {_LEAST} or more. Name a larger file: texts=FILE."
         )
     return texts
 
 
 def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
-    """Refuses `lines` that are private training texts of the run; notes of what was found or cannot be known."""
+    """Refuses private training texts of the run among `lines`; notes of what was found or cannot be known."""
     try:
         train: Corpus = load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0]
     except (FedtuneError, OSError) as error:
         return [
-            "The run's training data cannot be read here, so that nobody could compare the named texts with it "
-            f"({type(error).__name__})."
+            "The run's training data cannot be read here, so that nobody could compare the named texts with "
+            f"it ({type(error).__name__})."
         ]
     own = {_plain(text) for text in train.texts}
     shared = sum(_plain(line) in own for line in lines)
@@ -149,15 +160,16 @@ def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
         return []
     if record["privacy"].get("data_public") is not True:
         raise DataError(
-            f"{shared:,} of the {len(lines):,} texts are private training texts of this run. To learn from them "
-            "would tell about them what no ledger was charged for, and a charged way is not supported. Name texts "
-            "that are public or nobody's (texts=FILE), or leave texts out: part of the public test split is taken. "
-            "To train a smaller model on the nodes' own texts, compress the base first and then run, which is "
-            "charged: fedtune compress embedded:minilm -o FOLDER texts=FILE, then fedtune run model.name=FOLDER."
+            f"{shared:,} of the {len(lines):,} texts are private training texts of this run. To learn from "
+            "them would tell about them what no ledger was charged for, and a charged way is not supported. "
+            "Name texts that are public or nobody's (texts=FILE), or leave texts out: part of the public "
+            "test split is taken. To train a smaller model on the nodes' own texts, compress the base first "
+            "and then run, which is charged: fedtune compress embedded:minilm -o FOLDER texts=FILE, then "
+            "fedtune run model.name=FOLDER."
         )
     return [
-        f"{shared:,} of the {len(lines):,} texts to learn from are training texts of the run, which its owner "
-        "declared public. Their labels were not looked at; but on other data this would not be free."
+        f"{shared:,} of the {len(lines):,} texts to learn from are training texts of the run, which its "
+        "owner declared public. Their labels were not looked at; but on other data this would not be free."
     ]
 
 
@@ -166,11 +178,12 @@ def _plain(text: str) -> str:
 
 
 def altered(texts: Sequence[str], copies: int, mask: str, seed: int) -> list[str]:
-    """`copies` altered copies of each text, for a teacher to say what it thinks of them (Tang et al. 2019, 4.3).
+    """`copies` altered copies of each text, for a teacher to say what it thinks of them (Tang et al. 2019,
+    4.3).
 
-    Of each copy a word in ten is masked, another in ten is one of another text; of a copy in four a part of one
-    to five words is left alone. (They replace words by others of the same part of speech; there is no tagger
-    here.)
+    Of each copy a word in ten is masked, another in ten is one of another text; of a copy in four a part of
+    one to five words is left alone. (They replace words by others of the same part of speech; there is no
+    tagger here.)
     """
     chance = random.Random(seed)
     words = [word for text in texts for word in text.split()]

@@ -2,10 +2,10 @@
 
     loss = t^2 KL(softmax(teacher / t), softmax(student / t))  +  h mean over layers |s_l - t_l|^2
 
-s_l and t_l [d] are the means of a text's token states after a layer, scaled to length one. That second part is
-of Sun et al. 2019 ("patient" distillation), who take the first token; these models read the mean. What the
-teacher says is computed once. Embeddings are the teacher's and stay so where the student has its width: they are
-half of a small BERT's numbers, and say little of the task.
+s_l and t_l [d] are the means of a text's token states after a layer, scaled to length one. That second part
+is of Sun et al. 2019 ("patient" distillation), who take the first token; these models read the mean. What
+the teacher says is computed once. Embeddings are the teacher's and stay so where the student has its width:
+they are half of a small BERT's numbers, and say little of the task.
 
 Shapes: n texts, b texts in a batch, s tokens, d width, l layers compared, c classes.
 """
@@ -86,7 +86,7 @@ def padded(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def pooled_states(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Token states [b, s, d] after l layers -> their means over the text's tokens, at length one, [b, l, d]."""
+    """Token states [b, s, d] after l layers -> their means over a text's tokens, at length one, [b, l, d]."""
     weights = mask.float()[..., None]
     means = [(one.float() * weights).sum(1) / weights.sum(1) for one in hidden]
     return functional.normalize(torch.stack(means, 1), dim=-1)
@@ -95,7 +95,7 @@ def pooled_states(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
 def forward(
     model: Any, tokens: Tensor, mask: Tensor, layers: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Logits [b, c] (None of a bare encoder), and pooled states [b, l, d] after `layers` (None where empty)."""
+    """Logits [b, c] (None of a bare encoder), and pooled states [b, l, d] after `layers` (None: of none)."""
     kept: dict[int, Tensor] = {}
     hooks = []
     stack = layers_of(encoder_of(model))
@@ -129,10 +129,9 @@ def learn(
     """Trains `student` in place to say what `teacher` says.
 
     Args:
-        layers: of the student, after which its states are compared with the teacher's, in the teacher's order.
-        pad: the token that fills up.
-        advance: is told of each step.
-        embeddings: whether they learn too.
+        layers: of the student, after which its states are compared with the teacher's, in the teacher's
+        order. pad: the token that fills up. advance: is told of each step. embeddings: whether they learn
+        too.
 
     Returns:
         The mean loss of the last epoch; NaN without one.
@@ -162,12 +161,13 @@ def learn(
             loss = _loss(teacher, rows, logits, states, settings)
             if not torch.isfinite(loss):
                 raise ModelError(
-                    f"The student's loss is {loss.item()} in step {step + 1} of {steps}: what it has learnt is lost. "
-                    f"Nothing was written. Lower transfer.learning_rate (it is {settings.learning_rate:g}), or look "
-                    "whether the model itself has weights that are no numbers."
+                    f"The student's loss is {loss.item()} in step {step + 1} of {steps}: what it has learnt "
+                    "is lost. Nothing was written. Lower transfer.learning_rate (it is "
+                    f"{settings.learning_rate:g}), or look whether the model itself has weights that are no "
+                    "numbers."
                 )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()

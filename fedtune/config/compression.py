@@ -1,4 +1,5 @@
-"""What `fedtune compress` does, as settings: a page of `conf/compress/`, and what the command line changes in it.
+"""What `fedtune compress` does, as settings: a page of `conf/compress/`, and what the command line changes
+in it.
 
 Each setting stands here once, with type, range and meaning; help, checks and messages follow from that, as
 for those of a run (`fedtune.config.schema`). `load` refuses steps in an order that makes no sense, before
@@ -14,12 +15,30 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from fedtune.config.convert import build, nearest, parse_yaml, read_yaml, settings, unknown_setting, value_text
+from fedtune.config.convert import (
+    build,
+    nearest,
+    parse_yaml,
+    read_yaml,
+    settings,
+    unknown_setting,
+    value_text,
+)
 from fedtune.config.pages import conf_dir, group_options
 from fedtune.config.schema import Before, Group, Text, as_tuple, setting
 from fedtune.errors import ConfigError
 
-__all__ = ["GROUP", "PAGE", "Compression", "Distill", "Prune", "Quantization", "Transfer", "load", "pages_text"]
+__all__ = [
+    "GROUP",
+    "PAGE",
+    "Compression",
+    "Distill",
+    "Prune",
+    "Quantization",
+    "Transfer",
+    "load",
+    "pages_text",
+]
 
 GROUP = "compress"
 PAGE = "student"  # where none is named
@@ -33,8 +52,8 @@ class Prune(Group):
 
     method: Literal["structured", "unstructured"] = setting(
         "structured",
-        "structured: heads, units and layers are cut out, so that it gets smaller and faster; unstructured: the "
-        "smallest weights become 0, which dense arithmetic is no faster with",
+        "structured: heads, units and layers are cut out, so that it gets smaller and faster; "
+        "unstructured: the smallest weights become 0, which dense arithmetic is no faster with",
     )
     heads: float = setting(0.0, "structured: share of the attention heads that go", ge=0, lt=1)
     units: float = setting(0.0, "structured: share of the feed-forward units that go", ge=0, lt=1)
@@ -49,7 +68,9 @@ class Distill(Group):
     layers: int | None = setting(
         None, "a student of so many of the model's own layers, evenly spaced; null: `student`", ge=1
     )
-    student: Text | None = setting(None, "a smaller encoder to start from: hub name, folder, or embedded:minilm")
+    student: Text | None = setting(
+        None, "a smaller encoder to start from: hub name, folder, or embedded:minilm"
+    )
 
 
 @dataclass
@@ -58,7 +79,7 @@ class Transfer(Group):
 
     epochs: int = setting(3, "passes over the texts; 0: it does not learn again", ge=0)
     batch: int = setting(32, "texts in a step", ge=1)
-    learning_rate: float = setting(1e-4, "of AdamW, falling to 0", gt=0, lt=1)
+    learning_rate: float = setting(2e-4, "of AdamW, falling to 0", gt=0, lt=1)
     temperature: float = setting(2.0, "by which logits are divided before they are compared", gt=0)
     hidden: float = setting(
         1.0,
@@ -85,8 +106,8 @@ class Compression(Group):
     )
     texts: Text | None = setting(
         None,
-        "a file of public or unlabelled texts to learn from, one a line; null: a part of the run's public test "
-        "split",
+        "a file of public or unlabelled texts to learn from, one a line; null: a part of the run's public "
+        "test split",
     )
     share: float = setting(
         0.5, "of the public test split's persons, to learn from; the others are measured on", gt=0, lt=1
@@ -108,7 +129,9 @@ def load(words: Sequence[str] = ()) -> Compression:
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
-            raise ConfigError(f"{word!r} is no setting: settings are written name=value, as in distill.layers=3.")
+            raise ConfigError(
+                f"{word!r} is no setting: settings are written name=value, as in distill.layers=3."
+            )
         if name in given:
             raise ConfigError(f"{name} is given twice ({word!r} is the second). Keep one of them.")
         given[name] = text
@@ -161,7 +184,8 @@ def _check(made: Compression) -> None:
     if "quantize" in steps[:-1]:
         raise ConfigError(
             f"steps={value_text(steps)}: quantize comes last. What follows it would train or cut integers, "
-            f"which have no gradient; write steps={value_text([*(s for s in steps if s != 'quantize'), 'quantize'])}."
+            "which have no gradient; write "
+            f"steps={value_text([*(s for s in steps if s != 'quantize'), 'quantize'])}."
         )
     if "quantize" in steps and not made.quantize:
         raise ConfigError("quantize=[] names no format. Write quantize=[int8], or leave the step out.")
@@ -180,12 +204,13 @@ def _check(made: Compression) -> None:
             )
         if distill.student is not None:
             raise ConfigError(
-                "steps=[prune,distill] with distill.student: the student starts from another encoder, so what was "
-                "pruned would be thrown away. Write steps=[distill,prune]."
+                "steps=[prune,distill] with distill.student: the student starts from another encoder, so "
+                "what was pruned would be thrown away. Write steps=[distill,prune]."
             )
     if made.transfer.epochs == 0 and "distill" in steps and distill.student is not None:
         raise ConfigError(
-            "transfer.epochs=0 with distill.student: the student would never have learnt the task. Give epochs."
+            "transfer.epochs=0 with distill.student: the student would never have learnt the task. Give "
+            "epochs."
         )
 
 
@@ -193,9 +218,7 @@ def _check_prune(made: Compression) -> None:
     prune = made.prune
     structured = {"prune.heads": prune.heads, "prune.units": prune.units, "prune.layers": prune.layers}
     unstructured = {"prune.weights": prune.weights}
-    own, other = (
-        (structured, unstructured) if prune.method == "structured" else (unstructured, structured)
-    )
+    own, other = (structured, unstructured) if prune.method == "structured" else (unstructured, structured)
     if not any(own.values()):
         raise ConfigError(
             f"prune.method={prune.method} would cut nothing: give {' or '.join(own)}, as in "
@@ -208,7 +231,8 @@ def _check_prune(made: Compression) -> None:
         )
     if prune.layers and "distill" in made.steps and made.distill.layers is not None:
         raise ConfigError(
-            "prune.layers and distill.layers both take layers out. Keep distill.layers, and prune heads or units."
+            "prune.layers and distill.layers both take layers out. Keep distill.layers, and prune heads or "
+            "units."
         )
 
 

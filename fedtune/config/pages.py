@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fedtune.config.convert import settings, value_text
+from fedtune.config.schema import Config
 from fedtune.errors import ConfigError
 
 __all__ = ["GROUPS", "conf_dir", "default_options", "group_options", "groups_text", "settings_text"]
@@ -84,16 +85,17 @@ def groups_text(width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def settings_text(defaults: Mapping[str, Any], width: int = 100) -> str:
+def settings_text(defaults: Mapping[str, Any], width: int = 100, schema: type = Config) -> str:
     """One paragraph a setting: name=default, what it means, and which values it may have.
 
     Args:
         defaults: as nested dictionaries.
         width: of a line; on a narrow terminal, below 96, the meaning stands below the name.
+        schema: whose settings they are.
     """
     lines = []
     beside = width >= 96
-    for name, setting in settings().items():
+    for name, setting in settings(schema).items():
         group, _, last = name.rpartition(".")
         value = defaults[group][last] if group else defaults[last]
         head = f"  {name}={value_text(value)}"

@@ -149,7 +149,9 @@ def _write(
     about = {}
     for name in formats:
         say(f"writing and checking {name}")
-        forward = _adapter(folder, adapter) if name == "adapter" else write_format(name, folder, model, inputs)
+        forward = (
+            _adapter(folder, adapter) if name == "adapter" else write_format(name, folder, model, inputs)
+        )
         about[name] = figures_of(name, folder, original, logits_of(forward), asked.labels)
     if "onnx" not in formats:
         (folder / PATHS["onnx"]).unlink(missing_ok=True)  # int8 is made of it
@@ -169,7 +171,7 @@ def describe(
     asked: checks.CheckTexts,
     original: NDArray[np.float32],
 ) -> dict[str, Any]:
-    """What export.json says of a model whose own logits of the texts `asked` are `original`, float32 [n, c]."""
+    """What export.json says of a model whose logits of the texts `asked` are `original`, float32 [n, c]."""
     return {
         "schema": 1,
         "fedtune": __version__,
@@ -201,7 +203,8 @@ def figures_of(
     found: NDArray[np.float32],
     labels: NDArray[np.int64] | None,
 ) -> dict[str, Any]:
-    """What export.json says of one format in `folder`, which gave the logits `found` where `original` was right.
+    """What export.json says of one format in `folder`, which gave the logits `found` where `original` was
+    right.
 
     Raises:
         ModelError: it is float32, and gives others.
@@ -225,9 +228,7 @@ def _adapter(folder: Path, adapter: Path) -> Any:
     return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]))
 
 
-def write_format(
-    name: str, folder: Path, model: Any, inputs: Sequence[str], threads: int = 0
-) -> Forward:
+def write_format(name: str, folder: Path, model: Any, inputs: Sequence[str], threads: int = 0) -> Forward:
     """Writes `model` in one format into `folder`, which has its configuration; what asks the files there.
 
     Args:
@@ -252,6 +253,10 @@ def write_format(
         onnx_files.write_fp32(model, inputs, plain)
     if name == "onnx-int8":
         onnx_files.write_int8(plain, path)
+    elif name != "onnx":
+        from fedtune.models.onnx_weights import write_weights
+
+        write_weights(plain, path, "nf4" if name == "onnx-nf4" else "int8")
     return onnx_forward(path, threads)
 
 

@@ -126,7 +126,9 @@ class FedtuneForSequenceClassification(PreTrainedModel):
 
 def layers_of(encoder: Any) -> nn.ModuleList:
     """The layers of an encoder of transformers' BERT family."""
-    layers: nn.ModuleList = (encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder).layer
+    layers: nn.ModuleList = (
+        encoder.transformer if hasattr(encoder, "transformer") else encoder.encoder
+    ).layer
     return layers
 
 

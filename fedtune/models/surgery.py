@@ -1,12 +1,13 @@
-"""An encoder with layers, attention heads and feed-forward units taken out: a smaller model, not a masked one.
+"""An encoder with layers, attention heads and feed-forward units taken out: a smaller model, not a masked
+one.
 
-`cut` gives a new model of the same class whose matrices lack the rows and columns of what went, with all other
-numbers as they were. Which may go is for `fedtune.compress`; `masked` lets it ask what each of them matters:
-inside it, heads and units are multiplied by masks that a gradient can be taken of.
+`cut` gives a new model of the same class whose matrices lack the rows and columns of what went, with all
+other numbers as they were. Which may go is for `fedtune.compress`; `masked` lets it ask what each of them
+matters: inside it, heads and units are multiplied by masks that a gradient can be taken of.
 
-Works on a `FedtuneForSequenceClassification` (whose configuration then says how many heads and units each layer
-has) and on a bare encoder of transformers', whose own configuration has one number of units for all layers and
-none for fewer heads of the same width: there, units are cut evenly and heads not at all.
+Works on a `FedtuneForSequenceClassification` (whose configuration then says how many heads and units each
+layer has) and on a bare encoder of transformers', whose own configuration has one number of units for all
+layers and none for fewer heads of the same width: there, units are cut evenly and heads not at all.
 """
 
 from __future__ import annotations
@@ -90,22 +91,23 @@ def anatomy(model: nn.Module) -> Anatomy:
     Raises:
         ModelError: its layers are of a make that is not known here.
     """
-    encoder = encoder_of(model)
+    encoder: Any = encoder_of(model)
+    config = encoder.config
     try:
         layers = list(layers_of(encoder))
         heads, units = [], []
-        config: Any = encoder.config
         head_size = config.hidden_size // config.num_attention_heads
         for layer in layers:
             given, _, units_of, _ = _parts(layer)
-            heads.append(layer.get_submodule(given[0]).out_features // head_size)  # type: ignore[operator]
+            heads.append(layer.get_submodule(given[0]).out_features // head_size)
             units.append(layer.get_submodule(units_of).out_features)
     except AttributeError as error:
         raise ModelError(
-            f"An encoder of type {encoder.config.model_type!r} cannot be cut: fedtune knows the layers of BERT, "  # type: ignore[union-attr]
+            f"An encoder of type {config.model_type!r} cannot be cut: "
+            "fedtune knows the layers of BERT, "
             "RoBERTa, ELECTRA and DistilBERT. Leave prune and distill.layers out: steps=[quantize]."
         ) from error
-    return Anatomy(tuple(heads), tuple(units), config.hidden_size, head_size)  # type: ignore[arg-type]
+    return Anatomy(tuple(heads), tuple(units), config.hidden_size, head_size)
 
 
 def cut(model: nn.Module, kept: Kept) -> Any:
@@ -115,7 +117,7 @@ def cut(model: nn.Module, kept: Kept) -> Any:
         ModelError: `model` is a bare encoder, and heads go, or layers would differ in their units.
     """
     whole = anatomy(model)
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     classifier = isinstance(model, FedtuneForSequenceClassification)
     inner: Any = config.encoder if classifier else config
     setattr(inner, inner.attribute_map.get("num_hidden_layers", "num_hidden_layers"), len(kept.layers))
@@ -125,8 +127,8 @@ def cut(model: nn.Module, kept: Kept) -> Any:
     else:
         if any(count != whole.heads[layer] for layer, count in zip(kept.layers, heads, strict=True)):
             raise ModelError(
-                "Attention heads cannot be cut out of a base encoder: transformers' configuration has no place "
-                "for fewer heads of the same width, so nothing could load it. Prune units or layers "
+                "Attention heads cannot be cut out of a base encoder: transformers' configuration has no "
+                "place for fewer heads of the same width, so nothing could load it. Prune units or layers "
                 "(prune.heads=0 prune.units=0.33), or prune heads of a finished run."
             )
         if len(set(units)) > 1:

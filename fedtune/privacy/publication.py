@@ -316,7 +316,9 @@ SINKS: Mapping[str, Fields] = {
         **dict.fromkeys(("base", "settings"), _SETTING),
         "texts": public("what it learnt from and was measured on, in words, and how many there were"),
         "processor": public("whose speeds these are"),
-        **dict.fromkeys(("original", "steps", "formats"), public("sizes, and figures and speeds of public texts")),
+        **dict.fromkeys(
+            ("original", "steps", "formats"), public("sizes, and figures and speeds of public texts")
+        ),
     },
     # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},

@@ -5,6 +5,8 @@
     config.json tokenizer.json ...          labels and tokenizer, for every format
     model.safetensors modeling_fedtune.py   hf: transformers
     onnx/model.onnx, onnx/model_int8.onnx   onnx, onnx-int8: onnxruntime
+    onnx/model_int8_weights.onnx ...        onnx-int8-weights, onnx-nf4: of a compressed model, if asked for
+    compression.json                        of a compressed model: what was done, and its measured effects
     adapter/                                adapter: peft, onto a base of one's own
     SHA256SUMS                              of every other file, as `sha256sum -c SHA256SUMS` reads it
 
@@ -26,13 +28,15 @@ from fedtune.errors import ConfigError, ModelError
 
 __all__ = ["EXPORT_NAME", "FORMATS", "PATHS", "SUMS_NAME", "Bundle", "write_sums"]
 
-FORMATS = ("hf", "adapter", "onnx", "onnx-int8")
+FORMATS = ("hf", "adapter", "onnx", "onnx-int8")  # that an export has
 # The file of each format that holds its weights.
 PATHS: Mapping[str, str] = {
     "hf": "model.safetensors",
     "adapter": "adapter/adapter_model.safetensors",
     "onnx": "onnx/model.onnx",
     "onnx-int8": "onnx/model_int8.onnx",
+    "onnx-int8-weights": "onnx/model_int8_weights.onnx",
+    "onnx-nf4": "onnx/model_nf4.onnx",
 }
 _ALWAYS = ("DATA.md", "README.md", "config.json", "statement.md", "tokenizer.json")  # whatever the formats
 EXPORT_NAME = "export.json"
@@ -66,7 +70,7 @@ class Bundle:
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
             labels, formats = about["labels"], about["formats"]
-            if about["schema"] != 1 or not labels or not set(formats) <= set(FORMATS):
+            if about["schema"] != 1 or not labels or not set(formats) <= set(PATHS):
                 raise ValueError(f"schema {about['schema']!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(
@@ -97,7 +101,11 @@ class Bundle:
         Raises:
             ConfigError: it is not there.
         """
-        runnable = [name for name in ("onnx-int8", "onnx", "hf") if name in self.about["formats"]]
+        runnable = [
+            name
+            for name in ("onnx-int8", "onnx", "onnx-int8-weights", "onnx-nf4", "hf")
+            if name in self.about["formats"]
+        ]
         if wanted is None and runnable:
             return runnable[0]
         if wanted not in runnable:

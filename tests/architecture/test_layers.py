@@ -33,6 +33,7 @@ LAYERS = (
     "runs",
     "serving",
     "export",
+    "compress",
     "report",
     "sweeps",
     "api",
@@ -81,11 +82,22 @@ HOMES: dict[str, tuple[str, ...]] = {
     "click": ("cli",),
     "typer": ("cli",),
     "pandas": ("report",),
-    "rich": ("runs", "serving", "export", "report", "sweeps", "api", "cli"),
+    "rich": ("runs", "serving", "export", "compress", "report", "sweeps", "api", "cli"),
     "mlflow": ("runs",),
     "wandb": ("runs",),
     "numpy": tuple(layer for layer in LAYERS if layer not in ("errors", "config", "cli")),
-    "torch": ("models", "training", "federation", "engines", "deploy", "audit", "runs", "serving", "export"),
+    "torch": (
+        "models",
+        "training",
+        "federation",
+        "engines",
+        "deploy",
+        "audit",
+        "runs",
+        "serving",
+        "export",
+        "compress",
+    ),
 }
 
 

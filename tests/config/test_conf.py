@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune.config import Config
+from fedtune.config import Config, compression
 from fedtune.config.choices import resolved
 from fedtune.config.convert import to_dict
 from fedtune.config.loader import load
@@ -38,7 +38,19 @@ def first_comment(path: Path) -> list[str]:
 def test_every_group_has_pages() -> None:
     assert {group for group, _ in PAGES} == set(GROUPS)
     folders = {path.name for path in conf_dir().iterdir() if path.is_dir()}
-    assert folders == set(GROUPS)
+    assert folders == {*GROUPS, compression.GROUP}  # that one is for 'fedtune compress'
+
+
+@pytest.mark.parametrize("name", group_options(compression.GROUP))
+def test_a_page_of_a_compression_is_what_its_command_does_and_repeats_no_default(name: str) -> None:
+    path = page(compression.GROUP, name)
+    command = shlex.split(first_comment(path)[0])
+    assert command[:3] == ["fedtune", "compress", "RUN_DIR"]
+    assert command[3:] == ([] if name == compression.PAGE else [f"compress={name}"])
+    assert compression.load(command[3:]) == compression.load([f"compress={name}"])
+    assert compression.load(command[3:]) != compression.Compression()
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert repeated(values, to_dict(compression.Compression())) == []
 
 
 @pytest.mark.parametrize(("group", "name"), PAGES, ids=IDS)
