@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedtune.privacy.statement.markdown import bullets, table
+from fedtune.privacy.statement.markdown import bullets, coded, plain, table
 from fedtune.runs.summary import human_bytes
 
 __all__ = ["compressed_card", "encoder_card", "points"]
@@ -28,8 +28,8 @@ def encoder_card(about: Mapping[str, Any]) -> str:
     """README.md of a compressed base encoder."""
     parts = [
         "# A smaller encoder",
-        f"Made of `{about['base']['name']}` by fedtune {about['fedtune']}; no private text was used. Train a "
-        "classifier on it in a federation: `fedtune run model.name=FOLDER`.",
+        f"Made of {coded(about['base']['name'])} by fedtune {about['fedtune']}; no private text was used. "
+        "Train a classifier on it in a federation: `fedtune run model.name=FOLDER`.",
         "## How it was made smaller",
         *_compression(about),
         "## Files",
@@ -64,11 +64,11 @@ def _compression(about: Mapping[str, Any]) -> list[str]:
     return [
         bullets(
             [
-                *(f"{step['what'].capitalize()}." for step in about["steps"]),
-                f"Learnt from {texts['num_learn']:,} texts: {texts['learn_from']}. No label of them was "
-                "looked at.",
-                f"Measured on {texts['num_measured']:,} texts: {texts['measured_on']}.",
-                *texts["notes"],
+                *(f"{plain(step['what'][:1].upper() + step['what'][1:])}." for step in about["steps"]),
+                f"Learnt from {texts['num_learn']:,} texts: {plain(texts['learn_from'])}. No label of them "
+                "was looked at.",
+                f"Measured on {texts['num_measured']:,} texts: {plain(texts['measured_on'])}.",
+                *map(plain, texts["notes"]),
                 *([about["privacy"]] if about["privacy"] else []),
             ]
         ),

@@ -99,8 +99,10 @@ def anatomy(model: nn.Module) -> Anatomy:
         head_size = config.hidden_size // config.num_attention_heads
         for layer in layers:
             given, _, units_of, _ = _parts(layer)
-            heads.append(layer.get_submodule(given[0]).out_features // head_size)
-            units.append(layer.get_submodule(units_of).out_features)
+            query: Any = layer.get_submodule(given[0])
+            up: Any = layer.get_submodule(units_of)
+            heads.append(query.out_features // head_size)
+            units.append(up.out_features)
     except AttributeError as error:
         raise ModelError(
             f"An encoder of type {config.model_type!r} cannot be cut: "
