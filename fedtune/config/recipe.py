@@ -31,7 +31,7 @@ __all__ = ["adapter_of", "centre_rounds", "chosen", "filled", "head_rounds", "in
 _OPINIONS = 20_000  # records in the training part of the embedded corpora, which are public
 _LARGE, _FEW = 10_000, 10  # units and classes from which, and up to which, an adapter inside the encoder pays
 # On the test split in one run: as many as a curve needs; inside the encoder each takes as long as a round.
-_EVALUATIONS, _EVALUATIONS_INSIDE = 12, 6
+_EVALUATIONS, _EVALUATIONS_INSIDE = 12, 5
 
 # Where nodes train by themselves. What the others do not name is as here.
 _ON_NODES: dict[str, Any] = {
@@ -87,7 +87,7 @@ _MOST_RATE, _UNKNOWN_RATE = 0.5, 0.1  # of sampling; the second where nobody has
 # Inside the encoder, where noise is light, where it is heavy, and without any: the largest rate, units in a
 # step, and steps by what the run may take.
 _LIGHT = (0.01, 512.0, {"quick": 50, "standard": 80, "thorough": 200})
-_HEAVY = (0.008, 1000.0, {"quick": 25, "standard": 50, "thorough": 100})
+_HEAVY = (0.008, 1000.0, {"quick": 25, "standard": 45, "thorough": 100})
 _NONE = (0.003, 128.0, {"quick": 200, "standard": 400, "thorough": 1600})
 _LIGHT_FROM = 6.0  # epsilon
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Hashable, Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.data.batches import MicroBatch
 from fedtune.errors import ModelError
 from fedtune.models.adapters import add_adapter, lowest_trained_layer
 from fedtune.models.encoder import (
@@ -39,6 +41,7 @@ from fedtune.models.encoder import (
 )
 from fedtune.models.merged_layers import MergedLayers, Seen
 from fedtune.models.quantization import stored_bytes
+from fedtune.models.side_by_side import side_by_side
 
 __all__ = [
     "LENGTH",
@@ -49,6 +52,8 @@ __all__ = [
     "load_saved",
     "read_saved",
 ]
+
+_Result = TypeVar("_Result")
 
 # Of a text's vector as the head sees it. Weights and bias share one clipped gradient by how long their inputs
 # are: at 3 the bias, whose input is 1, has a tenth of it (squared); beside a vector of length 1 it had half.
@@ -130,7 +135,7 @@ class EncoderClassifier(nn.Module):
     ) -> Tensor:
         """Logits [b, c] from ids [b, s] with mask [b, s]; or from `hidden` [b, s, d], the input of layer
         `first_layer`; or from `pooled` [b, d], as `pool` gave it, before it is scaled. `layers` run in place
-        of the encoder's own from where they begin, and list in `seen` what is trained."""
+        of the encoder's own from where they begin, and list in `seen` what is trained, the head too."""
         if pooled is None:
             if attention_mask is None:
                 if input_ids is None:
@@ -147,7 +152,12 @@ class EncoderClassifier(nn.Module):
             hidden = self.encoder.run(hidden, mask, first_layer, last)
             hidden = hidden if layers is None else layers.run(hidden, mask, seen)
             pooled = self.pool(hidden, mask)
-        return self.classifier(self.scaled(pooled))
+        if seen is None:
+            return self.classifier(self.scaled(pooled))
+        one_token = self.scaled(pooled)[:, None]
+        logits = self.classifier(one_token)
+        seen.append(Seen.of_linear(self.classifier, one_token, logits))
+        return logits[:, 0]
 
     def scaled(self, pooled: Tensor) -> Tensor:
         """What the head sees of `pooled` [b, d]: in float32 whatever the encoder computed in; a vector of
@@ -169,6 +179,11 @@ class FlopCount:
     def __init__(self) -> None:
         self.total = 0
         self._known: dict[Hashable, int] = {}
+        self._adding = threading.Lock()
+
+    def knows(self, shape: Hashable) -> bool:
+        """Whether `counting` of it looks up; where it counts, no other thread may use the model."""
+        return shape in self._known
 
     @contextmanager
     def counting(self, shape: Hashable) -> Iterator[None]:
@@ -181,7 +196,8 @@ class FlopCount:
             with FlopCounterMode(display=False) as counter:
                 yield
             self._known[shape] = counter.get_total_flops()
-        self.total += self._known[shape]
+        with self._adding:
+            self.total += self._known[shape]
 
 
 class AdaptedModel:
@@ -306,6 +322,12 @@ class AdaptedModel:
             known[key] = _digest_below(self.base.encoder, *key)
         return known[key]
 
+    @property
+    def runs_merged(self) -> bool:
+        """Whether there are `merged_layers`."""
+        first, last = self.first_layer, self.num_layers
+        return first < last and MergedLayers.takes(self.base.encoder, first, last)
+
     def merged_layers(self, precision: str) -> MergedLayers | None:
         """The layers from the first trained one, with the adapter as it is now; None where there are none, or
         they are of a make that must run as it is. `precision` as `train.precision`."""
@@ -314,6 +336,22 @@ class AdaptedModel:
         bf16 = computes_in(self.device, precision) == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
         return MergedLayers.of(self.base.encoder, self.first_layer, self.num_layers, dtype)
+
+    def each(
+        self,
+        what: str,
+        work: Callable[[MicroBatch], _Result],
+        batches: Sequence[MicroBatch],
+        layers: MergedLayers | None,
+    ) -> Iterator[_Result]:
+        """`work` of each of `batches`, in turn; with `layers`, in which nothing is written, side by side.
+
+        `what`: `work` counts its operations as `flops.counting((what, *batch.shape))`.
+        """
+        if layers is None:
+            return map(work, batches)
+        alone = lambda batch: not self.flops.knows((what, *batch.shape))  # noqa: E731
+        return side_by_side(work, batches, device=self.device, alone=alone)
 
     def logits(
         self,

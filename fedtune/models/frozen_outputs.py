@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.config.files import cache_dir, lock_file
-from fedtune.data.batches import micro_batches, pad
+from fedtune.data.batches import MicroBatch, micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.errors import ResourceError
 from fedtune.models.classifier import AdaptedModel
@@ -291,11 +291,11 @@ def _compute(
     done, waiting, items = 0, 0, dict[bytes, NDArray[np.float16]]()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layers = MergedLayers.of(encoder, 0, model.first_layer, dtype) if len(missing) else None
-    for batch in micro_batches(corpus.lengths[missing], tokens):
-        records = missing[batch.records]
-        ids, mask = pad(corpus, records, batch.length, batch.rows)
+
+    def work(batch: MicroBatch) -> tuple[MicroBatch, NDArray[np.float16]]:
+        ids, mask = pad(corpus, missing[batch.records], batch.length, batch.rows)
         on_device = torch.from_numpy(mask).to(model.device)
-        with model.flops.counting(("frozen", batch.rows, batch.length)):
+        with model.flops.counting(("frozen", *batch.shape)):
             hidden = encoder.embed(torch.from_numpy(ids).to(model.device), on_device)
             if layers is not None:
                 hidden = layers.run(hidden, on_device)
@@ -303,7 +303,10 @@ def _compute(
                 with autocast(model.device, precision):
                     hidden = encoder.run(hidden, on_device, 0, model.first_layer).float()
         output = model.base.pool(hidden, on_device)[:, None] if pooled else hidden
-        kept = output.cpu().numpy().astype(np.float16)
+        return batch, output.cpu().numpy().astype(np.float16)
+
+    for batch, kept in model.each("frozen", work, micro_batches(corpus.lengths[missing], tokens), layers):
+        records = missing[batch.records]
         for row, record in enumerate(records):
             size = 1 if pooled else corpus.lengths[record]
             items[digests[record]] = kept[row, :size].copy()

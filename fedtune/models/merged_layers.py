@@ -9,6 +9,7 @@ plain encoder (in bfloat16 half of it) while it lives.
 Per-example gradients need no gradient of a weight. With y = x W^T + b and g the loss' derivative by y, which
 autograd gives, an example's gradient is, summed over its tokens t (Goodfellow 2015, arXiv 1510.01799):
 
+    W        sum_t g_t x_t^T
     bias     sum_t g_t
     B        s sum_t g_t (A x_t)^T
     A        s sum_t (B^T g_t) x_t^T
@@ -84,10 +85,13 @@ class _Part:
     end: int
     bias: nn.Parameter | None
     adapter: _LowRank | None
+    weight: nn.Parameter | None = None
 
     def per_example(self, x: Tensor, g: Tensor) -> _Gradients:
         g = g[..., self.begin : self.end]
         found = [] if self.adapter is None else self.adapter.per_example(x, g)
+        if self.weight is not None:
+            found.append((self.weight, torch.bmm(g.transpose(1, 2), x)))
         return found if self.bias is None else [*found, (self.bias, g.sum(1))]
 
 
@@ -98,6 +102,15 @@ class Seen:
     x: Tensor
     y: Tensor
     parts: tuple[_Part, ...]
+
+    @classmethod
+    def of_linear(cls, linear: nn.Module, x: Tensor, y: Tensor) -> Seen:
+        """Of a linear layer that is trained itself: `x` [b, s, in] and what it gave, `y` [b, s, out]."""
+        found = dict[str, nn.Parameter]()
+        for name, parameter in linear.named_parameters():
+            if parameter.requires_grad:  # PEFT keeps the frozen one that it copied beside it
+                found[name.rpartition(".")[2]] = parameter
+        return cls(x.detach(), y, (_Part(0, y.shape[-1], found["bias"], None, found["weight"]),))
 
     def per_example(self, g: Tensor) -> _Gradients:
         """From the loss' derivative by `y`: each trained parameter and its gradients, float32 [b, *shape]."""
@@ -221,10 +234,14 @@ class MergedLayers:
     @torch.no_grad()
     def of(cls, encoder: EncoderStack, first: int, last: int, dtype: torch.dtype) -> MergedLayers | None:
         """None if a layer is of a make that is not known here."""
-        chosen = list(encoder.layer)[first:last]
-        if not all(_is_known(layer) for layer in chosen):
+        if not cls.takes(encoder, first, last):
             return None
-        return cls(first, last, dtype, [_merged(layer, dtype) for layer in chosen])
+        return cls(first, last, dtype, [_merged(layer, dtype) for layer in list(encoder.layer)[first:last]])
+
+    @staticmethod
+    def takes(encoder: EncoderStack, first: int, last: int) -> bool:
+        """Whether these layers are all of a make that is known here."""
+        return all(_is_known(layer) for layer in list(encoder.layer)[first:last])
 
     def run(self, hidden: Tensor, mask: Tensor, seen: list[Seen] | None = None) -> Tensor:
         """All of its layers on `hidden` [b, s, d] with `mask` [b, s]; float32 [b, s, d].

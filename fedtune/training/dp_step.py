@@ -29,14 +29,15 @@ Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.data.batches import micro_batches
+from fedtune.data.batches import MicroBatch, micro_batches
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
@@ -46,6 +47,7 @@ from fedtune.training.example_gradients import example_gradients
 
 __all__ = ["clip_and_sum", "clipped_sum"]
 
+_Result = TypeVar("_Result")
 _ROWS = 4096  # of a head's batch at once
 _PAIRED = 1024  # of them where records of one unit are paired, of whole units
 _BLOCK = 1 << 25  # numbers of units' summed gradients in memory at once; bounds it, and changes nothing else
@@ -76,7 +78,7 @@ def clip_and_sum(gradients: Sequence[Tensor], plan: PrivacyPlan, heads: Sequence
     return sums
 
 
-def _example_gradients(
+def _of_micro_batches(
     model: AdaptedModel,
     features: Features,
     records: NDArray[np.int64],
@@ -84,21 +86,26 @@ def _example_gradients(
     precision: str,
     label_smoothing: float,
     layers: MergedLayers | None,
-) -> Iterator[tuple[NDArray[np.int64], list[Tensor]]]:
-    """Micro-batch by micro-batch: positions [r] in `records`, and their gradients [r, n] a parameter.
-
-    `layers`: the model's merged ones, at the adapter as it is.
+    then: Callable[[NDArray[np.int64], list[Tensor]], _Result],
+) -> Iterator[_Result]:
+    """Of each micro-batch, in turn: `then` of positions [r] in `records` and of their gradients [r, n] a
+    parameter. With `layers`, which are the model's merged ones at the adapter as it is, several threads work
+    on as many micro-batches, `then` included.
     """
     labels_of = features.corpus.labels
-    for batch in micro_batches(features.lengths[records], micro_batch_tokens):
+
+    def work(batch: MicroBatch) -> _Result:
         rows = records[batch.records]
         arguments = features.inputs(rows, batch.rows, batch.length, model.device)
         target = torch.from_numpy(labels_of[rows]).to(model.device)
-        with model.flops.counting(("train", batch.rows, batch.length)):
+        with model.flops.counting(("train", *batch.shape)):
             gradients = example_gradients(model, arguments, target, precision, layers, label_smoothing)
         # Nobody's gradient moves the centre.
         gradients += [torch.zeros(batch.rows, p.numel(), device=model.device) for p in model.centre.values()]
-        yield batch.records, [g[: len(rows)] for g in gradients]
+        return then(batch.records, [g[: len(rows)] for g in gradients])
+
+    batches = micro_batches(features.lengths[records], micro_batch_tokens)
+    return model.each("train", work, batches, layers)
 
 
 def _blocks(
@@ -234,7 +241,7 @@ def clipped_sum(
 ) -> NDArray[np.float64]:
     """Sum over the drawn units of their clipped gradients, float64 [P]; see the module's guarantee.
 
-    Must run within `hooks_for(model, features)`, or `per_example_gradients(model)`.
+    Must run within `hooks_for(model, features)`.
 
     Args:
         features: of the shard's data.
@@ -252,8 +259,12 @@ def clipped_sum(
     layers = model.merged_layers(precision) if len(records) else None
     options = (micro_batch_tokens, precision, label_smoothing, layers)
     if units is None:
-        for _, gradients in _example_gradients(model, features, records, *options):
-            total += torch.cat(clip_and_sum(gradients, plan, model.heads)).cpu().double()
+
+        def clipped(_: NDArray[np.int64], gradients: list[Tensor]) -> Tensor:
+            return torch.cat(clip_and_sum(gradients, plan, model.heads)).cpu().double()
+
+        for part in _of_micro_batches(model, features, records, *options, clipped):
+            total += part
         return total.numpy()
     # Units come in blocks: a unit's records may then lie in micro-batches with others of like length, and
     # its gradients are added up in the block's row for it, and clipped when all of them are there.
@@ -263,8 +274,8 @@ def clipped_sum(
         chosen = np.flatnonzero((units >= block[0]) & (units <= block[-1]))
         row_of = np.searchsorted(block, units[chosen])
         sums = torch.zeros(len(block), model.num_parameters, device=model.device)
-        for positions, gradients in _example_gradients(model, features, records[chosen], *options):
-            index = torch.from_numpy(row_of[positions]).to(model.device)
-            sums.index_add_(0, index, torch.cat(gradients, dim=1))
+        joined = lambda positions, gradients: (positions, torch.cat(gradients, dim=1))  # noqa: E731
+        for positions, packed in _of_micro_batches(model, features, records[chosen], *options, joined):
+            sums.index_add_(0, torch.from_numpy(row_of[positions]).to(model.device), packed)
         total += torch.cat(clip_and_sum(model.split(sums), plan, model.heads)).cpu().double()
     return total.numpy()

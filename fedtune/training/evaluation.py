@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.config.schema import TrainConfig
-from fedtune.data.batches import micro_batches
+from fedtune.data.batches import MicroBatch, micro_batches
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
@@ -43,10 +43,14 @@ def predict_probabilities(
     features = Features.of(model, data, train.micro_batch_tokens, progress, precision=train.precision)
     result = np.zeros((data.num_records, model.base.num_labels), dtype=np.float32)
     layers = model.merged_layers(train.precision)
-    for batch in micro_batches(features.lengths, train.micro_batch_tokens):
+
+    def work(batch: MicroBatch) -> tuple[MicroBatch, torch.Tensor]:
         arguments = features.inputs(batch.records, batch.rows, batch.length, model.device)
-        with model.flops.counting(("predict", batch.rows, batch.length)):
-            logits = model.logits(arguments, train.precision, layers)
+        with model.flops.counting(("predict", *batch.shape)):
+            return batch, model.logits(arguments, train.precision, layers)
+
+    batches = micro_batches(features.lengths, train.micro_batch_tokens)
+    for batch, logits in model.each("predict", work, batches, layers):
         result[batch.records] = logits.softmax(-1).cpu().numpy()[: len(batch.records)]
     return result
 

@@ -1,8 +1,9 @@
 """Each example's gradient, of a whole micro-batch at once.
 
-Opacus' hooks give it for every layer that has trained parameters and is run as it is: the head always. The
-layers of an encoder are run merged where they are of a known make (`fedtune.models.merged_layers`), which
-gives the same numbers several times as fast, in closed form from what autograd says of the layers' outputs.
+Opacus' hooks give it for every layer that has trained parameters and is run as it is. The layers of an
+encoder are run merged where they are of a known make (`fedtune.models.merged_layers`), which gives the same
+numbers several times as fast, in closed form from what autograd says of the layers' and the head's outputs;
+nothing is then left on the model, so that micro-batches may be worked on side by side.
 
 Shapes: b rows of a micro-batch, of which the first r are records.
 """
@@ -88,9 +89,9 @@ def per_example_gradients(model: AdaptedModel) -> Iterator[None]:
 
 def hooks_for(model: AdaptedModel, features: Features) -> AbstractContextManager[None]:
     """What a training on `features` must run within: `per_example_gradients`; nothing where all is in closed
-    form, and preflight, which wants the hooks too, is behind this model. To set them up and take them off
-    costs more than some steps of a head."""
-    closed = features.pooled and model.gradients_checked
+    form, and the preflight of a head, which wants the hooks too, is behind this model. To set them up and
+    take them off costs more than some steps of a head."""
+    closed = model.runs_merged or (features.pooled and model.gradients_checked)
     return nullcontext() if closed else per_example_gradients(model)
 
 
@@ -104,8 +105,8 @@ def example_gradients(
 ) -> list[Tensor]:
     """Of each trained parameter, in the order of the packed adapter: its gradients, float32 [b, size].
 
-    Must run within `per_example_gradients(model)`. The loss is summed, so that no example's gradient depends
-    on b; rows from r on do not enter it, and their gradients are exactly zero.
+    Without `layers` it must run within `per_example_gradients(model)`, with them outside. The loss is summed,
+    so that no example's gradient depends on b; rows from r on do not enter it, and their gradients are zero.
 
     Args:
         arguments: of `EncoderClassifier.forward`.
@@ -114,32 +115,39 @@ def example_gradients(
         layers: what runs in place of the layers from the first trained one, at the adapter as it is.
         label_smoothing: share of a label that is spread over all classes.
     """
-    seen: list[Seen] = []
+    seen: list[Seen] | None = None if layers is None else []
     logits = model.logits(arguments, precision, layers, seen)
     loss = nn.functional.cross_entropy(
         logits[: len(target)], target, reduction="sum", label_smoothing=label_smoothing
     )
-    if layers is None:
+    if seen is None:
         loss.backward()
-    else:
-        # By outputs, not parameters: no weight's gradient is made, and the hooks see the head all the same.
-        outputs = torch.autograd.grad(loss, [operation.y for operation in seen])
-        for operation, g in zip(seen, outputs, strict=True):
-            for parameter, gradients in operation.per_example(g):
-                parameter.grad_sample = gradients  # type: ignore[attr-defined]
-    return _collect(model, len(logits))
+        return _collect(model, len(logits), _taken(model))
+    # By outputs, not parameters: no weight's gradient is made.
+    outputs = torch.autograd.grad(loss, [operation.y for operation in seen])
+    found: dict[nn.Parameter, Tensor] = {}
+    for operation, g in zip(seen, outputs, strict=True):
+        found.update(operation.per_example(g))
+    return _collect(model, len(logits), found)
 
 
-def _collect(model: AdaptedModel, rows: int) -> list[Tensor]:
-    """Takes each parameter's per-example gradient, and leaves none behind.
+def _taken(model: AdaptedModel) -> dict[nn.Parameter, Any]:
+    """What the hooks left on the parameters, which is taken off them."""
+    found = {p: getattr(p, "grad_sample", None) for p in model.parameters.values()}
+    for parameter in found:
+        parameter.grad_sample = parameter.grad = None
+    return found
+
+
+def _collect(model: AdaptedModel, rows: int, found: dict[nn.Parameter, Any]) -> list[Tensor]:
+    """Each parameter's per-example gradient, float32 [rows, size], in the order of the packed adapter.
 
     Raises:
         PreflightError: a parameter has none, or of another shape.
     """
     collected = []
     for name, parameter in model.parameters.items():
-        sample: Any = getattr(parameter, "grad_sample", None)
-        parameter.grad_sample = parameter.grad = None
+        sample = found.get(parameter)
         if not isinstance(sample, Tensor) or sample.shape != (rows, *parameter.shape):
             raise PreflightError(
                 f"Opacus gives no per-example gradient for the trainable parameter {name!r}; it would be "

@@ -31,7 +31,7 @@ from fedtune.models.frozen_outputs import Features, Progress
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum
-from fedtune.training.example_gradients import hooks_for, per_example_gradients
+from fedtune.training.example_gradients import hooks_for
 from fedtune.training.preflight import preflight
 
 __all__ = ["LocalResult", "Sgd", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]
@@ -249,7 +249,7 @@ def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, max_length: int, tra
         rows = [np.zeros((1 if pooled else max_length, width), dtype=np.float16)] * count
     features = Features(corpus, rows, pooled, width, model.first_layer)
     before = model.flops.total
-    with per_example_gradients(model):
+    with hooks_for(model, features):
         tokens, precision = train.micro_batch_tokens, train.precision
         clipped_sum(
             model, features, np.arange(count), None, plan, micro_batch_tokens=tokens, precision=precision

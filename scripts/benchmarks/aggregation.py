@@ -65,7 +65,7 @@ def one_round(session: Session, mechanism: DiscreteMechanism) -> tuple[dict[str,
 def aggregation(repeats: int = 5) -> None:
     """Secure aggregation of a 300 KB adapter among 10 nodes, over the step of the union that it protects."""
     from fedtune.training.dp_step import clipped_sum
-    from fedtune.training.example_gradients import per_example_gradients
+    from fedtune.training.example_gradients import hooks_for
     from fedtune.training.local import ShardView
 
     _, model, shard, config = pooled("int8")
@@ -83,7 +83,7 @@ def aggregation(repeats: int = 5) -> None:
 
     def train() -> Any:
         records = plan.sample(view.num_units, plan.entropy("bench", 1, 0))
-        with per_example_gradients(model):
+        with hooks_for(model, view.features):
             return clipped_sum(
                 model, view.features, records, None, plan, micro_batch_tokens=config.train.micro_batch_tokens
             )

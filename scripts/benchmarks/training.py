@@ -12,7 +12,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import micro_batches
 from fedtune.models.merged_layers import Seen
 from fedtune.training.dp_step import clipped_sum
-from fedtune.training.example_gradients import per_example_gradients
+from fedtune.training.example_gradients import hooks_for
 from fedtune.training.local import ShardView
 from scripts.benchmarks.common import in_turn, plan_for, pooled, take, write
 
@@ -37,7 +37,7 @@ def step(repeats: int = 5) -> None:
             plan: Any = plan,
             entropy: Any = entropy,
         ) -> None:
-            with per_example_gradients(model):
+            with hooks_for(model, view.features):
                 total = clipped_sum(model, view.features, records, None, plan, micro_batch_tokens=_TOKENS)
             plan.average(total + plan.noise(model.num_parameters, entropy))
 

@@ -19,7 +19,7 @@ from fedtune.errors import DataError
 from fedtune.federation.resources import run_resources
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan, make_plan
-from fedtune.training.example_gradients import per_example_gradients
+from fedtune.training.example_gradients import hooks_for
 from fedtune.training.local import ShardView
 from tests.models.conftest import random_corpus
 from tests.support import audited_plans as plans
@@ -49,8 +49,8 @@ def test_canaries_are_clipped_and_added_beside_the_records(config: Any) -> None:
         placed = GradientCanaries.spread(100, model.num_parameters, np.random.default_rng(0))
         shard = resources.prepared.shards[0]
         model.set_vector(model.initial)
-        with per_example_gradients(model):
-            plain = ShardView(model, shard, "record", config.train)
+        plain = ShardView(model, shard, "record", config.train)
+        with hooks_for(model, plain.features):
             view = CanaryView(model, shard, "record", config.train, placed)
             assert view.num_units == plain.num_units + placed.included.sum()
             records, mine = np.array([0, 3]), np.array([0, 7, 20])
@@ -76,7 +76,7 @@ def test_a_canary_shows_the_norm_of_its_own_group(config: Any, monkeypatch: pyte
         _Training(whole, whole.train, model, shard, placed, scores).round(model.initial, plan, 1, 0)
         view = CanaryView(model, shard, "record", config.train, placed)
         drawn = view.num_real + np.arange(len(placed.members))
-        with per_example_gradients(model):
+        with hooks_for(model, view.features):
             total = view.clipped_sum(drawn, plan, plan.entropy("audit", 1, 0), 1)
         of_head = model.head[placed.coordinates]
     assert 0 < of_head.sum() < 200 and len(expected) == plan.local_steps

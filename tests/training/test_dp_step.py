@@ -19,12 +19,13 @@ from fedtune.data.corpus import Shard
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
+from fedtune.models.merged_layers import MergedLayers
 from fedtune.privacy.clipping import Clipping
 from fedtune.privacy.mechanisms.discrete import FLOAT_MARGIN
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training import dp_step, example_gradients
 from fedtune.training.dp_step import clip_and_sum, clipped_sum
-from fedtune.training.example_gradients import _collect, per_example_gradients
+from fedtune.training.example_gradients import _collect, _taken, hooks_for, per_example_gradients
 from fedtune.training.local import train_locally
 from tests.support.golden import Golden
 from tests.training.conftest import load, make_plan, make_shard
@@ -65,7 +66,7 @@ def compute(
     centre: bool = False,
 ) -> np.ndarray:
     features = Features.of(model, shard.data, 64, precision="fp32")
-    with per_example_gradients(model):
+    with hooks_for(model, features):
         return clipped_sum(
             model,
             features,
@@ -388,7 +389,7 @@ def test_a_parameter_without_its_gradients_stops_the_step(tiny_bert: Path) -> No
     for sample in (None, torch.zeros(3, 1), torch.zeros(2, *first.shape)):
         first.grad_sample = sample
         with pytest.raises(PreflightError, match=f"gradient for the trainable parameter '{name}'"):
-            _collect(model, 3)
+            _collect(model, 3, _taken(model))
 
 
 def test_gradients_are_taken_once(tiny_bert: Path) -> None:
@@ -396,7 +397,7 @@ def test_gradients_are_taken_once(tiny_bert: Path) -> None:
     for parameter in model.parameters.values():
         parameter.grad_sample = torch.arange(3.0 * parameter.numel()).reshape(3, *parameter.shape)
         parameter.grad = torch.zeros_like(parameter)
-    collected = _collect(model, 3)
+    collected = _collect(model, 3, _taken(model))
     for parameter, taken in zip(model.parameters.values(), collected, strict=True):
         assert torch.equal(taken, torch.arange(3.0 * parameter.numel()).reshape(3, -1))
         assert parameter.grad_sample is None and parameter.grad is None
@@ -463,7 +464,7 @@ def test_precision_is_automatic_unless_it_is_said(tiny_bert: Path, monkeypatch: 
     monkeypatch.setattr(AdaptedModel, "merged_layers", lambda self, how: asked.append(how) or real(self, how))
     model, shard = load(tiny_bert), make_shard()
     features = Features.of(model, shard.data, 64, precision="fp32")
-    with per_example_gradients(model):
+    with hooks_for(model, features):
         clipped_sum(model, features, np.array([0]), None, make_plan(), micro_batch_tokens=64)
     assert asked == ["auto"]
 
@@ -489,8 +490,8 @@ def by_hooks(
     features = Features.of(model, shard.data, 64, precision="fp32")
     rows, sums = np.array(records), torch.zeros(max(units) + 1, model.num_parameters)
     with per_example_gradients(model):
-        for places, gradients in dp_step._example_gradients(
-            model, features, rows, 64, "fp32", smoothing, None
+        for places, gradients in dp_step._of_micro_batches(
+            model, features, rows, 64, "fp32", smoothing, None, lambda places, gradients: (places, gradients)
         ):
             sums.index_add_(0, torch.tensor(units)[places], torch.cat(gradients, dim=1))
     return torch.cat(clip_and_sum(model.split(sums), plan, model.heads)).numpy()
@@ -569,7 +570,7 @@ def test_a_person_adds_at_most_the_clip_to_a_heads_sum(tiny_bert: Path) -> None:
         assert np.linalg.norm(whole - without) == pytest.approx(plan.max_grad_norm, rel=1e-5)
 
 
-def test_a_head_needs_no_hooks_once_preflight_has_compared_with_them(
+def test_hooks_are_set_up_where_they_are_needed(
     tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = []
@@ -577,7 +578,9 @@ def test_a_head_needs_no_hooks_once_preflight_has_compared_with_them(
     monkeypatch.setattr(
         example_gradients, "per_example_gradients", lambda model: installed.append(model) or real(model)
     )
-    for name, expected in (("head", 1), ("lora", 3)):
+    takes = MergedLayers.takes
+    for name, merged, expected in (("head", True, 1), ("lora", True, 0), ("lora", False, 3)):
+        monkeypatch.setattr(MergedLayers, "takes", takes if merged else lambda *_: False)
         model, shard = load(tiny_bert, name=name), make_shard()
         model.gradients_checked = False
         for round in (1, 2, 3):

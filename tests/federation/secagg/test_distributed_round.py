@@ -157,7 +157,7 @@ def test_the_aggregate_is_the_noised_sum_over_the_expected_batch(tiny: Make, vec
 def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
     """With everybody sampled and next to no noise: the gradient over the union of all shards."""
     from fedtune.training.dp_step import clipped_sum
-    from fedtune.training.example_gradients import per_example_gradients
+    from fedtune.training.example_gradients import hooks_for
     from fedtune.training.local import ShardView
 
     config = distributed(tiny(train__sample_rate=1.0), noise_multiplier=1e-4)
@@ -167,11 +167,11 @@ def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
     total = 0
     with run_resources(config).using_model() as model:
         model.set_vector(bench.adapter)
-        with per_example_gradients(model):
-            for shard in run_resources(config).prepared.shards:
-                view = ShardView(model, shard, "record", config.train)
-                total += view.num_units
-                rows = np.arange(view.num_units)
+        for shard in run_resources(config).prepared.shards:
+            view = ShardView(model, shard, "record", config.train)
+            total += view.num_units
+            rows = np.arange(view.num_units)
+            with hooks_for(model, view.features):
                 expected += clipped_sum(
                     model, view.features, rows, None, bench.plan, micro_batch_tokens=2048, precision="fp32"
                 )
