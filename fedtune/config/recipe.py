@@ -199,7 +199,7 @@ def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
         "train.sample_rate": _UNKNOWN_RATE if units is None else min(_MOST_RATE, batch / units),
         "train.learning_rate": rate,
         "train.averaging": 0.9 if steps < 80 else 0.95,
-        "train.head_rounds": min(_HEAD_FIRST, 4 * rounds // 9),
+        "train.head_rounds": min(_HEAD_FIRST, rounds // 2),
         "federation.num_rounds": rounds,
     }
     if not kind.is_private:

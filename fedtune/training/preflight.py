@@ -80,7 +80,7 @@ def check_gradients(model: AdaptedModel, features: Features) -> None:
 
     They are compared at a random adapter: LoRA starts with B = 0 and the head at zero, where every gradient
     but the head's is zero and a wrong one would look right. The adapter is put back. Must run within
-    `per_example_gradients(model)`.
+    `hooks_for(model, features)`.
 
     Raises:
         PreflightError: they differ by more than rounding; the parameter is named.
@@ -164,7 +164,7 @@ def check_plan(plan: PrivacyPlan, train: TrainConfig) -> None:
 def preflight(
     model: AdaptedModel, features: Features, plan: PrivacyPlan, theta: Tensor, train: TrainConfig
 ) -> None:
-    """Runs every check; see the module. Must run within `fedtune.training.dp_step.hooks_for`.
+    """Runs every check; see the module. Must run within `hooks_for(model, features)`.
 
     What belongs to the model alone is checked once: a layer that is unfrozen later is in no optimizer.
 
@@ -175,9 +175,9 @@ def preflight(
     if model.gradients_checked:
         check_memory(model, theta)
         return
+    check_layers(model)
     check_parameters(model, theta)
     # A shard may be empty: what is held out for evaluation is decided unit by unit.
     if features.corpus.num_records:
-        check_layers(model)
         check_gradients(model, features)
         model.gradients_checked = True

@@ -68,7 +68,7 @@ def test_what_is_given_stays_and_is_named() -> None:
             ["data.declared_size=50000", "data.labels=[a,b,c,d,e,f,g,h,i,j,k]"],
             "head (11 classes, more than 10), 60 rounds",
         ),
-        (["data.declared_size=50000", "data.labels=[a,b]"], "ffa_lora (50,000 units, 2 classes), 90 rounds"),
+        (["data.declared_size=50000", "data.labels=[a,b]"], "ffa_lora (50,000 units, 2 classes), 85 rounds"),
     ],
 )
 def test_the_adapter_is_said_with_the_reason(overrides: list[str], why: str) -> None:

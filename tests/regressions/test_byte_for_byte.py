@@ -121,19 +121,21 @@ def test_a_record_whose_gradient_is_nan_does_not_show(
 ) -> None:
     from fedtune.training import dp_step
 
-    gradients = dp_step._example_gradients
+    of_micro_batches = dp_step._of_micro_batches
 
-    def broken(model, features, records, *rest):  # type: ignore[no-untyped-def]
-        for positions, found in gradients(model, features, records, *rest):
+    def broken(model, features, records, *options):  # type: ignore[no-untyped-def]
+        def then(positions, found):  # type: ignore[no-untyped-def]
             for gradient in found:
                 gradient[records[positions] == 0] = np.nan
-            yield positions, found
+            return options[-1](positions, found)
+
+        return of_micro_batches(model, features, records, *options[:-1], then)
 
     for trust, unit in (("local", "record"), ("distributed", "record"), ("central", "client")):
         config = settings(model, tmp_path, trust, unit)
         whole = run_once(config, rows(), tmp_path / f"home-{trust}-0", monkeypatch)
         with monkeypatch.context() as patch:
-            patch.setattr(dp_step, "_example_gradients", broken)
+            patch.setattr(dp_step, "_of_micro_batches", broken)
             other = run_once(config, rows(), tmp_path / f"home-{trust}-1", monkeypatch)
         assert differences(whole, other) == []
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from fedtune.config.schema import TrainConfig
@@ -20,7 +18,7 @@ from fedtune.errors import PreflightError
 from fedtune.models import classifier
 from fedtune.models.classifier import AdaptedModel
 from fedtune.training.local import train_locally
-from tests.training.conftest import load, make_plan, make_shard, tiny_bert, train
+from tests.training.conftest import load, make_plan, make_shard, spoil, tiny_bert, train
 
 __all__ = ["tiny_bert", "train"]
 
@@ -45,14 +43,7 @@ def test_pitfall_12_per_example_gradients_of_lora_that_an_upgrade_made_wrong(
     train: TrainConfig,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from opacus.grad_sample import GradSampleHooks
-
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
-
-    def wrong(layer: nn.Linear, activations: list[torch.Tensor], backprops: torch.Tensor) -> Any:
-        return {p: 1.1 * g for p, g in right(layer, activations, backprops).items()}
-
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    spoil(monkeypatch, lambda _, g: 1.1 * g)
     refused(model, train, "one at a time differ")
 
 

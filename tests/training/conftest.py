@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterConfig, ModelConfig, TrainConfig
 from fedtune.data.corpus import Shard
 from fedtune.models.classifier import AdaptedModel, load_model
+from fedtune.models.merged_layers import Seen
 from fedtune.privacy.plan import PrivacyPlan
 from tests.models.conftest import random_corpus, tiny_bert  # noqa: F401
 from tests.support.plans import plan_of
@@ -60,3 +63,17 @@ def train() -> TrainConfig:
         micro_batch_tokens=64,
         precision="fp32",
     )
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[nn.Parameter, Tensor], Tensor]) -> None:
+    """Makes a trained parameter's per-example gradients [b, *shape] other ones: Opacus' of linear layers, and
+    all those of merged layers."""
+    from opacus.grad_sample import GradSampleHooks
+
+    linear, merged = GradSampleHooks.GRAD_SAMPLERS[nn.Linear], Seen.per_example
+
+    def by_opacus(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
+        return {p: wrong(p, g) for p, g in linear(layer, activations, backprops).items()}
+
+    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, by_opacus)
+    monkeypatch.setattr(Seen, "per_example", lambda seen, g: [(p, wrong(p, v)) for p, v in merged(seen, g)])

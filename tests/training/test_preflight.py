@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterConfig, ModelConfig, TrainConfig
+from fedtune.data.corpus import TokenizedCorpus
 from fedtune.errors import PreflightError
 from fedtune.models import classifier
 from fedtune.models.classifier import AdaptedModel, load_model
 from fedtune.models.frozen_outputs import Features
-from fedtune.models.merged_layers import Seen
-from fedtune.training.example_gradients import check_layers, per_example_gradients
+from fedtune.models.merged_layers import MergedLayers
+from fedtune.training.example_gradients import check_layers, hooks_for
 from fedtune.training.local import train_locally
 from fedtune.training.preflight import check_gradients, check_parameters
 from tests.support.golden import Golden
-from tests.training.conftest import load, make_plan, make_shard
+from tests.training.conftest import load, make_plan, make_shard, spoil
 
 
 @pytest.fixture
@@ -35,8 +36,7 @@ def test_a_right_model_passes(model: AdaptedModel) -> None:
     before = model.get_vector()
     check_layers(model)
     check_parameters(model, nn.Parameter(model.theta))
-    with per_example_gradients(model):
-        check_gradients(model, Features.of(model, make_shard().data, 64))
+    check(model, make_shard().data)
     assert np.array_equal(model.get_vector(), before)
 
 
@@ -87,79 +87,62 @@ def test_a_model_cast_after_it_was_loaded(model: AdaptedModel, golden: Golden) -
     assert name
 
 
+def check(model: AdaptedModel, data: TokenizedCorpus) -> None:
+    features = Features.of(model, data, 64)
+    with hooks_for(model, features):
+        check_gradients(model, features)
+
+
+@pytest.fixture(params=["merged", "hooks"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to per-example gradients."""
+    if request.param == "hooks":
+        monkeypatch.setattr(MergedLayers, "takes", lambda *_: False)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.05, 0.0])
 def test_a_wrong_gradient_sampler(
-    model: AdaptedModel, factor: float, monkeypatch: pytest.MonkeyPatch
+    model: AdaptedModel, factor: float, either: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opacus issue 820: an upgrade makes per-example gradients wrong, and nobody notices."""
-    from opacus.grad_sample import GradSampleHooks
-
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
-
-    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
-        return {p: factor * g for p, g in right(layer, activations, backprops).items()}
-
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
-    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
-        check_gradients(model, Features.of(model, make_shard().data, 64))
+    spoil(monkeypatch, lambda _, g: factor * g)
+    with pytest.raises(PreflightError, match="one at a time differ"):
+        check(model, make_shard().data)
 
 
 @pytest.mark.parametrize("part", ["query.lora_A", "query.lora_B", "classifier"])
-def test_a_wrong_gradient_of_one_part_at_the_real_start(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_gradient_of_one_part_at_the_real_start(
+    part: str, either: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The head starts at zero, and LoRA's gradients are far below the head's: each has its own scale."""
-    from opacus.grad_sample import GradSampleHooks
-
     model = load_model(ModelConfig(quantization="none"), AdapterConfig(name="lora"), 2, 0, "cpu")
     spoilt = [p for name, p in model.parameters.items() if part in name and "bias" not in name][-1]
-    linear, merged = GradSampleHooks.GRAD_SAMPLERS[nn.Linear], Seen.per_example
-
-    def wrong_by_opacus(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
-        found = linear(layer, activations, backprops)
-        return {p: (1.05 if p is spoilt else 1.0) * g for p, g in found.items()}
-
-    def wrong_by_merged_layers(seen: Seen, g: Tensor) -> object:
-        return [(p, (1.05 if p is spoilt else 1.0) * v) for p, v in merged(seen, g)]
-
-    features = Features.of(model, make_shard().data, 64)
-    with per_example_gradients(model):
-        check_gradients(model, features)
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong_by_opacus)
-    monkeypatch.setattr(Seen, "per_example", wrong_by_merged_layers)
-    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
-        check_gradients(model, features)
+    check(model, make_shard().data)
+    spoil(monkeypatch, lambda p, g: (1.05 if p is spoilt else 1.0) * g)
+    with pytest.raises(PreflightError, match="one at a time differ"):
+        check(model, make_shard().data)
 
 
-def test_gradients_mixed_up_between_examples(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opacus.grad_sample import GradSampleHooks
-
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
-
-    def shifted(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
-        return {p: g.roll(1, 0) for p, g in right(layer, activations, backprops).items()}
-
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, shifted)
-    with per_example_gradients(model), pytest.raises(PreflightError, match="one at a time differ"):
-        check_gradients(model, Features.of(model, make_shard().data, 64))
+def test_gradients_mixed_up_between_examples(
+    model: AdaptedModel, either: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, lambda _, g: g.roll(1, 0))
+    with pytest.raises(PreflightError, match="one at a time differ"):
+        check(model, make_shard().data)
 
 
 def test_what_is_told_of_a_wrong_gradient_is_no_number_of_a_record(
     model: AdaptedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The text of the error travels to the server; how large a real record's gradient is must not."""
-    from opacus.grad_sample import GradSampleHooks
-
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
 
     def told(seed: int) -> str:
-        data = make_shard().data
-        with per_example_gradients(model), pytest.raises(PreflightError) as error:
-            check_gradients(model, Features.of(model, data.subset(np.arange(seed, 12)), 64))
+        with pytest.raises(PreflightError) as error:
+            check(model, make_shard().data.subset(np.arange(seed, 12)))
         return str(error.value)
 
-    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
-        return {p: 2 * g for p, g in right(layer, activations, backprops).items()}
-
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
+    spoil(monkeypatch, lambda _, g: 2 * g)
     assert told(0) == told(5) == told(8)  # other records, the same text
     assert len({record.getMessage() for record in caplog.records}) == 3  # the node's own log has them
 
@@ -173,9 +156,10 @@ def test_what_is_told_of_a_wrong_gradient_is_no_number_of_a_record(
     ],
 )
 def test_a_layer_that_opacus_refuses_ends_in_a_paragraph(
-    model: AdaptedModel, train: TrainConfig, layer: nn.Module, says: str
+    model: AdaptedModel, train: TrainConfig, layer: nn.Module, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With weights that are trained Opacus itself refuses it, before any check of ours comes to its turn."""
+    monkeypatch.setattr(MergedLayers, "takes", lambda *_: False)
     model.base.encoder.layer[1].intruder = layer
     start = model.get_vector()
     with pytest.raises(PreflightError, match=says) as error:
@@ -195,10 +179,13 @@ class Strange(nn.Module):
         return hidden * self.weight if float(hidden.abs().max()) >= 0 else hidden
 
 
-def test_a_layer_that_opacus_cannot_follow_ends_in_a_paragraph(model: AdaptedModel) -> None:
+def test_a_layer_that_opacus_cannot_follow_ends_in_a_paragraph(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MergedLayers, "takes", lambda *_: False)
     model.base.classifier = nn.Sequential(Strange(), model.base.classifier)
-    with per_example_gradients(model), pytest.raises(PreflightError, match=r"RuntimeError.*Strange"):
-        check_gradients(model, Features.of(model, make_shard().data, 64))
+    with pytest.raises(PreflightError, match=r"RuntimeError.*Strange"):
+        check(model, make_shard().data)
 
 
 # --- with a centre -----------------------------------------------------------------------------------
@@ -220,8 +207,7 @@ def test_a_centred_head_passes_and_is_compared_at_another_centre(
         classifier.Centring, "forward", lambda self, p: (seen.append(self.centre.clone()), real(self, p))[1]
     )
     check_parameters(centred, nn.Parameter(centred.theta))
-    with per_example_gradients(centred):
-        check_gradients(centred, Features.of(centred, make_shard().data, 64))
+    check(centred, make_shard().data)
     assert np.array_equal(centred.get_vector(), before)
     assert seen and not any(np.allclose(one.numpy(), before[-32:], atol=1e-3) for one in seen)
 
@@ -240,13 +226,6 @@ def test_a_centre_that_is_no_part_of_the_adapter(centred: AdaptedModel) -> None:
 
 
 def test_a_wrong_gradient_around_a_centre(centred: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opacus.grad_sample import GradSampleHooks
-
-    right = GradSampleHooks.GRAD_SAMPLERS[nn.Linear]
-
-    def wrong(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> object:
-        return {p: 1.05 * g for p, g in right(layer, activations, backprops).items()}
-
-    monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, nn.Linear, wrong)
-    with per_example_gradients(centred), pytest.raises(PreflightError, match="one at a time differ"):
-        check_gradients(centred, Features.of(centred, make_shard().data, 64))
+    spoil(monkeypatch, lambda _, g: 1.05 * g)
+    with pytest.raises(PreflightError, match="one at a time differ"):
+        check(centred, make_shard().data)
