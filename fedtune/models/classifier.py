@@ -15,9 +15,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +38,7 @@ from fedtune.models.encoder import (
     load_encoder,
     select_device,
 )
+from fedtune.models.flops import FlopCount
 from fedtune.models.merged_layers import MergedLayers, Seen
 from fedtune.models.quantization import stored_bytes
 from fedtune.models.side_by_side import side_by_side
@@ -166,38 +166,6 @@ class EncoderClassifier(nn.Module):
             return pooled
         scaled: Tensor = self.centring(pooled.float())
         return scaled
-
-
-class FlopCount:
-    """Counts a model's floating point operations (a multiply-add is two) by torch's own counter.
-
-    The counter intercepts every operator, which costs time; the shapes are few (see `fedtune.data.batches`)
-    and an operation's count depends on shapes alone, so each is counted the first time it occurs and looked
-    up afterwards.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._known: dict[Hashable, int] = {}
-        self._adding = threading.Lock()
-
-    def knows(self, shape: Hashable) -> bool:
-        """Whether `counting` of it looks up; where it counts, no other thread may use the model."""
-        return shape in self._known
-
-    @contextmanager
-    def counting(self, shape: Hashable) -> Iterator[None]:
-        """Adds what the block costs; blocks with the same `shape` must do the same operations."""
-        if shape in self._known:
-            yield
-        else:
-            from torch.utils.flop_counter import FlopCounterMode
-
-            with FlopCounterMode(display=False) as counter:
-                yield
-            self._known[shape] = counter.get_total_flops()
-        with self._adding:
-            self.total += self._known[shape]
 
 
 class AdaptedModel:
