@@ -152,7 +152,7 @@ class SweepResult:
         """The finished runs, in the order of their numbers."""
         from fedtune.runs.record import RECORD_NAME
 
-        folders = [path.parent for path in self.path.glob(f"*/{RECORD_NAME}") if path.parent.name.isdigit()]
+        folders = [path.parent for path in self.path.glob(f"*/{RECORD_NAME}") if path.parent.name.isdecimal()]
         return [Result(folder) for folder in sorted(folders, key=lambda folder: int(folder.name))]
 
     def frontier(self, *prices: str) -> Frontier:

@@ -9,6 +9,7 @@ of fedtune's; 130 interrupted by Ctrl-C; 141 the reader of a pipe went away.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ def command() -> click.Group:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; leaves with one of the exit statuses above."""
-    _open_closed_streams()
+    _prepare_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = [argument for argument in given if argument != "--debug"]
@@ -120,15 +121,38 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(status)
 
 
-def _open_closed_streams() -> None:
-    """What is said to a stream that the shell closed (`>&-`) goes nowhere; no file gets its number."""
+def _prepare_streams() -> None:
+    """What is said to a stream that the shell closed (`>&-`) goes nowhere; no file gets its number.
+
+    A letter that a console cannot show, since it is not UTF-8 or the letter is half of one, is escaped.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _check_words(given: Sequence[str]) -> None:
+    """Refuses an argument that is no text: nothing could keep it, show it or send it.
+
+    Raises:
+        ConfigError: with its number.
+    """
+    for number, word in enumerate(given, start=1):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            shown = word.encode("utf-8", "backslashreplace").decode()
+            raise ConfigError(
+                f"Argument {number}, {shown!r}, is not UTF-8 (from its character {error.start + 1} on), so "
+                "it cannot be kept in a record. Type it in UTF-8; rename a file or folder whose name is not."
+            ) from error
 
 
 def _dispatch(given: list[str], debug: bool) -> int:
     """Runs the command; returns its exit status. Wrong usage is a `ConfigError`."""
+    _check_words(given)
     group = command()
     if "_FEDTUNE_COMPLETE" in os.environ:
         group.main(given, prog_name="fedtune")  # answers the shell, and leaves

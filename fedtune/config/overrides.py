@@ -147,6 +147,8 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         hint = f" Did you mean '{guess}=...'?" if guess else ""
         raise ConfigError(f"{text!r} is no setting: settings are written name=value.{hint}")
     setting = settings().get(key.lstrip("+"))
+    if setting is not None and setting.kind is list and (words := _listed(raw)) is not None:
+        return parser.parse_override(f"{key}=[{','.join(map(_quoted, words))}]")
     try:
         override: Override = parser.parse_override(text)
     except HydraException as error:
@@ -236,6 +238,17 @@ def _plain(override: Override) -> Any:
     if isinstance(value, (list, dict)):
         return OmegaConf.to_container(OmegaConf.create(value), resolve=False)
     return value
+
+
+def _listed(raw: str) -> list[str] | None:
+    """The texts of a list as it was typed (`[très,C#]`); None: it is quoted, nested, or no list."""
+    inner = raw.strip()
+    if not (inner.startswith("[") and inner.endswith("]")):
+        return None
+    inner = inner[1:-1]
+    if not inner.strip() or any(mark in inner for mark in "[]{}'\"\\") or "${" in inner:
+        return None
+    return [word.strip() for word in inner.split(",")]
 
 
 def _quoted(raw: str) -> str:

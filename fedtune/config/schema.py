@@ -102,6 +102,8 @@ class Before:
 def _text(value: object) -> object:
     if isinstance(value, str) and not value.strip():
         raise ValueError("a text that is not empty")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("a text, without halves of characters")
     return str(value) if type(value) is int else value  # a column may be called 0
 
 

@@ -257,7 +257,7 @@ def fingerprint(public_key: bytes) -> str:
 def parse_address(address: str) -> tuple[str, int]:
     """(host, port) of HOST:PORT. Raises ConfigError."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise ConfigError(f"{address!r} is no address; give HOST:PORT, such as 'fed.example.org:9443'.")
     return host.strip("[]"), int(port)
 

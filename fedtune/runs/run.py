@@ -177,21 +177,27 @@ def _work(
 
 
 def _check_plan(config: Config, data: PreparedData) -> None:
-    """Refuses a run that no noise allows, before minutes go into frozen layers. Nothing is released.
+    """Refuses a run that no noise or no number of nodes allows, before minutes go into frozen layers.
+
+    Nothing is released.
 
     The plan that is made is the run's own (what it cost to calibrate is kept), unless a node's budget asks
     for a smaller delta. Of sizes that nodes tell with noise it does not matter what they come to.
 
     Raises:
         PrivacyError: (of some kind) as `make_plan`.
+        ConfigError: a round can never have the updates that it needs.
     """
+    from fedtune.federation.server.agreement import check_possible
     from fedtune.federation.sizes import size_to_declare
     from fedtune.privacy.mechanisms.counts import size_plan
     from fedtune.privacy.plan import make_plan
 
+    if data.shards:  # of real sites none is here
+        check_possible(config, len(data.shards))
     told = size_plan(config) is not None
     if sizes := [1 if told else size_to_declare(config, shard) for shard in data.shards]:
-        make_plan(config, sizes)  # of real sites none is here
+        make_plan(config, sizes)
 
 
 def finish(

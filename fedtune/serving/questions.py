@@ -95,7 +95,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """
     too_long = Refused(413, f"A request may have {limits.body} bytes. Send fewer texts at a time.")
     said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said) > limits.body:
+    if said.isdecimal() and (len(said) > 18 or int(said) > limits.body):
         raise too_long
     body = bytearray()
     try:

@@ -49,7 +49,7 @@ class SweepProgress:
     def refresh(self) -> None:
         """Reads what has finished, or failed, since the last time."""
         try:
-            entries = [entry for entry in os.scandir(self.folder) if entry.name.isdigit()]
+            entries = [entry for entry in os.scandir(self.folder) if entry.name.isdecimal()]
         except OSError:
             return
         failures = 0

@@ -6,19 +6,24 @@ be shown to the server. Rows are numbered from 1, the header not counted.
 
 Decisions. A record without text (empty, blank or null) is dropped, and a note counts it: dropping looks
 at that record alone, so privacy is not touched. A record without a label or without a person is refused:
-nobody but the owner knows what it is.
+nobody but the owner knows what it is. Labels that are one word in two spellings (Unicode forms, capitals,
+blanks, `1` and `1.0`) are one class, and a note says so; one that is a list, a mapping or half a character is
+refused. A label set is taken from the data only where its labels recur: a column of persons is none.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fedtune.config.convert import value_text
 from fedtune.config.schema import DataConfig
 from fedtune.data.corpus import Corpus, StrArray
 from fedtune.errors import DataError
@@ -26,6 +31,30 @@ from fedtune.errors import DataError
 __all__ = ["Columns", "Table", "build_corpus", "derive_labels", "missing_column"]
 
 SHOWN_ROWS = 5
+# A label set taken from the data has no more labels than this, or on average this many records of each: a
+# column of persons has more and fewer.
+MOST_LABELS, RECORDS_A_LABEL = 20, 10
+
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))\.0+")
+_LOST = frozenset(  # how programs write a value that is missing; as a class it must be declared
+    {
+        "nan",
+        "NaN",
+        "NAN",
+        "<NA>",
+        "#N/A",
+        "N/A",
+        "n/a",
+        "NA",
+        "null",
+        "NULL",
+        "None",
+        "NaT",
+        "#NULL!",
+        "#REF!",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +69,20 @@ class Columns:
 
     @classmethod
     def of(cls, data: DataConfig) -> Columns:
-        """As the settings name them."""
-        return cls(data.text, data.label, data.text_pair, data.unit, data.site)
+        """As the settings name them.
+
+        Raises:
+            DataError: the label is the text or the person itself.
+        """
+        named = (data.text, data.label, data.text_pair, data.unit, data.site)
+        text, label, *others = (name.strip() if name else None for name in named)
+        for setting, column in (("text", text), ("unit", others[1])):
+            if column == label:
+                raise DataError(
+                    f"data.label and data.{setting} both name column {label!r}: what is to be told is then "
+                    "what it is told from. Name the column that holds the labels in data.label."
+                )
+        return cls(str(text), str(label), *others)
 
     def used(self) -> dict[str, str]:
         """Setting -> column name, of those that are set."""
@@ -60,18 +101,24 @@ class Table:
         where: names it in messages.
         columns: name -> n values.
         class_names: the label names that the source itself declares, if any.
+        notes: what was decided while reading.
     """
 
     where: str
     columns: dict[str, Sequence[Any]]
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def missing_column(where: str, setting: str, column: str, existing: Sequence[str]) -> DataError:
     """The error for a column that is not there: which exist, and which is nearest."""
     nearest = difflib.get_close_matches(column.lower(), [name.lower() for name in existing], n=1, cutoff=0.6)
     hint = next((name for name in existing if nearest and name.lower() == nearest[0]), None)
-    did_you_mean = f" Did you mean data.{setting}={hint}?" if hint else f" Set data.{setting} to one of them."
+    did_you_mean = (
+        f" Did you mean data.{setting}={value_text(hint)}?"
+        if hint
+        else f" Set data.{setting} to one of them."
+    )
     return DataError(
         f"{where} has no column {column!r} (data.{setting}); its columns are: "
         f"{', '.join(existing) or 'none'}.{did_you_mean}"
@@ -83,10 +130,26 @@ def _is_missing(value: Any) -> bool:
 
 
 def _key(value: Any) -> str:
-    """A label, person or site as text: 3, 3.0 and True are what a spreadsheet would show."""
+    """A person or site as text: 3, 3.0 and True are what a spreadsheet would show."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    return unicodedata.normalize("NFC", str(value).strip())
+
+
+def _label(value: Any) -> str:
+    """A label as text; `1.0`, written by a program that counts missing values as numbers, is 1."""
+    key = _key(value)
+    whole = _WHOLE.fullmatch(key)
+    return whole[1] if whole else key
+
+
+def _folded(label: str) -> str:
+    return " ".join(label.casefold().split())
+
+
+def _is_half(text: str) -> bool:
+    """Does it hold half a character, which no encoding can write?"""
+    return any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else False
 
 
 def _rows(indices: Iterable[int]) -> str:
@@ -96,9 +159,32 @@ def _rows(indices: Iterable[int]) -> str:
 
 
 def derive_labels(table: Table, column: str) -> tuple[str, ...]:
-    """The distinct labels of `column`, sorted (as numbers if all are). Not public: the caller must say so."""
-    names = {_key(value) for value in table.columns[column] if not _is_missing(value)} - {""}
-    if all(name.lstrip("-").isdigit() for name in names):
+    """The distinct labels of `column`, sorted (as numbers if all are). Not public: the caller must say so.
+
+    Raises:
+        DataError: they are no labels, or one is how a program writes that there is none.
+    """
+    values = table.columns[column]
+    _refuse_kinds(table, column, "label", range(len(values)))
+    keys = [_label(value) for value in values if not _is_missing(value)]
+    lost = [i for i, value in enumerate(values) if not _is_missing(value) and _label(value) in _LOST]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(values)} records of {table.where} have a label in column {column!r} that "
+            f"is how programs write a missing value ({_rows(lost)}). Label or remove them; or, if it is a "
+            "class, declare all labels in data.labels."
+        )
+    # One of several spellings, whichever is first in the alphabet.
+    spelt = {_folded(name): name for name in sorted(set(keys) - {""}, reverse=True)}
+    names = spelt.values()
+    if len(names) > MOST_LABELS and len(keys) < RECORDS_A_LABEL * len(names):
+        raise DataError(
+            f"Column {column!r} of {table.where} (data.label) has {len(names)} different values in "
+            f"{len(keys)} records, as a column of names or numbers has, and nobody declared that they are "
+            "classes. As labels they would be published. Name another column in data.label; or, if they "
+            "are classes, declare them in data.labels, or one a line in labels.txt beside the data."
+        )
+    if all(_INTEGER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 
@@ -146,10 +232,15 @@ def build_corpus(
             f"All {len(texts)} texts in column {columns.text!r} of {table.where} are empty. "
             "Name the column that holds the texts in data.text."
         )
-    notes = list(notes)
+    notes = [*table.notes, *notes]
     if empty:
         notes.append(f"{len(empty)} of {len(texts)} records of {table.where} have no text and were dropped.")
-    labels = _labels(table, columns.label, tuple(label_names), keep, part, fixed)
+    labels, respelt = _labels(table, columns.label, tuple(label_names), keep, part, fixed)
+    if respelt:
+        notes.append(
+            f"{respelt} of {len(keep)} records of {table.where} have a label that differs from one of the "
+            "label set in capitals, blanks or Unicode form alone; it was taken for that one."
+        )
     return Corpus(
         name=name,
         texts=tuple(texts[i] for i in keep),
@@ -166,10 +257,13 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
     texts: list[str] = []
     empty: list[int] = []
     wrong: list[int] = []
+    half: list[int] = []
     for i, value in enumerate(table.columns[column]):
         text = ""
         if isinstance(value, str):
             text = value.strip()
+            if _is_half(text):
+                half.append(i)
         elif not _is_missing(value):
             wrong.append(i)
         if not text:
@@ -181,13 +275,47 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
             f"Column {column!r} of {table.where} holds {' and '.join(kinds)} instead of text in {len(wrong)} "
             f"records ({_rows(wrong)}). Name the column that holds the texts in data.{setting}."
         )
+    if half:
+        raise _half_characters(table, column, half)
     return texts, empty
+
+
+def _half_characters(table: Table, column: str, rows: Sequence[int]) -> DataError:
+    return DataError(
+        f"Column {column!r} of {table.where} holds half a character in {len(rows)} records "
+        f"({_rows(rows)}): a surrogate such as \\ud83d without its other half, of an emoji that was cut in "
+        "two. No text can hold one. Write these records anew, or remove them."
+    )
+
+
+def _refuse_kinds(table: Table, column: str, setting: str, rows: Iterable[int]) -> None:
+    """Refuses labels, persons and sites that are no names: lists, mappings, bytes, halves of characters."""
+    values = table.columns[column]
+    wrong, half = [], []
+    for i in rows:
+        if isinstance(values[i], (list, tuple, dict, set, bytes, np.ndarray)):
+            wrong.append(i)
+        elif isinstance(values[i], str) and _is_half(values[i]):
+            half.append(i)
+    if wrong:
+        kinds = sorted({"list" if isinstance(values[i], (tuple, np.ndarray)) else type(values[i]).__name__
+                        for i in wrong})  # fmt: skip
+        what = "one label, which is a text or a number" if setting == "label" else "one name"
+        several = " Several labels a record (multi-label) are not supported." if setting == "label" else ""
+        raise DataError(
+            f"Column {column!r} of {table.where} (data.{setting}) holds a {' and a '.join(kinds)} in "
+            f"{len(wrong)} records ({_rows(wrong)}), and each record has {what}.{several} Give each record "
+            f"one, or name another column in data.{setting}."
+        )
+    if half:
+        raise _half_characters(table, column, half)
 
 
 def _labels(
     table: Table, column: str, names: tuple[str, ...], keep: list[int], part: bool, fixed: bool
-) -> Any:
-    index = {label: i for i, label in enumerate(names)}
+) -> tuple[Any, int]:
+    """Positions in the label set, int64 [n], and how many records spell theirs in another way."""
+    index = {_label(label): i for i, label in enumerate(names)}
     if len(index) != len(names):
         raise DataError(
             f"The label set of {table.where} names a label twice. Give each label once in data.labels."
@@ -198,11 +326,23 @@ def _labels(
             " classifier needs two or more. Name another column in data.label, or declare all labels in"
             " data.labels."
         )
+    # Another spelling will do where only one label can be meant.
+    folded: dict[str, int] = {}
+    for label, i in index.items():
+        folded[_folded(label)] = -1 if _folded(label) in folded else i
     # Numbers are positions in the label set, unless the labels themselves are numbers.
-    if not any(name.lstrip("-").isdigit() for name in names):
-        index.update({str(i): i for i in range(len(names))})
+    if not any(_INTEGER.fullmatch(name) for name in names):
+        index.update({str(i): i for i in range(len(names)) if str(i) not in index})
     values = table.columns[column]
-    found = [-2 if _is_missing(values[i]) else index.get(_key(values[i]), -1) for i in keep]
+    _refuse_kinds(table, column, "label", keep)
+    found, respelt = [], 0
+    for i in keep:
+        key = "" if _is_missing(values[i]) else _label(values[i])
+        place = index.get(key)
+        if place is None:
+            place = folded.get(_folded(key), -1)
+            respelt += place >= 0
+        found.append(place)
     labels = np.array(found, dtype=np.int64)
     missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) == ""]
     if missing:
@@ -233,13 +373,14 @@ def _labels(
             " label. A classifier needs two or more; name another column in data.label, or add records of"
             " another class."
         )
-    return labels
+    return labels, respelt
 
 
 def _names(table: Table, column: str | None, setting: str, keep: list[int]) -> StrArray | None:
     if column is None:
         return None
     values = table.columns[column]
+    _refuse_kinds(table, column, setting, keep)
     missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) == ""]
     if missing:
         what = "which person they belong to" if setting == "unit" else "which site they come from"

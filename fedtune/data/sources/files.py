@@ -1,4 +1,4 @@
-"""`data=files`: CSV, TSV, JSONL and Parquet, one file a split, read as they are.
+"""`data=files`: CSV, TSV, JSON, JSONL and Parquet, one file a split, read as they are.
 
 `data.path` is a folder with `train.csv` (and, if wished, `test.csv` and others), or one file that is the
 train split. Nothing is guessed about types: a CSV cell `NA` or `007` is that text. The label set comes
@@ -6,21 +6,23 @@ from `data.labels`, else from `categories.json` (a JSON list) or `labels.txt` (o
 the data; only without these is it taken from the data, and then a note says so, because a label that
 only one person has would be a release (PITFALLS 19).
 
-What it does not do: recursive folders, compressed files, other encodings than UTF-8.
+A file of text may be compressed by gzip (`train.csv.gz`) and in any Unicode encoding
+(`fedtune.data.sources.decoding`). Blanks around the name of a column do not count.
+
+What it does not do: recursive folders, encodings of one byte a letter.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.columns import Columns, Table
+from fedtune.data.sources.decoding import bare_name, is_workbook, read_bytes, read_text
+from fedtune.data.sources.delimited import read_delimited
 from fedtune.errors import DataError, ResourceError
 
 __all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table", "state_of"]
@@ -46,14 +48,15 @@ def list_splits(config: DataConfig) -> dict[str, Path]:
         return {config.train_split: root}
     splits: dict[str, Path] = {}
     for path in sorted(root.iterdir()):
-        if path.suffix.lower() not in READERS or not path.is_file():
+        if _ending(path) not in READERS or not path.is_file():
             continue
-        if path.stem in splits:
+        split = bare_name(path).stem
+        if split in splits:
             raise DataError(
-                f"The folder {root} has two files for split {path.stem!r}: {splits[path.stem].name} and"
+                f"The folder {root} has two files for split {split!r}: {splits[split].name} and"
                 f" {path.name}. Remove one, or let data.path name one file."
             )
-        splits[path.stem] = path
+        splits[split] = path
     return splits
 
 
@@ -64,7 +67,7 @@ def find_split(config: DataConfig, setting: str) -> Path:
     splits = list_splits(config)
     if split in splits:
         path = splits[split]
-        if path.suffix.lower() not in READERS:
+        if _ending(path) not in READERS:
             raise DataError(
                 f"data.path is {path}, whose ending is not known. fedtune reads {', '.join(READERS)}."
             )
@@ -81,10 +84,14 @@ def find_split(config: DataConfig, setting: str) -> Path:
     )
 
 
+def _ending(path: Path) -> str:
+    return bare_name(path).suffix.lower()
+
+
 def state_of(root: Path) -> list[tuple[str, int, int]]:
     """(name, bytes, time of change in ns) of every file that a Corpus from `root` may depend on."""
     files = sorted(root.iterdir()) if root.is_dir() else [root, *(root.parent / name for name in LABEL_FILES)]
-    known = [file for file in files if file.name in LABEL_FILES or file.suffix.lower() in READERS]
+    known = [file for file in files if file.name in LABEL_FILES or _ending(file) in READERS]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in known if file.is_file()]
 
 
@@ -94,13 +101,13 @@ def beside(path: Path) -> tuple[str, ...] | None:
         file = path.parent / name
         if not file.is_file():
             continue
-        text = _text(file)
+        text = read_text(file)
         if file.suffix == ".txt":
             labels = [line.strip() for line in text.splitlines() if line.strip()]
         else:
             try:
                 labels = json.loads(text)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"The label set {file} is not JSON: {error}. Give a list of label names."
                 ) from error
@@ -114,11 +121,12 @@ def read_table(path: Path, columns: Columns) -> Table:
     """Reads the columns in use; columns that are not there are left for `build_corpus` to name.
 
     Raises:
-        DataError: the file is empty, malformed, not UTF-8, or has a column in use twice.
+        DataError: the file is empty, malformed, no text, or has a column in use twice.
         ResourceError: it may not be read.
     """
+    notes: tuple[str, ...] = ()
     try:
-        header, values = READERS[path.suffix.lower()](path, columns)
+        header, values, notes = READERS[_ending(path)](path, columns)
     except PermissionError as error:
         raise ResourceError(f"{path} may not be read: {error.strerror}. Change its permissions.") from error
     for setting, column in columns.used().items():
@@ -127,20 +135,10 @@ def read_table(path: Path, columns: Columns) -> Table:
                 f"{path} has {header.count(column)} columns named {column!r} (data.{setting}); fedtune does"
                 " not guess which. Rename them."
             )
-    return Table(where=str(path), columns=values)
+    return Table(where=str(path), columns=values, notes=notes)
 
 
-Read = tuple[list[str], dict[str, Any]]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, for instance with "
-            "'iconv -f WINDOWS-1252 -t UTF-8'."
-        ) from error
+Read = tuple[list[str], dict[str, Any], tuple[str, ...]]  # header, values by column, notes
 
 
 def _empty(path: Path) -> DataError:
@@ -149,67 +147,82 @@ def _empty(path: Path) -> DataError:
 
 def _delimited(delimiter: str) -> Callable[[Path, Columns], Read]:
     def read(path: Path, columns: Columns) -> Read:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        # Line ends are kept, because a quoted text may hold its own; str.splitlines would also cut at U+2028.
-        rows = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-        try:
-            header = next(rows, None)
-            if not header:
-                raise _empty(path)
-            wanted = {column: header.index(column) for column in columns.used().values() if column in header}
-            values: dict[str, list[str]] = {name: [] for name in header}
-            for number, row in enumerate(rows, start=1):
-                if not row:
-                    continue
-                if len(row) != len(header):
-                    raise DataError(
-                        f"Row {number} of {path} (line {rows.line_num}) has {len(row)} fields, the header "
-                        f"{len(header)}. Put quotes around texts that hold "
-                        f"{'tabs' if delimiter == chr(9) else 'commas'} or line ends."
-                    )
-                for column, at in wanted.items():
-                    values[column].append(row[at])
-        except csv.Error as error:
-            raise DataError(
-                f"{path} is malformed near line {rows.line_num}: {error}. Check its quotes."
-            ) from error
-        return header, values
+        content = read_bytes(path)
+        if is_workbook(content):
+            return _workbook(path, columns)
+        used = list(columns.used().values())
+        found = read_delimited(path, read_text(path, content), delimiter, used, columns.label)
+        values: dict[str, list[str]] = {name: [] for name in found.header}
+        for column in used:
+            if column in found.header:
+                at = found.header.index(column)
+                values[column] = [row[at] for row in found.rows]
+        return found.header, values, found.notes
 
     return read
 
 
-def _jsonl(path: Path, columns: Columns) -> Read:
+def _workbook(path: Path, columns: Columns) -> Read:
+    """The first sheet of a workbook of Excel."""
+    import pandas as pd
+
+    try:
+        sheet = pd.read_excel(path, dtype=object, keep_default_na=False)
+    except ImportError as error:
+        raise DataError(
+            f"{path} is a workbook of Excel, by its content, and reading one needs openpyxl: pip install "
+            "openpyxl. Or open it in Excel and save it as CSV UTF-8."
+        ) from error
+    except Exception as error:  # the library raises what it likes
+        raise DataError(
+            f"{path} is a workbook of Excel that cannot be read. Open it in Excel and save it as CSV UTF-8."
+        ) from error
+    header = [str(name).strip() for name in sheet.columns]
+    wanted = columns.used().values()
+    values = {name: sheet.iloc[:, i].tolist() if name in wanted else [] for i, name in enumerate(header)}
+    return header, values, (f"{path.name} is a workbook of Excel: its first sheet was read.",)
+
+
+def _json(path: Path, columns: Columns) -> Read:
+    """JSONL, one object a line; or a JSON array of objects."""
     wanted = list(columns.used().values())
     header: dict[str, None] = {}
     records: list[dict[str, Any]] = []
     repeated: list[str] = []
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(items)
+        names = [name.strip() for name, _ in items]
+        record = dict(zip(names, (value for _, value in items), strict=True))
         if len(record) < len(items):
-            names = [name for name, _ in items]
             repeated.extend({name for name in names if names.count(name) > 1} & set(wanted))
         return record
 
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    def parsed(text: str, where: str, expected: str) -> Any:
         try:
-            record = json.loads(line, object_pairs_hook=unique)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(
-                f"Line {number} of {path} is not JSON: {error}. Each line is one JSON object."
-            ) from error
+            return json.loads(text, object_pairs_hook=unique)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {str(error).rstrip('.')}. {expected}") from error
+
+    text, each = read_text(path), "Each line is one JSON object."
+    if text.lstrip().startswith("["):
+        listed = parsed(text, str(path), "It begins as an array of objects, and should end as one.")
+        found = [(f"Element {number} of {path}", one) for number, one in enumerate(listed, start=1)]
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        found = [
+            (f"Line {number} of {path}", parsed(line, f"Line {number} of {path}", each))
+            for number, line in lines
+            if line.strip()
+        ]
+    for where, record in found:
         if not isinstance(record, dict):
-            raise DataError(
-                f'Line {number} of {path} is not a JSON object. Each line is one, such as {{"text": ...}}.'
-            )
+            raise DataError(f'{where} is not a JSON object. Each is one, such as {{"text": ...}}.')
         header.update(dict.fromkeys(record))
         records.append({name: record.get(name) for name in wanted})
     if not records:
         raise _empty(path)
     values = {name: [record[name] for record in records] if name in wanted else [] for name in header}
-    return [*header, *set(repeated)], values
+    return [*header, *set(repeated)], values, ()
 
 
 def _parquet(path: Path, columns: Columns) -> Read:
@@ -220,24 +233,28 @@ def _parquet(path: Path, columns: Columns) -> Read:
         raise _empty(path)
     try:
         with pq.ParquetFile(path) as file:
-            header = list(file.schema_arrow.names)
-            wanted = [name for name in columns.used().values() if header.count(name) == 1]
+            names = list(file.schema_arrow.names)
+            header = [name.strip() for name in names]
+            used = columns.used().values()
+            wanted = [name for name in names if name.strip() in used and header.count(name.strip()) == 1]
             table = file.read(columns=wanted)
             values: dict[str, Iterable[Any]] = {name: [] for name in header}
             for name in wanted:
                 column = table.column(name)
                 if pa.types.is_dictionary(column.type):
                     column = column.cast(column.type.value_type)
-                values[name] = column.to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+                values[name.strip()] = column.to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(f"{path} is not a readable Parquet file: {reason}. Write it anew.") from error
-    return header, values
+    return header, values, ()
 
 
 READERS: dict[str, Callable[[Path, Columns], Read]] = {
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
-    ".jsonl": _jsonl,
+    ".jsonl": _json,
+    ".json": _json,
+    ".xlsx": _workbook,
     ".parquet": _parquet,
 }

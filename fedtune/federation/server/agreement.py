@@ -25,13 +25,13 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedtune.config.schema import Config
-from fedtune.errors import FederationError, PrivacyError
+from fedtune.errors import ConfigError, FederationError, PrivacyError
 from fedtune.federation.events import Dropped, NodeInfo, Observer
 from fedtune.federation.messages import Consent, Proposal
 from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 
-__all__ = ["PROPOSE", "agree", "check_enough", "propose", "read_consent"]
+__all__ = ["PROPOSE", "agree", "check_enough", "check_possible", "propose", "read_consent"]
 
 PROPOSE = "query.propose"
 
@@ -122,6 +122,23 @@ def agree(
             return plan, left, refused
         left = [node for node in left if node.name not in gone]
         check_enough(left, refused, len(nodes), config)
+
+
+def check_possible(config: Config, nodes: int) -> None:
+    """Checks that a round of so many nodes can have the updates that it needs.
+
+    Raises:
+        ConfigError: it never can.
+    """
+    federation = config.federation
+    asked = min(nodes, federation.cohort_size or nodes)
+    if federation.min_updates > asked:
+        raise ConfigError(
+            f"federation.min_updates={federation.min_updates} can never be met: there are {nodes} nodes, "
+            "and a "
+            f"round asks {asked} of them. Nothing was charged. Give federation.min_updates={asked} or less.",
+            setting="federation.min_updates",
+        )
 
 
 def check_enough(

@@ -18,10 +18,12 @@ average whatever they are sent. In short:
     8      evaluation (`fedtune.federation.server.evaluation`), checkpoint, tell the observer
     9  evaluate the last state, unless that is known, and hand over the result
 
-A run ends early, without error, when every node has refused because its releases are used up (as after
-a crash: the round that was lost is charged, so the last one cannot be paid). Three void rounds in a row
-end it with a FederationError; the checkpoint stays. Ctrl-C ends it between two messages, and the last
-checkpoint is as good as any.
+A run ends early, without error, when every node has refused because its releases are used up (as after a
+crash: the round that was lost is charged, so the last one cannot be paid). Three void rounds in a row end it
+with a FederationError; in a simulation, whose nodes neither come nor go, one does where no round before it
+gave anything. So does a run that is through and has moved nothing: it has learned nothing, and is no
+success. The checkpoint stays. Ctrl-C ends it between two messages, and the last checkpoint is as good as
+any.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
-from fedtune.errors import AggregationAborted, CheckpointError, FederationError
+from fedtune.errors import AggregationAborted, CheckpointError
 from fedtune.federation.events import (
     Dropped,
     FederationResult,
@@ -51,12 +53,13 @@ from fedtune.federation.events import (
 )
 from fedtune.federation.messages import Proposal
 from fedtune.federation.run_folder import lock_folder, new_run_number, run_number
-from fedtune.federation.server.agreement import agree, check_enough, propose
+from fedtune.federation.server.agreement import agree, check_enough, check_possible, propose
 from fedtune.federation.server.centring import next_adapter
 from fedtune.federation.server.checkpoint import RunState, has_checkpoint, load_latest, next_attempt
 from fedtune.federation.server.cohort import Roster, discover_nodes, draw_cohort
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.federation.server.evaluation import Evaluator, evaluator_for
+from fedtune.federation.server.learning import check_learned, most_void, too_many_void_rounds
 from fedtune.federation.server.optimizers import damping, server_optimizer
 from fedtune.federation.server.rounds import CentralRound, PlainRound, RoundAsk, RoundOutcome, RoundProtocol
 from fedtune.federation.server.tracking_grid import TrackingGrid
@@ -66,7 +69,6 @@ from fedtune.privacy.plan import PrivacyPlan, make_plan
 __all__ = ["ServerSide", "Usage", "protocol_for", "run_rounds"]
 
 _log = logging.getLogger(__name__)
-MAX_VOID_ROUNDS = 3
 
 # Seconds and FLOPs that clients have used in this process; None if the engine cannot see them.
 Usage = Callable[[], tuple[float, int]]
@@ -221,8 +223,13 @@ def _rounds(
 
         # 8. Evaluate, save, and tell the observer, who may end the run.
         last = state.round == num_rounds or state.ended_early is not None
+        too_many = void_rounds >= most_void(state, setting.dynamic) and state.ended_early is None
+        if last and not too_many:
+            check_learned(
+                state, setting.server_side.initial(), config
+            )  # before a charge for telling how good nothing is
         evaluation = None
-        if evaluator.due(state.round, last):
+        if not too_many and evaluator.due(state.round, last):
             evaluation = _evaluate(setting, evaluator, state, roster)
             summary.accuracy, summary.loss = evaluation.accuracy, evaluation.loss
         clock.stamp(state, summary)
@@ -231,10 +238,11 @@ def _rounds(
         if stop_reason is not None and not last:
             state.ended_early = stop_reason
             state.save(setting.run_dir, config)  # a resumed run must not go on with what was given up
-        if void_rounds >= MAX_VOID_ROUNDS and state.ended_early is None:
-            raise _too_many_void_rounds(void_rounds, outcome, setting, state.round)
+        if too_many:
+            raise too_many_void_rounds(void_rounds, outcome, config, setting.run_dir, state.round)
 
     # 9. Evaluate the last state, unless that is known, and hand over the result.
+    check_learned(state, setting.server_side.initial(), config)
     if evaluation is None and evaluator.due(state.round, last=True):
         evaluation = _evaluate(setting, evaluator, state, roster)
         state.save(setting.run_dir, config)
@@ -263,6 +271,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         # A run that could not be planned must not have charged anybody for a size. What it comes to does not
         # matter: noise and delta do not follow from it.
         make_plan(config, [1] * expected)
+        check_possible(config, expected)
     timeout = config.federation.round_timeout
     least = max(1, config.federation.min_updates) if dynamic else 0
     nodes, failed, notices = discover_nodes(
@@ -414,18 +423,6 @@ def _one_round(protocol: RoundProtocol, grid: Grid, ask: RoundAsk, observer: Obs
         return protocol.run_round(grid, ask, observer)
     except AggregationAborted as error:
         return RoundOutcome(dropped=[(node.name, str(error)) for node in ask.nodes])
-
-
-def _too_many_void_rounds(
-    count: int, outcome: RoundOutcome, setting: _Setting, round: int
-) -> FederationError:
-    reasons = "; ".join(f"{node}: {reason}" for node, reason in outcome.dropped[:4])
-    return FederationError(
-        f"{count} rounds in a row had fewer than federation.min_updates="
-        f"{setting.config.federation.min_updates} usable updates, the last of them round {round}, for these "
-        f"reasons: {reasons}. The adapter is as after the last good round; correct the cause and go on with "
-        f"`fedtune run resume={setting.run_dir}`."
-    )
 
 
 @contextmanager

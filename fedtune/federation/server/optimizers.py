@@ -46,6 +46,8 @@ __all__ = [
     "server_optimizer",
 ]
 
+MAX_STEP_NORM = 1e4  # of one step; useful adapters have norms of hundreds
+
 State = dict[str, np.ndarray]
 OPTIMIZERS = ("fedavg", "fedavgm", "fedadam")
 _STEPS = ("sgd", "adam", "adamw", "adam_mini")
@@ -83,7 +85,8 @@ class ServerOptimizer:
         The last `fixed` numbers are not trained: they stay, whatever the update has for them.
 
         Raises:
-            FederationError: the shapes differ, or the result is not finite; the state is then as it was.
+            FederationError: the shapes differ, or the step is not finite or beyond all measure; the state is
+                then as it was.
         """
         if adapter.ndim != 1 or update.shape != adapter.shape:
             raise FederationError(
@@ -97,6 +100,13 @@ class ServerOptimizer:
             raise FederationError(
                 f"The server step would make {int((~np.isfinite(result)).sum())} of {result.size} adapter "
                 f"values infinite or NaN. Lower {self.settings}."
+            )
+        moved = float(np.linalg.norm(result.astype(np.float64) - adapter))
+        if moved > MAX_STEP_NORM:
+            raise FederationError(
+                f"The server step would move the adapter by a norm of {moved:.2g}, after which no text's "
+                f"class can be told any more (limit {MAX_STEP_NORM:g}). The round is charged and the run "
+                f"ends here. Lower {self.settings}."
             )
         self._state = state
         return result

@@ -183,9 +183,9 @@ def test_no_such_split(tmp_path: Path) -> None:
 
 
 def test_an_unknown_ending(tmp_path: Path) -> None:
-    (tmp_path / "train.xlsx").write_text("x")
+    (tmp_path / "train.docx").write_text("x")
     assert "no data file" in refusal(tmp_path)
-    assert "ending is not known" in refusal(tmp_path / "train.xlsx")
+    assert "ending is not known" in refusal(tmp_path / "train.docx")
 
 
 def test_two_files_for_one_split(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedtune.errors import AggregationAborted, CheckpointError, FederationError
+from fedtune.errors import AggregationAborted, CheckpointError, ConfigError, FederationError
 from fedtune.federation.events import PRUNED, NodeInfo, RoundSummary, StoppingObserver
+from fedtune.federation.server.agreement import check_possible
 from fedtune.federation.server.checkpoint import load_latest
 from fedtune.federation.server.cohort import draw_cohort
 from fedtune.federation.server.rounds import PlainRound
@@ -66,9 +67,39 @@ def test_a_round_with_too_few_updates_is_void_and_charged(tmp_path: Path) -> Non
 
 def test_min_updates_decides_what_is_too_few(tmp_path: Path) -> None:
     config = fake_config(num_rounds=1, min_updates=3)
-    result = run_fake(tmp_path, misbehaving(0, "nan"), config=config)
-    assert result.history[0].void
-    np.testing.assert_array_equal(result.adapter, np.zeros(SIZE))
+    with pytest.raises(FederationError, match=r"The first round had fewer.*min_updates=3.*NaN"):
+        run_fake(tmp_path, misbehaving(0, "nan"), config=config)
+    np.testing.assert_array_equal(load_latest(tmp_path)[0].adapter, np.zeros(SIZE))
+
+
+def test_a_run_that_moved_nothing_is_no_success(tmp_path: Path) -> None:
+    def nothing(node, request, reply):  # type: ignore[no-untyped-def]
+        return dataclasses.replace(reply, update=np.full(SIZE, 1e-30, np.float32))
+
+    config = fake_config(num_rounds=2)
+    with pytest.raises(FederationError, match=r"learned nothing: after 2 rounds"):
+        run_fake(tmp_path, nothing, config=config)
+    config.resume = str(tmp_path)  # which does not make it one
+    with pytest.raises(FederationError, match="learned nothing"):
+        run_fake(tmp_path, config=config)
+
+
+def test_a_step_beyond_all_measure_ends_the_run(tmp_path: Path) -> None:
+    config = fake_config(num_rounds=3)
+    config.federation.server_learning_rate = 1e30
+    with pytest.raises(FederationError, match=r"by a norm of .*e\+29"):
+        run_fake(tmp_path, config=config)
+    assert load_latest(tmp_path)[0].round == 0
+
+
+def test_updates_that_can_never_be_enough_are_refused_before_a_charge() -> None:
+    config = fake_config(num_rounds=3, min_updates=4)
+    check_possible(config, 4)
+    with pytest.raises(ConfigError, match="there are 3 nodes, and a round asks 3"):
+        check_possible(config, 3)
+    config.federation.cohort_size = 2
+    with pytest.raises(ConfigError, match="federation.min_updates=2 or less"):
+        check_possible(config, 9)
 
 
 def test_three_void_rounds_in_a_row_end_the_run_and_keep_the_checkpoint(tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""Files as programs and people write them: read for what they are, or named, with the rows and a way out."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.config.schema import DataConfig
+from fedtune.data.corpus import Corpus
+from fedtune.data.sources.load import load_corpus
+from fedtune.errors import DataError
+
+ROWS = [(f"text number {i}", "yes" if i % 2 else "no", f"s{i % 2}") for i in range(30)]
+HEADER = ("text", "label", "site")
+
+
+def table(by: str = ",", rows: Any = ROWS, header: tuple[str, ...] = HEADER, end: str = "\n") -> str:
+    return end.join(by.join(row) for row in (header, *rows)) + end
+
+
+def labelled(*labels: Any) -> str:
+    """JSON lines, 30 of them, with these labels in turn."""
+    lines = [{"text": f"text number {i}", "label": labels[i % len(labels)]} for i in range(30)]
+    return "\n".join(json.dumps(line) for line in lines)
+
+
+def whole(path: Path, **settings: Any) -> Corpus:
+    config = DataConfig(source="files", path=str(path), name="mine", **settings)
+    return load_corpus(config, 0, testing=False)[0]
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+    return folder
+
+
+def refused(path: Path, **settings: Any) -> str:
+    with pytest.raises(DataError) as raised:
+        whole(path, **settings)
+    text = str(raised.value)
+    assert "\n" not in text and text.endswith((".", "?"))
+    text.encode()  # a message itself is text
+    return text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        table().encode("utf-16"),
+        codecs.BOM_UTF16_BE + table().encode("utf-16-be"),
+        table().encode("utf-16-le"),
+        table().encode("utf-16-be"),
+        table().encode("utf-32"),
+        gzip.compress(table().encode()),
+        gzip.compress(table().encode("utf-16")),
+        codecs.BOM_UTF8 + table(";", end="\r\n").encode(),
+        ("sep=;\n" + table(";")).encode(),
+        table("\t").encode(),
+        table("|").encode(),
+        table(header=(" text ", "label ", " site")).encode(),
+        (table() + "   \n\n,,\n").encode(),
+        table(end="\r").encode(),
+    ],
+    ids=["utf-16", "utf-16-be", "utf-16-le bare", "utf-16-be bare", "utf-32", "gzip", "gzip utf-16",
+         "semicolons", "sep line", "tabs", "bars", "header blanks", "blank rows below", "old Mac"],
+)  # fmt: skip
+def test_a_csv_is_read_whatever_wrote_it(tmp_path: Path, content: bytes) -> None:
+    corpus = whole(written(tmp_path, "train.csv", content), site="site")
+    assert corpus.texts == tuple(row[0] for row in ROWS)
+    assert [corpus.label_names[i] for i in corpus.labels] == [row[1] for row in ROWS]
+    assert corpus.sites is not None and list(corpus.sites) == [row[2] for row in ROWS]
+
+
+def test_another_delimiter_is_said(tmp_path: Path) -> None:
+    assert (
+        "train.csv has semicolons between its fields"
+        in whole(written(tmp_path, "train.csv", table(";"))).notes[0]
+    )
+
+
+@pytest.mark.parametrize("name", ["train.csv.gz", "train.jsonl.gz", "train.json"])
+def test_names_of_compressed_files_and_json(tmp_path: Path, name: str) -> None:
+    objects = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
+    content = {"train.json": json.dumps(objects), "train.jsonl.gz": "\n".join(map(json.dumps, objects))}
+    data = content.get(name, table()).encode()
+    written(tmp_path, name, gzip.compress(data) if name.endswith("gz") else data)
+    assert whole(tmp_path).texts == tuple(row[0] for row in ROWS)
+
+
+def workbook() -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (workbook(), "workbook of Excel"),
+        (b"PK\x03\x04rest", "ZIP archive"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "old Office"),
+        (b"PAR1rest", "name end in .parquet"),
+        (b"%PDF-1.7", "PDF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "web page"),
+        (gzip.compress(table().encode())[:-20], "damaged or cut off"),
+        ("text,label\ncaf\xe9,a\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8"),
+    ],
+)
+def test_what_is_no_csv_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    assert words in refused(written(tmp_path, "train.csv", content))
+
+
+def test_a_tsv_has_no_quoting_unless_all_of_its_quotes_are(tmp_path: Path) -> None:
+    rows = [('"so good', "a", "s"), ("plain", "b", "s"), ('bad"', "a", "s"), ('6" or 7"', "b", "s")]
+    assert whole(written(tmp_path, "train.tsv", table("\t", rows))).texts == tuple(row[0] for row in rows)
+    rows = [('"he said ""x"""', "a", "s"), ('"tab\there"', "b", "s"), ('"two\nlines"', "a", "s")]
+    read = whole(written(tmp_path, "train.tsv", table("\t", rows))).texts
+    assert read == ('he said "x"', "tab\there", "two\nlines")
+
+
+def test_a_quote_that_swallows_records_is_refused_with_its_lines(tmp_path: Path) -> None:
+    rows = [*ROWS[:6], ('"a stray one', "yes", "s1"), *ROWS[7:12], ('and its end"', "no", "s0"), *ROWS[13:]]
+    assert "Lines 8 to 14" in refused(written(tmp_path, "train.csv", table(rows=rows)))
+
+
+def test_texts_of_several_lines_are_texts(tmp_path: Path) -> None:
+    rows = [('"Dear sir,\nno thanks,\nyours"', "no", "s0"), ('"one, two\nthree"', "yes", "s1"), *ROWS]
+    assert whole(written(tmp_path, "train.csv", table(rows=rows))).texts[0] == "Dear sir,\nno thanks,\nyours"
+
+
+@pytest.mark.parametrize("label", [["a", "b"], [0, 1], {"a": 1}, []])
+def test_a_label_that_is_several_is_refused(tmp_path: Path, label: Any) -> None:
+    text = refused(written(tmp_path, "train.jsonl", labelled("a", "b", label)))
+    assert "in 10 records (rows 3, 6, 9, 12, 15 and 5 more)" in text and "multi-label" in text
+
+
+@pytest.mark.parametrize("column", ["text", "label", "site"])
+def test_half_a_character_is_refused_with_its_row(tmp_path: Path, column: str) -> None:
+    lines = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
+    lines[4][column] += "\ud83d"
+    written(tmp_path, "train.jsonl", "\n".join(map(json.dumps, lines)))
+    text = refused(tmp_path, site="site")
+    assert "holds half a character in 1 records (row 5)" in text and column in text
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (("0", "1", "0.0", "1.0"), ("0", "1")),
+        ((0, 1, 0.0, "1.00"), ("0", "1")),
+        (("élevé", "bas", "e\u0301leve\u0301", "bas"), ("bas", "élevé")),
+        (("urgent", "routine", "URGENT", "Routine "), ("Routine", "URGENT")),
+        (("very  good", "bad", "Very good", "bad"), ("Very good", "bad")),
+        (("①", "1"), ("1", "①")),
+        (("2²", "1"), ("1", "2²")),
+        (("--1", "2"), ("--1", "2")),
+        (("9" * 5000, "1"), ("1", "9" * 5000)),
+        ((True, False), ("False", "True")),
+        (("007", "7"), ("007", "7")),
+    ],
+)  # fmt: skip
+def test_spellings_of_one_label_are_one_class(tmp_path: Path, labels: Any, classes: tuple[str, ...]) -> None:
+    corpus = whole(written(tmp_path, "train.jsonl", labelled(*labels)))
+    assert corpus.label_names == classes
+    assert len(set(corpus.labels)) == len(classes)
+
+
+def test_another_spelling_is_counted_in_a_note(tmp_path: Path) -> None:
+    corpus = whole(
+        written(tmp_path, "train.jsonl", labelled("urgent", "no", "Urgent")), labels=["no", "urgent"]
+    )
+    assert corpus.notes[0].startswith("10 of 30 records")
+
+
+def test_a_label_set_may_tell_spellings_apart(tmp_path: Path) -> None:
+    corpus = whole(written(tmp_path, "train.jsonl", labelled("us", "US")), labels=["US", "us"])
+    assert list(corpus.labels[:2]) == [1, 0]
+    with pytest.raises(DataError, match="10 of 30"):
+        whole(written(tmp_path, "train.jsonl", labelled("us", "US", "Us")), labels=["US", "us"])
+
+
+def test_booleans_are_the_labels_of_a_file_that_says_true_and_false(tmp_path: Path) -> None:
+    written(tmp_path, "labels.txt", "false\ntrue\n")
+    corpus = whole(written(tmp_path, "train.jsonl", labelled(True, False)))
+    assert corpus.label_names == ("false", "true") and list(corpus.labels[:2]) == [1, 0]
+
+
+@pytest.mark.parametrize("lost", ["nan", "NaN", "null", "None", "#N/A", "<NA>"])
+def test_how_programs_write_a_missing_label_is_no_class(tmp_path: Path, lost: str) -> None:
+    text = refused(written(tmp_path, "train.jsonl", labelled("a", "b", lost)))
+    assert "10 of 30" in text and "data.labels" in text
+    assert whole(tmp_path, labels=["a", "b", lost]).label_names == ("a", "b", lost)
+
+
+def test_a_column_of_persons_is_no_label(tmp_path: Path) -> None:
+    text = refused(written(tmp_path, "train.jsonl", labelled(*(f"patient-{i}" for i in range(25)))))
+    assert "25 different values in 30 records" in text and "patient-3" not in text
+    written(tmp_path, "labels.txt", "\n".join(f"patient-{i}" for i in range(25)))
+    assert len(whole(tmp_path).label_names) == 25
+
+
+def test_one_column_cannot_be_label_and_person(tmp_path: Path) -> None:
+    written(tmp_path, "train.csv", table())
+    assert "both name column 'label'" in refused(tmp_path, unit="label")
+    assert "both name column 'text'" in refused(tmp_path, label="text")
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": ' + "9" * 5000 + "}", "[" * 100_000, "[1, 2]", '[{"text": 1}', "1"]
+)
+def test_json_that_python_cannot_hold(tmp_path: Path, line: str) -> None:
+    assert "JSON" in refused(written(tmp_path, "train.jsonl", line))
