@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -65,19 +65,32 @@ def predict(
     ] = None,
     json: Json = False,
 ) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from fedtune import api
-    from fedtune.runs.predict import show
+    from fedtune.runs.predict import Prediction, show
 
     lines: list[str] = []
     for text in texts:
-        lines += [line for line in sys.stdin.read().splitlines() if line.strip()] if text == "-" else [text]
-    predictions = api.load(run_dir, site=site).predict(lines)
+        lines += _lines_of(sys.stdin) if text == "-" else [text]
+    model = api.load(run_dir, site=site)
+    # One answer a line: a blank one is told nothing from, and has an answer that says so.
+    asked = [line for line in lines if line.strip() or "-" not in texts]
+    answers = iter(model.predict(asked) if asked or not lines else [])
+    blank = Prediction("", None, None, {})
+    found = [next(answers) if line.strip() else replace(blank, text=line) for line in lines]
     if json:
-        print_json([asdict(prediction) for prediction in predictions])
+        print_json([asdict(prediction) for prediction in found])
     else:
-        show(predictions)
+        show(found)
+
+
+def _lines_of(stream: TextIO) -> list[str]:
+    """The lines of a stream, as many as it has line ends; one that is not UTF-8 has U+FFFD in its place."""
+    raw = getattr(stream, "buffer", None)
+    text = stream.read() if raw is None else raw.read().decode("utf-8-sig", "replace")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if not lines[-1] else lines
 
 
 @commands.command(

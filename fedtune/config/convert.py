@@ -50,6 +50,39 @@ Schema = TypeVar("Schema")
 
 # A text that Hydra's grammar takes as it is; it takes the words below for something else than a text.
 _PLAIN_TEXT = re.compile(r"(?:\.{1,2}/|[A-Za-z_/:@])[\w./:@-]*")
+# What other programs call a setting, by its last part.
+_OTHER_WORDS = {
+    "lr": "train.learning_rate",
+    "eta": "train.learning_rate",
+    "head_lr": "train.head_learning_rate",
+    "server_lr": "federation.server_learning_rate",
+    "rounds": "federation.num_rounds",
+    "epochs": "federation.num_rounds",
+    "num_epochs": "federation.num_rounds",
+    "clients": "federation.nodes",
+    "num_clients": "federation.nodes",
+    "num_nodes": "federation.nodes",
+    "sites": "federation.nodes",
+    "batch_size": "train.sample_rate",
+    "eps": "privacy.epsilon",
+    "target_epsilon": "privacy.epsilon",
+    "sigma": "privacy.noise_multiplier",
+    "clip": "privacy.max_grad_norm",
+    "clip_norm": "privacy.max_grad_norm",
+    "clipping_norm": "privacy.max_grad_norm",
+    "max_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "text_column": "data.text",
+    "label_column": "data.label",
+    "target": "data.label",
+    "person": "data.unit",
+    "model_name_or_path": "model.name",
+    "lora_rank": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "wd": "train.weight_decay",
+}
 _WORDS = frozenset({"null", "true", "false", "nan", "inf"})
 _KINDS = {
     bool: "true or false",
@@ -282,7 +315,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     lowered = {name.lower(): name for name in reversed(names)}
     if word.lower() in lowered:
         return lowered[word.lower()]
-    last = word.rpartition(".")[2].lower()
+    last = word.rpartition(".")[2].lower().replace("-", "_")
+    if (meant := _OTHER_WORDS.get(last)) in names:
+        return meant
     same_ending = [name for name in names if name.rpartition(".")[2].lower() == last]
     if len(same_ending) == 1:
         return same_ending[0]

@@ -114,7 +114,14 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
             name = str(error.full_key or "")
             raise ConfigError(f"{name} must be given: add {name}=VALUE.", setting=name) from error
     for group in ("experiment", "sweep"):
-        values.pop(group, None)
+        # A page of these groups sets other groups' settings; without its first line Hydra puts them here.
+        if isinstance(page := values.pop(group, None), dict):
+            raise ConfigError(
+                f"A page of {group}/ has settings ({', '.join(map(str, page))}) that would be ignored: its "
+                "first "
+                f"line must be '# @package _global_'. Add that line to the page of {group}=NAME.",
+                setting=group,
+            )
     privacy = values.get("privacy")
     if isinstance(privacy, dict):
         from fedtune.privacy.mechanisms.registry import adds_noise  # late: `fedtune.config` is light
@@ -173,8 +180,26 @@ def search_path(extra_dirs: Sequence[Path]) -> str:
     for folder in extra_dirs:
         if not folder.is_dir():
             raise ConfigError(f"There is no folder {folder} (given by --config-dir).")
+        _refuse_hidden(folder)
         places.append("'file://" + str(folder.absolute()).replace("'", "\\'") + "'")
     return f"hydra.searchpath=[{','.join(places)}]"
+
+
+def _refuse_hidden(folder: Path) -> None:
+    """Refuses pages of a user's that are never read: Hydra takes fedtune's own of that name, and .yaml "
+    "alone."""
+    for group in ("", *GROUPS):
+        pages = sorted((folder / group).glob("*")) if (folder / group).is_dir() else []
+        for page in pages:
+            shipped = conf_dir() / group / page.name
+            if page.suffix == ".yml":
+                raise ConfigError(f"{page} is not read, since pages end in .yaml: name it {page.stem}.yaml.")
+            if page.suffix == ".yaml" and shipped.is_file() and shipped.read_bytes() != page.read_bytes():
+                other = f"{group}=my_{page.stem}" if group else "a page of experiment/"
+                raise ConfigError(
+                    f"{page} has the name of a page of fedtune's own, which would be read in its place. "
+                    f"Give it another name, such as my_{page.name}, and use {other}."
+                )
 
 
 @contextmanager

@@ -33,14 +33,14 @@ class Prediction:
 
     Attributes:
         text: the text.
-        label: the most probable label.
+        label: the most probable label; None of a blank line, about which nothing can be told.
         probability: its probability, in [0, 1].
         probabilities: of every label; they sum to 1.
     """
 
     text: str
-    label: str
-    probability: float
+    label: str | None
+    probability: float | None
     probabilities: dict[str, float]
 
 
@@ -204,7 +204,7 @@ def show(predictions: Sequence[Prediction], console: Console | None = None) -> N
     from rich.text import Text
 
     console = console or Console(highlight=False)
-    several = len(predictions[0].probabilities) > 2
+    several = any(len(prediction.probabilities) > 2 for prediction in predictions)
     table = Table(box=None, padding=(0, 2), header_style="dim")
     table.add_column("label", style="bold", overflow="fold")
     table.add_column("probability", justify="right")
@@ -213,9 +213,12 @@ def show(predictions: Sequence[Prediction], console: Console | None = None) -> N
     table.add_column("text", overflow="fold")
     for prediction in predictions:
         # Text, not str: what a text holds in brackets is no markup.
-        row = [Text(prediction.label), Text(f"{prediction.probability:.3f}")]
+        known = prediction.label is not None
+        row = [Text(prediction.label or "-"), Text(f"{prediction.probability:.3f}" if known else "-")]
         if several:
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[1:3]
             row.append(Text(", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
-        table.add_row(*row, Text(prediction.text))
+        # One line a text, whatever control characters it has.
+        shown = "".join(one if one.isprintable() else " " for one in prediction.text)
+        table.add_row(*row, Text(shown))
     console.print(table)

@@ -34,7 +34,7 @@ from fedtune.runs import assemble, environment, history, record
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedtune.config.schema import Config
+    from fedtune.config.schema import Config, ModelConfig
     from fedtune.cost.meter import Meter
     from fedtune.data.prepare import PreparedData
     from fedtune.federation.events import FederationResult, Observer, RoundSummary, StopRule
@@ -89,7 +89,7 @@ def run(
     trackers.check(config)
     console = console or Console(highlight=False)
     run_dir = _folder(config)
-    config = dataclasses.replace(config, output=str(run_dir))
+    config = dataclasses.replace(config, output=str(run_dir), model=_placed(config.model))
     shown = view or Display(_title(config), unit=config.privacy.unit, console=console)
     tracker = trackers.open_tracker(config, run_dir)
     with _failures(run_dir, shown, tracker), Meter(children=config.engine.name == "ray") as meter:
@@ -118,6 +118,13 @@ def _folder(config: Config) -> Path:
             "hydra.run.dir=FOLDER."
         ) from error
     return folder
+
+
+def _placed(model: ModelConfig) -> ModelConfig:
+    """`model` with its folder, if it is one, as an absolute path: who predicts later stands somewhere "
+    "else."""
+    folder = Path(model.name).expanduser()
+    return dataclasses.replace(model, name=str(folder.absolute())) if folder.is_dir() else model
 
 
 def _title(config: Config) -> str:

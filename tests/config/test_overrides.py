@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fedtune.config.loader import load
@@ -176,3 +179,65 @@ def test_paths_arrive_as_typed(path: str) -> None:
 def test_experiment_with_and_without_plus() -> None:
     assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
     assert load(["experiment=null"]) == load()
+
+
+@pytest.mark.parametrize(
+    ("typed", "labels"),
+    [
+        ("[très,ça]", ["très", "ça"]),
+        ("[C#,C++]", ["C#", "C++"]),
+        ("[否定, 肯定]", ["否定", "肯定"]),
+        ("[no,yes]", ["no", "yes"]),
+        ("[0,1]", ["0", "1"]),
+        ("[true,false]", ["true", "false"]),
+        ("[1e3,007]", ["1e3", "007"]),
+        ("[very good,not so good!]", ["very good", "not so good!"]),
+        ("[50%,(none)]", ["50%", "(none)"]),
+        ("['a,b',c]", ["a,b", "c"]),
+    ],
+)
+def test_labels_work_as_they_are_typed(typed: str, labels: list[str]) -> None:
+    assert load([f"data.labels={typed}"]).data.labels == labels
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["train.lr", "lr", "epochs", "privacy.eps", "federation.rounds", "data.max_len", "num_clients",
+     "train.learning_rat", "privacy.epsilom", "data.lable", "sigma", "batch_size", "adapter.r", "model.nam"],
+)  # fmt: skip
+def test_what_may_have_been_meant_works_as_typed(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean (\S+)\?") as raised:
+        load([f"{word}=1"])
+    meant = re.search(r"Did you mean (\S+)\?", str(raised.value))
+    assert meant is not None
+    load([f"{meant[1]}={16 if meant[1] == 'data.max_length' else 1}"])
+
+
+def test_half_a_character_is_no_text_of_a_setting() -> None:
+    with pytest.raises(ConfigError, match="halves of characters"):
+        load(["data.path=caf\udce9"])
+
+
+def page(folder: Path, name: str, text: str) -> list[Path]:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return [folder]
+
+
+def test_an_experiments_page_without_its_package_is_refused(tmp_path: Path) -> None:
+    own = page(tmp_path, "experiment/mine.yaml", "train:\n  learning_rate: 0.5\n")
+    with pytest.raises(ConfigError, match="first line must be '# @package _global_'"):
+        load(["experiment=mine"], own)
+    page(tmp_path, "experiment/mine.yaml", "# @package _global_\ntrain:\n  learning_rate: 0.5\n")
+    assert load(["experiment=mine"], own).train.learning_rate == 0.5
+
+
+def test_an_own_page_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path) -> None:
+    own = page(tmp_path, "pricing/cloud_cpu.yaml", "device_hour: 9\n")
+    with pytest.raises(ConfigError, match="my_cloud_cpu.yaml, and use pricing=my_cloud_cpu"):
+        load(["pricing=cloud_cpu"], own)
+    (tmp_path / "pricing" / "cloud_cpu.yaml").rename(tmp_path / "pricing" / "my_cloud_cpu.yaml")
+    assert load(["pricing=my_cloud_cpu"], own).pricing.device_hour == 9
+    page(tmp_path, "pricing/other.yml", "device_hour: 9\n")
+    with pytest.raises(ConfigError, match="name it other.yaml"):
+        load([], own)

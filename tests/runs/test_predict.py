@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from fedtune.cli.app import main
 from fedtune.errors import DataError, RecordError
 from fedtune.runs import record as records
 from fedtune.runs.predict import Model, Prediction, load, show
@@ -145,3 +147,24 @@ def test_a_text_that_was_not_utf8_is_named(tmp_path: Path) -> None:
     model = Model(tmp_path, ["no", "yes"], None, None, 8)
     with pytest.raises(DataError, match="Text 2 of 2 is not UTF-8"):
         model.predict(["good", "b\udcffd"])
+
+
+def test_each_line_has_an_answer_whatever_is_in_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    given = (
+        b'good\n\n  \r\na\x85b\xe2\x80\xa8c\x0bd\xffe\n[SEP] bad\x00\r\n"quoted,\n' + b"x" * 5000 + b"\nlast"
+    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    with pytest.raises(SystemExit) as left:
+        main(["predict", str(run_dir), "-", "--json"])
+    assert left.value.code == 0
+    answers = json.loads(capsysbinary.readouterr().out)
+    assert len(answers) == 8
+    assert [answer["label"] is None for answer in answers] == [False, True, True, *[False] * 5]
+    assert answers[3]["text"] == "a\ufffdb\u2028c\x0bd\ufffde"
+
+
+def test_the_table_stays_a_table_whatever_is_in_a_text() -> None:
+    text = shown([Prediction("a\nb\x1b[31m\u2028c", "x", 0.5, {"x": 0.5}), Prediction("", None, None, {})])
+    assert len(text.splitlines()) == 3 and "\x1b" not in text
