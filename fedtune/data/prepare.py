@@ -38,6 +38,7 @@ __all__ = ["PreparedData", "clear_cache", "prepare", "prepare_deployed"]
 
 _log = logging.getLogger("fedtune.node")
 
+_MANY_CUT, _MANY_UNKNOWN = 0.1, 0.05  # shares of texts and of tokens from which on it is said
 CACHE_SIZE = 8  # more than the seeds of most sweeps: fewer than they have would be none
 
 _cache: OrderedDict[str, PreparedData] = OrderedDict()
@@ -124,6 +125,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     if (total := config.data.declared_size) is not None:
         each = max(1, round(total / len(shards)))
         shards = [dataclasses.replace(shard, declared_size=each) for shard in shards]
+    told = _of_tokens(tokens, tokenizer, config)
     prepared = PreparedData(
         train=tokens,
         test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length)
@@ -133,10 +135,36 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         label_names=train.label_names,
         public=config.data.public,
         notes=tuple(
-            dict.fromkeys([*train.notes, *test.notes, *(str(warning.message) for warning in caught)])
+            dict.fromkeys([*train.notes, *test.notes, *told, *(str(warning.message) for warning in caught)])
         ),
     )
     return _holding_out(prepared, config)
+
+
+def _of_tokens(tokens: TokenizedCorpus, tokenizer: Any, config: Config) -> list[str]:
+    """What should not go unsaid of texts as the encoder will see them. Private, as all notes about data "
+    "are."""
+    notes, longest = [], config.data.max_length
+    cut = int(np.count_nonzero(tokens.lengths >= longest))
+    if cut > _MANY_CUT * tokens.num_records:
+        notes.append(
+            f"{cut} of {tokens.num_records} texts of {config.data.name} fill all of "
+            f"data.max_length={longest} tokens: what is longer is cut there and not seen. If what tells "
+            f"the class comes later, give more (data.max_length={2 * longest}): it is a public setting, "
+            "and time grows with it."
+        )
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    unknown = 0 if unknown_id is None else int(np.count_nonzero(tokens.input_ids == unknown_id))
+    words = max(
+        1, len(tokens.input_ids) - 2 * tokens.num_records
+    )  # without the special ones around each text
+    if unknown > _MANY_UNKNOWN * words:
+        notes.append(
+            f"{unknown} of {words} tokens ({unknown / words:.0%}) of {config.data.name} are unknown to the "
+            f"tokenizer of {config.model.name}, so that the encoder cannot tell them apart. It was made for "
+            "another language or script: name an encoder that knows this one in model.name."
+        )
+    return notes
 
 
 def _one_site(train: TokenizedCorpus, site: str) -> TokenizedCorpus:
@@ -206,6 +234,8 @@ def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> Prepa
                 "`fedtune node --dry-run` there."
             ) from error
         train = tokenize(corpus, tokenizer, tokenizer_id, config.data.max_length)
+        for note in (*corpus.notes, *_of_tokens(train, tokenizer, config)):
+            _log.warning("Data of site %r: %s", site, note)  # for its owner alone
         size = config.data.declared_size or 1
         rows = np.arange(train.num_records, dtype=np.int64)
         shard = Shard(site, train, size, train.source, config.data.name, rows)

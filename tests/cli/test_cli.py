@@ -367,7 +367,7 @@ def test_predict(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fedtune.runs.predict.show", show)
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\n\nthree\n"))
     assert call("predict", "run", "one", "-") == 0
-    assert capsys.readouterr().out == "positive one\npositive two\npositive three\n"
+    assert capsys.readouterr().out == "positive one\npositive two\nNone \npositive three\n"
     assert call("predict", "run", "é", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["text"] == "é"
     assert call("predict", "run", "--site", "movies", "so so") == 0

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config.schema import Config, DataConfig
+from fedtune.config.schema import Config, DataConfig, ModelConfig
 from fedtune.data import prepare as module
 from fedtune.data.prepare import clear_cache, prepare
+from fedtune.models.encoder import load_tokenizer
 from tests.data.conftest import WordTokenizer
+from tests.support.tiny_federation import make_model
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +115,20 @@ def test_importing_the_package_imports_nothing_slow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_texts_that_are_cut_or_unknown_are_told_before_they_are_trained_on(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    rows = ["text,label"] + [f"{'the film ' * (1 + 9 * (i % 2))}映画,{'ab'[i % 2]}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    config = Config(
+        data=DataConfig(source="files", path=str(tmp_path / "train.csv"), max_length=12, labels=["a", "b"]),
+        model=ModelConfig(name=str(model)),
+    )
+    with pytest.warns(UserWarning, match="unknown"):
+        notes = " ".join(prepare(config, *load_tokenizer(config.model)).notes)
+    assert "20 of 40 texts" in notes and "data.max_length=24" in notes
+    assert "are unknown to the tokenizer" in notes
+    config.data.max_length = 32
+    with pytest.warns(UserWarning, match="unknown"):
+        assert "texts of" not in " ".join(prepare(config, *load_tokenizer(config.model)).notes)
