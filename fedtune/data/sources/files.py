@@ -14,6 +14,8 @@ What it does not do: recursive folders, encodings of one byte a letter.
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -163,23 +165,32 @@ def _delimited(delimiter: str) -> Callable[[Path, Columns], Read]:
 
 
 def _workbook(path: Path, columns: Columns) -> Read:
-    """The first sheet of a workbook of Excel."""
-    import pandas as pd
-
+    """The first sheet of a workbook of Excel, whose first row is the header."""
     try:
-        sheet = pd.read_excel(path, dtype=object, keep_default_na=False)
+        openpyxl = importlib.import_module("openpyxl")  # nobody needs it who has no workbook
     except ImportError as error:
         raise DataError(
             f"{path} is a workbook of Excel, by its content, and reading one needs openpyxl: pip install "
             "openpyxl. Or open it in Excel and save it as CSV UTF-8."
         ) from error
+    try:
+        sheet = openpyxl.load_workbook(
+            io.BytesIO(read_bytes(path)), read_only=True, data_only=True
+        ).worksheets[0]
+        rows = [
+            row for row in sheet.iter_rows(values_only=True) if any(cell not in (None, "") for cell in row)
+        ]
     except Exception as error:  # the library raises what it likes
         raise DataError(
             f"{path} is a workbook of Excel that cannot be read. Open it in Excel and save it as CSV UTF-8."
         ) from error
-    header = [str(name).strip() for name in sheet.columns]
-    wanted = columns.used().values()
-    values = {name: sheet.iloc[:, i].tolist() if name in wanted else [] for i, name in enumerate(header)}
+    if not rows:
+        raise _empty(path)
+    header = ["" if cell is None else str(cell).strip() for cell in rows[0]]
+    values: dict[str, Any] = {name: [] for name in header}
+    for name in columns.used().values():
+        if name in header:
+            values[name] = [row[header.index(name)] for row in rows[1:]]
     return header, values, (f"{path.name} is a workbook of Excel: its first sheet was read.",)
 
 
