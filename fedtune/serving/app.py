@@ -177,13 +177,16 @@ class _Service:
         asked.model = name
         return name, served, question, texts
 
-    async def logits(self, asked: _Asked, name: str, ids: list[list[int]]) -> NDArray[np.float32]:
-        """Logits of `ids` by the model `name`, for a client that may ask so much now."""
-        if self.rates is not None and (wait := self.rates.take(asked.who, len(ids), time.monotonic())):
+    def _take(self, asked: _Asked, texts: int) -> None:
+        """Counts texts towards the client's rate. `Refused`: it asks too much now."""
+        if self.rates is not None and (wait := self.rates.take(asked.who, texts, time.monotonic())):
             whose = "address" if self.keys is None else "key"
             raise Refused(
                 429, f"More than {self.rates.rate:g} texts a second of one {whose}.", Retry_After=str(wait)
             )
+
+    async def logits(self, asked: _Asked, name: str, ids: list[list[int]]) -> NDArray[np.float32]:
+        """Logits of `ids` by the model `name`."""
         try:
             logits = await self.batcher.logits(name, ids)
         except Busy as busy:
@@ -196,6 +199,7 @@ class _Service:
     async def predict(self, request: Request, asked: _Asked) -> dict[str, Any]:
         """What /predict answers."""
         name, served, _, texts = await self.question(request, asked)
+        self._take(asked, len(texts))  # before the work of tokenizing them
         if sum(map(len, texts)) <= _AT_ONCE:
             ids = served.model.encode(texts)
         else:
@@ -218,6 +222,7 @@ class _Service:
         parts = await asyncio.get_running_loop().run_in_executor(
             None, cut, served.model.tokenizer, text, self.limits.parts
         )
+        self._take(asked, len(parts.ids))
         logits = await self.logits(asked, name, parts.ids)
         said = probabilities(logits[:1])[0]
         label = int(said.argmax()) if question.label is None else labels.index(question.label)

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect
 
 from fedtune.errors import DataError
 from fedtune.runs.predict import check_texts
@@ -91,7 +92,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     """The request's body.
 
     Raises:
-        Refused: it has too many bytes (413), or takes too long to come (408).
+        Refused: it has too many bytes (413), takes too long to come (408), or its client went away (499,
+            which nobody but the log reads).
     """
     too_long = Refused(413, f"A request may have {limits.body} bytes. Send fewer texts at a time.")
     said = request.headers.get("content-length", "")
@@ -106,6 +108,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     raise too_long
     except TimeoutError:
         raise Refused(408, f"The body did not come within {limits.body_seconds:g} s.") from None
+    except ClientDisconnect:
+        raise Refused(499, "The client went away.") from None
     return bytes(body)
 
 

@@ -74,6 +74,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httpx": ("data", "models", "deploy"),  # what the hub and flwr speak HTTP with
     "uvicorn": ("deploy", "serving"),  # what flwr's SuperLink is served by
     "fastapi": ("serving",),
+    "starlette": ("serving",),  # of which FastAPI is made
     "prometheus_client": ("serving",),
     "ray": ("engines",),
     "scipy": ("privacy", "audit"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +93,7 @@ def test_one_character_and_the_longest_text(client: TestClient) -> None:
 
 
 def test_a_body_that_comes_in_parts_is_counted_and_a_slow_one_is_not_waited_for(
-    models: Models,
+    models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
     import asyncio
 
@@ -124,6 +124,10 @@ def test_a_body_that_comes_in_parts_is_counted_and_a_slow_one_is_not_waited_for(
     part = {"type": "http.request", "body": b" " * 60, "more_body": True}
     assert asyncio.run(ask([part, part]))[0]["status"] == 413
     assert asyncio.run(ask([part]))[0]["status"] == 408
+    # One that goes away is no failure of the service, and no error in its log.
+    caplog.clear()
+    assert asyncio.run(ask([part, {"type": "http.disconnect"}]))[0]["status"] == 499
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_full_queue_is_503_and_what_was_accepted_is_answered(models: Models) -> None:
@@ -148,11 +152,22 @@ def test_a_full_queue_is_503_and_what_was_accepted_is_answered(models: Models) -
         assert client.get("/readyz").json() == {"status": "ready"}
 
 
-def test_an_address_that_asks_too_much_is_told_when_to_come_back(models: Models) -> None:
+def test_an_address_that_asks_too_much_is_told_when_to_come_back(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    encode = Classifier.encode
+
+    def counting(model: Classifier, texts: Sequence[str]) -> list[list[int]]:
+        encoded.append(len(texts))
+        return encode(model, texts)
+
+    monkeypatch.setattr(Classifier, "encode", counting)
     with TestClient(make_app(models, Limits(rate=0.5))) as client:
         assert client.post("/predict", json={"texts": TEXTS[:2]}).status_code == 200
         response = client.post("/predict", json={"texts": TEXTS[:2]})
         assert response.status_code == 429 and 1 <= int(response.headers["retry-after"]) <= 4
+    assert encoded == [2]  # who is refused costs nothing
 
 
 def test_rates_on_average() -> None:
