@@ -33,6 +33,7 @@ __all__ = ["Batcher", "Busy"]
 
 Logits = NDArray[np.float32]
 Ask = Callable[[Sequence[Sequence[int]]], Logits]
+_LEAST_SHARE = 256  # tokens of a batch below which it costs more a token
 _LONGEST_WAIT = 60  # seconds, that a client is told at most
 
 
@@ -75,6 +76,7 @@ class Batcher:
     waiting: int = 0
     workers: int = 0
     _jobs: deque[_Job] = field(default_factory=deque)
+    _queued: int = 0  # tokens of them
     _running: set[asyncio.Task[None]] = field(default_factory=set)
     _threads: ThreadPoolExecutor | None = None
     _closed: bool = True
@@ -132,6 +134,7 @@ class Batcher:
     def _add(self, model: str, ids: list[list[int]]) -> asyncio.Future[Logits]:
         job = _Job(model, ids, sum(map(len, ids)), asyncio.get_running_loop().create_future())
         self._jobs.append(job)
+        self._queued += job.tokens
         if self.workers < self.max_workers:
             self.workers += 1
             task = asyncio.create_task(self._work())
@@ -140,20 +143,25 @@ class Batcher:
         return job.answer
 
     def _next(self) -> list[_Job]:
-        """The jobs of the next batch: the one that waits longest, and those of its model that still fit."""
+        """The jobs of the next batch: the one that waits longest, and those of its model that still fit.
+
+        A worker takes its share of what waits and not all of it, so that the others are not left idle.
+        """
+        most = min(BATCH_TOKENS, max(_LEAST_SHARE, self._queued // self.max_workers))
         first = self._jobs.popleft()
         batch, tokens, left = [first], first.tokens, deque[_Job]()
-        while self._jobs and tokens < BATCH_TOKENS:
+        while self._jobs and tokens < most:
             job = self._jobs.popleft()
             if job.model != first.model:
                 left.append(job)
-            elif tokens + job.tokens <= BATCH_TOKENS:
+            elif tokens + job.tokens <= most:
                 batch.append(job)
                 tokens += job.tokens
             else:
                 left.append(job)
                 break
         self._jobs.extendleft(reversed(left))
+        self._queued -= tokens
         return batch
 
     async def _work(self) -> None:

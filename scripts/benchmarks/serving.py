@@ -28,7 +28,7 @@ import psutil
 
 from scripts.benchmarks.common import ratios_of, write
 
-SECONDS, ROUNDS, CONNECTIONS = 3, 3, 64
+SECONDS, ROUNDS, CONNECTIONS = 2, 3, 64
 _LOAD = Path(__file__).with_name("serve.lua")
 _STOCK = """
 import sys, threading
@@ -85,7 +85,7 @@ def serving() -> None:
                 batches[name] = (after[0] - before[0]) / (after[1] - before[1])
                 alone[name].append(_alone(model, name, texts, batches[name]))
         top = {name: statistics.median(_speed(one) for one in rounds) for name, rounds in found.items()}
-        calm = {name: _ask(own[name], texts, rate=0.7 * top[name], seconds=4 * SECONDS) for name in own}
+        calm = _ask(own["onnx-int8"], texts, rate=0.7 * top["onnx-int8"], seconds=4 * SECONDS)
     pairs = [(_speed(one), _speed(two)) for one, two in zip(found["onnx-int8"], found["stock"], strict=True)]
     write(
         "serving",
@@ -99,7 +99,7 @@ def serving() -> None:
                 name: round(top[name] / statistics.median(each), 3) for name, each in alone.items()
             },
             "at_70_percent": calm,
-            "p99_over_p50": {name: round(one["p99_ms"] / one["p50_ms"], 2) for name, one in calm.items()},
+            "p99_over_p50": round(calm["p99_ms"] / calm["p50_ms"], 2),
             "rounds": found,
             "failed": sum(one["failed"] for rounds in found.values() for one in rounds),
             "target": "ratio_median at least 3, share_of_alone at least 0.8, p99_over_p50 below 4",

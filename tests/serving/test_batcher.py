@@ -204,3 +204,21 @@ def test_a_batch_is_of_one_model_and_nobody_is_overtaken_for_ever() -> None:
         await batcher.stop()
 
     asyncio.run(main())
+
+
+def test_a_worker_takes_its_share_of_what_waits() -> None:
+    async def main() -> None:
+        model = Model()
+        batcher = Batcher({"m": model}, max_waiting=10 * BATCH_TOKENS, max_workers=2)
+        batcher.start()
+        held_back = [await held(batcher, model), await held(batcher, model)]
+        tasks = [asyncio.create_task(batcher.logits("m", [text(n, 100)])) for n in range(12)]
+        await asyncio.sleep(0.01)
+        model.go.set()
+        await asyncio.gather(*held_back, *tasks)
+        # 1,200 tokens wait: half for each, and then at least 256 (two texts), not ever smaller shares.
+        assert model.seen[:4] == [4, 4, 600, 300] and sum(model.seen) == 1208
+        assert batcher._queued == 0
+        await batcher.stop()
+
+    asyncio.run(main())
