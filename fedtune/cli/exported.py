@@ -1,4 +1,4 @@
-"""A finished model elsewhere: `fedtune export`, and what it made at work: `evaluate | serve | key`."""
+"""A finished model elsewhere: `export`, and what it made at work: `evaluate | price | serve | key`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedtune.cli.results import RunFolder
+from fedtune.cli.results import RunFolder, folders_and_prices
 from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
 
 __all__ = ["commands"]
@@ -121,6 +121,50 @@ def evaluate(
         return
     evaluation.show(found)
     for path in paths:
+        print(path)
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="What compressed models cost to ask, and who can afford it.",
+    help=help_text(
+        "Prices the models that 'fedtune compress' measured, by a price book: machine, energy and "
+        "software for a million texts; and counts which of the book's tasks come under their budgets, "
+        "now and as prices fall.",
+        """\
+fedtune price FOLDER
+fedtune price FOLDER OTHER pricing=edge -o FIGURES   with a picture
+fedtune price FOLDER pricing.serving_hour=0.2 --loss 0.01""",
+    ),
+)
+def price(
+    folders: Annotated[
+        list[str],
+        argument("FOLDER...", "Folders that 'fedtune compress' made; pricing=NAME: by that book."),
+    ],
+    loss: Annotated[
+        float | None,
+        option("Accuracy that a model may lose and still be good enough (default 0.02).", metavar="A"),
+    ] = None,
+    output: Annotated[
+        Path | None, option("Write adoption.json and adoption.png there.", "--output", "-o", metavar="FOLDER")
+    ] = None,
+    json: Json = False,
+) -> None:
+    from dataclasses import asdict
+
+    from fedtune.report import adoption
+
+    paths, prices = folders_and_prices(folders)
+    allowed = adoption.ALLOWED_LOSS if loss is None else loss
+    found = adoption.adoption(paths, prices, allowed_loss=allowed)
+    written = [] if output is None else adoption.write_adoption(found, output)
+    if json:
+        print_json(asdict(found))
+        return
+    print(adoption.adoption_text(found))
+    for path in written:
         print(path)
 
 

@@ -402,6 +402,13 @@ class PricingConfig(Group):
     kilowatt_hour: float = setting(0.0, "a kilowatt-hour; 0 where the hour includes it", ge=0, unit="money")
     carbon_kg_per_kwh: float = setting(0.0, "a kilowatt-hour of electricity", ge=0, unit="kg CO2 equivalent")
     record: float = setting(0.0, "a data record, where data is bought", ge=0, unit="money")
+    serving_hour: float = setting(0.0, "an hour of the machine that serves a model", ge=0, unit="money")
+    serving_watts: float = setting(0.0, "what that machine takes while it is busy", ge=0, unit="W")
+    serving_load: float = setting(0.7, "share of the time that it is busy", gt=0, le=1)
+    licences: float = setting(0.0, "software that serving needs, a month", ge=0, unit="money")
+    engineering_hour: float = setting(0.0, "an hour of whoever looks after it", ge=0, unit="money")
+    engineering_hours: float = setting(0.0, "of that work a month", ge=0, unit="h")
+    tasks: Texts | None = setting(None, "models are for: 'NAME, MILLION TEXTS, BUDGET'")
 
 
 @dataclass

@@ -1,0 +1,78 @@
+"""Measured variants are priced, and counted as affordable when a month of a task comes under its budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.errors import ConfigError, RecordError
+from fedtune.report.adoption import adoption, adoption_text, write_adoption
+from tests.support.golden import Golden
+
+PRICES = [
+    "pricing=free",
+    "pricing.serving_hour=3.6",
+    "pricing.serving_load=1",
+    "pricing.licences=2",
+    "pricing.tasks=['small, 1, 12', 'large, 10, 30', 'hopeless, 10, 1']",
+]
+
+
+def write(folder: Path, **formats: tuple[float, float | None]) -> Path:
+    """A folder as `fedtune compress` makes it; of each format its texts a second, and its accuracy."""
+
+    def one(speed: float, accuracy: float | None) -> dict[str, Any]:
+        return {"texts_per_second": speed, "accuracy": accuracy}
+
+    folder.mkdir(parents=True)
+    made = {
+        "schema": 1,
+        "processor": "AVX512",
+        "settings": {"threads": 1},
+        "original": one(100.0, 0.80),
+        "steps": [{"step": "distill", **one(200.0, 0.79)}],
+        "formats": {name: one(*values) for name, values in formats.items()},
+    }
+    (folder / "compression.json").write_text(json.dumps(made))
+    return folder
+
+
+def test_counts_by_hand(tmp_path: Path) -> None:
+    # At 100 texts a second a million takes 10,000 s: 10 of money; at 200: 5; at 1,000: 1. Software: 2 a month.
+    folder = write(tmp_path / "a", fast=(1000.0, 0.785), broken=(1000.0, 0.70), unknown=(1000.0, None))
+    found = adoption([folder], PRICES)
+    by_name = {one.name: one for one in found.variants}
+    assert [one.price.compute for one in found.variants] == pytest.approx([10, 5, 1, 1, 1])
+    # small: 12 a month allows 10 + 2. large: 30 allows 28 for 10 million, so 2.8 a million.
+    assert by_name["a/original"].affordable == (1, 1, 1, 1, 1)
+    assert by_name["a/1 distill"].affordable == (1, 1, 1, 2, 2)  # 5 falls to 2.5, and to 1.5
+    assert by_name["a/fast"].affordable == (2, 2, 2, 2, 2)
+    assert by_name["a/broken"].affordable == by_name["a/unknown"].affordable == (0, 0, 0, 0, 0)
+    assert adoption([folder], PRICES, allowed_loss=0.2).variants[-2].affordable == (2, 2, 2, 2, 2)
+    assert by_name["a/fast"].lost == pytest.approx(0.015) and by_name["a/unknown"].lost is None
+
+
+def test_words_and_files(tmp_path: Path) -> None:
+    found = adoption([write(tmp_path / "a", fast=(1000.0, 0.79)), write(tmp_path / "b")], PRICES)
+    text = adoption_text(found)
+    for words in ("a/fast", "b/1 distill", "79.0", "1,000", "-70%", "3 tasks", "1 thread(s), AVX512"):
+        assert words in text, text
+    first, second = write_adoption(found, tmp_path / "figures")
+    values = json.loads(first.read_text())
+    assert values["cuts"][1] == 0.1 and values["variants"][0]["affordable"] == [1, 1, 1, 1, 1]
+    assert second.read_bytes().startswith(b"\x89PNG") and second.stat().st_size > 10_000
+
+
+def test_what_cannot_be_priced(tmp_path: Path, golden: Golden) -> None:
+    with pytest.raises(RecordError) as raised:
+        adoption([tmp_path], PRICES)
+    golden(raised)
+    folder = write(tmp_path / "a")
+    with pytest.raises(ConfigError, match="--loss"):
+        adoption([folder], PRICES, allowed_loss=-1)
+    with pytest.raises(ConfigError, match="only prices"):
+        adoption([folder], ["train.learning_rate=1"])
+    assert "has no tasks" in adoption_text(adoption([folder], ["pricing=free"]))
