@@ -41,7 +41,7 @@ def write(folder: Path, **formats: tuple[float, float | None]) -> Path:
 
 
 def test_counts_by_hand(tmp_path: Path) -> None:
-    # At 100 texts a second a million takes 10,000 s: 10 of money; at 200: 5; at 1,000: 1. Software: 2 a month.
+    # At 100 texts a second a million takes 10,000 s: 10 of money; at 200: 5; at 1,000: 1. Software is 2.
     folder = write(tmp_path / "a", fast=(1000.0, 0.785), broken=(1000.0, 0.70), unknown=(1000.0, None))
     found = adoption([folder], PRICES)
     by_name = {one.name: one for one in found.variants}
