@@ -19,7 +19,15 @@ import click
 import typer
 
 from fedtune import __version__
-from fedtune.cli import budget_command, compress_command, deployment, exported, results, run_command
+from fedtune.cli import (
+    budget_command,
+    compress_command,
+    data_command,
+    deployment,
+    exported,
+    results,
+    run_command,
+)
 from fedtune.cli.shared import help_text
 from fedtune.errors import ConfigError, FedtuneError
 
@@ -33,6 +41,7 @@ HELP = help_text(
     """\
 fedtune run  four sites, epsilon 8 each
 fedtune run privacy.epsilon=2 adapter=ffa_lora
+fedtune data check data=files ...  your own data, before a run
 fedtune run privacy=none  without privacy, to compare
 fedtune run -m privacy.epsilon=1,2,4,8  one run for each value
 fedtune run resume=RUN_DIR  after a crash or Ctrl-C
@@ -80,6 +89,7 @@ app.add_typer(run_command.commands)
 app.add_typer(results.commands)
 app.add_typer(exported.commands)
 app.add_typer(compress_command.commands)
+app.add_typer(data_command.commands, rich_help_panel="Simulate")
 app.add_typer(budget_command.commands, rich_help_panel="Privacy budgets")
 app.add_typer(deployment.commands)
 

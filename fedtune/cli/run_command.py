@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from fedtune.cli.shared import Command, argument, help_text, option
+from fedtune.cli.shared import Command, argument, help_text, option, print_json
 from fedtune.errors import ConfigError, FedtuneError
 
-__all__ = ["commands", "complete_setting"]
+__all__ = ["commands", "complete_setting", "dry_run"]
 
 commands = typer.Typer(rich_markup_mode="rich")
 
@@ -103,6 +103,7 @@ fedtune run data=files data.path=FOLDER data.text=text data.label=category
 fedtune run hydra.run.dir=FOLDER             choose the run folder
 fedtune run -m privacy.epsilon=1,2,4,8       a sweep (hydra.sweep.dir=FOLDER)
 fedtune run sweep.resume=FOLDER              run what is missing of a sweep
+fedtune run --dry-run data=files data.path=FOLDER   what it would do and spend
 fedtune run resume=RUN_DIR                   go on with an interrupted run""",
     ),
 )
@@ -122,6 +123,10 @@ def run(
     show_config: Annotated[
         bool, option("Print the complete configuration and stop.", "--show-config")
     ] = False,
+    only_check: Annotated[
+        bool,
+        option("Say what the run would do and spend, as fedtune data check; train nothing.", "--dry-run"),
+    ] = False,
     cfg: Annotated[str | None, option("Hydra's name for --show-config.", metavar="job")] = None,
 ) -> None:
     overrides, folders = list(settings or ()), list(config_dir or ())
@@ -129,6 +134,9 @@ def run(
         raise ConfigError(f"--cfg {cfg} is not known: --cfg job prints the complete configuration.")
     if show_config or cfg:
         _show_config(overrides, folders)
+        return
+    if only_check:
+        dry_run(overrides, folders, json=False)
         return
     from fedtune import api
     from fedtune.config.launch import is_sweep
@@ -143,6 +151,18 @@ def run(
         raise FedtuneError(
             f"{len(made.failures)} of the sweep's runs failed (number {numbers}); the others finished."
         )
+
+
+def dry_run(overrides: list[str], folders: list[Path], json: bool) -> None:
+    """Prints what one run by these settings would do, and spend; trains nothing."""
+    from fedtune.config.loader import load
+    from fedtune.runs.check import check, in_text
+
+    found = check(load(overrides, folders))
+    if json:
+        print_json(found)
+    else:
+        print(in_text(found))
 
 
 def _show_config(overrides: list[str], folders: list[Path]) -> None:

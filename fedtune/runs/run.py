@@ -159,12 +159,14 @@ def _work(
     from fedtune import engines
     from fedtune.federation.events import Observers
     from fedtune.federation.resources import run_resources
+    from fedtune.runs.check import plan_of
 
     resources = run_resources(config)
     data = resources.prepared  # here rather than in the engine, so that the display says what takes the time
     view.working("calibrating the noise")
     if config.resume is None:
-        _check_plan(config, data)
+        # A run that no noise or no number of nodes allows is refused before minutes go into frozen layers.
+        plan_of(config, data)
     view.working("loading the encoder")
     with resources.using_model() as model:
         view.notes([*data.notes, *model.notes])  # before anything is charged
@@ -181,30 +183,6 @@ def _work(
     result = engines.run(config, run_dir, observer)
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
-
-
-def _check_plan(config: Config, data: PreparedData) -> None:
-    """Refuses a run that no noise or no number of nodes allows, before minutes go into frozen layers.
-
-    Nothing is released.
-
-    The plan that is made is the run's own (what it cost to calibrate is kept), unless a node's budget asks
-    for a smaller delta. Of sizes that nodes tell with noise it does not matter what they come to.
-
-    Raises:
-        PrivacyError: (of some kind) as `make_plan`.
-        ConfigError: a round can never have the updates that it needs.
-    """
-    from fedtune.federation.server.agreement import check_possible
-    from fedtune.federation.sizes import size_to_declare
-    from fedtune.privacy.mechanisms.counts import size_plan
-    from fedtune.privacy.plan import make_plan
-
-    if data.shards:  # of real sites none is here
-        check_possible(config, len(data.shards))
-    told = size_plan(config) is not None
-    if sizes := [1 if told else size_to_declare(config, shard) for shard in data.shards]:
-        make_plan(config, sizes)
 
 
 def finish(

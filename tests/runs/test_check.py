@@ -1,0 +1,56 @@
+"""What `fedtune data check` says is what a run would do, and nothing is spent for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedtune.cli.app import main
+from fedtune.config.convert import from_dict, to_dict
+from fedtune.config.schema import Config
+from fedtune.errors import ConfigError
+from fedtune.federation.resources import run_resources
+from fedtune.runs.check import check, in_text, plan_of
+from tests.support import tiny_federation as tiny
+
+
+@pytest.fixture
+def config(world: dict[str, Path]) -> Config:
+    return from_dict(to_dict(tiny.private(tiny.make_config(world["model"], world["data"]))))
+
+
+def test_what_was_understood_and_what_would_be_spent(config: Config, fedtune_home: Path) -> None:
+    found = check(config)
+    train = found["data"]["train"]
+    assert train["records"] == 120 and train["labels"] == {"negative": 60, "positive": 60}
+    assert train["sites"] == dict.fromkeys(("site-0", "site-1", "site-2", "site-3"), 30)
+    assert train["persons"] is None and found["data"]["test"]["records"] == 40
+    assert found["privacy"]["epsilon"] == pytest.approx(config.privacy.epsilon, rel=0.05)
+    assert len(found["data"]["sample"]) == 3 and found["run"]["nodes"] == 4
+    text = in_text(found)
+    assert "site-0 30, site-1 30" in text and "epsilon" in text and "Nothing was trained" in text
+    assert not list((fedtune_home / "state").iterdir())  # no ledger, so no charge
+
+
+def test_the_plan_is_the_runs_own(config: Config) -> None:
+    plan = plan_of(config, run_resources(config).prepared)
+    assert plan is not None and check(config)["privacy"]["noise_multiplier"] == plan.noise_multiplier
+    config.federation.min_updates = 5
+    with pytest.raises(ConfigError, match="can never be met: there are 4 nodes"):
+        check(config)
+
+
+def test_both_commands_say_it(world: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["data=files", f"data.path={world['data']}", f"model.name={world['model']}", "data.max_length=16"]
+    for command in (["data", "check", *words, "--json"], ["run", "--dry-run", *words]):
+        with pytest.raises(SystemExit) as left:
+            main(command)
+        assert left.value.code == 0
+        shown = capsys.readouterr().out
+        assert "Nobody declared the label set" in shown
+    assert "120 records" in shown
+    with pytest.raises(SystemExit):
+        main(["data", "check", *words, "--json"])
+    assert json.loads(capsys.readouterr().out)["data"]["train"]["records"] == 120
