@@ -85,9 +85,9 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
     if path.exists():
         kept = _settings_of(record.read(path)["config"])
         wanted = _settings_of(record.clean(dataclasses.asdict(config)))
-        if kept != wanted:
+        if different := _differences(kept, wanted):
             raise RecordError(
-                f"{path} was made with other settings ({', '.join(_differences(kept, wanted))}), and a study "
+                f"{path} was made with other settings ({', '.join(different)}), and a study "
                 "mixes no settings. Delete it to run it again, or choose another folder with --records."
             )
         return False
@@ -101,9 +101,12 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
 
 
 def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must share to be the same run: all but where files are."""
+    """What two runs must share to be the same run: all but where files are, and when it was looked at."""
     shared = {key: value for key, value in config.items() if key not in ("output", "resume")}
-    return shared | {"data": {**shared["data"], "path": None}}
+    return shared | {
+        "data": {**shared["data"], "path": None},
+        "federation": {**shared["federation"], "evaluate_every": None},
+    }
 
 
 def _write(finished: dict[str, Any], path: Path) -> None:
@@ -118,8 +121,12 @@ def _write(finished: dict[str, Any], path: Path) -> None:
 
 
 def _differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Dotted names of the settings in which two configurations differ."""
+    """Dotted names of the settings in which two configurations differ.
+
+    A setting that one of them does not know, as an earlier version's record, is off there (false or null).
+    """
     if isinstance(one, dict) and isinstance(other, dict):
         found = [_differences(one.get(key), other.get(key), f"{name}.{key}") for key in {**one, **other}]
         return list(itertools.chain.from_iterable(found))
-    return [] if one == other else [name.removeprefix(".")]
+    off = not one and not other and (one is None or other is None)
+    return [] if one == other or off else [name.removeprefix(".")]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import math
+import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -108,3 +112,38 @@ def test_a_script_of_a_study_ends_in_words(
     with pytest.raises(SystemExit) as raised:
         import_script(STUDIES, "cells", monkeypatch).script(main)
     assert raised.value.code == status
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"federation.evaluate_every": 7}, None),
+        ({"train.damped": ...}, None),  # of a version that had no such setting
+        ({"train.learning_rate": 7.0}, "(train.learning_rate)"),
+        ({"train.averaging": ...}, "(train.averaging)"),
+    ],
+)
+def test_a_record_of_another_run_is_not_mixed_in(
+    change: dict[str, Any], says: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from fedtune.config.loader import load
+    from fedtune.errors import RecordError
+    from fedtune.runs import record
+
+    cells = import_script(STUDIES, "cells", monkeypatch)
+    cell = SimpleNamespace(name="one", overrides=lambda: ["adapter=ffa_lora", "privacy.unit=record"])
+    kept = record.clean(dataclasses.asdict(load(cell.overrides())))
+    for name, value in change.items():
+        group, _, setting = name.partition(".")
+        assert setting in kept[group]
+        kept[group][setting] = value
+        if value is ...:
+            del kept[group][setting]
+    monkeypatch.setattr(record, "read", lambda path: {"config": kept})
+    (tmp_path / "one.json").touch()
+    if says is None:
+        assert not cells.run_cell(cell, tmp_path, tmp_path, [])
+    else:
+        with pytest.raises(RecordError, match=re.escape(says)):
+            cells.run_cell(cell, tmp_path, tmp_path, [])
