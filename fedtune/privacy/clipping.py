@@ -67,6 +67,8 @@ class Clipping:
 
     def undone(self, average: FloatArray, head: npt.NDArray[np.bool_], alone: bool = False) -> FloatArray:
         """A noised average [P] without the factor of the head's part (bool [P]); `alone` as `head_factor`."""
+        if self.head_norm == 0.0:
+            return average
         return np.where(head, average / self.head_factor(alone or bool(head.all())), average)
 
 

@@ -143,11 +143,11 @@ def _head_sum(
     (Goodfellow 2015, arXiv 1510.01799; "ghost norm" in Li et al. 2022). No example's gradient [c, d] is ever
     written out.
     """
-    weight, bias = (
-        model.parameters[name].detach().cpu().numpy().astype(np.float64) for name in _head_parameters(model)
-    )
+    classes, width = model.parameters[_head_parameters(model)[0]].shape
+    adapter = model.get_vector().astype(np.float64)
+    weight = adapter[: classes * width].reshape(classes, width)
+    bias = adapter[classes * width : classes * (width + 1)]
     total = np.zeros(model.num_parameters, dtype=np.float64)
-    classes, width = weight.shape
     (group,) = plan.clipping.groups(model.heads)
     for positions, whose in _blocks(units, len(records)):
         rows = records[positions]

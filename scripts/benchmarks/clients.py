@@ -25,6 +25,7 @@ from scripts.benchmarks.small_clients import STEPS
 
 # Without their dependencies, which fedtune has too.
 PFL = ("pfl==0.6.0", "dp-accounting==0.5.1", "prv-accountant==0.2.0", "multiprocess==0.70.19", "dill==0.4.1")
+PEERS = {"pfl, same clipping and noise": 1.0, "pfl, plain SGD": 0.0}  # and the noise of each step
 NODES, RECORDS, BATCH = 100, 25, 5  # a fifth of the records a step: five steps are an epoch of pfl's
 ROUNDS, TURNS = 6, 3  # the first round of each process is left out
 SCALE, COHORT, FEW, RATE = (1_000, 10_000, 100_000), 200, 5, 0.8  # `scale`: records of a node, sampling rate
@@ -90,17 +91,14 @@ def _parts(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def clients() -> None:
     """A round of 100 clients in each program, in turn."""
-    programs: dict[str, list[dict[str, Any]]] = {
-        "fedtune": [], "Flower on Ray": [], "pfl, same clipping and noise": [], "pfl, plain SGD": [],
-    }  # fmt: skip
+    programs: dict[str, list[dict[str, Any]]] = {"fedtune": [], "Flower on Ray": [], **{p: [] for p in PEERS}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _fedtune(folder, NODES, RECORDS, BATCH / RECORDS, 0)  # makes data and cache
         for _ in range(TURNS):
             for program, runs in programs.items():
-                if program.startswith("pfl"):
-                    noise = 0.0 if "plain" in program else 1.0
-                    runs.append(_pfl(folder, NODES, ROUNDS, BATCH, 1, noise))
+                if program in PEERS:
+                    runs.append(_pfl(folder, NODES, ROUNDS, BATCH, 1, PEERS[program]))
                 else:
                     words = ("engine=ray",) if "Ray" in program else ()
                     runs.append(_fedtune(folder, NODES, RECORDS, BATCH / RECORDS, ROUNDS, *words))
@@ -138,33 +136,44 @@ def clients() -> None:
     )
 
 
-def scale() -> None:
-    """Rounds of 200 of ever more nodes: what grows with how many there are."""
-    sizes: dict[str, dict[str, Any]] = {}
-    pfl: dict[str, dict[str, Any]] = {}
-    for nodes in SCALE:
-        with tempfile.TemporaryDirectory() as name:
-            folder, words = Path(name), (f"federation.cohort_size={COHORT}",)
-            _fedtune(folder, nodes, FEW, RATE, 0, *words)  # makes data and cache
-            run = _fedtune(folder, nodes, FEW, RATE, ROUNDS, *words)
-            sizes[f"{nodes:,}"] = {**run, "round": _spread(_steady(run)), "parts_seconds": _parts([run])}
-            if (folder / "features.npz").exists():
-                for program, noise in (("same clipping and noise", 1.0), ("plain SGD", 0.0)):
-                    peer = _pfl(folder, COHORT, ROUNDS, 0, STEPS, noise)
-                    pfl[f"{nodes:,}, {program}"] = {**peer, "round": _spread(_steady(peer))}
-    few, many = (sizes[f"{nodes:,}"] for nodes in (SCALE[0], SCALE[-1]))
+def found(first: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """What the process that made data and cache took, and the one that ran the federation."""
+    made = {f"first_{name}": value for name, value in first.items() if name != "load"}
+    return {**made, **run, "round": _spread(_steady(run)), "parts_seconds": _parts([run])}
+
+
+def of_nodes(nodes: int) -> dict[str, Any]:
+    """What rounds of `COHORT` of so many nodes take; and of pfl's, where the features fit into its memory."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, words = Path(name), (f"federation.cohort_size={COHORT}",)
+        first = _fedtune(folder, nodes, FEW, RATE, 0, *words)
+        of_all = found(first, _fedtune(folder, nodes, FEW, RATE, ROUNDS, *words))
+        if (folder / "features.npz").exists():
+            for program, noise in PEERS.items():
+                peer = _pfl(folder, COHORT, ROUNDS, 0, STEPS, noise)
+                of_all[program] = {**peer, "round": _spread(_steady(peer))}
+    return of_all
+
+
+def write_scale(sizes: dict[int, dict[str, Any]]) -> None:
+    """Writes the record of what `of_nodes` found, by the number of nodes."""
+    least, most = min(sizes), max(sizes)
     growth = {
-        name: round(many[name] / few[name] / (SCALE[-1] / SCALE[0]), 3)
-        for name in ("start_seconds", "data_seconds", "peak_megabytes")
-    }  # fmt: skip
+        name: round(sizes[most][name] / sizes[least][name] / (most / least), 3)
+        for name in ("start_processor_seconds", "first_data_processor_seconds", "peak_megabytes")
+    }
     write(
         "scale",
         {
             "question": f"nodes of {FEW} records, {COHORT} of them in a round: seconds of a round, of these "
             "the books, seconds until the first, and megabytes at most",
-            "nodes": sizes,
-            "pfl": pfl,
+            "nodes": {f"{nodes:,}": found for nodes, found in sizes.items()},
             "growth_over_nodes": growth,
             "target": "10,000: a round within 0.5 s, start within 10 s, below 1,000 MB; growth at most 1",
         },
     )
+
+
+def scale() -> None:
+    """Rounds of 200 of ever more nodes: what grows with how many there are."""
+    write_scale({nodes: of_nodes(nodes) for nodes in SCALE})

@@ -4,8 +4,8 @@ python -m scripts.benchmarks.small_clients FOLDER NODES RECORDS ROUNDS [OVERRIDE
 
 Each node has a few made-up texts of five words, which are written into FOLDER if they are not there; the
 encoder is a random BERT of one layer and width 384, whose outputs are kept, and the head is trained in five
-steps a round. Prints one line of JSON. ROUNDS 0: makes data and cache only, and FOLDER/features.npz with what
-the head sees, for other programs.
+steps a round. Prints one line of JSON. ROUNDS 0: makes data and cache only (of outputs, and of the calibrated
+noise), and FOLDER/features.npz with what the head sees, for other programs.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ class _Watch:
 
     def __init__(self, parts: _Parts) -> None:
         self._parts, self.rounds, self.marks = parts, list[float](), list[dict[str, float]]()
-        self.started = 0.0
+        self.started = self.busy = 0.0
 
     def on_start(self, info: Any) -> None:
-        self.started = time.perf_counter()
+        self.started, self.busy = time.perf_counter(), time.process_time()
         self.marks.append(dict(self._parts.seconds))
 
     def on_round(self, summary: Any) -> None:
@@ -141,20 +141,27 @@ def main(arguments: list[str]) -> None:
     from fedtune.config.loader import load
     from fedtune.engines import run
     from fedtune.federation.resources import run_resources
+    from fedtune.privacy.plan import make_plan
 
     folder, (nodes, records, rounds) = Path(arguments[0]), map(int, arguments[1:4])
     named = [*make(folder, nodes, records), f"federation.num_rounds={max(1, rounds)}"]
     config = load([*OVERRIDES, *named, *arguments[4:]])
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     resources = run_resources(config)
     resources.warm()
-    warmed = time.perf_counter()
+    data = {
+        "data_seconds": time.perf_counter() - begin,
+        "data_processor_seconds": time.process_time() - busy,
+    }
     if not rounds:
+        make_plan(
+            config, [shard.declared_size for shard in resources.prepared.shards]
+        )  # calibrates the noise
         if nodes <= MOST_KEPT:
             _keep_features(folder / "features.npz", resources)
-        print("RESULT", json.dumps({"data_seconds": warmed - begin}))
+        print("RESULT", json.dumps(data))
         return
-    watch, started = _Watch(_Parts()), time.perf_counter()
+    watch, started, busy = _Watch(_Parts()), time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as run_folder:
         run(config, Path(run_folder), watch)  # type: ignore[arg-type]
     each = {
@@ -165,8 +172,9 @@ def main(arguments: list[str]) -> None:
         "RESULT",
         json.dumps(
             {
-                "data_seconds": warmed - begin,
+                **data,
                 "start_seconds": watch.started - started,
+                "start_processor_seconds": watch.busy - busy,
                 "start_books_seconds": watch.marks[0]["books"],
                 "round_seconds": watch.rounds,
                 **{f"round_{name}_seconds": seconds for name, seconds in each.items()},

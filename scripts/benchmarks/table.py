@@ -31,8 +31,13 @@ def _figure(record: dict[str, Any]) -> str:
             f"{one['start_seconds']}, {one['peak_megabytes']:.0f}"
             for nodes, one in record["nodes"].items()
         )
-        peers = "; ".join(f"{name}: {one['round']['median']}" for name, one in record["pfl"].items())
-        return f"{ours} (a round of pfl with {peers})"
+        peers = "; ".join(
+            f"{nodes}: {one[program]['round']['median']}"
+            for nodes, one in record["nodes"].items()
+            for program in one
+            if program.startswith("pfl, same")
+        )
+        return f"{ours} (a round of pfl with the same clipping and noise: {peers})"
     if "adapters" in record:
         return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
     if "commands" in record:
