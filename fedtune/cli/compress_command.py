@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtune.cli.results import folders_and_prices
 from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
+from fedtune.errors import ConfigError
 
 __all__ = ["commands"]
 
@@ -48,7 +50,8 @@ fedtune compress RUN_DIR
 fedtune compress RUN_DIR compress=pruned prune.units=0.5
 fedtune compress RUN_DIR distill.layers=3 texts=unlabelled.txt -o FOLDER
 fedtune compress embedded:minilm distill.layers=3 texts=FILE -o FOLDER
-fedtune run model.name=FOLDER  federate the smaller base""",
+fedtune run model.name=FOLDER  federate the smaller base
+fedtune compress --advise DIR --within 2 --p99 5 pricing=edge""",
     ),
 )
 def compress(
@@ -60,9 +63,32 @@ def compress(
         Path | None,
         option("A new folder (default: RUN_DIR/compressed-NAME).", "--output", "-o", metavar="FOLDER"),
     ] = None,
+    advise: Annotated[
+        bool,
+        option("Of the compressed models below the folders named: the cheapest within limits.", "--advise"),
+    ] = False,
+    within: Annotated[float | None, option("--advise: points of accuracy to lose.", metavar="A")] = None,
+    p99: Annotated[float | None, option("--advise: milliseconds of one text.", metavar="T")] = None,
+    memory: Annotated[float | None, option("--advise: megabytes of its process.", metavar="M")] = None,
+    money: Annotated[float | None, option("--advise: for a million texts.", metavar="C")] = None,
     json: Json = False,
 ) -> None:
     import json as library
+
+    from fedtune.compress.advise import Limits, advise_text
+    from fedtune.compress.advise import advise as answer
+
+    limits = Limits(within, p99, memory, money)
+    if advise:
+        folders, prices = folders_and_prices([source, *(settings or [])])
+        found = answer(folders, limits, prices)
+        if json:
+            print_json(found)
+        else:
+            print(advise_text(found))
+        return
+    if limits.given():
+        raise ConfigError(f"--{limits.given()[0]} is a limit of --advise, which was not given.")
 
     from fedtune.compress.compress import RECORD_NAME
     from fedtune.compress.compress import compress as make

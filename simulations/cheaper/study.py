@@ -1,0 +1,211 @@
+#!/usr/bin/env python
+r"""How much cheaper can a fine-tuned model be asked, for how much accuracy? The whole chain, in both orders.
+
+    python simulations/cheaper/study.py --run RUN_DIR     of a finished default run, with its seed
+    python simulations/cheaper/study.py --run RUN_DIR --only int8,student2
+    python simulations/cheaper/study.py --report          table and figure from the records there are
+
+Cells: `fedtune compress` of the run in several ways (fine-tune, then compress), and `small_base`: the base
+encoder is distilled first, on the same public texts, and the run then done again on it (compress, then
+fine-tune). All are measured on the part of the public test split that no cell learns from. A finished cell is
+kept as `records/NAME-seedN.json` (its compression.json) and skipped the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
+    sys.path.insert(0, str(HERE.parents[1]))
+
+from simulations.cells import known, script  # noqa: E402
+
+CELLS: dict[str, list[str]] = {
+    "int8": ["compress=int8", "quantize=[int8,int8-weights,nf4]"],
+    "student2": ["compress=student"],
+    "pruned": ["compress=pruned"],
+    "student3": ["compress=student", "distill.layers=3"],
+    "smallest": ["compress=smallest"],
+    "sparse": ["compress=sparse", "transfer.epochs=1"],
+}
+BASE = "small_base"
+BASE_LAYERS = 3
+SHOWN = {
+    "original": "PyTorch",
+    "prune": "PyTorch",
+    "distill": "PyTorch",
+    "onnx": "ONNX",
+    "onnx-int8": "ONNX, int8",
+    "onnx-int8-weights": "ONNX, weights in int8",
+    "onnx-nf4": "ONNX, weights in nf4",
+}
+
+
+def run_cell(name: str, run: Path, work: Path, records: Path) -> None:
+    """One cell, unless its record is there. Raises FedtuneError."""
+    from fedtune.compress.compress import RECORD_NAME, compress
+    from fedtune.runs import record
+
+    seed = int(record.read(run)["config"]["seed"])
+    path = records / f"{name}-seed{seed}.json"
+    print(f"\n{path.stem}", flush=True)
+    if path.exists():
+        print("  done before", flush=True)
+        return
+    words = [*CELLS.get(name, CELLS["int8"]), f"seed={seed}"]
+    if name == BASE:
+        run = _on_small_base(run, work / f"{BASE}-seed{seed}", seed)
+    folder = work / path.stem
+    if not folder.exists():
+        compress(run, words, folder, say=lambda line: print(f"  {line}", flush=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text((folder / RECORD_NAME).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def _on_small_base(run: Path, work: Path, seed: int) -> Path:
+    """The run done again, on a base that was distilled before; its folder."""
+    from dataclasses import replace
+
+    from fedtune.compress.compress import compress
+    from fedtune.compress.texts import texts_for
+    from fedtune.config.convert import from_dict
+    from fedtune.runs import record
+    from fedtune.runs.run import run as federate
+
+    made = record.read(run)
+    if not (work / "base").exists():
+        work.mkdir(parents=True, exist_ok=True)
+        learn = texts_for(made, None, 0.5, seed).learn
+        texts = work / "public.txt"
+        texts.write_text("\n".join(" ".join(text.split()) for text in learn) + "\n", encoding="utf-8")
+        words = [f"distill.layers={BASE_LAYERS}", f"texts={texts}", f"seed={seed}"]
+        compress("embedded:minilm", words, work / "base", say=lambda line: print(f"  {line}", flush=True))
+    if not (work / "run" / "record.json").exists():
+        config = from_dict(dict(made["config"]))
+        config.model = replace(config.model, name=str(work / "base"))
+        config.adapter = replace(config.adapter, layers=None)  # there may be fewer than the run adapted
+        config.resume, config.output = None, str(work / "run")
+        federate(config)
+    return work / "run"
+
+
+def rows_of(records: Path) -> list[dict[str, Any]]:
+    """What the records say: cell, seed, what was asked, and its figures; speeds beside the run's model."""
+    found = []
+    kept = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(records.glob("*.json"))
+    }
+    for stem, one in kept.items():
+        cell, _, seed = stem.rpartition("-seed")
+        base = kept.get(f"int8-seed{seed}", {}).get("original", {}).get("accuracy")
+        # A run on a smaller base is beside its own model there, which has the layers of the student of three.
+        times, beside = 1.0, one["original"]["accuracy"]
+        if cell == BASE:
+            twin = kept.get(f"student{BASE_LAYERS}-seed{seed}")
+            if twin is None or base is None:
+                continue
+            times, beside = twin["steps"][0]["ratio"], base
+        parts = {
+            "original": one["original"],
+            **{step["step"]: step for step in one["steps"]},
+            **one["formats"],
+        }
+        for part, figures in parts.items():
+            if part == "hf" or (part == "original" and cell not in ("int8", BASE)):
+                continue
+            found.append(
+                {
+                    "cell": cell, "seed": int(seed), "part": part, "bytes": figures["bytes"], "ratio": times
+                    * figures["ratio"], "accuracy": figures["accuracy"], "points": 100 *
+                    (figures["accuracy"] - beside), "error": 100 * figures["difference_error"], "p99":
+                    figures["p99_ms"], "memory": figures.get("memory_bytes"),
+                }
+            )  # fmt: skip
+    return found
+
+
+def table(records: Path) -> str:
+    """The figures as Markdown, a line for each cell and format, over the seeds."""
+    rows = rows_of(records)
+    lines = [
+        "| cell | asked by | size | texts a second | accuracy | points | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell, part in dict.fromkeys((row["cell"], row["part"]) for row in rows):
+        alike = [row for row in rows if (row["cell"], row["part"]) == (cell, part)]
+        mean = {
+            name: statistics.fmean(row[name] for row in alike)
+            for name in ("bytes", "ratio", "accuracy", "points")
+        }
+        spread = alike[0]["error"] if len(alike) == 1 else statistics.stdev(row["points"] for row in alike)
+        lines.append(
+            f"| {cell} | {SHOWN[part]} | {mean['bytes'] / 1e6:.1f} MB | {mean['ratio']:.2f}x | "
+            f"{mean['accuracy']:.1%} | {mean['points']:+.1f} ± {spread:.1f} | {len(alike)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(records: Path, path: Path) -> None:
+    """Accuracy against cost: points lost beside the run's model, over what a text costs beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    rows = rows_of(records)
+    markers = {"original": "o", "prune": "o", "distill": "o", "onnx": "s", "onnx-int8": "D"}
+    for color, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
+        for part, marker in markers.items():
+            alike = [row for row in rows if row["cell"] == cell and row["part"] == part]
+            if not alike:
+                continue
+            x = 1 / statistics.fmean(row["ratio"] for row in alike)
+            y = statistics.fmean(row["points"] for row in alike)
+            axes.plot(x, y, marker, color=f"C{color}", ms=7)
+            if part == "onnx-int8":
+                axes.annotate(
+                    cell, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, color=f"C{color}"
+                )
+    axes.axhline(0, color="#999999", lw=0.8)
+    axes.axhline(-2, color="#999999", lw=0.8, ls=":")
+    axes.set_xscale("log")
+    ticks = [1, 0.5, 0.25, 0.15, 0.1]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(
+        xlabel="what a text costs to ask, beside the run's model in PyTorch", ylabel="points of accuracy"
+    )
+    axes.set_title("Circles: PyTorch; squares: ONNX; diamonds: int8", loc="left", fontsize=10)
+    figure.savefig(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="folder of a finished run with a public test split")
+    parser.add_argument("--only", default=",".join([*CELLS, BASE]), metavar="NAME,NAME", help="cells")
+    parser.add_argument("--records", type=Path, default=HERE / "records", help="where the records are kept")
+    parser.add_argument("--work", type=Path, default=Path("outputs") / "cheaper", help="the models")
+    parser.add_argument("--report", action="store_true", help="run nothing; make table and figure")
+    options = parser.parse_args(arguments)
+    if not options.report:
+        if options.run is None:
+            parser.error("name a finished run: --run RUN_DIR")
+        for name in known(options.only, [*CELLS, BASE]):
+            run_cell(name, options.run, options.work, options.records)
+    if options.records == HERE / "records":
+        draw(options.records, HERE / "figure.png")
+    print(f"\n{table(options.records)}")
+    return 0
+
+
+if __name__ == "__main__":
+    script(main)
