@@ -51,7 +51,7 @@ fedtune compress RUN_DIR compress=pruned prune.units=0.5
 fedtune compress RUN_DIR distill.layers=3 texts=unlabelled.txt -o FOLDER
 fedtune compress embedded:minilm distill.layers=3 texts=FILE -o FOLDER
 fedtune run model.name=FOLDER  federate the smaller base
-fedtune compress --advise DIR --within 2 --p99 5 pricing=edge""",
+fedtune compress --advise DIR --within 2 --p99 5 --memory 100""",
     ),
 )
 def compress(

@@ -191,7 +191,12 @@ def _check(made: Compression) -> None:
         raise ConfigError("quantize=[] names no format. Write quantize=[int8], or leave the step out.")
     if "prune" in steps:
         _check_prune(made)
-    if "distill" in steps and (distill.layers is None) == (distill.student is None):
+    if "distill" in steps and distill.layers is not None and distill.student is not None:
+        raise ConfigError(
+            f"distill.layers={distill.layers} and distill.student are two ways to a student: one of the "
+            "model's own layers, or another encoder. For the second add distill.layers=null."
+        )
+    if "distill" in steps and distill.layers is None and distill.student is None:
         raise ConfigError(
             "distill needs one of distill.layers=N (a student of N of the model's own layers) and "
             "distill.student=NAME (a smaller encoder), and not both."
