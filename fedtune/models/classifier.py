@@ -466,10 +466,19 @@ def load_saved(folder: str | Path, device: str = "auto") -> nn.Module:
     """The model of a finished run, ready to predict: its base and, through peft, the adapter in `folder`.
 
     Raises:
-        ModelError: as `load_base` does.
+        ModelError: as `load_base` does, or the adapter is damaged, or of another base.
     """
     import peft
+    from safetensors import SafetensorError
 
-    model: nn.Module = peft.PeftModel.from_pretrained(load_base(folder, device), str(folder))
+    base = load_base(folder, device)
+    try:
+        model: nn.Module = peft.PeftModel.from_pretrained(base, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} holds no adapter that fits its base: {' '.join(str(error).split())[:300]}. Copy the "
+            f"whole run folder again, or resume the run, which writes it anew: fedtune run resume="
+            f"{Path(folder).parent}"
+        ) from error
     model.train(False)
     return model

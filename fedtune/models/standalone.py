@@ -66,12 +66,13 @@ def load_merged(folder: Path) -> FedtuneForSequenceClassification:
         ModelError: it cannot be read.
     """
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         return FedtuneForSequenceClassification.from_pretrained(folder).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder} holds no model in transformers' form: "
             f"{' '.join(str(error).split())[:300]}. Export the "

@@ -72,6 +72,9 @@ class Bundle:
             labels, formats = about["labels"], about["formats"]
             if about["schema"] != 1 or not labels or not set(formats) <= set(PATHS):
                 raise ValueError(f"schema {about['schema']!r}")
+            numbers = about["max_length"], about["pad_id"]
+            if type(labels) is not list or {*map(type, labels)} != {str} or {*map(type, numbers)} != {int}:
+                raise TypeError("labels, max_length or pad_id")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{path} is none that this fedtune reads ({type(error).__name__}: {error}). Export the run "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.errors import ModelError
 from fedtune.models import standalone
 from fedtune.models.adapters import ADAPTERS
 from fedtune.models.classifier import load_model, load_saved
@@ -95,6 +96,10 @@ def test_a_saved_model_is_read_again(tiny_bert: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf")
     assert np.array_equal(logits(standalone.load_merged(tmp_path / "hf")), logits(model))
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.label2id["c"] == 2
+    weights = tmp_path / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="Export the run again"):
+        standalone.load_merged(tmp_path / "hf")
 
 
 def test_a_loss_where_labels_are_given(tiny_bert: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.app import main
-from fedtune.errors import DataError, RecordError
+from fedtune.errors import DataError, ModelError, RecordError
 from fedtune.runs import record as records
 from fedtune.runs.predict import Model, Prediction, load, show
 from tests.support.golden import Golden
@@ -61,6 +61,28 @@ def test_they_are_those_of_the_run_itself(finished: tuple[Path, str]) -> None:
 
 def test_a_record_file_will_do_for_its_folder(finished: tuple[Path, str]) -> None:
     assert predict(finished[0] / "record.json", TEXTS[:1]) == predict(finished[0], TEXTS[:1])
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no JSON", "of another shape"])
+def test_a_damaged_adapter_is_refused_and_resuming_the_run_mends_it(
+    finished: tuple[Path, str], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    weights, about = folder / "adapter" / "adapter_model.safetensors", folder / "adapter" / "fedtune.json"
+    if damage == "no JSON":
+        (folder / "adapter" / "adapter_config.json").write_text("{")
+    elif damage == "of another shape":
+        about.write_text(about.read_text().replace('"negative"', '"negative", "neither"'))
+    else:
+        weights.write_bytes(weights.read_bytes()[: 0 if damage == "empty" else -100])
+    with pytest.raises(ModelError, match="holds no adapter that fits its base") as raised:
+        predict(folder, TEXTS)
+    if damage == "cut short":
+        way_out = str(raised.value).partition("anew: ")[2]
+        monkeypatch.setattr(sys, "argv", way_out.split())
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0 and len(predict(folder, TEXTS)) == len(TEXTS)
 
 
 def test_a_moved_folder_still_predicts(finished: tuple[Path, str], tmp_path: Path) -> None:

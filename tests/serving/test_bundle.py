@@ -96,6 +96,25 @@ def test_what_is_no_export(folder: Path, tmp_path: Path, golden: Golden) -> None
     golden(raised)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": [1, 2]},
+        {"labels": "ab"},
+        {"max_length": "16"},
+        {"pad_id": None},
+        {"labels": []},
+        {"formats": 1},
+    ],
+)
+def test_a_description_of_another_kind_is_refused(folder: Path, change: dict[str, object]) -> None:
+    about = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(about | change))
+    write_sums(folder)
+    with pytest.raises(ModelError, match="none that this fedtune reads"):
+        Bundle.open(folder)
+
+
 def test_a_format_that_is_not_there(folder: Path, golden: Golden) -> None:
     with pytest.raises(ConfigError) as raised:
         Bundle.open(folder).chosen("onnx-int8")
