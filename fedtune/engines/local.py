@@ -1,8 +1,8 @@
 """A small Flower Grid in one process: the same ServerApp loop and ClientApp, without a server between them.
 
 One Context a node, one worker thread, one message at a time: torch already uses every core for one
-client, and one model serves all. Messages go through Flower's own serialization in both directions,
-so that their bytes are the real ones and no node can reach into another's message or the server's.
+client, and one model serves all. Messages are copied in both directions, so that no node can reach into
+another's message or the server's; their bytes are counted as Flower would serialize them.
 A message is run when its answer is pulled, so a few megabytes of adapters at most are on their way at once.
 What can be done for many before the first of them is run is done `ahead`: charges, in one durable write, and
 answers that need the ledger.
@@ -39,10 +39,9 @@ from fedtune.federation.client.node_context import public_reason
 from fedtune.federation.flower import (
     SERVER_NODE_ID,
     Run,
-    deserialize,
+    copied,
     empty_run,
     error_answer,
-    serialize,
     set_message_id,
     task_identity,
 )
@@ -261,9 +260,8 @@ class LocalGrid(Grid):
                 break
             if name not in self._ready:
                 group[node_id] = name
-                data = serialize(message)
-                self._ready[name] = self._received(message, data)
-                size += len(data)
+                self._ready[name] = self._received(message)
+                size += _bytes_in(message)
             if len(group) == ahead.most or size > _MOST_BYTES:
                 break
         if len(group) == 1:
@@ -274,11 +272,11 @@ class LocalGrid(Grid):
         except TimeoutError:
             self._give_up()
             for name in group.values():  # what the thread has may still be written to
-                self._ready[name] = self._received(message := self._pending[name], serialize(message))
+                self._ready[name] = self._received(self._pending[name])
         except Exception as error:
             _log.debug("Nothing was done ahead: %s", error)  # each client meets it, and answers for itself
 
-    def _received(self, message: Message, data: bytes) -> tuple[Message, Context]:
+    def _received(self, message: Message) -> tuple[Message, Context]:
         """A message as its node gets it, with a Context of its own."""
         node_id = message.metadata.dst_node_id
         context = Context(
@@ -288,7 +286,7 @@ class LocalGrid(Grid):
             state=copy.deepcopy(self._states[node_id]),
             run_config=dict(self._run_config),
         )
-        return deserialize(data), context
+        return copied(message), context
 
     def _client_thread(self) -> ClientThread:
         if self._thread is None:
@@ -304,11 +302,10 @@ class LocalGrid(Grid):
 
     def _deliver(self, message: Message) -> Message:
         ready = self._ready.pop(message.metadata.message_id, None)
-        received, context = self._received(message, serialize(message)) if ready is None else ready
+        received, context = self._received(message) if ready is None else ready
         node_id = message.metadata.dst_node_id
         try:
-            data = self._client_thread().run(lambda: serialize(self._app(received, context)), self._timeout)
-            answer = deserialize(data)
+            answer = self._client_thread().run(lambda: copied(self._app(received, context)), self._timeout)
             # A client that was given up may still be writing to its own copy; that copy is not kept.
             self._states[node_id] = context.state
         except TimeoutError:
@@ -321,6 +318,12 @@ class LocalGrid(Grid):
             answer = error_answer(message, public_reason(error, whose, context))
         set_message_id(answer, str(uuid4()))
         return answer
+
+
+def _bytes_in(message: Message) -> int:
+    """Of its arrays."""
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:

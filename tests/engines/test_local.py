@@ -11,14 +11,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune import engines
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
-from fedtune.federation.flower import serialize, serialized_size, task_identity
+from fedtune.federation.flower import (
+    copied,
+    deserialize,
+    error_answer,
+    serialize,
+    serialized_size,
+    task_identity,
+)
 from fedtune.federation.server.rounds import exchange
 from fedtune.federation.server.tracking_grid import TrackingGrid
 from tests.support.fake_federation import fake_app, fake_config, run_fake
@@ -80,6 +87,35 @@ def test_no_node_can_reach_the_servers_or_anothers_message() -> None:
     assert shared["c"]["x"] == 1
     assert len(seen) == 2
     assert len(send(grid)) == 2
+
+
+def test_a_copy_is_what_flowers_own_serialization_would_give() -> None:
+    values = {"i": -(2**62), "f": 0.1, "s": "é", "b": b"\0\xff", "t": True, "l": [1, 2], "n": ["a"], "e": []}
+    records = RecordDict(
+        {
+            "a": ArrayRecord(
+                {"x": Array(np.arange(6, dtype=np.float32).reshape(2, 3)), "y": Array(np.ones(1))}
+            ),
+            "c": ConfigRecord(values),  # type: ignore[arg-type]
+            "m": MetricRecord({"loss": [0.5, 0.25], "rounds": 3}),
+        }
+    )
+    with task_identity(7):
+        question = Message(records, 5, "train", group_id="3", ttl=9.0)
+        for message in (question, Message(records, reply_to=question), error_answer(question, "no")):
+            mine = copied(message)
+            assert serialize(mine) == serialize(message)
+            theirs = deserialize(serialize(message))
+            assert (mine.metadata, mine.has_error()) == (theirs.metadata, theirs.has_error())
+            if message.has_content():
+                assert mine.content == theirs.content
+    mine = copied(question)
+    mine.content["c"]["l"].append(3)  # type: ignore[union-attr]
+    mine.content["c"]["s"] = mine.metadata.__dict__["_message_id"] = "other"
+    mine.content["a"]["x"].data = b""
+    del mine.content["m"]["loss"]
+    assert question.content["c"] == values and not question.metadata.message_id
+    assert question.content["a"]["x"].numpy().shape == (2, 3) and "loss" in question.content["m"]
 
 
 def test_bytes_are_those_of_the_serialized_messages() -> None:

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import AggregationAborted, PrivacyError, SeparationError, UpdateRejected
 from fedtune.federation.events import NodeInfo, Observer
-from fedtune.federation.flower import serialized_size, wrapped_exception
+from fedtune.federation.flower import copied_records, serialized_size, wrapped_exception
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
 from fedtune.privacy.mechanisms.matrix import CorrelatedNoise
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -141,18 +141,11 @@ def make_messages(
 ) -> list[Message]:
     """One message a node, each with records of its own: what one node does to its copy, no other sees.
 
-    The arrays' bytes are shared, which is safe because they are immutable. `ttl`: see `time_to_live`.
+    `ttl`: see `time_to_live`.
     """
-    messages = []
-    for node in nodes:
-        own = RecordDict()
-        for name, record in content.items():
-            if isinstance(record, ArrayRecord):
-                own[name] = ArrayRecord({key: replace(array) for key, array in record.items()})
-            elif isinstance(record, ConfigRecord):
-                own[name] = ConfigRecord(dict(record))
-        messages.append(Message(own, node.node_id, kind, group_id=str(round), ttl=ttl))
-    return messages
+    return [
+        Message(copied_records(content), node.node_id, kind, group_id=str(round), ttl=ttl) for node in nodes
+    ]
 
 
 def exchange(
