@@ -151,7 +151,7 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         return parser.parse_override(f"{key}=[{','.join(map(_quoted, words))}]")
     try:
         override: Override = parser.parse_override(text)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:  # of an int that is too long
         if setting is None or setting.kind is not str:
             raise ConfigError(
                 f"{text!r} cannot be read. Quote a value that has special characters: '{key}=\"...\"'."

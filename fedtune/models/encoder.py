@@ -271,9 +271,11 @@ def _pretrained(config: ModelConfig, **options: Any) -> tuple[nn.Module, tuple[s
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    soundness.check_kind(load_encoder_config(config), config.name)
+    described = load_encoder_config(config)
+    soundness.check_kind(described, config.name)
     if (folder := Path(model_location(config.name))).is_dir():
         soundness.check_weights(folder, config.name, pickle=config.pickle)
+        soundness.check_size(described, folder, config.name)
     # Sizes that do not fit come as part of the report rather than as an error without names.
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if not config.pickle:

@@ -31,6 +31,7 @@ __all__ = [
     "check_folder",
     "check_kind",
     "check_report",
+    "check_size",
     "check_tokenizer",
     "check_vocabulary",
     "check_weights",
@@ -46,6 +47,14 @@ _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
                "spiece.model", "spm.model")  # fmt: skip
 _BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_SIZES = {  # the largest of each that is believed
+    "vocab_size": 10_000_000,
+    "hidden_size": 20_000,
+    "num_hidden_layers": 500,
+    "num_attention_heads": 1_000,
+    "intermediate_size": 100_000,
+    "max_position_embeddings": 1_000_000,
+}
 # What belongs to the encoder itself, whatever is in front of it; heads of other tasks do not.
 _BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layer)\.\w")
 _SHOWN = 3  # names of weights in a message
@@ -163,6 +172,32 @@ def check_kind(config: Any, name: str) -> None:
         raise ModelError(
             f"The model's embeddings have width {config.embedding_size} and its layers "
             f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
+        )
+
+
+def check_size(config: Any, folder: Path, name: str) -> None:
+    """Checks that a folder's weights can be those that its configuration describes, before they are loaded.
+
+    Raises:
+        ModelError: a size in config.json is no size, or there are more weights than the files have bytes.
+    """
+    sizes = {}
+    for key, most in _SIZES.items():
+        value = getattr(config, key, 1)
+        if type(value) is not int or not 0 < value <= most:
+            raise ModelError(
+                f"config.json of the model {name!r} says {key}={value!r}, which is no size of an encoder "
+                f"(a whole number from 1 to {most}). Copy it again from where the model is from."
+            )
+        sizes[key] = value
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    weights = (sizes["vocab_size"] + sizes["max_position_embeddings"]) * width
+    weights += sizes["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
+    held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if weights > held:
+        raise ModelError(
+            f"config.json of the model {name!r} describes an encoder of {weights} weights, and its files "
+            f"have {held} bytes. Copy config.json and the weights from the same model."
         )
 
 

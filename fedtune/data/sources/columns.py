@@ -30,7 +30,7 @@ from fedtune.errors import DataError
 
 __all__ = ["Columns", "Table", "build_corpus", "derive_labels", "missing_column"]
 
-SHOWN_ROWS = 5
+SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_LETTERS = 5, 20, 40
 # A label set taken from the data has no more labels than this, or on average this many records of each: a
 # column of persons has more and fewer.
 MOST_LABELS, RECORDS_A_LABEL = 20, 10
@@ -121,8 +121,16 @@ def missing_column(where: str, setting: str, column: str, existing: Sequence[str
     )
     return DataError(
         f"{where} has no column {column!r} (data.{setting}); its columns are: "
-        f"{', '.join(existing) or 'none'}.{did_you_mean}"
+        f"{_named(existing)}.{did_you_mean}"
     )
+
+
+def _named(columns: Sequence[str]) -> str:
+    """Names of columns, cut: of a file without a header they are its first record."""
+    shown = [name if len(name) <= SHOWN_LETTERS else name[:SHOWN_LETTERS] + "..." for name in columns]
+    line = ", ".join(shown[:SHOWN_COLUMNS]) or "none"
+    line = "".join(letter if letter.isprintable() else " " for letter in line)
+    return line + (f" and {len(shown) - SHOWN_COLUMNS} more" if len(shown) > SHOWN_COLUMNS else "")
 
 
 def _is_missing(value: Any) -> bool:
