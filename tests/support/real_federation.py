@@ -101,7 +101,7 @@ class Federation:
         path = self.root / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until(self, name: str, words: str, seconds: float = 240.0) -> None:
+    def until(self, name: str, words: str, seconds: float = 600.0) -> None:
         end = time.monotonic() + seconds
         while words not in self.log(name)[self.began[name] :]:
             assert time.monotonic() < end and self.processes[name].poll() is None, self.log(name)[-2000:]
