@@ -110,16 +110,15 @@ def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 def _loading(about: Mapping[str, Any]) -> list[str]:
     parts = [
-        "Put the folder's place for `FOLDER`. Texts are cut to "
-        f"{about['max_length']} tokens, as in training: `truncation=True` does that."
+        f"Put the folder's place for `FOLDER`. Texts are cut to {about['max_length']} tokens, as in "
+        "training: `truncation=True` does that."
     ]
     if "hf" in about["formats"]:
         parts += [
-            "**transformers.** This model takes the mean over a text's tokens, which is no part "
-            "of transformers' "
-            "own classes, so the folder ships `modeling_fedtune.py`, a short file to be read first, and "
-            "`trust_remote_code=True` says that it may be run. fedtune is not needed: `pip install torch "
-            "transformers`.",
+            "**transformers.** This model takes the mean over a text's tokens, which is no part of "
+            "transformers' own classes, so the folder ships `modeling_fedtune.py`, a short file to be "
+            "read first, and `trust_remote_code=True` says that it may be run. fedtune is not needed: "
+            "`pip install torch transformers`.",
             _code(
                 "from transformers import pipeline\n\n"
                 'classify = pipeline("text-classification", model="FOLDER", trust_remote_code=True)\n'
@@ -182,9 +181,8 @@ def adapter_card(about: Mapping[str, Any]) -> str:
         f"{coded(name)}"
         + (f", revision {coded(base['revision'])}" if base["revision"] else "")
         + ". `AutoPeftModelForSequenceClassification` cannot load it, since the model takes the mean over a "
-        "text's tokens, which transformers' own classes do not; these lines do (`pip install "
-        "torch transformers "
-        "peft`; put this folder's place for `FOLDER`):",
+        "text's tokens, which transformers' own classes do not; these lines do (`pip install torch "
+        "transformers peft`; put this folder's place for `FOLDER`):",
         _code(
             "from peft import PeftModel\n"
             "from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification\n\n"
@@ -199,14 +197,12 @@ def adapter_card(about: Mapping[str, Any]) -> str:
         else "",
         "The tokenizer is the base's, cut to " + str(about["max_length"]) + " tokens.",
         (
-            f"It was trained on that base compressed to {base['quantization']}, and the lines "
-            "above take it as it "
-            "is published. So logits differ a little: on "
+            f"It was trained on that base compressed to {base['quantization']}, and the lines above take "
+            "it as it is published. So logits differ a little: on "
             + _asked(about)
             + f" {figures['labels_equal']:.1%} of the "
-            "labels are those of the run's own model. The merged model beside it has the "
-            "compressed base's numbers, "
-            "and so all of its labels."
+            "labels are those of the run's own model. The merged model beside it has the compressed "
+            "base's numbers, and so all of its labels."
         )
         if compressed
         else "",
@@ -243,8 +239,7 @@ def _quality(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     if quality is not None:
         parts.append(
             f"On {quality['num_records']:,} records of {about['check']['texts']}: accuracy "
-            f"{quality['accuracy']:.1%}, "
-            f"macro F1 {quality['f1_macro']:.3f}, expected calibration error "
+            f"{quality['accuracy']:.1%}, macro F1 {quality['f1_macro']:.3f}, expected calibration error "
             f"{quality['calibration_error']:.3f}."
         )
         parts.append(
@@ -287,9 +282,8 @@ def _formats(about: Mapping[str, Any]) -> list[str]:
         for name, one in about["formats"].items()
     ]
     parts = [
-        f"Each was asked about {_asked(about)}, beside the model of the run as `fedtune predict` "
-        "asks it; a logit of "
-        f"`hf` and `onnx` may differ by {check['tolerance']:g} at most, or nothing is exported.",
+        f"Each was asked about {_asked(about)}, beside the model of the run as `fedtune predict` asks it; "
+        f"a logit of `hf` and `onnx` may differ by {check['tolerance']:g} at most, or nothing is exported.",
         table(["format", "file", "size", "largest difference of a logit", "labels equal", "accuracy"], rows),
     ]
     eight = about["formats"].get("onnx-int8")
@@ -300,10 +294,8 @@ def _formats(about: Mapping[str, Any]) -> list[str]:
                 f"{check['labels_equal_asked']:.0%} that are asked for.** Use `onnx` where that matters."
             )
         parts.append(
-            "`onnx-int8` was checked on a processor with "
-            f"{check['processor']}. On an x86 without VNNI large products saturate: run `fedtune "
-            "evaluate` there "
-            "before you rely on it."
+            f"`onnx-int8` was checked on a processor with {check['processor']}. On an x86 without VNNI "
+            "large products saturate: run `fedtune evaluate` there before you rely on it."
         )
     return parts
 
@@ -336,12 +328,10 @@ def _limits(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         f"It looks at the first {about['max_length']} tokens of a text and at nothing after them.",
         "Not for decisions about a person without a human who looks at the text. Nobody has tested it for "
         "fairness between groups; the table by site shows what differs between kinds of texts.",
-        "What the base learnt from its own training data, its mistakes among it, is still in it, "
-        "and no epsilon "
-        "covers it.",
-        "Licence, language and who is responsible are not in the run's record: fill them in "
-        "before you publish, "
-        "and look at the licences of the base and of the data.",
+        "What the base learnt from its own training data, its mistakes among it, is still in it, and no "
+        "epsilon covers it.",
+        "Licence, language and who is responsible are not in the run's record: fill them in before you "
+        "publish, and look at the licences of the base and of the data.",
     ]
 
 
@@ -355,8 +345,7 @@ def data_card(record: Mapping[str, Any]) -> str:
         "Its owner declared it public."
         if data.get("public")
         else "It is private: its texts stay with the nodes, and nothing here was computed from "
-        "them but what was "
-        "noised and charged.",
+        "them but what was noised and charged.",
         f"Labels: {_labels(data['labels'])}"
         + (
             " (declared)." if data.get("labels_declared") else " (taken from the records; see the statement)."
@@ -377,16 +366,13 @@ def data_card(record: Mapping[str, Any]) -> str:
         ]
     if config["source"] == "opinions":
         parts.append(
-            "Source: C. Hutto and E. Gilbert, VADER: a parsimonious rule-based model for "
-            "sentiment analysis of "
-            "social media text, ICWSM 2014: English movie reviews, product reviews, newspaper "
-            "editorials and tweets, "
-            "each rated by 20 people. `positive` is a mean rating above zero."
+            "Source: C. Hutto and E. Gilbert, VADER: a parsimonious rule-based model for sentiment "
+            "analysis of social media text, ICWSM 2014: English movie reviews, product reviews, newspaper "
+            "editorials and tweets, each rated by 20 people. `positive` is a mean rating above zero."
         )
     parts.append(
-        "Not in the run's record, and for whoever publishes this to say: how the texts were "
-        "collected, who wrote "
-        "them, in which languages, under which licence, and with whose consent."
+        "Not in the run's record, and for whoever publishes this to say: how the texts were collected, "
+        "who wrote them, in which languages, under which licence, and with whose consent."
     )
     return "\n\n".join(parts) + "\n"
 

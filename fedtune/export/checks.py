@@ -147,9 +147,8 @@ def refuse_if_wrong(name: str, figures: Mapping[str, Any]) -> None:
     if not figures["largest_difference"] <= TOLERANCE:  # NaN too
         raise ModelError(
             f"The {name} format is not what was trained: a logit differs by "
-            f"{figures['largest_difference']:.3g} "
-            f"where {TOLERANCE:g} is allowed, and {figures['labels_equal']:.1%} of the labels "
-            "are equal. Nothing "
-            "was exported. Leave this format out (--format), and report it with the versions of torch, "
-            "transformers and onnxruntime."
+            f"{figures['largest_difference']:.3g} where {TOLERANCE:g} is allowed, and "
+            f"{figures['labels_equal']:.1%} of the labels are equal. Nothing was exported. Leave this "
+            "format out (--format), and report it with the versions of torch, transformers and "
+            "onnxruntime."
         )

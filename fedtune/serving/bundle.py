@@ -143,9 +143,8 @@ def _check_sums(folder: Path) -> set[str]:
         lines = (folder / SUMS_NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
-            f"{folder} cannot be checked: {SUMS_NAME} is missing or unreadable. Copy the whole "
-            "folder again, or "
-            "export the run again."
+            f"{folder} cannot be checked: {SUMS_NAME} is missing or unreadable. Copy the whole folder "
+            "again, or export the run again."
         ) from error
     said = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     wrong = []

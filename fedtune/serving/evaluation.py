@@ -141,9 +141,9 @@ def show(found: Mapping[str, Any], console: Console | None = None) -> None:
         console.print()
         console.print(
             Text(
-                f"Saying {second!r} from a probability of "
-                f"{found['threshold']['probability']:.3f} on would give "
-                f"these texts the best macro F1, {found['threshold']['f1_macro']:.3f}. Try it on others."
+                f"Saying {second!r} from a probability of {found['threshold']['probability']:.3f} on would "
+                f"give these texts the best macro F1, {found['threshold']['f1_macro']:.3f}. Try it on "
+                "others."
             )
         )
     for note in found["notes"]:
