@@ -29,11 +29,11 @@ from numpy.typing import NDArray
 
 from fedtune.serving.classifier import BATCH_TOKENS, token_batches
 
-__all__ = ["Batcher", "Busy"]
+__all__ = ["LEAST_SHARE", "Batcher", "Busy"]
 
 Logits = NDArray[np.float32]
 Ask = Callable[[Sequence[Sequence[int]]], Logits]
-_LEAST_SHARE = 256  # tokens of a batch below which it costs more a token
+LEAST_SHARE = 128  # tokens of a batch, below which it costs more a token
 _LONGEST_WAIT = 60  # seconds, that a client is told at most
 
 
@@ -147,7 +147,7 @@ class Batcher:
 
         A worker takes its share of what waits and not all of it, so that the others are not left idle.
         """
-        most = min(BATCH_TOKENS, max(_LEAST_SHARE, self._queued // self.max_workers))
+        most = min(BATCH_TOKENS, max(LEAST_SHARE, self._queued // self.max_workers))
         first = self._jobs.popleft()
         batch, tokens, left = [first], first.tokens, deque[_Job]()
         while self._jobs and tokens < most:

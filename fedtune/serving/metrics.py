@@ -19,7 +19,7 @@ from fedtune.serving.classifier import BATCH_TOKENS
 __all__ = ["JsonLines", "Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_TOKENS = (16, 64, 256, 1024, BATCH_TOKENS)
+_TOKENS = (16, 64, 128, 256, BATCH_TOKENS)
 
 
 class Metrics:

@@ -7,6 +7,7 @@ import sys
 from scripts.benchmarks import (
     aggregation,
     calibration,
+    capacity,
     clients,
     identity,
     ledger,
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "calibration": calibration.calibration,
     "report": report.report,
     "serving": serving.serving,
+    "capacity": capacity.capacity,
 }
 
 

@@ -70,6 +70,10 @@ def _figure(record: dict[str, Any]) -> str:
         figure = f"{figure}; {record['bytes_over_float32']}x the bytes of a plain float32 update"
     if "seconds_max" in record:
         figure = f"{record['seconds_max']} s, {record['reached_min']} to {record['reached_max']}; {figure}"
+    if "share_of_alone" in record:
+        figure = (
+            f"{record['share_of_alone']} of onnxruntime alone; p99 {record['p99_over_p50']}x p50; {figure}"
+        )
     if "ratio_min" in record:
         figure += f" ({record['ratio_min']} to {record['ratio_max']})"
     return figure
