@@ -107,6 +107,7 @@ def compress(
     settings = load(words)
     subject = _subject(source, words)
     if subject.made is None and "quantize" in settings.steps:
+        say("quantize is left out: a base is quantized when it is trained on (model.quantization)")
         settings = replace(settings, steps=tuple(step for step in settings.steps if step != "quantize"))
         if not settings.steps:
             raise ConfigError(

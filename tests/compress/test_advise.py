@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedtune.cli.app import main
 from fedtune.compress.advise import Limits, advise, advise_text
 from fedtune.compress.compress import RECORD_NAME
 from fedtune.config.loader import load
@@ -105,3 +106,16 @@ def test_what_cannot_be_advised(folder: Path, tmp_path: Path, golden: Golden) ->
     with pytest.raises(RecordError) as raised:
         advise([folder], Limits(within=1))
     golden(raised)
+
+
+def test_the_command_answers_and_refuses_a_limit_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["compress", "--advise", str(folder), "--within", "1", "--json"])
+    assert left.value.code == 0
+    assert json.loads(capsys.readouterr().out)["chosen"]["name"].endswith("pruned (onnx-int8)")
+    with pytest.raises(SystemExit) as left:
+        main(["compress", str(folder), "--within", "1"])
+    assert left.value.code == 2
+    assert "--within is a limit of --advise" in capsys.readouterr().err
