@@ -6,9 +6,9 @@ costs least money for a million texts, and so, under one price book, whatever is
 all limits, each of them is relaxed by itself as little as suffices; pairs, and all, only where one alone
 does not.
 
-Money is that of hours of the price book's device, busy all the time with as many threads as were measured.
-Speeds, times and memory are of the processor that they were measured on. Those of different processors are
-not to be compared, and a note says where they are.
+Money is that of the machine and its energy, without software (`fedtune price`). Speeds, times and memory
+are of the processor that they were measured on. Those of different processors are not to be compared, and a
+note says where they are.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from typing import Any
 from fedtune.compress.compress import RECORD_NAME
 from fedtune.config.loader import load
 from fedtune.config.schema import PricingConfig
-from fedtune.cost.prices import check
+from fedtune.cost.inference import price_inference
 from fedtune.errors import ConfigError, RecordError
 from fedtune.runs.summary import human_bytes
 
 __all__ = ["Limits", "Variant", "advise", "advise_text", "variants_below"]
 
-_MILLION = 1e6  # texts
 _NAMES = ("within", "p99", "memory", "money")
 _UNITS = {"within": "points", "p99": "ms", "memory": "MB", "money": ""}
 
@@ -133,14 +132,14 @@ def variants_below(folders: Sequence[Path], pricing: PricingConfig) -> list[Vari
 
 def _variant(name: str, run: str, where: str, one: dict[str, Any], pricing: PricingConfig) -> Variant:
     memory = one.get("memory_bytes")
-    hours = _MILLION / one["texts_per_second"] / 3600
+    price = price_inference(pricing, one["texts_per_second"])
     return Variant(
         name, run, where, one["accuracy"], 100 * one["difference_error"], one["bytes"],
         {
             "within": max(0.0, -100 * one["difference"]),
             "p99": one["p99_ms"],
             "memory": None if memory is None else memory / 1e6,
-            "money": pricing.device_hour * hours,
+            "money": price.compute + price.energy,
         },
     )  # fmt: skip
 
@@ -155,7 +154,6 @@ def advise(folders: Sequence[Path], limits: Limits, prices: Sequence[str] = ()) 
     if not limits.given():
         raise ConfigError("There is no limit: give --within, --p99, --memory or --money, or several.")
     pricing = load(list(prices)).pricing
-    check(pricing)
     found = variants_below(folders, pricing)
     good = [one for one in found if one.keeps(limits)]
     notes = []

@@ -12,6 +12,7 @@ from fedtune.cli.app import main
 from fedtune.compress.advise import Limits, advise, advise_text
 from fedtune.compress.compress import RECORD_NAME
 from fedtune.config.loader import load
+from fedtune.cost.inference import price_inference
 from fedtune.errors import ConfigError, RecordError
 from tests.support.golden import Golden
 
@@ -76,9 +77,11 @@ def test_what_must_give(folder: Path) -> None:
 
 
 def test_money_is_that_of_the_price_book(folder: Path) -> None:
-    book = load(["pricing.device_hour=0.3"]).pricing
-    answer = advise([folder], Limits(within=2), ["pricing.device_hour=0.3"])
-    assert answer["chosen"]["money"] == pytest.approx(0.3 * 1e6 / 400 / 3600)
+    book = load(["pricing=edge"]).pricing
+    answer = advise([folder], Limits(within=2), ["pricing=edge"])
+    price = price_inference(book, 400)
+    assert answer["chosen"]["money"] == pytest.approx(price.compute + price.energy)
+    assert answer["chosen"]["money"] > 0
     assert answer["currency"] == book.currency
     cheap = advise([folder], Limits(money=1e-12))
     assert cheap["chosen"] is None and "student (onnx-int8)" in cheap["must_give"][0]["variant"]["name"]
