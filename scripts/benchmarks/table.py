@@ -10,7 +10,8 @@ from scripts.benchmarks.common import OUTPUT
 _HEAD = """# Speed
 
 Made by `scripts/bench` from the files in `records/`, which hold every single measurement. Each figure is a
-ratio of two things measured in turn in one run, because machines differ and are noisy.
+ratio of two things measured in turn in one run, because machines differ and are noisy. Where the time of many
+small clients goes: [clients.md](clients.md).
 
 | question | measured | target | processor |
 |---|---|---|---|
