@@ -51,12 +51,20 @@ def statement(run_dir: RunFolder, json: Json = False) -> None:
         """\
 fedtune predict RUN_DIR "what a film" "never again"
 fedtune predict RUN_DIR - < texts.txt         one text a line
+fedtune predict RUN_DIR --input new.csv --column text --output answers.csv
 fedtune predict RUN_DIR --site movies "so so"  with the part that is this site's own""",
     ),
 )
 def predict(
     run_dir: RunFolder,
-    texts: Annotated[list[str], argument("TEXT...", "A text; '-' reads lines.")],
+    texts: Annotated[list[str] | None, argument("[TEXT]...", "A text; '-' reads lines.")] = None,
+    file: Annotated[
+        Path | None, option("Take the texts of this file (.csv, .tsv, .jsonl, .parquet).", "--input")
+    ] = None,
+    column: Annotated[str, option("Its column with the texts (default: text).", metavar="NAME")] = "text",
+    output: Annotated[
+        Path | None, option("Write a CSV with one row a text to this file.", "--output", metavar="FILE")
+    ] = None,
     site: Annotated[
         str | None,
         option(
@@ -65,21 +73,23 @@ def predict(
     ] = None,
     json: Json = False,
 ) -> None:
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from fedtune import api
-    from fedtune.runs.predict import Prediction, show
+    from fedtune.runs.predict import answers, read_texts, show, write_answers
 
-    lines: list[str] = []
-    for text in texts:
+    given = texts or []
+    if file is not None and given:
+        raise ConfigError("Give texts, or a file of texts by --input, not both.")
+    lines: list[str] = [] if file is None else read_texts(file, column)
+    for text in given:
         lines += _lines_of(sys.stdin) if text == "-" else [text]
     model = api.load(run_dir, site=site)
-    # One answer a line: a blank one is told nothing from, and has an answer that says so.
-    asked = [line for line in lines if line.strip() or "-" not in texts]
-    answers = iter(model.predict(asked) if asked or not lines else [])
-    blank = Prediction("", None, None, {})
-    found = [next(answers) if line.strip() else replace(blank, text=line) for line in lines]
-    if json:
+    # Of lines and files each has an answer, a blank one too; a blank word on the command line is a mistake.
+    found = answers(model, lines) if file is not None or "-" in given else model.predict(lines)
+    if output is not None:
+        write_answers(output, column, found)
+    elif json:
         print_json([asdict(prediction) for prediction in found])
     else:
         show(found)

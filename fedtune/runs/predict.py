@@ -22,7 +22,17 @@ from fedtune.runs import record
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Model", "Prediction", "adapter_of", "check_texts", "load", "show"]
+__all__ = [
+    "Model",
+    "Prediction",
+    "adapter_of",
+    "answers",
+    "check_texts",
+    "load",
+    "read_texts",
+    "show",
+    "write_answers",
+]
 
 _BATCH = 32  # texts at a time
 
@@ -180,6 +190,58 @@ def check_texts(texts: Sequence[str]) -> None:
             raise DataError(
                 f"Text {number} of {len(texts)} is not UTF-8: {error.reason}. Convert it first."
             ) from error
+
+
+def answers(model: Model, lines: Sequence[str]) -> list[Prediction]:
+    """One prediction a line; of a blank one, from which nothing can be told, one without a label.
+
+    Raises:
+        DataError: there is no line.
+    """
+    asked = [line for line in lines if line.strip()]
+    found = iter(model.predict(asked) if asked or not lines else [])
+    return [next(found) if line.strip() else Prediction(line, None, None, {}) for line in lines]
+
+
+def read_texts(path: Path, column: str) -> list[str]:
+    """The texts in a column of a file, one a record; what is no text is blank.
+
+    Raises:
+        DataError: there is no such file or column, or it cannot be read.
+        ResourceError: it may not be read.
+    """
+    from fedtune.config.schema import DataConfig
+    from fedtune.data.sources.columns import Columns
+    from fedtune.data.sources.files import find_split, read_table
+
+    file = find_split(DataConfig(path=str(path)), "train_split")
+    table = read_table(file, Columns(text=column, label=column))
+    if column not in table.columns:
+        raise DataError(
+            f"{file} has no column {column!r}; its columns are: {', '.join(map(repr, table.columns))[:300]}. "
+            "Name the one that holds the texts by --column."
+        )
+    return [value if isinstance(value, str) else "" for value in table.columns[column]]
+
+
+def write_answers(path: Path, column: str, found: Sequence[Prediction]) -> None:
+    """Writes predictions as CSV, one row each in their order: text, label, probability.
+
+    Raises:
+        ResourceError: the file cannot be written.
+    """
+    import csv
+    import io
+
+    from fedtune.config.files import save
+
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column, "label", "probability"])
+    for one in found:
+        known = one.probability is not None
+        writer.writerow([one.text, one.label or "", f"{one.probability:.6f}" if known else ""])
+    save(path, text.getvalue().encode())
 
 
 def _of_site(folder: Path, site: str) -> Path:

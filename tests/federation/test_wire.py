@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
+from fedtune.errors import FederationError
 from fedtune.federation import flower as _flower
 from fedtune.federation.client.app import app
 from fedtune.federation.resources import run_resources
@@ -54,10 +56,11 @@ class Tap(LocalGrid):
         return answer
 
 
-def watch(config: Config, run_dir: Path) -> list[Message]:
+def watch(config: Config, run_dir: Path, *, fails: bool = False) -> list[Message]:
     grid = Tap(app, 4, {"fedtune": to_json(config)}, timeout=60.0)
     try:
-        with _flower.task_identity(grid.run_id):
+        ends = pytest.raises(FederationError) if fails else nullcontext()
+        with _flower.task_identity(grid.run_id), ends:
             run_rounds(grid, config, run_dir, expected_nodes=4)
     finally:
         grid.close()
@@ -124,7 +127,8 @@ def test_a_failure_does_not_carry_text_of_the_data(
 
     monkeypatch.setattr("fedtune.training.local.train_locally", quotes)
     config = tiny(federation__num_rounds=1)
-    sent = watch(config, tmp_path / "run")
+    sent = watch(config, tmp_path / "run", fails=True)
+    assert len(sent) == 4 + 4 + 4
     for message in sent:
         data = _flower.serialize(message)
         assert b"awful" not in data

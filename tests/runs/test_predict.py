@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shutil
@@ -190,3 +191,26 @@ def test_each_line_has_an_answer_whatever_is_in_it(
 def test_the_table_stays_a_table_whatever_is_in_a_text() -> None:
     text = shown([Prediction("a\nb\x1b[31m\u2028c", "x", 0.5, {"x": 0.5}), Prediction("", None, None, {})])
     assert len(text.splitlines()) == 3 and "\x1b" not in text
+
+
+def test_a_file_is_answered_with_a_file_row_by_row(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_text('note;who\n"good; film";a\n;b\nsad day;c\n')
+    words = ["predict", str(run_dir), "--input", str(tmp_path / "new.csv")]
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--column", "note", "--output", str(tmp_path / "out.csv")])
+    assert left.value.code == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["note", "label", "probability"]
+    assert [row[0] for row in rows[1:]] == ["good; film", "", "sad day"]
+    assert rows[2][1:] == ["", ""] and rows[1][1] in ("negative", "positive")
+
+
+def test_a_column_that_a_file_lacks_is_named_with_those_it_has(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new.csv").write_text("note,who\ngood,a\n")
+    with pytest.raises(SystemExit) as left:
+        main(["predict", str(run_dir), "--input", str(tmp_path / "new.csv")])
+    assert left.value.code == 1
+    assert "has no column 'text'; its columns are: 'note', 'who'" in capsys.readouterr().err
