@@ -36,8 +36,8 @@ def choose(ctx: typer.Context) -> None:
     cls=Command,
     help=help_text(
         "Says what was understood of the data (records, labels with counts, persons, sites, lengths, a "
-        "sample of "
-        "rows), what the run would do and spend, and every caution. Settings are those of fedtune run.",
+        "sample of rows), what the run would do and spend, and every caution. Settings are those of fedtune "
+        "run.",
         """\
 fedtune data check data=files data.path=FOLDER data.label=category
 fedtune data check data=files data.path=visits.csv data.unit=patient --json""",

@@ -1,11 +1,9 @@
 """Which texts a compression learns from, and which it is measured on: never the same, and never private ones.
 
-    learn from    a file that a person names, of public or unlabelled texts; else part of the run's public
-    test
-                  split, whose labels are not looked at
-    measured on   the public test split: the other part of it (no person is in both), or all of it but what
-    the
-                  file has too
+    learn from    a file that a person names, of public or unlabelled texts; else part of the run's
+                  public test split, whose labels are not looked at
+    measured on   the public test split: the other part of it (no person is in both), or all of it but
+                  what the file has too
 
 What is computed from the released model and from such texts is post-processing (Dwork and Roth 2014,
 proposition 2.1): it spends no privacy, and the run's statement stays true as it is. Texts of the nodes are
@@ -71,8 +69,7 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
 
     Raises:
         DataError: the file is missing, empty, no text, or has private texts of the run; or the run has no
-        public
-            test split.
+            public test split.
         ResourceError: it cannot be read.
     """
     public = public_test_split(record)

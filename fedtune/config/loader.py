@@ -118,8 +118,7 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
         if isinstance(page := values.pop(group, None), dict):
             raise ConfigError(
                 f"A page of {group}/ has settings ({', '.join(map(str, page))}) that would be ignored: its "
-                "first "
-                f"line must be '# @package _global_'. Add that line to the page of {group}=NAME.",
+                f"first line must be '# @package _global_'. Add that line to the page of {group}=NAME.",
                 setting=group,
             )
     privacy = values.get("privacy")

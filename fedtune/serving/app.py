@@ -10,11 +10,10 @@ With several models a request names one: "model". With keys (`fedtune.serving.ke
 its header, `Authorization: Bearer KEY`; what the service says about itself is open to everybody.
 
 Refused: 400 no JSON, 401 no key that is known, 404 no such model, 408 a body that takes too long to come, 413
-    more
-bytes than allowed, 422 texts that cannot be classified (empty, too long, too many, half a character), 429
-more texts a second than one client may ask (`Limits.rate`), 503 a full queue or a server that is stopping;
-429 and 503 with Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged or
-counted.
+more bytes than allowed, 422 texts that cannot be classified (empty, too long, too many, half a character),
+429 more texts a second than one client may ask (`Limits.rate`), 503 a full queue or a server that is
+stopping; 429 and 503 with Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged
+or counted.
 
 Does not do: TLS (put it behind a proxy that does).
 """

@@ -154,8 +154,6 @@ def _refuse_swallowed(
             raise DataError(
                 f"Lines {row.first + skipped} to {row.last + skipped} of {path} are one record, since a "
                 "quote opens in the first of them and closes in the last, and yet each looks like a record "
-                "of its "
-                'own. Write a quote that belongs to a text twice ("") and quote that text as a whole, or '
-                "take "
-                "the quote out."
+                'of its own. Write a quote that belongs to a text twice ("") and quote that text as a '
+                "whole, or take the quote out."
             )

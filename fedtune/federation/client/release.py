@@ -269,8 +269,7 @@ def check_encoder(digest: str, node: str, context: Context) -> None:
         raise ModelError(
             f"Node {node!r} has another encoder or tokenizer as model.name={config.model.name} than the "
             f"server: the digest is {own[:12]} here and {digest[:12]} there. Copy the model's folder from "
-            "the server, "
-            "or set model.revision to one commit for everybody.",
+            "the server, or set model.revision to one commit for everybody.",
             public=True,
         )
 

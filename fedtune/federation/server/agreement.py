@@ -135,8 +135,8 @@ def check_possible(config: Config, nodes: int) -> None:
     if federation.min_updates > asked:
         raise ConfigError(
             f"federation.min_updates={federation.min_updates} can never be met: there are {nodes} nodes, "
-            "and a "
-            f"round asks {asked} of them. Nothing was charged. Give federation.min_updates={asked} or less.",
+            f"and a round asks {asked} of them. Nothing was charged. Give federation.min_updates={asked} or "
+            "less.",
             setting="federation.min_updates",
         )
 

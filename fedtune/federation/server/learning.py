@@ -51,8 +51,7 @@ def check_learned(state: RunState, start: np.ndarray, config: Config) -> None:
         raise FederationError(
             f"The run learned nothing: after {len(state.history)} rounds no number of the adapter has "
             f"moved by more than {moved:.1g}, and what they released stays charged. Raise "
-            "train.learning_rate "
-            f"({config.train.learning_rate}), or leave it out: the recipe has one.",
+            f"train.learning_rate ({config.train.learning_rate}), or leave it out: the recipe has one.",
             setting="train.learning_rate",
         )
 
