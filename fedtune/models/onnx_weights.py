@@ -2,9 +2,10 @@
 
 Matrices and tables are kept as integers with scales, as `fedtune.models.quantization` stores those of a
 training base, and the graph expands them by standard operators. onnxruntime does so once, when it opens the
-file: what is saved is disk and download, not memory or time. Unlike the integer products of
-`fedtune.models.onnx_files`, activations stay float32, so a text's logits differ by what the weights lost
-and nothing else.
+file: what is saved is disk and download, not memory or time. While it opens an nf4 file it takes several
+times the memory of the float32 model (measured: 0.95 GB for 22.6 million numbers, which take 0.2 GB in
+float32). Unlike the integer products of `fedtune.models.onnx_files`, activations stay float32, so a text's
+logits differ by what the weights lost and nothing else.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def _nf4(name: str, value: NDArray[np.float32]) -> Stored:
         _node("Unsqueeze", [f"{n}_second", f"{n}_last"], f"{n}_second_column"),
         _node("Concat", [f"{n}_first_column", f"{n}_second_column"], f"{n}_pairs", axis=1),
         _node("Reshape", [f"{n}_pairs", f"{n}_flat"], f"{n}_codes"),
-        _node("Cast", [f"{n}_codes"], f"{n}_places", to=TensorProto.INT64),
+        _node("Cast", [f"{n}_codes"], f"{n}_places", to=TensorProto.INT32),
         _node("Gather", [f"{n}_code", f"{n}_places"], f"{n}_numbers"),
         _node("Pad", [f"{n}_numbers", f"{n}_pad"], f"{n}_padded"),
         _node("Reshape", [f"{n}_padded", f"{n}_blocks"], f"{n}_blocked"),
