@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, TextIO
 
+import click
 import typer
 
 from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
@@ -79,6 +80,8 @@ def predict(
     from fedtune.runs.predict import answers, read_texts, show, write_answers
 
     given = texts or []
+    if file is None and not given:
+        raise click.UsageError("Missing TEXT: give one or more, '-' for lines, or a file by --input.")
     if file is not None and given:
         raise ConfigError("Give texts, or a file of texts by --input, not both.")
     lines: list[str] = [] if file is None else read_texts(file, column)

@@ -249,7 +249,8 @@ def _base(folder: Path, subject: _Subject, settings: Compression, say: Say, adva
     found = {
         name: {"cosine": float((said[ORIGINAL] * said[name]).sum(1).mean()), **told[name]} for name in models
     }
-    last.config._name_or_path = ""
+    about = last.config
+    about._name_or_path = ""
     last.save_pretrained(folder)
     description = _description(subject, settings, texts, original, states, found, [])
     (folder / "README.md").write_text(encoder_card(description), encoding="utf-8")

@@ -217,9 +217,9 @@ def _classifier(encoder: nn.Module, teacher: nn.Module, *, same: bool) -> nn.Mod
                 "width. Take some of its layers: distill.layers=2."
             )
         return encoder.eval()
-    config: Any = copy.deepcopy(teacher.config)
-    config.encoder, config.cut = encoder.config, None
-    model = FedtuneForSequenceClassification(config)
+    about: Any = copy.deepcopy(teacher.config)
+    about.encoder, about.cut = encoder.config, None
+    model = FedtuneForSequenceClassification(about)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     if same:
         state |= {k: v for k, v in teacher.state_dict().items() if not k.startswith("encoder.")}

@@ -119,13 +119,13 @@ def cut(model: nn.Module, kept: Kept) -> Any:
         ModelError: `model` is a bare encoder, and heads go, or layers would differ in their units.
     """
     whole = anatomy(model)
-    config: Any = copy.deepcopy(model.config)
+    about: Any = copy.deepcopy(model.config)
     classifier = isinstance(model, FedtuneForSequenceClassification)
-    inner: Any = config.encoder if classifier else config
+    inner: Any = about.encoder if classifier else about
     setattr(inner, inner.attribute_map.get("num_hidden_layers", "num_hidden_layers"), len(kept.layers))
     heads, units = [len(one) for one in kept.heads], [len(one) for one in kept.units]
     if classifier:
-        config.cut = {"heads": heads, "units": units}
+        about.cut = {"heads": heads, "units": units}
     else:
         if any(count != whole.heads[layer] for layer, count in zip(kept.layers, heads, strict=True)):
             raise ModelError(
@@ -137,7 +137,7 @@ def cut(model: nn.Module, kept: Kept) -> Any:
             raise ModelError("Layers of a base encoder must keep equally many units.")
         name = "hidden_dim" if inner.model_type == "distilbert" else "intermediate_size"
         setattr(inner, name, units[0])
-    made = type(model)(config, **({} if classifier else _without_pooler(model)))
+    made = type(model)(about, **({} if classifier else _without_pooler(model)))
     made.load_state_dict(_sliced(model, kept, whole.head_size))
     return made.eval()
 

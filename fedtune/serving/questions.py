@@ -164,7 +164,9 @@ def described(limits: Limits, models: Mapping[str, Sequence[str]], *, explain: b
     Args:
         models: the labels of each model that is served.
     """
-    text = {"type": "string", "minLength": 1, "maxLength": limits.characters, "pattern": r"\S"}
+    # Python's blanks, of which other readers of a pattern's \s do not know the last five.
+    seen = r"[^\s\u001c-\u001f\u0085]"
+    text = {"type": "string", "minLength": 1, "maxLength": limits.characters, "pattern": seen}
     texts = {"type": "array", "items": text, "minItems": 1, "maxItems": limits.texts}
     model = {"model": {"type": "string", "enum": list(models)}}
     label = {"label": {"type": "string", "enum": sorted(set().union(*models.values()))}}

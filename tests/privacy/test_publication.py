@@ -218,6 +218,7 @@ PUBLIC: dict[str, str] = {
         "rounds.*.void"
     ),
     "export": "schema fedtune run labels inputs made max_length base pad_id formats check quality",
+    "compression": "schema fedtune run made base settings texts processor privacy original steps formats",
     "failure": "error overrides when",
     "round": "round num_rounds epsilon bytes_up bytes_down dropped updates void delta",
 }

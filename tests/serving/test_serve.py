@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -26,11 +26,11 @@ from fedtune.serving.serve import serve
 from tests.support.golden import Golden
 
 
-def start(*words: str) -> tuple[subprocess.Popen[str], str]:
-    """(the process, the address of /predict)"""
+def start(*words: str, log: IO[str] | int = subprocess.PIPE) -> tuple[subprocess.Popen[str], str]:
+    """(the process, the address of /predict); a long `log` needs a file, for a full pipe holds the process"""
     started = subprocess.Popen(
         [sys.executable, "-m", "fedtune", "serve", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert started.stdout is not None
     line = started.stdout.readline()
@@ -93,7 +93,9 @@ def ask_until(stop: threading.Event, address: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("restarts", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_restarts_under_load_lose_nothing_that_was_accepted(exported: Path, restarts: int) -> None:
+def test_restarts_under_load_lose_nothing_that_was_accepted(
+    exported: Path, restarts: int, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     stop, answered = threading.Event(), 0
@@ -101,11 +103,13 @@ def test_restarts_under_load_lose_nothing_that_was_accepted(exported: Path, rest
         clients = [pool.submit(ask_until, stop, f"http://127.0.0.1:{port}/predict") for _ in range(4)]
         try:
             for _ in range(restarts):
-                server, _address = start(str(exported), "--port", str(port))
-                time.sleep(0.5)
-                server.send_signal(signal.SIGTERM)
-                assert server.wait(30) == 0
-                log = [json.loads(line) for line in server.communicate()[1].splitlines()]
+                with (tmp_path / "log").open("w+", encoding="utf-8") as lines:
+                    server, _address = start(str(exported), "--port", str(port), log=lines)
+                    time.sleep(0.5)
+                    server.send_signal(signal.SIGTERM)
+                    assert server.wait(30) == 0
+                    lines.seek(0)
+                    log = [json.loads(line) for line in lines]
                 assert all(one["status"] in (200, 503) for one in log)
                 answered += sum(one["status"] == 200 for one in log)
         finally:
