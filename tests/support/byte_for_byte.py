@@ -134,13 +134,14 @@ def hold_node_still(patch: Callable[[Any, str, Any], None]) -> None:
 
 def hold_server_still(patch: Callable[[Any, str, Any], None]) -> None:
     """What a trusted server releases becomes a constant, whatever it was sent; `patch` as above."""
-    from fedtune.federation.server import rounds
+    from fedtune.federation.server import loop, rounds
     from fedtune.privacy.plan import PrivacyPlan
 
     def constant_release(self: Any, *args: Any) -> tuple[np.ndarray, PrivacyPlan]:
         return np.full(self._total.size, 0.001), self._plan
 
     patch(rounds.ClippedUpdates, "release", constant_release)
+    patch(loop, "check_learned", lambda *args: None)  # from constants nothing is
 
 
 @contextmanager
@@ -152,7 +153,6 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from fedtune.federation import run_folder
     from fedtune.federation.secagg import crypto as secagg_crypto
     from fedtune.federation.secagg import protocol as secure_aggregation
-    from fedtune.federation.server import loop
     from fedtune.privacy.mechanisms.counts import SizePlan
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.report import page
@@ -186,7 +186,6 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     with monkeypatch.context() as patch:
         hold_node_still(patch.setattr)
         hold_server_still(patch.setattr)
-        patch.setattr(loop, "check_learned", lambda *args: None)  # from constants nothing is
         patch.setattr(SizePlan, "told", lambda self, units, entropy: 20)  # a noised count, charged
         patch.setattr(PrivacyPlan, "noise", lambda self, size, entropy: np.zeros(size))
         patch.setattr(PrivacyPlan, "adapt_clip", lambda self, *args: self)
