@@ -329,5 +329,9 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
             module.p = 0.0
     stack.requires_grad_(False)
     quantize(stack, config.quantization)
+    if config.quantization != "none":
+        # Norms and biases as they were read are views of the file, all of which stays in memory with them.
+        for parameter in stack.parameters():
+            parameter.data = parameter.data.clone()
     # To the device before PEFT: adapters made first and moved later had wrong gradients (opacus issue 820).
     return stack.to(device).requires_grad_(False).train()

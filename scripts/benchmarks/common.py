@@ -29,11 +29,15 @@ NOISE_MULTIPLIER, CLIP = 0.8, 1.0
 
 
 def pooled(
-    quantization: str = "none", layers: int | None = None
+    quantization: str = "none",
+    layers: int | None = None,
+    *,
+    adapter: str = "lora",
+    name: str = "embedded:minilm",
 ) -> tuple[PreparedData, AdaptedModel, Shard, Config]:
-    """All of `opinions` as one shard, and the default encoder with LoRA r=8 on query and value."""
-    config = Config(model=ModelConfig(quantization=quantization))
-    config.adapter = AdapterConfig(name="lora", layers=layers)
+    """All of `opinions` as one shard, and an encoder with LoRA r=8 on query and value, or another adapter."""
+    config = Config(model=ModelConfig(name=name, quantization=quantization))
+    config.adapter = AdapterConfig(name=adapter, layers=layers)
     config.partition.name, config.federation.nodes = "iid", 1
     tokenizer, identity = load_tokenizer(config.model)
     data = prepare(config, tokenizer, identity)

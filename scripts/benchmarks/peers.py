@@ -40,17 +40,26 @@ def _batch(rows: list[tuple[Tensor, Tensor, Tensor]], *, trim: bool) -> list[Ten
     return [ids[:, :longest], mask[:, :longest], target]
 
 
-def _peer(
-    texts: list[str], labels: np.ndarray, physical: int, *, mode: str, tuned: bool
+def opacus_program(
+    texts: list[str],
+    labels: np.ndarray,
+    physical: int,
+    *,
+    mode: str = "hooks",
+    tuned: bool = False,
+    name: str = "embedded:minilm",
 ) -> Callable[[], None]:
-    """DP-SGD by Opacus' `mode`, as its documentation writes it; the result takes one epoch's steps."""
+    """DP-SGD by Opacus' `mode`, as its documentation writes it; the result takes one epoch's steps.
+
+    `tuned`: in bfloat16 where the processor has it, each physical batch padded to its longest text alone.
+    """
     from opacus import PrivacyEngine
     from opacus.utils.batch_memory_manager import BatchMemoryManager
     from peft import LoraConfig, TaskType, get_peft_model
     from torch.utils.data import DataLoader, TensorDataset
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    location = model_location("embedded:minilm")
+    location = model_location(name)
     tokens = AutoTokenizer.from_pretrained(location)(
         texts, padding="max_length", truncation=True, max_length=64, return_tensors="pt"
     )
@@ -112,7 +121,7 @@ def peers(repeats: int = 5) -> None:
     programs: dict[str, Callable[[], None]] = {}
     chosen: dict[str, int] = {}
     for name, mode, tuned in (("stock", "hooks", False), ("hooks", "hooks", True), ("ghost", "ghost", True)):
-        tried = {size: _peer(texts, labels, size, mode=mode, tuned=tuned) for size in _PHYSICAL}
+        tried = {size: opacus_program(texts, labels, size, mode=mode, tuned=tuned) for size in _PHYSICAL}
         for program in tried.values():
             program()
         once = {size: seconds(program) for size, program in tried.items()}

@@ -11,7 +11,7 @@ _HEAD = """# Speed
 
 Made by `scripts/bench` from the files in `records/`, which hold every single measurement. Each figure is a
 ratio of two things measured in turn in one run, because machines differ and are noisy. Where the time of many
-small clients goes: [clients.md](clients.md).
+small clients goes: [clients.md](clients.md); and that of a private step: [step.md](step.md).
 
 | question | measured | target | processor |
 |---|---|---|---|
@@ -61,8 +61,13 @@ def _figure(record: dict[str, Any]) -> str:
             f"a later release {record['release_ms_median']} ms; the first of a new cut after "
             f"{record['sweep_runs']} others at most {record['sweep_first_ms_max']} ms"
         )
+    if "of_the_product_rate" in record:
+        shares = ", ".join(f"{name} {share}" for name, share in record["of_the_product_rate"].items())
+        rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in record["products_gflops"].items())
+        return f"{shares} of {record['precision']} products (GFLOP/s: {rates}); [figure](roofline.png)"
     if "ratio_peak" in record:
-        return f"{record['ratio_peak']}x; over rounds {record['ratio_rounds']}x"
+        rounds = f"; over rounds {record['ratio_rounds']}x" if "ratio_rounds" in record else ""
+        return f"{record['ratio_peak']}x{rounds}"
     figure = f"{record['ratio_median']}x"
     if "last_ms_median" in record:
         busy = record["processor_ms_median"]

@@ -220,3 +220,10 @@ def test_an_adapter_refuses_another_encoder_than_its_own(folder: Path, tmp_path:
     change_weights(folder, lambda w: {n: v + 1e-3 for n, v in w.items()})
     with pytest.raises(ModelError, match="was trained on another encoder"):
         load_base(tmp_path / "adapter", "cpu")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_encoder_does_not_hold_its_file(folder: Path, quantization: str) -> None:
+    stack = load_encoder(ModelConfig(name=str(folder), quantization=quantization), torch.device("cpu"))
+    assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
+    assert len(list(stack.parameters())) > 0
