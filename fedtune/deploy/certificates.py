@@ -53,6 +53,7 @@ AUTHORITY_DAYS = 3650
 _EARLY = datetime.timedelta(minutes=5)  # a site's clock may be a little behind
 _LOG_EVERY = 60.0  # seconds between two lines about a server that does not answer
 _WARN_DAYS = 30
+_FULL = ("TLSV1_ALERT_INTERNAL_ERROR", "SSLV3_ALERT_INTERNAL_ERROR")  # what `door.FULL_ALERT` is read as
 
 
 def write_secret(path: Path, content: bytes) -> None:
@@ -306,6 +307,16 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
     except ssl.SSLCertVerificationError as error:
         raise FederationError(_untrusted(address, authority, error)) from error
     except ssl.SSLError as error:
+        if error.reason in _FULL:
+            raise ResourceError(
+                f"The server {address} is full: it has as many connections as it can hold. It lets others in "
+                "when some have ended; its operator can give it more (LimitNOFILE of its unit)."
+            ) from error
+        if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+            raise ResourceError(
+                f"The server {address} closed the connection before it had said who it is: it is ending, or "
+                "has more to do than it can."
+            ) from error
         raise FederationError(
             f"Whatever answers at {address} does not speak TLS ({error.reason or 'no reason given'}), so "
             "nothing was sent to it. Check host and port; a fedtune server always speaks TLS."

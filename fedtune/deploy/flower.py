@@ -10,10 +10,14 @@ update of Flower is checked in these two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import base64
+import datetime
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
 
@@ -25,6 +29,9 @@ from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
+    SYSTEM_TIME_TOLERANCE,
+    TIMESTAMP_HEADER,
+    TIMESTAMP_TOLERANCE,
     TRANSPORT_TYPE_GRPC_RERE,
     ErrorCode,
     Status,
@@ -33,7 +40,12 @@ from flwr.common.constant import (
 from flwr.common.serde import fab_to_proto, run_from_proto, user_config_to_proto
 from flwr.proto import control_pb2, runtime_pb2
 from flwr.supercore import heartbeat, sql_mixin
-from flwr.supercore.constant import SQLITE_PRAGMAS, TaskType
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    SQLITE_PRAGMAS,
+    TaskType,
+)
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.exit import register_signal_handlers
 from flwr.supercore.fab import Fab
@@ -48,6 +60,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.telemetry import EventType
@@ -91,6 +104,7 @@ __all__ = [
     "register_node",
     "run_from_proto",
     "runtime_pb2",
+    "signed_by_node",
     "start_request",
     "store_reply",
     "superlink_app",
@@ -142,6 +156,25 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
         runtime_dependency_install=False,
     )
     return create_app(config, SuperLinkLifespan)
+
+
+def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request to the node interface is signed, now, by the key that it names.
+
+    As Flower's `authenticate_node`, which reads the body first.
+    """
+    try:
+        named, signature = (
+            base64.b64decode(headers[name.encode()], validate=True)
+            for name in (FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
+        )
+        stamp = headers[TIMESTAMP_HEADER.encode()]
+        signed_at = datetime.datetime.fromisoformat(stamp.decode("ascii"))
+        age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
+        in_time = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
+        return in_time and verify_signature(bytes_to_public_key(named), stamp, signature)
+    except (KeyError, ValueError, TypeError, UnsupportedAlgorithm):
+        return False
 
 
 def register_node(link_state: Any, key: bytes, site: str) -> None:

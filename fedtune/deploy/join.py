@@ -133,9 +133,9 @@ def answer(
     back = None if site is None else admission.heads.refusal(site)
     refused = admission.refusal(public)
     suspended = refused[1] if refused is not None and refused[0] == 503 else None
-    known = next((node for node in admission.nodes() if bytes(node.public_key) == public), None)
-    if refused is not None and suspended is None:
-        known = None
+    known = None
+    if refused is None or suspended is not None:  # a stranger's question costs no query
+        known = next((node for node in admission.nodes() if bytes(node.public_key) == public), None)
     if site is not None and "budget" in report and budgets is not None:
         budgets.note(site, checked_budget(report["budget"]))
     return 200, {

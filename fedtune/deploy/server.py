@@ -6,7 +6,7 @@ and runs nobody's code: there is no executor for apps in it. Nodes are let in by
 `--revoke` revokes). The database keeps nodes, runs and messages over a crash. A renewed certificate is used
 without a restart.
 
-The `Gate` is the one way in. Flower's SuperLink has some eighty calls. fedtune uses those that are named
+The door (`fedtune.deploy.door`) bounds connections, seconds and bytes. The `Gate` behind it is the one way in. Flower's SuperLink has some eighty calls. fedtune uses those that are named
 here, one by one; every other is closed to everybody, so that a call which a later Flower adds is closed until
 somebody here opens it. In particular nobody registers or unregisters a node by Flower's own interfaces, with
 or without the operator's token.
@@ -26,9 +26,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
+
 from fedtune.deploy import certificates, join
 from fedtune.deploy.admission import Admission
 from fedtune.deploy.certificates import expiry_warning, parse_address
+from fedtune.deploy.door import (
+    CONNECTION,
+    Bodies,
+    BodyTimeout,
+    Connections,
+    DoorServer,
+    give_memory_back,
+    most_connections,
+)
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.provision import Federation, read_token
 from fedtune.errors import ConfigError, ResourceError
@@ -37,6 +48,7 @@ __all__ = ["FOR_NODES", "FOR_OPERATORS", "PUBLISHED_PATH", "TOKEN_HEADER", "Gate
 _log = logging.getLogger("fedtune.server")
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
+_BACKLOG = 1024
 TOKEN_HEADER = "x-fedtune-operator"
 PUBLISHED_PATH = "/v1/fedtune/published"
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
@@ -83,19 +95,36 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     if warning := expiry_warning(days):
         say(warning)
     token = read_token(folder)
-    _check_port(host, port)
+    listener = _listen(host, port)
     from fedtune.deploy import flower  # late: what is wrong with the folder is known before
 
+    give_memory_back()
     app = flower.superlink_app(folder, host, port)
     admission = Admission(app.state.linkstate_factory.state(), folder, say)
     admitted = admission.update()
     ending = threading.Event()
     import uvicorn
 
+    gate = Gate(app, token, admission, PublishedBudgets(folder / "published.json"))
+    serving = behind_the_door(gate, folder, listener)
+    threading.Thread(target=admission.keep_updated, args=(ending,), daemon=True).start()
+    renewed = (_Certificate(folder, serving.config.ssl), ending, say)
+    threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
+    say(
+        f"federation {federation.name} on {host}:{port} (sites reach it as {federation.server}); "
+        f"{admitted} sites enrolled"
+    )
+    try:
+        serving.run()
+    finally:
+        ending.set()
+    say("the server has ended; its database keeps nodes and runs")
+
+
+def behind_the_door(gate: Gate, folder: Path, listener: socket.socket) -> DoorServer:
+    """uvicorn's server for `gate`, with the certificate of a server folder."""
     config = uvicorn.Config(
-        Gate(app, token, admission, PublishedBudgets(folder / "published.json")),
-        host=host,
-        port=port,
+        gate,
         ssl_keyfile=str(folder / "server.key"),
         ssl_certfile=str(folder / "server.crt"),
         log_level="error",
@@ -103,31 +132,19 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
         timeout_graceful_shutdown=3,
     )
     config.load()
-    threading.Thread(target=admission.keep_updated, args=(ending,), daemon=True).start()
-    renewed = (_Certificate(folder, config.ssl), ending, say)
-    threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
-    say(
-        f"federation {federation.name} on {host}:{port} (sites reach it as {federation.server}); "
-        f"{admitted} sites enrolled"
-    )
+    return DoorServer(config, listener, gate.connections)
+
+
+def _listen(host: str, port: int) -> socket.socket:
     try:
-        uvicorn.Server(config).run()
-    finally:
-        ending.set()
-    say("the server has ended; its database keeps nodes and runs")
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ResourceError(
-                f"Port {port} on {host} cannot be used ({error.strerror}): is another server of this "
-                "federation running? End it, or change the address in the federation file and provision "
-                "again."
-            ) from error
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ResourceError(
+            f"Port {port} on {host} cannot be used ({error.strerror}): is another server of this "
+            "federation running? End it, or change the address in the federation file and provision "
+            "again."
+        ) from error
 
 
 def check_pair(folder: Path) -> None:
@@ -146,15 +163,20 @@ def check_pair(folder: Path) -> None:
 class Gate:
     """Passes nodes' calls from enrolled nodes, and operators' calls from whoever has the operator's token.
 
-    A request's size is checked before anything of it is read, since Flower reads all of it before it checks
-    the sender. One that comes in chunks, whatever length it names beside, has no size. One that names two
-    keys is refused, because the gate would read the one and Flower the other.
+    A node's signature and a request's size are checked before anything of its body is read, since Flower
+    reads all of it before it checks the sender. A request that comes in chunks, whatever length it names
+    beside, has no size. One that names two keys is refused, because the gate would read the one and Flower
+    the other.
 
     Args:
         app: Flower's SuperLink, an ASGI application.
         token: the operator's.
         admission: which nodes are let in.
         budgets: where what sites publish is stored.
+
+    Attributes:
+        connections: those that the server has; on one of them a credential is checked once, and Flower
+            checks each request of a node again.
 
     Raises:
         ConfigError: an empty token, which everybody would have.
@@ -166,6 +188,7 @@ class Gate:
         if not token:
             raise ConfigError("The operator's token is empty: everybody would have it. Nothing is served.")
         self._app, self._token, self._admission, self._budgets = app, token.encode(), admission, budgets
+        self.connections, self._bodies = Connections(most_connections()), Bodies()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """ASGI."""
@@ -173,39 +196,69 @@ class Gate:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return None  # websockets are not used
-        headers, path = dict(scope["headers"]), scope["path"]
-        if path == join.PATH:
+        headers, path, connection = dict(scope["headers"]), scope["path"], scope.get(CONNECTION)
+        if path == join.PATH and b"content-length" not in headers and b"transfer-encoding" not in headers:
             # It queries the database, so not in the event loop, which serves everybody.
             answered = await asyncio.to_thread(join.answer, headers, self._admission, self._budgets)
             return await _respond(send, *answered)
         if path in FOR_NODES:
             keys = [value for name, value in scope["headers"] if name == _NODE_KEY]
-            refused = self._admission.refusal_of_request(keys[0] if len(keys) == 1 else b"")
+            credential = keys[0] if len(keys) == 1 else b""
+            refused = self._admission.refusal_of_request(credential)
+            shown = connection is not None and connection.proven == credential
+            if refused is None and not shown and not self._signed(headers):
+                refused = 401, "This needs a request that is signed by the node's key."
         elif path in FOR_OPERATORS or path == PUBLISHED_PATH:
+            credential = b"operator"
             refused = None if self._is_operator(headers) else (403, "This needs the operator's token.")
         else:
-            refused = 403, "This server has no such call."
+            credential, refused = b"", (403, "This server has no such call.")
         if refused is not None:
-            return await _respond(send, refused[0], {"error": refused[1]})
+            return await _respond(send, refused[0], {"error": refused[1]}, close=True)
+        if connection is not None:
+            self.connections.prove(connection, credential)
         if path == PUBLISHED_PATH:
             return await _respond(send, 200, self._budgets.all() if self._budgets else {})
         length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
         if not length.isdigit() or b"transfer-encoding" in headers:
-            return await _respond(send, 411, {"error": "A request has to say how long it is."})
+            error = "A request has to say how long it is."
+            return await _respond(send, 411, {"error": error}, close=True)
         if int(length) > _MAX_BODY:
             error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."
-            return await _respond(send, 413, {"error": error})
-        await self._app(scope, receive, send)
+            return await _respond(send, 413, {"error": error}, close=True)
+        try:
+            async with self._bodies.read(receive, int(length), credential) as body:
+                await self._app(scope, _once(body, receive), send)
+        except BodyTimeout:
+            await _respond(send, 408, {"error": "The body of the request did not arrive in time."}, close=True)
         return None
+
+    def _signed(self, headers: dict[bytes, bytes]) -> bool:
+        from fedtune.deploy import flower
+
+        return flower.signed_by_node(headers)
 
     def _is_operator(self, headers: dict[bytes, bytes]) -> bool:
         given = headers.get(TOKEN_HEADER.encode(), b"")
         return bool(given) and hmac.compare_digest(given, self._token)
 
 
-async def _respond(send: Any, status: int, values: dict[str, Any]) -> None:
+def _once(body: bytes, receive: Any) -> Any:
+    """`receive` of ASGI for a body that was read: it comes first, whole."""
+    whole: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def given() -> Any:
+        return whole.pop() if whole else await receive()
+
+    return given
+
+
+async def _respond(send: Any, status: int, values: dict[str, Any], *, close: bool = False) -> None:
+    """`close`: the connection ends with it, and what it still sends is not read."""
     body = json.dumps(values).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if close:
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -2,7 +2,7 @@
 
 Each folder is checked (`Bundle.open`), each model is loaded and asked once before the port opens. SIGTERM and
 Ctrl-C close the port; what was accepted is answered, for `GRACE` seconds at most, and the process ends with
-status 0. A connection that takes longer than `HEADER_SECONDS` to say what it wants is closed.
+status 0. A connection that takes too long to say what it wants is closed (`fedtune.deploy.door`).
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from fedtune.serving.app import Served
     from fedtune.serving.questions import Limits
 
-__all__ = ["GRACE", "HEADER_SECONDS", "serve"]
+__all__ = ["GRACE", "serve"]
 
 GRACE = 60  # seconds for what was accepted
-HEADER_SECONDS = 10.0
 _LAST_CALL = 0.2  # seconds, in which connections that wait for the process are taken and their requests read
 _NEEDED = ("fastapi", "httptools", "uvicorn", "prometheus_client")
 
@@ -66,6 +65,7 @@ def serve(
     _require()
     import uvicorn
 
+    from fedtune.deploy.door import HeaderDeadline
     from fedtune.serving.app import make_app
     from fedtune.serving.keys import Keys
     from fedtune.serving.questions import Limits
@@ -81,7 +81,7 @@ def serve(
     app = make_app(models, limits, keys=known, workers=workers or os.cpu_count() or 1)
     config = uvicorn.Config(
         app,
-        http=_protocol(),
+        http=HeaderDeadline,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=GRACE,
@@ -145,44 +145,6 @@ def _server(config: Any, listener: socket.socket) -> Any:
             await super().shutdown(sockets)
 
     return Server(config)
-
-
-def _protocol() -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which waits for a request's headers no longer than `HEADER_SECONDS`.
-
-    uvicorn itself waits for ever, so that a few thousand connections that say nothing would keep others out.
-    """
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
-    class Protocol(HttpToolsProtocol):
-        _deadline: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._expect()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-                self._expect()
-
-        def on_headers_complete(self) -> None:
-            self._expect_nothing()
-            super().on_headers_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._expect_nothing()
-            super().connection_lost(exc)
-
-        def _expect(self) -> None:
-            self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
-
-        def _expect_nothing(self) -> None:
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-    return Protocol
 
 
 def _require() -> None:

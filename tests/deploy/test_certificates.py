@@ -15,7 +15,7 @@ import pytest
 
 from fedtune.deploy import certificates, channel
 from fedtune.deploy.certificates import check_server
-from fedtune.deploy.server import _check_port
+from fedtune.deploy.server import _listen
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from tests.support.golden import Golden
 
@@ -124,7 +124,7 @@ def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"Port {port} .*another server of this federation"):
-            _check_port("127.0.0.1", port)
+            _listen("127.0.0.1", port)
 
 
 def test_frames_and_peers(tmp_path: Path, golden: Golden) -> None:

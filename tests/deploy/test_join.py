@@ -15,77 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from fedtune import __version__
 from fedtune.deploy import certificates, join, server
-from fedtune.deploy.admission import Admission, enrol, revoke
-from fedtune.deploy.flower import superlink_app
+from fedtune.deploy.admission import enrol, revoke
 from fedtune.deploy.join import PublishedBudgets, budget_of, budget_text, checked_budget
-from fedtune.deploy.provision import provision, read_token
+from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
-from tests.support.site_parts import settings
-
-SITES = ["clinic-1", "clinic-2", "clinic-3"]
-
-
-class Real:
-    """A server as `fedtune server` makes it, in a thread."""
-
-    def __init__(self, root: Path) -> None:
-        import uvicorn
-
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        self.root, self.address = root, f"127.0.0.1:{self.port}"
-        self.file = root / "federation.yaml"
-        self.file.write_text(yaml.safe_dump({"name": "trial", "server": self.address, "sites": SITES}))
-        provision(self.file, root / "out")
-        self.folder = root / "out" / "server"
-        self.keys = {}
-        for site in SITES:
-            self.keys[site] = certificates.make_node_key(root / f"{site}.key")
-            enrol(self.folder, certificates.public_line(certificates.public_key_of(self.keys[site]), site))
-        self.said: list[str] = []
-        self.app = superlink_app(self.folder, "127.0.0.1", self.port)
-        self.state = self.app.state.linkstate_factory.state()
-        self.admission = Admission(self.state, self.folder, self.said.append)
-        self.admission.update()
-        self.board = PublishedBudgets(self.folder / "published.json")
-        self.gate = server.Gate(self.app, read_token(self.folder), self.admission, self.board)
-        self.config = uvicorn.Config(
-            self.gate, "127.0.0.1", self.port, ssl_keyfile=str(self.folder / "server.key"),
-            ssl_certfile=str(self.folder / "server.crt"), log_level="error",
-        )  # fmt: skip
-        self.config.load()
-        self.uvicorn = uvicorn.Server(self.config)
-        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
-        self.thread.start()
-        while not self.uvicorn.started:
-            time.sleep(0.05)
-
-    def site(self, name: str, **changes: Any) -> Any:
-        return settings(
-            self.root, site=name, server=self.address, ca=str(self.folder / "ca.crt"),
-            key=str(self.root / f"{name}.key"), **changes,
-        )  # fmt: skip
-
-    def node_id(self, site: str) -> int:
-        return next(int(one.node_id) for one in self.admission.nodes() if one.name == site)
-
-    def request(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, Any]]:
-        context = certificates.tls_context(self.folder / "ca.crt")
-        connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=20, context=context)
-        connection.putrequest(method, path)
-        for name, value in headers.items():
-            connection.putheader(name.replace("_", "-"), value)
-        connection.endheaders()
-        response = connection.getresponse()
-        body = response.read()
-        connection.close()
-        return response.status, json.loads(body or b"{}")
-
+from tests.support.real_superlink import SITES, Real
 
 class Looks(threading.Event):
     """Lets a loop that looks every few seconds look `count` times at once; `then` is called before each."""
@@ -104,8 +42,7 @@ class Looks(threading.Event):
 def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
     made = Real(tmp_path_factory.mktemp("real"))
     yield made
-    made.uvicorn.should_exit = True
-    made.thread.join(10)
+    made.close()
 
 
 def refused(site: Any, key: Any, **options: Any) -> str:
@@ -221,7 +158,7 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     with pytest.raises(ResourceError, match="does not let this site in now: the file with the key of site"):
         join.check_in(site, key, pytest.fail)
     assert "is missing at the server" in str(join.suspension(site, key))
-    named = {server._NODE_KEY.decode(): base64.b64encode(certificates.public_key_of(key)).decode()}
+    named = real.signed("clinic-1")
     assert real.request("POST", "/v1/fleet/pull-messages", content_length="0", **named)[0] == 503
     path.write_text(line)
     real.admission.update()
@@ -375,8 +312,7 @@ def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Pat
 
 
 def test_a_request_that_is_too_large_or_does_not_say_is_refused_unread(real: Real) -> None:
-    key = certificates.public_key_of(real.keys["clinic-1"])
-    named = {server._NODE_KEY.decode(): base64.b64encode(key).decode()}
+    named = real.signed("clinic-1")
     status, said = real.request("POST", "/v1/fleet/push-object", content_length=str(2**40), **named)
     assert status == 413 and str(2**40) in said["error"]
     status, said = real.request("POST", "/v1/fleet/push-object", transfer_encoding="chunked", **named)

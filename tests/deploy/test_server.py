@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 
-from fedtune.deploy import server
+from fedtune.deploy import certificates, server
 from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.server import FOR_NODES, FOR_OPERATORS, Gate
 from fedtune.errors import ConfigError
 from tests.support.golden import Golden
 
 TOKEN = "t" * 43
-NODE = b"a key"
+KEY = ec.generate_private_key(ec.SECP384R1())
+NODE = certificates.public_key_of(KEY)
+
+
+def signature(key: ec.EllipticCurvePrivateKey = KEY, ago: float = 0.0) -> list[tuple[bytes, bytes]]:
+    """Headers of a request that was signed so many seconds ago."""
+    stamp = (datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=ago)).isoformat().encode()
+    signed = base64.b64encode(key.sign(stamp, ec.ECDSA(hashes.SHA256())))
+    return [(TIMESTAMP_HEADER.encode(), stamp), (FLEET_HTTP_SIGNATURE_HEADER.encode(), signed)]
 
 
 class Admission:
@@ -24,6 +37,11 @@ class Admission:
 
     def refusal_of_request(self, header: bytes) -> tuple[int, str] | None:
         return None if header == base64.b64encode(NODE) else (403, "not enrolled")
+
+
+async def nothing() -> dict[str, Any]:
+    """The body of a request that has none."""
+    return {"type": "http.request", "body": b"", "more_body": False}
 
 
 class Behind:
@@ -44,13 +62,13 @@ def ask(path: str, token: bytes | None = None, node: bool = False) -> tuple[int,
     if token is not None:
         headers.append((server.TOKEN_HEADER.encode(), token))
     if node:
-        headers.append((server._NODE_KEY, base64.b64encode(NODE)))
+        headers += [(server._NODE_KEY, base64.b64encode(NODE)), *signature()]
 
     async def send(message: dict[str, Any]) -> None:
         statuses.append(message.get("status"))
 
     scope = {"type": "http", "path": path, "method": "POST", "headers": headers}
-    asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+    asyncio.run(Gate(behind, TOKEN, Admission())(scope, nothing, send))  # type: ignore[arg-type]
     return next(one for one in statuses if one), bool(behind.asked)
 
 
@@ -97,8 +115,8 @@ def passed(*headers: tuple[bytes, bytes]) -> list[str]:
     async def send(message: dict[str, Any]) -> None:
         pass
 
-    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST", "headers": list(headers)}
-    asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST", "headers": [*headers, *signature()]}
+    asyncio.run(Gate(behind, TOKEN, Admission())(scope, nothing, send))  # type: ignore[arg-type]
     return behind.asked
 
 
@@ -114,6 +132,27 @@ def test_a_request_in_chunks_has_no_size_whatever_length_it_names() -> None:
     mine = (server._NODE_KEY, base64.b64encode(NODE))
     assert not passed(mine, (b"content-length", b"5"), (b"transfer-encoding", b"chunked"))
     assert not passed(mine, (b"transfer-encoding", b"chunked"))
+
+
+def test_a_nodes_request_is_let_to_nothing_unless_its_key_signed_it_now() -> None:
+    """Its public key is no secret: whoever has read it must not have a body read."""
+    behind, answers = Behind(), []
+
+    async def send(message: dict[str, Any]) -> None:
+        answers.append(message)
+
+    def ask_with(*signed: tuple[bytes, bytes]) -> int:
+        answers.clear()
+        headers = [(b"content-length", b"9"), (server._NODE_KEY, base64.b64encode(NODE)), *signed]
+        scope = {"type": "http", "path": "/v1/fleet/push-object", "method": "POST", "headers": headers}
+        asyncio.run(Gate(behind, TOKEN, Admission())(scope, None, send))  # type: ignore[arg-type]
+        assert (b"connection", b"close") in answers[0]["headers"]
+        return int(answers[0]["status"])
+
+    other = ec.generate_private_key(ec.SECP384R1())
+    wrong = [(), signature(other), signature(ago=400), signature(ago=-60), signature()[:1], signature()[1:]]
+    assert [ask_with(*one) for one in wrong] == [401] * len(wrong)
+    assert not behind.asked
 
 
 def test_flowers_header_with_a_nodes_key_is_the_one_that_is_read() -> None:

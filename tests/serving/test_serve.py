@@ -124,9 +124,9 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
 ) -> None:
     import asyncio
 
-    from fedtune.serving import serve as module
+    from fedtune.deploy import door
 
-    monkeypatch.setattr(module, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(door, "HEADER_SECONDS", 0.3)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.sleep(0.5)  # an answer may take longer than the headers
@@ -135,7 +135,7 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
 
     async def main() -> None:
         config = uvicorn.Config(
-            app, http=module._protocol(), log_config=None, lifespan="off", timeout_keep_alive=1
+            app, http=door.HeaderDeadline, log_config=None, lifespan="off", timeout_keep_alive=1
         )
         server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0))

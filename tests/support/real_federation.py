@@ -66,7 +66,7 @@ class Federation:
         write(root / "public" / "test.csv", test)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            self.port = port = probe.getsockname()[1]
         file = root / "federation.yaml"
         file.write_text(
             yaml.safe_dump({"name": "trial", "server": f"127.0.0.1:{port}", "sites": list(SITES)})
