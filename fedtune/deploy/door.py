@@ -1,4 +1,4 @@
-"""The server's door: how many connections it keeps, how long it waits for each, and how much of a body it holds.
+"""The server's door: how many connections it keeps, how long it waits, and how much of a body it holds.
 
 Flower's SuperLink is an application behind uvicorn, which waits for ever for headers and bodies and takes as
 many connections as the system gives it. So the door is ours, in the same process. A proxy before it would be
@@ -14,7 +14,7 @@ TLS passthrough, and not needed. What the door holds to:
 - The TLS handshake, and the headers of each request, have `HEADER_SECONDS`. A body is read only after the
   gate (`server.Gate`) has seen a credential; it may not pause for `PAUSE_SECONDS`, nor come slower than
   `SLOWEST` bytes a second after its first `GRACE_SECONDS`.
-- Bodies that are read at once have `MOST_BYTES` together, and half of it from one sender; others wait, unread.
+- Bodies that are read at once have `MOST_BYTES` together, half of it from one sender; others wait, unread.
 """
 
 from __future__ import annotations
@@ -107,9 +107,7 @@ class Connections:
         same = self._by_address.get(address, {})
         if len(same) >= min(UNPROVEN_PER_ADDRESS, self._unproven_most):
             self._evict(next(iter(same)))
-        elif self._unproven and (
-            len(self._unproven) >= self._unproven_most or len(self._all) >= self._most
-        ):
+        elif self._unproven and (len(self._unproven) >= self._unproven_most or len(self._all) >= self._most):
             self._evict(next(iter(self._unproven)))
         if len(self._all) >= self._most:
             return None
@@ -281,9 +279,7 @@ class DoorServer(uvicorn.Server):
         connections: counts them.
     """
 
-    def __init__(
-        self, config: uvicorn.Config, listener: socket.socket, connections: Connections
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, listener: socket.socket, connections: Connections) -> None:
         super().__init__(config)
         self._listener, self.connections = listener, connections
         self._turned_away = 0

@@ -6,10 +6,11 @@ and runs nobody's code: there is no executor for apps in it. Nodes are let in by
 `--revoke` revokes). The database keeps nodes, runs and messages over a crash. A renewed certificate is used
 without a restart.
 
-The door (`fedtune.deploy.door`) bounds connections, seconds and bytes. The `Gate` behind it is the one way in. Flower's SuperLink has some eighty calls. fedtune uses those that are named
-here, one by one; every other is closed to everybody, so that a call which a later Flower adds is closed until
-somebody here opens it. In particular nobody registers or unregisters a node by Flower's own interfaces, with
-or without the operator's token.
+The door (`fedtune.deploy.door`) bounds connections, seconds and bytes. The `Gate` behind it is the one way in.
+Flower's SuperLink has some eighty calls. fedtune uses those that are named here, one by one; every other is
+closed to everybody, so that a call which a later Flower adds is closed until somebody here opens it. In
+particular nobody registers or unregisters a node by Flower's own interfaces, with or without the operator's
+token.
 """
 
 from __future__ import annotations
@@ -103,8 +104,6 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     admission = Admission(app.state.linkstate_factory.state(), folder, say)
     admitted = admission.update()
     ending = threading.Event()
-    import uvicorn
-
     gate = Gate(app, token, admission, PublishedBudgets(folder / "published.json"))
     serving = behind_the_door(gate, folder, listener)
     threading.Thread(target=admission.keep_updated, args=(ending,), daemon=True).start()
@@ -230,7 +229,8 @@ class Gate:
             async with self._bodies.read(receive, int(length), credential) as body:
                 await self._app(scope, _once(body, receive), send)
         except BodyTimeout:
-            await _respond(send, 408, {"error": "The body of the request did not arrive in time."}, close=True)
+            error = "The body of the request did not arrive in time."
+            await _respond(send, 408, {"error": error}, close=True)
         return None
 
     def _signed(self, headers: dict[bytes, bytes]) -> bool:

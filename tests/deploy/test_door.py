@@ -23,7 +23,6 @@ from fedtune.errors import ResourceError
 from tests.support.crowd import MIB, crowd, half_a_body
 from tests.support.real_superlink import Real
 
-
 # --- the rules ---------------------------------------------------------------------------------------
 
 
@@ -136,9 +135,7 @@ def beats(real: Real, site: str) -> int:
     return status
 
 
-def test_a_node_is_served_while_others_hold_connections(
-    real: Real, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_is_served_while_others_hold_connections(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     """All from one address. Without room made for it, the node would wait until the others give up."""
     monkeypatch.setattr(door, "UNPROVEN_PER_ADDRESS", 16)
     real.state.activate_node(real.node_id("clinic-1"), 30)
@@ -172,6 +169,7 @@ def test_a_server_that_hangs_up_is_worth_another_try(tmp_path: Path) -> None:
     certificates.make_authority(tmp_path, "trial")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
+
         def hang_up() -> None:
             other = listener.accept()[0]
             other.recv(10_000)

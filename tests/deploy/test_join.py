@@ -7,9 +7,7 @@ import datetime
 import http.client
 import json
 import re
-import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,12 @@ import pytest
 from fedtune import __version__
 from fedtune.deploy import certificates, join, server
 from fedtune.deploy.admission import enrol, revoke
-from fedtune.deploy.join import PublishedBudgets, budget_of, budget_text, checked_budget
+from fedtune.deploy.join import budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from tests.support.real_superlink import SITES, Real
+
 
 class Looks(threading.Event):
     """Lets a loop that looks every few seconds look `count` times at once; `then` is called before each."""

@@ -115,7 +115,8 @@ def passed(*headers: tuple[bytes, bytes]) -> list[str]:
     async def send(message: dict[str, Any]) -> None:
         pass
 
-    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST", "headers": [*headers, *signature()]}
+    scope = {"type": "http", "path": "/v1/fleet/pull-messages", "method": "POST"}
+    scope["headers"] = [*headers, *signature()]  # type: ignore[assignment]
     asyncio.run(Gate(behind, TOKEN, Admission())(scope, nothing, send))  # type: ignore[arg-type]
     return behind.asked
 

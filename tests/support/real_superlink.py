@@ -1,4 +1,4 @@
-"""A server as `fedtune server` makes it, in a thread of the tests: Flower's SuperLink, TLS, keys, the door."""
+"""A server as `fedtune server` makes it, in a thread: Flower's SuperLink, TLS, keys, the door."""
 
 from __future__ import annotations
 
