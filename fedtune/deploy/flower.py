@@ -47,7 +47,6 @@ from flwr.supercore.constant import (
     TaskType,
 )
 from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.exit import register_signal_handlers
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
@@ -63,7 +62,6 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supercore.telemetry import EventType
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
@@ -215,7 +213,7 @@ def node_connection(
 ) -> AbstractContextManager[tuple[Any, ...]]:
     """A connection to the SuperLink at `server`: the node's id, and seven functions (see `guard` in node.py).
 
-    It ends with SystemExit if the server refuses the key, and on Ctrl-C or SIGTERM.
+    It ends with SystemExit if the server refuses the key.
 
     Args:
         server: HOST:PORT.
@@ -225,7 +223,6 @@ def node_connection(
     """
     for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
         setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", heartbeat_seconds)  # noqa: B010 (Flower re-exports it)
-    register_signal_handlers(event_type=EventType.RUN_SUPERNODE_LEAVE)
     return _init_connection(
         server_address=server,
         insecure=False,

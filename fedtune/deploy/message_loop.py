@@ -29,6 +29,7 @@ from flwr.app import Message
 
 from fedtune.deploy import flower
 from fedtune.deploy.join import HEARTBEAT_SECONDS
+from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.thin_app import AppAllowList
 from fedtune.deploy.worker_process import WorkerDied, WorkerProcess
 from fedtune.errors import FederationError, FedtuneError, ResourceError
@@ -85,6 +86,7 @@ def run_message_loop(
     node_config: dict[str, Any],
     guard: Callable[[Any], Any],
     answer: Callable[[], bool],
+    leaving: Leaving,
     say: Callable[[str], None],
 ) -> None:
     """Joins the SuperLink at `server` and answers its messages until the connection ends unexpectedly.
@@ -98,10 +100,11 @@ def run_message_loop(
         node_config: what every Context of this node holds.
         guard: puts the node's own checks before the functions of Flower's connection.
         answer: answers the messages that are in `state`; False if there is nothing to send.
+        leaving: whether the node was told to leave.
         say: tells the site's administrator of an answer that did not arrive.
 
     Raises:
-        SystemExit: the server does not let this node in, or it is error_in_public to end (Ctrl-C, SIGTERM).
+        SystemExit: the server does not let this node in, or it was told to leave (Ctrl-C, SIGTERM).
     """
     interval = PollInterval()
     with flower.node_connection(server, authority, key, HEARTBEAT_SECONDS) as connection:
@@ -121,10 +124,13 @@ def run_message_loop(
                 trusted_entities=None,
             )
             if run_id is None:
-                time.sleep(interval.seconds())
+                leaving.pause(interval.seconds())
                 continue
+            leaving.answering = True
             if answer():
                 flower.push_replies(state=state, object_store=store, send=deliver, push_object=push_object)
+            leaving.answering = False
+            leaving.leave_if_asked()
             interval.message_came()
 
 
@@ -215,9 +221,16 @@ class MessageHandler:
     """Has each message that Flower has received answered, and hands the answer back to it."""
 
     def __init__(
-        self, state: Any, store: Any, site: SiteSettings, worker: WorkerProcess, apps: AppAllowList
+        self,
+        state: Any,
+        store: Any,
+        site: SiteSettings,
+        worker: WorkerProcess,
+        apps: AppAllowList,
+        leaving: Leaving,
     ) -> None:
         self._state, self._store, self._site, self._worker, self._apps = state, store, site, worker, apps
+        self._leaving = leaving
         self._books = Books(Path(site.ledger), Path(site.audit_log))
 
     def __call__(self) -> bool:
@@ -244,6 +257,11 @@ class MessageHandler:
         act_as(task.task_id, run.run_id, context.node_id)
         state.record_message_processing_start(message_id=message.metadata.message_id)
         try:
+            if self._leaving.asked:
+                raise FederationError(
+                    f"Site '{self._site.site}' is leaving, for its administrator ended its node: this was "
+                    "not begun, and nothing was charged for it."
+                )
             self._apps.check(run.run_id)
             reply = self._ask(self._whole(message), run, context, task)
         except WorkerDied as error:
@@ -273,6 +291,7 @@ class MessageHandler:
             {"task": task.task_id, "run": run.run_id, "node": context.node_id},
             lambda: self._state.acknowledge_task_heartbeat(task.task_id),
             _awaited(context),
+            self._leaving.overdue,
         )
         self._state.set_run_series_context(run.series_id, deserialize_context(data[1]))
         return deserialize(data[0])

@@ -80,8 +80,10 @@ def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: C
         joined.set()
 
     flower_log, apps, books = FlowerLog(), AppAllowList(), books_of(site)
+    leaving = Leaving(site.limits.stop_seconds, say)
+    leaving.listen()
     state, store = flower.node_state(on_joined)
-    answer = MessageHandler(state, store, site, worker, apps)
+    answer = MessageHandler(state, store, site, worker, apps, leaving)
 
     threading.Thread(target=_every_minute, args=(site, key, worker, books, ending, say), daemon=True).start()
     try:
@@ -96,21 +98,27 @@ def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: C
                 node_config={"site": site.to_json()},
                 guard=lambda connection: guard(connection, apps, books),
                 answer=answer,
+                leaving=leaving,
                 say=say,
             )
             # It ended unexpectedly. The node keeps its identity and what it knows of the runs.
             say(f"the connection ended ({flower_log.last()}); joining again")
-            time.sleep(5.0)
+            leaving.answering = False
+            leaving.pause(5.0)
             _wait_for_admission(site, key, say)
     except SystemExit:
+        if leaving.asked:
+            say("left the federation")
+            return
         if not joined.is_set():
             raise FederationError(
                 f"The server {site.server} did not let site '{site.site}' in. It said: {flower_log.last()}."
             ) from None
-        # Flower ends in the same way when it is stopped and when the server refuses the key.
         if reason := join.refusal(site, key):
             raise FederationError(reason) from None
-        say("left the federation")
+        raise FederationError(
+            f"The connection to the server {site.server} was ended. It said: {flower_log.last()}."
+        ) from None
     finally:
         ending.set()
 

@@ -42,7 +42,8 @@ _log = logging.getLogger("fedtune.node")
 
 def main(path: str) -> None:
     """Connects to the node's socket and answers its messages until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the node, which ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the node, which ends this one
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     header, parts = channel.receive(connection)

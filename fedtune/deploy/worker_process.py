@@ -144,6 +144,7 @@ class WorkerProcess:
         header: dict[str, Any],
         beat: Callable[[], object],
         awaited: float = math.inf,
+        give_up: Callable[[], str] = lambda: "",
     ) -> list[bytes]:
         """Has the worker answer a message.
 
@@ -153,6 +154,7 @@ class WorkerProcess:
             header: task, run and node of the message.
             beat: called every few seconds meanwhile.
             awaited: seconds for which the server waits for the answer.
+            give_up: why it should be killed now; empty as long as it should not.
 
         Returns:
             [reply, context], serialized.
@@ -170,7 +172,7 @@ class WorkerProcess:
                 channel.send(connection, header, [message, context])
                 while not select.select([connection], [], [], _BEAT_SECONDS)[0]:
                     beat()
-                    if why := detector.hangs():
+                    if why := detector.hangs() or give_up():
                         self.kill()
                         raise WorkerDied(f"the worker was killed, for {why}")
                 return channel.receive(connection)[1]
@@ -213,13 +215,16 @@ class WorkerProcess:
             self.close_worker()
 
     def close_worker(self) -> None:
-        """Ends the worker, which exits when its socket closes, or is killed."""
+        """Ends the worker, which exits when its socket closes, or is killed if it works.
+
+        SIGTERM is no word for it: service managers send it to all processes of a unit, and it would end the
+        step that the node still waits for.
+        """
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
             if self._process is not None and self._process.poll() is None:
-                self._process.terminate()
                 try:
                     self._process.wait(_END_SECONDS)
                 except subprocess.TimeoutExpired:

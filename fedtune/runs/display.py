@@ -91,6 +91,7 @@ class Display:
         self._begun = time.monotonic()
         self._last_line = self._begun - _WAIT_SECONDS
         self._seconds: list[float] = []
+        self._refusals = 0  # outside of rounds
         self._counted: tuple[str, float, int] | None = None  # what, since when, how many then
 
     def working(self, what: str) -> None:
@@ -150,8 +151,21 @@ class Display:
             self.console.print(Group(*lines))
 
     def on_client(self, node: str, status: str) -> None:
-        """`asked`, `answered`, `refused: ...` or `dropped: ...`."""
-        self._status[node] = status
+        """`asked`, `answered`, `refused: ...` or `dropped: ...`.
+
+        Who refuses outside of a round, which a line of the round would tell, is told for good at once.
+        """
+        with self._lock:
+            outside = self._status.get(node) != "asked"
+            self._status[node] = status
+            if not outside or self._brief or not status.startswith("refused"):
+                return
+            self._refusals += 1
+            if self._refusals <= _SHOWN_NODES:
+                self._open()
+                self.console.print(Text(f"{node} {status}", style="yellow"), soft_wrap=True)
+            elif self._refusals == _SHOWN_NODES + 1:
+                self.console.print(Text("more nodes refuse; the record names each", style="yellow"))
 
     def on_wait(self, reason: str) -> None:
         """Why the run waits, in the live part or as a line at most once a minute; empty: it goes on."""

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from fedtune.deploy import flower, message_loop, submit
+from fedtune.deploy import flower, leaving, message_loop, submit
+from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.message_loop import UPLOAD_SECONDS, PollInterval, pauses, run_message_loop
 
 
@@ -64,8 +65,11 @@ class Server:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, script: list[Any]) -> None:
         self.script, self.did = script, []
         clock = Clock()
+        self.leaving = Leaving(60.0, self.did.append)
         monkeypatch.setattr(message_loop.time, "sleep", clock.sleep)
-        monkeypatch.setattr(flower, "register_signal_handlers", lambda **_: None)
+        monkeypatch.setattr(leaving.time, "sleep", clock.sleep)
+        monkeypatch.setattr(leaving.time, "monotonic", clock)
+        monkeypatch.setattr(leaving.signal, "setitimer", lambda which, seconds: None)
         monkeypatch.setattr(flower, "_init_connection", self._connection)
         monkeypatch.setattr(flower, "pull_message", self._pull)
         monkeypatch.setattr(message_loop, "_with_retries", lambda *_: "what sends it again")
@@ -88,7 +92,7 @@ class Server:
         run_message_loop(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
-            answer=answer, say=pytest.fail,
+            answer=answer, leaving=self.leaving, say=pytest.fail,
         )  # fmt: skip
         return self.did
 
@@ -105,6 +109,60 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
     assert server.talk(tmp_path, answer) == [
         "joined 7", "asked", "asked", "answered", "pushed by what sends it again", "asked",
     ]  # fmt: skip
+
+
+def test_a_node_that_is_told_to_leave_finishes_and_sends_what_it_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(monkeypatch, [5, 6])
+
+    def answer() -> bool:
+        server.leaving._on_signal(15, None)
+        assert not server.leaving.overdue()
+        server.did.append("answered")
+        return True
+
+    with pytest.raises(SystemExit):
+        server.talk(tmp_path, answer)
+    told, *rest = server.did[2:]
+    assert "finishes the message that it answers, 60 s at most" in told
+    assert rest == ["answered", "pushed by what sends it again"]
+
+
+def test_an_idle_node_leaves_at_once_and_a_second_signal_ends_a_busy_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(monkeypatch, [None, 5])
+    pause = server.leaving.pause
+    monkeypatch.setattr(
+        server.leaving, "pause", lambda seconds: (server.leaving._on_signal(15, None), pause(seconds))
+    )
+    with pytest.raises(SystemExit):
+        server.talk(tmp_path, pytest.fail)
+    assert server.did == ["joined 7", "asked"]
+    other = Server(monkeypatch, [5])
+
+    def answer() -> bool:
+        other.leaving._on_signal(15, None)
+        other.leaving._on_signal(15, None)
+        return True
+
+    with pytest.raises(SystemExit):
+        other.talk(tmp_path, answer)
+    assert not [one for one in other.did if "pushed" in one]
+
+
+def test_a_worker_has_its_time_when_the_node_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(leaving.time, "monotonic", clock)
+    monkeypatch.setattr(leaving.signal, "setitimer", lambda which, seconds: None)
+    going = Leaving(60.0, print)
+    assert not going.overdue() and not going.asked
+    going._on_signal(15, None)
+    clock.now += 59
+    assert not going.overdue()
+    clock.now += 2
+    assert "limits.stop_seconds" in going.overdue()
 
 
 def test_the_server_is_told_soon_that_a_node_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from fedtune import __version__
 from fedtune.deploy import channel
 from fedtune.deploy import thin_app as thin
+from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.message_loop import MessageHandler
 from fedtune.deploy.node import guard
 from fedtune.deploy.thin_app import AppAllowList, check_app, thin_app
@@ -161,7 +162,7 @@ class Ears:
         self.heard: list[bytes] = []
 
     def ask(
-        self, message: bytes, context: bytes, header: dict[str, Any], beat: Any, awaited: float
+        self, message: bytes, context: bytes, header: dict[str, Any], beat: Any, awaited: float, give_up: Any
     ) -> list[bytes]:
         self.heard.append(message)
         from fedtune.federation.flower import deserialize
@@ -184,7 +185,15 @@ class Delivery:
         self.worker, self.site = Ears(), settings(root)
         self.log = AuditLog(Path(self.site.audit_log))
         self.apps = AppAllowList()
-        self.answers = MessageHandler(self.state, self.store, self.site, self.worker, self.apps)  # type: ignore[arg-type]
+        self.leaving = Leaving(60.0, print)
+        self.answers = MessageHandler(
+            self.state,
+            self.store,
+            self.site,
+            self.worker,  # type: ignore[arg-type]
+            self.apps,
+            self.leaving,
+        )
         with task_identity(5):
             message = Message(RecordDict(), 7, "query.hello")
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -222,6 +231,17 @@ def test_the_right_app_reaches_the_worker(tmp_path: Path) -> None:
     delivery = Delivery(tmp_path, thin_app()[0])
     assert not delivery.deliver().has_error()
     assert len(delivery.worker.heard) == 1
+
+
+def test_a_message_that_comes_to_a_node_which_leaves_is_given_back(tmp_path: Path) -> None:
+    delivery = Delivery(tmp_path, thin_app()[0])
+    delivery.leaving._at = 0.0
+    reply = delivery.deliver()
+    assert reply.has_error() and "is leaving" in str(reply.error.reason)
+    assert "nothing was charged" in str(reply.error.reason)
+    assert delivery.worker.heard == []
+    (entry,) = delivery.log.entries()
+    assert entry["event"] == "refused"
 
 
 @pytest.mark.parametrize("name", ["an extra module", "another component", "a zip bomb", "noise"])

@@ -281,6 +281,19 @@ def test_a_worker_that_does_not_leave_is_killed(tmp_path: Path, monkeypatch: pyt
     assert process.returncode == -signal.SIGKILL
 
 
+def test_a_worker_is_given_up_when_the_node_has_to_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_process, "_BEAT_SECONDS", 0.1)
+    _started_as(HANGS, monkeypatch)
+    worker = WorkerProcess(settings(tmp_path))
+    try:
+        with pytest.raises(WorkerDied, match="was killed, for it is time"):
+            worker.ask(b"", b"", {}, lambda: None, give_up=lambda: "it is time")
+    finally:
+        worker.close()
+
+
 def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower asks a server that is away again for ever, and nothing else is done meanwhile."""
 

@@ -389,3 +389,29 @@ def test_long_work_on_a_terminal_leaves_no_lines() -> None:
     assert "frozen layers: 7 of 3,000 texts" in live(view)
     assert view.console.is_terminal and "(0 %)" not in text_of(view.console)
     view.close()
+
+
+@pytest.mark.parametrize("make", [plain, terminal])
+def test_who_refuses_is_told_at_once_and_for_good(make: Any) -> None:
+    console = make()
+    view = Display("title", console=console)
+    view.working("asking the nodes")
+    view.on_client("clinic-2", "refused: 6 rounds are more than the permitted 5")
+    assert "clinic-2 refused: 6 rounds are more than the permitted 5" in text_of(console)
+    for number in range(20):
+        view.on_client(f"other-{number}", "refused: no")
+    view.close()
+    told = text_of(console)
+    assert told.count("refused: no") == display._SHOWN_NODES - 1
+    assert told.count("more nodes refuse") == 1
+
+
+def test_a_refusal_within_a_round_stands_in_the_line_of_the_round_alone() -> None:
+    console = plain()
+    view = Display("title", console=console)
+    view.on_start(INFO)
+    view.on_client("a", "asked")
+    view.on_client("a", "refused: its budget is spent")
+    assert "its budget" not in text_of(console)
+    view.on_round(RoundSummary(1, 3, 1.0, dropped=[("a", "its budget is spent")]))
+    assert text_of(console).count("its budget is spent") == 1

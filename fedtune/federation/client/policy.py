@@ -111,6 +111,7 @@ class Limits(Group):
     idle_seconds: float | None = setting(
         900.0, "a worker without a message for so long ends; null: it stays", gt=0
     )
+    stop_seconds: float = setting(60.0, "a node that is told to leave finishes its message, so long", ge=0)
 
 
 @dataclass(frozen=True)
