@@ -1,4 +1,4 @@
-"""How a node leaves when it is told to (SIGTERM, Ctrl-C): what it has begun is finished, within a stated time.
+"""How a node leaves when it is told to (SIGTERM, Ctrl-C): what it has begun is finished, in a stated time.
 
 - With no message to answer it leaves at once.
 - A message that is being answered is finished and its answer sent: what was charged for it is not lost. After

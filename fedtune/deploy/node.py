@@ -16,6 +16,7 @@ from typing import Any
 
 from fedtune.deploy import certificates, channel, join
 from fedtune.deploy.certificates import check_server, expiry_warning, wait_for_server
+from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.site import books_of, check_books, open_ledger
 from fedtune.deploy.thin_app import AppAllowList
 from fedtune.deploy.worker_process import WorkerProcess

@@ -255,7 +255,7 @@ limits:
   memory_gb: null # more than this, and the worker is stopped
   message_seconds: 7200 # a worker that takes longer for one message is killed; its round stays charged
   idle_seconds: 900 # a worker without a message for so long ends, and frees its memory; null: it stays
-  stop_seconds: 60 # told to leave (SIGTERM, Ctrl-C), the node finishes the message it answers, so long at most
+  stop_seconds: 60 # told to leave (SIGTERM, Ctrl-C), the node finishes its message, so long at most
 """
 
 _SITE_README = """\
@@ -272,8 +272,8 @@ The machine opens connections to {address} and accepts none.
    proposes (the labels at least), shows what a run would do, and whether you permit it. It trains nothing and
    sends nothing.
 4. `fedtune node --config node.yaml` joins. Ctrl-C or SIGTERM leaves: the message that is being answered is
-   finished and sent, within `limits.stop_seconds` and a minute; one that was not begun is given back, uncharged.
-   Start it again and you are the same node.
+   finished and sent, within `limits.stop_seconds` and a minute; one that was not begun is given back,
+   uncharged. Start it again and you are the same node.
 
 What leaves this machine: in each round one array of numbers (the change of the adapter, made private by noise
 added here), and public numbers (site name, declared size, the budget's delta, steps, how many entries your

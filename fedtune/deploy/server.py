@@ -7,8 +7,8 @@ and runs nobody's code: there is no executor for apps in it. Nodes are let in by
 without a restart.
 
 The door (`fedtune.deploy.door`) bounds connections, seconds and bytes; the `Gate` behind it is the one way
-in. Flower's SuperLink has some eighty calls. fedtune uses those that are named here, one by one; every other is
-closed to everybody, so that a call which a later Flower adds is closed until somebody here opens it. In
+in. Flower's SuperLink has some eighty calls. fedtune uses those that are named here, one by one; every other
+is closed to everybody, so that a call which a later Flower adds is closed until somebody here opens it. In
 particular nobody registers or unregisters a node by Flower's own interfaces, with or without the operator's
 token.
 """
