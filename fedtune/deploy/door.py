@@ -28,6 +28,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -312,7 +313,7 @@ class DoorServer(uvicorn.Server):
             except OSError:  # no descriptor left, or who came is gone again
                 await asyncio.sleep(0.1)
                 continue
-            held = self.connections.admit(address[0], lambda other=other: _end(other))
+            held = self.connections.admit(address[0], partial(_end, other))
             if held is None:
                 self._turn_away(other)
                 continue
@@ -368,7 +369,7 @@ class _Counted(HeaderDeadline):
     def on_message_begin(self) -> None:
         """See httptools."""
         super().on_message_begin()
-        self.scope[CONNECTION] = self._held  # type: ignore[typeddict-unknown-key]
+        self.scope[CONNECTION] = self._held  # type: ignore[literal-required]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.Protocol."""

@@ -289,7 +289,7 @@ def test_a_worker_is_given_up_when_the_node_has_to_leave(
     worker = WorkerProcess(settings(tmp_path))
     try:
         with pytest.raises(WorkerDied, match="was killed, for it is time"):
-            worker.ask(b"", b"", {}, lambda: None, give_up=lambda: "it is time")
+            worker.ask(b"", b"", {"task": 2}, lambda: None, give_up=lambda: "it is time")
     finally:
         worker.close()
 
