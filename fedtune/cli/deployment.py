@@ -1,4 +1,4 @@
-"""The commands of a real federation: `fedtune provision | server | node | submit | status`."""
+"""The commands of a real federation: its server, its sites, its operators and their runs."""
 
 from __future__ import annotations
 
@@ -65,8 +65,11 @@ def provision(
         "`fedtune provision` made. It relays, and runs nobody's code.",
         """\
 fedtune server DIR/server
-fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1'
-fedtune server DIR/server --revoke clinic-1""",
+fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1' --fingerprint '7f3a 01bc ...'
+fedtune server DIR/server --revoke clinic-1
+fedtune server DIR/server --operator 'ecdsa-... alice' --fingerprint '...' --rights submit,read
+fedtune server DIR/server --revoke-operator alice    at once, without a restart
+fedtune server DIR/server --trail                    who did what: runs, joins, refusals""",
     ),
 )
 def server(
@@ -75,19 +78,49 @@ def server(
     enrol: Annotated[
         str | None, option("Let a site in: what `fedtune node init` printed, or a file.", metavar="LINE")
     ] = None,
+    fingerprint: Annotated[
+        str | None,
+        option("Of the key in LINE, as its owner told it by telephone; asked for otherwise.", metavar="HEX"),
+    ] = None,
     revoke: Annotated[str | None, option("Never let the key of a site in again.", metavar="SITE")] = None,
     accept_restore: Annotated[
         str | None, option("Let in a site whose books were restored from a backup.", metavar="SITE")
     ] = None,
-) -> None:
-    from fedtune.deploy import admission
+    operator: Annotated[
+        str | None, option("Let an operator in: what `fedtune operator` printed, or a file.", metavar="LINE")
+    ] = None,
+    rights: Annotated[
+        str, option("What the operator may do: submit, stop, enrol, read; with commas.", metavar="RIGHTS")
+    ] = "submit,read",
+    revoke_operator: Annotated[
+        str | None, option("Never let the key of an operator in again.", metavar="NAME")
+    ] = None,
+    trail: Annotated[bool, option("Show who did what, and whether the trail is whole.", "--trail")] = False,
+) -> int:
+    from fedtune.deploy import admission, operators
 
     if enrol is not None:
-        site, fingerprint = admission.enrol(folder, enrol)
-        print(f"enrolled {site}; compare the fingerprint of its key with the site: {fingerprint}")
+        line = admission.line_of(enrol)
+        _compare_fingerprint(line, fingerprint)
+        site, shown = _enrol(folder, line)
+        print(f"enrolled {site}, fingerprint {shown}")
     elif revoke is not None:
-        admission.revoke(folder, revoke)
+        _revoke(folder, revoke)
         print(f"revoked {revoke}; a running server lets it in no more")
+    elif operator is not None:
+        line = admission.line_of(operator)
+        _compare_fingerprint(line, fingerprint)
+        made = operators.add(folder, line, [right.strip() for right in rights.split(",")])
+        print(f"operator {made.name} may {', '.join(sorted(made.rights))}; a running server knows it in 2 s")
+    elif revoke_operator is not None:
+        operators.revoke(folder, revoke_operator)
+        print(f"revoked operator {revoke_operator}; a running server lets that key in no more")
+    elif trail:
+        from fedtune.deploy.trail import Trail
+
+        text, whole = Trail(folder).text()
+        print(text)
+        return 0 if whole else 1
     elif accept_restore is not None:
         kept, restored = admission.BookHeads(folder).accept(accept_restore)
         print(f"accepted, and noted in heads.log: {accept_restore} goes on from {restored}, not from {kept}")
@@ -95,6 +128,74 @@ def server(
         from fedtune.deploy.server import run_server
 
         run_server(folder, _say("server"), host)
+    return 0
+
+
+def _compare_fingerprint(line: str, told: str | None) -> None:
+    """Refuses a line whose key has another fingerprint than the one that its owner told."""
+    from fedtune.deploy.admission import check_fingerprint
+    from fedtune.deploy.certificates import read_public_line
+
+    _, name = read_public_line(line)
+    if told is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                f"Who sent this line is not known yet. Call {name}, have the fingerprint of their key read "
+                "to you, and give it: --fingerprint 'HEX'. Nobody was let in."
+            )
+        told = typer.prompt(f"Call {name}, and type the fingerprint that they read to you")
+    check_fingerprint(line, told)
+
+
+def _enrol(folder: Path, line: str) -> tuple[str, str]:
+    """Enrols a site in this server folder, or at the server of an operator's folder."""
+    from fedtune.deploy import admission
+    from fedtune.deploy.operator_key import OPERATOR_KEY
+
+    if not (folder / OPERATOR_KEY).exists():
+        return admission.enrol(folder, line)
+    from fedtune.deploy.server import ENROL_HEADER, ENROL_PATH
+    from fedtune.deploy.submit import Server
+
+    done = Server.of(folder).ask(ENROL_PATH, "POST", {ENROL_HEADER: line})
+    return str(done["enrolled"]), str(done["fingerprint"])
+
+
+def _revoke(folder: Path, site: str) -> None:
+    from fedtune.deploy import admission
+    from fedtune.deploy.operator_key import OPERATOR_KEY
+
+    if not (folder / OPERATOR_KEY).exists():
+        return admission.revoke(folder, site)
+    from fedtune.deploy.server import ENROL_PATH, REVOKE_HEADER
+    from fedtune.deploy.submit import Server
+
+    Server.of(folder).ask(ENROL_PATH, "POST", {REVOKE_HEADER: site})
+    return None
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="An operator's own key, by which a server knows them.",
+    help=help_text(
+        "Makes the key of an operator in a folder that holds the server's server.yaml and ca.crt "
+        "(`operator.zip`, which `fedtune provision` makes), and prints the line that the server's "
+        "administrator lets them in by; called again, it prints the line again. The key stays in the folder.",
+        """\
+fedtune operator DIR --name alice
+fedtune submit DIR data=files ...     then, with the right to submit""",
+    ),
+)
+def operator(
+    folder: Annotated[Path, argument("DIR", "A folder with server.yaml and ca.crt.")],
+    name: Annotated[str, option("Who you are: a word.", metavar="NAME")],
+) -> None:
+    from fedtune.deploy.operator_key import OPERATOR_KEY, operator_line
+
+    line, fingerprint, new = operator_line(folder, name)
+    print(f"{line}\n\nSend the line above to the server's administrator, and compare this by telephone:")
+    print(f"fingerprint {fingerprint}\n{'Made' if new else 'Kept'} {folder / OPERATOR_KEY}; never send it.")
 
 
 @commands.command(
@@ -185,7 +286,10 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
         "succeeded.",
         """\
 fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]
-fedtune submit DIR/server resume=RUN_DIR              go on after a crash""",
+fedtune submit DIR/server resume=RUN_DIR              go on after a crash
+fedtune submit DIR/server data=files ... --detach     go on without this terminal
+fedtune follow RUN_DIR                                look at it; Ctrl-C only looks away
+fedtune stop DIR/server RUN_DIR                       end it after its round, with a result""",
     ),
 )
 def submit(
@@ -194,6 +298,7 @@ def submit(
         list[str] | None,
         argument("[NAME=VALUE]...", "As of `fedtune run`.", autocompletion=complete_setting),
     ] = None,
+    detach: Annotated[bool, option("Go on without this terminal.", "--detach")] = False,
 ) -> None:
     from fedtune import api
     from fedtune.config.convert import value_text
@@ -202,12 +307,82 @@ def submit(
     if not (folder / "server.yaml").exists():
         raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
     overrides, server = list(settings or ()), str(folder.absolute())
+    if detach:
+        return _detach(folder, overrides)
     if not any(word.startswith("resume=") for word in overrides):
         api.run(*overrides, "engine.name=deployment", f"engine.server={value_text(server)}")
-        return
+        return None
     config = load(overrides)
     engine = dataclasses.replace(config.engine, name="deployment", server=server)  # it may have moved
     api.run(dataclasses.replace(config, engine=engine))
+    return None
+
+
+def _detach(folder: Path, overrides: list[str]) -> None:
+    from fedtune.config.loader import load
+    from fedtune.deploy.detached import detach, new_folder
+
+    chosen = [one.partition("=")[2] for one in overrides if one.startswith(("hydra.run.dir=", "resume="))]
+    settings = [one for one in overrides if not one.startswith("hydra.run.dir=")]
+    load(settings)  # what is wrong with them is said here
+    run_dir = Path(chosen[-1]) if chosen else new_folder()
+    process, number = detach(folder.absolute(), settings, run_dir)
+    state = f"run {number} goes on" if number else "the run waits for its turn"
+    print(
+        f"{state}, in process {process}; its folder is {run_dir}\n"
+        f"look at it:  fedtune follow {run_dir}\n"
+        f"end it:      fedtune stop {folder} {run_dir}"
+    )
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="Look at a run that was submitted with --detach.",
+    help=help_text(
+        "Shows what a detached run has said from its beginning, and what it says until it ends. Ctrl-C only "
+        "looks away. Exit status 0 only if the run succeeded.",
+        "fedtune follow outputs/2026-11-30/12-00-00",
+    ),
+)
+def follow(run_dir: Annotated[Path, argument("RUN_DIR", "The run folder.")]) -> int:
+    from fedtune.deploy import detached
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    return 0 if detached.follow(run_dir, show) else 1
+
+
+@commands.command(
+    cls=Command,
+    rich_help_panel=_PANEL,
+    short_help="End a run of a real federation.",
+    help=help_text(
+        "Has a run end after the round that it is in, with record, adapter and statement of what it did "
+        "until then: what the sites were charged has its result. With --now it ends at once; the round that "
+        "it is in stays charged at the sites that had begun it, and `fedtune submit DIR resume=RUN_DIR` goes "
+        "on.",
+        """\
+fedtune stop DIR/server RUN_DIR            the folder of the run, if it is on this machine
+fedtune stop DIR/server 1234567890 --now   the number that `fedtune status` shows""",
+    ),
+)
+def stop(
+    folder: ServerFolder,
+    run: Annotated[str, argument("RUN", "A run folder, or the number in `fedtune status`.")],
+    now: Annotated[bool, option("Do not wait for the end of its round.", "--now")] = False,
+) -> None:
+    from fedtune.deploy import submit as submission
+
+    number = run if run.isdecimal() else submission.run_number_in(Path(run) / "checkpoint" / submission.NOTE)
+    if number is None:
+        raise ConfigError(
+            f"{run!r} is no run folder from which a run was submitted, and no number of a run; `fedtune "
+            f"status {folder}` shows the numbers."
+        )
+    submission.Server.of(folder).stop(number, now=now)
+    print(f"run {number} ends {'now' if now else 'after the round that it is in'}")
 
 
 @commands.command(
@@ -234,7 +409,10 @@ def status(folder: ServerFolder, json: Json = False) -> None:
         budget = budget_text(site["budget"])
         print(f"site {site['site']:<20} {site['state']:<12} {site['since'][:19]:<20} {budget}")
     for run in found.runs:
-        print(f"run {run['run']:<21} {run['state']:<12} {run['started']} {run['details']}".rstrip())
+        by = f"by {run['by']}" if run["by"] else ""
+        print(f"run {run['run']:<21} {run['state']:<12} {run['started']} {by} {run['details']}".rstrip())
+    for name in found.waiting:
+        print(f"a run of {name} waits for its turn")
 
 
 def _say(who: str) -> Callable[[str], None]:

@@ -39,11 +39,27 @@ from typing import Any
 
 from fedtune.config.files import lock_file, replace_whole
 from fedtune.deploy import certificates
+from fedtune.deploy.operators import Operators
 from fedtune.deploy.provision import Federation
+from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, FedtuneError, ResourceError
 from fedtune.federation.client.audit_log import parts_of
 
-__all__ = ["Admission", "BookHeads", "enrol", "enrolled", "note_revoked", "requests", "revoke", "revoked"]
+__all__ = [
+    "LOCAL",
+    "Admission",
+    "BookHeads",
+    "check_fingerprint",
+    "enrol",
+    "enrolled",
+    "line_of",
+    "note_revoked",
+    "requests",
+    "revoke",
+    "revoked",
+]
+
+LOCAL = "operator"  # whoever may write into the server folder
 
 _SITE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _log = logging.getLogger("fedtune.server")
@@ -54,12 +70,36 @@ _NOT_ENROLLED = "This key is not enrolled at this server, or was revoked."
 # --- keys: the files of a server folder ---------------------------------------------------------------
 
 
-def enrol(server: Path, line: str) -> tuple[str, str]:
-    """Enrols the public key in `line`, or in the file that `line` names; the site's former key is revoked.
+def line_of(text: str) -> str:
+    """An enrolment line as it is, or read from the file that `text` names."""
+    if "\n" not in text.strip() and len(text) < 1000 and " " not in text.strip() and Path(text).is_file():
+        return Path(text).read_text().strip()
+    return text.strip()
+
+
+def check_fingerprint(line: str, told: str) -> None:
+    """Compares the fingerprint of the key in an enrolment line with what its owner told.
+
+    Raises:
+        ConfigError: it is another key, or no such line.
+    """
+    key, name = certificates.read_public_line(line)
+    shown = certificates.fingerprint(key)
+    if "".join(told.split()).lower() != shown.replace(" ", ""):
+        raise ConfigError(
+            f"The key in the line for {name!r} has the fingerprint {shown}, and what was told is "
+            f"{told.strip()[:60]!r}: it is another key, and nobody was let in. Ask for the line again, by "
+            "another way."
+        )
+
+
+def enrol(server: Path, line: str, by: str = LOCAL) -> tuple[str, str]:
+    """Enrols the public key in `line`; the site's former key is revoked.
 
     Args:
         server: the server folder.
-        line: what `fedtune node init` printed, or the path of a file that holds it.
+        line: what `fedtune node init` printed.
+        by: who does so, for the server's trail.
 
     Returns:
         (site, fingerprint of its key).
@@ -67,8 +107,6 @@ def enrol(server: Path, line: str) -> tuple[str, str]:
     Raises:
         ConfigError: an unknown site, a key that another site uses or that was revoked, or no such line.
     """
-    if "\n" not in line.strip() and len(line) < 1000 and " " not in line.strip() and Path(line).is_file():
-        line = Path(line).read_text()
     key, site = certificates.read_public_line(line)
     known = Federation.read(server / "server.yaml").sites
     if site not in known:
@@ -92,13 +130,19 @@ def enrol(server: Path, line: str) -> tuple[str, str]:
     if now.get(site, key) != key:
         note_revoked(server, site, now[site])
     _write(server / "nodes" / f"{site}.pub", line.strip() + "\n")
+    Trail(server).note("site enrolled", by, site=site, fingerprint=shown)
     return site, shown
 
 
-def revoke(server: Path, site: str) -> None:
+def revoke(server: Path, site: str, by: str = LOCAL) -> None:
     """Revokes the key of `site` for good; a running server no longer lets it in.
 
     A site whose file is broken or missing, though it was enrolled, loses every key that it was let in by.
+
+    Args:
+        server: the server folder.
+        site: its name.
+        by: who does so, for the server's trail.
 
     Raises:
         ConfigError: it was never enrolled, or has been revoked.
@@ -116,6 +160,7 @@ def revoke(server: Path, site: str) -> None:
             f"No key of {site!r} is enrolled; enrolled are {', '.join(enrolled(server)) or 'none'}."
         )
     path.unlink(missing_ok=True)
+    Trail(server).note("site revoked", by, site=site)
 
 
 def enrolled(server: Path, unreadable: dict[str, str] | None = None) -> dict[str, bytes]:
@@ -284,6 +329,8 @@ class BookHeads:
             line = json.dumps({"time": now, "site": site, "kept": entry["head"], "accepted": entry["back"]})
             with self._path.with_suffix(".log").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+            kept = f"kept {entry['head']}"
+            Trail(self._path.parent).note("restore accepted", LOCAL, site=site, reason=kept)
             known[site] = {"head": entry["back"], "back": None}
             return entry["head"], entry["back"]
 
@@ -322,6 +369,9 @@ def _went_back(kept: tuple[int, str, int, str], new: tuple[int, str, int, str]) 
     return any(now[0] < was[0] or (now[0] == was[0] and now[1] != was[1]) for was, now in pairs)
 
 
+_enrol_line, _revoke_site = enrol, revoke  # for `Admission.changed`, whose words are the same
+
+
 # --- whom a running server lets in --------------------------------------------------------------------
 
 
@@ -334,13 +384,24 @@ class Admission:
         state: Flower's LinkState.
         folder: the server folder.
         say: prints a line for the operator.
+        people: the operators, who are read anew as the keys are.
+        trail: is told of joins and leaves.
 
     Attributes:
         heads: what is kept of the sites' books; a site whose books went back is not let in either.
     """
 
-    def __init__(self, state: Any, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        state: Any,
+        folder: Path,
+        say: Callable[[str], None],
+        people: Operators | None = None,
+        trail: Trail | None = None,
+    ) -> None:
         self._state, self._folder, self._say = state, folder, say
+        self._people, self._trail = people, trail
+        self._online: set[str] = set()
         self.heads = BookHeads(folder)
         self._admitted: dict[bytes, str] = {}  # site, by public key (PEM)
         self._suspended: dict[bytes, str] = {}  # reason, by public key (PEM)
@@ -379,6 +440,10 @@ class Admission:
             ConfigError: the record of revoked keys cannot be read; nothing is changed.
         """
         self.heads.reload()
+        problems = []
+        if self._people is not None:
+            self._people.reload()
+            problems = self._people.problems
         revoked_keys = revoked(self._folder)
         registered = {bytes(node.public_key): node for node in self.nodes()}
         for site, path in requests(self._folder).items():
@@ -412,8 +477,30 @@ class Admission:
         back = {why for site in admitted.values() if (why := self.heads.refusal(site)) is not None}
         for why in back - self._reported:
             self._say(f"not let in: {why}")
-        self._reported = {*broken.values(), *back}
+        for why in set(problems) - self._reported:
+            self._say(why)
+        self._reported = {*broken.values(), *back, *problems}
+        self._note_joins({node.name for node in self.nodes() if node.status == "online"})
         return len(admitted)
+
+    def _note_joins(self, online: set[str]) -> None:
+        if self._trail is not None:
+            for site in sorted(online - self._online):
+                self._trail.note("site joined", site, site=site)
+            for site in sorted(self._online - online):
+                self._trail.note("site left", site, site=site)
+        self._online = online
+
+    def changed(self, *, enrol: str, revoke: str, by: str) -> tuple[int, dict[str, Any]]:
+        """Enrols or revokes a site as an operator asks over the network: (HTTP status, answer)."""
+        try:
+            if enrol:
+                site, shown = _enrol_line(self._folder, enrol, by)
+                return 200, {"enrolled": site, "fingerprint": shown}
+            _revoke_site(self._folder, revoke, by)
+            return 200, {"revoked": revoke}
+        except FedtuneError as error:
+            return 409, {"error": str(error)}
 
     def keep_updated(self, ending: threading.Event) -> None:
         """Calls `update` every two seconds until `ending` is set; what fails is tried again the next time."""

@@ -40,6 +40,7 @@ __all__ = [
     "make_node_key",
     "make_server_certificate",
     "parse_address",
+    "pem",
     "public_key_of",
     "public_line",
     "read_public_line",
@@ -217,7 +218,7 @@ def load_private_key(path: Path, missing: str | None = None) -> ec.EllipticCurve
 
 def public_key_of(key: ec.EllipticCurvePrivateKey) -> bytes:
     """The public half in PEM, as Flower's SuperLink keeps it."""
-    return _pem(key.public_key())
+    return pem(key.public_key())
 
 
 def public_line(public_key: bytes, site: str) -> str:
@@ -244,7 +245,7 @@ def read_public_line(line: str) -> tuple[bytes, str]:
         ) from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ConfigError(f"{shown} is no elliptic curve key. Use the line that `fedtune node init` prints.")
-    return _pem(key), words[2]
+    return pem(key), words[2]
 
 
 def fingerprint(public_key: bytes) -> str:
@@ -385,7 +386,8 @@ def _private_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _pem(key: ec.EllipticCurvePublicKey) -> bytes:
+def pem(key: ec.EllipticCurvePublicKey) -> bytes:
+    """A public key in PEM."""
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 

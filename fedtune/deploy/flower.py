@@ -101,11 +101,13 @@ __all__ = [
     "quiet",
     "register_node",
     "run_from_proto",
+    "run_started",
     "runtime_pb2",
     "signed_by_node",
     "start_request",
     "store_reply",
     "superlink_app",
+    "task_taken",
     "whole_message",
 ]
 
@@ -173,6 +175,17 @@ def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:
         return in_time and verify_signature(bytes_to_public_key(named), stamp, signature)
     except (KeyError, ValueError, TypeError, UnsupportedAlgorithm):
         return False
+
+
+def run_started(response: bytes) -> int | None:
+    """The number of the run in the server's answer to StartRun; None if it started none."""
+    started = control_pb2.StartRunResponse.FromString(response)
+    return int(started.run_id) if started.HasField("run_id") else None
+
+
+def task_taken(response: bytes) -> bool:
+    """Whether the server's answer to AcquireTask has a task."""
+    return bool(runtime_pb2.AcquireTaskResponse.FromString(response).token)
 
 
 def register_node(link_state: Any, key: bytes, site: str) -> None:

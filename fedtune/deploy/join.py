@@ -14,7 +14,6 @@ whoever has the operator's token: `fedtune status`.
 
 from __future__ import annotations
 
-import base64
 import datetime
 import http.client
 import json
@@ -27,14 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune import __version__
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import UNITS
-from fedtune.deploy import certificates
+from fedtune.deploy import certificates, signing
 from fedtune.deploy.admission import Admission
 from fedtune.deploy.certificates import parse_address, tls_context
 from fedtune.deploy.site import open_ledger
@@ -59,11 +56,10 @@ __all__ = [
 ]
 
 PATH = "/v1/fedtune/join"
-_KEY, _TIME, _SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
+_KEY, _TIME, _SIGNATURE = signing.KEY, signing.TIME, signing.SIGNATURE
 _PUBLISHED = "x-fedtune-published"  # JSON; without it, a question only
 _PURPOSE = b"fedtune-join:"
-# Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
-_AHEAD, _BEHIND = 5.0, 305.0
+_AHEAD, _BEHIND = signing.AHEAD, signing.BEHIND
 # To Flower's server a node that was killed is connected until it has missed two heartbeats, and the one that
 # was started in its place is refused until then. At Flower's 30 s that is a minute without rounds; 10 s is
 # the least that the server accepts.
@@ -108,19 +104,13 @@ def answer(
     `admission`. Nothing of a request that is old is noted: somebody may have recorded it and sent it again.
     """
     try:
-        given = {name: headers[name.encode()] for name in (_KEY, _TIME, _SIGNATURE)}
-        key = serialization.load_der_public_key(base64.b64decode(given[_KEY], validate=True))
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError("another kind of key")
-        signature = base64.b64decode(given[_SIGNATURE], validate=True)
         report_text = headers.get(_PUBLISHED.encode(), b"")
-        key.verify(signature, _signed(given[_TIME], report_text), ec.ECDSA(hashes.SHA256()))
+        given = {name: headers.get(name.encode(), b"") for name in (_KEY, _TIME, _SIGNATURE)}
+        public, signed_at = signing.signed_by(given, _PURPOSE, report_text)
         values = json.loads(report_text) if report_text else None
-        signed_at = datetime.datetime.fromisoformat(given[_TIME].decode())
         ahead = (signed_at - _now()).total_seconds()
-    except (KeyError, ValueError, TypeError, RecursionError, InvalidSignature, UnsupportedAlgorithm):
+    except (ValueError, RecursionError):
         return 403, {"error": "This needs a request that is signed by a site's key."}
-    public = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     report = values if isinstance(values, dict) and -_BEHIND < ahead < _AHEAD else {}
     site = admission.site_of(public)
     kept = None if site is None else admission.heads.kept(site)
@@ -259,22 +249,12 @@ def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
         return None
 
 
-def _signed(stamp: bytes, report: bytes) -> bytes:
-    return b"\n".join((_PURPOSE, stamp, report))
-
-
 def _ask(
     site: SiteSettings, key: ec.EllipticCurvePrivateKey, timeout: float, report: bytes = b""
 ) -> JoinAnswer:
     now = _now()
-    stamp = now.isoformat().encode()
-    public = key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
     headers = {
-        _KEY: base64.b64encode(public).decode(),
-        _TIME: stamp.decode(),
-        _SIGNATURE: base64.b64encode(key.sign(_signed(stamp, report), ec.ECDSA(hashes.SHA256()))).decode(),
+        **signing.sign(key, _PURPOSE, report, now),
         **({_PUBLISHED: report.decode()} if report else {}),
     }
     host, port = parse_address(site.server)

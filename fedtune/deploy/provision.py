@@ -3,6 +3,7 @@
     DIR/authority/   ca.key, ca.crt        keep it offline: whoever has ca.key can pose as the server
     DIR/server/      ca.crt, server.crt, server.key, operator.token, server.yaml, nodes/, README.md
     DIR/sites/       SITE.zip              node.yaml, ca.crt, README.md: nothing in it is secret
+    DIR/operator.zip                       server.yaml, ca.crt: for each operator, who makes their own key
 
 A site's key is made at the site (`fedtune node init`) and its public half enrolled at the server, as a
 file `nodes/SITE.pub` (`fedtune.deploy.admission`). Called again, `provision` keeps what there is
@@ -33,6 +34,7 @@ from fedtune.errors import ConfigError, ResourceError
 __all__ = [
     "Federation",
     "Provisioned",
+    "check_word",
     "provision",
     "read_token",
 ]
@@ -48,6 +50,14 @@ def _word(value: object) -> object:
     if not isinstance(value, str) or not _SITE.fullmatch(value):
         raise ValueError("a word such as 'hospitals' or 'clinic-1': letters, digits, '.', '_' and '-'")
     return value
+
+
+def check_word(name: str) -> str:
+    """`name`, if it can name a site or an operator. Raises ConfigError."""
+    try:
+        return str(_word(name))
+    except ValueError as error:
+        raise ConfigError(f"{name[:80]!r} is no name; it should be {error}.") from error
 
 
 def _sites(value: object) -> object:
@@ -78,6 +88,7 @@ class Federation(Group):
         sites: their names.
         certificate_names: further names and addresses of the server.
         certificate_days: how long its certificate is good for.
+        max_runs: runs that go on at once; later ones wait.
     """
 
     name: Word
@@ -85,6 +96,7 @@ class Federation(Group):
     sites: Annotated[tuple[Word, ...], Before(_sites)]
     certificate_names: Annotated[tuple[str, ...], Before(as_tuple)] = ()
     certificate_days: int = field(default=397, metadata={"ge": 1, "le": 3650})
+    max_runs: int = field(default=2, metadata={"ge": 1, "le": 100})
 
     @classmethod
     def read(cls, path: Path) -> Federation:
@@ -134,7 +146,12 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
             read_token(server)
         else:
             certificates.write_secret(server / TOKEN, secrets.token_urlsafe(_TOKEN_BYTES).encode() + b"\n")
-        described = {"name": federation.name, "server": federation.server, "sites": list(federation.sites)}
+        described = {
+            "name": federation.name,
+            "server": federation.server,
+            "sites": list(federation.sites),
+            "max_runs": federation.max_runs,
+        }
         replace_whole(server / "server.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         readme = _SERVER_README.format(name=federation.name, address=federation.server)
         replace_whole(server / "README.md", readme.encode())
@@ -147,6 +164,7 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
                 archive, federation.name, federation.server, site, (authority / "ca.crt").read_text()
             )
             new.append(f"archive of {site}")
+        _write_operators_archive(folder / "operator.zip", server, federation.name)
     except OSError as error:
         raise ResourceError(
             f"{error.filename or folder} cannot be written: {error.strerror}. Choose another folder with -o."
@@ -189,6 +207,15 @@ def _write_archive(path: Path, name: str, address: str, site: str, authority: st
     replace_whole(path, buffer.getvalue())
 
 
+def _write_operators_archive(path: Path, server: Path, name: str) -> None:
+    """Writes operator.zip: what an operator needs beside a key of their own; nothing in it is secret."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in ("server.yaml", "ca.crt"):
+            archive.writestr(f"{name}/{file}", (server / file).read_bytes())
+    replace_whole(path, buffer.getvalue())
+
+
 _SERVER_README = """\
 # The server of federation {name}
 
@@ -198,12 +225,18 @@ nobody's code. `server.key` and `operator.token` are secret: whoever has the tok
     fedtune server DIR                       start, from this folder (DIR); Ctrl-C ends it
     fedtune server DIR --enrol 'LINE'        let a site in, by the line that its `fedtune node init` printed
     fedtune server DIR --revoke SITE         let its key in no more, at once and for good
+    fedtune server DIR --operator 'LINE' --rights submit,read
+                                             let an operator in, by the line that `fedtune operator` printed
+    fedtune server DIR --revoke-operator NAME
+    fedtune server DIR --trail               who did what: enrolments, runs, joins, refusals (trail.jsonl)
     fedtune server DIR --accept-restore SITE let in a site whose ledger and log were restored from a backup
     fedtune status DIR                       nodes and runs
     fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
+    fedtune stop DIR RUN                     end it after its round, with a result
 
-Compare a key's fingerprint with its site by telephone before you enrol it. Only `--revoke` revokes: while a
-file in `nodes/` is missing or broken, its site is not let in, and when it is back, the site is too.
+You are asked for a key's fingerprint before its owner is let in: have it read to you by telephone. Only
+`--revoke` revokes: while a file in `nodes/` is missing or broken, its site is not let in, and when it is
+back, the site is too.
 The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, and a running
 server takes it up. Server and sites warn from 30 days before.
 """

@@ -16,7 +16,6 @@ token.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import socket
@@ -42,7 +41,10 @@ from fedtune.deploy.door import (
     most_connections,
 )
 from fedtune.deploy.join import PublishedBudgets
+from fedtune.deploy.operators import Operator, Operators, Right
 from fedtune.deploy.provision import Federation, read_token
+from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER, Runs
+from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = ["FOR_NODES", "FOR_OPERATORS", "PUBLISHED_PATH", "TOKEN_HEADER", "Gate", "run_server"]
@@ -51,9 +53,9 @@ _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
 _BACKLOG = 1024
 TOKEN_HEADER = "x-fedtune-operator"
-PUBLISHED_PATH = "/v1/fedtune/published"
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
 _MAX_BODY = 2**25
+_SMALL_ANSWER = 10_000
 _NODE_KEY = b"flwr-public-key"  # flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER
 
 FOR_NODES = frozenset(
@@ -63,16 +65,33 @@ FOR_NODES = frozenset(
         "pull-messages", "pull-object", "push-messages", "push-object", "send-node-heartbeat",
     )
 )  # fmt: skip
-FOR_OPERATORS = frozenset(
-    [f"/v1/control/{call}" for call in ("list-nodes", "list-runs", "start-run", "stop-run")]
-    + [
-        f"/v1/runtime/{call}"
-        for call in (
-            "acquire-task", "confirm-message-received", "get-nodes", "pull-messages", "pull-object",
-            "pull-task-input", "push-messages", "push-object", "push-task-output", "send-task-heartbeat",
-        )
-    ]
-)  # fmt: skip
+PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH = (
+    f"/v1/fedtune/{call}" for call in ("published", "runs", "stop", "enrol")
+)
+ENROL_HEADER, REVOKE_HEADER = "x-fedtune-enrol", "x-fedtune-revoke"
+_OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH)
+_START, _TAKE = "/v1/control/start-run", "/v1/runtime/acquire-task"
+# What right each call needs. What a run's ServerApp asks has the run's own token beside, which Flower checks.
+FOR_OPERATORS: dict[str, Right] = {
+    "/v1/control/list-nodes": "read",
+    "/v1/control/list-runs": "read",
+    PUBLISHED_PATH: "read",
+    RUNS_PATH: "read",
+    "/v1/control/stop-run": "stop",
+    STOP_PATH: "stop",
+    ENROL_PATH: "enrol",
+    _START: "submit",
+    **dict.fromkeys(
+        (
+            f"/v1/runtime/{call}"
+            for call in (
+                "acquire-task", "confirm-message-received", "get-nodes", "pull-messages", "pull-object",
+                "pull-task-input", "push-messages", "push-object", "push-task-output", "send-task-heartbeat",
+            )
+        ),
+        "submit",
+    ),
+}  # fmt: skip
 
 
 def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
@@ -95,28 +114,33 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     check_pair(folder)
     if warning := expiry_warning(days):
         say(warning)
-    token = read_token(folder)
+    people, trail = Operators(folder, read_token(folder)), Trail(folder, say)
     listener = _listen(host, port)
     from fedtune.deploy import flower  # late: what is wrong with the folder is known before
 
     give_memory_back()
     app = flower.superlink_app(folder, host, port)
-    admission = Admission(app.state.linkstate_factory.state(), folder, say)
+    state = app.state.linkstate_factory.state()
+    admission = Admission(state, folder, say, people, trail)
     admitted = admission.update()
     ending = threading.Event()
-    gate = Gate(app, token, admission, PublishedBudgets(folder / "published.json"))
+    runs = Runs(state, folder, trail, federation.max_runs)
+    gate = Gate(app, people, admission, PublishedBudgets(folder / "published.json"), runs, trail)
     serving = behind_the_door(gate, folder, listener)
-    threading.Thread(target=admission.keep_updated, args=(ending,), daemon=True).start()
+    for keep_updated in (admission.keep_updated, runs.keep_updated):
+        threading.Thread(target=keep_updated, args=(ending,), daemon=True).start()
     renewed = (_Certificate(folder, serving.config.ssl), ending, say)
     threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
     say(
         f"federation {federation.name} on {host}:{port} (sites reach it as {federation.server}); "
         f"{admitted} sites enrolled"
     )
+    trail.note("server started", "server", address=f"{host}:{port}")
     try:
         serving.run()
     finally:
         ending.set()
+        trail.note("server ended", "server")
     say("the server has ended; its database keeps nodes and runs")
 
 
@@ -160,33 +184,36 @@ def check_pair(folder: Path) -> None:
 
 
 class Gate:
-    """Passes nodes' calls from enrolled nodes, and operators' calls from whoever has the operator's token.
+    """Passes nodes' calls from enrolled nodes, and operators' calls from whoever has the right to them.
 
-    A node's signature and a request's size are checked before anything of its body is read, since Flower
-    reads all of it before it checks the sender. A request that comes in chunks, whatever length it names
-    beside, has no size. One that names two keys is refused, because the gate would read the one and Flower
-    the other.
+    A credential and a request's size are checked before anything of its body is read, since Flower reads all
+    of it before it checks the sender. A request that comes in chunks, whatever length it names beside, has no
+    size. One that names two keys is refused, because the gate would read the one and Flower the other.
 
     Args:
         app: Flower's SuperLink, an ASGI application.
-        token: the operator's.
+        people: the operators.
         admission: which nodes are let in.
         budgets: where what sites publish is stored.
+        runs: whose turn it is to start one.
+        trail: where refusals and what operators do are noted.
 
     Attributes:
         connections: those that the server has; on one of them a credential is checked once, and Flower
             checks each request of a node again.
-
-    Raises:
-        ConfigError: an empty token, which everybody would have.
     """
 
     def __init__(
-        self, app: Any, token: str, admission: Admission, budgets: PublishedBudgets | None = None
+        self,
+        app: Any,
+        people: Operators,
+        admission: Admission,
+        budgets: PublishedBudgets | None = None,
+        runs: Runs | None = None,
+        trail: Trail | None = None,
     ) -> None:
-        if not token:
-            raise ConfigError("The operator's token is empty: everybody would have it. Nothing is served.")
-        self._app, self._token, self._admission, self._budgets = app, token.encode(), admission, budgets
+        self._app, self._people, self._admission, self._budgets = app, people, admission, budgets
+        self._runs, self._trail = runs, trail
         self.connections, self._bodies = Connections(most_connections()), Bodies()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -195,52 +222,154 @@ class Gate:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return None  # websockets are not used
-        headers, path, connection = dict(scope["headers"]), scope["path"], scope.get(CONNECTION)
-        if path == join.PATH and b"content-length" not in headers and b"transfer-encoding" not in headers:
+        request = _Request(scope)
+        if request.path == join.PATH and request.has_no_body:
             # It queries the database, so not in the event loop, which serves everybody.
-            answered = await asyncio.to_thread(join.answer, headers, self._admission, self._budgets)
+            answered = await asyncio.to_thread(join.answer, request.headers, self._admission, self._budgets)
             return await _respond(send, *answered)
-        if path in FOR_NODES:
-            keys = [value for name, value in scope["headers"] if name == _NODE_KEY]
-            credential = keys[0] if len(keys) == 1 else b""
-            refused = self._admission.refusal_of_request(credential)
-            shown = connection is not None and connection.proven == credential
-            if refused is None and not shown and not self._signed(headers):
-                refused = 401, "This needs a request that is signed by the node's key."
-        elif path in FOR_OPERATORS or path == PUBLISHED_PATH:
-            credential = b"operator"
-            refused = None if self._is_operator(headers) else (403, "This needs the operator's token.")
-        else:
-            credential, refused = b"", (403, "This server has no such call.")
+        who, credential, refused = await self._refusal(request)
         if refused is not None:
+            if self._trail is not None:
+                await asyncio.to_thread(
+                    self._trail.refused, who, request.address, request.path, refused[0], refused[1]
+                )
             return await _respond(send, refused[0], {"error": refused[1]}, close=True)
-        if connection is not None:
-            self.connections.prove(connection, credential)
-        if path == PUBLISHED_PATH:
-            return await _respond(send, 200, self._budgets.all() if self._budgets else {})
-        length = headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
-        if not length.isdigit() or b"transfer-encoding" in headers:
+        if request.connection is not None:
+            self.connections.prove(request.connection, credential)
+        if request.path in _OWN:
+            return await _respond(send, *await asyncio.to_thread(self._own_answer, request, who))
+        if not request.length.isdigit() or b"transfer-encoding" in request.headers:
             error = "A request has to say how long it is."
             return await _respond(send, 411, {"error": error}, close=True)
-        if int(length) > _MAX_BODY:
-            error = f"A request may have {_MAX_BODY} bytes, and this one has {int(length)}."
+        length = int(request.length)
+        if length > _MAX_BODY:
+            error = f"A request may have {_MAX_BODY} bytes, and this one has {length}."
             return await _respond(send, 413, {"error": error}, close=True)
+        if self._runs is not None and (waits := self._waits(request, who)) is not None:
+            return await _respond(send, 429, waits, close=True)
         try:
-            async with self._bodies.read(receive, int(length), credential) as body:
-                await self._app(scope, _once(body, receive), send)
+            async with self._bodies.read(receive, length, credential) as body:
+                passed = _Passed(send)
+                await self._app(scope, _once(body, receive), passed)
         except BodyTimeout:
             error = "The body of the request did not arrive in time."
-            await _respond(send, 408, {"error": error}, close=True)
+            return await _respond(send, 408, {"error": error}, close=True)
+        if self._runs is not None and passed.status == 200:
+            await asyncio.to_thread(self._note, request, who, passed)
         return None
 
-    def _signed(self, headers: dict[bytes, bytes]) -> bool:
+    async def _refusal(self, request: _Request) -> tuple[str, bytes, tuple[int, str] | None]:
+        """(who asks, their credential, why not: HTTP status and reason)."""
+        if request.path in FOR_NODES:
+            keys = request.all(_NODE_KEY)
+            credential = keys[0] if len(keys) == 1 else b""
+            refused = self._admission.refusal_of_request(credential)
+            if refused is None and not request.has_shown(credential) and not _signed(request.headers):
+                refused = 401, "This needs a request that is signed by the node's key."
+            return "a node", credential, refused
+        right = FOR_OPERATORS.get(request.path)
+        if right is None:
+            return "?", b"", (403, "This server has no such call.")
+        operator = self._people.who(request.headers, TOKEN_HEADER)
+        if operator is None:
+            return "?", b"", (403, "This needs an operator's key, or the operator's token.")
+        if right not in operator.rights and not self._may_stop_own(request, operator, right):
+            return operator.name, b"", (403, f"Operator {operator.name} has no right to {right}.")
+        return operator.name, operator.credential, None
+
+    def _may_stop_own(self, request: _Request, operator: Operator, right: str) -> bool:
+        """Who may submit may stop the runs that they started, and those that nobody is known to have."""
+        if right != "stop" or "submit" not in operator.rights or self._runs is None:
+            return False
+        run = request.one(RUN_HEADER)
+        return run.isdigit() and self._runs.by(int(run)) in (operator.name, None)
+
+    def _own_answer(self, request: _Request, who: str) -> tuple[int, dict[str, Any]]:
+        if request.path == PUBLISHED_PATH:
+            return 200, self._budgets.all() if self._budgets else {}
+        if request.path == ENROL_PATH:
+            return self._admission.changed(
+                enrol=request.one(ENROL_HEADER), revoke=request.one(REVOKE_HEADER), by=who
+            )
+        if self._runs is None:
+            return 200, {}
+        if request.path == RUNS_PATH:
+            return 200, self._runs.listed()
+        run, when = request.one(RUN_HEADER), request.one(STOP_HEADER)
+        if run.isdigit() and self._runs.stop(int(run), who, now=when == "now"):
+            return 200, {"stopped": run}
+        return 404, {"error": f"No run {run} goes on here."}
+
+    def _waits(self, request: _Request, who: str) -> dict[str, Any] | None:
+        assert self._runs is not None
+        ticket = request.one(TICKET_HEADER) or who
+        if request.path == _START:
+            return self._runs.turn(ticket, who)
+        if request.path == _TAKE and not self._runs.may_take(ticket):
+            return {"error": "It is another's turn to start a run."}
+        return None
+
+    def _note(self, request: _Request, who: str, passed: _Passed) -> None:
         from fedtune.deploy import flower
 
-        return flower.signed_by_node(headers)
+        assert self._runs is not None
+        ticket = request.one(TICKET_HEADER) or who
+        if request.path == _START and (run := flower.run_started(passed.body())) is not None:
+            self._runs.started(ticket, who, run)
+        elif request.path == _TAKE and flower.task_taken(passed.body()):
+            self._runs.taken(ticket)
 
-    def _is_operator(self, headers: dict[bytes, bytes]) -> bool:
-        given = headers.get(TOKEN_HEADER.encode(), b"")
-        return bool(given) and hmac.compare_digest(given, self._token)
+
+class _Request:
+    """What the head of a request says."""
+
+    def __init__(self, scope: Any) -> None:
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._all = scope["headers"]
+        self.connection = scope.get(CONNECTION)
+        self.address = str((scope.get("client") or ("?",))[0])
+        self.length = self.headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
+
+    @property
+    def has_no_body(self) -> bool:
+        return b"content-length" not in self.headers and b"transfer-encoding" not in self.headers
+
+    def all(self, name: bytes) -> list[bytes]:
+        """Each value of a header."""
+        return [value for one, value in self._all if one == name]
+
+    def one(self, name: str) -> str:
+        """A header's text; empty without it."""
+        return self.headers.get(name.encode(), b"").decode("latin-1")[:1000]
+
+    def has_shown(self, credential: bytes) -> bool:
+        """Whether this credential was checked on the connection of the request."""
+        return self.connection is not None and self.connection.proven == credential
+
+
+class _Passed:
+    """`send` of ASGI, which remembers the status and, of small answers, the body."""
+
+    def __init__(self, send: Any) -> None:
+        self._send, self.status = send, 0
+        self._parts: list[bytes] = []
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif len(message.get("body", b"")) <= _SMALL_ANSWER and len(self._parts) < 4:
+            self._parts.append(message.get("body", b""))
+        await self._send(message)
+
+    def body(self) -> bytes:
+        return b"".join(self._parts)
+
+
+def _signed(headers: dict[bytes, bytes]) -> bool:
+    from fedtune.deploy import flower
+
+    return flower.signed_by_node(headers)
 
 
 def _once(body: bytes, receive: Any) -> Any:

@@ -22,37 +22,52 @@ import datetime
 import logging
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from fedtune.config.files import lock_file, replace_whole
+from fedtune.config.files import replace_whole
 from fedtune.deploy import flower
 from fedtune.deploy.certificates import check_server, tls_context
 from fedtune.deploy.join import as_enrolled, checked_budget
 from fedtune.deploy.message_loop import begun_again, pauses
-from fedtune.deploy.provision import Federation, read_token
-from fedtune.deploy.server import PUBLISHED_PATH, TOKEN_HEADER
+from fedtune.deploy.operator_key import OPERATOR_KEY, OperatorKey, credential_in
+from fedtune.deploy.provision import Federation
+from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER
+from fedtune.deploy.server import PUBLISHED_PATH, RUNS_PATH, STOP_PATH, TOKEN_HEADER
 from fedtune.deploy.thin_app import thin_app
-from fedtune.errors import ConfigError, FederationError
+from fedtune.errors import ConfigError, FederationError, FedtuneError
 from fedtune.federation.flower import act_as
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
     from fedtune.federation.events import FederationResult, Observer
 
-__all__ = ["RunLost", "Server", "Status", "patient_retries", "run", "status", "submitted_run"]
+__all__ = [
+    "NOTE",
+    "RunLost",
+    "Server",
+    "Status",
+    "patient_retries",
+    "run",
+    "run_number_in",
+    "status",
+    "submitted_run",
+]
 
 _log = logging.getLogger(__name__)
 _MAX_RUNS = 20  # of the server's, for one run of ours
 _TASK_SECONDS = 20.0
 _ORPHAN_SECONDS = 30.0  # a task that nobody has taken for so long is of a submit that was killed
-_NOTE = "server-run"  # in the run folder's checkpoint folder: the SuperLink's number of the last run
+NOTE = "server-run"  # in the run folder's checkpoint folder: the SuperLink's number of the last run
 _QUIET_SECONDS = 3.0  # without an answer, before the observer is told
 _LONGEST_PAUSE = 10
+_TURN_SECONDS = 2.0  # between two questions whether it is this run's turn
 
 
 def run(config: Config, run_dir: Path, observer: Observer | None = None) -> FederationResult:
@@ -64,7 +79,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     """
     from fedtune.config.convert import to_json
     from fedtune.config.schema import TrackerConfig
-    from fedtune.federation.events import SafeObserver
+    from fedtune.federation.events import SafeObserver, StoppingObserver
     from fedtune.federation.run_folder import lock_folder
     from fedtune.federation.server.checkpoint import has_checkpoint
     from fedtune.federation.server.loop import run_rounds
@@ -87,8 +102,15 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     for _ in range(_MAX_RUNS):
         try:
             with submitted_run(server, to_json(sent), run_dir, SafeObserver(observer)) as (grid, lost):
-                return run_rounds(grid, config, run_dir, observer, stop=lost)
+                watched = StoppingObserver(SafeObserver(observer), lambda _: _asked_to_stop(server, run_dir))
+                return run_rounds(grid, config, run_dir, watched, stop=lost)
         except RunLost:
+            if (by := _stopped_by(server, run_dir)) is not None:
+                raise FederationError(
+                    f"The run was stopped at the server {server.address} by {by}. Finished rounds are saved; "
+                    "the round that it was in counts as released by the sites that it had charged. Go on "
+                    f"with `fedtune submit DIR resume={run_dir}`."
+                ) from None
             _log.warning(
                 "The server %s had ended the run, as it does with one that it has not heard of for a minute; "
                 "going on from the last complete round.",
@@ -102,6 +124,25 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     )
 
 
+def _asked_to_stop(server: Server, run_dir: Path) -> str | None:
+    """Why the run of a folder is to end after this round; None if it is not, or the server does not say."""
+    number = run_number_in(run_dir / "checkpoint" / NOTE)
+    try:
+        by = server.runs().get("runs", {}).get(number, {}).get("stop")
+    except (FedtuneError, AttributeError):
+        return None
+    return None if by is None else f"Stopped after this round by {str(by)[:100]}"
+
+
+def _stopped_by(server: Server, run_dir: Path) -> str | None:
+    """Who ended the last run of a folder at once; None if nobody did, or the server does not say."""
+    try:
+        by = server.runs().get("stopped", {}).get(run_number_in(run_dir / "checkpoint" / NOTE))
+    except (FedtuneError, AttributeError):
+        return None
+    return None if by is None else str(by)[:100]
+
+
 @dataclasses.dataclass(frozen=True)
 class Status:
     """What a server knows: sites with their state and what they publish, and runs, newest first."""
@@ -109,6 +150,7 @@ class Status:
     address: str
     sites: tuple[dict[str, Any], ...]
     runs: tuple[dict[str, str], ...]
+    waiting: tuple[str, ...] = ()  # operators whose runs wait for their turn
 
 
 def status(folder: Path) -> Status:
@@ -124,7 +166,7 @@ def status(folder: Path) -> Status:
     with server.client(flower.ControlHttpClient) as control:
         nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
         runs = control.ListRuns(flower.control_pb2.ListRunsRequest()).run_dict
-    budgets = server.published()
+    budgets, queue = server.published(), server.runs()
     sites = [
         {
             "site": node.name,
@@ -141,6 +183,7 @@ def status(folder: Path) -> Status:
             "state": run.status.sub_status or run.status.status,
             "details": run.status.details,
             "started": run.pending_at,
+            "by": str(queue.get("runs", {}).get(str(run.run_id), {}).get("by", "")),
         }
         for run in runs.values()
     ]
@@ -148,40 +191,47 @@ def status(folder: Path) -> Status:
         server.address,
         tuple(sorted(sites, key=itemgetter("site"))),
         tuple(sorted(listed, key=itemgetter("started"), reverse=True)),
+        tuple(str(name) for name in queue.get("waiting", ())),
     )
 
 
 # --- the server, to somebody who has its operator's token -----------------------------------------------
 
 
-class _OperatorToken:
-    """Adds the operator's token to each request; an interceptor of Flower's HTTP clients."""
+class _Headers:
+    """Adds headers to each request; an interceptor of Flower's HTTP clients."""
 
-    def __init__(self, token: str) -> None:
-        self._token = token
+    def __init__(self, headers: Callable[[], Mapping[str, str]]) -> None:
+        self._headers = headers
 
     def intercept(self, context: Any, call_next: Any) -> Any:
         """Flower's interface."""
-        context.request.headers[TOKEN_HEADER] = self._token
+        context.request.headers.update(self._headers())
         return call_next(context)
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """The server of a folder that `fedtune provision` made, to somebody with its operator's token."""
+    """The server that a folder describes, to an operator with a key in it, or with the operator's token."""
 
     folder: Path
     address: str
     authority: bytes
-    token: str
+    credential: OperatorKey | str = dataclasses.field(repr=False)
     sites: dict[int, str] = dataclasses.field(default_factory=dict)  # by Flower's node id
 
     @classmethod
     def of(cls, folder: Path) -> Server:
         """The server that a folder made by `fedtune provision` describes, which must answer."""
-        address, token = Federation.read(folder / "server.yaml").server, read_token(folder)
+        address, credential = Federation.read(folder / "server.yaml").server, credential_in(folder)
         check_server(address, folder / "ca.crt")
-        return cls(folder, address, (folder / "ca.crt").read_bytes(), token)
+        return cls(folder, address, (folder / "ca.crt").read_bytes(), credential)
+
+    def headers(self) -> dict[str, str]:
+        """What shows the server who asks."""
+        if isinstance(self.credential, str):
+            return {TOKEN_HEADER: self.credential}
+        return self.credential.headers()
 
     @contextlib.contextmanager
     def client(self, kind: Any, *interceptors: Any) -> Iterator[Any]:
@@ -195,10 +245,7 @@ class Server:
                 yield client
             except httpx.HTTPStatusError as error:
                 if error.response.status_code == httpx.codes.FORBIDDEN:
-                    raise FederationError(
-                        f"The server {self.address} does not know the operator's token of this folder. "
-                        "Use the server folder itself, or copy its operator.token over this one."
-                    ) from error
+                    raise FederationError(self._forbidden(error.response)) from error
                 raise FederationError(
                     f"The server {self.address} refused the request (HTTP status "
                     f"{error.response.status_code}); is it of the same version as this fedtune?"
@@ -217,25 +264,70 @@ class Server:
             self.sites.update({node.node_id: node.name for node in nodes})
         return self.sites.get(node_id)
 
+    def _forbidden(self, response: Any) -> str:
+        try:
+            said = str(response.json()["error"])[:300]
+        except (ValueError, KeyError, TypeError):
+            said = ""
+        if said.startswith("Operator "):  # it knows who asks
+            return f"{said} Whoever administrates the server {self.address} gives rights."
+        if isinstance(self.credential, str):
+            return (
+                f"The server {self.address} does not know the operator's token of this folder. Use the "
+                "server folder itself, or copy its operator.token over this one."
+            )
+        return (
+            f"The server {self.address} does not know the key {self.folder / OPERATOR_KEY}, or this "
+            f"machine's clock is off. Send the line that `fedtune operator {self.folder} --name YOU` prints "
+            "to the server's administrator. A key that was revoked stays so."
+        )
+
     def published(self) -> dict[str, Any]:
         """What the sites publish of their budgets, by name."""
-        context = tls_context(self.folder / "ca.crt")
+        return {name: checked_budget(budget) for name, budget in self.ask(PUBLISHED_PATH).items()}
+
+    def runs(self) -> dict[str, Any]:
+        """The runs that go on, who started each and whether it is to stop; who waits. See `runs.Runs`."""
+        return self.ask(RUNS_PATH)
+
+    def stop(self, run: str, *, now: bool) -> None:
+        """Has a run end after its round, or at once.
+
+        Raises:
+            ConfigError: no such run goes on.
+        """
+        headers = {RUN_HEADER: run, STOP_HEADER: "now" if now else "round"}
+        self.ask(STOP_PATH, "POST", headers)
+
+    def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The answer to a request of fedtune's own.
+
+        Raises:
+            ConfigError: the server says what is wrong with the request.
+            FederationError: it refuses it, or the connection broke.
+        """
+        asked = {**self.headers(), **(headers or {})}
         try:
-            response = httpx.get(
-                f"https://{self.address}{PUBLISHED_PATH}", headers={TOKEN_HEADER: self.token}, verify=context
-            )
+            response = httpx.request(
+                method, f"https://{self.address}{path}", headers=asked,
+                verify=tls_context(self.folder / "ca.crt"), timeout=20.0,
+            )  # fmt: skip
+            if response.status_code == httpx.codes.FORBIDDEN:
+                raise FederationError(self._forbidden(response))
+            if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.CONFLICT):
+                raise ConfigError(str(response.json()["error"])[:1000])
             values = response.raise_for_status().json()
-        except (httpx.HTTPError, ValueError) as error:
+        except (httpx.HTTPError, ValueError, KeyError) as error:
             raise FederationError(
-                f"The server {self.address} does not tell what its sites publish ({type(error).__name__}); "
-                "is it of the same version as this fedtune?"
+                f"The server {self.address} does not answer {path} ({type(error).__name__}); is it of the "
+                "same version as this fedtune?"
             ) from error
-        return {name: checked_budget(budget) for name, budget in values.items()}
+        return dict(values)
 
     def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
         """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""
         version = flower.RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
-        added = [version, _OperatorToken(self.token), *interceptors]
+        added = [version, _Headers(self.headers), *interceptors]
         return kind.from_server_address(self.address, False, self.authority, added, retry_invoker=retries)
 
 
@@ -296,7 +388,7 @@ def submitted_run(
         FederationError: the server starts no run, or the connection broke for good.
     """
     flower.quiet()
-    token = _start(server, config, run_dir)
+    token = _start(server, config, run_dir, observer)
     interceptor = flower.RuntimeTokenHttpInterceptor(token)
     retries = patient_retries(server.address, observer)
     client = server.open_client(flower.RuntimeHttpClient, interceptor, retries=retries)
@@ -349,46 +441,80 @@ def _broken(server: Server, error: Exception) -> FederationError:
     )
 
 
-def _start(server: Server, config: str, run_dir: Path) -> str:
-    """Starts a run and takes its task. Returns the token of its ServerApp."""
+def _start(server: Server, config: str, run_dir: Path, observer: Observer | None) -> str:
+    """Starts a run when it is its turn, and takes its task. Returns the token of its ServerApp."""
     content, digest = thin_app()
-    note = run_dir / "checkpoint" / _NOTE
-    with _one_at_a_time(server.folder):
-        with server.client(flower.ControlHttpClient) as control:
-            _stop(control, note)
-            started = control.StartRun(flower.start_request(content, digest, config))
-        if not started.HasField("run_id"):
-            raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
-        note.parent.mkdir(parents=True, exist_ok=True)
-        replace_whole(note, str(started.run_id).encode())
-        request = flower.runtime_pb2.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
-        end = time.monotonic() + _TASK_SECONDS
-        with server.client(flower.RuntimeHttpClient) as free:
-            while time.monotonic() < end:
-                taken = free.AcquireTask(request)
-                if taken.token and taken.task.run_id == started.run_id:
-                    return str(taken.token)
-                if not taken.token:
-                    time.sleep(0.2)
-                elif not _end_orphan(server, taken):
-                    raise FederationError(
-                        "Somebody else submitted a run to this server at the same moment, and the two took "
-                        "one another's tasks. Submit again."
-                    )
+    note = run_dir / "checkpoint" / NOTE
+    ticket = _Headers(partial(dict, {TICKET_HEADER: uuid.uuid4().hex}))
+    _stop_former(server, note)
+    with server.client(flower.ControlHttpClient, ticket) as control:
+        request = flower.start_request(content, digest, config)
+        started = _in_turn(lambda: control.StartRun(request), observer)
+    if not started.HasField("run_id"):
+        raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    replace_whole(note, str(started.run_id).encode())
+    request = flower.runtime_pb2.AcquireTaskRequest(supported_task_types=[flower.TaskType.SERVER_APP])
+    end = time.monotonic() + _TASK_SECONDS
+    with server.client(flower.RuntimeHttpClient, ticket) as free:
+        while time.monotonic() < end:
+            taken = free.AcquireTask(request)
+            if taken.token and taken.task.run_id == started.run_id:
+                return str(taken.token)
+            if not taken.token:
+                time.sleep(0.2)
+            elif not _end_orphan(server, taken):
+                raise FederationError(
+                    "Somebody else submitted a run to this server at the same moment, and the two took "
+                    "one another's tasks. Submit again."
+                )
     raise FederationError(
         f"The server {server.address} started run {started.run_id}, and has no task for it."
     )
 
 
-def _stop(control: Any, note: Path) -> None:
-    """Stops what is left at the server of the run that this folder's last submit started."""
+def _in_turn(start: Callable[[], Any], observer: Observer | None) -> Any:
+    """What `start` returns when it is this run's turn; the observer is told what it waits for."""
+    waited = False
+    while True:
+        try:
+            started = start()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+                raise
+            waited = True
+            if observer is not None:
+                observer.on_wait(_queue_text(error.response))
+            time.sleep(_TURN_SECONDS)
+            continue
+        if waited and observer is not None:
+            observer.on_wait("")
+        return started
+
+
+def _queue_text(response: Any) -> str:
     try:
-        number = int(note.read_text())
+        values = response.json()
+        running, before = int(values["running"]), int(values["before"])
+    except (ValueError, KeyError, TypeError):
+        return "waiting for this run's turn at the server"
+    return f"waiting for this run's turn: {running} go on at the server, {before} wait before it"
+
+
+def _stop_former(server: Server, note: Path) -> None:
+    """Stops what is left at the server of the run that this folder's last submit started."""
+    number = run_number_in(note)
+    if number is not None:
+        with contextlib.suppress(ConfigError):  # usually it has ended, or the server has forgotten it
+            server.stop(number, now=True)
+
+
+def run_number_in(note: Path) -> str | None:
+    """The server's number of the last run that was submitted from a folder; None if there is none."""
+    try:
+        return str(int(note.read_text()))
     except (OSError, ValueError):
-        return
-    # Usually it has ended, or the server has forgotten it.
-    with contextlib.suppress(httpx.HTTPStatusError):
-        control.StopRun(flower.control_pb2.StopRunRequest(run_id=number))
+        return None
 
 
 def _end_orphan(server: Server, taken: Any) -> bool:
@@ -401,15 +527,6 @@ def _end_orphan(server: Server, taken: Any) -> bool:
         failed = flower.SubStatus.FAILED
         owner.PushTaskOutput(flower.runtime_pb2.PushTaskOutputRequest(sub_status=failed, details=details))
     return True
-
-
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keeps two submits on this machine from taking one another's tasks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # somebody else's folder, to read only
-            stack.enter_context(lock_file(folder / ".submit.lock"))
-        yield
 
 
 def _heartbeat(client: Any, lost: threading.Event) -> Any:

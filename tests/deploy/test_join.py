@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedtune import __version__
-from fedtune.deploy import certificates, join, server
+from fedtune.deploy import certificates, join, server, signing
 from fedtune.deploy.admission import enrol, revoke
 from fedtune.deploy.join import budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision
@@ -228,18 +228,8 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
 
 def signed(real: Real, site: str, told: bytes, when: datetime.datetime) -> dict[str, str]:
     """The headers of a site's request, as signed at `when`."""
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, stamp = real.keys[site], when.isoformat().encode()
-    public = key.public_key().public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    signature = key.sign(join._signed(stamp, told), ec.ECDSA(hashes.SHA256()))
-    return {
-        join._KEY: base64.b64encode(public).decode(), join._TIME: stamp.decode(),
-        join._SIGNATURE: base64.b64encode(signature).decode(), join._PUBLISHED: told.decode(),
-    }  # fmt: skip
+    key = real.keys[site]
+    return {**signing.sign(key, join._PURPOSE, told, when), join._PUBLISHED: told.decode()}
 
 
 def test_what_an_old_request_tells_is_not_taken(real: Real) -> None:

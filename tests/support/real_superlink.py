@@ -22,7 +22,10 @@ from fedtune.deploy import certificates, server
 from fedtune.deploy.admission import Admission, enrol
 from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.join import PublishedBudgets
+from fedtune.deploy.operators import Operators
 from fedtune.deploy.provision import provision, read_token
+from fedtune.deploy.runs import Runs
+from fedtune.deploy.trail import Trail
 from tests.support.site_parts import settings
 
 SITES = ["clinic-1", "clinic-2", "clinic-3"]
@@ -46,10 +49,13 @@ class Real:
         self.said: list[str] = []
         self.app = superlink_app(self.folder, "127.0.0.1", self.port)
         self.state = self.app.state.linkstate_factory.state()
-        self.admission = Admission(self.state, self.folder, self.said.append)
+        self.people = Operators(self.folder, read_token(self.folder))
+        self.trail = Trail(self.folder)
+        self.runs = Runs(self.state, self.folder, self.trail)
+        self.admission = Admission(self.state, self.folder, self.said.append, self.people, self.trail)
         self.admission.update()
         self.board = PublishedBudgets(self.folder / "published.json")
-        self.gate = server.Gate(self.app, read_token(self.folder), self.admission, self.board)
+        self.gate = server.Gate(self.app, self.people, self.admission, self.board, self.runs, self.trail)
         self.uvicorn = server.behind_the_door(self.gate, self.folder, listener)
         self.config = self.uvicorn.config
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)

@@ -1,0 +1,61 @@
+"""An operator's own side: the key by which a server knows them, in a folder with the server's address.
+
+DIR/server.yaml, ca.crt     as in the server folder, or in the archive that `fedtune provision` makes
+DIR/operator.key            made here by `fedtune operator`; it stays here
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedtune.deploy import certificates, signing
+from fedtune.deploy.operators import PURPOSE
+from fedtune.deploy.provision import Federation, check_word, read_token
+
+__all__ = ["OPERATOR_KEY", "OperatorKey", "credential_in", "operator_line"]
+
+OPERATOR_KEY = "operator.key"
+
+
+@dataclass(frozen=True)
+class OperatorKey:
+    """The private key of an operator, which signs each of their requests."""
+
+    key: ec.EllipticCurvePrivateKey
+
+    def headers(self) -> dict[str, str]:
+        """Of a request, now."""
+        return signing.sign(self.key, PURPOSE, b"", datetime.datetime.now(datetime.UTC))
+
+
+def credential_in(folder: Path) -> OperatorKey | str:
+    """The operator's key in a folder if there is one, else the operator's token.
+
+    Raises:
+        ConfigError: there is neither, or it cannot be used.
+    """
+    path = folder / OPERATOR_KEY
+    return OperatorKey(certificates.load_private_key(path)) if path.exists() else read_token(folder)
+
+
+def operator_line(folder: Path, name: str) -> tuple[str, str, bool]:
+    """An operator's public key: (line to send, fingerprint, whether the key was made now).
+
+    Args:
+        folder: describes a server; the private key is made in it if there is none.
+        name: the operator's.
+
+    Raises:
+        ConfigError: the folder describes no server, its key cannot be used, or `name` is no name.
+    """
+    check_word(name)
+    Federation.read(folder / "server.yaml")
+    path = folder / OPERATOR_KEY
+    new = not path.exists()
+    key = certificates.make_node_key(path) if new else certificates.load_private_key(path)
+    public = certificates.public_key_of(key)
+    return certificates.public_line(public, name), certificates.fingerprint(public), new

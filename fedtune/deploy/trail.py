@@ -1,0 +1,95 @@
+"""The server's audit trail: who did what, when, and with what result.
+
+`trail.jsonl` in the server folder: one JSON object a line, each with the hash of the line before it (as a
+node's audit log, `fedtune.federation.client.audit_log`), so that a line which was changed, moved or taken
+out shows. It has enrolments and revocations, runs that were started, stopped and ended, joins and leaves of
+sites, restores that were accepted, and what was refused (401, 403, 429). Refusals of one kind from one
+address are counted, and written once a minute: a flood of them must not fill the disk. It holds no text, no
+label and no number of a site's data.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedtune.errors import ResourceError
+from fedtune.federation.client.audit_log import AuditLog
+
+__all__ = ["Trail"]
+
+_SECONDS = 60.0  # between two lines of one kind of refusal
+_KINDS = 1000  # of refusals that are counted apart, at most
+_SHOWN = ("run", "site", "address", "path", "times", "fingerprint", "rights", "reason")
+
+
+class Trail:
+    """The trail of one server folder.
+
+    Args:
+        folder: of the server.
+        say: told once if it cannot be written; the server goes on.
+    """
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda line: None) -> None:
+        self._log, self._say = AuditLog(folder / "trail.jsonl"), say
+        self._lock, self._failed = threading.Lock(), False
+        self._refusals: dict[tuple[str, ...], list[float]] = {}  # [when it was last written, times since]
+
+    def note(self, event: str, who: str, result: str = "done", **values: Any) -> None:
+        """Adds a line, durably."""
+        try:
+            self._log.append(event, who=_short(who), result=result, **values)
+            self._failed = False
+        except ResourceError as error:
+            if not self._failed:
+                self._say(f"the audit trail {self._log.path} cannot be written: {error.__cause__ or error}")
+            self._failed = True
+
+    def refused(self, who: str, address: str, path: str, status: int, reason: str) -> None:
+        """Notes what was refused: the first time at once, then how often in each minute."""
+        kind, now = (address, str(status), who), time.monotonic()
+        with self._lock:
+            if kind not in self._refusals and len(self._refusals) >= _KINDS:
+                self._refusals.clear()
+            last, times = self._refusals.get(kind, (now - _SECONDS, 0))
+            due = now - last >= _SECONDS
+            self._refusals[kind] = [now, 0] if due else [last, times + 1]
+        if due:
+            self.note(
+                "refused", who, str(status), address=address, path=_short(path), reason=reason,
+                times=int(times) + 1,
+            )  # fmt: skip
+
+    def text(self, last: int | None = None) -> tuple[str, bool]:
+        """(the trail for a person, whether it is whole).
+
+        Args:
+            last: only so many lines; None: all.
+
+        Raises:
+            LedgerError: it cannot be read.
+        """
+        entries, problems = self._log.entries(), self._log.verify()
+        shown = entries if last is None else entries[-last:]
+        lines = [_line(entry) for entry in shown]
+        if problems:
+            lines += [f"the trail was changed or damaged: {problem}" for problem in problems[:5]]
+        else:
+            head = self._log.head()
+            lines.append(f"{len(entries)} lines, and the chain is whole; head {head.number}-{head.hash[:24]}")
+        return "\n".join(lines), not problems
+
+
+def _line(entry: dict[str, Any]) -> str:
+    parts = [f"{name} {entry[name]}" for name in _SHOWN if entry.get(name) not in (None, "", 1)]
+    words = [str(entry.get(name, "")) for name in ("time", "event", "who", "result")]
+    text = f"{words[0][:19]}  {words[1]:<14} {words[2]:<20} {words[3]:<8} {'; '.join(parts)}".rstrip()
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _short(text: str) -> str:
+    return text[:100]

@@ -1,0 +1,303 @@
+"""Named operators: what each may, that it is gone when it is taken back, and that the trail tells it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedtune.cli.app import main
+from fedtune.deploy import certificates, server, submit
+from fedtune.deploy import operators as people
+from fedtune.deploy import trail as trails
+from fedtune.deploy.admission import check_fingerprint
+from fedtune.deploy.operator_key import operator_line
+from fedtune.deploy.runs import Runs
+from fedtune.deploy.submit import Server, submitted_run
+from fedtune.deploy.trail import Trail
+from fedtune.errors import ConfigError, FederationError
+from tests.support.real_superlink import Real
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    made = Real(tmp_path_factory.mktemp("real"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def alice(real: Real, tmp_path: Path) -> Path:
+    """The folder of an operator whom no server knows yet."""
+    for name in ("server.yaml", "ca.crt"):
+        (tmp_path / name).write_bytes((real.folder / name).read_bytes())
+    return tmp_path
+
+
+def let_in(real: Real, folder: Path, name: str, *rights: str) -> Server:
+    line, _, _ = operator_line(folder, name)
+    people.add(real.folder, line, rights)
+    real.people.reload()
+    return Server.of(folder)
+
+
+def events(real: Real) -> list[tuple[str, str, str]]:
+    entries = [json.loads(line) for line in (real.folder / "trail.jsonl").read_text().splitlines()]
+    return [(entry["event"], entry["who"], entry["result"]) for entry in entries]
+
+
+def test_an_operator_may_what_they_have_the_right_to_and_no_more(real: Real, alice: Path) -> None:
+    with pytest.raises(FederationError, match="does not know the key"):
+        submit.status(_made(alice))
+    reader = let_in(real, alice, "alice", "read")
+    assert submit.status(alice).address == real.address
+    with pytest.raises(FederationError, match="Operator alice has no right to stop"):
+        reader.stop("1", now=False)
+    with (
+        pytest.raises(FederationError, match="Operator alice has no right to submit"),
+        submitted_run(reader, "{}", alice / "run", None),
+    ):
+        pytest.fail("it started")
+    with pytest.raises(FederationError, match="no right to enrol"):
+        reader.ask(server.ENROL_PATH, "POST", {server.REVOKE_HEADER: "clinic-1"})
+    refusals = [one for one in events(real) if one[0] == "refused" and one[1] == "alice"]
+    assert refusals and all(one[2] == "403" for one in refusals)
+
+
+def _made(folder: Path) -> Path:
+    operator_line(folder, "alice")
+    return folder
+
+
+def test_a_right_that_is_taken_back_is_gone_without_a_restart(real: Real, alice: Path) -> None:
+    let_in(real, alice, "bob", "read")
+    assert submit.status(alice).runs is not None
+    people.revoke(real.folder, "bob")
+    real.admission.update()  # as every two seconds
+    with pytest.raises(FederationError, match="does not know the key"):
+        submit.status(alice)
+    line, _, new = operator_line(alice, "bob")
+    assert not new
+    with pytest.raises(ConfigError, match="was revoked, and stays so"):
+        people.add(real.folder, line, ["read"])
+    with pytest.raises(ConfigError, match="no operator 'bob'"):
+        people.revoke(real.folder, "bob")
+    assert ("operator revoked", "operator", "done") in events(real)
+
+
+def test_the_others_keep_their_rights_when_one_is_broken_or_revoked(real: Real, alice: Path) -> None:
+    let_in(real, alice, "carol", "read")
+    (real.folder / "operators" / "dave.yaml").write_text("key: nonsense\n")
+    real.admission.update()
+    assert any("dave.yaml cannot be used" in line for line in real.said)
+    assert submit.status(alice).address == real.address
+    (real.folder / "operators" / "dave.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("rights", "said"), [([], "none"), (["fly"], "'fly'"), (["read", "Submit"], "'Submit'")]
+)
+def test_a_right_that_there_is_not_is_refused(real: Real, alice: Path, rights: list[str], said: str) -> None:
+    line, _, _ = operator_line(alice, "erin")
+    with pytest.raises(ConfigError, match=f"rights are submit, stop, enrol, read.*{said}"):
+        people.add(real.folder, line, rights)
+    assert not (real.folder / "operators" / "erin.yaml").exists()
+
+
+def test_a_run_is_its_operators_who_may_stop_it(real: Real, alice: Path) -> None:
+    mine = let_in(real, alice, "frank", "submit", "read")
+    with submitted_run(mine, "{}", alice / "run", None):
+        number = (alice / "run" / "checkpoint" / submit.NOTE).read_text()
+        assert mine.runs()["runs"][number]["by"] == "frank"
+        assert submit._asked_to_stop(mine, alice / "run") is None
+        mine.stop(number, now=False)
+        assert submit._asked_to_stop(mine, alice / "run") == "Stopped after this round by frank"
+        other = Server.of(real.folder)
+        assert other.runs()["runs"][number]["stop"] == "frank"
+    real.runs.update()
+    assert number not in mine.runs()["runs"]
+    with pytest.raises(ConfigError, match="No run .* goes on here"):
+        other.stop(number, now=False)
+    told = events(real)
+    for event in (("run started", "frank", "done"), ("run stopped", "frank", "after its round")):
+        assert event in told
+    assert ("run ended", "frank", "completed") in told
+
+
+def test_a_run_that_is_stopped_now_ends_and_its_submit_says_by_whom(real: Real, alice: Path) -> None:
+    mine = let_in(real, alice, "grace", "submit", "read")
+
+    def asks_on() -> None:
+        with submitted_run(mine, "{}", alice / "run", None) as (grid, _):
+            number = submit.run_number_in(alice / "run" / "checkpoint" / submit.NOTE)
+            assert number is not None
+            Server.of(real.folder).stop(number, now=True)
+            list(grid.get_node_ids())
+
+    with pytest.raises(submit.RunLost):
+        asks_on()
+    assert submit._stopped_by(mine, alice / "run") == "operator"
+
+
+def test_a_site_is_let_in_by_an_operator_with_the_right(real: Real, alice: Path) -> None:
+    registrar = let_in(real, alice, "heidi", "enrol")
+    key = certificates.make_node_key(alice / "node.key")
+    line = certificates.public_line(certificates.public_key_of(key), "clinic-3")
+    done = registrar.ask(server.ENROL_PATH, "POST", {server.ENROL_HEADER: line})
+    assert done["enrolled"] == "clinic-3"
+    with pytest.raises(ConfigError, match="the federation's sites are"):
+        registrar.ask(server.ENROL_PATH, "POST", {server.ENROL_HEADER: line.replace("clinic-3", "other")})
+    assert ("site enrolled", "heidi", "done") in events(real)
+
+
+# --- the turn ----------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class State:
+    """Flower's LinkState, as far as the queue asks it."""
+
+    def __init__(self) -> None:
+        self.unfinished: dict[int, str] = {}
+        self.stopped: list[int] = []
+
+    def get_run_info(self, *, statuses: Any = None, run_ids: Any = None) -> list[Any]:
+        chosen = self.unfinished if run_ids is None else dict.fromkeys(run_ids, "finished")
+        return [
+            SimpleNamespace(run_id=run, status=SimpleNamespace(status=status, sub_status="completed"))
+            for run, status in chosen.items()
+        ]
+
+    def stop_run(self, run: int) -> None:
+        self.stopped.append(run)
+        self.unfinished.pop(run, None)
+
+
+def queue(tmp_path: Path, most: int = 2) -> tuple[Runs, State, Clock]:
+    state, clock = State(), Clock()
+    return Runs(state, tmp_path, Trail(tmp_path), most, clock), state, clock
+
+
+def begin(runs: Runs, state: State, ticket: str, operator: str, run: int) -> None:
+    assert runs.turn(ticket, operator) is None
+    runs.started(ticket, operator, run)
+    state.unfinished[run] = "running"
+    assert runs.may_take(ticket)
+    runs.taken(ticket)
+
+
+def test_as_many_runs_go_on_as_may_and_the_next_is_of_whoever_has_fewest(tmp_path: Path) -> None:
+    runs, state, clock = queue(tmp_path)
+    begin(runs, state, "a1", "alice", 1)
+    begin(runs, state, "a2", "alice", 2)
+    for number, (ticket, operator) in enumerate([("a3", "alice"), ("a4", "alice"), ("b1", "bob")]):
+        clock.now += 1
+        assert runs.turn(ticket, operator) == {"running": 2, "before": number if operator == "alice" else 0}
+    del state.unfinished[1]
+    runs.update()
+    assert runs.turn("a3", "alice") == {"running": 1, "before": 1}  # bob has none that goes on
+    begin(runs, state, "b1", "bob", 3)
+    del state.unfinished[2]
+    runs.update()
+    begin(runs, state, "a3", "alice", 4)
+    assert runs.listed()["waiting"] == ["alice"]
+
+
+def test_one_starts_at_a_time_and_who_asks_no_more_waits_no_more(tmp_path: Path) -> None:
+    runs, _, clock = queue(tmp_path, most=5)
+    assert runs.turn("a", "alice") is None
+    assert runs.turn("b", "bob") is not None and not runs.may_take("b")
+    clock.now += 25  # alice's submit was killed
+    assert runs.turn("b", "bob") is not None  # she may still ask
+    clock.now += 10
+    assert runs.turn("b", "bob") is None
+    assert runs.listed()["waiting"] == ["bob"]
+
+
+def test_runs_and_who_started_them_survive_a_restart_and_orphans_are_ended(tmp_path: Path) -> None:
+    runs, state, clock = queue(tmp_path)
+    begin(runs, state, "a", "alice", 7)
+    runs.stop(7, "bob", now=False)
+    state.unfinished[8] = "pending"
+    again = Runs(state, tmp_path, Trail(tmp_path), 2, clock)
+    assert again.listed()["runs"]["7"]["by"] == "alice" and again.listed()["runs"]["7"]["stop"] == "bob"
+    assert again.by(8) == "?"
+    again.update()
+    assert state.stopped == []
+    clock.now += 61
+    again.update()
+    assert state.stopped == [8]
+
+
+def test_the_queue_does_not_grow_without_end(tmp_path: Path) -> None:
+    runs, state, _ = queue(tmp_path, most=1)
+    begin(runs, state, "first", "alice", 1)
+    for number in range(500):
+        assert runs.turn(f"t{number}", "mallory") is not None
+    assert len(runs.listed()["waiting"]) == 200
+
+
+# --- the trail and the fingerprint -------------------------------------------------------------------
+
+
+def test_a_flood_of_refusals_is_a_line_a_minute_and_a_changed_trail_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trails.time, "monotonic", clock)
+    trail = Trail(tmp_path)
+    for _ in range(1000):
+        trail.refused("?", "10.0.0.1", "/x\x1b[31m", 401, "no")
+    clock.now += 61
+    trail.refused("?", "10.0.0.1", "/x", 401, "no")
+    trail.note("run started", "alice", run="7")
+    text, whole = trail.text()
+    assert whole and text.count("refused") == 2 and "times 1000" in text and "run 7" in text
+    assert "\x1b" not in text
+    lines = (tmp_path / "trail.jsonl").read_text().splitlines()
+    (tmp_path / "trail.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    text, whole = Trail(tmp_path).text()
+    assert not whole and "was changed or damaged" in text
+
+
+def test_a_trail_that_cannot_be_written_is_said_once_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    trail = Trail(tmp_path, said.append)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
+    trail.note("run started", "alice")
+    trail.note("run started", "alice")
+    assert len(said) == 1 and "cannot be written" in said[0]
+
+
+def test_a_site_is_let_in_only_by_the_fingerprint_that_it_told(
+    real: Real, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = certificates.public_key_of(certificates.make_node_key(tmp_path / "new.key"))
+    line, shown = certificates.public_line(key, "clinic-2"), certificates.fingerprint(key)
+    before = (real.folder / "nodes" / "clinic-2.pub").read_text()
+
+    def enrol(*more: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            main(["server", str(real.folder), "--enrol", line, *more])
+        return int(str(left.value.code))
+
+    assert enrol() == 2 and "fingerprint" in capsys.readouterr().err
+    assert enrol("--fingerprint", "0" * 24) == 2 and "it is another key" in capsys.readouterr().err
+    assert (real.folder / "nodes" / "clinic-2.pub").read_text() == before
+    assert enrol("--fingerprint", shown.upper()) == 0
+    assert (real.folder / "nodes" / "clinic-2.pub").read_text() == line + "\n"
+    check_fingerprint(line, shown.replace(" ", ""))
