@@ -122,7 +122,9 @@ def server(
         print(text)
         return 0 if whole else 1
     elif accept_restore is not None:
-        kept, restored = admission.BookHeads(folder).accept(accept_restore)
+        from fedtune.deploy.heads import BookHeads
+
+        kept, restored = BookHeads(folder).accept(accept_restore)
         print(f"accepted, and noted in heads.log: {accept_restore} goes on from {restored}, not from {kept}")
     else:
         from fedtune.deploy.server import run_server
@@ -154,8 +156,8 @@ def _enrol(folder: Path, line: str) -> tuple[str, str]:
 
     if not (folder / OPERATOR_KEY).exists():
         return admission.enrol(folder, line)
+    from fedtune.deploy.client import Server
     from fedtune.deploy.server import ENROL_HEADER, ENROL_PATH
-    from fedtune.deploy.submit import Server
 
     done = Server.of(folder).ask(ENROL_PATH, "POST", {ENROL_HEADER: line})
     return str(done["enrolled"]), str(done["fingerprint"])
@@ -167,8 +169,8 @@ def _revoke(folder: Path, site: str) -> None:
 
     if not (folder / OPERATOR_KEY).exists():
         return admission.revoke(folder, site)
+    from fedtune.deploy.client import Server
     from fedtune.deploy.server import ENROL_PATH, REVOKE_HEADER
-    from fedtune.deploy.submit import Server
 
     Server.of(folder).ask(ENROL_PATH, "POST", {REVOKE_HEADER: site})
     return None
@@ -374,6 +376,7 @@ def stop(
     now: Annotated[bool, option("Do not wait for the end of its round.", "--now")] = False,
 ) -> None:
     from fedtune.deploy import submit as submission
+    from fedtune.deploy.client import Server
 
     number = run if run.isdecimal() else submission.run_number_in(Path(run) / "checkpoint" / submission.NOTE)
     if number is None:
@@ -381,7 +384,7 @@ def stop(
             f"{run!r} is no run folder from which a run was submitted, and no number of a run; `fedtune "
             f"status {folder}` shows the numbers."
         )
-    submission.Server.of(folder).stop(number, now=now)
+    Server.of(folder).stop(number, now=now)
     print(f"run {number} ends {'now' if now else 'after the round that it is in'}")
 
 
@@ -395,10 +398,10 @@ def stop(
     ),
 )
 def status(folder: ServerFolder, json: Json = False) -> None:
-    from fedtune.deploy import submit as submission
+    from fedtune.deploy.client import status as ask
     from fedtune.deploy.join import budget_text
 
-    found = submission.status(folder)
+    found = ask(folder)
     if json:
         from dataclasses import asdict
 

@@ -8,7 +8,7 @@ moment would take one another's. A site answers one message at a time, whoever's
 does not grow with the runs.
 
 `runs.json` keeps, over a restart of the server, who started each run that goes on and whether it is to stop.
-A run that nobody has taken a minute after it was started (its submit was killed) is stopped.
+A run whose task nobody has taken after `_START_SECONDS` (its submit was killed) is stopped.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from fedtune.deploy.trail import Trail
 
 __all__ = ["RUN_HEADER", "STOP_HEADER", "TICKET_HEADER", "Runs"]
 
-TICKET_HEADER, RUN_HEADER, STOP_HEADER = "x-fedtune-ticket", "x-fedtune-run", "x-fedtune-stop"
+TICKET_HEADER = "x-fedtune-ticket"
+RUN_HEADER = "x-fedtune-run"
+STOP_HEADER = "x-fedtune-stop"
 _log = logging.getLogger("fedtune.server")
 _ASKED_SECONDS = 30.0  # who has not asked for so long does not wait any more
 _START_SECONDS = 20.0  # to take the task of a run that was started
-_ORPHAN_SECONDS = 60.0
 _MOST_WAITING = 200
 
 
@@ -160,7 +161,7 @@ class Runs:
                 self._write()
             pending = [run for run, status in unfinished.items() if status != "running"]
             self._pending_since = {run: self._pending_since.get(run, now) for run in pending}
-            orphans = [run for run, since in self._pending_since.items() if now - since > _ORPHAN_SECONDS]
+            orphans = [run for run, since in self._pending_since.items() if now - since > _START_SECONDS]
         for run, entry in ended.items():
             how = self._state.get_run_info(run_ids=[run])
             result = (how[0].status.sub_status or how[0].status.status) if how else "forgotten"

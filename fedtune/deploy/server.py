@@ -47,7 +47,21 @@ from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER, Runs
 from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, ResourceError
 
-__all__ = ["FOR_NODES", "FOR_OPERATORS", "PUBLISHED_PATH", "TOKEN_HEADER", "Gate", "run_server"]
+__all__ = [
+    "ENROL_HEADER",
+    "ENROL_PATH",
+    "FOR_NODES",
+    "FOR_OPERATORS",
+    "PUBLISHED_PATH",
+    "REVOKE_HEADER",
+    "RUNS_PATH",
+    "STOP_PATH",
+    "TOKEN_HEADER",
+    "Gate",
+    "behind_the_door",
+    "check_pair",
+    "run_server",
+]
 _log = logging.getLogger("fedtune.server")
 _SYNC_SECONDS = 2.0
 _WARN_SECONDS = 86_400.0
@@ -65,10 +79,12 @@ FOR_NODES = frozenset(
         "pull-messages", "pull-object", "push-messages", "push-object", "send-node-heartbeat",
     )
 )  # fmt: skip
-PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH = (
-    f"/v1/fedtune/{call}" for call in ("published", "runs", "stop", "enrol")
-)
-ENROL_HEADER, REVOKE_HEADER = "x-fedtune-enrol", "x-fedtune-revoke"
+PUBLISHED_PATH = "/v1/fedtune/published"
+RUNS_PATH = "/v1/fedtune/runs"
+STOP_PATH = "/v1/fedtune/stop"
+ENROL_PATH = "/v1/fedtune/enrol"
+ENROL_HEADER = "x-fedtune-enrol"
+REVOKE_HEADER = "x-fedtune-revoke"
 _OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH)
 _START, _TAKE = "/v1/control/start-run", "/v1/runtime/acquire-task"
 # What right each call needs. What a run's ServerApp asks has the run's own token beside, which Flower checks.

@@ -18,9 +18,12 @@ from fedtune.deploy.certificates import pem
 
 __all__ = ["AHEAD", "BEHIND", "KEY", "SIGNATURE", "TIME", "sign", "signed_by"]
 
-KEY, TIME, SIGNATURE = "x-fedtune-key", "x-fedtune-time", "x-fedtune-signature"
+KEY = "x-fedtune-key"
+TIME = "x-fedtune-time"
+SIGNATURE = "x-fedtune-signature"
 # Flower's server accepts a signature from the future up to 5 s, and from the past up to 305 s.
-AHEAD, BEHIND = 5.0, 305.0
+AHEAD = 5.0
+BEHIND = 305.0
 
 
 def sign(

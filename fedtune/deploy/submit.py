@@ -1,4 +1,4 @@
-"""What the operator asks of a running server: start a run and be its ServerApp, and what is going on.
+"""`fedtune submit`: starts a run at a server, and is its ServerApp.
 
 A run of fedtune is submitted by the process that will be its ServerApp: it starts the run at the SuperLink,
 takes the run's task itself, and runs the same loop as every other engine, with the display in front of the
@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +31,10 @@ import httpx
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import flower
-from fedtune.deploy.certificates import check_server, tls_context
-from fedtune.deploy.join import as_enrolled, checked_budget
+from fedtune.deploy.client import AddedHeaders, Server, patient_retries
+from fedtune.deploy.join import as_enrolled
 from fedtune.deploy.message_loop import begun_again, pauses
-from fedtune.deploy.operator_key import OPERATOR_KEY, OperatorKey, credential_in
-from fedtune.deploy.provision import Federation
-from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER
-from fedtune.deploy.server import PUBLISHED_PATH, RUNS_PATH, STOP_PATH, TOKEN_HEADER
+from fedtune.deploy.runs import TICKET_HEADER
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import ConfigError, FederationError, FedtuneError
 from fedtune.federation.flower import act_as
@@ -51,22 +46,15 @@ if TYPE_CHECKING:
 __all__ = [
     "NOTE",
     "RunLost",
-    "Server",
-    "Status",
-    "patient_retries",
     "run",
     "run_number_in",
-    "status",
     "submitted_run",
 ]
 
 _log = logging.getLogger(__name__)
 _MAX_RUNS = 20  # of the server's, for one run of ours
 _TASK_SECONDS = 20.0
-_ORPHAN_SECONDS = 30.0  # a task that nobody has taken for so long is of a submit that was killed
 NOTE = "server-run"  # in the run folder's checkpoint folder: the SuperLink's number of the last run
-_QUIET_SECONDS = 3.0  # without an answer, before the observer is told
-_LONGEST_PAUSE = 10
 _TURN_SECONDS = 2.0  # between two questions whether it is this run's turn
 
 
@@ -141,230 +129,6 @@ def _stopped_by(server: Server, run_dir: Path) -> str | None:
     except (FedtuneError, AttributeError):
         return None
     return None if by is None else str(by)[:100]
-
-
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """What a server knows: sites with their state and what they publish, and runs, newest first."""
-
-    address: str
-    sites: tuple[dict[str, Any], ...]
-    runs: tuple[dict[str, str], ...]
-    waiting: tuple[str, ...] = ()  # operators whose runs wait for their turn
-
-
-def status(folder: Path) -> Status:
-    """Asks the server that `folder` describes.
-
-    Raises:
-        ConfigError: the folder is no server folder.
-        FederationError: the server refuses the request or is not to be trusted.
-        ResourceError: it does not answer.
-    """
-    flower.quiet()
-    server = Server.of(folder)
-    with server.client(flower.ControlHttpClient) as control:
-        nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
-        runs = control.ListRuns(flower.control_pb2.ListRunsRequest()).run_dict
-    budgets, queue = server.published(), server.runs()
-    sites = [
-        {
-            "site": node.name,
-            "state": node.status,
-            "since": node.last_activated_at or "",
-            "budget": budgets.get(node.name),
-        }
-        for node in nodes
-        if node.status != "unregistered"
-    ]
-    listed = [
-        {
-            "run": str(run.run_id),
-            "state": run.status.sub_status or run.status.status,
-            "details": run.status.details,
-            "started": run.pending_at,
-            "by": str(queue.get("runs", {}).get(str(run.run_id), {}).get("by", "")),
-        }
-        for run in runs.values()
-    ]
-    return Status(
-        server.address,
-        tuple(sorted(sites, key=itemgetter("site"))),
-        tuple(sorted(listed, key=itemgetter("started"), reverse=True)),
-        tuple(str(name) for name in queue.get("waiting", ())),
-    )
-
-
-# --- the server, to somebody who has its operator's token -----------------------------------------------
-
-
-class _Headers:
-    """Adds headers to each request; an interceptor of Flower's HTTP clients."""
-
-    def __init__(self, headers: Callable[[], Mapping[str, str]]) -> None:
-        self._headers = headers
-
-    def intercept(self, context: Any, call_next: Any) -> Any:
-        """Flower's interface."""
-        context.request.headers.update(self._headers())
-        return call_next(context)
-
-
-@dataclasses.dataclass(frozen=True)
-class Server:
-    """The server that a folder describes, to an operator with a key in it, or with the operator's token."""
-
-    folder: Path
-    address: str
-    authority: bytes
-    credential: OperatorKey | str = dataclasses.field(repr=False)
-    sites: dict[int, str] = dataclasses.field(default_factory=dict)  # by Flower's node id
-
-    @classmethod
-    def of(cls, folder: Path) -> Server:
-        """The server that a folder made by `fedtune provision` describes, which must answer."""
-        address, credential = Federation.read(folder / "server.yaml").server, credential_in(folder)
-        check_server(address, folder / "ca.crt")
-        return cls(folder, address, (folder / "ca.crt").read_bytes(), credential)
-
-    def headers(self) -> dict[str, str]:
-        """What shows the server who asks."""
-        if isinstance(self.credential, str):
-            return {TOKEN_HEADER: self.credential}
-        return self.credential.headers()
-
-    @contextlib.contextmanager
-    def client(self, kind: Any, *interceptors: Any) -> Iterator[Any]:
-        """A client for a question or two.
-
-        Raises:
-            FederationError: the server refused the request, or the connection broke.
-        """
-        with contextlib.closing(self.open_client(kind, *interceptors)) as client:
-            try:
-                yield client
-            except httpx.HTTPStatusError as error:
-                if error.response.status_code == httpx.codes.FORBIDDEN:
-                    raise FederationError(self._forbidden(error.response)) from error
-                raise FederationError(
-                    f"The server {self.address} refused the request (HTTP status "
-                    f"{error.response.status_code}); is it of the same version as this fedtune?"
-                ) from error
-            except httpx.HTTPError as error:
-                raise FederationError(
-                    f"The connection to the server {self.address} broke ({type(error).__name__}). Try again."
-                ) from error
-
-    def site_of(self, node_id: int) -> str | None:
-        """The site for which the key of a connected node is enrolled."""
-        if node_id not in self.sites:  # the first message of a node; its key never changes sites
-            client = self.open_client(flower.ControlHttpClient, retries=patient_retries(self.address))
-            with contextlib.closing(client) as control:
-                nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
-            self.sites.update({node.node_id: node.name for node in nodes})
-        return self.sites.get(node_id)
-
-    def _forbidden(self, response: Any) -> str:
-        try:
-            said = str(response.json()["error"])[:300]
-        except (ValueError, KeyError, TypeError):
-            said = ""
-        if said.startswith("Operator "):  # it knows who asks
-            return f"{said} Whoever administrates the server {self.address} gives rights."
-        if isinstance(self.credential, str):
-            return (
-                f"The server {self.address} does not know the operator's token of this folder. Use the "
-                "server folder itself, or copy its operator.token over this one."
-            )
-        return (
-            f"The server {self.address} does not know the key {self.folder / OPERATOR_KEY}, or this "
-            f"machine's clock is off. Send the line that `fedtune operator {self.folder} --name YOU` prints "
-            "to the server's administrator. A key that was revoked stays so."
-        )
-
-    def published(self) -> dict[str, Any]:
-        """What the sites publish of their budgets, by name."""
-        return {name: checked_budget(budget) for name, budget in self.ask(PUBLISHED_PATH).items()}
-
-    def runs(self) -> dict[str, Any]:
-        """The runs that go on, who started each and whether it is to stop; who waits. See `runs.Runs`."""
-        return self.ask(RUNS_PATH)
-
-    def stop(self, run: str, *, now: bool) -> None:
-        """Has a run end after its round, or at once.
-
-        Raises:
-            ConfigError: no such run goes on.
-        """
-        headers = {RUN_HEADER: run, STOP_HEADER: "now" if now else "round"}
-        self.ask(STOP_PATH, "POST", headers)
-
-    def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The answer to a request of fedtune's own.
-
-        Raises:
-            ConfigError: the server says what is wrong with the request.
-            FederationError: it refuses it, or the connection broke.
-        """
-        asked = {**self.headers(), **(headers or {})}
-        try:
-            response = httpx.request(
-                method, f"https://{self.address}{path}", headers=asked,
-                verify=tls_context(self.folder / "ca.crt"), timeout=20.0,
-            )  # fmt: skip
-            if response.status_code == httpx.codes.FORBIDDEN:
-                raise FederationError(self._forbidden(response))
-            if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.CONFLICT):
-                raise ConfigError(str(response.json()["error"])[:1000])
-            values = response.raise_for_status().json()
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise FederationError(
-                f"The server {self.address} does not answer {path} ({type(error).__name__}); is it of the "
-                "same version as this fedtune?"
-            ) from error
-        return dict(values)
-
-    def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
-        """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""
-        version = flower.RuntimeVersionHttpInterceptor(component_name="flwr-serverapp")
-        added = [version, _Headers(self.headers), *interceptors]
-        return kind.from_server_address(self.address, False, self.authority, added, retry_invoker=retries)
-
-
-def patient_retries(address: str, observer: Observer | None = None) -> Any:
-    """Retries for as long as the server does not answer, and tells the observer so.
-
-    Flower's own retries send this process a SIGINT when the server has ended its run; these raise.
-    """
-    waiting = threading.Event()
-
-    def on_backoff(state: Any) -> None:
-        if state.elapsed_time >= _QUIET_SECONDS and not waiting.is_set():
-            waiting.set()
-            if observer is not None:
-                observer.on_wait(f"the server {address} does not answer; trying again until it does")
-
-    def on_success(state: Any) -> None:
-        if waiting.is_set():
-            waiting.clear()
-            if observer is not None:
-                observer.on_wait("")
-
-    def give_up(error: Exception) -> bool:
-        if isinstance(error, httpx.HTTPStatusError):
-            return error.response.status_code not in (502, 503, 504)
-        # Not for a server that dies in the middle of a handshake, but for one that is another.
-        return "certificate" in str(error).lower()
-
-    return flower.RetryInvoker(
-        wait_gen_factory=lambda: flower.exponential(max_delay=_LONGEST_PAUSE),
-        recoverable_exceptions=(httpx.TransportError, httpx.HTTPStatusError),
-        max_tries=None,
-        max_time=None,
-        on_success=on_success,
-        on_backoff=on_backoff,
-        should_giveup=give_up,
-    )
 
 
 # --- one run at the server, and this process as its ServerApp ------------------------------------------
@@ -445,7 +209,7 @@ def _start(server: Server, config: str, run_dir: Path, observer: Observer | None
     """Starts a run when it is its turn, and takes its task. Returns the token of its ServerApp."""
     content, digest = thin_app()
     note = run_dir / "checkpoint" / NOTE
-    ticket = _Headers(partial(dict, {TICKET_HEADER: uuid.uuid4().hex}))
+    ticket = AddedHeaders(partial(dict, {TICKET_HEADER: uuid.uuid4().hex}))
     _stop_former(server, note)
     with server.client(flower.ControlHttpClient, ticket) as control:
         request = flower.start_request(content, digest, config)
@@ -463,11 +227,8 @@ def _start(server: Server, config: str, run_dir: Path, observer: Observer | None
                 return str(taken.token)
             if not taken.token:
                 time.sleep(0.2)
-            elif not _end_orphan(server, taken):
-                raise FederationError(
-                    "Somebody else submitted a run to this server at the same moment, and the two took "
-                    "one another's tasks. Submit again."
-                )
+            else:
+                _end_orphan(server, taken)
     raise FederationError(
         f"The server {server.address} started run {started.run_id}, and has no task for it."
     )
@@ -517,16 +278,12 @@ def run_number_in(note: Path) -> str | None:
         return None
 
 
-def _end_orphan(server: Server, taken: Any) -> bool:
-    """Ends the run of a task that nobody took because its submit was killed. False if it may be alive."""
-    since = datetime.datetime.fromisoformat(taken.task.pending_at)
-    if (datetime.datetime.now(datetime.UTC) - since).total_seconds() < _ORPHAN_SECONDS:
-        return False
+def _end_orphan(server: Server, taken: Any) -> None:
+    """Ends the run of a task that nobody took: its submit was killed, for one run starts at a time."""
     details = "The submitting process was killed before it took the run."
     with server.client(flower.RuntimeHttpClient, flower.RuntimeTokenHttpInterceptor(taken.token)) as owner:
         failed = flower.SubStatus.FAILED
         owner.PushTaskOutput(flower.runtime_pb2.PushTaskOutputRequest(sub_status=failed, details=details))
-    return True
 
 
 def _heartbeat(client: Any, lost: threading.Event) -> Any:

@@ -15,8 +15,9 @@ import yaml
 
 from fedtune.cli.app import main
 from fedtune.deploy import certificates
-from fedtune.deploy.admission import Admission, BookHeads, enrol, enrolled, revoke, revoked
+from fedtune.deploy.admission import Admission, enrol, enrolled, revoke, revoked
 from fedtune.deploy.flower import superlink_app
+from fedtune.deploy.heads import BookHeads
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
 from tests.support.golden import Golden

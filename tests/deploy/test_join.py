@@ -340,7 +340,7 @@ def test_the_database_is_waited_for_when_many_nodes_ask_at_once(real: Real) -> N
 def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
     import shutil
 
-    from fedtune.deploy.submit import status
+    from fedtune.deploy.client import status
 
     copy = tmp_path / "server"
     shutil.copytree(real.folder, copy)
@@ -351,9 +351,9 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
 
 
 def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_path: Path) -> None:
+    from fedtune.deploy.client import status
     from fedtune.deploy.node import publish_changes
     from fedtune.deploy.site import books_of, open_ledger
-    from fedtune.deploy.submit import status
     from tests.support.plans import local_plan
 
     def of(name: str) -> Any:
@@ -402,7 +402,7 @@ def test_what_is_published_is_the_sites_own_and_makes_sense(real: Real, tmp_path
 def test_a_node_that_answers_by_another_name_takes_no_part(real: Real) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
 
-    from fedtune.deploy.submit import Server
+    from fedtune.deploy.client import Server
     from fedtune.federation.flower import task_identity
     from fedtune.federation.messages import NodeHello
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from fedtune.deploy import certificates
-from fedtune.deploy.submit import status
+from fedtune.deploy.client import status
 from tests.support.crowd import crowd, half_a_body
 from tests.support.real_federation import SITES, Federation, record
 from tests.support.tiny_federation import one_thread

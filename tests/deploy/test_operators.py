@@ -16,9 +16,10 @@ from fedtune.deploy import certificates, server, submit
 from fedtune.deploy import operators as people
 from fedtune.deploy import trail as trails
 from fedtune.deploy.admission import check_fingerprint
+from fedtune.deploy.client import Server, status
 from fedtune.deploy.operator_key import operator_line
 from fedtune.deploy.runs import Runs
-from fedtune.deploy.submit import Server, submitted_run
+from fedtune.deploy.submit import submitted_run
 from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, FederationError
 from tests.support.real_superlink import Real
@@ -53,9 +54,9 @@ def events(real: Real) -> list[tuple[str, str, str]]:
 
 def test_an_operator_may_what_they_have_the_right_to_and_no_more(real: Real, alice: Path) -> None:
     with pytest.raises(FederationError, match="does not know the key"):
-        submit.status(_made(alice))
+        status(_made(alice))
     reader = let_in(real, alice, "alice", "read")
-    assert submit.status(alice).address == real.address
+    assert status(alice).address == real.address
     with pytest.raises(FederationError, match="Operator alice has no right to stop"):
         reader.stop("1", now=False)
     with (
@@ -76,11 +77,11 @@ def _made(folder: Path) -> Path:
 
 def test_a_right_that_is_taken_back_is_gone_without_a_restart(real: Real, alice: Path) -> None:
     let_in(real, alice, "bob", "read")
-    assert submit.status(alice).runs is not None
+    assert status(alice).runs is not None
     people.revoke(real.folder, "bob")
     real.admission.update()  # as every two seconds
     with pytest.raises(FederationError, match="does not know the key"):
-        submit.status(alice)
+        status(alice)
     line, _, new = operator_line(alice, "bob")
     assert not new
     with pytest.raises(ConfigError, match="was revoked, and stays so"):
@@ -95,7 +96,7 @@ def test_the_others_keep_their_rights_when_one_is_broken_or_revoked(real: Real, 
     (real.folder / "operators" / "dave.yaml").write_text("key: nonsense\n")
     real.admission.update()
     assert any("dave.yaml cannot be used" in line for line in real.said)
-    assert submit.status(alice).address == real.address
+    assert status(alice).address == real.address
     (real.folder / "operators" / "dave.yaml").unlink()
 
 
@@ -236,7 +237,7 @@ def test_runs_and_who_started_them_survive_a_restart_and_orphans_are_ended(tmp_p
     assert again.by(8) == "?"
     again.update()
     assert state.stopped == []
-    clock.now += 61
+    clock.now += 21
     again.update()
     assert state.stopped == [8]
 

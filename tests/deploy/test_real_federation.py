@@ -18,7 +18,7 @@ from flwr.supercore.control import ControlHttpClient
 
 from fedtune import engines
 from fedtune.config.loader import load
-from fedtune.deploy.submit import Server
+from fedtune.deploy.client import Server
 from fedtune.federation.server import checkpoint
 from fedtune.federation.server.checkpoint import load_latest
 from tests.support.real_federation import SITES, Federation, adapter, record

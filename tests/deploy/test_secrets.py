@@ -13,8 +13,8 @@ import yaml
 
 from fedtune.config.files import create_whole, replace_whole
 from fedtune.deploy import certificates
+from fedtune.deploy.client import Server
 from fedtune.deploy.provision import provision, read_token
-from fedtune.deploy.submit import Server
 from fedtune.errors import ConfigError, FedtuneError
 from tests.support.golden import Golden
 

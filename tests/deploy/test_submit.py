@@ -29,9 +29,10 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
-from fedtune.deploy import message_loop, submit
+from fedtune.deploy import client, message_loop, submit
+from fedtune.deploy.client import Server, status
 from fedtune.deploy.provision import provision
-from fedtune.deploy.submit import RunLost, Server, status, submitted_run
+from fedtune.deploy.submit import RunLost, submitted_run
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import FederationError, FedtuneError
 from fedtune.federation.flower import task_identity
@@ -112,7 +113,7 @@ def test_a_run_begins_and_ends_at_the_server(running: Running, tmp_path: Path) -
 def test_a_server_that_is_killed_is_waited_for_and_the_observer_is_told(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "_QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(client, "_QUIET_SECONDS", 0.5)
     watcher, away = Watcher(), time.monotonic()
 
     def start_when_it_was_missed() -> None:
@@ -167,7 +168,7 @@ def test_a_run_that_the_server_has_ended_is_lost_and_does_not_interrupt_the_proc
 def test_what_a_killed_submit_left_at_the_server_is_stopped(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    token = submit._start(running.server, "{}", tmp_path)  # and then nothing is heard of it
+    token = submit._start(running.server, "{}", tmp_path, None)  # and then nothing is heard of it
     assert token
     first = number(tmp_path)
     with submitted_run(running.server, "{}", tmp_path, None):
@@ -178,25 +179,17 @@ def test_what_a_killed_submit_left_at_the_server_is_stopped(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_task_that_nobody_took_is_ended_and_a_fresh_one_is_left_alone(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_that_nobody_took_is_ended(running: Running, tmp_path: Path) -> None:
     from flwr.common.serde import fab_to_proto
     from flwr.supercore.fab import Fab
 
     content, digest = thin_app()
     with running.server.client(ControlHttpClient) as control:
         orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
-    with (
-        pytest.raises(FederationError, match="at the same moment"),
-        submitted_run(running.server, "{}", tmp_path, None),
-    ):
-        pass
-    monkeypatch.setattr(submit, "_ORPHAN_SECONDS", 0.0)
-    with running.server.client(ControlHttpClient) as control:
-        orphan = control.StartRun(StartRunRequest(fab=fab_to_proto(Fab(digest, content, {})))).run_id
-    with submitted_run(running.server, "{}", tmp_path, None):
-        assert running.states()[str(orphan)] == "failed"
+    watcher = Watcher()
+    with submitted_run(running.server, "{}", tmp_path, watcher):  # when the other's time to take it is over
+        assert running.states()[str(orphan)] in ("failed", "stopped")
+    assert watcher.waits[0].startswith("waiting for this run's turn") and watcher.waits[-1] == ""
 
 
 class RunThatEnds:

@@ -38,7 +38,7 @@ def crowd(
 def half_a_body(headers: Mapping[str, str], size: int = 31 * MIB) -> bytes:
     """The beginning of a request that announces `size` bytes, with half of them."""
     lines = [
-        "POST /v1/fleet/push-object HTTP/1.1", "host: a", "content-type: application/x-protobuf",
+        "POST /v1/fleet/push-object HTTP/1.1", "host: a", "content-type: application/protobuf",
         f"content-length: {size}", *(f"{name}: {value}" for name, value in headers.items()),
     ]  # fmt: skip
     return "\r\n".join([*lines, "", ""]).encode() + bytes(size // 2)

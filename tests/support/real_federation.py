@@ -21,9 +21,9 @@ import numpy as np
 import yaml
 
 from fedtune.deploy.admission import enrol
+from fedtune.deploy.client import status
 from fedtune.deploy.provision import provision
 from fedtune.deploy.site import make_key, read_site
-from fedtune.deploy.submit import status
 from fedtune.errors import FedtuneError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.privacy.ledger.ledger import PrivacyLedger

@@ -1,0 +1,96 @@
+"""A submit that goes on without a terminal: that it starts, what is seen of it, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedtune.deploy import detached
+from fedtune.deploy.detached import detach, follow
+from fedtune.errors import ConfigError, FederationError
+
+STARTS = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+print("round 1/2", flush=True)
+(folder / "checkpoint").mkdir()
+(folder / "checkpoint" / "server-run").write_text("77")
+time.sleep(1.0)
+print("round 2/2", flush=True)
+(folder / "record.json").write_text("{}")
+"""
+WAITS = """
+import time
+print("waiting for this run's turn: 2 go on at the server, 0 wait before it", flush=True)
+time.sleep(60)
+"""
+FAILS = """
+import sys
+print("title\\n\\nThe site refuses:\\n6 rounds are more than the permitted 5.")
+sys.exit(1)
+"""
+
+
+def started_as(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for `fedtune submit`."""
+    begin = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> Any:
+        assert command[3] == "submit" and command[-1] == f"hydra.run.dir={folder}"
+        assert options["start_new_session"] is True
+        return begin([sys.executable, "-c", program, str(folder)], **options)
+
+    monkeypatch.setattr(detached.subprocess, "Popen", popen)
+    monkeypatch.setattr(detached, "_LOOK_SECONDS", 0.05)
+
+
+def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    started_as(STARTS, folder, monkeypatch)
+    process, number = detach(tmp_path, ["data=files"], folder)
+    assert number == "77" and process > 0
+    with pytest.raises(ConfigError, match="goes on: look at it with `fedtune follow"):
+        detach(tmp_path, ["data=files"], folder)
+    seen: list[str] = []
+    assert follow(folder, seen.append)
+    assert "".join(seen) == "round 1/2\nround 2/2\n" and len(seen) == 2
+    assert follow(folder, seen.append), "again, when it has long ended"
+
+
+def test_a_run_that_waits_for_its_turn_is_said_to_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    started_as(WAITS, folder, monkeypatch)
+    process, number = detach(tmp_path, [], folder)
+    assert number is None
+    one = detached._process_of(folder)
+    assert one is not None and one.pid == process
+    seen: list[str] = []
+    ended: list[bool] = []
+    looks = threading.Thread(target=lambda: ended.append(follow(folder, seen.append)))
+    looks.start()
+    time.sleep(0.3)
+    assert looks.is_alive() and "turn" in "".join(seen)
+    one.kill()
+    looks.join(10)
+    assert ended == [False]
+
+
+def test_a_run_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    started_as(FAILS, folder, monkeypatch)
+    with pytest.raises(FederationError, match=r"did not start\. The site refuses: 6 rounds are more"):
+        detach(tmp_path, [], folder)
+    assert not follow(folder, lambda text: None)
+
+
+def test_a_folder_that_nobody_submitted_from_cannot_be_followed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="was not submitted with --detach"):
+        follow(tmp_path, pytest.fail)
