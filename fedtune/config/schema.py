@@ -167,11 +167,21 @@ class DataConfig(Group):
     test_fraction: float = setting(
         0.15, "share of the persons (or records) held out where there is no test split", gt=0, lt=1
     )
-    max_length: int = setting(
-        64, "to which texts are cut. Public: never derived from the texts", ge=4, le=8192, unit="tokens"
+    max_length: int | None = setting(
+        None,
+        "to which texts are cut; null: by the texts where they are public, else 64. Public: never derived "
+        "from private texts",
+        ge=4,
+        le=8192,
+        unit="tokens",
     )
     labels: Texts | None = setting(None, "public label set, in order; null: as the source declares it")
     public: bool = setting(False, "declared public by its owner: the ledger records, and does not refuse")
+
+    @property
+    def longest(self) -> int:
+        """Tokens that are seen of a text at most: `max_length`, or 64 where nobody gave it."""
+        return 64 if self.max_length is None else self.max_length
 
 
 @dataclass

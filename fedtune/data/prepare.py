@@ -28,6 +28,7 @@ from fedtune.config.choices import resolved, tests_openly
 from fedtune.config.schema import Config, DataConfig
 from fedtune.data.corpus import Corpus, Shard, TokenizedCorpus
 from fedtune.data.partition import make_shards, split_shard
+from fedtune.data.reading import reading_of
 from fedtune.data.sources.columns import Columns, build_corpus
 from fedtune.data.sources.files import beside, find_split, read_table, state_of
 from fedtune.data.sources.load import load_corpus
@@ -38,7 +39,6 @@ __all__ = ["PreparedData", "clear_cache", "prepare", "prepare_deployed"]
 
 _log = logging.getLogger("fedtune.node")
 
-_MANY_CUT, _MANY_UNKNOWN = 0.1, 0.05  # shares of texts and of tokens from which on it is said
 CACHE_SIZE = 8  # more than the seeds of most sweeps: fewer than they have would be none
 
 _cache: OrderedDict[str, PreparedData] = OrderedDict()
@@ -114,7 +114,7 @@ def clear_cache() -> None:
 
 def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
-    tokens = tokenize(train, tokenizer, tokenizer_id, config.data.max_length)
+    tokens = tokenize(train, tokenizer, tokenizer_id, config.data.longest)
     if config.data.only_site is not None:
         tokens = _one_site(tokens, config.data.only_site)
     with warnings.catch_warnings(record=True) as caught:
@@ -125,10 +125,10 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     if (total := config.data.declared_size) is not None:
         each = max(1, round(total / len(shards)))
         shards = [dataclasses.replace(shard, declared_size=each) for shard in shards]
-    told = _of_tokens(tokens, tokenizer, config)
+    told = reading_of(train, tokens, tokenizer, config.data.longest).notes(config)
     prepared = PreparedData(
         train=tokens,
-        test=tokenize(test, tokenizer, tokenizer_id, config.data.max_length)
+        test=tokenize(test, tokenizer, tokenizer_id, config.data.longest)
         if test.num_records
         else tokens.subset([]),
         shards=shards,
@@ -139,32 +139,6 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         ),
     )
     return _holding_out(prepared, config)
-
-
-def _of_tokens(tokens: TokenizedCorpus, tokenizer: Any, config: Config) -> list[str]:
-    """What should not go unsaid of texts as the encoder will see them. Private, as all notes about data "
-    "are."""
-    notes, longest = [], config.data.max_length
-    cut = int(np.count_nonzero(tokens.lengths >= longest))
-    if cut > _MANY_CUT * tokens.num_records:
-        notes.append(
-            f"{cut} of {tokens.num_records} texts of {config.data.name} fill all of "
-            f"data.max_length={longest} tokens: what is longer is cut there and not seen. If what tells "
-            f"the class comes later, give more (data.max_length={2 * longest}): it is a public setting, "
-            "and time grows with it."
-        )
-    unknown_id = getattr(tokenizer, "unk_token_id", None)
-    unknown = 0 if unknown_id is None else int(np.count_nonzero(tokens.input_ids == unknown_id))
-    words = max(
-        1, len(tokens.input_ids) - 2 * tokens.num_records
-    )  # without the special ones around each text
-    if unknown > _MANY_UNKNOWN * words:
-        notes.append(
-            f"{unknown} of {words} tokens ({unknown / words:.0%}) of {config.data.name} are unknown to the "
-            f"tokenizer of {config.model.name}, so that the encoder cannot tell them apart. It was made for "
-            "another language or script: name an encoder that knows this one in model.name."
-        )
-    return notes
 
 
 def _one_site(train: TokenizedCorpus, site: str) -> TokenizedCorpus:
@@ -217,7 +191,7 @@ def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> Prepa
         nothing = _nothing(config.data)
         return PreparedData(nothing, nothing, [], nothing.label_names, config.data.public, ())
     split = "test_split" if config.data.test_split else "train_split"
-    test = tokenize(_read(config.data, split), tokenizer, tokenizer_id, config.data.max_length)
+    test = tokenize(_read(config.data, split), tokenizer, tokenizer_id, config.data.longest)
     empty = test.subset([])
     return PreparedData(empty, test, [], test.label_names, config.data.public, ())
 
@@ -233,8 +207,9 @@ def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> Prepa
                 f"The data of site '{site}' cannot be used; the site's own log says why, and so does "
                 "`fedtune node --dry-run` there."
             ) from error
-        train = tokenize(corpus, tokenizer, tokenizer_id, config.data.max_length)
-        for note in (*corpus.notes, *_of_tokens(train, tokenizer, config)):
+        train = tokenize(corpus, tokenizer, tokenizer_id, config.data.longest)
+        told = reading_of(corpus, train, tokenizer, config.data.longest).notes(config)
+        for note in (*corpus.notes, *told):
             _log.warning("Data of site %r: %s", site, note)  # for its owner alone
         size = config.data.declared_size or 1
         rows = np.arange(train.num_records, dtype=np.int64)

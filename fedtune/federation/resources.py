@@ -139,7 +139,7 @@ class RunResources:
                     centred=bool(config.train.centre), pairs=config.data.text_pair is not None,
                 )  # fmt: skip
                 slot.key, slot.bare_head = key, None
-            positions, longest = slot.model.base.encoder.max_positions, self.config.data.max_length
+            positions, longest = slot.model.base.encoder.max_positions, self.config.data.longest
             if longest > positions:
                 raise ModelError(
                     f"data.max_length is {longest}, and the encoder {self.config.model.name!r} has "

@@ -9,6 +9,7 @@ file keeps it. What the run would publish is in the plan.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,34 @@ if TYPE_CHECKING:
     from fedtune.data.prepare import PreparedData
     from fedtune.privacy.plan import PrivacyPlan
 
-__all__ = ["check", "in_text", "plan_of"]
+__all__ = ["check", "in_text", "plan_of", "with_length"]
 
 _SAMPLE, _SAMPLE_LETTERS = 3, 70
 _MOST_SHOWN = 12  # labels or sites
+
+
+def with_length(config: Config) -> tuple[Config, list[str]]:
+    """`config` with a number in `data.max_length`, and what should be said of it.
+
+    Where none was given: by the texts, if they are here and public; else the default, for a length that
+    follows from private texts would be a release.
+
+    Raises:
+        DataError, ModelError, ResourceError: data or encoder cannot be read.
+    """
+    from fedtune.data.reading import chosen_length
+    from fedtune.data.sources.load import load_corpus
+    from fedtune.models.encoder import load_encoder_config, load_tokenizer, max_positions
+
+    if config.data.max_length is not None:
+        return config, []
+    positions, said = max_positions(load_encoder_config(config.model)), list[str]()
+    length = min(config.data.longest, positions)
+    if config.data.public and config.engine.name != "deployment":
+        texts, _ = load_corpus(config.data, config.seed, testing=tests_openly(config))
+        length, why = chosen_length(texts, load_tokenizer(config.model)[0], positions)
+        said.append(why)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=length)), said
 
 
 def plan_of(config: Config, data: PreparedData) -> PrivacyPlan | None:
@@ -59,11 +84,11 @@ def check(config: Config) -> dict[str, Any]:
     from fedtune.data.sources.load import load_corpus
     from fedtune.federation.resources import run_resources
 
-    config = resolved(config)
+    config, said = with_length(resolved(config))
     resources = run_resources(config)
     data = resources.prepared
     with resources.using_model() as model:
-        digest, notes = model.digest, [*data.notes, *model.notes]
+        digest, notes = model.digest, [*said, *data.notes, *model.notes]
     plan = plan_of(config, data)
     train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
     return {
@@ -71,14 +96,14 @@ def check(config: Config) -> dict[str, Any]:
             "name": config.data.name,
             "path": config.data.path,
             "public": data.public,
-            "train": _facts(train, data.train),
-            "test": _facts(test, data.test) if test.num_records else None,
+            "train": _facts(train, data.train, config),
+            "test": _facts(test, data.test, config) if test.num_records else None,
             "sample": [
                 {"text": text[:_SAMPLE_LETTERS], "label": train.label_names[label]}
                 for text, label in zip(train.texts[:_SAMPLE], train.labels[:_SAMPLE], strict=False)
             ],
         },
-        "model": {"name": config.model.name, "digest": digest, "max_length": config.data.max_length},
+        "model": {"name": config.model.name, "digest": digest, "max_length": config.data.longest},
         "run": {
             "recipe": in_words(config),
             "nodes": len(data.shards),
@@ -90,8 +115,12 @@ def check(config: Config) -> dict[str, Any]:
     }
 
 
-def _facts(corpus: Corpus, tokens: TokenizedCorpus) -> dict[str, Any]:
+def _facts(corpus: Corpus, tokens: TokenizedCorpus, config: Config) -> dict[str, Any]:
+    from fedtune.data.reading import reading_of
+    from fedtune.models.encoder import load_tokenizer
+
     lengths = tokens.lengths
+    read = reading_of(corpus, tokens, load_tokenizer(config.model)[0], config.data.longest)
     counts = np.bincount(corpus.labels, minlength=len(corpus.label_names))
     distinct = len(np.unique(corpus.digests, axis=0))
     sites: dict[str, int] | None = None
@@ -108,6 +137,9 @@ def _facts(corpus: Corpus, tokens: TokenizedCorpus) -> dict[str, Any]:
             "median": int(np.median(lengths)),
             "most": int(lengths.max()),
             "all": int(lengths.sum()),
+            "texts_cut": read.cut / max(1, read.texts),
+            "unknown": read.unknown / read.words,
+            "a_letter": read.tokens_a_letter,
         },
     }
 
@@ -139,9 +171,13 @@ def in_text(found: Mapping[str, Any]) -> str:
         if facts["sites"] is not None:
             lines.append(("  sites", _listed(facts["sites"])))
         tokens = facts["tokens"]
-        most = found["model"]["max_length"]
         lines.append(
-            ("  tokens", f"{tokens['median']} in half of the texts, {tokens['most']} at most; cut at {most}")
+            (
+                "  tokens",
+                f"{tokens['median']} in half of the texts, {tokens['most']} at most; cut at "
+                f"{found['model']['max_length']}, which {tokens['texts_cut']:.1%} of the texts fill; "
+                f"{tokens['unknown']:.1%} unknown, {tokens['a_letter']:.2f} a letter",
+            )
         )
     lines += [("  row", f"{row['label']}: {_one_line(row['text'])}") for row in data["sample"]]
     lines += [

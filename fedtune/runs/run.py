@@ -151,16 +151,17 @@ def _work(
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     # The commit is read now: the code that runs is the one that was imported, not what is there at the end.
     commit = environment.commit()
+    from fedtune import engines
+    from fedtune.federation.events import Observers
+    from fedtune.federation.resources import run_resources
+    from fedtune.runs.check import plan_of, with_length
+
+    view.working("loading tokenizer and data")
+    config, said = with_length(config)
     if config.resume is None and not (run_dir / "checkpoint").exists():
         from fedtune.config.loader import save_config
 
         save_config(config, run_dir)
-    view.working("loading tokenizer and data")
-    from fedtune import engines
-    from fedtune.federation.events import Observers
-    from fedtune.federation.resources import run_resources
-    from fedtune.runs.check import plan_of
-
     resources = run_resources(config)
     data = resources.prepared  # here rather than in the engine, so that the display says what takes the time
     view.working("calibrating the noise")
@@ -169,7 +170,7 @@ def _work(
         plan_of(config, data)
     view.working("loading the encoder")
     with resources.using_model() as model:
-        view.notes([*data.notes, *model.notes])  # before anything is charged
+        view.notes([*said, *data.notes, *model.notes])  # before anything is charged
 
     def warming(done: int, total: int) -> None:
         view.counting("frozen layers, once and kept", done, total)
@@ -181,6 +182,7 @@ def _work(
     if stop_rule is not None:
         observer = StoppingObserver(observer, stop_rule)
     result = engines.run(config, run_dir, observer)
+    result.notices += said
     view.working("saving adapter, statement and record")
     return finish(config, run_dir, result, meter, started=started, commit=commit, tracker=tracker)
 
@@ -207,6 +209,10 @@ def finish(
     from fedtune.runs.personal import finish_parts
     from fedtune.runs.trackers import open_tracker
 
+    # What was not given and could not be chosen is what everybody took in its place.
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, max_length=config.data.longest)
+    )
     resources = run_resources(config)
     evaluation = result.evaluation
     if evaluation is None and tests_openly(config):

@@ -10,6 +10,7 @@ import pytest
 from fedtune.cli.app import main
 from fedtune.config.convert import from_dict, to_dict
 from fedtune.config.schema import Config
+from fedtune.data import reading
 from fedtune.errors import ConfigError
 from fedtune.federation.resources import run_resources
 from fedtune.runs.check import check, in_text, plan_of
@@ -40,6 +41,23 @@ def test_the_plan_is_the_runs_own(config: Config) -> None:
     config.federation.min_updates = 5
     with pytest.raises(ConfigError, match="can never be met: there are 4 nodes"):
         check(config)
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_a_length_follows_from_public_texts_alone(
+    config: Config, public: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder takes 32 tokens, which both are then; of public texts it is said that they all fit."""
+    config.data.max_length, config.data.public = None, public
+    if not public:
+        monkeypatch.setattr(reading, "chosen_length", lambda *_: pytest.fail("private texts were asked"))
+    found = check(config)
+    assert found["model"]["max_length"] == 32
+    said = "data.max_length=32 was chosen from the texts, which are public: it holds 100%"
+    assert any(said in note for note in found["cautions"]) == public
+    config.data.max_length = 8
+    found = check(config)
+    assert found["model"]["max_length"] == 8 and not any("was chosen" in note for note in found["cautions"])
 
 
 def test_both_commands_say_it(world: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
