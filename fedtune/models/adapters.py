@@ -25,7 +25,8 @@ from fedtune.errors import ModelError
 __all__ = ["ADAPTERS", "add_adapter", "lowest_trained_layer"]
 
 ADAPTERS = ("lora", "ffa_lora", "bitfit", "head")
-_QUERY_AND_VALUE = ("query", "value", "q_lin", "v_lin")  # BERT and RoBERTa; DistilBERT
+# BERT and its kin; DistilBERT; MPNet; DeBERTa; ModernBERT, where they are one product, and key with them
+_QUERY_AND_VALUE = ("query", "value", "q_lin", "v_lin", "q", "v", "query_proj", "value_proj", "Wqkv")
 _LAYER = re.compile(r"\.layer\.(\d+)\.")
 
 
@@ -45,7 +46,8 @@ def lowest_trained_layer(config: AdapterConfig, num_layers: int) -> int:
     if not 1 <= wanted <= num_layers:
         raise ModelError(
             f"adapter.layers={wanted}: the encoder has {num_layers} layers, so it can be 1 to {num_layers}, "
-            "or null for all. For none use adapter=head."
+            "or null for all. (Layers that share their weights, as ALBERT's, are one.) For none use "
+            "adapter=head."
         )
     return num_layers - wanted
 
@@ -74,7 +76,8 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int, *, cen
     gradient.
 
     Raises:
-        ModelError: as `lowest_trained_layer`, or `adapter.target_modules` names a layer that is not there.
+        ModelError: as `lowest_trained_layer`, or `adapter.target_modules` names a layer that is not there, or
+            there is no bias to train.
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -111,4 +114,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig, num_layers: int, *, cen
             parameter.requires_grad_(False)
         elif ".centring." in name:
             parameter.requires_grad_(False)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    if config.name == "bitfit" and not any(_LAYER.search(name) for name in trained):
+        raise ModelError(
+            "adapter=bitfit trains the biases of the encoder's layers, and this encoder's layers have none "
+            "(as ModernBERT's). Use adapter=lora or adapter=ffa_lora, or adapter=head for the head alone."
+        )
     return wrapped

@@ -296,6 +296,11 @@ class AdaptedModel:
         first, last = self.first_layer, self.num_layers
         return first < last and MergedLayers.takes(self.base.encoder, first, last)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether an example's gradient must be taken by itself: `Family.one_by_one`, of a trained layer."""
+        return self.first_layer < self.num_layers and self.base.encoder.family.one_by_one
+
     def merged_layers(self, precision: str) -> MergedLayers | None:
         """The layers from the first trained one, with the adapter as it is now; None where there are none, or
         they are of a make that must run as it is. `precision` as `train.precision`."""

@@ -1,4 +1,4 @@
-"""Finds, loads and runs the frozen encoder: BERT, RoBERTa, DistilBERT and their relatives.
+"""Finds, loads and runs the frozen encoder: one of the families in `fedtune.models.families`.
 
 The encoder is run layer by layer (`EncoderStack`) rather than through the model's own `forward`,
 because everything below the lowest adapted layer is frozen and deterministic: its output is computed
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
 from fedtune.models import quiet_kernels, soundness
+from fedtune.models.families import FAMILIES, attention_bias, family_of
 from fedtune.models.quantization import quantize
 
 __all__ = [
     "EMBEDDED",
     "EncoderStack",
-    "attention_bias",
     "autocast",
     "computes_in",
     "fast_bf16",
@@ -161,7 +161,7 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
         if "custom code" in text or "auto_map" in text:
             raise ModelError(
                 f"The model {config.name!r} is defined by Python code of its own, which fedtune does not "
-                f"run. Name an encoder of these families: {', '.join(soundness.FAMILIES)}."
+                f"run. Name an encoder of these families: {', '.join(FAMILIES)}."
             ) from error
         cause = f" ({text[:300]})" if text and not any(word in text for word in _UNSAFE) else ""
         raise ModelError(
@@ -197,25 +197,17 @@ def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def attention_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """What is added to attention's scores so that padding is not seen, [b, 1, 1, s]; None without padding."""
-    if bool(mask.all()):
-        return None
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None, :]
-
-
 def max_positions(config: Any) -> int:
     """How many tokens an encoder with this configuration takes, special ones included."""
-    counted_from_padding = config.model_type in ("roberta", "xlm-roberta", "camembert")
-    taken = (config.pad_token_id or 0) + 1 if counted_from_padding else 0
+    taken = (config.pad_token_id or 0) + 1 if family_of(config).from_padding else 0
     return int(config.max_position_embeddings) - taken
 
 
 class EncoderStack(nn.Module):
-    """A BERT-family encoder as embeddings and a list of layers.
+    """An encoder as embeddings, a list of layers, and in `rest` what else its layers need.
 
-    Shapes: b examples, s tokens, d width. `separator` is the token id after which a pair's second text
+    Shapes: b examples, s tokens, d width. Where layers share weights (ALBERT), `layer` has each once, so that
+    nothing below a trained one changes. `separator` is the token id after which a pair's second text
     begins; models without segments need none, and single texts have no second one. `digest` tells this
     encoder and its tokenizer from every other one; `notes` is what was decided while loading.
     """
@@ -226,9 +218,12 @@ class EncoderStack(nn.Module):
     def __init__(self, encoder: nn.Module, separator: int | None = None) -> None:
         super().__init__()
         config: Any = encoder.config
+        self.config, self.family = config, family_of(config)
         self.embeddings: nn.Module = encoder.embeddings  # type: ignore[assignment]
-        body: Any = encoder.transformer if config.model_type == "distilbert" else encoder.encoder
-        self.layer: nn.ModuleList = body.layer
+        parts = dict(self.family.body_of(encoder).named_children())
+        self.layer: nn.ModuleList = parts.pop(self.family.layers)  # type: ignore[assignment]
+        parts = {name: part for name, part in parts.items() if part is not self.embeddings}
+        self.rest = nn.ModuleDict(parts)
         self.width: int = config.hidden_size
         self.pad_token_id: int = config.pad_token_id or 0
         self.max_positions: int = max_positions(config)
@@ -238,21 +233,35 @@ class EncoderStack(nn.Module):
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Token ids [b, s] and mask [b, s] (True at real tokens) -> embeddings [b, s, d]."""
         ids = torch.where(mask, ids, self.pad_token_id)
+        hidden = self._embedded(ids, mask)
+        mapping = "embedding_hidden_mapping_in"  # ALBERT's, of narrow embeddings to the layers' width
+        return self.rest[mapping](hidden) if mapping in self.rest else hidden
+
+    def _embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
+        # DeBERTa's sets padding to zero, for a convolution would see it.
+        options = {"mask": mask} if self.config.model_type == "deberta-v2" else {}
         if not self._segments:
-            return self.embeddings(ids)
+            return self.embeddings(ids, **options)
         # Of a pair everything after the first separator is segment 1.
         segments = torch.zeros_like(ids)
         if self.separator is not None:
             ends = (ids == self.separator).long()
             segments = (ends.cumsum(1) - ends).clamp(max=1) * mask
-        return self.embeddings(ids, token_type_ids=segments)
+        return self.embeddings(ids, token_type_ids=segments, **options)
+
+    def blocks(self, index: int) -> list[nn.Module]:
+        """The layers that are run at place `index` of `layer`, in turn: itself, unless weights are shared."""
+        return self.family.blocks(self, index)
+
+    def bias(self, mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What is added to attention's scores at mask [b, s]: [b or 1, h or 1, s or 1, s], or nothing."""
+        if self.family.bias is None:
+            return attention_bias(mask, dtype)
+        return self.family.bias(self, mask, dtype)
 
     def run(self, hidden: Tensor, mask: Tensor, first: int, last: int) -> Tensor:
         """Layers `first` to `last - 1` on `hidden` [b, s, d]."""
-        bias = attention_bias(mask, hidden.dtype)
-        for index in range(first, last):
-            hidden = self.layer[index](hidden, bias)
-        return hidden
+        return self.family.run(self, hidden, mask, first, last)
 
 
 def load_pretrained(config: ModelConfig, **options: Any) -> nn.Module:
@@ -320,13 +329,20 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
         ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
     quiet_kernels()
-    encoder, notes = _pretrained(config, attn_implementation="eager" if device.type == "cpu" else "sdpa")
+    described = load_encoder_config(config)
+    soundness.check_kind(described, config.name)
+    eager = device.type == "cpu" or not family_of(described).sdpa
+    encoder, notes = _pretrained(config, attn_implementation="eager" if eager else "sdpa")
     tokenizer, tokenizer_id = load_tokenizer(config)
-    stack = EncoderStack(encoder, tokenizer.sep_token_id if pairs else None)
+    # A tokenizer that makes no segments (XLM-R's, on a multilingual BERT) was never trained with any.
+    parted = pairs and "token_type_ids" in tokenizer.model_input_names
+    stack = EncoderStack(encoder, tokenizer.sep_token_id if parted else None)
     stack.digest, stack.notes = soundness.digest_of(encoder, tokenizer_id), notes
     for module in stack.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's is a number
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     stack.requires_grad_(False)
     quantize(stack, config.quantization)
     if config.quantization != "none":

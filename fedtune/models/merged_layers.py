@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.models.encoder import EncoderStack, attention_bias
+from fedtune.models.encoder import EncoderStack
 from fedtune.models.quantization import weight_of
 
 __all__ = ["MergedLayers", "Seen"]
 
-# Where a layer keeps its parts: of BERT and those that took its layer, and of DistilBERT.
+# Where a layer keeps its parts: of BERT and those that took its layer, of DistilBERT, MPNet and ALBERT.
 _BERT = (
     ("attention.self.query", "attention.self.key", "attention.self.value"),
     ("attention.output.dense", "attention.output.LayerNorm"),
@@ -47,6 +47,16 @@ _DISTILBERT = (
     ("attention.out_lin", "sa_layer_norm"),
     ("ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
 )
+_MPNET = (
+    ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+    ("attention.attn.o", "attention.LayerNorm"),
+    _BERT[2],
+)
+_ALBERT = (
+    ("attention.query", "attention.key", "attention.value"),
+    ("attention.dense", "attention.LayerNorm"),
+    ("ffn", "activation", "ffn_output", "full_layer_layer_norm"),
+)
 _PARTS = {
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
@@ -54,6 +64,8 @@ _PARTS = {
     "CamembertLayer": _BERT,
     "ElectraLayer": _BERT,
     "TransformerBlock": _DISTILBERT,
+    "MPNetLayer": _MPNET,
+    "AlbertLayer": _ALBERT,
 }
 
 _Gradients = list[tuple[nn.Parameter, Tensor]]
@@ -229,6 +241,7 @@ class MergedLayers:
     last: int
     dtype: torch.dtype
     layers: list[_Layer] = field(repr=False)
+    bias: Callable[[Tensor, torch.dtype], Tensor | None] = field(repr=False)
 
     @classmethod
     @torch.no_grad()
@@ -236,12 +249,15 @@ class MergedLayers:
         """None if a layer is of a make that is not known here."""
         if not cls.takes(encoder, first, last):
             return None
-        return cls(first, last, dtype, [_merged(layer, dtype) for layer in list(encoder.layer)[first:last]])
+        places = [encoder.blocks(index) for index in range(first, last)]
+        # By layer: those that share their weights are merged once.
+        made = {block: _merged(block, dtype) for blocks in places for block in dict.fromkeys(blocks)}
+        return cls(first, last, dtype, [made[block] for blocks in places for block in blocks], encoder.bias)
 
     @staticmethod
     def takes(encoder: EncoderStack, first: int, last: int) -> bool:
         """Whether these layers are all of a make that is known here."""
-        return all(_is_known(layer) for layer in list(encoder.layer)[first:last])
+        return all(_is_known(block) for index in range(first, last) for block in encoder.blocks(index))
 
     def run(self, hidden: Tensor, mask: Tensor, seen: list[Seen] | None = None) -> Tensor:
         """All of its layers on `hidden` [b, s, d] with `mask` [b, s]; float32 [b, s, d].
@@ -249,7 +265,7 @@ class MergedLayers:
         Operations with trained parameters are added to `seen`, and the outputs of those, and what follows
         from them, require gradients; nothing does without it.
         """
-        hidden, bias = hidden.to(self.dtype), attention_bias(mask, self.dtype)
+        hidden, bias = hidden.to(self.dtype), self.bias(mask, self.dtype)
         for layer in self.layers:
             hidden = layer(hidden, bias, seen)
         return hidden.float()

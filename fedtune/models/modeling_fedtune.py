@@ -152,4 +152,4 @@ def _shrink(layer: Any, inner: int, units: int) -> None:
 
 
 def _has_pooler(config: Any) -> bool:
-    return config.model_type in ("bert", "roberta", "xlm-roberta", "camembert")
+    return config.model_type in ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "albert")

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from fedtune.errors import ModelError
+from fedtune.models.families import FAMILIES
 
 __all__ = [
-    "FAMILIES",
     "check_finite",
     "check_folder",
     "check_kind",
@@ -38,8 +38,6 @@ __all__ = [
     "digest_of",
     "prefix_of",
 ]
-
-FAMILIES = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra")
 
 _POINTER = b"version https://git-lfs"
 _SAFE = ("model.safetensors", "model.safetensors.index.json")
@@ -54,9 +52,11 @@ _SIZES = {  # the largest of each that is believed
     "num_attention_heads": 1_000,
     "intermediate_size": 100_000,
     "max_position_embeddings": 1_000_000,
+    "embedding_size": 20_000,
+    "num_hidden_groups": 500,
 }
 # What belongs to the encoder itself, whatever is in front of it; heads of other tasks do not.
-_BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layer)\.\w")
+_BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layers?)\.\w")
 _SHOWN = 3  # names of weights in a message
 _LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
@@ -153,8 +153,8 @@ def check_kind(config: Any, name: str) -> None:
     """
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"The model is of type {config.model_type!r}, and fedtune adapts encoders of the BERT "
-            f"family: {', '.join(FAMILIES)}."
+            f"The model is of type {config.model_type!r}, and fedtune adapts encoders of these families: "
+            f"{', '.join(FAMILIES)}."
         )
     for key in ("is_decoder", "add_cross_attention"):
         if getattr(config, key, False):
@@ -168,7 +168,8 @@ def check_kind(config: Any, name: str) -> None:
             f"The model {name!r} is stored compressed (quantization_config in its config.json). Name the "
             "model that it was made from: fedtune compresses by itself, as model.quantization says."
         )
-    if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
+    projects = FAMILIES[config.model_type].projects
+    if not projects and getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
         raise ModelError(
             f"The model's embeddings have width {config.embedding_size} and its layers "
             f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
@@ -191,8 +192,10 @@ def check_size(config: Any, folder: Path, name: str) -> None:
             )
         sizes[key] = value
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
-    weights = (sizes["vocab_size"] + sizes["max_position_embeddings"]) * width
-    weights += sizes["num_hidden_layers"] * (4 * width * width + 2 * width * inner)
+    layers = getattr(config, "num_hidden_groups", sizes["num_hidden_layers"])  # ALBERT's share their weights
+    tokens = sizes["vocab_size"] + sizes["max_position_embeddings"]
+    weights = tokens * getattr(config, "embedding_size", width)
+    weights += layers * (4 * width * width + 2 * width * inner)
     held = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
     if weights > held:
         raise ModelError(

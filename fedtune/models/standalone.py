@@ -21,6 +21,7 @@ from fedtune.errors import ModelError
 from fedtune.models import modeling_fedtune
 from fedtune.models.classifier import LENGTH, load_saved, read_saved
 from fedtune.models.encoder import load_encoder_config, load_pretrained, load_tokenizer
+from fedtune.models.families import family_of
 from fedtune.models.modeling_fedtune import FedtuneConfig, FedtuneForSequenceClassification
 from fedtune.models.quantization import dequantize
 
@@ -50,8 +51,8 @@ def merged(adapter: Path) -> FedtuneForSequenceClassification:
     dequantize(trained.get_base_model().encoder)
     plain = trained.merge_and_unload()
     model = FedtuneForSequenceClassification(_config(adapter))
-    layers = _layers(model)
-    weights: dict[str, Tensor] = {_renamed(name, layers): value for name, value in plain.state_dict().items()}
+    renamed = family_of(model.config.encoder).name_in_transformers
+    weights: dict[str, Tensor] = {renamed(name): value for name, value in plain.state_dict().items()}
     if not plain.normalize:
         weights = {name: value for name, value in weights.items() if not name.startswith("centring.")}
     model.load_state_dict(weights)
@@ -136,11 +137,15 @@ def save_adapter(adapter: Path, folder: Path) -> None:
 
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     # Nothing of PEFT's needs fedtune's own class any more.
+    family = family_of(load_encoder_config(read_saved(adapter)[0]))
     settings |= {"auto_mapping": None, "base_model_name_or_path": None}
+    if settings.get("layers_pattern"):
+        settings["layers_pattern"] = family.layers
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    layers = _layers(FedtuneForSequenceClassification(_config(adapter)))
     weights = load_file(adapter / _WEIGHTS)
-    save_file({_renamed(name, layers): value for name, value in weights.items()}, folder / _WEIGHTS)
+    save_file(
+        {family.name_in_transformers(name): value for name, value in weights.items()}, folder / _WEIGHTS
+    )
 
 
 def _config(adapter: Path) -> FedtuneConfig:
@@ -159,12 +164,3 @@ def _config(adapter: Path) -> FedtuneConfig:
             "AutoModelForSequenceClassification": f"{stem}.{model}",
         },
     )
-
-
-def _layers(model: FedtuneForSequenceClassification) -> str:
-    """Where transformers has the list of layers that an `EncoderStack` calls `encoder.layer`."""
-    return "encoder.transformer.layer." if hasattr(model.encoder, "transformer") else "encoder.encoder.layer."
-
-
-def _renamed(name: str, layers: str) -> str:
-    return name.replace("encoder.layer.", layers)

@@ -3,7 +3,9 @@
 Opacus' hooks give it for every layer that has trained parameters and is run as it is. The layers of an
 encoder are run merged where they are of a known make (`fedtune.models.merged_layers`), which gives the same
 numbers several times as fast, in closed form from what autograd says of the layers' and the head's outputs;
-nothing is then left on the model, so that micro-batches may be worked on side by side.
+nothing is then left on the model, so that micro-batches may be worked on side by side. Where a layer's
+weights meet something that has no row an example (`Family.one_by_one`), hooks would be wrong: each record has
+a pass of its own.
 
 Shapes: b rows of a micro-batch, of which the first r are records.
 """
@@ -91,7 +93,7 @@ def hooks_for(model: AdaptedModel, features: Features) -> AbstractContextManager
     """What a training on `features` must run within: `per_example_gradients`; nothing where all is in closed
     form, and the preflight of a head, which wants the hooks too, is behind this model. To set them up and
     take them off costs more than some steps of a head."""
-    closed = model.runs_merged or (features.pooled and model.gradients_checked)
+    closed = model.runs_merged or model.one_by_one or (features.pooled and model.gradients_checked)
     return nullcontext() if closed else per_example_gradients(model)
 
 
@@ -105,7 +107,7 @@ def example_gradients(
 ) -> list[Tensor]:
     """Of each trained parameter, in the order of the packed adapter: its gradients, float32 [b, size].
 
-    Without `layers` it must run within `per_example_gradients(model)`, with them outside. The loss is summed,
+    Without `layers` it must run within `hooks_for` the model, with them outside. The loss is summed,
     so that no example's gradient depends on b; rows from r on do not enter it, and their gradients are zero.
 
     Args:
@@ -115,6 +117,8 @@ def example_gradients(
         layers: what runs in place of the layers from the first trained one, at the adapter as it is.
         label_smoothing: share of a label that is spread over all classes.
     """
+    if model.one_by_one:
+        return _one_by_one(model, arguments, target, precision, label_smoothing)
     seen: list[Seen] | None = None if layers is None else []
     logits = model.logits(arguments, precision, layers, seen)
     loss = nn.functional.cross_entropy(
@@ -127,8 +131,35 @@ def example_gradients(
     outputs = torch.autograd.grad(loss, [operation.y for operation in seen])
     found: dict[nn.Parameter, Tensor] = {}
     for operation, g in zip(seen, outputs, strict=True):
-        found.update(operation.per_example(g))
+        for parameter, gradients in operation.per_example(g):
+            # Layers that share their weights (ALBERT) meet them again.
+            found[parameter] = gradients + found[parameter] if parameter in found else gradients
     return _collect(model, len(logits), found)
+
+
+def _one_by_one(
+    model: AdaptedModel,
+    arguments: dict[str, Any],
+    target: Tensor,
+    precision: str,
+    label_smoothing: float,
+) -> list[Tensor]:
+    """`example_gradients` by a pass for each record, with nothing but autograd."""
+    parameters = list(model.parameters.values())
+    rows = len(arguments["attention_mask"])
+    found = [torch.zeros(rows, p.numel(), device=model.device) for p in parameters]
+    for row in range(len(target)):
+        alone = {
+            name: value[row : row + 1] if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        loss = nn.functional.cross_entropy(
+            model.logits(alone, precision, None), target[row : row + 1], label_smoothing=label_smoothing
+        )
+        gradients = torch.autograd.grad(loss, parameters)
+        for whole, gradient in zip(found, gradients, strict=True):
+            whole[row] = gradient.reshape(-1).float()
+    return found
 
 
 def _taken(model: AdaptedModel) -> dict[nn.Parameter, Any]:
