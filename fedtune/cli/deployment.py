@@ -22,6 +22,15 @@ __all__ = ["commands"]
 commands = typer.Typer(rich_markup_mode="rich")
 _PANEL = "A real federation"
 
+Monitor = Annotated[
+    str | None,
+    option(
+        "Answer for /metrics and /healthz there; the server has a page, too. 9464: this machine alone.",
+        metavar="[HOST:]PORT",
+    ),
+]
+LogJson = Annotated[bool, option("Log one JSON object a line.", "--log-json")]
+
 
 @commands.command(
     cls=Command,
@@ -65,6 +74,7 @@ def provision(
         "`fedtune provision` made. It relays, and runs nobody's code.",
         """\
 fedtune server DIR/server
+fedtune server DIR/server --monitor 9464             its page: http://127.0.0.1:9464/
 fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1' --fingerprint '7f3a 01bc ...'
 fedtune server DIR/server --revoke clinic-1
 fedtune server DIR/server --operator 'ecdsa-... alice' --fingerprint '...' --rights submit,read
@@ -96,6 +106,8 @@ def server(
         str | None, option("Never let the key of an operator in again.", metavar="NAME")
     ] = None,
     trail: Annotated[bool, option("Show who did what, and whether the trail is whole.", "--trail")] = False,
+    monitor: Monitor = None,
+    log_json: LogJson = False,
 ) -> int:
     from fedtune.deploy import admission, operators
 
@@ -129,7 +141,7 @@ def server(
     else:
         from fedtune.deploy.server import run_server
 
-        run_server(folder, _say("server"), host)
+        run_server(folder, _log("server", log_json), host, monitor)
     return 0
 
 
@@ -229,6 +241,8 @@ def node(
         str | None, option("With proof: a head that an earlier proof printed.", metavar="HEAD")
     ] = None,
     dry_run: Annotated[bool, option("Show what a run would do here; train nothing.", "--dry-run")] = False,
+    monitor: Monitor = None,
+    log_json: LogJson = False,
 ) -> int:
     from fedtune.deploy import site as sites
 
@@ -252,7 +266,7 @@ def node(
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
     from fedtune.deploy.node import run_node
 
-    run_node(site, _say("node"))
+    run_node(site, _log("node", log_json), monitor, log_json=log_json)
     return 0
 
 
@@ -418,8 +432,11 @@ def status(folder: ServerFolder, json: Json = False) -> None:
         print(f"a run of {name} waits for its turn")
 
 
-def _say(who: str) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        print(f"fedtune {who}: {line}", file=sys.stderr, flush=True)
+def _log(part: str, as_json: bool) -> Callable[[str], None]:
+    """Sends the log of this process to stderr; what adds a line to it."""
+    import logging
 
-    return say
+    from fedtune.monitoring.logs import log_to_stderr
+
+    log_to_stderr(part, as_json=as_json)
+    return logging.getLogger(f"fedtune.{part}").info

@@ -9,6 +9,9 @@
     worker_process.py, channel.py,    the process that holds encoder, data and ledger between messages
     worker.py
     submit.py                         `fedtune submit`, `fedtune status`: the ServerApp, where its person is
+    progress.py, view.py              how runs go on, told to the server; what it knows of sites and runs
+    server_metrics.py,                what server and node count, and answer on their administrator's port
+    node_metrics.py
     flower.py                         every touch of Flower's internals
 
 The apps are those of every other engine (`fedtune.federation`).

@@ -20,7 +20,7 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,11 @@ class Admission:
     def nodes(self) -> list[Any]:
         """Flower's NodeInfo of each registered key, suspended ones too."""
         return [node for node in self._state.get_node_info() if node.status != "unregistered"]
+
+    def runs(self, states: Sequence[str] | None, limit: int) -> list[Any]:
+        """Flower's Run of the newest `limit` runs in one of `states` (None: in any), newest first."""
+        found = self._state.get_run_info(statuses=states, order_by="pending_at", ascending=False, limit=limit)
+        return list(found)
 
     def refusal(self, key: bytes) -> tuple[int, str] | None:
         """(HTTP status, reason) if the node with this public key (PEM) is not let in now; else None."""

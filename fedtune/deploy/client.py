@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
@@ -19,16 +21,19 @@ from fedtune.deploy import flower
 from fedtune.deploy.certificates import check_server, tls_context
 from fedtune.deploy.join import checked_budget
 from fedtune.deploy.operator_key import OPERATOR_KEY, OperatorKey, credential_in
+from fedtune.deploy.progress import PATH as PROGRESS_PATH
 from fedtune.deploy.provision import Federation
 from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER
 from fedtune.deploy.server import PUBLISHED_PATH, RUNS_PATH, STOP_PATH, TOKEN_HEADER
-from fedtune.errors import ConfigError, FederationError
+from fedtune.deploy.view import run_row, site_row
+from fedtune.errors import ConfigError, FederationError, FedtuneError
 
 if TYPE_CHECKING:
     from fedtune.federation.events import Observer
 
 __all__ = ["AddedHeaders", "Server", "Status", "patient_retries", "status"]
 
+_log = logging.getLogger(__name__)
 _QUIET_SECONDS = 3.0  # without an answer, before the observer is told
 _LONGEST_PAUSE = 10
 
@@ -57,26 +62,9 @@ def status(folder: Path) -> Status:
         nodes = control.ListNodes(flower.control_pb2.ListNodesRequest()).nodes_info
         runs = control.ListRuns(flower.control_pb2.ListRunsRequest()).run_dict
     budgets, queue = server.published(), server.runs()
-    sites = [
-        {
-            "site": node.name,
-            "state": node.status,
-            "since": node.last_activated_at or "",
-            "budget": budgets.get(node.name),
-        }
-        for node in nodes
-        if node.status != "unregistered"
-    ]
-    listed = [
-        {
-            "run": str(run.run_id),
-            "state": run.status.sub_status or run.status.status,
-            "details": run.status.details,
-            "started": run.pending_at,
-            "by": str(queue.get("runs", {}).get(str(run.run_id), {}).get("by", "")),
-        }
-        for run in runs.values()
-    ]
+    sites = [site_row(node, budgets.get(node.name)) for node in nodes if node.status != "unregistered"]
+    started = queue.get("runs", {})
+    listed = [run_row(run, str(started.get(str(run.run_id), {}).get("by", ""))) for run in runs.values()]
     return Status(
         server.address,
         tuple(sorted(sites, key=itemgetter("site"))),
@@ -186,7 +174,22 @@ class Server:
         headers = {RUN_HEADER: run, STOP_HEADER: "now" if now else "round"}
         self.ask(STOP_PATH, "POST", headers)
 
-    def ask(self, path: str, method: str = "GET", headers: Mapping[str, str] | None = None) -> dict[str, Any]:
+    def report(self, values: Mapping[str, Any]) -> bool:
+        """Sends a report of a run (`fedtune.deploy.progress`). Returns whether it arrived; never raises."""
+        try:
+            self.ask(PROGRESS_PATH, "POST", {}, json.dumps(dict(values)).encode())
+        except (FedtuneError, OSError) as error:
+            _log.debug("a report did not arrive: %s", error)
+            return False
+        return True
+
+    def ask(
+        self,
+        path: str,
+        method: str = "GET",
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> dict[str, Any]:
         """The answer to a request of fedtune's own.
 
         Raises:
@@ -197,7 +200,7 @@ class Server:
         try:
             response = httpx.request(
                 method, f"https://{self.address}{path}", headers=asked,
-                verify=tls_context(self.folder / "ca.crt"), timeout=20.0,
+                verify=tls_context(self.folder / "ca.crt"), timeout=20.0, content=body,
             )  # fmt: skip
             if response.status_code == httpx.codes.FORBIDDEN:
                 raise FederationError(self._forbidden(response))

@@ -30,7 +30,9 @@ from flwr.app import Message
 from fedtune.deploy import flower
 from fedtune.deploy.join import HEARTBEAT_SECONDS
 from fedtune.deploy.leaving import Leaving
+from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.thin_app import AppAllowList
+from fedtune.deploy.worker import refusal_in
 from fedtune.deploy.worker_process import WorkerDied, WorkerProcess
 from fedtune.errors import FederationError, FedtuneError, ResourceError
 from fedtune.federation.client.audit_log import Books
@@ -228,9 +230,10 @@ class MessageHandler:
         worker: WorkerProcess,
         apps: AppAllowList,
         leaving: Leaving,
+        activity: NodeActivity,
     ) -> None:
         self._state, self._store, self._site, self._worker, self._apps = state, store, site, worker, apps
-        self._leaving = leaving
+        self._leaving, self._activity = leaving, activity
         self._books = Books(Path(site.ledger), Path(site.audit_log))
 
     def __call__(self) -> bool:
@@ -256,6 +259,7 @@ class MessageHandler:
         context = state.get_run_series_context(run.series_id)
         act_as(task.task_id, run.run_id, context.node_id)
         state.record_message_processing_start(message_id=message.metadata.message_id)
+        began, how = time.monotonic(), "refused"
         try:
             if self._leaving.asked:
                 raise FederationError(
@@ -264,7 +268,9 @@ class MessageHandler:
                 )
             self._apps.check(run.run_id)
             reply = self._ask(self._whole(message), run, context, task)
+            how = "refused" if refusal_in(reply) else "answered"
         except WorkerDied as error:
+            how = "died"
             _log.warning("%s", error)  # how it ended may tell how much there was to do
             reason = (
                 f"Site '{self._site.site}' lost this round: its worker ended. If the release was reserved, "
@@ -277,6 +283,7 @@ class MessageHandler:
             _log.exception("a message could not be read")
             reason = f"Site '{self._site.site}' cannot read this message ({type(error).__name__})."
             reply = self._refusal(message, "refused", reason)
+        self._activity.answered(message.metadata.message_type, how, time.monotonic() - began)
         state.record_message_processing_end(message_id=message.metadata.message_id)
         self._store.delete(message.metadata.message_id)
         flower.store_reply(reply, state, self._store)

@@ -11,12 +11,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy import certificates, channel, join
+from fedtune.deploy import certificates, channel, join, node_metrics
 from fedtune.deploy.certificates import check_server, expiry_warning, wait_for_server
 from fedtune.deploy.leaving import Leaving
+from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.site import books_of, check_books, open_ledger
 from fedtune.deploy.thin_app import AppAllowList
 from fedtune.deploy.worker_process import WorkerProcess
@@ -30,12 +32,16 @@ _log = logging.getLogger("fedtune.node")
 _DAY = 86_400.0
 
 
-def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
+def run_node(
+    site: SiteSettings, say: Callable[[str], None], monitor: str | None = None, *, log_json: bool = False
+) -> None:
     """Joins the federation and answers messages until it is stopped (Ctrl-C, SIGTERM).
 
     Args:
         site: the site's settings.
         say: prints a line for the site's administrator.
+        monitor: where its administrator looks (`fedtune.deploy.node_metrics`); None: nowhere.
+        log_json: its worker's log has JSON too.
 
     Raises:
         ConfigError, FederationError: it cannot join.
@@ -45,19 +51,28 @@ def run_node(site: SiteSettings, say: Callable[[str], None]) -> None:
     open_ledger(site, setting=True)
     check_books(site)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
-    _wait_for_admission(site, key, say)
-    worker = WorkerProcess(site)
+    activity, worker = NodeActivity(), WorkerProcess(site, log_json=log_json)
+    watching: AbstractContextManager[str | None] = nullcontext()
+    if monitor is not None:
+        watching = node_metrics.monitor(monitor, site, activity, lambda: worker.pid is not None)
     try:
-        worker.start()
-        _answer_messages(site, key, worker, say)
+        with watching as at:
+            if at is not None:
+                say(f"http://{at}/ has /metrics and /healthz")
+            _wait_for_admission(site, key, say, activity)
+            worker.start()
+            _answer_messages(site, key, worker, activity, say)
     finally:
         worker.close()
 
 
-def _wait_for_admission(site: SiteSettings, key: Any, say: Callable[[str], None]) -> None:
+def _wait_for_admission(
+    site: SiteSettings, key: Any, say: Callable[[str], None], activity: NodeActivity
+) -> None:
     """Returns when the server answers and lets this site in. Raises FederationError if it never will."""
     last, at = "", 0.0
     while True:
+        activity.step = time.monotonic()
         if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
             say(warning)
         try:
@@ -69,7 +84,9 @@ def _wait_for_admission(site: SiteSettings, key: Any, say: Callable[[str], None]
             time.sleep(5.0)
 
 
-def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: Callable[[str], None]) -> None:
+def _answer_messages(
+    site: SiteSettings, key: Any, worker: WorkerProcess, activity: NodeActivity, say: Callable[[str], None]
+) -> None:
     # Late: Flower takes seconds, and most of what keeps a site out is known before.
     from fedtune.deploy import flower
     from fedtune.deploy.message_loop import MessageHandler, run_message_loop
@@ -79,14 +96,16 @@ def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: C
     def on_joined() -> None:
         say(f"joined {site.server} as {site.site}")
         joined.set()
+        activity.joined = True
 
     flower_log, apps, books = FlowerLog(), AppAllowList(), books_of(site)
     leaving = Leaving(site.limits.stop_seconds, say)
     leaving.listen()
     state, store = flower.node_state(on_joined)
-    answer = MessageHandler(state, store, site, worker, apps, leaving)
+    answer = MessageHandler(state, store, site, worker, apps, leaving, activity)
 
-    threading.Thread(target=_every_minute, args=(site, key, worker, books, ending, say), daemon=True).start()
+    minutely = (site, key, worker, books, activity, ending, say)
+    threading.Thread(target=_every_minute, args=minutely, daemon=True).start()
     try:
         while True:
             joined.clear()
@@ -97,16 +116,17 @@ def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: C
                 authority=Path(site.ca),
                 key=key,
                 node_config={"site": site.to_json()},
-                guard=lambda connection: guard(connection, apps, books),
+                guard=lambda connection: guard(connection, apps, books, activity),
                 answer=answer,
                 leaving=leaving,
                 say=say,
             )
+            activity.joined = False
             # It ended unexpectedly. The node keeps its identity and what it knows of the runs.
             say(f"the connection ended ({flower_log.last()}); joining again")
             leaving.answering = False
             leaving.pause(5.0)
-            _wait_for_admission(site, key, say)
+            _wait_for_admission(site, key, say, activity)
     except SystemExit:
         if leaving.asked:
             say("left the federation")
@@ -124,8 +144,8 @@ def _answer_messages(site: SiteSettings, key: Any, worker: WorkerProcess, say: C
         ending.set()
 
 
-def guard(connection: Any, apps: AppAllowList, books: Books) -> Any:
-    """Puts the node's own checks before the functions of Flower's connection.
+def guard(connection: Any, apps: AppAllowList, books: Books, activity: NodeActivity) -> Any:
+    """Puts the node's own checks before the functions of Flower's connection, and counts bytes.
 
     The app of a run is checked before Flower reads it, and a message that grows beyond `channel.MAX_FRAME`
     bytes is given up while it arrives.
@@ -134,6 +154,7 @@ def guard(connection: Any, apps: AppAllowList, books: Books) -> Any:
         connection: (node id, receive, send, get_run, get_fab, pull_object, push_object, confirm).
         apps: which runs came with fedtune's own app.
         books: where a message that is too large is noted.
+        activity: where bytes are counted, and that the loop goes on.
     """
     node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = connection
     runs: dict[int, Any] = {}
@@ -141,6 +162,7 @@ def guard(connection: Any, apps: AppAllowList, books: Books) -> Any:
 
     def counted_receive() -> Any:
         size[0] = 0
+        activity.step = time.monotonic()
         return receive()
 
     def noted_run(run_id: int) -> Any:
@@ -153,13 +175,18 @@ def guard(connection: Any, apps: AppAllowList, books: Books) -> Any:
     def bounded_pull(run_id: int, object_id: str) -> bytes:
         data: bytes = pull_object(run_id, object_id)
         size[0] += len(data)
+        activity.transferred(received=len(data))
         if size[0] > channel.MAX_FRAME:
             reason = f"a message of run {run_id} has more than {channel.MAX_FRAME} bytes; it was given up"
             books.append("refused", reason=reason)
             raise FederationError(reason)
         return data
 
-    return node_id, counted_receive, send, noted_run, checked_fab, bounded_pull, push_object, confirm
+    def counted_push(*about: Any) -> Any:
+        activity.transferred(sent=len(about[-1]))
+        return push_object(*about)
+
+    return node_id, counted_receive, send, noted_run, checked_fab, bounded_pull, counted_push, confirm
 
 
 def _every_minute(
@@ -167,6 +194,7 @@ def _every_minute(
     key: Any,
     worker: WorkerProcess,
     books: Books,
+    activity: NodeActivity,
     ending: threading.Event,
     say: Callable[[str], None],
 ) -> None:
@@ -182,6 +210,7 @@ def _every_minute(
     while True:
         try:
             reported = publish_changes(site, key, books, reported)
+            activity.budget = reported["published"]
             if reason := join.suspension(site, key):
                 say(f"the server does not let this site in for now: {reason}; asking again until it does")
         except FedtuneError as error:
@@ -196,6 +225,7 @@ def _every_minute(
                 say(warning)
                 warned = time.monotonic()
         except FedtuneError as error:
+            activity.step = time.monotonic()  # the loop waits for the server; it does not hang
             say(f"{error} Trying again.")
 
 

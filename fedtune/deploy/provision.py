@@ -24,6 +24,7 @@ from typing import Annotated
 
 import yaml
 
+from fedtune import __version__
 from fedtune.config.convert import build, read_yaml
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import Before, Group, as_tuple
@@ -153,7 +154,7 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
             "max_runs": federation.max_runs,
         }
         replace_whole(server / "server.yaml", yaml.safe_dump(described, sort_keys=False).encode())
-        readme = _SERVER_README.format(name=federation.name, address=federation.server)
+        readme = _SERVER_README.format(name=federation.name, address=federation.server, version=__version__)
         replace_whole(server / "README.md", readme.encode())
         for site in federation.sites:
             archive = sites / f"{site}.zip"
@@ -195,7 +196,7 @@ def read_token(folder: Path) -> str:
 
 def _write_archive(path: Path, name: str, address: str, site: str, authority: str) -> None:
     """Writes SITE.zip: node.yaml, README.md and ca.crt, whose content `authority` is. Raises OSError."""
-    fill = {"name": name, "address": address, "site": site}
+    fill = {"name": name, "address": address, "site": site, "version": __version__}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in (
@@ -233,6 +234,9 @@ nobody's code. `server.key` and `operator.token` are secret: whoever has the tok
     fedtune status DIR                       nodes and runs
     fedtune submit DIR data=files ...        start a run; settings as of `fedtune run`
     fedtune stop DIR RUN                     end it after its round, with a result
+
+Send each site its archive and the wheel of the fedtune that runs here, `fedtune-{version}-py3-none-any.whl`,
+and tell it by telephone what `sha256sum` says of that file. `pip wheel --no-deps -w dist .` makes it.
 
 You are asked for a key's fingerprint before its owner is let in: have it read to you by telephone. Only
 `--revoke` revokes: while a file in `nodes/` is missing or broken, its site is not let in, and when it is
@@ -294,8 +298,14 @@ limits:
 _SITE_README = """\
 # Joining federation {name} as {site}
 
-You need: this folder on the machine that holds the data, Python 3.11 or later, and `pip install fedtune`.
-The machine opens connections to {address} and accepts none.
+You need: this folder on the machine that holds the data, which runs Linux, with Python 3.11 or later; and
+the file `fedtune-{version}-py3-none-any.whl` from the federation's operator. Install that file, and no
+package of this name from a public index, which may be anybody's:
+
+    sha256sum fedtune-{version}-py3-none-any.whl    # compare this by telephone, too
+    python3 -m venv fedtune-env && fedtune-env/bin/pip install ./fedtune-{version}-py3-none-any.whl
+
+`fedtune` below is `fedtune-env/bin/fedtune`. The machine opens connections to {address} and accepts none.
 
 1. `fedtune node init --config node.yaml` makes your key, `node.key`, and prints one line. Send that line to
    the federation's operator, and compare the fingerprint below it by telephone. Never send `node.key`.

@@ -23,12 +23,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
-from fedtune.deploy import certificates, join
+from fedtune.deploy import certificates, join, server_metrics
 from fedtune.deploy.admission import Admission
 from fedtune.deploy.certificates import expiry_warning, parse_address
 from fedtune.deploy.door import (
@@ -42,9 +43,12 @@ from fedtune.deploy.door import (
 )
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.operators import Operator, Operators, Right
+from fedtune.deploy.progress import MAX_REPORT, Progress
+from fedtune.deploy.progress import PATH as PROGRESS_PATH
 from fedtune.deploy.provision import Federation, read_token
 from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER, Runs
 from fedtune.deploy.trail import Trail
+from fedtune.deploy.view import ServerView
 from fedtune.errors import ConfigError, ResourceError
 
 __all__ = [
@@ -97,6 +101,7 @@ FOR_OPERATORS: dict[str, Right] = {
     STOP_PATH: "stop",
     ENROL_PATH: "enrol",
     _START: "submit",
+    PROGRESS_PATH: "submit",
     **dict.fromkeys(
         (
             f"/v1/runtime/{call}"
@@ -110,13 +115,22 @@ FOR_OPERATORS: dict[str, Right] = {
 }  # fmt: skip
 
 
-def run_server(folder: Path, say: Callable[[str], None], host: str | None = None) -> None:
+_SIDES = {
+    **dict.fromkeys([*FOR_NODES, join.PATH], "node"),
+    **dict.fromkeys(FOR_OPERATORS, "operator"),
+}
+
+
+def run_server(
+    folder: Path, say: Callable[[str], None], host: str | None = None, monitor: str | None = None
+) -> None:
     """Serves until it is stopped (Ctrl-C, SIGTERM).
 
     Args:
         folder: the server folder that `fedtune provision` made.
         say: prints a line for the operator.
         host: the address to listen on; by default all, or the loopback if the sites use that.
+        monitor: where its administrator looks (`fedtune.deploy.server_metrics`); None: nowhere.
 
     Raises:
         ConfigError: a folder, key or certificate that is wrong.
@@ -141,8 +155,14 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     admitted = admission.update()
     ending = threading.Event()
     runs = Runs(state, folder, trail, federation.max_runs)
-    gate = Gate(app, people, admission, PublishedBudgets(folder / "published.json"), runs, trail)
-    serving = behind_the_door(gate, folder, listener)
+    budgets, progress = PublishedBudgets(folder / "published.json"), Progress(folder / "progress", runs.by)
+    gate = Gate(app, people, admission, budgets, runs, trail, progress)
+    counted = server_metrics.Counted(gate, _SIDES)
+    serving = behind_the_door(gate, folder, listener, counted)
+    watching: AbstractContextManager[str | None] = nullcontext()
+    if monitor is not None:
+        view = ServerView(federation.name, federation.server, folder, admission, budgets, progress, runs)
+        watching = server_metrics.monitor(monitor, view, counted)
     for keep_updated in (admission.keep_updated, runs.keep_updated):
         threading.Thread(target=keep_updated, args=(ending,), daemon=True).start()
     renewed = (_Certificate(folder, serving.config.ssl), ending, say)
@@ -153,17 +173,20 @@ def run_server(folder: Path, say: Callable[[str], None], host: str | None = None
     )
     trail.note("server started", "server", address=f"{host}:{port}")
     try:
-        serving.run()
+        with watching as at:
+            if at is not None:
+                say(f"http://{at}/ has its page, /metrics and /healthz")
+            serving.run()
     finally:
         ending.set()
         trail.note("server ended", "server")
     say("the server has ended; its database keeps nodes and runs")
 
 
-def behind_the_door(gate: Gate, folder: Path, listener: socket.socket) -> DoorServer:
-    """uvicorn's server for `gate`, with the certificate of a server folder."""
+def behind_the_door(gate: Gate, folder: Path, listener: socket.socket, app: Any = None) -> DoorServer:
+    """uvicorn's server for `gate`, or for what stands before it, with the certificate of a server folder."""
     config = uvicorn.Config(
-        gate,
+        app or gate,
         ssl_keyfile=str(folder / "server.key"),
         ssl_certfile=str(folder / "server.crt"),
         log_level="error",
@@ -213,6 +236,7 @@ class Gate:
         budgets: where what sites publish is stored.
         runs: whose turn it is to start one.
         trail: where refusals and what operators do are noted.
+        progress: where reports of runs are kept.
 
     Attributes:
         connections: those that the server has; on one of them a credential is checked once, and Flower
@@ -227,9 +251,10 @@ class Gate:
         budgets: PublishedBudgets | None = None,
         runs: Runs | None = None,
         trail: Trail | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._app, self._people, self._admission, self._budgets = app, people, admission, budgets
-        self._runs, self._trail = runs, trail
+        self._runs, self._trail, self._progress = runs, trail, progress
         self.connections, self._bodies = Connections(most_connections()), Bodies()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -258,13 +283,17 @@ class Gate:
             error = "A request has to say how long it is."
             return await _respond(send, 411, {"error": error}, close=True)
         length = int(request.length)
-        if length > _MAX_BODY:
-            error = f"A request may have {_MAX_BODY} bytes, and this one has {length}."
+        most = MAX_REPORT if request.path == PROGRESS_PATH else _MAX_BODY
+        if length > most:
+            error = f"A request may have {most} bytes, and this one has {length}."
             return await _respond(send, 413, {"error": error}, close=True)
         if self._runs is not None and (waits := self._waits(request, who)) is not None:
             return await _respond(send, 429, waits, close=True)
         try:
             async with self._bodies.read(receive, length, credential) as body:
+                if request.path == PROGRESS_PATH and self._progress is not None:
+                    noted = await asyncio.to_thread(self._progress.note, bytes(body), who)
+                    return await _respond(send, *noted)
                 passed = _Passed(send)
                 await self._app(scope, _once(body, receive), passed)
         except BodyTimeout:

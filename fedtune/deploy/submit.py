@@ -34,6 +34,7 @@ from fedtune.deploy import flower
 from fedtune.deploy.client import AddedHeaders, Server, patient_retries
 from fedtune.deploy.join import as_enrolled
 from fedtune.deploy.message_loop import begun_again, pauses
+from fedtune.deploy.progress import Reporter
 from fedtune.deploy.runs import TICKET_HEADER
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import ConfigError, FederationError, FedtuneError
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOTE",
     "RunLost",
+    "report_statement",
     "run",
     "run_number_in",
     "submitted_run",
@@ -67,7 +69,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     """
     from fedtune.config.convert import to_json
     from fedtune.config.schema import TrackerConfig
-    from fedtune.federation.events import SafeObserver, StoppingObserver
+    from fedtune.federation.events import Observers, SafeObserver, StoppingObserver
     from fedtune.federation.run_folder import lock_folder
     from fedtune.federation.server.checkpoint import has_checkpoint
     from fedtune.federation.server.loop import run_rounds
@@ -90,7 +92,8 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     for _ in range(_MAX_RUNS):
         try:
             with submitted_run(server, to_json(sent), run_dir, SafeObserver(observer)) as (grid, lost):
-                watched = StoppingObserver(SafeObserver(observer), lambda _: _asked_to_stop(server, run_dir))
+                told = Observers(SafeObserver(observer), Reporter(_number(run_dir), server.report))
+                watched = StoppingObserver(told, lambda _: _asked_to_stop(server, run_dir))
                 return run_rounds(grid, config, run_dir, watched, stop=lost)
         except RunLost:
             if (by := _stopped_by(server, run_dir)) is not None:
@@ -112,9 +115,22 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     )
 
 
+def report_statement(config: Config, run_dir: Path, statement: str) -> None:
+    """Tells the server the statement of a run that has ended, for its page; never raises for that."""
+    if config.engine.server:
+        with contextlib.suppress(FedtuneError, OSError):
+            server = Server.of(Path(config.engine.server))
+            server.report({"run": _number(run_dir), "statement": statement})
+
+
+def _number(run_dir: Path) -> str:
+    """The server's number of the run that this folder's last submit started."""
+    return run_number_in(run_dir / "checkpoint" / NOTE) or ""
+
+
 def _asked_to_stop(server: Server, run_dir: Path) -> str | None:
     """Why the run of a folder is to end after this round; None if it is not, or the server does not say."""
-    number = run_number_in(run_dir / "checkpoint" / NOTE)
+    number = _number(run_dir)
     try:
         by = server.runs().get("runs", {}).get(number, {}).get("stop")
     except (FedtuneError, AttributeError):
@@ -125,7 +141,7 @@ def _asked_to_stop(server: Server, run_dir: Path) -> str | None:
 def _stopped_by(server: Server, run_dir: Path) -> str | None:
     """Who ended the last run of a folder at once; None if nobody did, or the server does not say."""
     try:
-        by = server.runs().get("stopped", {}).get(run_number_in(run_dir / "checkpoint" / NOTE))
+        by = server.runs().get("stopped", {}).get(_number(run_dir))
     except (FedtuneError, AttributeError):
         return None
     return None if by is None else str(by)[:100]

@@ -5,7 +5,7 @@ each message, with its Context, over a local socket (`channel`) to the process t
 same ClientApp as every other engine, and writes the node's audit log: what was asked, what leaves, and what
 the data has spent before and after.
 
-    python -m fedtune.deploy.worker SOCKET
+    python -m fedtune.deploy.worker SOCKET [--log-json]
 
 It does not use the network. If it dies, the node starts another; a release that was reserved in the ledger
 stays charged. Between messages it holds nothing but caches, so that the node may end it whenever it is idle.
@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune import __version__
 from fedtune.deploy import channel
+from fedtune.monitoring.logs import log_to_stderr
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message
@@ -35,13 +36,18 @@ if TYPE_CHECKING:
     from fedtune.federation.client.audit_log import Books
     from fedtune.federation.client.policy import SiteSettings
 
-__all__ = ["answer", "main"]
+__all__ = ["answer", "main", "refusal_in"]
 
 _log = logging.getLogger("fedtune.node")
 
 
-def main(path: str) -> None:
-    """Connects to the node's socket and answers its messages until it closes."""
+def main(path: str, *, log_json: bool = False) -> None:
+    """Connects to the node's socket and answers its messages until it closes.
+
+    Args:
+        path: of the socket.
+        log_json: the log has JSON, as the node's has.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the node, which ends this one
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX)
@@ -51,7 +57,7 @@ def main(path: str) -> None:
 
     site = SiteSettings.from_json(parts[0].decode())
     _limit(site)
-    logging.basicConfig(level=logging.INFO, format="fedtune worker: %(message)s", stream=sys.stderr)
+    log_to_stderr("worker", as_json=log_json)
     from fedtune.federation.flower import quiet
 
     quiet()
@@ -169,9 +175,7 @@ def _audit(
     books: Books, message: Message, reply: Message, context: Context, before: dict[str, Any], size: int
 ) -> None:
     """Writes one line for a message and its answer, before the answer leaves this process."""
-    kind = message.metadata.message_type
-    sent = _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
-    refused = sent.get("refused") or sent.get("error") or (reply.error.reason if reply.has_error() else "")
+    kind, sent, refused = message.metadata.message_type, _answer_in(reply), refusal_in(reply)
     values: dict[str, Any] = {"message": kind, "bytes_out": size}
     asked = _config(message, "request") or _config(message, "proposal")
     if asked:
@@ -202,6 +206,16 @@ def _audit(
     _log.info("%s %s%s", event, kind, f": {refused}" if refused else "")
 
 
+def _answer_in(reply: Message) -> dict[str, Any]:
+    return _config(reply, "reply") or _config(reply, "evaluation") or _config(reply, "consent")
+
+
+def refusal_in(reply: Message) -> str:
+    """Why an answer is none, as its receiver reads it; empty for an answer."""
+    sent = _answer_in(reply)
+    return str(sent.get("refused") or sent.get("error") or (reply.error.reason if reply.has_error() else ""))
+
+
 def _config(message: Message, name: str) -> dict[str, Any]:
     from flwr.app import ConfigRecord
 
@@ -228,4 +242,4 @@ def _short(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], log_json="--log-json" in sys.argv[2:])

@@ -52,8 +52,8 @@ class WorkerProcess:
     memory. One thread asks; another may call `end_if_idle`, which does nothing meanwhile.
     """
 
-    def __init__(self, site: SiteSettings) -> None:
-        self._site = site
+    def __init__(self, site: SiteSettings, *, log_json: bool = False) -> None:
+        self._site, self._log_json = site, log_json
         self._folder = tempfile.TemporaryDirectory(prefix="fedtune-node-")  # mode 0700
         self._path = str(Path(self._folder.name) / "worker.sock")
         self._listener = socket.socket(socket.AF_UNIX)
@@ -82,6 +82,7 @@ class WorkerProcess:
 
     def _start(self, beat: Callable[[], object]) -> None:
         command = [sys.executable, "-m", "fedtune.deploy.worker", self._path]
+        command += ["--log-json"] if self._log_json else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._site.limits.threads)}
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         try:

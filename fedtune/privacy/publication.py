@@ -202,6 +202,27 @@ _COST: Fields = {
     "pricing": _SETTING,
 }
 
+_PUBLISHED = public("what a site's owner chose to publish of its budget")
+_SERVER_METRICS: Fields = {
+    **dict.fromkeys(("requests_total", "rounds_total", "updates_total"), _COUNT),
+    **dict.fromkeys(("received_bytes_total", "sent_bytes_total"), _BYTES),
+    "request_seconds_total": public("what the server itself took, which reads no data"),
+    **dict.fromkeys(("sites", "site_connected"), public("names, and who is connected")),
+    **dict.fromkeys(("site_epsilon_left", "site_epsilon_budget"), _PUBLISHED),
+    "runs": _COUNT,
+    **dict.fromkeys(("run_round", "run_rounds"), _COUNT),
+    "run_accuracy": _QUALITY,
+    "run_epsilon": _EPSILON,
+    "certificate_days": _SETTING,
+}
+_NODE_METRICS: Fields = {
+    **dict.fromkeys(("joined", "worker_running"), public("whether it runs; not what it works on")),
+    "answers_total": _COUNT,
+    **dict.fromkeys(("received_bytes_total", "sent_bytes_total"), _BYTES),
+    "answer_seconds_total": _TIME,
+    **dict.fromkeys(("epsilon_left", "epsilon_budget"), _PUBLISHED),
+}
+
 SINKS: Mapping[str, Fields] = {
     # --- messages of a node ---
     "hello": {
@@ -322,6 +343,13 @@ SINKS: Mapping[str, Fields] = {
     },
     # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},
+    # --- what Prometheus is told, by the metric's name ---
+    "server_metrics": {
+        **{f"fedtune_server_{name}": field for name, field in _SERVER_METRICS.items()},
+    },
+    "node_metrics": {
+        **{f"fedtune_node_{name}": field for name, field in _NODE_METRICS.items()},
+    },
 }
 
 EXPOSED: tuple[str, ...] = (

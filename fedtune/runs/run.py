@@ -242,6 +242,10 @@ def finish(
     statement = record.write_statement(written, run_dir / STATEMENT)
     record.publish(made, run_dir)
     (tracker or open_tracker(config, run_dir)).finish(written, result, statement)
+    if config.engine.name == "deployment":
+        from fedtune.deploy.submit import report_statement
+
+        report_statement(config, run_dir, statement)
     return written
 
 

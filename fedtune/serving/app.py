@@ -13,7 +13,9 @@ Refused: 400 no JSON, 401 no key that is known, 404 no such model, 408 a body th
 more bytes than allowed, 422 texts that cannot be classified (empty, too long, too many, half a character),
 429 more texts a second than one client may ask (`Limits.rate`), 503 a full queue or a server that is
 stopping; 429 and 503 with Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged
-or counted.
+or counted: a line of the log is one JSON object with the time, the request's id (which its answer carries as
+X-Request-Id), the path, the status, the client's name where keys are asked for, the model, and how much was
+asked.
 
 Does not do: TLS (put it behind a proxy that does).
 """
@@ -21,16 +23,12 @@ Does not do: TLS (put it behind a proxy that does).
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -40,6 +38,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from fedtune import __version__
+from fedtune.monitoring.pages import load_page
 from fedtune.serving.batcher import Batcher, Busy
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier, probabilities
@@ -382,32 +381,15 @@ def _add_pages(app: FastAPI, service: _Service) -> None:
         """For Prometheus."""
         return PlainTextResponse(service.metrics.page())
 
-    page = files("fedtune.serving").joinpath("page.html").read_text(encoding="utf-8")
-    policy = _policy(page)
+    page, headers = load_page("fedtune.serving", "page.html")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def try_it() -> Response:
         """A page to try it."""
-        return HTMLResponse(
-            page, headers={"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
-        )
+        return HTMLResponse(page, headers=headers)
 
 
 _PAGES = {"card": "README", "statement": "statement"}
-
-
-def _policy(page: str) -> str:
-    """By which a browser runs the page's own script and style, asks this service, and does no more."""
-
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (hashlib.sha256(one.encode()).digest() for one in found)
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src "
-        "'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 def _refusals(keys: Keys | None) -> dict[int | str, dict[str, Any]]:

@@ -1,32 +1,26 @@
-"""What the service counts for Prometheus, and the lines of its log: never a text, a key or an address.
-
-The log has one JSON object a line: the time, the request's id (which its answer carries as X-Request-Id), the
-path, the status, the client's name where keys are asked for, the model, and how much was asked.
-"""
+"""What the service counts for Prometheus: never a text, a key or an address."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import logging
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import Counter, Gauge, Histogram
 
+from fedtune.monitoring.metrics import Exposition
 from fedtune.serving.batcher import Batcher
 from fedtune.serving.classifier import BATCH_TOKENS
 
-__all__ = ["JsonLines", "Metrics"]
+__all__ = ["Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TOKENS = (16, 64, 128, 256, BATCH_TOKENS)
 
 
-class Metrics:
+class Metrics(Exposition):
     """What Prometheus is told; of one app alone."""
 
     def __init__(self, batcher: Batcher) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__()
         known: dict[str, Any] = {"registry": self.registry}
         asked = ["path", "model"]
         self.requests = Counter(
@@ -56,29 +50,9 @@ class Metrics:
         self.model = Gauge(
             "fedtune_model", "1 for each model that is served.", ["model", "run", "format"], **known
         )
-        ProcessCollector(**known)
         batcher.seen = self._batch
 
     def _batch(self, texts: int, tokens: int, seconds: float) -> None:
         self.batch_texts.inc(texts)
         self.batch_tokens.observe(tokens)
         self.batch_seconds.observe(seconds)
-
-    def page(self) -> bytes:
-        """The exposition, in Prometheus' text format."""
-        return generate_latest(self.registry)
-
-
-class JsonLines(logging.Formatter):
-    """A record as one JSON object: its message, where that is an object itself, or else as `message`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(
-            timespec="milliseconds"
-        )
-        line: dict[str, Any] = {"time": time, "level": record.levelname.lower()}
-        line |= record.msg if isinstance(record.msg, dict) else {"message": record.getMessage()}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)

@@ -8,17 +8,16 @@ status 0. A connection that takes too long to say what it wants is closed (`fedt
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, ResourceError
+from fedtune.monitoring.logs import log_to_stderr
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
 
@@ -77,7 +76,7 @@ def serve(
     known = None if keys is None else Keys.open(keys)
     models = _open(model_dirs, wanted, threads)
     listener = _listen(host, port)
-    _log_as_json()
+    log_to_stderr(None, as_json=True)  # each request, and warnings of the libraries
     app = make_app(models, limits, keys=known, workers=workers or os.cpu_count() or 1)
     config = uvicorn.Config(
         app,
@@ -98,16 +97,6 @@ def serve(
     what = ", ".join(f"{name} ({served.format})" for name, served in models.items())
     print(f"{what}: http://{shown}:{where[1]}/predict", flush=True)
     server.run(sockets=[listener])
-
-
-def _log_as_json() -> None:
-    """One JSON object a line on stderr: each request, and warnings of the libraries."""
-    from fedtune.serving.metrics import JsonLines
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    logging.getLogger("fedtune.serve").setLevel(logging.INFO)
 
 
 def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mapping[str, Served]:

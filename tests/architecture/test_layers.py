@@ -22,6 +22,7 @@ LAYERS = (
     "errors",
     "config",
     "privacy",
+    "monitoring",
     "data",
     "models",
     "training",
@@ -75,7 +76,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "uvicorn": ("deploy", "serving"),  # what flwr's SuperLink is served by
     "fastapi": ("serving",),
     "starlette": ("serving",),  # of which FastAPI is made
-    "prometheus_client": ("serving",),
+    "prometheus_client": ("monitoring", "deploy", "serving"),
     "ray": ("engines",),
     "scipy": ("privacy", "audit"),
     "matplotlib": ("report", "runs", "serving"),

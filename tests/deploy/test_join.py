@@ -170,6 +170,7 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
 ) -> None:
     """Ledger and log were restored together from a backup of before a run: they agree with one another."""
     from fedtune.deploy.node import _wait_for_admission
+    from fedtune.deploy.node_metrics import NodeActivity
     from fedtune.deploy.site import books_of
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from tests.support.plans import local_plan
@@ -189,9 +190,9 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     PrivacyLedger(Path(site.ledger)).set_budget(site.budget)
     release("one")
     copies = {path: path.read_bytes() for path in state.iterdir() if path.is_file()}
-    _wait_for_admission(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail, NodeActivity())
     release("two")
-    _wait_for_admission(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail, NodeActivity())
     kept = real.admission.heads.kept("clinic-2")
     assert kept == books.head()
 
@@ -201,11 +202,11 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
         path.write_bytes(content)
     assert books.problems() == ([], [])
     with pytest.raises(FederationError, match="went back: the server keeps head.*--accept-restore clinic-2"):
-        _wait_for_admission(site, key, pytest.fail)
+        _wait_for_admission(site, key, pytest.fail, NodeActivity())
     refused = real.admission.refusal(certificates.public_key_of(key))
     assert refused is not None and refused[0] == 503 and "went back" in refused[1]
     real.admission.heads.accept("clinic-2")
-    _wait_for_admission(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail, NodeActivity())
     assert real.admission.refusal(certificates.public_key_of(key)) is None
 
     # Grown again to more rows than the server knows, by a node that did not ask: it finds that by itself.
@@ -215,13 +216,13 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
         release(f"more-{number}")
     for _ in range(2):  # and finds it again when it is started again: what is kept is what was kept
         with pytest.raises(FederationError, match="has another row there, and the head that was kept names"):
-            _wait_for_admission(site, key, pytest.fail)
+            _wait_for_admission(site, key, pytest.fail, NodeActivity())
         assert real.admission.heads.kept("clinic-2") == kept
         assert "--accept-restore clinic-2" in str(join.suspension(site, key))
     join.publish(site, key, None, books)  # nor does a node that is running take its place
     assert real.admission.heads.kept("clinic-2") == kept
     real.admission.heads.accept("clinic-2")
-    _wait_for_admission(site, key, pytest.fail)
+    _wait_for_admission(site, key, pytest.fail, NodeActivity())
     (real.folder / "heads.json").unlink()
     real.admission.heads.reload()
 

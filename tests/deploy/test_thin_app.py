@@ -22,6 +22,7 @@ from fedtune.deploy import thin_app as thin
 from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.message_loop import MessageHandler
 from fedtune.deploy.node import guard
+from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.thin_app import AppAllowList, check_app, thin_app
 from fedtune.errors import FederationError
 from fedtune.federation.client.audit_log import AuditLog
@@ -186,6 +187,7 @@ class Delivery:
         self.log = AuditLog(Path(self.site.audit_log))
         self.apps = AppAllowList()
         self.leaving = Leaving(60.0, print)
+        self.activity = NodeActivity()
         self.answers = MessageHandler(
             self.state,
             self.store,
@@ -193,6 +195,7 @@ class Delivery:
             self.worker,  # type: ignore[arg-type]
             self.apps,
             self.leaving,
+            self.activity,
         )
         with task_identity(5):
             message = Message(RecordDict(), 7, "query.hello")
@@ -211,11 +214,15 @@ class Delivery:
             lambda run_id, name: None,
         )  # fmt: skip
 
+    def guarded(self) -> Any:
+        """The connection behind the node's own checks."""
+        return guard(self.connection, self.apps, self.log, self.activity)  # type: ignore[arg-type]
+
     def deliver(self) -> Message:
         """The node's answer."""
         from flwr.supernode.start_client_internal import _pull_and_store_message
 
-        _, receive, _, get_run, get_fab, pull, _, confirm = guard(self.connection, self.apps, self.log)
+        _, receive, _, get_run, get_fab, pull, _, confirm = self.guarded()
         came = _pull_and_store_message(
             state=self.state, object_store=self.store, node_config={"site": "{}"}, receive=receive,
             get_run=get_run, get_fab=get_fab, pull_object=pull, confirm_message_received=confirm,
@@ -297,7 +304,7 @@ def test_a_message_that_is_too_large_is_given_up_while_it_comes(
 ) -> None:
     monkeypatch.setattr(channel, "MAX_FRAME", 10)
     delivery = Delivery(tmp_path, thin_app()[0])
-    _, receive, _, _, _, pull, _, _ = guard(delivery.connection, delivery.apps, delivery.log)
+    _, receive, _, _, _, pull, _, _ = delivery.guarded()
     receive()
     with pytest.raises(FederationError) as raised:
         pull(5, delivery.message.metadata.message_id)

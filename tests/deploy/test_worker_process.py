@@ -16,6 +16,7 @@ import pytest
 
 from fedtune import __version__
 from fedtune.deploy import node, worker_process
+from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.site import books_of
 from fedtune.deploy.worker_process import HangDetector, WorkerDied, WorkerProcess, processor_seconds
 from fedtune.errors import ResourceError
@@ -306,7 +307,10 @@ def test_a_worker_rests_while_the_server_is_away(tmp_path: Path, monkeypatch: py
     rested = [True, False]
     minutes = SimpleNamespace(wait=lambda seconds: len(said) > 4)
     worker = SimpleNamespace(end_if_idle=lambda: rested.pop(0) if rested else False)
-    node._every_minute(settings(tmp_path), None, worker, None, minutes, said.append)  # type: ignore[arg-type]
+    activity = NodeActivity()
+    activity.step = 0.0
+    node._every_minute(settings(tmp_path), None, worker, None, activity, minutes, said.append)  # type: ignore[arg-type]
+    assert activity.step > 0  # nobody takes it for one that hangs
     assert [one for one in said if "the worker has ended" in one] == said[1:2]
     assert not rested
 

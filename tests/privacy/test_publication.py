@@ -151,6 +151,7 @@ LOCAL: dict[str, dict[str, Any]] = {
     "personal": {
         "adapter": None,
     },
+    "node_metrics": {"fedtune_node_answer_seconds_total": None},
     "round": {
         "seconds": 0.0,
         "train_seconds": 0.0,
@@ -170,6 +171,7 @@ CHARGED: dict[str, str] = {
     "checkpoint": "history.*.accuracy history.*.accuracy_error history.*.loss evaluation",
     "history": "rounds.*.accuracy rounds.*.accuracy_error rounds.*.loss",
     "round": "accuracy accuracy_error loss",
+    "server_metrics": "fedtune_server_run_accuracy",
 }
 
 PUBLIC: dict[str, str] = {
@@ -221,6 +223,19 @@ PUBLIC: dict[str, str] = {
     "compression": "schema fedtune run made base settings texts processor privacy original steps formats",
     "failure": "error overrides when",
     "round": "round num_rounds epsilon bytes_up bytes_down dropped updates void delta",
+    "server_metrics": """
+        fedtune_server_requests_total fedtune_server_rounds_total fedtune_server_updates_total
+        fedtune_server_received_bytes_total fedtune_server_sent_bytes_total
+        fedtune_server_request_seconds_total fedtune_server_sites fedtune_server_site_connected
+        fedtune_server_site_epsilon_left fedtune_server_site_epsilon_budget fedtune_server_runs
+        fedtune_server_run_round fedtune_server_run_rounds fedtune_server_run_epsilon
+        fedtune_server_certificate_days
+    """,
+    "node_metrics": """
+        fedtune_node_joined fedtune_node_worker_running fedtune_node_answers_total
+        fedtune_node_received_bytes_total fedtune_node_sent_bytes_total fedtune_node_epsilon_left
+        fedtune_node_epsilon_budget
+    """,
 }
 
 

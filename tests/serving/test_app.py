@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
+from fedtune.monitoring.logs import JsonLines
 from fedtune.runs.predict import load
 from fedtune.serving.app import Served, make_app
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
 from fedtune.serving.keys import Keys, make_key
-from fedtune.serving.metrics import JsonLines
 from fedtune.serving.questions import Limits, Rates
 
 TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
