@@ -75,7 +75,7 @@ __all__ = [
     "sweep",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {"Config": "config.schema", "Frontier": "report.frame", "PrivacyPlan": "privacy.plan"}  # else: api
 

@@ -38,7 +38,7 @@ of a search (sweep=optuna 'train.learning_rate=tag(log,interval(0.001,0.1))'):
   sweep.pruner=NAME             *median halving none; only for accuracy alone
 
 several runs at once: hydra/launcher=joblib hydra.launcher.n_jobs=N
-(or ray, submitit_slurm: README)
+(or ray, submitit_slurm: docs/sweeps.md)
 
 Hydra's own: hydra.run.dir=FOLDER, hydra.sweep.dir=FOLDER
 State (ledgers, caches) lives below FEDTUNE_HOME, by default the platform's

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
 
+import fedtune
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
@@ -102,7 +103,7 @@ def test_every_key_that_leaves_a_node_is_on_the_list(
                 if isinstance(value, float):
                     assert key == "seconds" or (key == "delta" and value == 0.0)
                 if isinstance(value, str):
-                    known = {shard.node for shard in prepared.shards} | {"", "fedtune 0.1.0"}
+                    known = {shard.node for shard in prepared.shards} | {"", f"fedtune {fedtune.__version__}"}
                     assert value in known or key in ("run", "software")
 
 
