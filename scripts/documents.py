@@ -29,6 +29,7 @@ DEFAULT_JOB = ROOT / "simulations" / "private_accuracy" / "default_job" / "recor
 _MARK = re.compile(r"<!-- generated: ([\w. ]+) -->\n\*.*?\*\n", re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
 _WIDTH = 88
+_REFERENCE_BOOST = 0.2  # in the search, beside 1
 
 
 # --- mkdocs' hooks --------------------------------------------------------------------------------------
@@ -49,6 +50,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fills in what is generated, and makes links out of docs/ fit for a site."""
+    if page.file.src_uri.startswith("reference/"):
+        # A reference holds every word: a page that explains one comes before it.
+        page.meta["search"] = {"boost": _REFERENCE_BOOST}
     return links(fill(markdown), page.file.src_uri)
 
 

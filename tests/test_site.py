@@ -52,11 +52,11 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
         assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
 
 
-def searched(documents: list[dict[str, str]], words: str, index: Any) -> list[str]:
+def searched(words: str, index: Any) -> list[str]:
     """Pages in the order in which the theme's own search shows them.
 
-    Its worker takes words by their beginnings, and weighs what lunr finds by 1 + (a + b)^2: a is 1 for a page's first
-    part, b the share of the words that occur.
+    Its worker takes words by their beginnings, and weighs what lunr finds by 1 + (a + b)^2: a is 1 for a page's
+    first part, b the share of the words that occur.
     """
     terms = words.lower().split()
     best: dict[str, float] = {}
@@ -83,12 +83,12 @@ def test_the_search_finds_the_page_of_each_question(site: Path) -> None:
         builder.field(name, boost=made["config"]["fields"][name]["boost"])
     documents = [{**entry, "text": re.sub(r"<[^>]*>", " ", entry["text"])} for entry in made["docs"]]
     for document in documents:
-        builder.add(document)
+        builder.add(document, {"boost": document.get("boost", 1)})
     index = builder.build()
     assert len(QUESTIONS) == 20
     missed = []
     for question, words, page in QUESTIONS:
-        pages = [found for found in searched(documents, words, index) if found != "questions"]
+        pages = [found for found in searched(words, index) if found != "questions"]
         if page not in pages[:FIRST]:
             missed.append(f"{question} ({words}): {pages[:6]}, not {page}")
     assert not missed, "\n".join(missed)
