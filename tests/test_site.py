@@ -55,8 +55,8 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
 def searched(words: str, index: Any) -> list[str]:
     """Pages in the order in which the theme's own search shows them.
 
-    Its worker takes words by their beginnings, and weighs what lunr finds by 1 + (a + b)^2: a is 1 for a page's
-    first part, b the share of the words that occur.
+    Its worker takes words by their beginnings, and weighs what lunr finds by 1 + (a + b)^2: a is 1 for the
+    first part of a page, b the share of the words that occur.
     """
     terms = words.lower().split()
     best: dict[str, float] = {}
