@@ -25,6 +25,8 @@ for site in harbour hill market; do
     -e 's/^  declared_size: 1000 /  declared_size: 150 /' \
     -e 's/^  threads: 2 /  threads: 1 /' \
     "$folder/$site/node.yaml"
-  fedtune node init --config "$folder/$site/node.yaml" | head -n 1 >"$folder/$site/enrolment"
-  fedtune server "$folder/server" --enrol "$folder/$site/enrolment"
+  fedtune node init --config "$folder/$site/node.yaml" >"$folder/$site/enrolment.txt"
+  # The operator compares the fingerprint that the site reads out by telephone.
+  fedtune server "$folder/server" --enrol "$(head -n 1 "$folder/$site/enrolment.txt")" \
+    --fingerprint "$(sed -n 's/^fingerprint //p' "$folder/$site/enrolment.txt")"
 done
