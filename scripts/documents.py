@@ -112,6 +112,14 @@ def _summary() -> str:
     return f"```text\n{run_summary()}\n```"
 
 
+def _statement() -> str:
+    """The statement of the same run, without its title."""
+    from fedtune.privacy.statement.facts import statement_markdown
+
+    record = json.loads(DEFAULT_JOB.read_text(encoding="utf-8"))
+    return statement_markdown(record, None).partition("\n\n")[2].rstrip()
+
+
 def _attackers() -> str:
     """What an attacker finds of 1,000 persons, for a Gaussian mechanism at each epsilon."""
     from fedtune.privacy.accounting.calibration import noise_multiplier_for
@@ -347,6 +355,7 @@ def _cell(text: str) -> str:
 
 GENERATED: Mapping[str, Callable[[], str]] = {
     "summary of the default job": _summary,
+    "statement of the default job": _statement,
     "what an attacker finds": _attackers,
     "commands": _commands,
     "settings": _settings,
