@@ -325,14 +325,14 @@ def _errors() -> str:
     return "\n\n".join(parts)
 
 
-def _deploy_messages() -> str:
-    """Messages of the server's and the sites' side, by file."""
-    parts = []
+def _messages_of(*folders: str) -> str:
+    """The messages of what lies in some folders of the package, under what each file is about."""
     by_file: dict[str, list[str]] = {}
-    for folder in ("deploy", "federation/client", "privacy/ledger"):
+    for folder in folders:
         for files in messages(ROOT / "fedtune" / folder).values():
             for file, texts in files.items():
                 by_file.setdefault(file, []).extend(texts)
+    parts = []
     for file in sorted(by_file):
         about = ast.get_docstring(ast.parse((ROOT / "fedtune" / file).read_text(encoding="utf-8"))) or ""
         first = " ".join(about.partition("\n\n")[0].split())
@@ -363,5 +363,6 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "record.json": _record,
     "json": _json,
     "errors": _errors,
-    "messages of deploy": _deploy_messages,
+    "messages of deploy": lambda: _messages_of("deploy", "federation/client", "privacy/ledger"),
+    "messages of data": lambda: _messages_of("data"),
 }

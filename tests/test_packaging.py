@@ -1,4 +1,4 @@
-"""What is said of the package in several places agrees: its version, its extras, what a source archive holds."""
+"""What is said of the package in several places agrees: version, extras, pins, what a source archive holds."""
 
 from __future__ import annotations
 
@@ -46,4 +46,3 @@ def test_a_source_archive_has_what_its_readers_need() -> None:
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert all((ROOT / path.lstrip("/")).exists() for path in included)
     assert {"/docs", "/examples", "/SECURITY.md", "/CITATION.cff", "/mkdocs.yml"} <= set(included)
-
