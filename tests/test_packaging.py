@@ -1,4 +1,4 @@
-"""What is said of the package in several places agrees: version, extras, pins, what a source archive holds."""
+"""What is said of the package in several places agrees: version, extras, pins, the source archive."""
 
 from __future__ import annotations
 
