@@ -68,12 +68,19 @@ def run_number(run_dir: Path) -> str:
 
 
 def new_run_number(run_dir: Path) -> str:
-    """Draws the number of a run that begins in `run_dir`, and forgets what nodes left for an earlier one."""
-    for folder in (SIZES, OFFSETS):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(run_dir / folder)
+    """Draws the number of a run that begins in `run_dir`, and forgets what nodes left for an earlier one.
+
+    Raises:
+        ResourceError: the folder cannot be written.
+    """
     run = secrets.token_hex(8)
-    replace_whole(run_dir / _RUN, run.encode())
+    try:
+        for folder in (SIZES, OFFSETS):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(run_dir / folder)
+        replace_whole(run_dir / _RUN, run.encode())
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
     return run
 
 
@@ -117,11 +124,15 @@ def lock_folder(run_dir: Path) -> Iterator[None]:
                 "folder by hydra.run.dir."
             ) from error
         except OSError as error:
-            raise ResourceError(
-                f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by "
-                "hydra.run.dir."
-            ) from error
+            raise _unwritable(run_dir, error) from error
         yield
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"The run folder {run_dir} cannot be written: {error.strerror or error}. Choose another by "
+        "hydra.run.dir."
+    )
 
 
 # --- what is for the owner of the data alone ---------------------------------------------------------

@@ -162,6 +162,26 @@ def test_a_budget_file_that_is_lost_or_damaged_is_written_anew_by_a_start(
     ledger.reserve(**{**RELEASE, "round": 2})
 
 
+def test_a_node_that_died_in_its_first_start_starts_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the budget's file and its row: the file alone would look as if a ledger had been lost."""
+    from fedtune.privacy.ledger import ledger as module
+
+    write, site = module.write_budgets, settings(tmp_path, str(model))
+
+    def dies(path: Path, budgets: Any) -> None:
+        write(path, budgets)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_budgets", dies)
+        with pytest.raises(KeyboardInterrupt):
+            open_ledger(site, setting=True)
+    assert Path(site.ledger).with_suffix(".budget.json").exists()
+    assert open_ledger(site, setting=True).budgets().default == site.budget
+
+
 def test_a_ledger_that_is_gone_is_not_begun_anew(
     tmp_path: Path,
     model: Path,

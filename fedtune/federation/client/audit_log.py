@@ -2,8 +2,9 @@
 
 `AuditLog`: one JSON object a line, append-only. Each line carries its number and the hash of the line before
 it, so that a line which was changed, moved or taken out shows (`verify`). A line that was torn while it was
-written (a full disk, a crash) is taken out again: its answer has not left. Several processes may write. It
-holds nothing of the data, but what a site has spent and refused is its own business: mode 0600.
+written (a full disk, a crash, a power cut) is no line, and is taken out: its answer has not left. Several
+processes may write. It holds nothing of the data, but what a site has spent and refused is its own business:
+mode 0600.
 
 `Books`: the log and the privacy ledger together. After each answer the log gets a line that names the
 ledger's head (`ledger`: number and hash of its last row), and the ledger a row that names the log's
@@ -28,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.files import lock_file
+from fedtune.config.files import lock_file, sync_folder
 from fedtune.errors import ConfigError, LedgerError, ResourceError
 from fedtune.privacy.ledger.audit_heads import audit_heads, ledger_head, note_audit_head, row_hashes
 from fedtune.privacy.ledger.chain import GENESIS, Head, broken_link, hash_entry
@@ -67,6 +68,7 @@ class AuditLog:
             lock = lock_file(self.path.with_name(f"{self.path.name}.lock"))
             with lock, open(self.path, "a+b", opener=private) as file:
                 end = _end_of_lines(file)
+                os.ftruncate(file.fileno(), end)
                 last = _last_line(file)
                 entry = {
                     "line": _number(file, last) + 1,
@@ -77,6 +79,8 @@ class AuditLog:
                 }
                 # ASCII: a server may send half a surrogate pair, which no encoding of text can hold.
                 line = json.dumps(entry).encode() + b"\n"
+                if end == 0:
+                    sync_folder(self.path.parent)  # the name of a new file must survive a power cut too
                 try:
                     _write(file.fileno(), line)
                 except OSError:
@@ -103,6 +107,20 @@ class AuditLog:
             return Head(0, GENESIS)
         except OSError as error:
             raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
+
+    def sync(self) -> None:
+        """Makes durable what is there: the last line's writer may have died before it was.
+
+        Raises:
+            LedgerError: the log cannot be synced.
+        """
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise LedgerError(f"The audit log {self.path} cannot be synced ({error.strerror}).") from error
 
     def last(self) -> dict[str, Any]:
         """The last line, empty where there is none or it is no entry.
@@ -162,7 +180,8 @@ class AuditLog:
 
     def _lines(self) -> list[bytes]:
         try:
-            return self.path.read_bytes().splitlines()
+            content = self.path.read_bytes()
+            return content[: content.rfind(b"\n") + 1].splitlines()
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -241,6 +260,7 @@ class Books:
 
     def head(self) -> str:
         """Both heads in one line: what the administrator files, and the server is told."""
+        self.log.sync()
         ledger, log = ledger_head(self.ledger), self.log.head()
         return f"L{ledger.number}-{ledger.hash[:_SHORT]}.A{log.number}-{log.hash[:_SHORT]}"
 
@@ -370,24 +390,21 @@ def _write(descriptor: int, line: bytes) -> None:
 
 
 def _end_of_lines(file: Any) -> int:
-    """The size of an open file, once what follows its last complete line has been cut off."""
+    """Where the last complete line of an open file ends: what follows was torn while it was written."""
     end: int = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 4096)
         file.seek(start)
         block = file.read(end - start)
         if (newline := block.rfind(b"\n")) >= 0:
-            end = start + newline + 1
-            break
+            return start + newline + 1
         end = start
-    if end < file.seek(0, os.SEEK_END):
-        os.ftruncate(file.fileno(), end)
     return end
 
 
 def _last_line(file: Any) -> bytes:
     """The last complete line of an open file, b'' if it has none."""
-    end = file.seek(0, os.SEEK_END)
+    end = _end_of_lines(file)
     block = b""
     while end > 0 and b"\n" not in block.rstrip(b"\n"):
         start = max(0, end - 4096)

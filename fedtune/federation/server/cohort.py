@@ -38,6 +38,7 @@ _HELLO = "query.hello"
 _SETTLED_SECONDS = 3.0
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 60.0
+_AGAIN_SECONDS = 300.0
 _COHORT_STREAM = 0xC0407  # keeps the cohort's draws apart from every other use of `seed`
 
 
@@ -183,7 +184,8 @@ class Roster:
     Args:
         grid: the way to the nodes.
         nodes: those that have said who they are.
-        failed: ids of nodes that could not; they are asked again when they come back.
+        failed: ids of nodes that could not; they are asked again when they come back, and every five minutes
+            while a round waits for nodes.
         proposal: what a node must agree to before its first round; None: nothing is asked.
         dynamic: nodes come and go (a real federation); False: those of the beginning are all there will be.
         closed: no node joins that was not there at the beginning.
@@ -252,7 +254,7 @@ class Roster:
         Raises:
             KeyboardInterrupt: `stop` is set.
         """
-        announced, logged = "", -_LOG_SECONDS
+        announced, logged, since = "", -_LOG_SECONDS, time.monotonic()
         while True:
             free = [node for node in self.refresh(round) if node.name not in exhausted]
             able = [name for name in self.nodes if name not in exhausted]
@@ -267,6 +269,9 @@ class Roster:
             if time.monotonic() - logged >= _LOG_SECONDS:
                 _log.info("%s", reason)
                 logged = time.monotonic()
+            if time.monotonic() - since >= _AGAIN_SECONDS:
+                self._failed.clear()  # what kept a node out may be mended, and the run has nothing else to do
+                since = time.monotonic()
             pause(_POLL_SECONDS, self._stop)
 
     def _reason(self, free: Sequence[NodeInfo], able: Sequence[str], need: int, round: int) -> str:

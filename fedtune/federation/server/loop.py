@@ -278,9 +278,13 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         setting.grid, timeout, setting.stop, expected,
         least=least, deadline=dynamic, observer=setting.observer,
     )  # fmt: skip
+    unknown = [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed]
     refused: list[Dropped] = []
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
+        # Of a plan for fewer nodes than a round needs every round would be void, and charged.
+        check_enough(nodes, unknown, len(nodes) + len(unknown), config)
+        check_possible(config, len(nodes))
         plan, nodes, refused = agree(
             setting.grid, config, nodes, run, attempt, server_side.digest(),
             stop=setting.stop, deadline=dynamic, observer=setting.observer,
@@ -301,7 +305,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         nodes, refused = _agreed_again(setting, state, nodes)
         nodes = state.reconnect(nodes)
     state.notices += notices
-    state.dropped += [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed] + refused
+    state.dropped += unknown + refused
     sizes = {node.name: node.declared_size for node in state.nodes}
     if (share := setting.damping(state.plan, sizes, state.adapter)) < 1.0:
         state.notices.append(
@@ -310,10 +314,12 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         )
     for notice in state.notices:
         _log.warning("%s", notice)
+    # Whoever is late may still answer, and join; whoever refuses or fails is asked again when it comes back.
+    out = {node_id for node_id, _ in failed} | {ids[lost.node] for lost in refused}
     roster = Roster(
         setting.grid,
         nodes,
-        [node_id for node_id, _ in failed] + [ids[lost.node] for lost in refused],
+        out - setting.grid.busy(),
         proposal=Proposal(state.run, attempt, state.plan, state.encoder),
         dynamic=dynamic,
         closed=state.plan.mechanism.fixed_nodes,

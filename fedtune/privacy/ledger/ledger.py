@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedtune.config.files import sync_folder
 from fedtune.errors import LedgerError, PrivacyError
 from fedtune.privacy.accounting.calibration import cached_epsilon
 from fedtune.privacy.accounting.epsilon import Term, compose_terms
@@ -379,6 +380,8 @@ class PrivacyLedger:
 
         The others stay as the ledger's own rows have them, whatever became of the file.
         """
+        if self.state().seq == 0:
+            self._own_secret()  # a first row: a budget file beside an empty ledger means that one was lost
         with self.writing() as writer:
             old = self.stored_budgets(writer.connection, writer.state)
             if dataset is None:
@@ -439,12 +442,19 @@ class PrivacyLedger:
         state = self.state()
         secret = self._secret(state)
         if state.secret is None and register:
-            with self.writing() as writer:
-                secret = self._secret(writer.state) or make_secret(self.secret_path)
-                if writer.state.secret is None:
-                    writer.write("secret", {"check": check_of(secret)})
+            secret = self._own_secret()
         # Without a secret there are no keys yet that these could agree with.
         return keyed(data, secret or _NO_SECRET)
+
+    def _own_secret(self) -> bytes:
+        """The ledger's secret; made, and known by the ledger, if it has none."""
+        with self.writing() as writer:
+            secret = self._secret(writer.state) or make_secret(self.secret_path)
+            if writer.state.secret is None:
+                # Whoever made it may have died before its name would survive a power cut.
+                sync_folder(self.secret_path.parent)
+                writer.write("secret", {"check": check_of(secret)})
+        return secret
 
     def _request(
         self, node: str, run: str, plans: Sequence[ReleasePlan]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedtune.errors import CheckpointError, ResourceError
-from fedtune.federation.run_folder import lock_folder
+from fedtune.federation.run_folder import lock_folder, new_run_number
 from fedtune.federation.server import checkpoint as checkpoints
 from fedtune.federation.server.checkpoint import (
     Checkpoint,
@@ -150,6 +150,17 @@ def test_a_folder_that_cannot_be_written_is_a_resource_error(tmp_path: Path) -> 
     tmp_path.chmod(0o500)
     with pytest.raises(ResourceError, match="cannot be written"), lock_folder(tmp_path / "run"):
         pass
+
+
+def test_a_full_disk_under_the_number_of_a_run_is_a_resource_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtune.federation.run_folder.replace_whole", full)
+    with pytest.raises(ResourceError, match=r"cannot be written: No space left.*hydra.run.dir"):
+        new_run_number(tmp_path)
 
 
 def test_a_run_folder_that_is_a_file_is_a_resource_error(tmp_path: Path) -> None:

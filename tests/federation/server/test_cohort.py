@@ -13,6 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.config.schema import Config
+from fedtune.deploy.flower import error_in_place_of
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import FederationError
 from fedtune.federation.events import FederationResult, NodeInfo
@@ -152,6 +153,25 @@ def test_below_the_minimum_a_run_waits_says_why_and_asks_nobody(
     assert joined == [("node-1", "left"), ("node-2", "left"), ("node-2", "joined"), ("node-1", "joined")]
 
 
+def test_a_run_for_fewer_nodes_than_a_round_needs_is_refused_before_a_charge(tmp_path: Path) -> None:
+    """Two are connected, as it needs, and one cannot say who it is: each round would be void, and charged."""
+
+    class Failing(Field):
+        def pull_messages(self, message_ids: Any) -> Any:
+            answers = list(super().pull_messages(message_ids))
+            return [
+                error_in_place_of(answer, "its disk is full")
+                if answer.metadata.message_type == "query.hello" and answer.metadata.src_node_id == 2
+                else answer
+                for answer in answers
+            ]
+
+    grid = Failing()
+    with pytest.raises(FederationError, match=r"2 of 3 nodes agreed .* a round needs 3 .*its disk is full"):
+        run(grid, real(num_rounds=3, round_timeout=0.2, min_updates=3), tmp_path, Watcher())
+    assert grid.asked == []
+
+
 def test_a_run_waits_for_its_first_nodes(tmp_path: Path) -> None:
     grid = Field()
     grid.away = {0, 1, 2}
@@ -166,6 +186,26 @@ def test_a_run_waits_for_its_first_nodes(tmp_path: Path) -> None:
     assert result.history[0].updates >= 2
     assert watcher.waits[0] == "0 nodes are connected, and a round needs 2 (federation.min_updates)"
     assert watcher.waits[-1] == ""
+
+
+def test_a_node_that_said_late_who_it_is_takes_part_when_it_has(tmp_path: Path) -> None:
+    """It is connected and stays so: nobody would ask it again when it comes back, for it never goes."""
+    grid = Field()
+    grid.seconds = {(2, 0): 0.4, **{(0, round): 0.2 for round in range(1, 7)}}
+    result = run(grid, real(num_rounds=6, round_timeout=0.3), tmp_path, Watcher())
+    late = [round for round, node in grid.asked if node == 2]
+    assert late and late[0] > 1 and late[-1] == 6
+    assert result.history[-1].updates == 3
+
+
+def test_a_node_that_could_not_is_asked_again_while_a_round_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster_module, "_AGAIN_SECONDS", 0.1)
+    grid = Field()
+    roster = Roster(TrackingGrid(grid), [NodeInfo("node-0", 2, 100)], [3], dynamic=True, observer=Watcher())
+    with task_identity(grid.run_id):
+        assert [node.name for node in roster.wait_for(3, [], 1)] == ["node-0", "node-1", "node-2"]
 
 
 def test_a_node_that_joins_late_takes_part_from_the_next_round(tmp_path: Path) -> None:
@@ -286,5 +326,5 @@ def test_ctrl_c_ends_the_wait(tmp_path: Path) -> None:
 def test_in_a_simulation_nobody_is_waited_for(tmp_path: Path) -> None:
     grid = Field()
     grid.away = {1, 2}
-    with pytest.raises(FederationError, match="The first round had fewer"):
+    with pytest.raises(FederationError, match="1 of 1 nodes agreed to the run, and a round needs 2"):
         run(grid, fake_config(num_rounds=5, min_updates=2), tmp_path, Watcher(), expected=1)

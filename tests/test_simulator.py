@@ -1,0 +1,43 @@
+"""The deterministic simulator: nothing that must not happen does, in 200 seeds; and faults are found."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from scripts.simulator.mutants import MUTANTS
+from scripts.simulator.simulation import simulate
+
+_QUICK = ("charge-after", "ledger-without-sync", "retry-releases-again")
+
+
+def test_whatever_fails_nothing_happens_that_must_not() -> None:
+    """Releases, charges, books and results hold in federations that fail; more by `scripts/simulate`."""
+    kinds: set[str] = set()
+    for seed in range(200):
+        outcome = simulate(seed)
+        assert not outcome.problem, f"scripts/simulate --seed {seed}: {outcome.problem}"
+        kinds |= set(outcome.failures)
+    assert kinds == {"kill", "power", "error", "read-only"}
+
+
+def test_a_seed_replays_exactly() -> None:
+    seeds = [seed for seed in range(60) if sum(simulate(seed).failures.values()) > 2][:3]
+    assert len(seeds) == 3
+    for seed in seeds:
+        first, second = simulate(seed), simulate(seed)
+        assert first.trace == second.trace and first.digest == second.digest
+    assert len({simulate(seed).digest for seed in seeds}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS]
+)
+def test_a_fault_is_found(name: str) -> None:
+    with MUTANTS[name]():
+        found = next(
+            (seed for seed in itertools.islice(itertools.count(), 200) if simulate(seed).problem), None
+        )
+    assert found is not None
+    assert not simulate(found).problem
