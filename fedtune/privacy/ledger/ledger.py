@@ -451,8 +451,7 @@ class PrivacyLedger:
         with self.writing() as writer:
             secret = self._secret(writer.state) or make_secret(self.secret_path)
             if writer.state.secret is None:
-                # Whoever made it may have died before its name would survive a power cut.
-                sync_folder(self.secret_path.parent)
+                sync_folder(self.secret_path.parent)  # whoever made it may have died before that
                 writer.write("secret", {"check": check_of(secret)})
         return secret
 
