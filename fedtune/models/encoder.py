@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.config.quiet import quiet_libraries
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
-from fedtune.models import quiet_kernels, soundness
+from fedtune.models import soundness
 from fedtune.models.families import FAMILIES, attention_bias, family_of
 from fedtune.models.quantization import quantize
 
@@ -278,7 +279,7 @@ def _pretrained(config: ModelConfig, **options: Any) -> tuple[nn.Module, tuple[s
     import transformers
     from transformers import AutoModel, BertModel
 
-    transformers.logging.set_verbosity_error()
+    quiet_libraries()
     transformers.logging.disable_progress_bar()
     described = load_encoder_config(config)
     soundness.check_kind(described, config.name)
@@ -328,7 +329,6 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
         ModelError: it is missing, unreadable, of another family, or not what its folder says.
         ResourceError: it is not in the local cache, and the hub cannot be reached.
     """
-    quiet_kernels()
     described = load_encoder_config(config)
     soundness.check_kind(described, config.name)
     eager = device.type == "cpu" or not family_of(described).sdpa

@@ -16,9 +16,6 @@ products in 16 bits, where large ones saturate.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedtune.config.quiet import hushed
 from fedtune.errors import ConfigError
 from fedtune.models.encoder import max_positions
 from fedtune.models.modeling_fedtune import FedtuneForSequenceClassification
@@ -76,7 +74,7 @@ def write_fp32(model: FedtuneForSequenceClassification, inputs: Sequence[str], p
     kernel = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the plainest graph
     try:
-        with _quiet_exporter():
+        with hushed("torch.onnx", warned=False):
             program = torch.onnx.export(
                 _Logits(model, inputs).eval(),
                 example,
@@ -103,20 +101,6 @@ def _strip(made: Any) -> None:
     for part in (made, graph, *graph.node, *values):
         part.doc_string = ""
         del part.metadata_props[:]
-
-
-@contextlib.contextmanager
-def _quiet_exporter() -> Any:
-    """The exporter says what it lacks (torchvision) and what it will do one day."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
 
 
 def write_int8(source: Path, target: Path) -> None:

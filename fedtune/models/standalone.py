@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fedtune.config.quiet import quiet_libraries
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models import modeling_fedtune
@@ -69,7 +70,7 @@ def load_merged(folder: Path) -> FedtuneForSequenceClassification:
     import transformers
     from safetensors import SafetensorError
 
-    transformers.logging.set_verbosity_error()
+    quiet_libraries()
     transformers.logging.disable_progress_bar()
     try:
         return FedtuneForSequenceClassification.from_pretrained(folder).eval()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import logging
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from fedtune.config.quiet import hushed
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.columns import Table
 from fedtune.errors import DataError, ResourceError
@@ -137,12 +137,9 @@ def _quiet(datasets: Any) -> Iterator[None]:
     """No progress bars or retry messages over fedtune's own display; the user's settings back afterwards."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with hushed("huggingface_hub"):
+            yield
     finally:
-        logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()

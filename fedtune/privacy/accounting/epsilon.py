@@ -30,10 +30,9 @@ that are chosen on the way, and for when a budget is spent, see `fedtune.privacy
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -41,6 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.config.quiet import hushed
 from fedtune.errors import PrivacyError
 from fedtune.privacy.accounting import pld as losses
 
@@ -283,14 +283,7 @@ def renyi_accountant(terms: Mapping[Term, int]) -> Any:
     return accountant
 
 
-@contextmanager
-def quiet_accountant() -> Iterator[None]:
+def quiet_accountant() -> AbstractContextManager[None]:
     """dp_accounting drops fractional orders whose series does not converge (a looser bound); here it does not
     log each of them."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return hushed("absl")
