@@ -14,7 +14,6 @@ note says where they are.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from fedtune.compress.compress import RECORD_NAME
 from fedtune.config.loader import load
 from fedtune.config.schema import PricingConfig
+from fedtune.config.shapes import read_as
 from fedtune.cost.inference import price_inference
 from fedtune.errors import ConfigError, RecordError
 from fedtune.runs.summary import human_bytes
@@ -106,10 +106,8 @@ def variants_below(folders: Sequence[Path], pricing: PricingConfig) -> list[Vari
     found: list[Variant] = []
     for path in paths:
         try:
-            made = json.loads(path.read_text(encoding="utf-8"))
-            if made["schema"] != 1:
-                raise ValueError(f"schema {made['schema']!r}")
-            if made["run"] is None:
+            made = read_as("compression", path)
+            if made.get("run") is None:
                 continue  # a base, which says nothing of a task
             where = f"{made['processor']}, {made['settings']['threads']} thread(s)"
             whole = f"run {made['run']}, not compressed (PyTorch)"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.files import lock_file, replace_whole
+from fedtune.config.shapes import parse_as, read_as
 from fedtune.errors import CheckpointError, ResourceError
 
 __all__ = [
@@ -141,10 +142,9 @@ def _unwritable(run_dir: Path, error: OSError) -> ResourceError:
 def read_local(run_dir: Path) -> dict[str, Any]:
     """What the run folder keeps for the owner; empty where there is nothing, or nothing readable."""
     try:
-        values = json.loads((run_dir / LOCAL_NAME).read_text(encoding="utf-8"))
+        return dict(read_as("local", run_dir / LOCAL_NAME))
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def update_local(run_dir: Path, **sections: Any) -> None:
@@ -182,7 +182,7 @@ def reasons(run_dir: Path) -> list[dict[str, Any]]:
     with suppress(OSError):
         for line in (run_dir / _LOG_NAME).read_text(encoding="utf-8").splitlines():
             with suppress(ValueError):
-                entries.append(json.loads(line))
+                entries.append(parse_as("reason", line))
     return entries
 
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.config.shapes import read_as
 from fedtune.data.batches import MicroBatch
 from fedtune.errors import ModelError
 from fedtune.models.adapters import add_adapter, lowest_trained_layer
@@ -432,7 +433,7 @@ def _saved(folder: str | Path) -> dict[str, Any]:
     """What `AdaptedModel.save` wrote beside the adapter. Raises `ModelError` if there is none."""
     path = Path(folder) / _BASE
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = read_as("adapter", path)
         # Earlier versions took vectors as they were, read any file, and told pairs by the separator alone.
         model = ModelConfig(**{"normalize": False, "pickle": True, **saved["model"]})
         return {
@@ -442,9 +443,12 @@ def _saved(folder: str | Path) -> dict[str, Any]:
             "model": model,
             "label_names": tuple(saved["label_names"]),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} holds no adapter saved by fedtune: {path.name} is missing.") from error
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{folder} holds no adapter saved by fedtune: {path.name} is missing or unreadable."
+            f"{folder} holds no adapter saved by fedtune: {path.name} is unreadable ({error}). Copy the "
+            "whole folder again, or resume the run, which writes it anew."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """The RunRecord: all that one run produced, as one JSON file (`record.json`, schema 1).
 
-`read` refuses a file of another schema (both versions named), a half-written one, and one that lacks keys.
+`read` refuses a file of another schema (both versions named), a half-written one, one that lacks keys, and
+one in which a value is not what it should be (`fedtune.config.shapes`): readers may rely on its shape.
 `write` is atomic: a reader sees the whole record or none. NaN and infinities become null, since JSON has no
 numbers for them. A record is for publication: what depends on private records and was not charged is null in
 it (`fedtune.privacy.publication`), and lies in `local.json` beside it.
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.files import replace_whole
+from fedtune.config.shapes import problem_in, schema_of
 from fedtune.errors import RecordError, ResourceError
-from fedtune.federation.run_folder import read_local, update_local
+from fedtune.federation.run_folder import LOCAL_NAME, read_local, update_local
 from fedtune.privacy.publication import merge
 from fedtune.privacy.publication import publish as door
 
@@ -48,18 +50,6 @@ __all__ = [
 SCHEMA = 1
 RECORD_NAME = "record.json"
 PICTURE_NAME = "strength.svg"  # beside statement.md
-
-_REQUIRED = {
-    "run": "id started seconds engine seed versions commit dirty hardware status",
-    "config": "",
-    "federation": "nodes rounds cohort_size dropped",
-    "privacy": "unit adjacency trust mechanism noise_multiplier max_grad_norm sample_rate steps accountant "
-    "epsilon delta epsilon_rdp per_node reproducible_noise audit",
-    "metrics": "accuracy precision_macro recall_macro f1_macro loss by_round per_site",
-    "cost": "train_seconds flops peak_memory_bytes encoder_bytes adapter_bytes bytes_up bytes_down "
-    "energy_kwh money pricing",
-    "artifacts": "adapter statement",
-}
 
 
 def clean(value: Any) -> Any:
@@ -103,7 +93,10 @@ def whole(run_dir: Path) -> dict[str, Any]:
     Raises:
         RecordError: as `read` does.
     """
-    record: dict[str, Any] = merge(read(run_dir), read_local(run_dir).get("record"))
+    own = read_local(run_dir).get("record")
+    record: dict[str, Any] = merge(read(run_dir), own)
+    if own is not None:
+        validate(record, f"{run_dir / RECORD_NAME} with {LOCAL_NAME}, which can be deleted if need be,")
     return record
 
 
@@ -180,19 +173,18 @@ def read(path: Path | str) -> dict[str, Any]:
             raise RecordError(_no_record(folder))
     try:
         text = path.read_text(encoding="utf-8")
+        record = json.loads(text)
     except FileNotFoundError:
         raise RecordError(
             f"There is no {path}. Name the folder of a finished run (it holds record.json)."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"Cannot read {path}: {error}.") from error
-    try:
-        record = json.loads(text)
     except json.JSONDecodeError as error:
         raise RecordError(
             f"{path} is half-written or damaged: {error.msg} at character {error.pos} of {len(text)}. If its "
             f"run folder still has a checkpoint, 'fedtune run resume={path.parent}' writes it again."
         ) from error
+    except (OSError, ValueError, RecursionError) as error:  # no text, or a number of thousands of digits
+        raise RecordError(f"Cannot read {path}: {error}.") from error
     validate(record, str(path))
     return record
 
@@ -219,15 +211,47 @@ def validate(record: Any, name: str = "record") -> None:
             f"{name} has schema {found!r}, and this fedtune reads schema {SCHEMA}. Use the fedtune that "
             "wrote it (run.versions.fedtune in the file), or run it again."
         )
+    sections = schema_of("record")["$defs"]["record"]
     missing = []
-    for section, keys in _REQUIRED.items():
+    for section in sections["required"]:
         part = record.get(section)
         if not isinstance(part, dict):
             missing.append(section)
         else:
-            missing += [f"{section}.{key}" for key in keys.split() if key not in part]
+            keys = sections["properties"][section].get("required", ())
+            missing += [f"{section}.{key}" for key in keys if key not in part]
     if missing:
         raise RecordError(f"{name} is not a whole record: it lacks {', '.join(missing)}. Run it again.")
+    if (found := problem_in("record", record) or _odd_setting(record["config"])) is not None:
+        raise RecordError(
+            f"{name} is damaged, or somebody edited it: {found}. Nothing of it is used. Copy it again from "
+            "where it came from; if its run folder still has a checkpoint, 'fedtune run resume=RUN_DIR' "
+            "writes it again."
+        )
+
+
+_KINDS: dict[type, type | tuple[type, ...]] = {
+    bool: bool,
+    int: int,
+    float: (int, float),
+    str: str,
+    list: list,
+    tuple: list,
+}
+
+
+def _odd_setting(config: Mapping[str, Any]) -> str | None:
+    """The first setting that is of another type than the schema's; null is what an older version lacked."""
+    from fedtune.config.convert import settings
+
+    known = settings()
+    for name, value in flatten(config).items():
+        if value is None or name not in known:
+            continue
+        kind = known[name].kind
+        if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool):
+            return f"config.{name} is {value!r}, and should be {known[name].allowed}"
+    return None
 
 
 def bought_records(record: Mapping[str, Any]) -> int | None:
@@ -298,6 +322,13 @@ class Result:
         """As a share; None if it was not measured, or is hidden by its noise."""
         accuracy: float | None = self.record["metrics"]["accuracy"]
         return accuracy
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """By site that should have taken part and has no part in the model, why (it refused, say)."""
+        from fedtune.privacy.statement.words import left_out
+
+        return left_out(self.record)
 
     @property
     def statement(self) -> str:

@@ -18,12 +18,12 @@ the folder came from are what to compare with then. Python files of a folder are
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.shapes import read_as
 from fedtune.errors import ConfigError, ModelError
 
 __all__ = ["EXPORT_NAME", "FORMATS", "PATHS", "SUMS_NAME", "Bundle", "write_sums"]
@@ -68,16 +68,13 @@ class Bundle:
             )  # fmt: skip
         summed = _check_sums(folder)
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            labels, formats = about["labels"], about["formats"]
-            if about["schema"] != 1 or not labels or not set(formats) <= set(PATHS):
-                raise ValueError(f"schema {about['schema']!r}")
-            numbers = about["max_length"], about["pad_id"]
-            if type(labels) is not list or {*map(type, labels)} != {str} or {*map(type, numbers)} != {int}:
-                raise TypeError("labels, max_length or pad_id")
-        except (ValueError, KeyError, TypeError) as error:
+            about = read_as("export", path)
+            formats = about["formats"]
+            if not about["labels"] or not set(formats) <= set(PATHS):
+                raise ValueError(f"labels {about['labels']} and formats {sorted(formats)}")
+        except ValueError as error:
             raise ModelError(
-                f"{path} is none that this fedtune reads ({type(error).__name__}: {error}). Export the run "
+                f"{path} is none that this fedtune reads ({error}). Export the run "
                 "again with the fedtune that is installed here."
             ) from error
         # A list of sums that was itself cut short would let files pass that it does not name.

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedtune.config.convert import nearest
 from fedtune.config.files import save
+from fedtune.config.shapes import read_as
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import SWEEP_NAME
@@ -214,7 +215,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     """
     path = folder / SWEEP_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_as("sweep", path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not the folder of a sweep: it has no {SWEEP_NAME}. Name the folder that "
@@ -222,13 +223,11 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read, so the sweep cannot be resumed: {error}.") from error
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        found = values.get("schema") if isinstance(values, dict) else None
+    if (found := values.get("schema")) != SCHEMA:
         raise CheckpointError(f"{path} has schema {found!r}, and this fedtune reads schema {SCHEMA}.")
-    lists = values.get("overrides"), values.get("jobs")
-    if not all(isinstance(item, list) for item in lists):
+    if not {"overrides", "jobs"} <= set(values):
         raise CheckpointError(f"{path} is damaged: it lacks its overrides or its jobs.")
-    return values
+    return dict(values)
 
 
 # --- of a search -----------------------------------------------------------------------------------
