@@ -18,6 +18,7 @@ from fedtune.models.encoder import EMBEDDED
 from fedtune.privacy.publication import one_line
 from fedtune.privacy.statement.facts import statement_json
 from fedtune.privacy.statement.markdown import bullets, coded, plain, table
+from fedtune.privacy.statement.words import left_out
 from fedtune.runs.summary import human_bytes
 
 __all__ = ["adapter_card", "base_of", "data_card", "model_card"]
@@ -258,8 +259,13 @@ def _quality(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     sites = (
         quality["per_site"] if quality is not None and quality["per_site"] else metrics.get("per_site") or {}
     )
+    absent = left_out(record)
     rows = [
-        [plain(name), _count(one.get("num_records")), _rate(one.get("accuracy"))]
+        [
+            plain(name) + (" (took no part in training)" if name in absent else ""),
+            _count(one.get("num_records")),
+            _rate(one.get("accuracy")),
+        ]
         for name, one in sites.items()
         if isinstance(one, Mapping)
     ]

@@ -114,6 +114,8 @@ class FederationResult:
         unusable: every answer that counted as zero in a trusted server's sum; not for publication.
         releases: by node, how often it released (or may have released) something in this run.
         epsilon: the largest over the nodes, of this run alone; None where there is none.
+        left_out: by node that should have taken part and has no part in the adapter (it refused, or none of
+            its updates arrived), why.
         answers: by node, how often it answered (or may have) about held-out data in this run.
         evaluation: of the last state: `fedtune.training.evaluation.Evaluation` on public data, or
             `fedtune.federation.server.evaluation.NodesEvaluation`; None if never evaluated.
@@ -143,6 +145,7 @@ class FederationResult:
     ended_early: str | None = None
     notices: list[str] = field(default_factory=list)
     answers: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     unusable: list[Dropped] = field(default_factory=list)
 
 

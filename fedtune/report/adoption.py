@@ -12,20 +12,24 @@ Does not do: predict that prices fall, or speeds on other machines than the one 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtune.config.files import save
 from fedtune.config.schema import PricingConfig
+from fedtune.config.shapes import read_as
 from fedtune.cost.inference import PerMillion, Task, price_inference, tasks_of
 from fedtune.errors import ConfigError, RecordError
 from fedtune.report.constraints import CUTS
 from fedtune.report.frontier import parse_prices
 from fedtune.report.words import format_money, format_percent
+from fedtune.runs.figures import COLORS, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ALLOWED_LOSS", "Adoption", "Variant", "adoption", "adoption_text", "draw", "write_adoption"]
 
@@ -97,18 +101,12 @@ def adoption(
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        made: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        if made["schema"] != 1:
-            raise ValueError(f"schema {made['schema']!r}")
-        for _, one in _measured(made):
-            float(one["texts_per_second"])
-        str(made["processor"]), int(made["settings"]["threads"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return dict(read_as("compression", folder / _RECORD))
+    except (OSError, ValueError) as error:
         raise RecordError(
-            f"{folder} has no {_RECORD} that can be read ({type(error).__name__}). Name folders that "
-            "'fedtune compress' made."
+            f"{folder} has no {_RECORD} that can be read ({error}). Name folders that 'fedtune compress' "
+            "made."
         ) from error
-    return made
 
 
 def _measured(made: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -190,15 +188,15 @@ def write_adoption(found: Adoption, folder: Path) -> list[Path]:
 
 def draw(found: Adoption) -> bytes:
     """adoption.png: tasks that are affordable, by the fall of prices, a line a variant; and the prices."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return picture(lambda _, axes: _fill(axes, found), (9.6, 4.4), columns=2)
+
+
+def _fill(axes: Sequence[Axes], found: Adoption) -> None:
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    figure = Figure(figsize=(9.6, 4.4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = axes
     names = [one.name for one in found.variants]
-    colors = [f"C{place % 10}" for place in range(len(names))]
+    colors = [f"C{place % len(COLORS)}" for place in range(len(names))]
     # Lines that lie on one another are moved apart a little: counts are whole numbers.
     for place, (one, color) in enumerate(zip(found.variants, colors, strict=True)):
         moved = [count + 0.03 * (place - (len(names) - 1) / 2) for count in one.affordable]
@@ -207,14 +205,9 @@ def draw(found: Adoption) -> bytes:
     left.set_ylim(-0.4, len(found.tasks) + 0.4)
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    left.set_title(f"Which of {len(found.tasks)} tasks come under their budgets", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    left.set_title(f"Which of {len(found.tasks)} tasks come under their budgets")
+    left.legend()
     prices = [one.price.compute + one.price.energy for one in found.variants]
     right.barh(names[::-1], prices[::-1], color=colors[::-1])
     right.set(xlabel=f"{found.pricing.currency} a million texts, machine and energy")
-    right.set_title("What a million texts cost", loc="left", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    right.set_title("What a million texts cost")

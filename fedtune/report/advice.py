@@ -1,18 +1,21 @@
 """Which configuration to choose and why, in words that are made from the numbers alone.
 
 The rule: of the configurations with privacy, take the smallest epsilon whose accuracy is within reach of the
-best one's (two standard errors of the difference, but at least half a point and at most two points), and
-among equals the cheapest. The text compares it with the same configuration without privacy, where that was
-run, and names the site that loses most. Caveats name numbers that are too few or contradict one another.
+best one's (two standard errors of the difference over the seeds that both have, but at least half a point and
+at most two points), and among equals the cheapest. The text compares it with the same configuration without
+privacy, where that was run, and names the site that loses most. Caveats name numbers that are too few or
+contradict one another, and sites that took no part.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedtune.report.difference import Difference, difference, site_difference
 from fedtune.report.frontier import Point, Stat
 from fedtune.report.words import describe_settings, format_money, format_number
 
@@ -47,24 +50,24 @@ def advise(points: Sequence[Point], names: Sequence[str], currency: str | None) 
         return _without_privacy(rated, names)
     best = max(private, key=_mean)
     chosen = min(
-        (point for point in private if _mean(best) - _mean(point) <= _reach(best, point)),
+        (point for point in private if point is best or _within_reach(best, point)),
         key=lambda point: (round(point.epsilon, 2), _price(point), -_mean(point)),
     )
     alike = family(chosen, rated)
     sentences = [_choice(chosen, names, currency), _neighbours(chosen, best, alike)]
     free = _reference(chosen, rated)
     if free is not None:
-        lost = 100 * (_mean(free) - _mean(chosen))
+        lost = difference(free, chosen)
         sentences.append(
             f"Without any privacy the same configuration reaches {_points(free.accuracy)}: privacy costs "
-            f"{lost:.1f} points."
-            if lost > 0
+            f"{lost.points()}."
+            if lost.mean > 0
             else f"Without any privacy the same configuration reaches {_points(free.accuracy)}, which is not "
             "more: privacy costs no measurable accuracy."
         )
     sentences.append(_site_gap(chosen, free))
     text = " ".join(sentence for sentence in sentences if sentence)
-    return Advice(chosen, tuple(alike), text, tuple(_caveats(private, alike)))
+    return Advice(chosen, tuple(alike), text, (*_absent(chosen, alike), *_caveats(private, alike)))
 
 
 def family(point: Point, points: Sequence[Point]) -> list[Point]:
@@ -94,14 +97,9 @@ def _price(point: Point) -> float:
     return math.inf if cost is None else cost.mean
 
 
-def _reach(first: Point, second: Point) -> float:
-    return min(0.02, max(0.005, 2.0 * _error(first, second)))
-
-
-def _error(first: Point, second: Point) -> float:
-    """Standard error of the difference of two accuracies; 0 where a single seed leaves it unknown."""
-    parts = [point.accuracy.error or 0.0 for point in (first, second) if point.accuracy is not None]
-    return math.hypot(*parts)
+def _within_reach(best: Point, point: Point) -> bool:
+    gain = difference(best, point)
+    return gain.mean <= min(0.02, max(0.005, 2.0 * (gain.error or 0.0)))
 
 
 def _points(stat: Stat | None) -> str:
@@ -129,26 +127,31 @@ def _neighbours(chosen: Point, best: Point, alike: Sequence[Point]) -> str:
     place = private.index(chosen)
     parts = []
     if best is not chosen and best.epsilon > chosen.epsilon:
-        gain = 100 * (_mean(best) - _mean(chosen))
+        gain = difference(best, chosen)
         parts.append(
             f"the most accurate configuration, at epsilon {format_number(best.epsilon)}, is "
-            f"{gain:.1f} points better, "
+            f"{gain.points()} better{_over(gain)}, "
             + (
                 "which is within two standard errors"
-                if gain / 100 <= 2.0 * _error(best, chosen)
+                if gain.within(2.0)
                 else "which is little for so much more epsilon"
             )
         )
     if place > 0:
         lower = private[place - 1]
-        loss = 100 * (_mean(chosen) - _mean(lower))
+        loss = difference(chosen, lower)
         parts.append(
-            f"a smaller epsilon, {format_number(lower.epsilon)}, costs {loss:.1f} points"
-            if loss > 0
+            f"a smaller epsilon, {format_number(lower.epsilon)}, costs {loss.points()}{_over(loss)}"
+            if loss.mean > 0
             else f"the same configuration at epsilon {format_number(lower.epsilon)} is no less accurate"
         )
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _over(found: Difference) -> str:
+    """Over how many seeds two configurations were compared; empty where one seed is all there is."""
+    return f" over {found.seeds} common seeds" if found.seeds > 1 else ""
 
 
 def _reference(chosen: Point, rated: Sequence[Point]) -> Point | None:
@@ -157,7 +160,7 @@ def _reference(chosen: Point, rated: Sequence[Point]) -> Point | None:
 
 
 def _site_gap(chosen: Point, free: Point | None) -> str:
-    sites = chosen.per_site
+    sites = {site: stat for site, stat in chosen.per_site.items() if site not in chosen.left_out}
     if len(sites) < 2:
         return ""
     worst, best = min(sites, key=lambda s: sites[s].mean), max(sites, key=lambda s: sites[s].mean)
@@ -166,11 +169,25 @@ def _site_gap(chosen: Point, free: Point | None) -> str:
         f"{worst} has {100 * sites[worst].mean:.1f} percent, {best} {100 * sites[best].mean:.1f}"
     )
     if free is not None and set(free.per_site) >= set(sites):
-        lost = {site: free.per_site[site].mean - sites[site].mean for site in sites}
-        most = max(lost, key=lambda site: lost[site])
-        if lost[most] > 0.005:
-            text += f"; {most} loses most by privacy ({100 * lost[most]:.1f} points)"
+        lost = {site: site_difference(free, chosen, site) for site in sites}
+        most = max(lost, key=lambda site: lost[site].mean)
+        if lost[most].mean > 0.005:
+            text += f"; {most} loses most by privacy ({lost[most].points()})"
     return text + "."
+
+
+def _absent(chosen: Point, alike: Sequence[Point]) -> list[str]:
+    """Who had no part in runs of the recommended configuration, or of those that it is compared with."""
+    caveats = []
+    others = [point for point in alike if point is not chosen]
+    for where, points in (("recommended one", [chosen]), ("same configuration at other epsilons", others)):
+        runs = sum(len(point.runs) for point in points)
+        for site, count in Counter(site for point in points for site in point.left_out.elements()).items():
+            caveats.append(
+                f"{site} took no part in {count} of {runs} runs of the {where} (it refused, or nothing of it "
+                f"arrived): what stands there as {site}'s accuracy is that of a model without its data."
+            )
+    return caveats
 
 
 def _caveats(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
@@ -184,11 +201,10 @@ def _caveats(private: Sequence[Point], alike: Sequence[Point]) -> list[str]:
     for lower, higher in itertools.pairwise(alike):
         if higher.epsilon <= lower.epsilon:
             continue
-        fall = _mean(lower) - _mean(higher)
-        error = _error(lower, higher)
-        if error > 0 and fall > 2.0 * error:
+        fall = difference(lower, higher)
+        if fall.error is not None and fall.mean > 0 and not fall.within(2.0):
             caveats.append(
-                f"Accuracy falls by {100 * fall:.1f} points from epsilon {format_number(lower.epsilon)} to "
+                f"Accuracy falls by {fall.points()} from epsilon {format_number(lower.epsilon)} to "
                 f"{format_number(higher.epsilon)}, by more than two standard errors, although there is less "
                 "noise. Find out why before you rely on it: learning rate and clipping norm may fit one "
                 "epsilon only."

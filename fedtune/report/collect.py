@@ -19,14 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.schema import PricingConfig
+from fedtune.config.shapes import read_as
 from fedtune.cost.meter import Cost
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting.epsilon import Term
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
+from fedtune.privacy.statement.words import left_out
 from fedtune.runs import record
 
-__all__ = ["FAILURE_NAME", "SWEEP_NAME", "Collection", "Round", "Run", "collect", "run_of"]
+__all__ = [
+    "FAILURE_NAME",
+    "SWEEP_NAME",
+    "Collection",
+    "Round",
+    "Run",
+    "collect",
+    "configuration_key",
+    "run_of",
+]
 
 # What does not make two runs different experiments: the seed, where files lie, prices, trackers.
 _NOT_COMPARED = ("seed", "resume", "output", "pricing", "tracker")
@@ -53,6 +64,7 @@ class Run:
         per_site: of the common model on each site's records.
         personal: on the same, of each site's own model (`train.personalize`); empty without such.
         nodes_fixed: a record lies on the same node in every run (the natural partition).
+        left_out: sites that should have taken part and have no part in the model.
         dataset: the name of the data; runs on data of one name are taken to share records.
     """
 
@@ -79,6 +91,7 @@ class Run:
     terms: Mapping[str, Mapping[Term, int] | None]
     nodes_fixed: bool
     dataset: str
+    left_out: tuple[str, ...] = ()
     pruned: bool = False  # ended early by a search: not comparable, but what it released is released
     key: str = field(repr=False, default="")  # equal for runs that differ in seed only
 
@@ -103,9 +116,7 @@ def run_of(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, An
 
 def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]]) -> Run:
     privacy, metrics, data = values["privacy"], values["metrics"], values.get("data") or {}
-    config = {name: value for name, value in values["config"].items() if name not in _NOT_COMPARED}
-    # A setting that an older record does not have yet is one that is null in a newer one.
-    key = json.dumps(_given(config), sort_keys=True)
+    config, key = _compared(values["config"]), configuration_key(values["config"])
     config = shared.setdefault(key, config)  # thousands of runs share a few configurations
     trust = str(privacy["trust"])
     epsilon = privacy["epsilon"] if adds_noise(trust) else None
@@ -136,9 +147,22 @@ def _cut(values: Mapping[str, Any], path: Path, shared: dict[str, dict[str, Any]
         terms=_terms(privacy),
         nodes_fixed=config["partition"]["name"] == "natural",
         dataset=str(data.get("name") or settings["name"]),
+        left_out=tuple(left_out(values)),
         pruned=values["run"].get("status") == "pruned",
         key=key,
     )
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in _NOT_COMPARED}
+
+
+def configuration_key(config: Mapping[str, Any]) -> str:
+    """Equal for the configurations of records that differ in nothing but seed, folders, prices and trackers.
+
+    A setting that an older record does not have yet is one that is null in a newer one.
+    """
+    return json.dumps(_given(_compared(config)), sort_keys=True)
 
 
 def _given(config: Any) -> Any:
@@ -379,17 +403,13 @@ def _listed(items: list[str], singular: str, plural: str) -> list[str]:
 
 def _read_sweep(path: Path, collection: Collection, problems: list[str]) -> None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-        collection.sweeps[path.parent] = value
+        collection.sweeps[path.parent] = read_as("sweep", path)
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read: {error}")
 
 
 def _failure(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return f"{path.parent} ({value['error']})"
-    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path.parent} ({read_as('failure', path)['error']})"
+    except (OSError, ValueError):
         return f"{path.parent} (its {FAILURE_NAME} cannot be read)"

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedtune.report.frontier import Point
 from fedtune.report.words import format_number, short_names
+from fedtune.runs.figures import COLORS, MARKERS, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw", "draw_on", "series_setting"]
 
-# Okabe and Ito 2008: told apart by all common kinds of colour vision; the marker says the same again.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_MOST_SERIES = len(_COLORS)
+_MOST_SERIES = len(COLORS)
 
 
 def series_setting(points: Sequence[Point], names: Sequence[str]) -> str | None:
@@ -34,16 +32,12 @@ def series_setting(points: Sequence[Point], names: Sequence[str]) -> str | None:
 
 def draw(points: Sequence[Point], names: Sequence[str], promise: str) -> bytes:
     """The picture of one group of points as PNG; `promise` is the line of small print below it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.5), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    draw_on(figure.add_subplot(), points, names)
-    figure.supxlabel(promise, fontsize=7.5, color="#555555")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    def fill(figure: Figure, axes: list[Axes]) -> None:
+        draw_on(axes[0], points, names)
+        figure.supxlabel(promise, fontsize=7.5, color="#555555")
+
+    return picture(fill, (7.2, 4.5))
 
 
 def draw_on(axes: Axes, points: Sequence[Point], names: Sequence[str]) -> None:
@@ -61,7 +55,7 @@ def draw_on(axes: Axes, points: Sequence[Point], names: Sequence[str]) -> None:
     _front(axes, rated, place)
     _dress(axes, rated, place)
     if by:
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        axes.legend(frameon=False, loc="lower right")
 
 
 def _order(value: str) -> tuple[float, str]:
@@ -83,7 +77,7 @@ def _places(points: Sequence[Point]) -> dict[float, float]:
 def _series(
     axes: Axes, points: Sequence[Point], place: dict[float, float], dodge: float, i: int, label: str
 ) -> None:
-    color, marker = _COLORS[i % _MOST_SERIES], _MARKERS[i % _MOST_SERIES]
+    color, marker = COLORS[i % _MOST_SERIES], MARKERS[i % _MOST_SERIES]
     for best in (False, True):
         some = [point for point in points if point.best["epsilon"] is best and point.accuracy]
         if not some:
@@ -135,7 +129,7 @@ def _dress(axes: Axes, points: Sequence[Point], place: dict[float, float]) -> No
     axes.margins(x=0.08, y=0.1)
     axes.set_xlabel("epsilon: smaller is more private")
     axes.set_ylabel("accuracy on the test split, percent")
-    axes.set_title("What privacy costs in accuracy", loc="left", fontsize=12, fontweight="bold")
+    axes.set_title("What privacy costs in accuracy", loc="left", fontweight="bold")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -4,8 +4,8 @@ Runs that differ in nothing but the seed are one configuration: one `Point`, wit
 over its seeds. Epsilon is not averaged: the largest of the seeds counts. A point is dominated if another one
 of the same task and unit of privacy is at least as accurate, at most as large in epsilon and at most as
 expensive, and better in one of them. A missing cost is no cost of 0: it can dominate nobody in that cost.
-Accuracy is compared by its mean, so points within each other's error may still dominate one another; the
-report draws the errors.
+Accuracy is compared by its mean, over the seeds that all of them have where there are two or more such seeds;
+points within each other's error may still dominate one another, and the report draws the errors.
 
 Prices are usage times price, and no run is repeated for them. A record keeps the usage and the book that it
 was priced with. `fedtune report DIR pricing=NAME` takes another book, and every amount follows. Without one
@@ -24,6 +24,7 @@ import hashlib
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from fedtune.config.schema import PricingConfig
 from fedtune.cost.prices import Money, check, price
 from fedtune.errors import ConfigError
 from fedtune.report.collect import Collection, Run, collect
+from fedtune.report.difference import by_seed
 from fedtune.report.words import repeat_command
 from fedtune.runs.record import flatten
 
@@ -111,6 +113,11 @@ class Point:
     costs: dict[str, Stat | None]
     money: Money | None
     best: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """By site that had no part in the model of some of its runs, of how many."""
+        return Counter(site for run in self.runs for site in run.left_out)
 
     @property
     def seeds(self) -> list[int]:
@@ -219,7 +226,7 @@ def _mean_money(amounts: Sequence[Money | None]) -> Money | None:
 
 def _mark(points: Sequence[Point]) -> None:
     rated = [point for point in points if point.accuracy is not None]
-    loss = np.array([-point.accuracy.mean for point in rated if point.accuracy is not None])
+    loss = -np.array(_comparable(rated))
     epsilon = np.array([point.epsilon for point in rated])
     for point in points:
         point.best = dict.fromkeys(["epsilon", *COSTS], False)
@@ -233,6 +240,15 @@ def _mark(points: Sequence[Point]) -> None:
         optimal = non_dominated(np.stack([loss, epsilon, cost], axis=1))
         for point, stat, best in zip(rated, stats, optimal, strict=True):
             point.best[name] = bool(best) and stat is not None
+
+
+def _comparable(points: Sequence[Point]) -> list[float]:
+    """The accuracy of each: over the seeds that all have, if these are two or more; else over its own."""
+    seeds = [by_seed(point) for point in points]
+    common = set.intersection(*(set(one) for one in seeds)) if seeds else set()
+    if len(common) < 2:
+        return [point.accuracy.mean for point in points if point.accuracy is not None]
+    return [statistics.fmean(one[seed] for seed in sorted(common)) for one in seeds]
 
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
@@ -414,6 +430,7 @@ def _row(point: Point, names: Sequence[str], currency: str | None) -> dict[str, 
         "unit": first.unit,
         "adjacency": first.adjacency,
         "trust": first.trust,
+        "left_out": " ".join(sorted(point.left_out)),
         "accuracy": None if accuracy is None else accuracy.mean,
         "accuracy_error": None if accuracy is None else accuracy.error,
         "currency": currency,

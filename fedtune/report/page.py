@@ -14,7 +14,7 @@ import html
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,10 +22,12 @@ from typing import Any
 
 from fedtune import __version__
 from fedtune.config.files import save
+from fedtune.privacy.statement.words import few
 from fedtune.report import figure
 from fedtune.report.advice import Advice, advise
 from fedtune.report.collect import Collection, Run
 from fedtune.report.constraints import CUTS, count_adoption, default_constraints
+from fedtune.report.difference import site_difference
 from fedtune.report.frontier import (
     COSTS,
     Comparison,
@@ -60,6 +62,17 @@ class Report:
     csv: Path
     parquet: Path
     text: str
+    groups: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """For a program: the files, and what is said of each group; the numbers are in the CSV."""
+        said = ("name", "chosen", "advice", "promise", "caveats")
+        return {
+            **{name: str(getattr(self, name)) for name in ("page", "picture", "csv", "parquet")},
+            "groups": [{name: group[name] for name in said} for group in self.groups],
+            "notes": list(self.notes),
+        }
 
 
 def write_report(
@@ -101,6 +114,8 @@ def write_report(
         target / f"{prefix}frontier.csv",
         target / f"{prefix}frontier.parquet",
         _summary(comparison, data),
+        data["groups"],
+        data["notes"],
     )
     table = table_rows(points, names, comparison.book.currency)
     write_table(table, files.csv, files.parquet, mode=mode)
@@ -202,6 +217,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
     advice = advise(points, named_settings(names, points), comparison.book.currency)
     wanted = default_constraints(points, advice.chosen)
     tuning = _tuning(advice, points, comparison.collection)
+    equal = _equal_costs(points)
     return {
         "name": group,
         "chosen": advice.chosen.id if advice.chosen else None,
@@ -212,7 +228,8 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
         "tuning": None if tuning is None else _tuning_json(tuning),
         **_sites(advice.family),
         "series": figure.series_setting(points, names),
-        "equal": _equal_costs(points),
+        "equal": equal,
+        "noise": _noisy_costs(points, equal),
         "adoption": None if wanted is None or len(points) == 1 else {
             "accuracy": wanted.accuracy,
             "epsilon": None if wanted.epsilon is None else _finite(wanted.epsilon),
@@ -228,6 +245,30 @@ def _equal_costs(points: Sequence[Point]) -> list[str]:
     """
     amounts = {name: [cost.mean for point in points if (cost := point.costs[name])] for name in COSTS}
     return [name for name, seen in amounts.items() if len(seen) > 1 and max(seen) <= 1.01 * min(seen)]
+
+
+def _noisy_costs(points: Sequence[Point], equal: Sequence[str]) -> list[str]:
+    """Costs that differ between configurations no more than between runs of one, by an F test at 5 percent.
+
+    Times and energy depend on what else the machine did; a panel of them would show that and no trade-off. A
+    cost of which no configuration has two runs is not judged.
+    """
+    from scipy.special import fdtrc
+
+    found = []
+    for name in COSTS:
+        stats = [cost for point in points if (cost := point.costs[name])]
+        runs = sum(one.count for one in stats)
+        between, within = len(stats) - 1, runs - len(stats)
+        if name in equal or between < 1 or within < 1:
+            continue
+        whole = sum(one.count * one.mean for one in stats) / runs
+        # The error of a mean of n runs, squared, is their variance over n.
+        inner = sum((one.error or 0.0) ** 2 * one.count * (one.count - 1) for one in stats) / within
+        outer = sum(one.count * (one.mean - whole) ** 2 for one in stats) / between
+        if inner > 0.0 and fdtrc(between, within, outer / inner) > 0.05:
+            found.append(name)
+    return found
 
 
 def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> Tuning | None:
@@ -284,17 +325,23 @@ def _sites(family: Sequence[Point]) -> dict[str, Any]:
     named, low, high = sites, rated[0], rated[-1]
     text = "The recommended configuration at each epsilon that was run."
     loss = {
-        site: 100 * (high.per_site[site].mean - low.per_site[site].mean)
+        site: site_difference(high, low, site)
         for site in sites
         if site in low.per_site and site in high.per_site
-    }
+        and site not in low.left_out and site not in high.left_out
+    }  # fmt: skip
     if len(rated) > 1 and loss:
         start = f"epsilon {format_number(high.epsilon)}" if math.isfinite(high.epsilon) else "no privacy"
         text += f" From {start} down to epsilon {format_number(low.epsilon)}"
-        most, least = max(loss, key=loss.__getitem__), min(loss, key=loss.__getitem__)
-        for site in dict.fromkeys((most, least)):
-            text += f", {site} loses {f'{loss[site]:.1f} points' if loss[site] > 0 else 'nothing'}"
+        order = sorted(loss, key=lambda site: -loss[site].mean)
+        for site in dict.fromkeys((order[0], order[-1])):
+            text += f", {site} loses {loss[site].points() if loss[site].mean > 0 else 'nothing'}"
         text += "."
+    if absent := sorted({site for point in rated for site in point.left_out}):
+        text += (
+            f" {few(absent)} took no part in some of these runs: its accuracy there is that of a model "
+            "without its data."
+        )
     if len(sites) > _MOST_SITES:
         first = {
             site: next(point.per_site[site].mean for point in rated if site in point.per_site)
@@ -326,6 +373,7 @@ def _point(point: Point, group: int, names: Sequence[str], named: Sequence[str])
             for part in (money.compute, money.energy, money.network, money.data)
         ],
         "sites": {site: _stat(stat) for site, stat in point.per_site.items()},
+        "absent": dict(point.left_out),
         "own": {site: _stat(stat) for site, stat in point.personal.items()},
         "set": {name: point.settings.get(name) for name in names},
         "best": [name for name, best in point.best.items() if best],
@@ -389,6 +437,12 @@ def _remarks(points: Sequence[Point], groups: Sequence[str]) -> list[str]:
         remarks.append(
             f"{reproducible} of {len(runs)} runs drew their noise from the seed: simulations that "
             "protect nobody."
+        )
+    if without := [run for run in runs if run.left_out]:
+        sites = sorted({site for run in without for site in run.left_out})
+        remarks.append(
+            f"{len(without)} of {len(runs)} runs went on without {few(sites)}, which refused or sent "
+            "nothing: federation.left_out in their records says why."
         )
     unrated = sum(point.accuracy is None for point in points)
     if unrated:

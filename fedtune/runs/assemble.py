@@ -133,6 +133,7 @@ def assemble(
             "cohort_size": config.federation.cohort_size or len(nodes),
             "recipe": in_words(config),
             "dropped": [dataclasses.asdict(one) for one in result.dropped],
+            "left_out": [{"node": node, "reason": why} for node, why in result.left_out.items()],
             "unusable": [dataclasses.asdict(one) for one in result.unusable],
             "void_rounds": [one.round for one in result.history if one.void],
             "ended_early": result.ended_early,

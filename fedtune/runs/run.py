@@ -97,7 +97,7 @@ def run(
     whole = _for_owner(written, run_dir)
     history.note_run(whole)
     if view is None and not console.is_jupyter:  # a notebook shows the result itself
-        summary(whole, _shown(run_dir), console)
+        summary(whole, _shown(run_dir), console, trackers.where_written(config, run_dir))
     return run_dir / record.RECORD_NAME
 
 
@@ -339,6 +339,10 @@ def _for_owner(written: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     federation["dropped"] = [
         {**one, "reason": run_folder.restore_reasons(run_dir, one["reason"], one["round"])}
         for one in federation["dropped"]
+    ]
+    federation["left_out"] = [
+        {**one, "reason": run_folder.restore_reasons(run_dir, one["reason"])}
+        for one in federation["left_out"]
     ]
     federation["ended_early"] = run_folder.restore_reasons(run_dir, federation["ended_early"] or "") or None
     notes = [note for note in whole["data"]["notes"] or [] if note not in whole["privacy"]["cautions"]]

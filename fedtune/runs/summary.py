@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
+from fedtune.privacy.statement.words import left_out
 
 __all__ = [
     "accuracy_line",
@@ -66,7 +68,12 @@ def facts_and_notes(record: Mapping[str, Any]) -> tuple[list[tuple[str, str]], l
         ("energy", _energy_line(cost)),
         ("cost", money_line(cost)),
     ]
-    notes = [("dropped", _dropped_line(federation["dropped"])), ("note", federation.get("ended_early") or "")]
+    absent = left_out(record)
+    lost = [one for one in federation["dropped"] if one["node"] not in absent]
+    notes = [("left out", f"{node} took no part ({why})") for node, why in islice(absent.items(), 3)]
+    if len(absent) > 3:
+        notes.append(("left out", f"{len(absent) - 3} more (federation.left_out in the record)"))
+    notes += [("dropped", _dropped_line(lost)), ("note", federation.get("ended_early") or "")]
     if privacy["reproducible_noise"]:
         notes.append(("note", "the noise is reproducible from the seed: a simulation, no guarantee"))
     notes += [("note", text) for text in privacy.get("cautions", [])]
@@ -79,12 +86,20 @@ def accuracy_line(metrics: Mapping[str, Any]) -> str:
     return "unknown" if metrics["accuracy"] is None else _share(metrics["accuracy"], error)
 
 
-def summary(record: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
-    """Prints the table at the end of a run, from its record. `run_dir`: as the person would type it."""
+def summary(
+    record: Mapping[str, Any], run_dir: Path, console: Console | None = None, tracked: str | None = None
+) -> None:
+    """Prints the table at the end of a run, from its record.
+
+    Args:
+        run_dir: as the person would type it.
+        tracked: the command that shows what a tracker wrote.
+    """
     console = console or Console(highlight=False)
     privacy = record["privacy"]
     paths = [("record", str(run_dir / "record.json"))]
     paths += [(name, str(run_dir / path)) for name, path in record["artifacts"].items()]
+    paths += [("tracker", tracked)] if tracked else []
     folder = shlex.quote(str(run_dir))
     commands = [f'predict {folder} "your text"', f"statement {folder}", f"export {folder}"]
     if adds_noise(privacy["trust"]):
@@ -238,7 +253,8 @@ def _memory_line(cost: Mapping[str, Any]) -> str:
 def _energy_line(cost: Mapping[str, Any]) -> str:
     if cost["energy_kwh"] is None:
         return str((cost.get("energy") or {}).get("note", "not measured"))
-    return f"{1000 * cost['energy_kwh']:.2f} Wh ({cost['energy']['note']})"
+    how = (cost.get("energy") or {}).get("note", "an estimate")
+    return f"{1000 * cost['energy_kwh']:.2f} Wh ({how})"
 
 
 def money_line(cost: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
     "open_tracker",
     "params",
     "record_numbers",
+    "where_written",
 ]
 
 _log = logging.getLogger(__name__)
@@ -84,13 +86,29 @@ def open_tracker(config: Config, run_dir: Path) -> Tracker:
     """The tracker of `config`; with `tracker=none` one that does nothing."""
     if config.tracker.name == "none":
         return Tracker(None, config, run_dir)
-    folder = config.tracker.folder
-    if folder is not None:
-        where = Path(folder).expanduser().absolute()
-    else:  # Weights & Biases makes the folder wandb/ itself
-        where = run_dir if config.tracker.name == "wandb" else run_dir / config.tracker.name
     kind = WRITERS[config.tracker.name]
-    return Tracker(lambda: kind(where, config.tracker.project), config, run_dir)
+    return Tracker(lambda: kind(_folder(config, run_dir), config.tracker.project), config, run_dir)
+
+
+def _folder(config: Config, run_dir: Path) -> Path:
+    if config.tracker.folder is not None:
+        return Path(config.tracker.folder).expanduser().absolute()
+    # Weights & Biases makes the folder wandb/ itself.
+    return run_dir if config.tracker.name == "wandb" else run_dir / config.tracker.name
+
+
+def where_written(config: Config, run_dir: Path) -> str | None:
+    """The command that shows, or sends, what the tracker of a finished run wrote; None without a tracker."""
+    if config.tracker.name == "none":
+        return None
+    return _SHOWN[config.tracker.name].format(shlex.quote(str(_folder(config, run_dir))))
+
+
+_SHOWN = {
+    "tensorboard": "tensorboard --logdir {}",
+    "mlflow": "mlflow ui --backend-store-uri {}",
+    "wandb": "wandb sync {}/wandb/offline-run-*",
+}
 
 
 class Tracker:

@@ -9,10 +9,9 @@ charged, a run asks it for (`federation.evaluation=private`).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -25,9 +24,13 @@ from fedtune.data.corpus import Corpus
 from fedtune.data.sources.columns import Columns, build_corpus
 from fedtune.data.sources.files import find_split, read_table
 from fedtune.errors import ConfigError, DataError
+from fedtune.runs.figures import COLORS, picture
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier, probabilities
 from fedtune.serving.measures import measure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["draw", "evaluate", "keep", "show"]
 
@@ -162,15 +165,14 @@ def _table(head: Sequence[str], rows: Mapping[str, Mapping[str, Any]], rates: Se
 
 def draw(found: Mapping[str, Any]) -> bytes:
     """evaluation.png: the confusion matrix, and how far its probabilities are to be believed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    return picture(lambda _, axes: _fill(axes, found), (9.6, 4.4), columns=2)
 
+
+def _fill(axes: Sequence[Axes], found: Mapping[str, Any]) -> None:
     # Between two dollar signs matplotlib reads a formula, and fails at what is none.
     names = [name.replace("$", r"\$") for name in found["per_class"]]
     confusion = np.array(found["confusion"])
-    figure = Figure(figsize=(9.6, 4.4), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    left, right = axes
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 12:  # more would not be legible
@@ -180,11 +182,12 @@ def draw(found: Mapping[str, Any]) -> bytes:
         left.set_xticks(range(len(names)), names, rotation=30, ha="right")
         left.set_yticks(range(len(names)), names)
     left.set(xlabel="what was said", ylabel="label")
-    left.set_title("Which label is taken for which", loc="left", fontsize=11, fontweight="bold")
+    left.set_title("Which label is taken for which")
+    left.spines[["top", "right"]].set_visible(True)  # of a matrix
     bins = found["calibration"]
     right.plot([0, 1], [0, 1], color="#999999", ls=":", lw=1, label="as it should be")
     right.plot(
-        [one["probability"] for one in bins], [one["right"] for one in bins], "o-", color="#1f6feb", ms=4
+        [one["probability"] for one in bins], [one["right"] for one in bins], "o-", color=COLORS[0], ms=4
     )
     right.set(
         xlim=(0, 1),
@@ -192,8 +195,5 @@ def draw(found: Mapping[str, Any]) -> bytes:
         xlabel="probability of the label that was said",
         ylabel="share that is right",
     )
-    right.set_title("How far to believe a probability", loc="left", fontsize=11, fontweight="bold")
-    right.legend(frameon=False, fontsize=8, loc="upper left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    right.set_title("How far to believe a probability")
+    right.legend(loc="upper left")

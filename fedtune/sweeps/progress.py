@@ -8,6 +8,7 @@ makes runs of the sweep. Before the first run it is what this machine knows of s
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import RecordError
-from fedtune.report.collect import FAILURE_NAME
+from fedtune.privacy.statement.words import few, left_out
+from fedtune.report.collect import FAILURE_NAME, configuration_key
+from fedtune.report.difference import paired
 from fedtune.report.words import format_money, format_number, format_percent
 from fedtune.runs import record
 from fedtune.runs.history import RunEstimate, again
 from fedtune.runs.summary import duration
 
 __all__ = ["SweepProgress"]
+
+_SEED = re.compile(r"(?:^|,)seed=\d+(?=,|$)")
 
 
 @dataclass
@@ -31,20 +36,27 @@ class SweepProgress:
 
     Attributes:
         names: what sets a run apart from the others, by its number.
-        best: accuracy and name of the best finished run.
+        one_run: a single run is to be chosen, and not a configuration over its seeds (private selection).
+        best: accuracy and name of the best finished configuration, compared over the seeds that both have.
+        partial: who took no part, by the number of the finished run.
     """
 
     folder: Path
     total: int
     names: dict[int, str]
     workers: int = 1
+    one_run: bool = False
     outside: list[float] = field(default_factory=list)  # wall seconds of each run, but for its rounds
     in_rounds: list[float] = field(default_factory=list)
     amounts: list[tuple[float, str]] = field(default_factory=list)
     best: tuple[float, str] | None = None
+    partial: dict[int, tuple[str, ...]] = field(default_factory=dict)
     failures: int = 0
     begun: float = field(default_factory=time.time)
     _seen: set[str] = field(default_factory=set)
+    _rated: dict[str, dict[int, float]] = field(default_factory=dict)  # accuracy by configuration and seed
+    _named: dict[str, str] = field(default_factory=dict)
+    _leader: str | None = None
 
     def refresh(self) -> None:
         """Reads what has finished, or failed, since the last time."""
@@ -84,6 +96,11 @@ class SweepProgress:
     def name(self, position: int | None) -> str:
         """What sets the run apart; empty if nothing does."""
         return "" if position is None else self.names.get(position, "")
+
+    def partial_runs(self) -> dict[int, tuple[str, ...]]:
+        """Of all finished runs, those that went on without a site: who took no part, by number."""
+        self.refresh()  # other processes may have made runs since the last line
+        return dict(sorted(self.partial.items()))
 
     def rest(self) -> str:
         """What the runs that are left should take, going by those that finished."""
@@ -135,6 +152,8 @@ class SweepProgress:
             parts.append(duration(seconds))
         if money is not None and money["total"] is not None:
             parts.append(format_money(money["total"], money["currency"]))
+        if absent := left_out(made):
+            parts.append(f"without {few(absent)}, which took no part")
         text = f"run {place} ({name}): {', '.join(parts)}"
         if before:
             text += "; finished before"
@@ -153,11 +172,26 @@ class SweepProgress:
         money = made["cost"]["money"]
         if money is not None and money["total"] is not None:
             self.amounts.append((float(money["total"]), str(money["currency"])))
+        if absent := left_out(made):
+            self.partial[position] = tuple(absent)
         accuracy = made["metrics"]["accuracy"]
         if accuracy is None or made["run"].get("status") == "pruned":
             return
-        if self.best is None or accuracy > self.best[0]:
-            self.best = (float(accuracy), self.name(position) or "defaults")
+        key = str(position) if self.one_run else configuration_key(made["config"])
+        self._named.setdefault(key, _SEED.sub("", self.name(position)).strip(",") or "defaults")
+        mine = self._rated.setdefault(key, {})
+        mine[int(made["run"]["seed"])] = float(accuracy)
+        self._lead(key)
+
+    def _lead(self, key: str) -> None:
+        """Compares the configuration `key`, of which a run has just finished, with the best one so far."""
+        ahead = {key: 0.0}
+        for other in self._rated if self._leader == key else filter(None, [self._leader]):
+            ahead[other] = paired(self._rated[other], self._rated[key]).mean
+        self._leader = max(ahead, key=ahead.__getitem__)
+        accuracies = self._rated[self._leader].values()
+        over = f", mean of {len(accuracies)} seeds" if len(accuracies) > 1 else ""
+        self.best = (statistics.fmean(accuracies), f"{self._named[self._leader]}{over}")
 
 
 def _newer(path: Path, than: float) -> bool:

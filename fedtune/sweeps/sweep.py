@@ -21,7 +21,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +67,12 @@ class SweepOutcome:
     Attributes:
         folder: where its runs lie; None if it ended before it had one.
         failures: its failed runs; the others finished.
+        partial: of finished runs that went on without a site, who took no part, by number.
     """
 
     folder: Path | None
     failures: list[JobFailure]
+    partial: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 def run_sweep(
@@ -109,7 +111,8 @@ def run_sweep(
             extra_dirs=extra_dirs,
             watcher=sweep,
         )
-        return SweepOutcome(sweep.folder, failures)
+        partial = {} if sweep.progress is None else sweep.progress.partial_runs()
+        return SweepOutcome(sweep.folder, failures, partial)
     except KeyboardInterrupt as interrupt:
         if sweep.folder is None:
             raise
@@ -173,7 +176,7 @@ class Sweep:
             write_sweep(folder, self.overrides, jobs, **drawn)
         common = set.intersection(*(set(job) for job in jobs)) if len(jobs) > 1 else set()
         names = {i: ",".join(word for word in job if word not in common) for i, job in enumerate(jobs)}
-        self.progress = SweepProgress(folder, len(jobs), names)
+        self.progress = SweepProgress(folder, len(jobs), names, one_run=self.drawn)
         self.progress.refresh()
         if not jobs:
             self.say(self._opening([]))

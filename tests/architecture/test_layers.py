@@ -78,7 +78,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "starlette": ("serving",),  # of which FastAPI is made
     "prometheus_client": ("monitoring", "deploy", "serving"),
     "ray": ("engines",),
-    "scipy": ("privacy", "audit"),
+    "scipy": ("privacy", "audit", "report"),
     "matplotlib": ("report", "runs", "serving"),
     "optuna": ("sweeps",),
     "IPython": ("runs",),  # which is there where a notebook is

@@ -245,6 +245,37 @@ def test_a_cost_that_is_equal_for_all_is_no_trade_off(tmp_path: Path) -> None:
         assert "The same for all, within a percent: bytes sent, up and down (4 kB)" in text
 
 
+def test_a_cost_that_differs_no_more_than_runs_of_one_configuration_has_no_panel(tmp_path: Path) -> None:
+    for number, (epsilon, seconds, flops) in enumerate(
+        [(2.0, 100, 10), (2.0, 110, 12), (2.0, 90, 11), (8.0, 104, 20), (8.0, 95, 21), (8.0, 108, 22)]
+    ):
+        record = make_record(epsilon=epsilon, seed=number % 3)
+        record["cost"].update(train_seconds=float(seconds), flops=flops)
+        write(tmp_path / str(number), record)
+    (group,) = numbers(write_report([tmp_path]).page)["groups"]
+    assert "train_seconds" in group["noise"] and "flops" not in group["noise"] + group["equal"]
+
+
+def test_both_a_light_and_a_dark_page_have_every_colour_and_charts_have_no_other() -> None:
+    parts = resources.files("fedtune.report") / "templates"
+    style = (parts / "report.css").read_text()
+    light, dark = (
+        set(re.findall(r"--([\w-]+):", part)) for part in re.findall(r":root \{(.*?)\n\s*\}", style, re.S)
+    )
+    assert light == dark and "prefers-color-scheme: dark" in style
+    used = set(re.findall(r"var\(--([\w-]+)\)", style))
+    charts = (parts / "charts.js").read_text()
+    named = re.search(r"= \[(.*?)\]\.map\(\(name\) => `var", charts)
+    assert named is not None
+    used |= {
+        *json.loads(f"[{named.group(1)}]"),
+        *(f"series-{i}" for i in range(7)),
+        *(f"ramp-{i}" for i in range(6)),
+    }
+    assert used <= light
+    assert not re.findall(r"#[0-9a-fA-F]{3,8}\b", charts.replace("#fedtune", "")), "a colour of its own"
+
+
 def test_one_configuration_has_no_adoption_to_show(tmp_path: Path, made: Report) -> None:
     write(tmp_path / "0", make_record())
     write(tmp_path / "1", make_record(seed=1))

@@ -63,6 +63,7 @@ def build(**changes: Any) -> dict[str, Any]:
         dropped=changes.pop("dropped", []),
         unusable=changes.pop("unusable", []),
         notices=changes.pop("notices", []),
+        left_out=changes.pop("left_out", {}),
         ended_early=None,
     )
     parts: dict[str, Any] = {
@@ -72,7 +73,7 @@ def build(**changes: Any) -> dict[str, Any]:
         ),
         "result": result,
         "nodes": [node("a"), node("b", 3.0, 1)],
-        "metrics": Metrics(0.8, 0.8, 0.8, 0.8, 0.5, {"x": {"accuracy": 0.8, "num_records": 10}}, 10, 0.6),
+        "metrics": Metrics(0.8, 0.8, 0.8, 0.8, 0.5, {"x": {"accuracy": 0.8, "num_records": 10}}),
         "data": {"name": "data", "public": False, "labels": ["n", "p"], "notes": ["a note"]},
         "cost": Cost(seconds=3.0, train_seconds=2.0, flops=5, bytes_up=7, bytes_down=8, energy_kwh=None),
         "energy": EnergyReading(None, "not installed"),
@@ -129,6 +130,8 @@ def test_without_privacy_there_is_no_epsilon_even_if_someone_hands_one_in() -> N
 def test_what_was_dropped_is_named() -> None:
     made = build(dropped=[Dropped("b", 2, "NaN in its update")])
     assert made["federation"]["dropped"] == [{"node": "b", "round": 2, "reason": "NaN in its update"}]
+    assert made["federation"]["left_out"] == []
+    assert build(left_out={"c": "no"})["federation"]["left_out"] == [{"node": "c", "reason": "no"}]
 
 
 def test_notices_of_the_run_become_cautions_and_notes_on_the_data_where_it_is_public() -> None:
@@ -143,7 +146,7 @@ def test_the_audit_is_empty_until_there_was_one() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan"), np.float64("inf")])
 def test_numbers_that_json_lacks_become_null(value: float) -> None:
-    made = build(metrics=Metrics(value, 0.1, 0.1, 0.1, value, {}, 10, 0.5))
+    made = build(metrics=Metrics(value, 0.1, 0.1, 0.1, value, {}, num_records=10, majority_rate=0.5))
     assert made["metrics"]["accuracy"] is None and made["metrics"]["loss"] is None
     json.dumps(made, allow_nan=False)
 

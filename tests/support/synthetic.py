@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ def make_record(
     public: bool = True,
     noise: float | None = None,
     curve: bool = True,
+    left_out: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """One whole record. `settings` are further dotted settings, with '__' for the dot."""
+    """One whole record. `left_out`: sites that took no part, and why; `settings` are further dotted settings,
+    with '__' for the dot."""
+    left_out = left_out or {}
     config = resolved(Config(seed=seed, output="/somewhere", pricing=pricing, data=DataConfig(public=True)))
     config.data.name = dataset
     config.data.unit, config.data.site, config.data.public = "unit", "site", public
@@ -118,7 +122,11 @@ def make_record(
             "only_site": None,
             "notes": [],
         },
-        "federation": {"nodes": 4, "node_names": nodes, "rounds": ROUNDS, "cohort_size": 4, "dropped": []},
+        "federation": {
+            "nodes": 4, "node_names": nodes, "rounds": ROUNDS, "cohort_size": 4,
+            "dropped": [{"node": node, "round": 0, "reason": why} for node, why in left_out.items()],
+            "left_out": [{"node": node, "reason": why} for node, why in left_out.items()],
+        },
         "privacy": {
             "unit": unit,
             "adjacency": f"add or remove one {unit}",
@@ -135,7 +143,8 @@ def make_record(
             "epsilon_rdp": spent * 1.2 if spent is not None else None,
             "target_epsilon": epsilon,
             "per_node": [
-                {"node": node, "epsilon": spent, "delta": DELTA if private else None, "releases": ROUNDS}
+                {"node": node, "epsilon": spent, "delta": DELTA if private else None,
+                 "releases": 0 if node in left_out else ROUNDS}
                 for node in nodes
             ],
             "ledger": [

@@ -16,7 +16,7 @@ from fedtune.errors import BudgetExhausted, CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
 from fedtune.report.collect import collect
 from fedtune.sweeps.options import SweepOptions, distinct_jobs, split_options
-from fedtune.sweeps.sweep import Sweep, run_sweep
+from fedtune.sweeps.sweep import Sweep, SweepOutcome, run_sweep
 from tests.support.golden import Golden
 from tests.support.synthetic import make_record, write
 
@@ -37,6 +37,8 @@ class Runs:
         self.said: list[str] = []
         self.warned: list[str] = []
         self.fail: dict[int, BaseException] = {}
+        self.left_out: dict[int, dict[str, str]] = {}
+        self.accuracies: list[float] = []
 
     def start(self, config: Config, title: str, stop_rule: Any = None, alone: bool = True) -> Path:
         self.titles.append(title)
@@ -46,19 +48,26 @@ class Runs:
             raise self.fail[len(self.titles) - 1]
         self.made.append(config)
         made = make_record(
-            epsilon=config.privacy.epsilon, seed=config.seed, train__learning_rate=config.train.learning_rate
+            epsilon=config.privacy.epsilon,
+            seed=config.seed,
+            train__learning_rate=config.train.learning_rate,
+            accuracy=self.accuracies[len(self.made) - 1] if self.accuracies else None,
+            left_out=self.left_out.get(len(self.made) - 1),
         )
         made["run"]["id"] += folder.name
         return write(folder, made)
 
     def sweep(self, *words: str) -> list[Any]:
+        return self.outcome(*words).failures
+
+    def outcome(self, *words: str) -> SweepOutcome:
         return run_sweep(
             words,
             self.start,
             describe=lambda error: f"{type(error).__name__}: {error}",
             say=self.said.append,
             warn=self.warned.append,
-        ).failures
+        )
 
 
 def test_all_combinations_run_and_each_says_one_line() -> None:
@@ -74,6 +83,28 @@ def test_all_combinations_run_and_each_says_one_line() -> None:
         assert word in first, word
     assert "left" not in lines[2]
     assert "best so far" in lines[2] and "privacy.epsilon=8" in lines[2].split("best so far")[1]
+
+
+def test_a_site_that_took_no_part_is_named_in_its_line_and_of_the_whole_sweep() -> None:
+    runs = Runs()
+    runs.left_out = {1: {"east": "BudgetExhausted: no"}}
+    outcome = runs.outcome(*GRID)
+    assert outcome.failures == [] and outcome.partial == {1: ("east",)}
+    assert "without east, which took no part" in runs.said[2] and "east" not in runs.said[1] + runs.said[3]
+
+
+def test_settings_are_compared_over_the_seeds_that_both_have() -> None:
+    runs = Runs()
+    # Seed 1 is the lucky one. By its best run 1 would win, and by its mean too while 8 has seed 0 alone.
+    runs.accuracies = [0.70, 0.80, 0.72, 0.82]
+    runs.sweep("privacy.epsilon=1,8", "seed=0,1", "hydra.sweep.dir=sweep")
+    best = [line.split("best so far ")[1].split(";")[0] for line in runs.said[1:]]
+    assert best == [
+        "70.0 percent (privacy.epsilon=1)",
+        "75.0 percent (privacy.epsilon=1, mean of 2 seeds)",
+        "72.0 percent (privacy.epsilon=8)",
+        "77.0 percent (privacy.epsilon=8, mean of 2 seeds)",
+    ]
 
 
 def test_a_line_names_what_sets_its_run_apart_and_no_more() -> None:
@@ -217,9 +248,10 @@ def test_options_are_taken_off_the_command_line() -> None:
     [
         (None, "not the folder"),
         ("{", "cannot be read"),
-        ("[]", "schema"),
+        ("[]", "should be an object"),
         ('{"schema": 9}', "reads schema 1"),
         ('{"schema": 1}', "damaged"),
+        ('{"schema": 1, "overrides": ["seed=1"], "jobs": [["seed=1", 2]]}', r"jobs\[0\]\[1\] is 2"),
     ],
 )
 def test_folders_that_cannot_be_resumed(content: str | None, message: str) -> None:

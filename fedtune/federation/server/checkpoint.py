@@ -72,6 +72,7 @@ class RunState:
     unusable: list[Dropped] = field(default_factory=list)  # counted as zero: not published
     releases: dict[str, int] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
+    trained: list[str] = field(default_factory=list)  # whose updates are in the adapter, by name
     evaluation: NodesEvaluation | None = None  # the last that nodes answered for
     exhausted: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -98,6 +99,7 @@ class RunState:
             # By name, and not in the order of arrival, which tells who computed for how long.
             "releases": dict(sorted(self.releases.items())),
             "answers": dict(sorted(self.answers.items())),
+            "trained": self.trained,
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
             **{name: getattr(self, name) for name in _PLAIN},
             "notices": self.notices,
@@ -114,8 +116,8 @@ class RunState:
             CheckpointError: it is another run's or unreadable.
         """
         saved, notices = load_latest(run_dir)
-        meta = _with_local(saved, run_dir)
         try:
+            meta = _with_local(saved, run_dir)
             _same_config(meta["config"], config)
             optimizer = server_optimizer(config, saved.round)
             optimizer.load_state_dict(saved.optimizer)
@@ -133,6 +135,7 @@ class RunState:
                 unusable=[Dropped(**lost) for lost in meta["unusable"]],
                 releases=dict(meta["releases"]),
                 answers=dict(meta["answers"]),
+                trained=list(meta.get("trained", sorted(meta["releases"]))),  # an earlier version did not say
                 evaluation=None
                 if meta["evaluation"] is None
                 else NodesEvaluation.from_json(meta["evaluation"]),
@@ -142,7 +145,7 @@ class RunState:
             if state.plan.root() is not None:
                 state._resume_correlated(run_dir)
             return state
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"The checkpoint in {run_dir} was written by another version of fedtune "
                 f"({type(error).__name__}: {error}). Resume with that version, or start a new run."
@@ -222,6 +225,8 @@ class RunState:
             self.releases[node.name] = max(known, reply.releases)
             if reply.refusal == "BudgetExhausted" and node.name not in self.exhausted:
                 self.exhausted.append(node.name)
+        if outcome.aggregate is not None:
+            self.trained = sorted({*self.trained, *outcome.used})
         outcome.dropped.sort()
         self.dropped += [Dropped(node, self.round, reason) for node, reason in outcome.dropped]
         self.unusable += [Dropped(node, self.round, reason) for node, reason in outcome.unusable]
@@ -268,6 +273,12 @@ class RunState:
             (self.releases.get(one, 0), self.answers.get(one, 0)) for one in nodes
         )
 
+    def _left_out(self) -> dict[str, str]:
+        """Who should have taken part and has no part in the adapter, with the first reason."""
+        known = {*self.trained, *(f"node id {node.node_id}" for node in self.nodes if node.node_id)}
+        reasons = {lost.node: lost.reason for lost in reversed(self.dropped) if lost.node not in known}
+        return dict(sorted(reasons.items()))
+
     def result(self, evaluation: Any) -> FederationResult:
         """What is handed over at the end."""
         return FederationResult(
@@ -282,6 +293,7 @@ class RunState:
             epsilon=self.epsilon(),
             evaluation=evaluation,
             answers={node.name: self.answers.get(node.name, 0) for node in self.nodes},
+            left_out=self._left_out(),
             seconds=self.seconds,
             train_seconds=self.train_seconds,
             flops=self.flops,

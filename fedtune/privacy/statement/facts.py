@@ -13,8 +13,9 @@ ledger knows of the same data; null where it did not say), `privacy.target_epsil
 (null, or how nodes answered about data that they hold out), `privacy.sizes` (null, or how they told their
 sizes), `privacy.audit` ({epsilon_lower, confidence,
 audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from the plan),
-`privacy.max_dropouts`, `privacy.max_colluders`, `privacy.epsilon_towards_nodes` and
-`privacy.epsilon_towards_server` (trust distributed),
+`federation.left_out` (a list of {node, reason}: who took no part), `privacy.max_dropouts`,
+`privacy.max_colluders`, `privacy.epsilon_towards_nodes` and `privacy.epsilon_towards_server` (trust
+distributed),
 `privacy.adaptive_clipping` (trust central), `privacy.matrix` ({num_rounds, bands, min_separation} of dp_ftrl,
 or null), `data.name`.
 What a record lacks is stated as unknown, never made up.
@@ -22,6 +23,7 @@ What a record lacks is stated as unknown, never made up.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -33,13 +35,14 @@ from fedtune.privacy.accounting.filter import FILTER
 from fedtune.privacy.accounting.strength import WEAK, WRONG, TradeOff, caution, grade, trade_off
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from fedtune.privacy.mechanisms.registry import adds_noise, mechanism_of
-from fedtune.privacy.statement.markdown import bullets, plain, table
+from fedtune.privacy.statement.markdown import bullets, coded, plain, table
 from fedtune.privacy.statement.picture import picture
 from fedtune.privacy.statement.words import (
     UNITS,
     UNITS_OF,
     covered,
     finer_units,
+    left_out,
     not_covered,
     outline,
     strength,
@@ -159,6 +162,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
             "strength": strength(privacy, curve),
         },
         "strength": strength_facts(privacy, curve),
+        "left_out": left_out(record),
         "per_node": [dict(entry) for entry in privacy["per_node"]],
         "other_uses": [dict(entry) for entry in privacy.get("ledger") or []],
         "covered": covered(record, epsilon),
@@ -236,6 +240,10 @@ def strength_picture(privacy: Mapping[str, Any], curve: TradeOff) -> str:
 def _cautions(record: Mapping[str, Any], epsilon: float | None, curve: TradeOff | None) -> list[str]:
     privacy = record["privacy"]
     found = [str(text) for text in privacy.get("cautions") or []]
+    found += [
+        f"{coded(node)} took no part: its data was not used, and the model may serve it worse. {plain(why)}"
+        for node, why in itertools.islice(left_out(record).items(), 8)
+    ]
     if privacy["reproducible_noise"]:
         found.insert(
             0,
@@ -356,9 +364,12 @@ def _noise(mechanism: Mapping[str, Any]) -> str:
 
 def _per_node(facts: Mapping[str, Any]) -> str:
     rows = [
-        (plain(e["node"]), _shown(e["epsilon"]), _shown(e["delta"]), str(e["releases"]))
+        (
+            plain(e["node"]), _shown(e["epsilon"]), _shown(e["delta"]),
+            f"{e['releases']}{' (took no part)' if e['node'] in facts['left_out'] else ''}",
+        )
         for e in facts["per_node"]
-    ]
+    ]  # fmt: skip
     return table(("node", "epsilon", "delta", "releases"), rows)
 
 

@@ -6,7 +6,7 @@ Apart from `statement` so that a privacy officer can review the words without re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedtune.privacy.accounting.strength import WRONG, TradeOff, grade, percent
@@ -18,7 +18,9 @@ __all__ = [
     "UNITS",
     "UNITS_OF",
     "covered",
+    "few",
     "finer_units",
+    "left_out",
     "not_covered",
     "outline",
     "strength",
@@ -39,12 +41,15 @@ def outline(
 ) -> str:
     """The first paragraph: no symbol that is not explained on the spot."""
     privacy, federation = record["privacy"], record["federation"]
-    nodes = federation["nodes"]
+    absent = left_out(record) if was_trained(privacy) else {}
+    nodes = federation["nodes"] - sum(name in absent for name in federation.get("node_names") or ())
     name = (record.get("data") or {}).get("name")
     kind = "texts that their owner declared public" if privacy.get("data_public") else "private texts"
     what = f"{kind} ({coded(name)})" if name else kind
     holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
     trained = f"A text classifier was trained on {what} that {holders}"
+    if absent:
+        trained += f" (and without {few([coded(one) for one in absent])}, which took no part)"
     if not was_trained(privacy):
         return (
             f"**Nothing was trained.** No node released anything (each refused, or none answered): the "
@@ -221,6 +226,26 @@ def _times(epsilon: float) -> str:
 
 def _odds(delta: float) -> str:
     return f"1 in {1.0 / delta:,.0f}" if delta > 0 else "0"
+
+
+def left_out(record: Mapping[str, Any]) -> dict[str, str]:
+    """By node that should have taken part and has no part in the model, why: it refused, say.
+
+    A record of an earlier version does not list them: there they are those that never released anything.
+    """
+    federation = record["federation"]
+    if (listed := federation.get("left_out")) is not None:
+        return {str(one["node"]): str(one["reason"]) for one in listed}
+    released = {str(one["node"]) for one in record["privacy"]["per_node"] if one["releases"]}
+    lost = {str(one["node"]): str(one["reason"]) for one in reversed(federation["dropped"])}
+    return {node: why for node, why in sorted(lost.items()) if node not in released}
+
+
+def few(names: Iterable[str], most: int = 3) -> str:
+    """The first names and how many more there are: `a, b, c and 4 more`."""
+    listed = list(names)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return f"{', '.join(listed[:most])}{more}"
 
 
 # --- how strong it is ----------------------------------------------------------------------------------

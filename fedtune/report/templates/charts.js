@@ -1,11 +1,13 @@
 // The charts, by Observable Plot; brushes by D3. page.js holds what they show.
 
-// Okabe and Ito 2008; every colour has a shape of its own, so that colour is never the only sign.
-const COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D"];
+// The colours stand in report.css, once for a light and once for a dark page. Every colour has a shape of its own, so
+// that colour is never the only sign.
+const shades = (name, count) => d3.range(count).map((i) => `var(--${name}-${i})`);
+const COLORS = shades("series", 7);
 const SHAPES = ["circle", "square", "triangle", "diamond", "star", "wye", "cross"];
-// From a small epsilon (dark: much privacy) to a large one; grey is none.
-const BLUES = ["#08306b", "#0b559f", "#2b7bba", "#539ecd", "#89bedc", "#b3d3e8"];
-const [GREY, SOFT, INK, PAPER] = ["#6b7280", "#8c959f", "#1b1f24", "#ffffff"];
+// From a small epsilon (strong: much privacy) to a large one; grey is none.
+const BLUES = shades("ramp", 6);
+const [GREY, SOFT, INK, PAPER, ASIDE, FAINT] = ["none", "edge", "ink", "paper", "aside", "faint"].map((name) => `var(--${name})`);
 const MOST_MARKS = 400; // with more, only those that are not dominated can be pointed at
 const GAP = 15; // pixels between the labels of lines
 
@@ -22,7 +24,7 @@ function draw(host, height, options) {
   return drawn;
 }
 
-const legendOf = (options) => Plot.legend({ style: { fontSize: "13.5px" }, ...options });
+const legendOf = (options) => Plot.legend(options);
 
 // --- scales ---
 
@@ -63,14 +65,16 @@ const roundTicks = (domain) => d3.scaleLog(domain).ticks().filter((tick) => /^[1
 // Colour by epsilon: one hue, a step for each epsilon or for each part of many.
 function ramp(points) {
   const round = (point) => Number(point.eps.toPrecision(2));
-  const levels = d3.sort(new Set(points.filter((p) => !infinite(p)).map(round)));
+  // Epsilons that are nearly equal have one colour; it is called by the largest of them, rounded as everywhere.
+  const largest = d3.rollup(points.filter((p) => !infinite(p)), (some) => d3.max(some, (p) => p.eps), round);
+  const levels = d3.sort(largest.keys());
   const step = (level) => BLUES[levels.length < 2 ? 1 : Math.round((levels.indexOf(level) / (levels.length - 1)) * (BLUES.length - 1))];
   const named = levels.length <= 6 ? levels : [levels[0], levels[levels.length >> 1], levels.at(-1)];
   const some = points.some(infinite);
   return {
     color: (point) => (infinite(point) ? GREY : step(round(point))),
     legend: { color: {
-      type: "categorical", domain: [...named.map((level) => `epsilon ${short(level)}`), ...(some ? ["no privacy"] : [])],
+      type: "categorical", domain: [...named.map((level) => `epsilon ${short(largest.get(level))}`), ...(some ? ["no privacy"] : [])],
       range: [...named.map(step), ...(some ? [GREY] : [])],
     } },
   };
@@ -179,10 +183,14 @@ const drawFrontier = () => draw($("frontier"), innerWidth < 520 ? 340 : 430, (wi
 
 function drawCosts() {
   const points = inGroup(), { color, legend } = ramp(points), { equal } = group();
-  const differ = data.costs.filter(({ key }) => !equal.includes(key) && points.some((p) => p.acc && p.cost[key]));
+  const differ = data.costs.filter(({ key }) => !equal.includes(key) && !group().noise.includes(key) && points.some((p) => p.acc && p.cost[key]));
   const same = data.costs.filter(({ key }) => equal.includes(key)).map(({ key, label }) => (
     `${label} (${costText(key, points.find((p) => p.cost[key]).cost[key][0])})`));
-  $("costs-equal").textContent = same.length ? `The same for all, within a percent: ${same.join(", ")}.` : "";
+  const noise = group().noise.map((key) => data.costs.find((cost) => cost.key === key).label);
+  $("costs-equal").textContent = [
+    same.length ? `The same for all, within a percent: ${same.join(", ")}.` : "",
+    noise.length ? `No more apart between configurations than between runs of one: ${noise.join(", ")}.` : "",
+  ].join(" ").trim();
   if (!differ.length) $("costs").replaceChildren(element("p", { class: "muted" }, "No cost differs between these configurations."));
   else $("costs").replaceChildren(...differ.map(({ key, label }) => element("div", {},
     element("h3", {}, label[0].toUpperCase() + label.slice(1)), element("figure", { class: "chart", "data-cost": key }))));
@@ -204,9 +212,9 @@ const drawCost = (host, key, label, color) => draw(host, 236, (width) => {
     x: { type: wide ? "log" : "linear", domain },
     y: { ...accuracyAxis(points.map((point) => point.acc)), ticks: 4 }, symbol: { type: "identity" },
     marks: [
-      wide ? logTicks(ticks, (v) => short(v), unit || label) : Plot.axisX({ ticks, label: unit || label, labelArrow: "none" }),
+      wide ? logTicks(ticks, (v) => short(v), unit || label) : Plot.axisX({ ticks, tickFormat: (v) => short(v), label: unit || label, labelArrow: "none" }),
       ...(quiet ? crowd(others, at, color, 5) : [Plot.dot(others, { ...at, symbol, fill: color, stroke: GREY, strokeWidth: 0.6, r: many ? 2.6 : 4, opacity: many ? 0.5 : 1 })]),
-      Plot.dot(best, { ...at, symbol, fill: color, stroke: "#000", strokeWidth: 1.6, r: 5.5 }),
+      Plot.dot(best, { ...at, symbol, fill: color, stroke: INK, strokeWidth: 1.6, r: 5.5 }),
       targets(quiet ? best : [...others, ...best], at),
     ],
   };
@@ -239,7 +247,7 @@ function parallelAxes() {
   add("eps", "epsilon", epsilonOf);
   for (const [key, title] of Object.entries(COST_COLUMNS)) {
     const most = d3.max(points, (point) => point.cost[key]?.[0]);
-    if (most === undefined || group().equal.includes(key)) continue;
+    if (most === undefined || group().equal.includes(key) || group().noise.includes(key)) continue;
     const [size, unit] = unitOf(key, most);
     add(key, title + (unit ? `, ${unit}` : ""), (point) => (point.cost[key] ? point.cost[key][0] / size : null));
   }
@@ -264,12 +272,12 @@ function drawParallel() {
     const line = { x: "x", y: "y", strokeOpacity: points.length > 300 ? 0.25 : points.length > 60 ? 0.5 : 0.85 };
     const ticks = axes.flatMap((axis, i) => axis.ticks.map((tick) => ({ x: i, y: axis.place(tick), text: axis.text(tick) })));
     const titles = axes.map(({ title }, x) => ({ title, x }));
-    const halo = { fill: "currentColor", stroke: PAPER, strokeWidth: 4 };
+    const halo = { fill: "currentColor", stroke: PAPER, strokeWidth: 6 };
     return {
       ariaLabel: "Settings and results of all configurations", width: Math.max(width, axes.length * 92), marginTop: 40, marginBottom: 14, marginLeft: 34, marginRight: 54,
       x: { domain: [0, axes.length - 1], axis: null }, y: { domain: [0, 1], axis: null },
       marks: [
-        Plot.line(rows(left), { ...line, stroke: "#dfe3e8", strokeWidth: 1 }), // one path: nobody tells these apart
+        Plot.line(rows(left), { ...line, stroke: FAINT, strokeWidth: 1 }), // one path: nobody tells these apart
         ...(kept.length > MOST_MARKS
           ? [...d3.group(kept, color)].map(([stroke, some]) => Plot.line(rows(some), { ...line, stroke }))
           : [Plot.line(rows(kept), { ...line, z: (row) => row.point.id, stroke: (row) => color(row.point) })]),
@@ -311,7 +319,7 @@ const drawSites = () => draw($("sites"), innerWidth < 520 ? 320 : 360, (width, h
   const points = familyPoints(), sites = group().sites;
   if (!sites.length) return "";
   const rows = points.flatMap((point, i) => sites.filter((site) => point.sites[site]).map((site) => ({ i, site, point, stat: point.sites[site] })));
-  const named = group().sites_named, rank = (site) => named.indexOf(site), color = (row) => COLORS[rank(row.site)] ?? "#c4cad1";
+  const named = group().sites_named, rank = (site) => named.indexOf(site), color = (row) => COLORS[rank(row.site)] ?? ASIDE;
   const y = accuracyAxis(rows.map((row) => row.stat), "accuracy on a site's own test texts, percent");
   const last = named.map((site) => rows.findLast((row) => row.site === site));
   const places = spread(last.map((row) => 100 * row.stat[0]), ((y.domain[1] - y.domain[0]) * GAP) / (height - 80), y.domain);
@@ -319,7 +327,7 @@ const drawSites = () => draw($("sites"), innerWidth < 520 ? 320 : 360, (width, h
   const some = rows.filter((row) => rank(row.site) >= 0), at = { x: "i", y: (row) => 100 * row.stat[0] };
   return {
     ariaLabel: "Accuracy of each site against epsilon", ariaDescription: group().sites_text, marginRight: Math.min(160, width * 0.32),
-    x: { type: "point", domain: d3.range(points.length), tickFormat: (i) => epsilonText(points[i]), label: "epsilon", labelAnchor: "right", labelArrow: "none" },
+    x: { type: "point", domain: d3.range(points.length), tickFormat: (i) => (width < 520 && infinite(points[i]) ? "none" : epsilonText(points[i])), label: "epsilon", labelAnchor: "right", labelArrow: "none" },
     y, symbol: { type: "identity" }, color: { type: "identity" },
     marks: [
       Plot.line(rows, { ...at, z: "site", stroke: color, strokeWidth: (row) => (rank(row.site) < 0 ? 1 : 2) }),
@@ -371,7 +379,7 @@ const drawAdoption = () => draw($("adoption"), 300, (width, height) => {
   const labels = lines.map(([text], k) => ({ text, place: places[k + 1], color: COLORS[k], symbol: SHAPES[k] }));
   return {
     ariaLabel: "Configurations under the budget as it gets cheaper", ariaDescription: $("adoption-text").textContent, marginRight: Math.min(180, width * 0.42),
-    x: { domain: [-0.02, end + 0.02], ticks: data.cuts, tickFormat: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`), label: "prices, or computation", labelArrow: "none" },
+    x: { domain: [-0.02, end + 0.02], ticks: data.cuts.filter((cut) => width > 520 || cut === 0 || cut >= 0.3), tickFormat: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`), label: "prices, or computation", labelArrow: "none" },
     y: { domain: [0, top], ticks: Math.min(top, 5), tickFormat: (v) => (Number.isInteger(v) ? String(v) : ""), label: "configurations under the budget", labelArrow: "none", grid: true, tickSize: 0 },
     symbol: { type: "identity" }, color: { type: "identity" },
     marks: [

@@ -55,7 +55,13 @@ function unitOf(key, most) {
   const [size, prefix] = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]].find(([size]) => most >= size) || [1, ""];
   return [size, prefix + unit];
 }
+// As format_money of fedtune.report.words: two digits below one, two decimals above.
+function moneyText(value) {
+  if (value === 0 || Math.abs(value) >= 1) return value === 0 ? "0" : d3.format(",.2f")(value);
+  return Math.abs(value) < 1e-6 ? d3.format(".1e")(value) : d3.format(".15~f")(Number(value.toPrecision(2)));
+}
 function costText(key, value) {
+  if (key === "money") return `${moneyText(value)} ${data.currency || ""}`.trim();
   const [size, unit] = unitOf(key, Math.abs(value));
   return `${short(value / size)} ${unit}`.trim();
 }
@@ -137,7 +143,8 @@ function detail(point) {
   const copy = element("button", { type: "button", onclick: async () => {
     try { await navigator.clipboard.writeText(point.cmd); copy.textContent = "Copied"; } catch { copy.textContent = "Select and copy it"; }
   } }, "Copy");
-  const sites = Object.entries(point.sites).map(([site, stat]) => `${site} ${accuracyText(stat)}`).join(", ");
+  const part = (site) => (point.absent[site] ? ` (took no part in ${point.absent[site]} of ${point.runs.length} runs)` : "");
+  const sites = Object.entries(point.sites).map(([site, stat]) => `${site} ${accuracyText(stat)}${part(site)}`).join(", ");
   const own = Object.entries(point.own).map(([site, stat]) => `${site} ${accuracyText(stat)}`).join(", ");
   const runs = point.runs.map((run) => `seed ${run.seed}: ${run.acc === null ? "no accuracy" : percent(run.acc)} (${run.path})`).join("; ");
   const fact = (name, ...rest) => element("p", {}, element("b", {}, `${name}: `), ...rest);
@@ -167,7 +174,8 @@ function openRow(id) {
 
 function adoptionCounts({ accuracy, epsilon, money }) {
   const after = ([compute, energy, network, rest], price, work) => (1 - price) * ((1 - work) * (compute + energy) + network + rest);
-  const good = inGroup().filter((p) => p.acc && p.money?.every((part) => part !== null) && p.acc[0] >= accuracy && epsilonOf(p) <= epsilon);
+  // A number that was read off the page, with its three digits, includes the point that it is of.
+  const good = inGroup().filter((p) => p.acc && p.money?.every((part) => part !== null) && p.acc[0] >= accuracy && epsilonOf(p) <= epsilon * 1.005);
   const under = (amounts) => amounts.filter((amount) => amount <= money * (1 + 1e-5)).length; // parts have six digits
   return {
     good: good.length,
@@ -178,13 +186,12 @@ function adoptionCounts({ accuracy, epsilon, money }) {
 
 function readWanted() {
   const read = (id, otherwise) => ($(id).value.trim() === "" || !Number.isFinite(Number($(id).value)) ? otherwise : Number($(id).value));
-  // Epsilon is shown with four digits: a number that is typed off the page includes the point that it is of.
-  state.wanted = { accuracy: read("want-accuracy", 0) / 100, epsilon: read("want-epsilon", Infinity) * 1.0005, money: read("want-money", Infinity) };
+  state.wanted = { accuracy: read("want-accuracy", 0) / 100, epsilon: read("want-epsilon", Infinity), money: read("want-money", Infinity) };
   const counts = adoptionCounts(state.wanted), last = data.cuts.length - 1, { accuracy, epsilon, money } = state.wanted;
   const cut = `${Math.round(100 * data.cuts[last])} percent`;
   $("adoption-text").textContent = `${counts.good} of ${inGroup().filter((p) => p.money).length} priced configurations reach ${percent(accuracy)} `
     + `${epsilon === Infinity ? "at any epsilon" : `at epsilon ${short(epsilon)} or less`}; `
-    + `${counts.price[0]} of them cost no more than ${short(money)} ${data.currency || ""} a run today. If all prices fall by ${cut}, ${counts.price[last]} do; `
+    + `${counts.price[0]} of them cost no more than ${costText("money", money)} a run today. If all prices fall by ${cut}, ${counts.price[last]} do; `
     + `if compression cuts the computation by ${cut} at the same accuracy, ${counts.compute[last]} do.`;
   drawAdoption();
 }
@@ -226,7 +233,7 @@ function showGroup() {
   $("adoption-section").hidden = !adoption;
   if (adoption) {
     $("want-accuracy").value = Number((100 * adoption.accuracy).toFixed(2));
-    $("want-epsilon").value = adoption.epsilon === null ? "" : short(adoption.epsilon, 4);
+    $("want-epsilon").value = adoption.epsilon === null ? "" : short(adoption.epsilon);
     $("want-money").value = adoption.money;
     $("want-currency").textContent = data.currency || "";
     readWanted();

@@ -104,6 +104,7 @@ def test_one_who_cannot_pay_is_left_out_with_its_reason_and_the_others_go_on(
     assert charged(config) == [3, 3, 3, 3] and poor not in [node.name for node in result.nodes]
     ((node, round),) = [(one.node, one.round) for one in result.dropped]
     assert (node, round) == (poor, 0) and "BudgetExhausted" in result.dropped[0].reason
+    assert list(result.left_out) == [poor] and "BudgetExhausted" in result.left_out[poor]
     assert any(name == poor and status.startswith("refused: ") for name, status in watcher.clients)
 
 
@@ -142,8 +143,24 @@ def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_
         simulate(again, tmp_path)
     assert charged(config) == [1, 1, 1, 1]
     allow(config, 4.0)  # what is left fits, as it did: what was spent is not counted twice
-    assert len(simulate(again, tmp_path).history) == 3
+    finished = simulate(again, tmp_path)
+    assert len(finished.history) == 3 and not finished.left_out
     assert charged(config) == [3, 3, 3, 3]
+
+
+def test_who_refuses_to_go_on_has_a_part_in_what_it_trained_before(config: Config, tmp_path: Path) -> None:
+    class Stops(Watcher):
+        def on_round(self, summary: Any) -> None:
+            raise KeyboardInterrupt
+
+    allow(config, 4.0)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, tmp_path, Stops())
+    allow(config, 20.0)
+    spend(config, 1, 3)
+    allow(config, 4.0)
+    result = simulate(dataclasses.replace(config, resume=str(tmp_path)), tmp_path)
+    assert [one.node for one in result.dropped] == [shards(config)[1].node] and not result.left_out
 
 
 class Answers(LocalGrid):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from fedtune.errors import RecordError
 from fedtune.privacy.accounting.filter import FILTER
 from fedtune.privacy.statement.facts import statement_json, statement_markdown, statement_picture
+from fedtune.runs import summary
 from tests.support.golden import Golden
+from tests.support.synthetic import make_record
 
 
 def record(trust: str = "local", unit: str = "record", **privacy: Any) -> dict[str, Any]:
@@ -366,3 +369,20 @@ def test_a_record_that_lacks_something_is_refused_not_guessed(spoil: Any, golden
     with pytest.raises(RecordError) as raised:
         statement_markdown(made)
     golden(raised)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["listed", "of an earlier version"])
+def test_who_took_no_part_is_named_with_the_reason_and_not_counted(listed: bool) -> None:
+    made = make_record(left_out={"movies": "BudgetExhausted: node 'movies' gives no answer"})
+    if not listed:
+        del made["federation"]["left_out"]
+    text = statement_markdown(made)
+    assert "that 3 nodes hold (and without `movies`, which took no part)" in first_paragraph(text)
+    assert "`movies` took no part: its data was not used" in text and "BudgetExhausted" in text
+    assert re.search(r"\| movies \| \S+ \| \S+ \| 0 \(took no part\) \|", text)
+    assert list(statement_json(made)["left_out"]) == ["movies"]
+    assert "took no part" not in statement_markdown(make_record())
+    assert summary.facts_and_notes(made)[1][0] == (
+        "left out",
+        "movies took no part (BudgetExhausted: node 'movies' gives no answer)",
+    )
