@@ -147,6 +147,7 @@ def _subject(source: Path | str, words: Sequence[str]) -> _Subject:
         base = ModelConfig(name=str(source))
         return _Subject(None, base, None, (), 128, None)
     made, folder = record.read(path), record.run_folder(path)
+    predict.refuse_pairs(folder, made, "a compressed model")
     adapter = predict.adapter_of(folder, made)
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
     base, labels = read_saved(adapter)

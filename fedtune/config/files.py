@@ -20,12 +20,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import platformdirs
 
 from fedtune.errors import ResourceError
 
-__all__ = ["cache_dir", "create_whole", "lock_file", "replace_whole", "save", "state_dir", "sync_folder"]
+__all__ = [
+    "being_written",
+    "cache_dir",
+    "create_whole",
+    "lock_file",
+    "replace_whole",
+    "save",
+    "state_dir",
+    "sync_folder",
+]
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -89,6 +99,27 @@ def save(path: Path, content: bytes, *, mode: int = 0o666) -> None:
         raise ResourceError(
             f"Cannot write {path}: {error.strerror or error}. Choose another folder with --output FOLDER."
         ) from error
+
+
+@contextmanager
+def being_written(path: Path) -> Iterator[IO[str]]:
+    """A text file for a person that appears as `path` when the block ends; not at all if it raises.
+
+    Raises:
+        ResourceError: the file cannot be written; with the way out.
+    """
+    beside = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        beside.replace(path)
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write {path}: {error.strerror or error}. Choose another place with --output."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def create_whole(path: Path, content: bytes, *, mode: int = 0o600) -> None:

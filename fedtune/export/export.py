@@ -79,6 +79,7 @@ def export(
     """
     _check(formats)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
+    predict.refuse_pairs(folder, made, "an export")
     adapter = predict.adapter_of(folder, made)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)

@@ -4,16 +4,17 @@ The model is built the way anybody else would: the encoder that the run's adapte
 adapter through `peft.PeftModel.from_pretrained`. So what is predicted here is what a user of the saved
 adapter gets. Texts are cut to the run's `data.max_length` tokens, as in training.
 
-Does not do: pairs of texts, serving, or explanations. Predictions are post-processing of the released
+Does not do: serving, or explanations. Predictions are post-processing of the released
 adapter; the texts that are asked about are not protected by anything and go nowhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedtune.errors import DataError, RecordError
 from fedtune.federation.run_folder import PERSONAL
@@ -23,18 +24,25 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "Answering",
+    "Asked",
     "Model",
     "Prediction",
     "adapter_of",
     "answers",
     "check_texts",
+    "columns_of",
     "load",
     "read_texts",
+    "refuse_pairs",
     "show",
     "write_answers",
 ]
 
 _BATCH = 32  # texts at a time
+_CHUNK = 16 * _BATCH  # texts that are sorted by length together, and answered before the next are read
+
+Asked = str | tuple[str, str]  # a text, or two of a model of pairs
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,14 @@ class Prediction:
         label: the most probable label; None of a blank line, about which nothing can be told.
         probability: its probability, in [0, 1].
         probabilities: of every label; they sum to 1.
+        pair: the second text, of a model that was trained on pairs.
     """
 
     text: str
     label: str | None
     probability: float | None
     probabilities: dict[str, float]
+    pair: str | None = None
 
 
 class Model:
@@ -60,6 +70,7 @@ class Model:
     Attributes:
         path: the run folder that it comes from.
         labels: the label names, in the order of the model's classes.
+        columns: of the data that it was trained on: the text's, and of pairs the second text's.
 
     ```
     >>> result = fedtune.run("privacy=none", progress=False)
@@ -73,48 +84,82 @@ class Model:
     ```
     """
 
-    def __init__(self, path: Path, labels: Sequence[str], module: Any, tokenizer: Any, max_length: int):
+    def __init__(
+        self,
+        path: Path,
+        labels: Sequence[str],
+        module: Any,
+        tokenizer: Any,
+        max_length: int,
+        columns: tuple[str, str | None] = ("text", None),
+    ):
         self.path = path
         self.labels = tuple(labels)
+        self.columns = columns
         self._module, self._tokenizer, self._max_length = module, tokenizer, max_length
 
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, labels={list(self.labels)})"
 
-    def predict(self, texts: Sequence[str]) -> list[Prediction]:
+    def predict(self, texts: Sequence[Asked]) -> list[Prediction]:
         """Classifies each text by itself; what else is asked with it changes nothing.
 
         Args:
-            texts: one or more texts, none of them empty.
+            texts: one or more texts, none of them empty; of a model that was trained on pairs each is a pair.
 
         Returns:
             One prediction a text, in the order given.
 
         Raises:
-            DataError: there is no text, one is empty or no text at all, or `texts` is one text and no list.
+            DataError: there is no text, one is empty or no text at all, `texts` is one text and no list, or
+                pairs are asked of a model of single texts, or the other way round.
         """
         if isinstance(texts, str):
             raise DataError("predict takes a list of texts: write predict([text]) for a single one.")
-        check_texts(texts)
-        predictions: list[Prediction] = []
-        for start in range(0, len(texts), _BATCH):
-            predictions += self._predict_batch(list(texts[start : start + _BATCH]))
-        return predictions
+        firsts, seconds = self._parted(texts)
+        check_texts(firsts)
+        if seconds is not None:
+            check_texts(seconds)
+        # Texts of like lengths are padded least.
+        order = sorted(range(len(firsts)), key=lambda i: len(firsts[i]) + len(seconds[i] if seconds else ""))
+        found: dict[int, Prediction] = {}
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
+            second = None if seconds is None else [seconds[i] for i in rows]
+            found.update(zip(rows, self._predict_batch([firsts[i] for i in rows], second), strict=True))
+        return [found[i] for i in range(len(firsts))]
 
-    def _predict_batch(self, texts: list[str]) -> list[Prediction]:
+    def _parted(self, asked: Sequence[Asked]) -> tuple[list[str], list[str] | None]:
+        """First and second texts; None where the model takes single texts."""
+        pair = self.columns[1]
+        for number, one in enumerate(asked, start=1):
+            if pair is None and isinstance(one, tuple):
+                raise DataError(f"Text {number} is a pair, and the model was trained on single texts.")
+            if pair is not None and not (isinstance(one, tuple) and len(one) == 2):
+                raise DataError(
+                    f"The run in {self.path} was trained on pairs of texts (data.text_pair={pair}), and text "
+                    f"{number} is a single one: what it said of one alone would mean nothing. Give both: a "
+                    "tuple of two in Python; a file with both columns to fedtune predict, by --input."
+                )
+        if pair is None:
+            return list(asked), None  # type: ignore[arg-type]
+        return [one[0] for one in asked], [one[1] for one in asked]
+
+    def _predict_batch(self, texts: list[str], seconds: list[str] | None) -> list[Prediction]:
         import torch
 
         batch = self._tokenizer(
-            texts, truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
+            texts, seconds, truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
         ).to(next(self._module.parameters()).device)
         with torch.no_grad():
             logits = self._module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             probabilities = logits.float().softmax(-1).tolist()  # [b, c]
         predictions = []
-        for text, row in zip(texts, probabilities, strict=True):
+        pairs: Sequence[str | None] = [None] * len(texts) if seconds is None else seconds
+        for text, pair, row in zip(texts, pairs, probabilities, strict=True):
             by_label = dict(zip(self.labels, row, strict=True))
             label = max(by_label, key=by_label.__getitem__)
-            predictions.append(Prediction(text, label, by_label[label], by_label))
+            predictions.append(Prediction(text, label, by_label[label], by_label, pair))
         return predictions
 
 
@@ -132,7 +177,6 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
 
     Raises:
         RecordError: `path` is not a run folder, its run is not finished, or the adapter asked for is missing.
-        DataError: the run was trained on pairs of texts.
         ModelError, ResourceError: the encoder or adapter cannot be loaded.
 
     ```
@@ -149,8 +193,9 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
 
     module = load_saved(adapter, device)
     tokenizer, _ = load_tokenizer(read_saved(adapter)[0])
-    labels = finished["data"]["labels"]
-    return Model(folder, labels, module, tokenizer, finished["config"]["data"]["max_length"])
+    data = finished["config"]["data"]
+    columns = data.get("text") or "text", data.get("text_pair")
+    return Model(folder, finished["data"]["labels"], module, tokenizer, data["max_length"], columns)
 
 
 def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = None) -> Path:
@@ -158,7 +203,6 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
 
     Raises:
         RecordError: the adapter asked for is missing.
-        DataError: the run was trained on pairs of texts.
     """
     adapter = folder / finished["artifacts"]["adapter"] if site is None else _of_site(folder, site)
     if not (adapter / "adapter_config.json").exists():
@@ -166,13 +210,17 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
             f"The run in {folder} has a record and no adapter at {adapter}. Copy the whole run folder, "
             f"or resume the run to write it again: fedtune run resume={folder}"
         )
+    return adapter
+
+
+def refuse_pairs(folder: Path, finished: Mapping[str, Any], what: str) -> None:
+    """Raises `DataError` for a run on pairs of texts, where `what` takes one text at a time."""
     if pair := finished["config"]["data"].get("text_pair"):
         raise DataError(
-            f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and fedtune predict "
-            "takes one text at a time: what it said of one alone would mean nothing. Load the adapter with "
-            "peft.PeftModel.from_pretrained, and give both texts to the tokenizer."
+            f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and {what} takes "
+            "one text at a time: what it said of one alone would mean nothing. fedtune predict takes pairs, "
+            "by --input FILE with both columns."
         )
-    return adapter
 
 
 def check_texts(texts: Sequence[str]) -> None:
@@ -192,19 +240,61 @@ def check_texts(texts: Sequence[str]) -> None:
             ) from error
 
 
-def answers(model: Model, lines: Sequence[str]) -> list[Prediction]:
-    """One prediction a line; of a blank one, from which nothing can be told, one without a label.
+def columns_of(run_dir: Path, text: str | None, pair: str | None) -> tuple[str, str | None]:
+    """The columns to ask a run about: those that are named, else its own.
 
     Raises:
-        DataError: there is no line.
+        RecordError: as `load`.
+        DataError: a second column is named, and the run was on single texts.
     """
-    asked = [line for line in lines if line.strip()]
-    found = iter(model.predict(asked) if asked or not lines else [])
-    return [next(found) if line.strip() else Prediction(line, None, None, {}) for line in lines]
+    data = record.read(run_dir)["config"]["data"]
+    own = data.get("text_pair")
+    if pair is not None and own is None:
+        raise DataError(
+            "--pair-column names a second text, and the run was trained on single texts: leave it out."
+        )
+    return text or data.get("text") or "text", (pair or own) if own is not None else None
 
 
-def read_texts(path: Path, column: str) -> list[str]:
-    """The texts in a column of a file, one a record; what is no text is blank.
+class Answering(Protocol):
+    """What answers: a `Model`, or an exported one."""
+
+    def predict(self, texts: Sequence[Asked]) -> list[Prediction]:
+        """See `Model.predict`."""
+
+
+def answers(
+    model: Answering, asked: Iterable[Asked], advance: Callable[[int], None] | None = None
+) -> Iterator[Prediction]:
+    """One prediction each, a few hundred at a time; of a blank text, from which nothing can be told, one
+    without a label.
+
+    Args:
+        advance: told after each few hundred how many are done.
+
+    Raises:
+        DataError: there is none, or one of another kind than the model takes.
+    """
+    done, source = 0, iter(asked)
+    while chunk := list(itertools.islice(source, _CHUNK)):
+        whole = [one for one in chunk if _whole(one)]
+        found = iter(model.predict(whole) if whole else [])
+        for one in chunk:
+            text, pair = one if isinstance(one, tuple) else (one, None)
+            yield next(found) if _whole(one) else Prediction(text, None, None, {}, pair)
+        done += len(chunk)
+        if advance is not None:
+            advance(done)
+    if not done:
+        check_texts([])
+
+
+def _whole(asked: Asked) -> bool:
+    return all(text.strip() for text in (asked if isinstance(asked, tuple) else (asked,)))
+
+
+def read_texts(path: Path, column: str, pair: str | None = None) -> list[Asked]:
+    """The texts in a column of a file, one a record, or pairs of two columns; what is no text is blank.
 
     Raises:
         DataError: there is no such file or column, or it cannot be read.
@@ -215,33 +305,42 @@ def read_texts(path: Path, column: str) -> list[str]:
     from fedtune.data.sources.files import find_split, read_table
 
     file = find_split(DataConfig(path=str(path)), "train_split")
-    table = read_table(file, Columns(text=column, label=column))
-    if column not in table.columns:
-        raise DataError(
-            f"{file} has no column {column!r}; its columns are: {', '.join(map(repr, table.columns))[:300]}. "
-            "Name the one that holds the texts by --column."
-        )
-    return [value if isinstance(value, str) else "" for value in table.columns[column]]
+    table = read_table(file, Columns(text=column, label=column, text_pair=pair))
+    found = []
+    for name, option in ((column, "--column"), (pair, "--pair-column")):
+        if name is not None and name not in table.columns:
+            raise DataError(
+                f"{file} has no column {name!r}; its columns are: "
+                f"{', '.join(map(repr, table.columns))[:300]}. Name the one that holds the texts by {option}."
+            )
+        if name is not None:
+            found.append([value if isinstance(value, str) else "" for value in table.columns[name]])
+    return list(found[0] if pair is None else zip(*found, strict=True))
 
 
-def write_answers(path: Path, column: str, found: Sequence[Prediction]) -> None:
-    """Writes predictions as CSV, one row each in their order: text, label, probability.
+def write_answers(path: Path, columns: tuple[str, str | None], found: Iterable[Prediction]) -> int:
+    """Writes predictions as CSV as they come, one row each in their order: text, label, probability.
+
+    The file appears under its name when it is whole. Returns how many rows it has.
 
     Raises:
         ResourceError: the file cannot be written.
     """
     import csv
-    import io
 
-    from fedtune.config.files import save
+    from fedtune.config.files import being_written
 
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column, "label", "probability"])
-    for one in found:
-        known = one.probability is not None
-        writer.writerow([one.text, one.label or "", f"{one.probability:.6f}" if known else ""])
-    save(path, text.getvalue().encode())
+    named = [name for name in columns if name is not None]
+    rows = 0
+    with being_written(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*named, "label", "probability"])
+        for one in found:
+            rows += 1
+            texts = [one.text, one.pair][: len(named)]
+            known = one.probability is not None
+            writer.writerow([*texts, one.label or "", f"{one.probability:.6f}" if known else ""])
+    return rows
 
 
 def _of_site(folder: Path, site: str) -> Path:
@@ -281,6 +380,7 @@ def show(predictions: Sequence[Prediction], console: Console | None = None) -> N
             ranked = sorted(prediction.probabilities.items(), key=lambda item: -item[1])[1:3]
             row.append(Text(", ".join(f"{label} {probability:.3f}" for label, probability in ranked)))
         # One line a text, whatever control characters it has.
-        shown = "".join(one if one.isprintable() else " " for one in prediction.text)
+        whole = prediction.text if prediction.pair is None else f"{prediction.text} / {prediction.pair}"
+        shown = "".join(one if one.isprintable() else " " for one in whole)
         table.add_row(*row, Text(shown))
     console.print(table)

@@ -18,6 +18,8 @@ from fedtune.cli.app import main
 from fedtune.errors import DataError, ModelError, RecordError
 from fedtune.runs import record as records
 from fedtune.runs.predict import Model, Prediction, load, show
+from fedtune.runs.run import run
+from tests.support import tiny_federation as tiny
 from tests.support.golden import Golden
 
 
@@ -97,6 +99,11 @@ def test_no_text_is_refused(finished: tuple[Path, str], texts: list[str]) -> Non
         predict(finished[0], texts)
 
 
+def test_a_pair_is_no_text_of_a_model_of_single_texts(finished: tuple[Path, str]) -> None:
+    with pytest.raises(DataError, match=r"Text 1 is a pair"):
+        load(finished[0], device="cpu").predict([("good", "bad")])
+
+
 def test_what_is_no_text_is_refused_by_its_number(finished: tuple[Path, str]) -> None:
     with pytest.raises(DataError, match=r"Text 2 of 2 is 3"):
         load(finished[0], device="cpu").predict(["fine", 3])  # type: ignore[list-item]
@@ -105,6 +112,46 @@ def test_what_is_no_text_is_refused_by_its_number(finished: tuple[Path, str]) ->
 def test_one_text_is_no_list_of_texts(finished: tuple[Path, str]) -> None:
     with pytest.raises(DataError, match=r"predict\(\[text\]\)"):
         load(finished[0], device="cpu").predict("what a film")
+
+
+def test_pairs_are_asked_as_they_were_trained_on(
+    world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    for split, count in (("train", 120), ("test", 24)):
+        rows = [
+            {"premise": "the film was good", "claim": word, "label": label}
+            for word, label in [("a happy day", "yes"), ("an awful day", "no")] * (count // 2)
+        ]
+        data.mkdir(exist_ok=True)
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny.make_config(
+        world["model"], data, output=str(tmp_path / "run"), partition__name="iid", federation__nodes=2,
+        data__site=None, data__text="premise", data__text_pair="claim", data__labels=["no", "yes"],
+        federation__num_rounds=12, train__learning_rate=0.3,
+    )  # fmt: skip
+    run(config, console=Console(quiet=True))
+    with pytest.raises(SystemExit) as left:
+        main(
+            [
+                "predict",
+                str(tmp_path / "run"),
+                "--input",
+                str(data / "test.jsonl"),
+                "--output",
+                str(tmp_path / "out.csv"),
+            ]
+        )
+    assert left.value.code == 0 and "24 answers in" in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "out.csv").open()))
+    assert list(rows[0]) == ["premise", "claim", "label", "probability"] and len(rows) == 24
+    # The second text alone tells: as its own segment and after the first, as in training.
+    assert [row["label"] for row in rows[:2]] == ["yes", "no"] and rows[0]["claim"] == "a happy day"
+    model = load(tmp_path / "run", device="cpu")
+    (one,) = model.predict([("the film was good", "an awful day")])
+    assert one.pair == "an awful day" and f"{one.probability:.6f}" == rows[1]["probability"]
+    with pytest.raises(DataError, match=r"text 2 is a single one"):
+        model.predict([("a", "b"), "c"])
 
 
 def test_a_model_of_pairs_does_not_judge_one_text(
