@@ -1,24 +1,35 @@
 """Bytes of a file -> text, whatever a spreadsheet or an export made of them.
 
 UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one or recognised by their zero bytes, and any
-of these compressed by gzip. What is something else by its first bytes is named as what it is; what is left is
+of these compressed by gzip, bzip2 or xz, or alone in a ZIP archive. What is something else by its first bytes
+is named as what it is; what is left is
 not guessed, since a guess between two encodings of one byte a letter is wrong as often as right.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
+import io
+import lzma
 import shlex
+import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from fedtune.errors import DataError
 
 __all__ = ["bare_name", "is_workbook", "read_bytes", "read_text"]
 
-_GZIP = b"\x1f\x8b"
 _ZIP = b"PK\x03\x04"
+_UNPACKED: dict[bytes, tuple[str, Callable[[bytes], bytes]]] = {
+    b"\x1f\x8b": ("gzip", gzip.decompress),
+    b"BZh": ("bzip2", bz2.decompress),
+    b"\xfd7zXZ": ("xz", lzma.decompress),
+}
+_ENDINGS = (".gz", ".bz2", ".xz", ".zip")  # of a compressed file, after that of what is in it
 _SAVE = "Open it where it was made, and save it as CSV UTF-8."
 _UNPACK = "Unpack it first."
 _KINDS = (  # first bytes, what it is, the way out
@@ -27,12 +38,10 @@ _KINDS = (  # first bytes, what it is, the way out
         "a Git LFS pointer in place of the file",
         "Run `git lfs pull` in its folder.",
     ),
-    (_ZIP, "a ZIP archive", _UNPACK),
+    (_ZIP, "a ZIP archive of several files", "Unpack it, and name its folder."),
     (b"\xd0\xcf\x11\xe0", "a workbook or document of old Office (.xls)", _SAVE),
     (b"PAR1", "a Parquet file", "Let its name end in .parquet."),
     (b"ARROW1", "an Arrow file", "Write it as Parquet."),
-    (b"BZh", "compressed by bzip2", _UNPACK),
-    (b"\xfd7zXZ", "compressed by xz", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", _UNPACK),
     (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
     (b"%PDF", "a PDF document", "Copy its texts into a CSV file."),
@@ -51,25 +60,42 @@ _LOOKED_AT = 4096  # bytes, for an encoding without a mark
 
 def bare_name(path: Path) -> Path:
     """The name of a file without the ending of its compression."""
-    return path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return path.with_suffix("") if path.suffix.lower() in _ENDINGS else path
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, unpacked where it is compressed by gzip.
+    """The content of a file, unpacked where it is compressed; of a ZIP archive that of its only file.
 
     Raises:
         DataError: its compression is damaged or cut off.
         OSError: it cannot be read.
     """
     content = path.read_bytes()
-    if not content.startswith(_GZIP):
+    name, unpack = next(
+        (how for mark, how in _UNPACKED.items() if content.startswith(mark)), ("ZIP", _only_file)
+    )
+    if name == "ZIP" and (not content.startswith(_ZIP) or is_workbook(content)):
         return content
     try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
+        return unpack(content)
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, *_DAMAGED) as error:
         raise DataError(
-            f"{path} is compressed by gzip, and damaged or cut off ({str(error).rstrip('.')}). Copy it again."
+            f"{path} is compressed by {name}, and damaged or cut off ({str(error).rstrip('.')}). Copy it "
+            "again."
         ) from error
+
+
+_DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+
+
+def _only_file(content: bytes) -> bytes:
+    """The only file of a ZIP archive; the archive itself if it has several, or is locked by a password."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # Macs add a folder of their own.
+        files = [
+            one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX")
+        ]
+        return archive.read(files[0]) if len(files) == 1 and not files[0].flag_bits & 1 else content
 
 
 def is_workbook(content: bytes) -> bool:

@@ -6,7 +6,7 @@ from `data.labels`, else from `categories.json` (a JSON list) or `labels.txt` (o
 the data; only without these is it taken from the data, and then a note says so, because a label that
 only one person has would be a release (PITFALLS 19).
 
-A file of text may be compressed by gzip (`train.csv.gz`) and in any Unicode encoding
+A file of text may be compressed (`train.csv.gz`, .bz2, .xz, .zip) and in any Unicode encoding
 (`fedtune.data.sources.decoding`). Blanks around the name of a column do not count.
 
 What it does not do: recursive folders, encodings of one byte a letter.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -95,18 +97,38 @@ def test_names_of_compressed_files_and_json(tmp_path: Path, name: str) -> None:
     assert whole(tmp_path).texts == tuple(row[0] for row in ROWS)
 
 
-def workbook() -> bytes:
+def zipped(**files: bytes) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        archive.writestr("xl/workbook.xml", "<workbook/>")
+        for name, content in files.items():
+            archive.writestr(name, content)
     return packed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.csv.bz2", bz2.compress(table().encode())),
+        ("train.csv.xz", lzma.compress(table().encode())),
+        ("train.csv.zip", zipped(**{"a/train.csv": table().encode(), "__MACOSX/a/._train.csv": b"x"})),
+        ("train.csv", zipped(data=table(";").encode("utf-16"))),
+    ],
+)
+def test_compressed_files_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    assert whole(written(tmp_path, name, content)).texts == tuple(row[0] for row in ROWS)
+
+
+def workbook() -> bytes:
+    return zipped(**{"xl/workbook.xml": b"<workbook/>"})
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (workbook(), "workbook of Excel"),
-        (b"PK\x03\x04rest", "ZIP archive"),
+        (b"PK\x03\x04rest", "compressed by ZIP, and damaged or cut off"),
+        (zipped(a=b"1", b=b"2"), "ZIP archive of several files"),
+        (lzma.compress(table().encode())[:-30], "compressed by xz, and damaged or cut off"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "old Office"),
         (b"PAR1rest", "name end in .parquet"),
         (b"%PDF-1.7", "PDF"),
