@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.quiet import quiet_libraries, silence
 from fedtune.config.schema import Config
 from fedtune.errors import ConfigError, FedtuneError, PrivacyError, RecordError
 from fedtune.runs.predict import Model, Prediction, load
@@ -35,7 +36,6 @@ __all__ = [
     "keep_private",
     "load",
     "run",
-    "silence_libraries",
     "sweep",
 ]
 
@@ -128,6 +128,7 @@ def _start(config: Config, progress: bool) -> Result:
     from fedtune.runs import run
 
     keep_private()
+    quiet_libraries()
     console = None if progress else Console(quiet=True)
     return Result(run.run(config, console=console).parent)
 
@@ -139,10 +140,12 @@ class SweepResult:
     Attributes:
         path: the folder of the sweep.
         failures: what each failed run said, by its number. The same lies in its folder, `failure.json`.
+        partial: of finished runs that went on without a site, who took no part, by number.
     """
 
     path: Path
     failures: Mapping[int, str] = field(default_factory=dict)
+    partial: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -242,7 +245,7 @@ def sweep(
         if not alone:
             keep_private()  # one process of several
             if not debug:
-                silence_libraries()
+                silence()
         quiet = not (alone and progress)
         console = Console(highlight=False, quiet=quiet, force_terminal=None if alone else False)
         view = Display(title, unit=config.privacy.unit, brief=True, console=console)
@@ -262,7 +265,8 @@ def sweep(
         extra_dirs=config_dirs,
     )
     assert outcome.folder is not None  # it has one unless it raised
-    return SweepResult(outcome.folder, {failure.number: failure.message for failure in outcome.failures})
+    failures = {failure.number: failure.message for failure in outcome.failures}
+    return SweepResult(outcome.folder, failures, outcome.partial)
 
 
 def _grid_words(grid: Mapping[str, Any]) -> list[str]:
@@ -373,17 +377,6 @@ def keep_private() -> None:
     """Keeps libraries from calling home, unless the user's environment says that they may."""
     for name, value in _PRIVATE_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def silence_libraries() -> None:
-    """Keeps libraries from talking over the display, in a process that is fedtune's own."""
-    import warnings
-
-    from fedtune.models import quiet_kernels
-
-    quiet_kernels()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.simplefilter("ignore")
 
 
 def _say(line: str) -> None:

@@ -3,8 +3,9 @@
 Nothing is decided here: each command is one call into the layers below, and all of them are imported when
 their command is called, so that `fedtune --help` costs no more than typer and rich.
 
-Exit status: 0 it did what was asked; 1 it could not; 2 the command or its configuration is wrong; 70 a bug
-of fedtune's; 130 interrupted by Ctrl-C; 141 the reader of a pipe went away.
+Exit status: 0 it did what was asked; 1 it could not; 2 the command or its configuration is wrong; 3 a run
+finished without a site that should have taken part; 70 a bug of fedtune's; 130 interrupted by Ctrl-C; 141 the
+reader of a pipe went away.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from fedtune.cli import (
     results,
     run_command,
 )
-from fedtune.cli.shared import help_text
+from fedtune.cli.shared import FAILED, OK, USAGE, help_text
 from fedtune.errors import ConfigError, FedtuneError
 
 __all__ = ["command", "main"]
 
-OK, FAILED, USAGE, BUG, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 70, 130, 141
+BUG, INTERRUPTED, BROKEN_PIPE = 70, 130, 141  # beside those of `fedtune.cli.shared`
 
 HELP = help_text(
     "Federated, differentially private fine-tuning of quantized BERT: several sites train one text "
@@ -55,7 +56,11 @@ fedtune report multirun  all runs on one page
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 fedtune provision federation.yaml -o DIR  a real federation""",
 )
-EPILOG = "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting."
+EPILOG = (
+    "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting. Exit status: 0 done, 1 "
+    "failed, 2 wrong usage, 3 partial (a run finished without a site that refused or sent nothing), 70 a "
+    "bug, 130 interrupted."
+)
 
 # click itself says what an unknown command may have meant; with typer's answer it would stand there twice.
 app = typer.Typer(
@@ -78,11 +83,12 @@ def root(
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
         raise typer.Exit
-    from fedtune.api import keep_private, silence_libraries
+    from fedtune.api import keep_private
+    from fedtune.config.quiet import silence
 
     keep_private()
     if not ctx.obj:
-        silence_libraries()
+        silence()
 
 
 app.add_typer(run_command.commands)

@@ -47,7 +47,7 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     from fedtune.privacy.ledger import budget_report
 
     paths, only = budget_report.find_ledgers(_folder(), node)
-    return _print(budget_report.show(paths, dataset, only), json)
+    return _print("show", budget_report.show(paths, dataset, only), json)
 
 
 @commands.command(
@@ -68,7 +68,7 @@ def set_budget(
     found = budget_report.set_budgets(
         _folder(), epsilon=epsilon, delta=delta, node=node, dataset=dataset, unit=unit
     )
-    return _print(found, json)
+    return _print("set", found, json)
 
 
 @commands.command(help="Every release, oldest first.")
@@ -76,7 +76,7 @@ def history(node: Node = None, dataset: Dataset = None, json: Json = False) -> i
     from fedtune.privacy.ledger import budget_report
 
     paths, only = budget_report.find_ledgers(_folder(), node)
-    return _print(budget_report.history(paths, dataset, only), json)
+    return _print("history", budget_report.history(paths, dataset, only), json)
 
 
 @commands.command(help="Read every row; exit status 1 if one was edited, moved or removed.")
@@ -84,7 +84,7 @@ def verify(node: Node = None, json: Json = False) -> int:
     from fedtune.privacy.ledger import budget_report
 
     paths, _ = budget_report.find_ledgers(_folder(), node)
-    return _print(budget_report.verify(paths), json)
+    return _print("verify", budget_report.verify(paths), json)
 
 
 def _folder() -> Path:
@@ -93,10 +93,10 @@ def _folder() -> Path:
     return state_dir() / "ledgers"
 
 
-def _print(report: Report, json: bool) -> int:
+def _print(name: str, report: Report, json: bool) -> int:
     """Prints what a command found; returns its exit status."""
     if json:
-        print_json(report.json)
+        print_json(f"budget {name}", report.json)
     else:
         print(report.text)
     return report.status

@@ -83,7 +83,7 @@ def compress(
         folders, prices = folders_and_prices([source, *(settings or [])])
         found = answer(folders, limits, prices)
         if json:
-            print_json(found)
+            print_json("advise", found)
         else:
             print(advise_text(found))
         return
@@ -107,7 +107,7 @@ def compress(
     )
     about = library.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     if json:
-        print_json({"folder": str(folder), **about})
+        print_json("compress", {"folder": str(folder), **about})
         return
     from fedtune.compress.show import show
 

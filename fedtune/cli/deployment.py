@@ -6,15 +6,27 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.run_command import complete_setting
-from fedtune.cli.shared import Command, Json, ServerFolder, argument, help_text, option, print_json
+from fedtune.cli.run_command import complete_setting, finished
+from fedtune.cli.shared import (
+    FAILED,
+    OK,
+    Command,
+    Json,
+    ServerFolder,
+    argument,
+    help_text,
+    option,
+    print_json,
+    status_of,
+)
 from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedtune.deploy.site import DryRun
     from fedtune.federation.client.policy import SiteSettings
 
 __all__ = ["commands"]
@@ -49,10 +61,14 @@ def provision(
     file: Annotated[Path, argument("FEDERATION.yaml", "The federation file.")],
     output: Annotated[Path, option("Where to write.", "-o", "--output", metavar="DIR")],
     renew: Annotated[bool, option("Make a new server certificate.", "--renew")] = False,
+    json: Json = False,
 ) -> None:
     from fedtune.deploy.provision import provision
 
     done = provision(file, output, renew=renew)
+    if json:
+        print_json("provision", {"folder": str(done.folder), "new": list(done.new), "kept": list(done.kept)})
+        return
     for name in done.new:
         print(f"made {name}")
     for name in done.kept:
@@ -108,41 +124,68 @@ def server(
     trail: Annotated[bool, option("Show who did what, and whether the trail is whole.", "--trail")] = False,
     monitor: Monitor = None,
     log_json: LogJson = False,
+    json: Annotated[bool, option("What --enrol and the like did, as JSON.", "--json")] = False,
 ) -> int:
     from fedtune.deploy import admission, operators
+
+    say = _answer("server", json)
 
     if enrol is not None:
         line = admission.line_of(enrol)
         _compare_fingerprint(line, fingerprint)
         site, shown = _enrol(folder, line)
-        print(f"enrolled {site}, fingerprint {shown}")
+        say({"enrolled": site, "fingerprint": shown}, f"enrolled {site}, fingerprint {shown}")
     elif revoke is not None:
         _revoke(folder, revoke)
-        print(f"revoked {revoke}; a running server lets it in no more")
+        say({"revoked": revoke}, f"revoked {revoke}; a running server lets it in no more")
     elif operator is not None:
         line = admission.line_of(operator)
         _compare_fingerprint(line, fingerprint)
         made = operators.add(folder, line, [right.strip() for right in rights.split(",")])
-        print(f"operator {made.name} may {', '.join(sorted(made.rights))}; a running server knows it in 2 s")
+        may = sorted(made.rights)
+        say(
+            {"operator": made.name, "rights": may},
+            f"operator {made.name} may {', '.join(may)}; a running server knows it in 2 s",
+        )
     elif revoke_operator is not None:
         operators.revoke(folder, revoke_operator)
-        print(f"revoked operator {revoke_operator}; a running server lets that key in no more")
+        say(
+            {"revoked_operator": revoke_operator},
+            f"revoked operator {revoke_operator}; a running server lets that key in no more",
+        )
     elif trail:
         from fedtune.deploy.trail import Trail
 
         text, whole = Trail(folder).text()
-        print(text)
-        return 0 if whole else 1
+        say({"whole": whole, "text": text.splitlines()}, text)
+        return OK if whole else FAILED
     elif accept_restore is not None:
         from fedtune.deploy.heads import BookHeads
 
         kept, restored = BookHeads(folder).accept(accept_restore)
-        print(f"accepted, and noted in heads.log: {accept_restore} goes on from {restored}, not from {kept}")
+        say(
+            {"accepted": accept_restore, "goes_on_from": str(restored), "not_from": str(kept)},
+            f"accepted, and noted in heads.log: {accept_restore} goes on from {restored}, not from {kept}",
+        )
+    elif json:
+        raise ConfigError("--json is for --enrol and the like; a server that runs has no answer.")
     else:
         from fedtune.deploy.server import run_server
 
         run_server(folder, _log("server", log_json), host, monitor)
-    return 0
+    return OK
+
+
+def _answer(name: str, json: bool) -> Callable[[dict[str, Any], str], None]:
+    """Prints an answer: as values for a program, or as text for a person."""
+
+    def say(values: dict[str, Any], text: str) -> None:
+        if json:
+            print_json(name, values)
+        else:
+            print(text)
+
+    return say
 
 
 def _compare_fingerprint(line: str, told: str | None) -> None:
@@ -204,12 +247,16 @@ fedtune submit DIR data=files ...     then, with the right to submit""",
 def operator(
     folder: Annotated[Path, argument("DIR", "A folder with server.yaml and ca.crt.")],
     name: Annotated[str, option("Who you are: a word.", metavar="NAME")],
+    json: Json = False,
 ) -> None:
     from fedtune.deploy.operator_key import OPERATOR_KEY, operator_line
 
     line, fingerprint, new = operator_line(folder, name)
-    print(f"{line}\n\nSend the line above to the server's administrator, and compare this by telephone:")
-    print(f"fingerprint {fingerprint}\n{'Made' if new else 'Kept'} {folder / OPERATOR_KEY}; never send it.")
+    _answer("operator", json)(
+        {"line": line, "fingerprint": fingerprint, "key": str(folder / OPERATOR_KEY), "new": new},
+        f"{line}\n\nSend the line above to the server's administrator, and compare this by telephone:\n"
+        f"fingerprint {fingerprint}\n{'Made' if new else 'Kept'} {folder / OPERATOR_KEY}; never send it.",
+    )
 
 
 @commands.command(
@@ -243,34 +290,45 @@ def node(
     dry_run: Annotated[bool, option("Show what a run would do here; train nothing.", "--dry-run")] = False,
     monitor: Monitor = None,
     log_json: LogJson = False,
+    json: Annotated[bool, option("Of init, proof, accept and --dry-run: as JSON.", "--json")] = False,
 ) -> int:
     from fedtune.deploy import site as sites
 
+    say = _answer("node", json)
     words = list(step or ())
     site = sites.read_site(config, with_data=words not in (["init"], ["proof"], ["accept"]))
     if words == ["init"]:
         line, fingerprint = sites.make_key(site)
-        print(f"{line}\n\nSend the line above to the federation's operator, and compare this by telephone:")
-        print(f"fingerprint {fingerprint}\nThe private key is {site.key}; never send it to anybody.")
-        return 0
+        say(
+            {"line": line, "fingerprint": fingerprint, "key": str(site.key)},
+            f"{line}\n\nSend the line above to the federation's operator, and compare this by telephone:\n"
+            f"fingerprint {fingerprint}\nThe private key is {site.key}; never send it to anybody.",
+        )
+        return OK
     if words == ["proof"]:
         text, whole = sites.proof(site, against)
-        print(text)
-        return 0 if whole else 1
+        say({"whole": whole, "text": text.splitlines()}, text)
+        return OK if whole else FAILED
     if words == ["accept"]:
-        print(sites.accept(site))
-        return 0
+        text = sites.accept(site)
+        say({"text": text.splitlines()}, text)
+        return OK
     if dry_run:
-        return _dry_run(site, words)
+        done = _dry_run(site, words)
+        found = {"permitted": not done.refusals, "refusals": list(done.refusals)}
+        say({**found, "run": {name: str(value) for name, value in done.lines}}, done.text())
+        return FAILED if done.refusals else OK
+    if json:
+        raise ConfigError("--json is for init, proof, accept and --dry-run; a node that runs has no answer.")
     if words:
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
     from fedtune.deploy.node import run_node
 
     run_node(site, _log("node", log_json), monitor, log_json=log_json)
-    return 0
+    return OK
 
 
-def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
+def _dry_run(site: SiteSettings, overrides: list[str]) -> DryRun:
     from fedtune.config.convert import value_text
     from fedtune.config.loader import load
     from fedtune.deploy.site import dry_run
@@ -285,9 +343,7 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
     if not any(word.startswith("data.name=") for word in overrides):
         data = dataclasses.replace(proposed.data, name=site.data.name)
         proposed = dataclasses.replace(proposed, data=data)
-    done = dry_run(site, proposed)
-    print(done.text())
-    return 1 if done.refusals else 0
+    return dry_run(site, proposed)
 
 
 @commands.command(
@@ -299,7 +355,7 @@ def _dry_run(site: SiteSettings, overrides: list[str]) -> int:
         "Settings as of `fedtune run`; data.* describe what the server tests on, since each site has data of "
         "its own: a split that is declared public (data.test_split=test data.test_public=true). Without one "
         "the sites answer with noised counts about what they hold out. Exit status 0 only if the run "
-        "succeeded.",
+        "succeeded with every site; 3 if a site refused or sent nothing, and the others went on.",
         """\
 fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]
 fedtune submit DIR/server resume=RUN_DIR              go on after a crash
@@ -315,7 +371,8 @@ def submit(
         argument("[NAME=VALUE]...", "As of `fedtune run`.", autocompletion=complete_setting),
     ] = None,
     detach: Annotated[bool, option("Go on without this terminal.", "--detach")] = False,
-) -> None:
+    json: Json = False,
+) -> int:
     from fedtune import api
     from fedtune.config.convert import value_text
     from fedtune.config.loader import load
@@ -324,17 +381,18 @@ def submit(
         raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
     overrides, server = list(settings or ()), str(folder.absolute())
     if detach:
-        return _detach(folder, overrides)
+        _detach(folder, overrides, json)
+        return OK
     if not any(word.startswith("resume=") for word in overrides):
-        api.run(*overrides, "engine.name=deployment", f"engine.server={value_text(server)}")
-        return None
+        place = f"engine.server={value_text(server)}"
+        result = api.run(*overrides, "engine.name=deployment", place, progress=not json)
+        return finished(result, json)
     config = load(overrides)
     engine = dataclasses.replace(config.engine, name="deployment", server=server)  # it may have moved
-    api.run(dataclasses.replace(config, engine=engine))
-    return None
+    return finished(api.run(dataclasses.replace(config, engine=engine), progress=not json), json)
 
 
-def _detach(folder: Path, overrides: list[str]) -> None:
+def _detach(folder: Path, overrides: list[str], json: bool) -> None:
     from fedtune.config.loader import load
     from fedtune.deploy.detached import detach, new_folder
 
@@ -344,10 +402,11 @@ def _detach(folder: Path, overrides: list[str]) -> None:
     run_dir = Path(chosen[-1]) if chosen else new_folder()
     process, number = detach(folder.absolute(), settings, run_dir)
     state = f"run {number} goes on" if number else "the run waits for its turn"
-    print(
+    _answer("submit --detach", json)(
+        {"run_dir": str(run_dir), "process": process, "run": number},
         f"{state}, in process {process}; its folder is {run_dir}\n"
         f"look at it:  fedtune follow {run_dir}\n"
-        f"end it:      fedtune stop {folder} {run_dir}"
+        f"end it:      fedtune stop {folder} {run_dir}",
     )
 
 
@@ -357,7 +416,7 @@ def _detach(folder: Path, overrides: list[str]) -> None:
     short_help="Look at a run that was submitted with --detach.",
     help=help_text(
         "Shows what a detached run has said from its beginning, and what it says until it ends. Ctrl-C only "
-        "looks away. Exit status 0 only if the run succeeded.",
+        "looks away. Exit status as of fedtune submit.",
         "fedtune follow outputs/2026-11-30/12-00-00",
     ),
 )
@@ -367,7 +426,11 @@ def follow(run_dir: Annotated[Path, argument("RUN_DIR", "The run folder.")]) -> 
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
-    return 0 if detached.follow(run_dir, show) else 1
+    if not detached.follow(run_dir, show):
+        return FAILED
+    from fedtune.runs.record import Result
+
+    return status_of(Result(run_dir).left_out)
 
 
 @commands.command(
@@ -388,6 +451,7 @@ def stop(
     folder: ServerFolder,
     run: Annotated[str, argument("RUN", "A run folder, or the number in `fedtune status`.")],
     now: Annotated[bool, option("Do not wait for the end of its round.", "--now")] = False,
+    json: Json = False,
 ) -> None:
     from fedtune.deploy import submit as submission
     from fedtune.deploy.client import Server
@@ -399,7 +463,10 @@ def stop(
             f"status {folder}` shows the numbers."
         )
     Server.of(folder).stop(number, now=now)
-    print(f"run {number} ends {'now' if now else 'after the round that it is in'}")
+    _answer("stop", json)(
+        {"run": str(number), "now": now},
+        f"run {number} ends {'now' if now else 'after the round that it is in'}",
+    )
 
 
 @commands.command(
@@ -419,7 +486,7 @@ def status(folder: ServerFolder, json: Json = False) -> None:
     if json:
         from dataclasses import asdict
 
-        print_json(asdict(found))
+        print_json("status", asdict(found))
         return
     print(f"server {found.address}")
     for site in found.sites:

@@ -70,7 +70,7 @@ def export(
     )
     about = library.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))
     if json:
-        print_json({"folder": str(folder), **about})
+        print_json("export", {"folder": str(folder), **about})
         return
     from fedtune.export.show import show
 
@@ -117,7 +117,7 @@ def evaluate(
     found = evaluation.evaluate(model_dir, data, settings or [], wanted, advance=advance)
     paths = [] if output is None else evaluation.keep(found, output)
     if json:
-        print_json(found)
+        print_json("evaluate", found)
         return
     evaluation.show(found)
     for path in paths:
@@ -161,7 +161,7 @@ def price(
     found = adoption.adoption(paths, prices, allowed_loss=allowed)
     written = [] if output is None else adoption.write_adoption(found, output)
     if json:
-        print_json(asdict(found))
+        print_json("price", asdict(found))
         return
     print(adoption.adoption_text(found))
     for path in written:
@@ -230,7 +230,12 @@ curl localhost:8000/predict -H "Authorization: Bearer KEY" -d '{"text": "what a 
 def key(
     name: Annotated[str, argument("NAME", "What the log calls the client.")],
     keys: Annotated[Path, typer.Option("--keys", help="The file.", metavar="FILE")],
+    json: Json = False,
 ) -> None:
     from fedtune.serving.keys import make_key
 
-    print(make_key(keys, name))
+    made = make_key(keys, name)
+    if json:
+        print_json("key", {"name": name, "key": made, "file": str(keys)})
+    else:
+        print(made)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import click
 import typer
 
-from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
+from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json, progress
 from fedtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedtune.runs.predict import Asked, Model
 
 __all__ = ["commands", "folders_and_prices"]
 
@@ -38,7 +41,7 @@ def statement(run_dir: RunFolder, json: Json = False) -> None:
 
     result = Result(run_dir)
     if json:
-        print_json(statement_json(result.record))
+        print_json("statement", statement_json(result.record))
     else:
         print(result.statement.rstrip())
 
@@ -48,11 +51,13 @@ def statement(run_dir: RunFolder, json: Json = False) -> None:
     rich_help_panel=_PANEL,
     short_help="Labels with probabilities, from a finished run.",
     help=help_text(
-        "Classifies texts with the model that a run trained.",
+        "Classifies texts with the model that a run trained, or with an exported one.",
         """\
 fedtune predict RUN_DIR "what a film" "never again"
 fedtune predict RUN_DIR - < texts.txt         one text a line
+fedtune predict MODEL_DIR "what a film"       of 'fedtune export': at once
 fedtune predict RUN_DIR --input new.csv --column text --output answers.csv
+fedtune predict RUN_DIR --input pairs.csv --column premise --pair-column hypothesis
 fedtune predict RUN_DIR --site movies "so so"  with the part that is this site's own""",
     ),
 )
@@ -60,9 +65,15 @@ def predict(
     run_dir: RunFolder,
     texts: Annotated[list[str] | None, argument("[TEXT]...", "A text; '-' reads lines.")] = None,
     file: Annotated[
-        Path | None, option("Take the texts of this file (.csv, .tsv, .jsonl, .parquet).", "--input")
+        Path | None,
+        option("Take the texts of this file (.csv, .tsv, .json, .jsonl, .parquet, .xlsx).", "--input"),
     ] = None,
-    column: Annotated[str, option("Its column with the texts (default: text).", metavar="NAME")] = "text",
+    column: Annotated[
+        str | None, option("Its column with the texts (default: the run's, data.text).", metavar="NAME")
+    ] = None,
+    pair_column: Annotated[
+        str | None, option("Of a run on pairs: the column of the second text.", metavar="NAME")
+    ] = None,
     output: Annotated[
         Path | None, option("Write a CSV with one row a text to this file.", "--output", metavar="FILE")
     ] = None,
@@ -77,25 +88,35 @@ def predict(
     from dataclasses import asdict
 
     from fedtune import api
-    from fedtune.runs.predict import answers, read_texts, show, write_answers
+    from fedtune.runs.predict import answers, columns_of, read_texts, show, write_answers
+    from fedtune.serving.bundle import EXPORT_NAME
+    from fedtune.serving.model import ExportedModel
 
     given = texts or []
     if file is None and not given:
         raise click.UsageError("Missing TEXT: give one or more, '-' for lines, or a file by --input.")
     if file is not None and given:
         raise ConfigError("Give texts, or a file of texts by --input, not both.")
-    lines: list[str] = [] if file is None else read_texts(file, column)
+    exported = (run_dir / EXPORT_NAME).is_file()
+    columns: tuple[str, str | None] = (column or "text", None)
+    if file is not None and not exported:
+        columns = columns_of(run_dir, column, pair_column)
+    asked: list[Asked] = [] if file is None else read_texts(file, *columns)
     for text in given:
-        lines += _lines_of(sys.stdin) if text == "-" else [text]
-    model = api.load(run_dir, site=site)
+        asked += _lines_of(sys.stdin) if text == "-" else [text]
+    if exported and (site is not None or pair_column is not None):
+        raise ConfigError(f"{run_dir} is an exported model, which has no sites and no pairs. Name the run.")
+    model: Model | ExportedModel = ExportedModel(run_dir) if exported else api.load(run_dir, site=site)
     # Of lines and files each has an answer, a blank one too; a blank word on the command line is a mistake.
-    found = answers(model, lines) if file is not None or "-" in given else model.predict(lines)
+    by_line = file is not None or "-" in given
+    found = answers(model, asked, progress("texts", len(asked))) if by_line else model.predict(asked)
     if output is not None:
-        write_answers(output, column, found)
+        count = write_answers(output, columns, found)
+        print(f"{count:,} answers in {output}", file=sys.stderr)
     elif json:
-        print_json([asdict(prediction) for prediction in found])
+        print_json("predict", [asdict(prediction) for prediction in found])
     else:
-        show(found)
+        show(list(found))
 
 
 def _lines_of(stream: TextIO) -> list[str]:
@@ -127,11 +148,15 @@ def report(
     local: Annotated[
         bool, option("Show measured times and costs of private data too: for its owner only.", "--local")
     ] = False,
+    json: Json = False,
 ) -> None:
     from fedtune.report.page import write_report
 
     folders, prices = folders_and_prices(runs)
     made = write_report(folders, prices, output, local=local)
+    if json:
+        print_json("report", made.to_json())
+        return
     print(made.text)
     print()
     for path in (made.page, made.picture, made.csv, made.parquet):
@@ -165,7 +190,7 @@ def plan(
     folders, prices = folders_and_prices(runs)
     text, values = answer(folders, prices, Constraints(accuracy, epsilon, money))
     if json:
-        print_json(values)
+        print_json("plan", values)
     else:
         print(text)
 
@@ -201,7 +226,7 @@ def audit(
         run_dir, canaries=canaries, seeds=seeds, confidence=confidence, model=model, console=console
     )
     if json:
-        print_json(found)
+        print_json("audit", found)
     audits.check(found)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedtune.cli.shared import Command, argument, help_text, option, print_json
+from fedtune.cli.shared import OK, Command, Json, argument, help_text, option, print_json, status_of
 from fedtune.errors import ConfigError, FedtuneError
 
-__all__ = ["commands", "complete_setting", "dry_run"]
+if TYPE_CHECKING:
+    from fedtune.api import Result, SweepResult
+
+__all__ = ["commands", "complete_setting", "dry_run", "finished"]
 
 commands = typer.Typer(rich_markup_mode="rich")
 
@@ -94,7 +97,8 @@ def complete_setting(ctx: typer.Context, incomplete: str) -> list[str]:
     short_help="Simulate a federation: train, account, record.",
     help=help_text(
         "Simulates a federation on this machine: reads the data, cuts it into one shard a node, trains in "
-        "rounds, shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md.",
+        "rounds, shows progress, and writes RUN_DIR/record.json, adapter/ and statement.md. Exit status 3: "
+        "it finished without a site that should have taken part (it refused, or sent nothing).",
         """\
 fedtune run
 fedtune run privacy.epsilon=2 adapter=ffa_lora model.quantization=nf4
@@ -128,29 +132,32 @@ def run(
         option("Say what the run would do and spend, as fedtune data check; train nothing.", "--dry-run"),
     ] = False,
     cfg: Annotated[str | None, option("Hydra's name for --show-config.", metavar="job")] = None,
-) -> None:
+    json: Json = False,
+) -> int:
     overrides, folders = list(settings or ()), list(config_dir or ())
     if cfg not in (None, "job"):
         raise ConfigError(f"--cfg {cfg} is not known: --cfg job prints the complete configuration.")
     if show_config or cfg:
-        _show_config(overrides, folders)
-        return
+        _show_config(overrides, folders, json)
+        return OK
     if only_check:
-        dry_run(overrides, folders, json=False)
-        return
+        dry_run(overrides, folders, json)
+        return OK
     from fedtune import api
     from fedtune.config.launch import is_sweep
 
     resumes = any(word.startswith("sweep.resume=") for word in overrides)
     if not (multirun or resumes or is_sweep(overrides)):
-        api.run(*overrides, config_dirs=folders)
-        return
-    made = api.sweep({}, *overrides, config_dirs=folders, debug=bool(ctx.obj))
+        return finished(api.run(*overrides, config_dirs=folders, progress=not json), json)
+    made = api.sweep({}, *overrides, config_dirs=folders, debug=bool(ctx.obj), progress=not json)
+    if json:
+        print_json("run -m", _sweep_json(made))
     if made.failures:
         numbers = ", ".join(str(number) for number in made.failures)
         raise FedtuneError(
             f"{len(made.failures)} of the sweep's runs failed (number {numbers}); the others finished."
         )
+    return status_of(sorted({site for sites in made.partial.values() for site in sites}))
 
 
 def dry_run(overrides: list[str], folders: list[Path], json: bool) -> None:
@@ -160,14 +167,44 @@ def dry_run(overrides: list[str], folders: list[Path], json: bool) -> None:
 
     found = check(load(overrides, folders))
     if json:
-        print_json(found)
+        print_json("data check", found)
     else:
         print(in_text(found))
 
 
-def _show_config(overrides: list[str], folders: list[Path]) -> None:
+def finished(result: Result, json: bool) -> int:
+    """The end of `fedtune run` and `fedtune submit`; returns the exit status."""
+    if json:
+        print_json("run", _result_json(result))
+    return status_of(result.left_out)
+
+
+def _result_json(result: Result) -> dict[str, Any]:
+    """What of a record a script asks for first; the rest lies in record.json."""
+    return {
+        "run_dir": str(result.path),
+        "run": result.record["run"]["id"],
+        "status": result.record["run"]["status"],
+        **{name: getattr(result, name) for name in ("epsilon", "delta", "unit", "adjacency", "accuracy")},
+        "left_out": result.left_out,
+        "cautions": result.record["privacy"].get("cautions") or [],
+    }
+
+
+def _sweep_json(made: SweepResult) -> dict[str, Any]:
+    return {
+        "folder": str(made.path),
+        "runs": [_result_json(result) for result in made.runs],
+        "failures": {str(number): error for number, error in made.failures.items()},
+    }
+
+
+def _show_config(overrides: list[str], folders: list[Path], json: bool) -> None:
     import yaml
 
     from fedtune.config.loader import load, to_dict
 
+    if json:
+        print_json("run --show-config", to_dict(load(overrides, folders)))
+        return
     print(yaml.safe_dump(to_dict(load(overrides, folders)), sort_keys=False, allow_unicode=True), end="")

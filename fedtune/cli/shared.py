@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +15,27 @@ from typer.core import TyperCommand
 from typer.models import ArgumentInfo
 from typer.utils import get_params_from_function
 
-__all__ = ["Command", "Json", "ServerFolder", "argument", "help_text", "option", "print_json"]
+__all__ = [
+    "FAILED",
+    "OK",
+    "PARTIAL",
+    "USAGE",
+    "Command",
+    "Json",
+    "ServerFolder",
+    "argument",
+    "help_text",
+    "option",
+    "print_json",
+    "progress",
+    "status_of",
+]
 
-
+# Exit statuses; `fedtune.cli.app` says what they mean.
+OK = 0
+FAILED = 1
+USAGE = 2
+PARTIAL = 3
 _WIDTH = 76  # of a line of examples, on a terminal of 80 columns
 
 
@@ -63,6 +83,35 @@ def help_text(description: str, examples: str) -> str:
     return f"{description}\n\n\b\nExamples:\n{chr(10).join(lines)}".replace("[", r"\[")
 
 
-def print_json(value: Any) -> None:
-    """Prints `value`, indented; a number that JSON does not have is an error."""
+def status_of(left_out: Collection[str]) -> int:
+    """The exit status of a finished run, by who took no part in it; says so beside the output."""
+    if not left_out:
+        return OK
+    from fedtune.privacy.statement.words import few
+
+    print(f"Partial (exit status {PARTIAL}): {few(left_out)} took no part.", file=sys.stderr)
+    return PARTIAL
+
+
+def progress(what: str, whole: int) -> Callable[[int], None]:
+    """Says on a terminal, beside the output, how many of `whole` are done; elsewhere nothing."""
+
+    def advance(done: int) -> None:
+        if sys.stderr.isatty():
+            print(
+                f"\r{done:,} of {whole:,} {what}",
+                end="\n" if done >= whole else "",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return advance
+
+
+def print_json(name: str, value: Any) -> None:
+    """Prints `value`, indented; a number that JSON does not have is an error.
+
+    Args:
+        name: of its schema in `answers.json` beside this file.
+    """
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))

@@ -73,9 +73,11 @@ def detach(folder: Path, settings: Sequence[str], run_dir: Path) -> tuple[int, s
         if number is not None and number != before:
             return process.pid, number
         text = _text(run_dir)
-        if (status := process.poll()) is not None and status != 0:
+        # A run of seconds may have ended already, all of its sites with it (0) or not (3).
+        ended = (run_dir / "record.json").exists()
+        if (status := process.poll()) is not None and status != 0 and not ended:
             raise FederationError(f"The run did not start. {_last_paragraph(text)}")
-        if "waiting for this run's turn" in text or status == 0:
+        if "waiting for this run's turn" in text or status is not None:
             return process.pid, None
         time.sleep(_LOOK_SECONDS)
     return process.pid, None

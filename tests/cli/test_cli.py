@@ -26,6 +26,7 @@ RECORD = {
     "metrics": {"accuracy": 0.75},
     "privacy": {"epsilon": 2.0, "delta": 1e-5, "adjacency": "add or remove one record"},
     "cost": {"money": None},
+    "federation": {"left_out": []},
 }
 
 
@@ -154,6 +155,15 @@ def test_run(runs: list[Config], tmp_path: Path) -> None:
     (config,) = runs
     assert (config.privacy.epsilon, config.adapter.name) == (2.0, "ffa_lora")
     assert config.output == str(tmp_path / "here")
+
+
+def test_a_run_without_a_site_is_partial(
+    runs: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = {**RECORD, "federation": {"left_out": [{"node": "east", "reason": "it refused"}]}}
+    monkeypatch.setattr("fedtune.runs.record.read", lambda path: without)
+    assert call("run") == 3
+    assert one_paragraph(capsys) == "Partial (exit status 3): east took no part.\n"
 
 
 def test_a_run_leaves_the_warnings_of_fedtune_on(runs: list[Config]) -> None:
@@ -387,6 +397,22 @@ def test_budget_set_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"dataset", "fingerprint", "epsilon", "delta", "budget_epsilon", "releases"} <= set(entry)
     assert (entry["dataset"], entry["budget_epsilon"], entry["releases"]) == ("d", 3.0, 0)
     assert call("budget", "verify") == 0
+
+
+def test_a_budget_below_what_is_spent_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedtune.config.files import state_dir
+    from fedtune.privacy.ledger.simulation import simulation_ledger
+    from tests.support.plans import local_plan
+
+    (state_dir() / "ledgers").mkdir(exist_ok=True)
+    simulation_ledger(state_dir() / "ledgers").reserve(
+        dataset="visits", fingerprint="f", node="a", run="r", round=1, plan=local_plan()
+    )
+    assert call("budget", "set", "--epsilon", "0.01", "--delta", "1e-5") == 0
+    said = capsys.readouterr().out
+    assert "Warning: 'visits' has spent epsilon " in said and "which is more" in said
+    assert call("budget", "set", "--epsilon", "500", "--delta", "1e-5") == 0
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_budget_that_means_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,29 +6,52 @@ what it found beside the tests' cache. What was found once stands here as an exa
 
 from __future__ import annotations
 
+import datetime
+import functools
 import gzip
+import io
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.database import DirectoryBasedExampleDatabase
+from rich.console import Console
 
+import fedtune
 from fedtune.config.convert import settings as known_settings
+from fedtune.config.files import state_dir
 from fedtune.config.loader import load
 from fedtune.config.pages import GROUPS
 from fedtune.config.schema import DataConfig, ModelConfig
+from fedtune.cost import meter
 from fedtune.data.sources.load import load_corpus
 from fedtune.errors import ConfigError, FedtuneError
+from fedtune.export.card import data_card
+from fedtune.models.classifier import load_saved
 from fedtune.models.encoder import _tokenizer, load_encoder
+from fedtune.privacy.ledger.simulation import ledgers_in
+from fedtune.privacy.statement.facts import statement_picture
+from fedtune.report.constraints import Constraints, plan
+from fedtune.report.frontier import compare
+from fedtune.report.page import page_data
+from fedtune.runs import audit as audits
+from fedtune.runs import record as records
+from fedtune.runs import summary
+from fedtune.sweeps.options import read_sweep
+from fedtune.sweeps.progress import SweepProgress
+from tests.support.tiny_federation import make_data, make_model, without_codecarbon
 
 LONG = int(os.environ.get("FEDTUNE_FUZZ", "0"))
 
@@ -132,8 +155,60 @@ def objects(draw: st.DrawFn) -> bytes:
     return _damaged(draw, text.encode("utf-8", "surrogatepass"))
 
 
+_text = st.one_of(st.none(), cells.map(lambda cell: cell.encode("utf-8", "replace").decode()))
+_moments = st.datetimes(datetime.datetime(1970, 1, 1), datetime.datetime(2200, 1, 1))
+ARROW: list[tuple[pa.DataType, st.SearchStrategy[Any]]] = [
+    (pa.string(), _text),
+    (pa.large_string(), _text),
+    (pa.dictionary(pa.int32(), pa.string()), _text),
+    (pa.binary(), st.binary(max_size=6)),
+    (pa.int64(), st.integers(-(2**63), 2**63 - 1)),
+    (pa.float64(), st.floats()),
+    (pa.bool_(), st.booleans()),
+    (pa.null(), st.none()),
+    (pa.date32(), st.dates()),
+    (pa.timestamp("ns"), _moments),
+    (pa.timestamp("us", "Europe/Zurich"), _moments),
+    (pa.duration("s"), st.integers(-(2**40), 2**40)),
+    (pa.decimal128(9, 2), st.sampled_from([Decimal("1.00"), Decimal("-0.10"), None])),
+    (pa.list_(pa.string()), st.one_of(st.none(), st.lists(_text, max_size=3))),
+    (pa.struct([("a", pa.string())]), st.fixed_dictionaries({"a": _text})),
+]
+
+
+@st.composite
+def columns_of_parquet(draw: st.DrawFn) -> bytes:
+    """A Parquet file with columns of any type, perhaps twice of one name, damaged or not."""
+    names = draw(
+        st.sampled_from(
+            [["text", "label"], [" text ", "label", "site"], ["text", "text", "label"], ["label"], [""]]
+        )
+    )
+    count = draw(st.integers(0, 14))
+    columns = []
+    for name in names:
+        plain = name.strip() in ("text", "label") and draw(st.booleans())
+        kind, values = (pa.string(), st.none()) if plain else draw(st.sampled_from(ARROW))
+        made = [f"{name}{i % 2}" if plain else draw(values) for i in range(count)]
+        columns.append(pa.array(made, kind))
+    file = io.BytesIO()
+    # Without its own schema a reader sees what other programs write.
+    pq.write_table(
+        pa.table(columns, names),
+        file,
+        row_group_size=draw(st.sampled_from([1, 5, 100])),
+        compression=draw(st.sampled_from(["none", "snappy", "zstd"])),
+        store_schema=draw(st.booleans()),
+        use_dictionary=draw(st.booleans()),
+    )
+    return _damaged(draw, file.getvalue())
+
+
 def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    how = draw(st.sampled_from(["not", "not", "cut", "bytes", "gzip", "gzip cut"]))
+    how = draw(st.sampled_from(["not", "not", "cut", "bytes", "flip", "gzip", "gzip cut"]))
+    if how == "flip" and content:
+        at = draw(st.integers(0, len(content) - 1))
+        return content[:at] + bytes([draw(st.integers(0, 255))]) + content[at + 1 :]
     if how == "cut":
         return content[: draw(st.integers(0, len(content)))]
     if how == "bytes":
@@ -161,7 +236,22 @@ def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
 def test_any_file_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes, labels: Any, site: str | None
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "fuzz-files"
+    _read_or_refused(tmp_path_factory.getbasetemp() / "fuzz-files", name, content, labels, site)
+
+
+@search()
+@given(
+    content=columns_of_parquet(),
+    labels=st.sampled_from([None, None, ["label0", "label1"], ["0", "1"]]),
+    site=st.sampled_from([None, "site"]),
+)
+def test_any_parquet_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, labels: Any, site: str | None
+) -> None:
+    _read_or_refused(tmp_path_factory.getbasetemp() / "fuzz-parquet", "train.parquet", content, labels, site)
+
+
+def _read_or_refused(folder: Path, name: str, content: bytes, labels: Any, site: str | None) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / name).write_bytes(content)
@@ -255,6 +345,156 @@ NAMES = [
 def test_any_setting_is_taken_or_refused(words: list[str]) -> None:
     with suppress(FedtuneError):
         load(words)
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+ASKED = [
+    "data.test_split=missing", "data.declared_size=0", "data.declared_size=1000000", "data.labels=[positive]",
+    "data.labels=[a,b]", "data.text=site", "data.label=text", "data.label=missing", "data.unit=site",
+    "data.max_length=1", "data.max_length=4000", "data.train_split=test", "partition=dirichlet",
+    "partition=iid", "federation.nodes=1", "federation.nodes=3", "federation.nodes=500",
+    "federation.min_updates=9", "federation.min_updates=4", "federation.cohort_size=1",
+    "federation.cohort_size=9", "federation.num_rounds=1", "federation.num_rounds=2",
+    "federation.evaluation=private", "federation.evaluation=none", "federation.evaluation_epsilon=0.01",
+    "privacy.epsilon=1e-9", "privacy.epsilon=0.5", "privacy.epsilon=1e6", "privacy.delta=0.9",
+    "privacy.delta=1e-300", "privacy.trust=distributed", "privacy.trust=central", "privacy.trust=none",
+    "privacy.noise_multiplier=0.001", "privacy.unit=person", "privacy.unit=client",
+    "train.sample_rate=1", "train.sample_rate=1e-9", "train.local_steps=7", "train.micro_batch_tokens=1",
+    "train.learning_rate=1e30", "train.personalize=head", "train.head_rounds=9", "adapter=head",
+    "adapter.rank=1000", "model.name=missing", "model.quantization=int8", "device=cuda", "engine.name=ray9",
+    "pricing.currency=x",
+]  # fmt: skip
+
+
+@search(0.02)
+@given(
+    asked=st.lists(st.sampled_from(ASKED), min_size=1, max_size=3, unique_by=lambda w: w.partition("=")[0])
+)
+@example(asked=["federation.min_updates=9"])
+@example(asked=["data.label=text"])
+def test_a_refused_run_has_charged_nobody(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, asked: list[str]
+) -> None:
+    """A run ends with a model, or in words; where it never came to a round, no ledger holds a release."""
+    root = tmp_path_factory.getbasetemp() / "fuzz-runs"
+    shutil.rmtree(root, ignore_errors=True)
+    data, home = make_data(root / "data"), root / "home"
+    (home / "state").mkdir(mode=0o700, parents=True)
+    (home / "cache").symlink_to(Path(os.environ["FEDTUNE_HOME"]) / "cache", target_is_directory=True)
+    words = [
+        "data=files", f"data.path={data}", "data.site=site", "data.labels=[negative,positive]",
+        "data.test_split=test", "data.test_public=true", "data.declared_size=120", "data.max_length=16",
+        "partition=natural", f"model.name={tiny_model}", "model.quantization=none", "adapter=lora",
+        "adapter.rank=2", "train.precision=fp32", "train.local_steps=1", "train.sample_rate=0.3",
+        "federation.num_rounds=1", "federation.round_timeout=60", "device=cpu",
+    ]  # fmt: skip
+    names = {word.partition("=")[0] for word in asked}
+    kept = [word for word in words if word.partition("=")[0] not in names]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDTUNE_HOME", str(home))
+        patch.setattr(meter.importlib.util, "find_spec", without_codecarbon(meter.importlib.util.find_spec))
+        refusal = _refusal(lambda: fedtune.run(*kept, *asked, output=root / "run", progress=False))
+        charged = sum(sum(one.state().releases.values()) for one in ledgers_in(state_dir() / "ledgers"))
+    assert refusal is None or (refusal.strip() and "\n" not in refusal)
+    # What a round released before it failed is charged, and left a checkpoint after round 0.
+    began = any((root / "run" / "checkpoint").glob("round-00000[1-9].ckpt"))
+    assert refusal is None or began or not charged, f"charged for nothing: {refusal}"
+
+
+def _refusal(call: Callable[[], Any]) -> str | None:
+    try:
+        call()
+    except FedtuneError as error:
+        return str(error)
+    return None
+
+
+# --- records and what lies beside them -----------------------------------------------------------------
+
+INNER = st.one_of(
+    st.sampled_from(
+        [None, True, 0, 1, -1, 0.5, 1e300, 10**30, "", "two", "\ud800", [], [1], ["a"], {}, {"a": 1}, [[]]]
+    ),
+    json_values,
+)
+
+
+def _places(value: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [where, *(place for name, one in inner for place in _places(one, (*where, name)))]
+
+
+def _spoil_at(value: Any, place: tuple[Any, ...], worth: Any, gone: bool) -> Any:
+    if not place:
+        return worth
+    spot = value
+    for name in place[:-1]:
+        spot = spot[name]
+    if gone:
+        del spot[place[-1]]
+    else:
+        spot[place[-1]] = worth
+    return value
+
+
+def _readers(folder: Path) -> list[Callable[[], Any]]:
+    """What reads a run folder, without a model."""
+    made = functools.partial(records.whole, folder)
+    return [
+        lambda: fedtune.Result(folder).statement,
+        lambda: repr(fedtune.Result(folder)) + fedtune.Result(folder)._repr_html_(),
+        lambda: statement_picture(records.read(folder)),
+        lambda: summary.summary(made(), folder, Console(file=io.StringIO())),
+        lambda: page_data(compare([folder], local=True)),
+        lambda: page_data(compare([folder], ["pricing=edge"])),
+        lambda: plan([folder], [], Constraints(accuracy=0.5, epsilon=2.0)),
+        lambda: SweepProgress(folder.parent, 1, {}).refresh(),
+        lambda: SweepProgress(folder.parent, 1, {}).line("1", "a", made(), before=False),
+        lambda: audits.plan_of(records.read(folder)),
+        lambda: load_saved(folder / "adapter", "cpu") if (folder / "spoilt").exists() else None,
+        lambda: read_sweep(folder.parent),
+        lambda: data_card(records.read(folder)),
+    ]
+
+
+@search()
+@given(
+    st.sampled_from(
+        ["record.json", "record.json", "record.json", "local.json", "sweep.json", "fedtune.json"]
+    ),
+    st.integers(0, 2**16),
+    INNER,
+    st.booleans(),
+)
+def test_any_inner_field_is_read_or_refused(
+    finished: tuple[Path, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    at: int,
+    worth: Any,
+    gone: bool,
+) -> None:
+    sweep = tmp_path_factory.getbasetemp() / "fuzz-records"
+    folder = sweep / "0"
+    shutil.rmtree(sweep, ignore_errors=True)
+    shutil.copytree(finished[0], folder)
+    jobs = {
+        "schema": 1,
+        "overrides": ["seed=1"],
+        "jobs": [["seed=1"]],
+        "private_selection": {"mean": 3, "shape": 1},
+    }
+    (sweep / "sweep.json").write_text(json.dumps(jobs))
+    path = {"sweep.json": sweep / name, "fedtune.json": folder / "adapter" / name}.get(name, folder / name)
+    value = json.loads(path.read_text())
+    places = _places(value)
+    path.write_text(json.dumps(_spoil_at(value, places[at % len(places)], worth, gone)))
+    if name == "fedtune.json":
+        (folder / "spoilt").touch()
+    for read in _readers(folder):
+        refusal = _refusal(read)
+        assert refusal is None or (refusal.strip() and len(refusal) < 1500 + 8 * len(str(folder)))
 
 
 # --- model folders -------------------------------------------------------------------------------------
@@ -362,8 +602,6 @@ def spoil(folder: Path, name: str, how: str, key: str, value: Any, chance: rando
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.support.tiny_federation import make_model
-
     return make_model(tmp_path_factory.mktemp("fuzz") / "model")
 
 

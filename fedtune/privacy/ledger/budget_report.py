@@ -101,12 +101,25 @@ def set_budget(
     budget = PrivacyBudget(epsilon, delta, unit)
     ledger = PrivacyLedger(path)
     ledger.set_budget(budget, dataset=dataset)
+    over = [
+        entry
+        for entry in _entries(ledger, None)
+        if (dataset is None or entry["dataset"] == dataset) and _is_over(entry)
+    ]
     ledger.close()
     where = "Every simulation" if path.stem == NAME else f"Node '{path.stem}'"
     whose = f"'{dataset}'" if dataset else "every data set without a budget of its own"
     asked = f", protecting every {unit}" if unit else ""
     text = f"{where}: {whose} may spend epsilon {epsilon:g} at delta {delta:g}{asked}, in all, ever."
-    return Report(text, {"node": path.stem, "dataset": dataset, **budget.to_json()})
+    for name in dict.fromkeys(str(entry["dataset"]) for entry in over):
+        spent = [entry["epsilon"] for entry in over if entry["dataset"] == name]
+        most = "infinite" if None in spent else f"{max(spent):.4g}"
+        text += (
+            f"\nWarning: {name!r} has spent epsilon {most} at delta {delta:g} already, which is more: no run "
+            "may use it any more. What was released cannot be taken back."
+        )
+    spent_already = sorted({str(entry["dataset"]) for entry in over})
+    return Report(text, {"node": path.stem, "dataset": dataset, **budget.to_json(), "over": spent_already})
 
 
 def history(paths: list[Path], dataset: str | None = None, node: str | None = None) -> Report:
@@ -210,6 +223,14 @@ def set_budgets(
         paths = [folder / f"{NAME}.sqlite", *paths]
     reports = [set_budget(p, epsilon=epsilon, delta=delta, dataset=dataset, unit=unit) for p in paths]
     return Report("\n".join(report.text for report in reports), [report.json for report in reports])
+
+
+def _is_over(entry: dict[str, Any]) -> bool:
+    """Whether what the data has spent is more than the budget that holds for it."""
+    budget = entry["budget_epsilon"]
+    if budget is None or entry["public"]:
+        return False
+    return entry["epsilon"] is None or bool(entry["epsilon"] > budget)
 
 
 def _entries(ledger: PrivacyLedger, node: str | None) -> list[dict[str, Any]]:
