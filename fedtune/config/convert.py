@@ -83,6 +83,7 @@ _OTHER_WORDS = {
     "lora_alpha": "adapter.alpha",
     "wd": "train.weight_decay",
 }
+_SHOWN_LETTERS = 200  # of a value, in a message
 _WORDS = frozenset({"null", "true", "false", "nan", "inf"})
 _KINDS = {
     bool: "true or false",
@@ -329,6 +330,10 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return by_ending[ending[0]] if ending else None
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:_SHOWN_LETTERS]}..."
+
+
 def value_text(value: Any) -> str:
     """`value` as it is written in an override: `NAME=value_text(value)` gives the setting this value.
 
@@ -377,7 +382,8 @@ def _refusal(error: ValidationError, schema: type, where: str) -> ConfigError:
             return ConfigError(f"{where} must be a mapping of settings, not {type(value).__name__}.")
         below = ", ".join(other for other in known if other.startswith(name + "."))
         return ConfigError(
-            f"{name}{place} must be a mapping of settings, not {value!r}. Settings below it: {below}.",
+            f"{name}{place} must be a mapping of settings, not {_cut(repr(value))}. "
+            f"Settings below it: {below}.",
             setting=name,
         )
     setting = known[name]
@@ -388,7 +394,8 @@ def _refusal(error: ValidationError, schema: type, where: str) -> ConfigError:
     if setting.kind in (list, tuple) and isinstance(value, (bool, int)):
         hint = " YAML reads a bare no, yes or 1 as something else: quote it."
     return ConfigError(
-        f"{name}={value_text(value)}{place} is not allowed: it must be {reason}{other}.{hint}", setting=name
+        f"{name}={_cut(value_text(value))}{place} is not allowed: it must be {reason}{_cut(other)}.{hint}",
+        setting=name,
     )
 
 

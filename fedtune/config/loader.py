@@ -212,6 +212,13 @@ def hydra_errors() -> Iterator[None]:
         if key is not None and "not in" in message and str(key) not in settings():
             raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
         raise ConfigError(f"The configuration cannot be composed: {message}.") from error
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):  # Hydra's own; others are bugs
+            raise
+        raise ConfigError(
+            "The option of a group is a name (adapter=head), and a number or a mapping was given. 'fedtune "
+            "run --help' lists the options of each group."
+        ) from error
     except RecursionError as error:
         raise ConfigError(
             "The configuration cannot be composed: a page holds itself, or a value is nested too deeply."

@@ -153,8 +153,9 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         override: Override = parser.parse_override(text)
     except (HydraException, ValueError, RecursionError) as error:  # of an int that is too long
         if setting is None or setting.kind is not str:
+            shown = text if len(text) <= 200 else f"{text[:200]}..."
             raise ConfigError(
-                f"{text!r} cannot be read. Quote a value that has special characters: '{key}=\"...\"'."
+                f"{shown!r} cannot be read. Quote a value that has special characters: '{key[:200]}=\"...\"'."
             ) from error
         return parser.parse_override(f"{key}={_quoted(raw)}")
     is_text = setting is not None and setting.kind is str

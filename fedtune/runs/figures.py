@@ -39,8 +39,9 @@ def picture(draw: Callable[[Figure, list[Axes]], None], size: tuple[float, float
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
-    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": matplotlib.cycler(color=COLORS)}):
+    with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLORS)}):
         figure = Figure(figsize=size, dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, list(figure.subplots(1, columns, squeeze=False)[0]))

@@ -244,13 +244,13 @@ def _odd_setting(config: Mapping[str, Any]) -> str | None:
     """The first setting that is of another type than the schema's; null is what an older version lacked."""
     from fedtune.config.convert import settings
 
-    known = settings()
-    for name, value in flatten(config).items():
-        if value is None or name not in known:
-            continue
-        kind = known[name].kind
-        if not isinstance(value, _KINDS[kind]) or (isinstance(value, bool) and kind is not bool):
-            return f"config.{name} is {value!r}, and should be {known[name].allowed}"
+    for name, setting in settings().items():
+        value: Any = config
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        wrong_bool = isinstance(value, bool) and setting.kind is not bool
+        if value is not None and (wrong_bool or not isinstance(value, _KINDS[setting.kind])):
+            return f"config.{name} is {str(value)[:60]!r}, and should be {setting.allowed}"
     return None
 
 

@@ -605,6 +605,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("fuzz") / "model")
 
 
-def test_settings_are_refused_as_settings() -> None:
-    with pytest.raises(ConfigError):
-        load(["train.learning_rate=" + "9" * 5000])
+@pytest.mark.parametrize(
+    "word", ["train.learning_rate=" + "9" * 5000, "adapter=1", "privacy=2.5", "train={a: 1}"]
+)
+def test_settings_are_refused_as_settings(word: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load([word])
+    assert len(str(raised.value)) < 1000
