@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from fedtune.cli.shared import (
     Command,
     Json,
     ServerFolder,
+    answering,
     argument,
     help_text,
     option,
@@ -128,7 +129,7 @@ def server(
 ) -> int:
     from fedtune.deploy import admission, operators
 
-    say = _answer("server", json)
+    say = answering("server", json)
 
     if enrol is not None:
         line = admission.line_of(enrol)
@@ -174,18 +175,6 @@ def server(
 
         run_server(folder, _log("server", log_json), host, monitor)
     return OK
-
-
-def _answer(name: str, json: bool) -> Callable[[dict[str, Any], str], None]:
-    """Prints an answer: as values for a program, or as text for a person."""
-
-    def say(values: dict[str, Any], text: str) -> None:
-        if json:
-            print_json(name, values)
-        else:
-            print(text)
-
-    return say
 
 
 def _compare_fingerprint(line: str, told: str | None) -> None:
@@ -252,7 +241,7 @@ def operator(
     from fedtune.deploy.operator_key import OPERATOR_KEY, operator_line
 
     line, fingerprint, new = operator_line(folder, name)
-    _answer("operator", json)(
+    answering("operator", json)(
         {"line": line, "fingerprint": fingerprint, "key": str(folder / OPERATOR_KEY), "new": new},
         f"{line}\n\nSend the line above to the server's administrator, and compare this by telephone:\n"
         f"fingerprint {fingerprint}\n{'Made' if new else 'Kept'} {folder / OPERATOR_KEY}; never send it.",
@@ -294,7 +283,7 @@ def node(
 ) -> int:
     from fedtune.deploy import site as sites
 
-    say = _answer("node", json)
+    say = answering("node", json)
     words = list(step or ())
     site = sites.read_site(config, with_data=words not in (["init"], ["proof"], ["accept"]))
     if words == ["init"]:
@@ -402,7 +391,7 @@ def _detach(folder: Path, overrides: list[str], json: bool) -> None:
     run_dir = Path(chosen[-1]) if chosen else new_folder()
     process, number = detach(folder.absolute(), settings, run_dir)
     state = f"run {number} goes on" if number else "the run waits for its turn"
-    _answer("submit --detach", json)(
+    answering("submit --detach", json)(
         {"run_dir": str(run_dir), "process": process, "run": number},
         f"{state}, in process {process}; its folder is {run_dir}\n"
         f"look at it:  fedtune follow {run_dir}\n"
@@ -463,7 +452,7 @@ def stop(
             f"status {folder}` shows the numbers."
         )
     Server.of(folder).stop(number, now=now)
-    _answer("stop", json)(
+    answering("stop", json)(
         {"run": str(number), "now": now},
         f"run {number} ends {'now' if now else 'after the round that it is in'}",
     )

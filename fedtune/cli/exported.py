@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fedtune.cli.results import RunFolder, folders_and_prices
-from fedtune.cli.shared import Command, Json, argument, help_text, option, print_json
+from fedtune.cli.shared import Command, Json, answering, argument, help_text, option, print_json
 
 __all__ = ["commands"]
 
@@ -235,7 +235,4 @@ def key(
     from fedtune.serving.keys import make_key
 
     made = make_key(keys, name)
-    if json:
-        print_json("key", {"name": name, "key": made, "file": str(keys)})
-    else:
-        print(made)
+    answering("key", json)({"name": name, "key": made, "file": str(keys)}, made)

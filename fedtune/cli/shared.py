@@ -23,6 +23,7 @@ __all__ = [
     "Command",
     "Json",
     "ServerFolder",
+    "answering",
     "argument",
     "help_text",
     "option",
@@ -91,6 +92,18 @@ def status_of(left_out: Collection[str]) -> int:
 
     print(f"Partial (exit status {PARTIAL}): {few(left_out)} took no part.", file=sys.stderr)
     return PARTIAL
+
+
+def answering(name: str, json: bool) -> Callable[[dict[str, Any], str], None]:
+    """Prints an answer: as values for a program, or as text for a person."""
+
+    def say(values: dict[str, Any], text: str) -> None:
+        if json:
+            print_json(name, values)
+        else:
+            print(text)
+
+    return say
 
 
 def progress(what: str, whole: int) -> Callable[[int], None]:
