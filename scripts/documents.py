@@ -183,7 +183,16 @@ def _names(parameter: Any) -> str:
     return ", ".join(f"`{name}{_cell(metavar)}`" for name in parameter.opts)
 
 
+def _exit_status() -> str:
+    """The sentence of the command line's own docstring."""
+    from fedtune.cli import app
+
+    (said,) = [part for part in (app.__doc__ or "").split("\n\n") if part.startswith("Exit status:")]
+    return " ".join(said.split())
+
+
 def _json() -> str:
+    """The commands that answer a program, with what they print if that is written down."""
     from fedtune.cli.app import command
 
     found = [
@@ -191,7 +200,42 @@ def _json() -> str:
         for path, item in _all_commands(command())
         if any("--json" in parameter.opts for parameter in item.params)
     ]
-    return "They are: " + ", ".join(f"`{path}`" for path in found) + "."
+    parts = ["They are: " + ", ".join(f"`{path}`" for path in found) + "."]
+    for where in ("cli/answers.json", "config/files.json"):
+        if (path := ROOT / "fedtune" / where).exists():
+            schema = json.loads(path.read_text(encoding="utf-8"))
+            parts += [f"### {schema['title']}", f"From `fedtune/{where}`, which is a JSON schema."]
+            for name, part in schema["$defs"].items():
+                if rows := [
+                    f"| `{field}` | {_cell(kind)} |" for field, kind in _fields(part, schema["$defs"])
+                ]:
+                    parts += [f"**{name}**", "| field | |\n|---|---|\n" + "\n".join(rows)]
+    return "\n\n".join(parts)
+
+
+def _fields(part: Any, known: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """The fields below `part` of a JSON schema with what they are; what it refers to is by its name."""
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        below = known[name]
+        yield path, name if "properties" in below else _kind(below)
+        return
+    below = part.get("properties", {})
+    if path and not below:
+        yield path, _kind(part)
+    for name, field in below.items():
+        yield from _fields(field, known, f"{path}.{name}" if path else name)
+    if isinstance(items := part.get("items"), dict):
+        yield from _fields(items, known, f"{path}[]")
+    if isinstance(others := part.get("additionalProperties"), dict):
+        yield from _fields(others, known, f"{path}.NAME" if path else "NAME")
+
+
+def _kind(part: Mapping[str, Any]) -> str:
+    if "enum" in part:
+        return " or ".join(str(value) for value in part["enum"])
+    kinds = part.get("type", "anything")
+    return kinds if isinstance(kinds, str) else " or ".join(kinds)
 
 
 def _settings() -> str:
@@ -362,6 +406,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "node.yaml": _node_yaml,
     "record.json": _record,
     "json": _json,
+    "exit status": _exit_status,
     "errors": _errors,
     "messages of deploy": lambda: _messages_of("deploy", "federation/client", "privacy/ledger"),
     "messages of data": lambda: _messages_of("data"),
