@@ -162,7 +162,7 @@ def _all_commands(group: Any, prefix: str = "fedtune") -> Iterator[tuple[str, An
 def _of_command(item: Any) -> str:
     text = (item.help or item.short_help or "").replace(r"\[", "[")
     about, _, examples = text.partition("\b\nExamples:\n")
-    parts = [" ".join(about.split())]
+    parts = [_plain(" ".join(about.split()))]
     if examples:
         lines = examples.rstrip().splitlines()
         parts.append("```text\n" + "\n".join(line.removeprefix("  ") for line in lines) + "\n```")
@@ -172,15 +172,15 @@ def _of_command(item: Any) -> str:
         if not getattr(parameter, "hidden", False)
     ]
     if rows:
-        parts.append("| argument or option | |\n|---|---|\n" + "\n".join(rows))
+        parts.append("| argument or option | what it is |\n|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts)
 
 
 def _names(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"`{_cell(parameter.metavar or parameter.name.upper())}`"
+        return f"`{parameter.metavar or parameter.name.upper()}`"
     metavar = "" if parameter.is_flag else f" {parameter.metavar or parameter.type.name.upper()}"
-    return ", ".join(f"`{name}{_cell(metavar)}`" for name in parameter.opts)
+    return ", ".join(f"`{name}{metavar}`" for name in parameter.opts)
 
 
 def _exit_status() -> str:
@@ -209,7 +209,7 @@ def _json() -> str:
                 if rows := [
                     f"| `{field}` | {_cell(kind)} |" for field, kind in _fields(part, schema["$defs"])
                 ]:
-                    parts += [f"**{name}**", "| field | |\n|---|---|\n" + "\n".join(rows)]
+                    parts += [f"**{name}**", "| field | what it is |\n|---|---|\n" + "\n".join(rows)]
     return "\n\n".join(parts)
 
 
@@ -252,7 +252,7 @@ def _settings() -> str:
         for name in group_options(group):
             page = f"**`{group}={name}`**" if name == chosen[group] else f"`{group}={name}`"
             rows.append(f"| {page} | {_cell(_about_page(group, name))} |")
-        parts += [f"### {group}=", "| | |\n|---|---|\n" + "\n".join(rows)]
+        parts += [f"### {group}=", "| page | what it is |\n|---|---|\n" + "\n".join(rows)]
     parts += ["## Settings of a run", *_tables(Config)]
     parts += ["## Settings of fedtune compress", *_tables(Compression)]
     parts += [
@@ -284,7 +284,7 @@ def _tables(schema: type) -> Iterator[str]:
 
     groups: dict[str, list[str]] = {}
     for name, item in settings(schema).items():
-        default = "" if item.default is dataclasses.MISSING else f"`{_cell(value_text(item.default))}`"
+        default = "" if item.default is dataclasses.MISSING else f"`{value_text(item.default)}`"
         unit = f"{item.unit} " if item.unit else ""
         said = f"{unit}{item.description}"
         groups.setdefault(name.rpartition(".")[0], []).append(
@@ -393,7 +393,7 @@ def _plain(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """`text` as a cell of a table."""
+    """`text`, which is no code, as a cell of a table: in code a bar needs no backslash, and would keep it."""
     return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
 
 
