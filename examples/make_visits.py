@@ -34,6 +34,11 @@ COMPLAINTS = {
         "spots that burn in the sun",
     ),
 }  # fmt: skip
+UNCLEAR = (
+    "tired and cannot sleep", "tingling in one hand", "swollen foot", "pain under the left shoulder",
+    "cold hands", "stabbing pain when breathing in", "skin is pale and cool", "lump on the back",
+)  # fmt: skip
+WARDS = tuple(COMPLAINTS)
 SINCE = ("since yesterday", "for two weeks", "for months", "again", "since the holidays", "on and off")
 ENDINGS = {
     "harbour": ("Please see.", "Referred today.", "Thanks for seeing this patient."),
@@ -51,13 +56,14 @@ def visits() -> str:
     rows.writerow(["patient", "clinic", "note", "ward"])
     for number in range(PATIENTS):
         clinic = CLINICS[number % len(CLINICS)]
-        ward = chance.choices(tuple(COMPLAINTS), weights=(4, 4, 3))[0]
+        ward = chance.choices(WARDS, weights=(4, 4, 3))[0]
         for _ in range(chance.choice((1, 1, 2, 2, 3))):
-            # One visit in ten is about something else than what the patient mostly comes for.
-            sent = ward if chance.random() < 0.9 else chance.choice(tuple(COMPLAINTS))
-            complaint, ending = chance.choice(COMPLAINTS[sent]), chance.choice(ENDINGS[clinic])
+            # Some complaints could be anybody's, and some notes are of something else than what was found.
+            kind = chance.choices(("clear", "unclear", "other"), weights=(65, 25, 10))[0]
+            said = {"clear": COMPLAINTS[ward], "unclear": UNCLEAR, "other": COMPLAINTS[chance.choice(WARDS)]}
+            complaint, ending = chance.choice(said[kind]), chance.choice(ENDINGS[clinic])
             note = f"{complaint.capitalize()} {chance.choice(SINCE)}. {ending}"
-            rows.writerow([f"P{1000 + number}", clinic, note, sent])
+            rows.writerow([f"P{1000 + number}", clinic, note, ward])
     return text.getvalue()
 
 
