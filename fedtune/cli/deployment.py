@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -261,7 +261,9 @@ fedtune node --config node.yaml --dry-run privacy.epsilon=2
 fedtune node --config node.yaml                 join; Ctrl-C leaves
 fedtune node proof --config node.yaml           what has left this site; are the books whole
 fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
-fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on""",
+fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on
+fedtune node backup --config node.yaml -o FILE.zip      all that this site must not lose
+fedtune node restore FILE.zip --config node.yaml        its books as they were in a backup""",
     ),
 )
 def node(
@@ -269,23 +271,33 @@ def node(
     step: Annotated[
         list[str] | None,
         argument(
-            "[init | proof | accept | NAME=VALUE]...",
+            "[init | proof | accept | backup | restore FILE | NAME=VALUE]...",
             "As in the examples; NAME=VALUE: settings of a proposed run, with --dry-run.",
         ),
     ] = None,
     against: Annotated[
         str | None, option("With proof: a head that an earlier proof printed.", metavar="HEAD")
     ] = None,
+    output: Annotated[
+        Path | None, option("With backup: the file to write.", "-o", "--output", metavar="FILE.zip")
+    ] = None,
+    forget: Annotated[
+        int | None,
+        option("With restore: releases that the backup does not know, and may forget.", metavar="N"),
+    ] = None,
     dry_run: Annotated[bool, option("Show what a run would do here; train nothing.", "--dry-run")] = False,
     monitor: Monitor = None,
     log_json: LogJson = False,
-    json: Annotated[bool, option("Of init, proof, accept and --dry-run: as JSON.", "--json")] = False,
+    json: Annotated[
+        bool, option("Of init, proof, accept, backup, restore and --dry-run: as JSON.", "--json")
+    ] = False,
 ) -> int:
     from fedtune.deploy import site as sites
 
     say = answering("node", json)
     words = list(step or ())
-    site = sites.read_site(config, with_data=words not in (["init"], ["proof"], ["accept"]))
+    needs_data = not words or words[0] not in ("init", "proof", "accept", "backup", "restore")
+    site = sites.read_site(config, with_data=needs_data)
     if words == ["init"]:
         line, fingerprint = sites.make_key(site)
         say(
@@ -302,19 +314,53 @@ def node(
         text = sites.accept(site)
         say({"text": text.splitlines()}, text)
         return OK
+    if words[:1] in (["backup"], ["restore"]):
+        say(*_back_up(site, config, words, output, forget))
+        return OK
     if dry_run:
         done = _dry_run(site, words)
         found = {"permitted": not done.refusals, "refusals": list(done.refusals)}
         say({**found, "run": {name: str(value) for name, value in done.lines}}, done.text())
         return FAILED if done.refusals else OK
     if json:
-        raise ConfigError("--json is for init, proof, accept and --dry-run; a node that runs has no answer.")
+        raise ConfigError("--json is for what ends: init, proof, accept, backup, restore and --dry-run.")
     if words:
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
     from fedtune.deploy.node import run_node
 
     run_node(site, _log("node", log_json), monitor, log_json=log_json)
     return OK
+
+
+def _back_up(
+    site: SiteSettings, config: Path, words: list[str], output: Path | None, forget: int | None
+) -> tuple[dict[str, Any], str]:
+    """`fedtune node backup | restore FILE`: what was done, as values and as text."""
+    from fedtune.deploy import backup
+
+    if words == ["backup"] and output is not None:
+        head = backup.backup(site, config, output)
+        return {"file": str(output), "head": head}, (
+            f"{output} has all that site {site.site} must not lose, and its keys: keep it as secret.\n"
+            f"head {head} (file it elsewhere; later: fedtune node proof --against HEAD)"
+        )
+    if words[0] == "restore" and len(words) == 2:
+        done = backup.restore(site, Path(words[1]), forget)
+        lines = [f"the books of site {site.site} are as they were on {done.made}; their head is {done.head}"]
+        if done.aside is not None:
+            lines.append(f"what was there before is in {done.aside}")
+        if done.forgotten:
+            lines.append(f"{done.forgotten} releases are forgotten; the audit log says so")
+        lines.append(
+            "If the server, which may know longer books, does not let this site in, its operator does: "
+            f"`fedtune server DIR --accept-restore {site.site}`"
+        )
+        found = {"head": done.head, "made": done.made, "forgotten": done.forgotten}
+        return {**found, "aside": None if done.aside is None else str(done.aside)}, "\n".join(lines)
+    raise ConfigError(
+        "Give `fedtune node backup --config node.yaml -o FILE.zip`, or `fedtune node restore FILE.zip "
+        "--config node.yaml`."
+    )
 
 
 def _dry_run(site: SiteSettings, overrides: list[str]) -> DryRun:

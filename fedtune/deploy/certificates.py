@@ -7,18 +7,25 @@ that is sent to a site is secret, and revoking a node is forgetting its key.
 Secrets are written whole or not at all, with mode 0600, and refused where they are empty, torn, or readable
 by others. `check_server` opens a TLS connection before Flower does, because Flower would not say in words
 what is wrong with a server.
+
+Connections go through the HTTP proxy that the environment names (HTTPS_PROXY, NO_PROXY), by CONNECT, as
+those of Flower's clients do: a proxy passes on what it cannot read, and the server's certificate is checked
+as ever.
 """
 
 from __future__ import annotations
 
+import base64
 import datetime
+import http.client
 import ipaddress
-import socket
 import ssl
 import stat
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -35,6 +42,7 @@ __all__ = [
     "check_server_certificate",
     "expiry_warning",
     "fingerprint",
+    "https_connection",
     "load_private_key",
     "make_authority",
     "make_node_key",
@@ -278,6 +286,49 @@ def tls_context(authority: Path) -> ssl.SSLContext:
         ) from error
 
 
+def https_connection(address: str, authority: Path, timeout: float) -> http.client.HTTPSConnection:
+    """A connection to the server at `address`, not opened yet, perhaps through a proxy.
+
+    Raises:
+        ConfigError: the authority's certificate cannot be read, or the environment names a proxy of another
+            kind.
+    """
+    host, port = parse_address(address)
+    context, proxy = tls_context(authority), _proxy_for(host, port)
+    if proxy is None:
+        return http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
+    parts = urlsplit(proxy)
+    if parts.scheme != "http" or parts.hostname is None:
+        raise ConfigError(
+            f"HTTPS_PROXY names {_shown_proxy(proxy)}, and fedtune connects through proxies of the form "
+            f"http://HOST:PORT. Change it, or add {host} to NO_PROXY."
+        )
+    headers = {}
+    if parts.username is not None:
+        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        headers["Proxy-Authorization"] = f"Basic {base64.b64encode(user).decode()}"
+    connection = http.client.HTTPSConnection(
+        parts.hostname, parts.port or 80, timeout=timeout, context=context
+    )
+    connection.set_tunnel(host, port, headers)
+    return connection
+
+
+def _proxy_for(host: str, port: int) -> str | None:
+    """The proxy that the environment names for a server, as httpx reads it; None for a direct connection."""
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get("https") or proxies.get("all")
+    if not proxy or urllib.request.proxy_bypass(f"{host}:{port}"):
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+def _shown_proxy(proxy: str) -> str:
+    """Without user and password."""
+    parts = urlsplit(proxy)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
 def expiry_warning(days: float) -> str | None:
     """A warning about a server's certificate that is valid for `days` more; None if that is long enough."""
     if days >= _WARN_DAYS:
@@ -296,15 +347,11 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
         FederationError: the server is not to be trusted, or speaks no TLS; trying again would not help.
         ResourceError: the server does not answer.
     """
-    host, port = parse_address(address)
-    context = tls_context(authority)
+    connection = https_connection(address, authority, timeout)
     try:
-        with (
-            socket.create_connection((host, port), timeout) as plain,
-            context.wrap_socket(plain, server_hostname=host) as connection,
-        ):
-            ends = (connection.getpeercert() or {}).get("notAfter", "")
-            return (ssl.cert_time_to_seconds(str(ends)) - time.time()) / 86_400
+        connection.connect()
+        ends = (connection.sock.getpeercert() or {}).get("notAfter", "")
+        return (ssl.cert_time_to_seconds(str(ends)) - time.time()) / 86_400
     except ssl.SSLCertVerificationError as error:
         raise FederationError(_untrusted(address, authority, error)) from error
     except ssl.SSLError as error:
@@ -323,7 +370,13 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
             "nothing was sent to it. Check host and port; a fedtune server always speaks TLS."
         ) from error
     except OSError as error:
-        raise ResourceError(f"The server {address} does not answer ({error.strerror or error}).") from error
+        proxy = _proxy_for(*parse_address(address))
+        way = "" if proxy is None else f" through the proxy {_shown_proxy(proxy)} (HTTPS_PROXY)"
+        raise ResourceError(
+            f"The server {address} does not answer{way} ({error.strerror or error})."
+        ) from error
+    finally:
+        connection.close()
 
 
 def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> float:

@@ -33,7 +33,6 @@ from fedtune.config.files import replace_whole
 from fedtune.config.schema import UNITS
 from fedtune.deploy import certificates, signing
 from fedtune.deploy.admission import Admission
-from fedtune.deploy.certificates import parse_address, tls_context
 from fedtune.deploy.site import open_ledger
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
@@ -257,8 +256,7 @@ def _ask(
         **signing.sign(key, _PURPOSE, report, now),
         **({_PUBLISHED: report.decode()} if report else {}),
     }
-    host, port = parse_address(site.server)
-    connection = http.client.HTTPSConnection(host, port, timeout=timeout, context=tls_context(Path(site.ca)))
+    connection = certificates.https_connection(site.server, Path(site.ca), timeout)
     try:
         connection.request("GET", PATH, headers=headers)
         response = connection.getresponse()

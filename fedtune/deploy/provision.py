@@ -271,8 +271,12 @@ budget: # over everything that this data is ever used for
 
 permit:
   trust: [local, distributed] # mechanisms: local | distributed | central | none
-  models: ["embedded:minilm"]
+  models: ["embedded:minilm"] # as NAME, or NAME@REVISION for a revision of a hub's model
   adapters: [lora, ffa_lora, bitfit, head]
+  max_rank: 64 # of the two matrices of lora and ffa_lora
+  max_length: 512 # tokens that texts are cut to
+  max_micro_batch_tokens: 16384 # computed at once: memory grows with it
+  max_epsilon: null # of one run; null: what is left of the budget
   min_noise_multiplier: 0.3
   max_grad_norm: 10.0
   max_local_steps: 100
@@ -289,7 +293,7 @@ publish_budget: false # true: the operator sees how much epsilon is left here
 
 limits:
   threads: 2 # processor cores
-  memory_gb: null # more than this, and the worker is stopped
+  memory_gb: 8 # of the worker, which fails at a message that needs more; null: any
   message_seconds: 7200 # a worker that takes longer for one message is killed; its round stays charged
   idle_seconds: 900 # a worker without a message for so long ends, and frees its memory; null: it stays
   stop_seconds: 60 # told to leave (SIGTERM, Ctrl-C), the node finishes its message, so long at most

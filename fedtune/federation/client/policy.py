@@ -85,11 +85,18 @@ class SiteData(Group):
 
 @dataclass(frozen=True)
 class Permit(Group):
-    """What a run may ask. Bounds on the plan hold for trust models that are private."""
+    """What a run may ask. Bounds on the plan hold for trust models that are private.
+
+    A model is permitted as `NAME`, without a revision, or as `NAME@REVISION`.
+    """
 
     trust: Trusts = ("local", "distributed")
     models: Words = ("embedded:minilm",)
     adapters: Adapters = ADAPTERS
+    max_rank: int = setting(64, "of the two matrices of lora and ffa_lora", ge=1)
+    max_length: int = setting(512, "tokens that texts are cut to", ge=4)
+    max_micro_batch_tokens: int = setting(16384, "computed at once: memory grows with it", ge=16)
+    max_epsilon: float | None = setting(None, "of one run; null: what is left of the budget", gt=0)
     min_noise_multiplier: float = 0.3
     max_grad_norm: float = 10.0
     max_local_steps: int = 100
@@ -106,7 +113,7 @@ class Limits(Group):
     """What the node's worker may use of the machine."""
 
     threads: int = setting(2, "of the processor", ge=1)
-    memory_gb: float | None = setting(None, "of the worker; null: any", gt=0)
+    memory_gb: float | None = setting(8.0, "of the worker; null: any", gt=0)
     message_seconds: float = setting(7200.0, "a worker that takes longer for one message is killed", gt=0)
     idle_seconds: float | None = setting(
         900.0, "a worker without a message for so long ends; null: it stays", gt=0
@@ -267,10 +274,19 @@ class SiteSettings(Group):
         if labels is not None and labels != tuple(asked.data.labels or ()):
             named = ", ".join(asked.data.labels or ()) or "none"
             yield f"its labels are {named}, and the site's {', '.join(labels)}, in this order (data.labels)"
-        if asked.model.name not in permit.models:
-            yield f"model {asked.model.name!r} is not among the permitted {', '.join(permit.models)}"
+        model, revision = asked.model.name, asked.model.revision
+        if (model if revision is None else f"{model}@{revision}") not in permit.models:
+            named = repr(model) if revision is None else f"{model!r} of revision {revision!r}"
+            yield f"model {named} is not among the permitted {', '.join(permit.models)}"
         if asked.adapter.name not in permit.adapters:
             yield f"adapter {asked.adapter.name} is not among the permitted {', '.join(permit.adapters)}"
+        for name, value, most in (
+            ("adapter.rank", asked.adapter.rank, permit.max_rank),
+            ("data.max_length", asked.data.longest, permit.max_length),
+            ("train.micro_batch_tokens", asked.train.micro_batch_tokens, permit.max_micro_batch_tokens),
+        ):
+            if value > most:
+                yield f"{name}={value} is more than the permitted {most}"
 
     def _plan_problems(self, plan: PrivacyPlan) -> Iterable[str]:
         permit = self.permit
@@ -302,6 +318,10 @@ class SiteSettings(Group):
                 f"noise_multiplier={plan.noise_multiplier:.4g} is below the least permitted, "
                 f"{permit.min_noise_multiplier:g}"
             )
+        if permit.max_epsilon is not None and not self.data.public:
+            epsilon = plan.epsilon()
+            if not epsilon <= permit.max_epsilon * (1 + 1e-6):
+                yield f"epsilon {epsilon:.4g} of this run is more than the permitted {permit.max_epsilon:g}"
         if not plan.max_grad_norm <= permit.max_grad_norm:
             yield f"max_grad_norm={plan.max_grad_norm:g} is above the permitted {permit.max_grad_norm:g}"
         yield from plan.mechanism.refusals(plan, permit.max_sample_rate, permit.min_colluders)

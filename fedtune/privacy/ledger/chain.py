@@ -170,6 +170,15 @@ class Chain:
                 self._open[0].close()
             self._open = None
 
+    def copy(self, target: Path) -> None:
+        """Writes the log as it is now, whole, to the new file `target`; whoever writes meanwhile waits."""
+        with self.turn, self._errors():
+            copied = sqlite3.connect(target)
+            try:
+                self._connected(create=False).backup(copied)
+            finally:
+                copied.close()
+
     def append(
         self,
         connection: sqlite3.Connection,

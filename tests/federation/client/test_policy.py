@@ -68,6 +68,10 @@ def test_a_permitted_run_passes() -> None:
         (lambda c: setattr(c.train, "local_steps", 6), "6 local steps"),
         (lambda c: setattr(c.train, "sample_rate", 0.2), "sample_rate=0.2"),
         (lambda c: setattr(c.federation, "num_rounds", 11), "11 rounds"),
+        (lambda c: setattr(c.adapter, "rank", 65), "adapter.rank=65 is more than the permitted 64"),
+        (lambda c: setattr(c.data, "max_length", 513), "data.max_length=513 is more than the permitted 512"),
+        (lambda c: setattr(c.train, "micro_batch_tokens", 16385), "train.micro_batch_tokens=16385 is more"),
+        (lambda c: setattr(c.model, "revision", "main"), "'embedded:minilm' of revision 'main' is not among"),
     ],
 )
 def test_what_is_not_permitted_is_refused(change: Callable[[Config], None], says: str) -> None:
@@ -75,6 +79,32 @@ def test_what_is_not_permitted_is_refused(change: Callable[[Config], None], says
     change(config)
     with pytest.raises(PrivacyError, match=says):
         site().check(config, plan_of(config))
+
+
+def test_a_revision_is_permitted_by_name() -> None:
+    config = asked()
+    config.model.revision = "4f2a"
+    permit = {**VALUES["permit"], "models": ["embedded:minilm@4f2a"]}
+    site(permit=permit).check(config, plan_of(config))
+    config.model.revision = None  # which may be any
+    with pytest.raises(PrivacyError, match="model 'embedded:minilm' is not among"):
+        site(permit=permit).check(config, plan_of(config))
+
+
+def test_one_run_may_be_bounded_below_the_budget() -> None:
+    config = asked()
+    plan = plan_of(config)
+    site(permit={**VALUES["permit"], "max_epsilon": plan.epsilon()}).check(config, plan)
+    least = site(permit={**VALUES["permit"], "max_epsilon": plan.epsilon() * 0.99})
+    with pytest.raises(PrivacyError, match=r"epsilon \S+ of this run is more than the permitted"):
+        least.check(config, plan)
+    public = {**VALUES["data"], "public": True}
+    site(permit={**VALUES["permit"], "max_epsilon": 0.01}, data=public).check(config, plan)
+
+
+def test_a_worker_has_a_bound_on_memory_unless_its_owner_takes_it_off() -> None:
+    assert site().limits.memory_gb == 8.0
+    assert site(limits={"memory_gb": None}).limits.memory_gb is None
 
 
 def test_no_noise_at_all_is_refused(golden: Golden) -> None:
