@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,8 +27,7 @@ from fedtune.cli.shared import (
 from fedtune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedtune.deploy.site import DryRun
-    from fedtune.federation.client.policy import SiteSettings
+    pass
 
 __all__ = ["commands"]
 
@@ -292,6 +291,7 @@ def node(
         bool, option("Of init, proof, accept, backup, restore and --dry-run: as JSON.", "--json")
     ] = False,
 ) -> int:
+    from fedtune.cli.site_steps import back_up, try_run
     from fedtune.deploy import site as sites
 
     say = answering("node", json)
@@ -315,10 +315,10 @@ def node(
         say({"text": text.splitlines()}, text)
         return OK
     if words[:1] in (["backup"], ["restore"]):
-        say(*_back_up(site, config, words, output, forget))
+        say(*back_up(site, config, words, output, forget))
         return OK
     if dry_run:
-        done = _dry_run(site, words)
+        done = try_run(site, words)
         found = {"permitted": not done.refusals, "refusals": list(done.refusals)}
         say({**found, "run": {name: str(value) for name, value in done.lines}}, done.text())
         return FAILED if done.refusals else OK
@@ -330,55 +330,6 @@ def node(
 
     run_node(site, _log("node", log_json), monitor, log_json=log_json)
     return OK
-
-
-def _back_up(
-    site: SiteSettings, config: Path, words: list[str], output: Path | None, forget: int | None
-) -> tuple[dict[str, Any], str]:
-    """`fedtune node backup | restore FILE`: what was done, as values and as text."""
-    from fedtune.deploy import backup
-
-    if words == ["backup"] and output is not None:
-        head = backup.backup(site, config, output)
-        return {"file": str(output), "head": head}, (
-            f"{output} has all that site {site.site} must not lose, and its keys: keep it as secret.\n"
-            f"head {head} (file it elsewhere; later: fedtune node proof --against HEAD)"
-        )
-    if words[0] == "restore" and len(words) == 2:
-        done = backup.restore(site, Path(words[1]), forget)
-        lines = [f"the books of site {site.site} are as they were on {done.made}; their head is {done.head}"]
-        if done.aside is not None:
-            lines.append(f"what was there before is in {done.aside}")
-        if done.forgotten:
-            lines.append(f"{done.forgotten} releases are forgotten; the audit log says so")
-        lines.append(
-            "If the server, which may know longer books, does not let this site in, its operator does: "
-            f"`fedtune server DIR --accept-restore {site.site}`"
-        )
-        found = {"head": done.head, "made": done.made, "forgotten": done.forgotten}
-        return {**found, "aside": None if done.aside is None else str(done.aside)}, "\n".join(lines)
-    raise ConfigError(
-        "Give `fedtune node backup --config node.yaml -o FILE.zip`, or `fedtune node restore FILE.zip "
-        "--config node.yaml`."
-    )
-
-
-def _dry_run(site: SiteSettings, overrides: list[str]) -> DryRun:
-    from fedtune.config.convert import value_text
-    from fedtune.config.loader import load
-    from fedtune.deploy.site import dry_run
-
-    # What a run of this site's data asks by default, and not one of the data that `fedtune run` simulates.
-    words = ["engine.name=deployment"]
-    if not any(word.startswith("data=") for word in overrides):
-        words.append(f"data={site.data.source}")
-    if site.data.unit is not None and not any(word.startswith("data.unit=") for word in overrides):
-        words.append(f"data.unit={value_text(site.data.unit)}")
-    proposed = load([*words, *overrides])
-    if not any(word.startswith("data.name=") for word in overrides):
-        data = dataclasses.replace(proposed.data, name=site.data.name)
-        proposed = dataclasses.replace(proposed, data=data)
-    return dry_run(site, proposed)
 
 
 @commands.command(
