@@ -329,7 +329,9 @@ noised counts, if `permit.max_evaluations` allows it. With `publish_budget: true
 budget is left.
 `state/audit.jsonl` says for each round what was asked, what left and what your data has spent;
 `state/ledger.sqlite` is what the budget is counted by, and each names the other's last entry. The node runs
-the fedtune that you installed, and refuses all other code.
+the fedtune that you installed, and refuses all other code. When `audit.jsonl` is large it is set aside as
+`audit.jsonl.FIRST-LAST`; log rotation of the machine's own may rename it too, and compress it (`.gz`). Keep
+every part of it in `state/`: they are read as one, and a part that is deleted is missed.
 
 Back up the whole folder `state/` after each run: the ledger with its secret and what SQLite may keep beside
 it (`-wal`), its budget file, the audit log. A ledger restored from before a run does not know what that run

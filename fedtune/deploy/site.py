@@ -263,6 +263,9 @@ def proof(site: SiteSettings, against: str | None = None) -> tuple[str, bool]:
         f"ledger ({rows} rows) and audit log are whole, and each is what the other knows"
         + ("" if against is None else "; they go on from the head that was kept")
     ]
+    files = attempt("audit log", log.files) or []
+    if len(files) > 1:
+        lines.append(f"the audit log is in {len(files)} files: {', '.join(file.name for file in files)}")
     if since:
         lines.append(f"what was wrong before line {since} of the audit log was accepted there by the owner")
     if not wrong:

@@ -52,12 +52,12 @@ def ledger_without_sync() -> Iterator[None]:
 @contextmanager
 def audit_log_without_sync() -> Iterator[None]:
     """The audit log's lines are not synced."""
-    from fedtune.federation.client import audit_log
+    from fedtune.federation.client import log_files
 
     def write(handle: int, line: bytes) -> None:
         os.write(handle, line)
 
-    with mock.patch.object(audit_log, "_write", write):
+    with mock.patch.object(log_files, "_write", write):
         yield
 
 

@@ -201,7 +201,7 @@ def test_a_full_disk_lets_nothing_leave(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("fedtune.federation.client.audit_log.os.write", full)
+        patched.setattr("fedtune.federation.client.log_files.os.write", full)
         reply = site.ask(round=2)
     assert not reply["update"]
     # The server hears the kind; the site's own log has the disk.

@@ -7,6 +7,7 @@ phase of the secure aggregation, and a site refuses what it may.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -79,6 +80,29 @@ def test_it_equals_the_simulation(federation: Federation) -> None:
     assert one["run"]["engine"] == "deployment"
     for name in ("statement.md", "adapter/adapter_config.json"):
         assert (real / name).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_can_be_watched(federation: Federation) -> None:
+    folder = federation.root / "watched"
+    settings = federation.settings("public", "privacy=none", "federation.num_rounds=2")
+    assert federation.run("watched", "submit", federation.server, *settings, f"hydra.run.dir={folder}") == 0
+    status = json.loads(federation.monitored("server", "/status.json"))
+    assert [(row["site"], row["state"]) for row in status["sites"]] == [(site, "online") for site in SITES]
+    newest = status["runs"][0]
+    assert (newest["state"], newest["by"], newest["last"]["round"]) == ("completed", "operator", 2)
+    told = json.loads(federation.monitored("server", f"/run?id={newest['run']}"))
+    assert told["statement"] == (folder / "statement.md").read_text()
+    by_round = record(folder)["metrics"]["by_round"]
+    assert [one["accuracy"] for one in told["rounds"]] == [one["accuracy"] for one in by_round]
+    page = federation.monitored("server", "/metrics")
+    assert 'fedtune_server_sites{state="online"} 3.0' in page and "fedtune_server_rounds_total" in page
+    for site in SITES:
+        page = federation.monitored(site, "/metrics")
+        assert "fedtune_node_joined 1.0" in page and "fedtune_node_epsilon_left" not in page
+        assert 'fedtune_node_answers_total{answer="answered",message="train"}' in page
+        assert json.loads(federation.monitored(site, "/healthz")) == {"status": "alive"}
 
 
 @pytest.mark.slow

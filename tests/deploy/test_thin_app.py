@@ -319,7 +319,7 @@ def test_a_full_disk_does_not_keep_the_server_waiting(
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedtune.federation.client.audit_log.os.write", full)
+    monkeypatch.setattr("fedtune.federation.client.log_files.os.write", full)
     reply = Delivery(tmp_path, ATTACKS["noise"]()).deliver()
     assert reply.has_error() and "ResourceError" in str(reply.error.reason)
     assert "audit log cannot be written (No space left on device)" in caplog.text  # the site's own log

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import yaml
 
@@ -109,7 +111,7 @@ class Federation:
 
     def start_server(self) -> None:
         """Returns when it answers, and not only at its port."""
-        self.start("server", "server", self.server)
+        self.start("server", "server", self.server, "--monitor", "0")
         end = time.monotonic() + 240.0
         while True:
             assert time.monotonic() < end and self.processes["server"].poll() is None, self.log("server")
@@ -121,7 +123,7 @@ class Federation:
     def start_node(self, site: str) -> None:
         folder = self.root / site
         luck = {"PYTHONPATH": f"{UNLUCKY}:{REPOSITORY}", "FEDTUNE_TEST_UNLUCKY": str(folder / "unlucky")}
-        self.start(site, "node", "--config", folder / "node.yaml", **luck)
+        self.start(site, "node", "--config", folder / "node.yaml", "--monitor", "0", **luck)
 
     @contextlib.contextmanager
     def unlucky(self, **sites: str) -> Iterator[None]:
@@ -151,6 +153,11 @@ class Federation:
             "train.sample_rate=0.3", "train.local_steps=2", "train.precision=fp32", "device=cpu",
             "federation.round_timeout=150", *more,
         ]  # fmt: skip
+
+    def monitored(self, name: str, path: str) -> str:
+        """What a server or a node says at its administrator's port."""
+        (address,) = re.findall(r"(http://127\.0\.0\.1:\d+)/", self.log(name)[self.began[name] :])[:1]
+        return httpx.get(f"{address}{path}", timeout=30).raise_for_status().text
 
     def run(self, name: str, *arguments: object) -> int:
         self.start(name, *arguments)

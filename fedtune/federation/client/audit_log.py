@@ -4,7 +4,9 @@
 it, so that a line which was changed, moved or taken out shows (`verify`). A line that was torn while it was
 written (a full disk, a crash, a power cut) is no line, and is taken out: its answer has not left. Several
 processes may write. It holds nothing of the data, but what a site has spent and refused is its own business:
-mode 0600.
+mode 0600. When it has grown to 32 MiB the file is set aside under another name, and whoever rotates logs may
+do so at any time: the older files beside it are read as one with it (`log_files`). One that is deleted is
+missed.
 
 `Books`: the log and the privacy ledger together. After each answer the log gets a line that names the
 ledger's head (`ledger`: number and hash of its last row), and the ledger a row that names the log's
@@ -25,17 +27,26 @@ import datetime
 import json
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from fedtune.config.files import lock_file, sync_folder
+from fedtune.config.files import lock_file
 from fedtune.errors import ConfigError, LedgerError, ResourceError
+from fedtune.federation.client.log_files import (
+    append_line,
+    last_line,
+    log_files,
+    numbered_lines,
+    set_aside,
+)
 from fedtune.privacy.ledger.audit_heads import audit_heads, ledger_head, note_audit_head, row_hashes
 from fedtune.privacy.ledger.chain import GENESIS, Head, broken_link, hash_entry
 
 __all__ = ["AuditLog", "Books", "parts_of"]
 
+_T = TypeVar("_T")
 _SHORT = 24  # hex digits of a hash in a head that people copy: 96 bits
 _NUMBER = "[0-9]{1,18}"  # SQLite holds no larger one
 _HEAD = re.compile(rf"L({_NUMBER})-([0-9a-f]{{{_SHORT}}})\.A({_NUMBER})-([0-9a-f]{{{_SHORT}}})")
@@ -51,7 +62,7 @@ _ACCEPT = (
 
 
 class AuditLog:
-    """The log in one file; made by the first entry."""
+    """The log in one file, made by the first entry, and in older ones beside it (`log_files`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,29 +75,20 @@ class AuditLog:
         """
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            private = lambda path, flags: os.open(path, flags, 0o600)  # noqa: E731
-            lock = lock_file(self.path.with_name(f"{self.path.name}.lock"))
-            with lock, open(self.path, "a+b", opener=private) as file:
-                end = _end_of_lines(file)
-                os.ftruncate(file.fileno(), end)
-                last = _last_line(file)
+            with lock_file(self.path.with_name(f"{self.path.name}.lock")):
+                set_aside(self.path)
+                number, last = last_line(self.path)
                 entry = {
-                    "line": _number(file, last) + 1,
+                    "line": number + 1,
                     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
                     "event": event,
                     **values,
                     "previous": hash_entry(last),
                 }
                 # ASCII: a server may send half a surrogate pair, which no encoding of text can hold.
-                line = json.dumps(entry).encode() + b"\n"
-                if end == 0:
-                    sync_folder(self.path.parent)  # the name of a new file must survive a power cut too
-                try:
-                    _write(file.fileno(), line)
-                except OSError:
-                    os.ftruncate(file.fileno(), end)
-                    raise
-                return Head(int(entry["line"]), hash_entry(line[:-1]))
+                line = json.dumps(entry).encode()
+                append_line(self.path, line + b"\n")
+                return Head(number + 1, hash_entry(line))
         except OSError as error:
             raise ResourceError(
                 f"The node's audit log cannot be written ({error.strerror}), so the node answers nothing. "
@@ -99,14 +101,8 @@ class AuditLog:
         Raises:
             LedgerError: the log cannot be read.
         """
-        try:
-            with self.path.open("rb") as file:
-                last = _last_line(file)
-                return Head(_number(file, last), hash_entry(last))
-        except FileNotFoundError:
-            return Head(0, GENESIS)
-        except OSError as error:
-            raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
+        number, last = self._last()
+        return Head(number, hash_entry(last)) if last else Head(0, GENESIS)
 
     def sync(self) -> None:
         """Makes durable what is there: the last line's writer may have died before it was.
@@ -129,21 +125,28 @@ class AuditLog:
             LedgerError: the log cannot be read.
         """
         try:
-            with self.path.open("rb") as file:
-                entry = json.loads(_last_line(file) or b"{}")
-        except (FileNotFoundError, ValueError):
+            entry = json.loads(self._last()[1] or b"{}")
+        except ValueError:
             return {}
-        except OSError as error:
-            raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
         return entry if isinstance(entry, dict) else {}
 
     def hashes(self) -> list[str]:
-        """The hash of each line, oldest first.
+        """The hash of each line, oldest first; empty for one in an older file that is not there any more.
 
         Raises:
             LedgerError: the log cannot be read.
         """
-        return [hash_entry(line) for line in self._lines()]
+        lines = self._lines()
+        missing = lines[0][0] - 1 if lines else 0
+        return [""] * missing + [hash_entry(line) for _, line in lines]
+
+    def files(self) -> list[Path]:
+        """The files that the log is in, oldest first.
+
+        Raises:
+            LedgerError: the log cannot be read.
+        """
+        return [file for file, _ in self._read(log_files)]
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines that are entries, oldest first; `verify` names the others.
@@ -152,7 +155,7 @@ class AuditLog:
             LedgerError: the log cannot be read.
         """
         entries = []
-        for line in self._lines():
+        for _, line in self._lines():
             with suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict):
@@ -166,7 +169,7 @@ class AuditLog:
             LedgerError: the log cannot be read.
         """
         problems, before = [], Head(0, GENESIS)
-        for number, line in enumerate(self._lines(), start=1):
+        for number, line in self._lines():
             if number > after:
                 try:
                     previous = json.loads(line).get("previous")
@@ -178,12 +181,15 @@ class AuditLog:
             before = Head(number, hash_entry(line))
         return problems
 
-    def _lines(self) -> list[bytes]:
+    def _lines(self) -> list[tuple[int, bytes]]:
+        return self._read(numbered_lines)
+
+    def _last(self) -> tuple[int, bytes]:
+        return self._read(last_line)
+
+    def _read(self, question: Callable[[Path], _T]) -> _T:
         try:
-            content = self.path.read_bytes()
-            return content[: content.rfind(b"\n") + 1].splitlines()
-        except FileNotFoundError:
-            return []
+            return question(self.path)
         except OSError as error:
             raise LedgerError(f"The audit log {self.path} cannot be read ({error.strerror}).") from error
 
@@ -365,50 +371,3 @@ def _named(entry: dict[str, Any]) -> Head | None:
 
 def _has(hashes: list[str], head: Head) -> bool:
     return head.number <= len(hashes) and hashes[head.number - 1] == head.hash
-
-
-# --- lines of a file ---------------------------------------------------------------------------------
-
-
-def _number(file: Any, last: bytes) -> int:
-    """The number of the last line: as it says, or counted, where it was written before lines had numbers."""
-    try:
-        number = json.loads(last)["line"]
-        if type(number) is int and number > 0:
-            return number
-    except (ValueError, KeyError, TypeError):
-        pass
-    file.seek(0)
-    return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _write(descriptor: int, line: bytes) -> None:
-    """All of it, on the disk."""
-    while line:
-        line = line[os.write(descriptor, line) :]
-    os.fsync(descriptor)
-
-
-def _end_of_lines(file: Any) -> int:
-    """Where the last complete line of an open file ends: what follows was torn while it was written."""
-    end: int = file.seek(0, os.SEEK_END)
-    while end > 0:
-        start = max(0, end - 4096)
-        file.seek(start)
-        block = file.read(end - start)
-        if (newline := block.rfind(b"\n")) >= 0:
-            return start + newline + 1
-        end = start
-    return end
-
-
-def _last_line(file: Any) -> bytes:
-    """The last complete line of an open file, b'' if it has none."""
-    end = _end_of_lines(file)
-    block = b""
-    while end > 0 and b"\n" not in block.rstrip(b"\n"):
-        start = max(0, end - 4096)
-        file.seek(start)
-        block, end = file.read(end - start) + block, start
-    stripped: bytes = block.rstrip(b"\n")
-    return stripped.rsplit(b"\n", 1)[-1]
