@@ -18,6 +18,8 @@ from typing import Any, NoReturn, Protocol
 
 __all__ = ["Cell", "known", "run_all", "run_cell", "script"]
 
+_LENGTH = 64  # tokens, of `data.max_length` in every study
+
 
 class Cell(Protocol):
     """One run of a study."""
@@ -101,10 +103,12 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
 
 
 def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """What two runs must share to be the same run: all but where files are, and when it was looked at."""
-    shared = {key: value for key, value in config.items() if key not in ("output", "resume")}
+    """What two runs must share to be the same run: all but where files are, when it was looked at, and what
+    it is priced by."""
+    shared = {key: value for key, value in config.items() if key not in ("output", "resume", "pricing")}
     return shared | {
-        "data": {**shared["data"], "path": None},
+        # What nobody gave is as many as public texts need, which for those of the studies is 64.
+        "data": {**shared["data"], "path": None, "max_length": shared["data"]["max_length"] or _LENGTH},
         "federation": {**shared["federation"], "evaluate_every": None},
     }
 

@@ -120,6 +120,9 @@ def test_a_script_of_a_study_ends_in_words(
         ({}, None),
         ({"federation.evaluate_every": 7}, None),
         ({"train.damped": ...}, None),  # of a version that had no such setting
+        ({"pricing.serving_load": ...}, None),
+        ({"data.max_length": 64}, None),
+        ({"data.max_length": 96}, "(data.max_length)"),
         ({"train.learning_rate": 7.0}, "(train.learning_rate)"),
         ({"train.averaging": ...}, "(train.averaging)"),
     ],

@@ -93,7 +93,7 @@ def draw(values: Values, path: Path) -> None:
     )
     for panel, corpus in zip(panels[0], shown, strict=True):
         adapter = best[corpus] or ""
-        if adapter != "head":
+        if adapter != "head" and all((corpus, "head", t, e) in values for t in TRUSTS for e in EPSILONS):
             for trust in TRUSTS:
                 heads = [100 * statistics.fmean(values[corpus, "head", trust, e]) for e in EPSILONS]
                 panel.plot(EPSILONS, heads, color=_COLORS[trust], alpha=0.4, linewidth=1, linestyle=":")
@@ -107,6 +107,8 @@ def draw(values: Values, path: Path) -> None:
                 for e in EPSILONS
                 if (corpus, adapter, trust, e) in values
             ]
+            if not found:
+                continue
             means = [100 * statistics.fmean(v) for _, v in found]
             errors = [100 * statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for _, v in found]
             panel.errorbar(
