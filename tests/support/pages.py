@@ -8,7 +8,8 @@ What a page shows is marked in its source, by a comment on the line above the fe
     <!-- settings only: REASON -->  commands are read and settings composed; nothing trains
     <!-- not run: REASON -->        neither
     <!-- file: NAME -->             no code: what the file NAME holds in the folder
-    <!-- output: REASON -->         no code: what is printed
+    <!-- output: REASON -->         no code: what is printed. It is held to that by `of the command above`, and the
+                                    first words of its lines are by `like that of the command above`
 
 Blocks of `bash` and `python` are code. `text`, `yaml`, `csv` and `json` are not.
 """
@@ -116,6 +117,12 @@ class Folder:
             (self.path / block.reason).write_text(block.text, encoding="utf-8")
         elif block.mark == "output" and block.reason == "of the command above":
             assert block.text.strip() == self.printed.strip(), block.where
+        elif block.mark == "output" and block.reason == "like that of the command above":
+            shown, real = (
+                [line.split()[0] for line in text.splitlines() if line.split()]
+                for text in (block.text, self.printed)
+            )
+            assert shown == real, f"{block.where}: lines begin with {real}"
         elif block.runs and block.language == "bash":
             self.printed = ""
             for words in commands(block.text):
