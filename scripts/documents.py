@@ -80,7 +80,7 @@ def links(markdown: str, source: str) -> str:
             return found[0]
         if picture:
             return f"![{text}]({posixpath.relpath('pictures/' + inside, posixpath.dirname(source) or '.')})"
-        return f"{text} (`{inside}`)" if text.strip("`") != inside else f"`{inside}`"
+        return f"`{inside}`" if text.strip("`") in inside else f"{text} (`{inside}`)"
 
     return _LINK.sub(replaced, markdown)
 

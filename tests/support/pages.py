@@ -8,8 +8,8 @@ What a page shows is marked in its source, by a comment on the line above the fe
     <!-- settings only: REASON -->  commands are read and settings composed; nothing trains
     <!-- not run: REASON -->        neither
     <!-- file: NAME -->             no code: what the file NAME holds in the folder
-    <!-- output: REASON -->         no code: what is printed. It is held to that by `of the command above`, and the
-                                    first words of its lines are by `like that of the command above`
+    <!-- output: REASON -->         no code: what is printed. Held to that by `of the command above`;
+                                    the first words of its lines by `like that of ...`
 
 Blocks of `bash` and `python` are code. `text`, `yaml`, `csv` and `json` are not.
 """
