@@ -33,6 +33,7 @@ MAX_REPORT = 2**20  # bytes
 _KEPT = 200  # runs
 _ROUNDS = 100_000  # of a run
 _AT_ONCE = 200  # rounds in a report
+_MOST_KEPT = 2**23  # bytes of a run
 _RUN = re.compile(r"[0-9]{1,20}")
 _NUMBERS = ("accuracy", "accuracy_error", "loss", "epsilon", "bytes_up", "bytes_down", "updates")
 _log = logging.getLogger("fedtune.server")
@@ -43,14 +44,14 @@ class Progress:
 
     Args:
         folder: where it is kept.
-        started_by: the operator who started a run that goes on; None where that is not known.
+        started_by: the operator who started a run that goes on (`?`: nobody knows); None for other runs.
 
     Attributes:
         rounds: how many rounds were reported since the server started, by `complete` or `void`.
         updates: how many updates, by `used` or `lost`.
     """
 
-    def __init__(self, folder: Path, started_by: Callable[[int], str | None] = lambda _: None) -> None:
+    def __init__(self, folder: Path, started_by: Callable[[int], str | None] = lambda _: "?") -> None:
         self._folder, self._started_by, self._lock = folder, started_by, threading.Lock()
         self.rounds: Counter[str] = Counter()
         self.updates: Counter[str] = Counter()
@@ -69,33 +70,33 @@ class Progress:
         """Keeps a report of the operator `by`, of a run of theirs. Returns (HTTP status, answer)."""
         try:
             report = _checked(json.loads(body))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             return 422, {"error": f"This is no report of a run ({type(error).__name__})."}
         with self._lock:
-            kept = self.of(report["run"]) or {
-                "run": report["run"],
-                "by": self._started_by(int(report["run"])) or by,
-                "rounds": [],
-                "statement": "",
-            }
+            run, owner = report["run"], self._started_by(int(report["run"]))
+            kept = self.of(run) or {"run": run, "by": owner, "rounds": [], "statement": ""}
+            if kept["by"] is None:
+                return 404, {"error": f"No run {run} goes on here."}
             if kept["by"] not in (by, "?"):
                 return 403, {"error": "Another operator started this run, and reports it."}
-            rounds = {entry["round"]: entry for entry in kept["rounds"]}
-            for entry in report["rounds"]:
-                if entry["round"] not in rounds:
-                    self.rounds["void" if entry["void"] else "complete"] += 1
-                    self.updates["used"] += int(entry["updates"] or 0)
-                    self.updates["lost"] += len(entry["dropped"])
-                rounds[entry["round"]] = entry
+            kept["by"] = by  # of a run that nobody is known to have started: whoever reports it first
+            before = {entry["round"]: entry for entry in kept["rounds"]}
+            rounds = before | {entry["round"]: entry for entry in report["rounds"]}
             kept["rounds"] = [rounds[number] for number in sorted(rounds)]
             kept["statement"] = report["statement"] or kept["statement"]
+            if len(content := json.dumps(kept).encode()) > _MOST_KEPT:
+                return 413, {"error": f"What is kept of a run may have {_MOST_KEPT} bytes."}
             try:
                 self._folder.mkdir(mode=0o700, exist_ok=True)
-                replace_whole(self._folder / f"{report['run']}.json", json.dumps(kept).encode(), mode=0o600)
+                replace_whole(self._folder / f"{run}.json", content, mode=0o600)
                 self._forget_old()
             except OSError as error:
-                _log.warning("a report of run %s cannot be kept: %s", report["run"], error.strerror)
+                _log.warning("a report of run %s cannot be kept: %s", run, error.strerror)
                 return 503, {"error": "The server cannot keep this report now."}
+            for entry in (rounds[number] for number in rounds.keys() - before.keys()):
+                self.rounds["void" if entry["void"] else "complete"] += 1
+                self.updates["used"] += int(entry["updates"] or 0)
+                self.updates["lost"] += len(entry["dropped"])
         return 200, {}
 
     def _forget_old(self) -> None:
@@ -122,7 +123,7 @@ def _checked_round(values: Any) -> dict[str, Any]:
         raise ValueError("no round")
     numbers = {name: values.get(name) for name in _NUMBERS}
     for value in numbers.values():
-        if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
             raise ValueError("no number")
     number, num_rounds = values["round"], values["num_rounds"]
     if not all(type(one) is int and 0 < one <= _ROUNDS for one in (number, num_rounds)):

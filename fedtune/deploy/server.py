@@ -285,8 +285,8 @@ class Gate:
         length = int(request.length)
         most = MAX_REPORT if request.path == PROGRESS_PATH else _MAX_BODY
         if length > most:
-            error = f"A request may have {most} bytes, and this one has {length}."
-            return await _respond(send, 413, {"error": error}, close=True)
+            said = {"error": f"A request may have {most} bytes, and this one has {length}."}
+            return await _respond(send, 413, said, close=True)
         if self._runs is not None and (waits := self._waits(request, who)) is not None:
             return await _respond(send, 429, waits, close=True)
         try:
@@ -318,16 +318,15 @@ class Gate:
         operator = self._people.who(request.headers, TOKEN_HEADER)
         if operator is None:
             return "?", b"", (403, "This needs an operator's key, or the operator's token.")
-        if right not in operator.rights and not self._may_stop_own(request, operator, right):
+        if right not in operator.rights and not self._may_stop_own(request, operator):
             return operator.name, b"", (403, f"Operator {operator.name} has no right to {right}.")
         return operator.name, operator.credential, None
 
-    def _may_stop_own(self, request: _Request, operator: Operator, right: str) -> bool:
-        """Who may submit may stop the runs that they started, and those that nobody is known to have."""
-        if right != "stop" or "submit" not in operator.rights or self._runs is None:
+    def _may_stop_own(self, request: _Request, operator: Operator) -> bool:
+        """Who may submit may stop runs of their own; by our call alone, for Flower's names it in its body."""
+        if request.path != STOP_PATH or "submit" not in operator.rights or self._runs is None:
             return False
-        run = request.one(RUN_HEADER)
-        return run.isdigit() and self._runs.by(int(run)) in (operator.name, None)
+        return (run := request.run()) is not None and self._runs.by(run) in (operator.name, "?", None)
 
     def _own_answer(self, request: _Request, who: str) -> tuple[int, dict[str, Any]]:
         if request.path == PUBLISHED_PATH:
@@ -340,10 +339,10 @@ class Gate:
             return 200, {}
         if request.path == RUNS_PATH:
             return 200, self._runs.listed()
-        run, when = request.one(RUN_HEADER), request.one(STOP_HEADER)
-        if run.isdigit() and self._runs.stop(int(run), who, now=when == "now"):
-            return 200, {"stopped": run}
-        return 404, {"error": f"No run {run} goes on here."}
+        run = request.run()
+        if run is not None and self._runs.stop(run, who, now=request.one(STOP_HEADER) == "now"):
+            return 200, {"stopped": str(run)}
+        return 404, {"error": f"No run {request.one(RUN_HEADER)} goes on here."}
 
     def _waits(self, request: _Request, who: str) -> dict[str, Any] | None:
         assert self._runs is not None
@@ -387,6 +386,11 @@ class _Request:
     def one(self, name: str) -> str:
         """A header's text; empty without it."""
         return self.headers.get(name.encode(), b"").decode("latin-1")[:1000]
+
+    def run(self) -> int | None:
+        """The number of the run that it names, if any."""
+        named = self.headers.get(RUN_HEADER.encode(), b"")
+        return int(named) if named.isdigit() and len(named) <= 20 else None
 
     def has_shown(self, credential: bytes) -> bool:
         """Whether this credential was checked on the connection of the request."""

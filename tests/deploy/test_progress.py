@@ -52,6 +52,8 @@ ROUND = report_of_rounds("7", rounds())["rounds"][0]
         {"run": "7", "rounds": [{**ROUND, "accuracy": True}]},
         {"run": "7", "rounds": [{**ROUND, "epsilon": float("inf")}]},
         {"run": "7", "rounds": [{**ROUND, "dropped": "x"}]},
+        {"run": "7", "rounds": [{**ROUND, "loss": 10**400}]},
+        {"run": "7", "rounds": [{**ROUND, "updates": -1}]},
     ],
 )  # fmt: skip
 def test_what_is_no_report_is_kept_nowhere(tmp_path: Path, values: Any) -> None:
@@ -78,9 +80,27 @@ def test_a_run_is_reported_by_whoever_started_it(tmp_path: Path) -> None:
     assert progress.note(said, "bob")[0] == 403 and progress.of("7") == {}
     assert progress.note(said, "alice")[0] == 200
     assert progress.note(json.dumps({"run": "8", "rounds": [ROUND]}).encode(), "bob")[0] == 200
-    ended = Progress(tmp_path)  # who started it is known no more, but for what was kept
+    assert progress.note(json.dumps({"run": "8", "statement": "hers"}).encode(), "carol")[0] == 403
+    ended = Progress(tmp_path, {}.get)  # who started it is known no more, but for what was kept
     assert ended.note(json.dumps({"run": "7", "statement": "his"}).encode(), "bob")[0] == 403
     assert ended.note(said, "alice")[0] == 200 and ended.of("7")["statement"] == "mine"
+
+
+def test_no_report_of_a_run_that_nobody_started_or_that_ended_without_one_is_kept(tmp_path: Path) -> None:
+    progress = Progress(tmp_path / "progress", {7: "alice"}.get)
+    for run in ("8", "99999999999999999999"):
+        assert progress.note(json.dumps({"run": run, "statement": "forged"}).encode(), "bob")[0] == 404
+    assert not (tmp_path / "progress").exists()
+
+
+def test_what_is_kept_of_a_run_has_an_end_and_what_was_not_kept_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "_MOST_KEPT", 2000)
+    progress = Progress(tmp_path)
+    assert note(progress, run="7", rounds=[ROUND]) == 200
+    assert note(progress, run="7", rounds=[{**ROUND, "round": 2}], statement="x" * 2000) == 413
+    assert progress.rounds == {"complete": 1} and progress.of("7")["statement"] == ""
 
 
 def test_the_newest_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

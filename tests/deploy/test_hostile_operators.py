@@ -1,0 +1,59 @@
+"""What an operator cannot do with the rights that they have: stop, starve or speak for another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from flwr.proto.control_pb2 import StopRunRequest
+
+from fedtune.deploy import operators as people
+from fedtune.deploy import server, submit
+from fedtune.deploy.certificates import tls_context
+from fedtune.deploy.client import Server
+from fedtune.deploy.operator_key import operator_line
+from fedtune.deploy.runs import RUN_HEADER
+from fedtune.deploy.submit import submitted_run
+from tests.support.real_superlink import Real
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    made = Real(tmp_path_factory.mktemp("real"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def mallory(real: Real, tmp_path: Path) -> Server:
+    """An operator who may start runs, and nothing else."""
+    for name in ("server.yaml", "ca.crt"):
+        (tmp_path / name).write_bytes((real.folder / name).read_bytes())
+    people.add(real.folder, operator_line(tmp_path, "mallory")[0], ["submit"])
+    real.people.reload()
+    return Server.of(tmp_path)
+
+
+def post(whom: Server, path: str, body: bytes = b"", **headers: bytes) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    asked = {**{name: value.encode() for name, value in whom.headers().items()}, **named}
+    verify = tls_context(whom.folder / "ca.crt")
+    return httpx.post(f"https://{whom.address}{path}", content=body, headers=asked, verify=verify)
+
+
+def test_flowers_own_stop_is_for_who_may_stop_any_run(real: Real, mallory: Server, tmp_path: Path) -> None:
+    with submitted_run(Server.of(real.folder), "{}", tmp_path / "run", None) as (grid, lost):
+        number = submit.run_number_in(tmp_path / "run" / "checkpoint" / submit.NOTE)
+        body = StopRunRequest(run_id=int(str(number))).SerializeToString()
+        said = post(mallory, "/v1/control/stop-run", body, **{RUN_HEADER: b"1"})
+        assert said.status_code == 403 and "no right to stop" in said.json()["error"]
+        assert post(mallory, server.STOP_PATH, **{RUN_HEADER: str(number).encode()}).status_code == 403
+        assert list(grid.get_node_ids()) == [] and not lost.is_set()
+
+
+@pytest.mark.parametrize("run", [b"\xb2", b"", b"1" * 500, b"-1", b"1.5"])
+def test_a_run_that_is_no_number_is_told_so(real: Real, mallory: Server, run: bytes) -> None:
+    assert post(mallory, server.STOP_PATH, **{RUN_HEADER: run}).status_code == 403
+    assert post(Server.of(real.folder), server.STOP_PATH, **{RUN_HEADER: run}).status_code == 404
