@@ -14,6 +14,8 @@ import pytest
 
 from fedtune.cli.app import command, main
 from fedtune.deploy.client import Status
+from fedtune.errors import DataError
+from fedtune.serving.model import ExportedModel
 from tests.support.synthetic import write_grid
 from tests.support.tiny_federation import without_codecarbon
 
@@ -118,6 +120,8 @@ def test_exported_models(exported: Path, world: dict[str, Path], answer: Any) ->
     check("export", {"folder": str(exported), **about})
     (one,) = answer("predict", "predict", str(exported), "good film")
     assert one["label"] in about["labels"]
+    with pytest.raises(DataError, match="single texts"):
+        ExportedModel(exported).predict([("a", "b")])
     found = answer("evaluate", "evaluate", str(exported), str(world["data"] / "test.csv"))
     assert found["data"] and len(found["confusion"]) == 2
     assert answer("key", "key", "clinic-1", "--keys", "keys.txt")["name"] == "clinic-1"

@@ -217,6 +217,16 @@ def test_non_dominated_is_its_definition(dimensions: int, seed: int) -> None:
     assert non_dominated(values).tolist() == slow_non_dominated(values)
 
 
+def test_accuracies_are_compared_over_the_seeds_that_all_have(tmp_path: Path) -> None:
+    """A lucky third seed of the larger epsilon alone must not make the smaller one dominated."""
+    rows = [(1.0, 0, 0.80), (1.0, 1, 0.80), (8.0, 0, 0.79), (8.0, 1, 0.79), (8.0, 2, 0.99)]
+    for number, (epsilon, seed, accuracy) in enumerate(rows):
+        write(tmp_path / str(number), make_record(epsilon=epsilon, seed=seed, accuracy=accuracy))
+    less, more = sorted(points(tmp_path), key=lambda point: point.epsilon)
+    assert more.accuracy is not None and more.accuracy.mean > 0.85
+    assert less.best["epsilon"] and not more.best["epsilon"]
+
+
 def test_equal_points_do_not_dominate_each_other() -> None:
     assert non_dominated(np.ones((3, 2))).tolist() == [True] * 3
     assert non_dominated(np.zeros((0, 2))).tolist() == []

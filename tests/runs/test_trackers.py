@@ -19,7 +19,7 @@ from fedtune.config.schema import Config, TrackerConfig
 from fedtune.errors import ConfigError
 from fedtune.federation.events import RoundSummary
 from fedtune.runs import record as records
-from fedtune.runs import trackers
+from fedtune.runs import summary, trackers
 from fedtune.runs.run import run
 from tests.support import tiny_federation as tiny
 from tests.support.synthetic import make_record
@@ -57,6 +57,25 @@ def result_of(record: dict[str, Any]) -> Any:
     return SimpleNamespace(run=record["run"]["id"], plan=plan, history=rounds_of(record))
 
 
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("tensorboard", "tensorboard --logdir '{}/a run/tensorboard'"),
+        ("mlflow", "mlflow ui --backend-store-uri '{}/a run/mlflow'"),
+        ("wandb", "wandb sync '{}/a run'/wandb/offline-run-*"),
+    ],
+)
+def test_where_a_tracker_wrote_is_said(
+    record: dict[str, Any], tmp_path: Path, name: str, command: str
+) -> None:
+    tracked = trackers.where_written(config_of(record, name=name), tmp_path / "a run")
+    assert tracked == command.format(tmp_path)
+    console = Console(file=io.StringIO(), width=200)
+    summary.summary(record, tmp_path, console, tracked)
+    assert tracked in console.file.getvalue()  # type: ignore[attr-defined]
+    assert trackers.where_written(config_of(record), tmp_path) is None
+
+
 def told(record: dict[str, Any], name: str, folder: Path, run_dir: Path, **options: Any) -> None:
     """Tells a tracker of a finished run, as the server loop and `run.finish` do."""
     config = config_of(record, name=name, folder=str(folder))
@@ -64,8 +83,8 @@ def told(record: dict[str, Any], name: str, folder: Path, run_dir: Path, **optio
     first = options.get("first", 0)
     info = {"run": record["run"]["id"], "attempt": options.get("attempt", 1)}
     tracker.on_start({**info, "delta": record["privacy"]["delta"]})
-    for summary in rounds_of(record)[first : options.get("last")]:
-        tracker.on_round(summary)
+    for one in rounds_of(record)[first : options.get("last")]:
+        tracker.on_round(one)
     if options.get("last") is None:
         tracker.finish(record, result_of(record), "# A statement\n")
     else:
