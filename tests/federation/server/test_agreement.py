@@ -128,11 +128,14 @@ def test_too_few_who_agree_end_the_run_before_it_began(config: Config, tmp_path:
     assert charged(config) == [0, 3, 0, 0]
 
 
-def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_path: Path) -> None:
-    class Stops(Watcher):
-        def on_round(self, summary: Any) -> None:
-            raise KeyboardInterrupt
+class Stops(Watcher):
+    """Ends a run after its first round."""
 
+    def on_round(self, summary: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_path: Path) -> None:
     allow(config, 4.0)
     with pytest.raises(KeyboardInterrupt):
         simulate(config, tmp_path, Stops())
@@ -149,10 +152,6 @@ def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_
 
 
 def test_who_refuses_to_go_on_has_a_part_in_what_it_trained_before(config: Config, tmp_path: Path) -> None:
-    class Stops(Watcher):
-        def on_round(self, summary: Any) -> None:
-            raise KeyboardInterrupt
-
     allow(config, 4.0)
     with pytest.raises(KeyboardInterrupt):
         simulate(config, tmp_path, Stops())
