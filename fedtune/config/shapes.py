@@ -1,7 +1,7 @@
 """JSON that was written earlier and is read again: parsed strictly and held to its schema before it is used.
 
 The schemas are those of `files.json`, in JSON Schema (2020-12), one by the name of each kind of file; of that
-language `problem` knows what they use: type, enum, required, properties, additionalProperties, items,
+language it knows what they use: type, enum, required, properties, additionalProperties, items,
 minimum, maximum and $ref. A file may hold more than its schema says, for a newer version may have written it.
 Beyond the schema nothing passes that no program could use: NaN, infinities, numbers that no float holds, half
 of a surrogate pair, objects nested without end.
@@ -14,14 +14,15 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ShapeError", "parse_as", "problem", "problem_in", "read_as", "schema_of"]
+__all__ = ["ShapeError", "parse_as", "problem_in", "read_as", "schema_of"]
 
-_KINDS = {
+_WORDS = {
     "object": "an object",
     "array": "a list",
     "string": "a text",
@@ -77,96 +78,131 @@ def parse_as(name: str, text: str) -> Any:
 
 
 def problem_in(name: str, value: Any) -> str | None:
-    """The first thing that is wrong with the content of a file of the kind `name`; None where nothing is."""
-    return problem(value, _definitions()[name], _definitions())
+    """The first thing that is wrong with the content of a file of the kind `name`; None where nothing is.
 
-
-def problem(value: Any, schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str | None:
-    """The first thing that is wrong with `value`, which JSON gave; None where nothing is."""
+    Args:
+        value: which JSON gave.
+    """
     try:
-        return _problem(value, schema, definitions, "") or _unusable(value, "")
+        found = _checker_of(name)(value) or _unusable(value)
     except RecursionError:
         return "it is nested too deeply"
+    # What is wrong begins with its place, ".a[0].b is", or with " is" where it is the whole.
+    return None if found is None else f"it{found}" if found.startswith(" ") else found.removeprefix(".")
 
 
-def _problem(value: Any, schema: Mapping[str, Any], definitions: Mapping[str, Any], where: str) -> str | None:
-    while (reference := schema.get("$ref")) is not None:
-        schema = definitions[reference.rpartition("/")[2]]
-    types = schema.get("type", ())
-    wanted = (types,) if isinstance(types, str) else types
-    if wanted and not any(_is(kind, value) for kind in wanted):
-        return _wrong(where, value, " or ".join(_KINDS[kind] for kind in wanted))
-    if "enum" in schema and not any(value == one and type(value) is type(one) for one in schema["enum"]):
-        return _wrong(where, value, " or ".join(repr(one) for one in schema["enum"]))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return _out_of_bounds(value, schema, where)
-    if isinstance(value, Mapping):
-        return _in_object(value, schema, definitions, where)
-    if isinstance(value, list) and "items" in schema:
-        found = (_problem(one, schema["items"], definitions, f"{where}[{i}]") for i, one in enumerate(value))
-        return next((one for one in found if one is not None), None)
-    return None
+# --- schemas as functions: of what is wrong with a value, its place first; None where nothing is -------
+
+_Check = Callable[[Any], "str | None"]
+
+
+@functools.cache
+def _checker_of(name: str) -> _Check:
+    return _checker(_definitions()[name])
+
+
+def _checker(schema: Mapping[str, Any]) -> _Check:
+    if (reference := schema.get("$ref")) is not None:
+        name = reference.rpartition("/")[2]
+        return lambda value: _checker_of(name)(value)
+    if "enum" in schema:
+        return functools.partial(_of_enum, schema["enum"])
+    types = schema.get("type", [])
+    kinds = frozenset((types,) if isinstance(types, str) else types)
+    wanted = " or ".join(_WORDS[kind] for kind in ((types,) if isinstance(types, str) else types))
+    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    below = {name: _checker(one) for name, one in schema.get("properties", {}).items()}
+    others = schema.get("additionalProperties", True)
+    rest = _checker(others) if isinstance(others, Mapping) else None
+    required = tuple(schema.get("required", ()))
+    items = _checker(schema["items"]) if "items" in schema else None
+
+    def check(value: Any) -> str | None:
+        kind = _kind(value)
+        if kinds and kind not in kinds and not (kind == "integer" and "number" in kinds):
+            return _wrong(value, wanted)
+        if kind in ("integer", "number"):
+            # What is no number at all is told by `_unusable`.
+            return None if low <= value <= high or value != value else _wrong(value, _bounds(low, high))
+        if kind == "object":
+            return _in_object(value, required, below, rest)
+        if kind == "array" and items is not None:
+            for i, one in enumerate(value):
+                if (found := items(one)) is not None:
+                    return f"[{i}]{found}"
+        return None
+
+    return check
 
 
 def _in_object(
-    value: Mapping[str, Any], schema: Mapping[str, Any], definitions: Mapping[str, Any], where: str
+    value: Mapping[str, Any], required: Sequence[str], below: Mapping[str, _Check], rest: _Check | None
 ) -> str | None:
-    missing = [name for name in schema.get("required", ()) if name not in value]
+    missing = [name for name in required if name not in value]
     if missing:
-        return f"{where or 'it'} lacks {', '.join(missing)}"
-    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+        return f" lacks {', '.join(missing)}"
     for name, one in value.items():
-        below = known.get(name, others)
-        if isinstance(below, Mapping):
-            found = _problem(one, below, definitions, f"{where}.{name}" if where else name)
-            if found is not None:
-                return found
+        check = below.get(name, rest)
+        if check is not None and (found := check(one)) is not None:
+            return f".{name}{found}"
     return None
 
 
-def _is(kind: str, value: Any) -> bool:
-    if kind == "null":
-        return value is None
-    if kind == "boolean" or isinstance(value, bool):
-        return kind == "boolean" and isinstance(value, bool)
-    types: Mapping[str, type | tuple[type, ...]] = {
-        "object": Mapping, "array": list, "string": str, "integer": int, "number": (int, float),
-    }  # fmt: skip
-    return isinstance(value, types[kind])
-
-
-def _out_of_bounds(value: float, schema: Mapping[str, Any], where: str) -> str | None:
-    low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-    if low <= value <= high or value != value:  # NaN is told below
+def _of_enum(words: Sequence[Any], value: Any) -> str | None:
+    if any(value == one and type(value) is type(one) for one in words):
         return None
-    bounds = [f"{low:g} or more"] * (low > -math.inf) + [f"{high:g} at most"] * (high < math.inf)
-    return _wrong(where, value, " and ".join(bounds))
+    return _wrong(value, " or ".join(repr(one) for one in words))
 
 
-def _unusable(value: Any, where: str) -> str | None:
+def _kind(value: Any) -> str:
+    for kind, type_ in _TYPES:
+        if isinstance(value, type_):
+            return kind
+    return "unknown"
+
+
+_TYPES = (  # a boolean is an int to Python
+    ("string", str),
+    ("boolean", bool),
+    ("integer", int),
+    ("number", float),
+    ("null", type(None)),
+    ("object", Mapping),
+    ("array", list),
+)
+
+
+def _bounds(low: float, high: float) -> str:
+    return " and ".join([f"{low:g} or more"] * (low > -math.inf) + [f"{high:g} at most"] * (high < math.inf))
+
+
+def _unusable(value: Any) -> str | None:
     """What no schema says and every reader needs: finite numbers, and texts that are whole characters."""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return _wrong(where, value.encode("utf-8", "backslashreplace").decode(), "text")
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        try:
-            finite = math.isfinite(float(value))
-        except OverflowError:
-            finite = False
-        return None if finite else _wrong(where, value, "a finite number")
-    elif isinstance(value, (Mapping, list)):
-        items: Sequence[tuple[str, Any]] = (
-            [(f"{where}[{i}]", one) for i, one in enumerate(value)]
-            if isinstance(value, list)
-            else [part for name, one in value.items() for part in ((where, name), (f"{where}.{name}", one))]
-        )
-        wrong = (_unusable(one, at.strip(".")) for at, one in items)
-        return next((one for one in wrong if one is not None), None)
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            return _wrong(value.encode("utf-8", "backslashreplace").decode(), "text")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            return _wrong(value, "a finite number")
+    elif isinstance(value, int):
+        if abs(value) > _LARGEST:
+            return _wrong(value, "a finite number")
+    elif isinstance(value, list):
+        for i, one in enumerate(value):
+            if (found := _unusable(one)) is not None:
+                return f"[{i}]{found}"
+    elif isinstance(value, Mapping):
+        for name, one in value.items():
+            if (found := _unusable(name)) is not None:
+                return found
+            if (found := _unusable(one)) is not None:
+                return f".{name}{found}"
     return None
 
 
-def _wrong(where: str, value: Any, wanted: str) -> str:
+_LARGEST = int(sys.float_info.max)
+
+
+def _wrong(value: Any, wanted: str) -> str:
     shown = "null" if value is None else json.dumps(value) if isinstance(value, bool) else repr(value)
-    return f"{where or 'it'} is {shown if len(shown) <= 60 else shown[:57] + '...'}, and should be {wanted}"
+    return f" is {shown if len(shown) <= 60 else shown[:57] + '...'}, and should be {wanted}"

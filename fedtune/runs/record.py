@@ -250,7 +250,7 @@ def _odd_setting(config: Mapping[str, Any]) -> str | None:
             value = value.get(part) if isinstance(value, Mapping) else None
         wrong_bool = isinstance(value, bool) and setting.kind is not bool
         if value is not None and (wrong_bool or not isinstance(value, _KINDS[setting.kind])):
-            return f"config.{name} is {str(value)[:60]!r}, and should be {setting.allowed}"
+            return f"config.{name} is {repr(value)[:60]}, and should be {setting.allowed}"
     return None
 
 
