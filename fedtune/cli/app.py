@@ -19,7 +19,6 @@ from typing import Annotated, NoReturn
 import click
 import typer
 
-from fedtune import __version__
 from fedtune.cli import (
     budget_command,
     compress_command,
@@ -78,7 +77,10 @@ def root(
 ) -> None:
     """Before each command: libraries are kept quiet. Without one: the help."""
     if version:
-        print(f"fedtune {__version__}")
+        from fedtune.config.build import build
+        from fedtune.federation.protocol import PROTOCOL
+
+        print(f"fedtune {build()}, protocol {PROTOCOL}")
         raise typer.Exit
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())

@@ -32,6 +32,7 @@ if typing.TYPE_CHECKING:
 __all__ = [
     "Setting",
     "build",
+    "changes_to_json",
     "check_value",
     "config_from_json",
     "from_dict",
@@ -183,6 +184,19 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_json(config: Any) -> str:
     """A dataclass of settings as one line of JSON, from which `build` makes an equal one."""
     return json.dumps(to_dict(config), allow_nan=False, ensure_ascii=False)
+
+
+def changes_to_json(config: Config) -> str:
+    """The settings that differ from their defaults: what fedtunes of one protocol tell one another."""
+    values: dict[str, Any] = {}
+    whole = to_dict(config)
+    for name, setting in settings().items():
+        *groups, last = name.split(".")
+        value = functools.reduce(dict.__getitem__, [*groups, last], whole)
+        if value != setting.default:
+            group = functools.reduce(lambda at, part: at.setdefault(part, {}), groups, values)
+            group[last] = value
+    return json.dumps(values, allow_nan=False, ensure_ascii=False)
 
 
 def config_from_json(text: str) -> Config:

@@ -28,7 +28,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import UNITS
 from fedtune.deploy import certificates, signing
@@ -37,6 +37,7 @@ from fedtune.deploy.site import open_ledger
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
+from fedtune.federation.protocol import PROTOCOL
 from fedtune.privacy import publication
 
 __all__ = [
@@ -76,7 +77,8 @@ class JoinAnswer:
     """What the server answers.
 
     Attributes:
-        software: the server's version of fedtune.
+        software: the server's build of fedtune.
+        protocol: that it speaks (`fedtune.federation.protocol`).
         site: the site that the key is enrolled for; None for a key that is not enrolled.
         connected: a node with this key is connected.
         ahead: how far this machine's clock is ahead of the server's, in seconds.
@@ -86,6 +88,7 @@ class JoinAnswer:
     """
 
     software: str
+    protocol: int
     site: str | None
     connected: bool
     ahead: float
@@ -128,7 +131,8 @@ def answer(
     if site is not None and "budget" in report and budgets is not None:
         budgets.note(site, checked_budget(report["budget"]))
     return 200, {
-        "fedtune": __version__,
+        "fedtune": build(),
+        "protocol": PROTOCOL,
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
         "site": known.name if known else None,
         "connected": known is not None and known.status == "online",
@@ -280,7 +284,8 @@ def _ask(
             return str(values[name])[:longest] if values.get(name) else None
 
         return JoinAnswer(
-            software=str(values["fedtune"])[:40],
+            software=str(values["fedtune"])[:80],
+            protocol=int(values.get("protocol", 1)),  # a server of before had no number
             site=text("site", 100),
             connected=values["connected"] is True,
             ahead=ahead,
@@ -290,17 +295,18 @@ def _ask(
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FederationError(
-            f"The server {site.server} does not answer as fedtune {__version__} does (HTTP status {status}): "
+            f"The server {site.server} does not answer as fedtune {build()} does (HTTP status {status}): "
             "it is another version, or another program. Ask its operator which fedtune it runs."
         ) from error
 
 
 def _problem(site: SiteSettings, key: ec.EllipticCurvePrivateKey, reply: JoinAnswer) -> str | None:
     """What keeps this site out, as a paragraph."""
-    if reply.software != __version__:
+    if reply.protocol != PROTOCOL:
         return (
-            f"The server {site.server} runs fedtune {reply.software}, and this node fedtune {__version__}. "
-            f"They must be the same: install `fedtune=={reply.software}` here, or {__version__} there."
+            f"The server {site.server} runs fedtune {reply.software}, which speaks protocol "
+            f"{reply.protocol}, and this node fedtune {build()}, which speaks protocol {PROTOCOL}. They must "
+            "speak the same: upgrade whichever has the lower number (`fedtune --version` says it)."
         )
     if reply.back is not None:
         return f"The server {site.server} does not let this site in: {reply.back}."

@@ -67,7 +67,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         ConfigError, FederationError: no server, no token, or the server ends the run again and again.
         FedtuneError: as `fedtune.federation.server.loop.run_rounds`.
     """
-    from fedtune.config.convert import to_json
+    from fedtune.config.convert import changes_to_json
     from fedtune.config.schema import TrackerConfig
     from fedtune.federation.events import Observers, SafeObserver, StoppingObserver
     from fedtune.federation.run_folder import lock_folder
@@ -91,7 +91,10 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         pass  # not in use: what its last run left at the server may be stopped
     for _ in range(_MAX_RUNS):
         try:
-            with submitted_run(server, to_json(sent), run_dir, SafeObserver(observer)) as (grid, lost):
+            with submitted_run(server, changes_to_json(sent), run_dir, SafeObserver(observer)) as (
+                grid,
+                lost,
+            ):
                 told = Observers(SafeObserver(observer), Reporter(_number(run_dir), server.report))
                 watched = StoppingObserver(told, lambda _: _asked_to_stop(server, run_dir))
                 return run_rounds(grid, config, run_dir, watched, stop=lost)

@@ -1,7 +1,7 @@
 """The thin app: what a SuperLink hands to nodes for a run of fedtune, and how a node knows it.
 
 Flower sends an app's code (a FAB, a zip archive) with each run. fedtune's holds one pyproject.toml that
-names modules of the installed fedtune, and is the same, byte for byte, wherever one version of fedtune
+names modules of the installed fedtune, and is the same, byte for byte, wherever a fedtune of one protocol
 makes it. So a node compares hashes; whatever else arrives is never unpacked, and no code of it runs. It is
 compared when it arrives (`AppAllowList`), for Flower's SuperNode would read its pyproject.toml next.
 """
@@ -16,13 +16,15 @@ import tomllib
 import zipfile
 from typing import Any
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.errors import FederationError
+from fedtune.federation.protocol import PROTOCOL
 
 __all__ = ["AppAllowList", "check_app", "thin_app"]
 
 _LARGEST = 10_000  # bytes of a thin app of any version; deflate makes at most 1,032 times as much of them
 
+_VERSION = f"{PROTOCOL}.0.0"  # of the thin app: apart from the program's
 _PYPROJECT = """\
 [project]
 name = "fedtune-thin"
@@ -45,25 +47,24 @@ fedtune = ""
 
 @functools.cache
 def thin_app() -> tuple[bytes, str]:
-    """(content, sha256) of this version's thin app."""
+    """(content, sha256) of this protocol's thin app."""
     from fedtune.deploy import flower
 
-    content, _ = flower.build_fab_from_files(
-        {"pyproject.toml": _PYPROJECT.format(version=__version__).encode()}
-    )
+    content, _ = flower.build_fab_from_files({"pyproject.toml": _PYPROJECT.format(version=_VERSION).encode()})
     return content, hashlib.sha256(content).hexdigest()
 
 
 def check_app(content: bytes) -> None:
-    """Raises FederationError if `content` is any app but this version's thin one; runs nothing of it."""
+    """Raises FederationError if `content` is any app but this protocol's thin one; runs nothing of it."""
     digest = hashlib.sha256(content).hexdigest()
     if digest == thin_app()[1]:
         return
     other = _version_of(content)
-    if other is not None and other != __version__:
+    if other is not None and other != _VERSION:
         raise FederationError(
-            f"The run was submitted with fedtune {other}, and this node runs fedtune {__version__}. They "
-            f"must be the same: install `fedtune=={other}` here, or {__version__} there."
+            f"The run was submitted by a fedtune that speaks protocol {other.partition('.')[0]}, and this "
+            f"node runs fedtune {build()}, which speaks protocol {PROTOCOL}. They must speak the same: "
+            "upgrade whichever has the lower number (`fedtune --version` says it)."
         )
     raise FederationError(
         f"The server sent an app that is not fedtune's (sha256 {digest[:16]}, {len(content)} bytes). This "

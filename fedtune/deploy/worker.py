@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import channel
 from fedtune.monitoring.logs import log_to_stderr
 
@@ -61,7 +61,7 @@ def main(path: str, *, log_json: bool = False) -> None:
     from fedtune.federation.flower import quiet
 
     quiet()
-    channel.send(connection, {"ready": os.getpid(), "fedtune": __version__})
+    channel.send(connection, {"ready": os.getpid(), "fedtune": build()})
     _load()
     while True:
         try:

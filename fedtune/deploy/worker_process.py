@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import channel
 from fedtune.errors import ResourceError
 from fedtune.federation.client.policy import SiteSettings
@@ -97,10 +97,10 @@ class WorkerProcess:
                 f"The node's worker did not start ({how}); its own output says why."
             ) from None
         self._connection = connection
-        if runs != __version__:
+        if runs != build():
             self.kill()
             raise ResourceError(
-                f"fedtune was upgraded under this node ({__version__} runs, {runs or 'another'} is "
+                f"fedtune was upgraded under this node ({build()} runs, {runs or 'another'} is "
                 "installed): start the node again."
             )
         self._used = time.monotonic()

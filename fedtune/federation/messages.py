@@ -37,6 +37,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
+from fedtune.federation.protocol import PROTOCOL
 from fedtune.federation.vectors import array_record, read_vector
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.publication import one_line, publish
@@ -60,7 +61,7 @@ __all__ = [
     "read_plan",
 ]
 
-VERSION = 2
+VERSION = PROTOCOL
 HELLO_KEYS: Mapping[str, type] = {
     "version": int, "node": str, "declared_size": int, "shards": int, "software": str, "idle": bool,
     "delta": float,

@@ -1,7 +1,7 @@
 """What a run ran on: library versions, commit of the code, hardware. Read once, at the start of a run.
 
 Versions are read from the installed metadata, so that nothing is imported for them. The commit is that of
-the folder that fedtune's code lies in (not of the folder that the user stands in), null for a wheel.
+fedtune's code (`fedtune.config.build`), not of the folder that the user stands in.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from fedtune import __version__
+from fedtune.config.build import commit
 
 __all__ = ["commit", "hardware", "versions"]
 
@@ -51,33 +51,6 @@ def _installed() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def commit() -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the checkout that fedtune is imported from; (None, None) outside of one."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None, None
-    head = _git(folder, "rev-parse", "HEAD")
-    if head is None:
-        return None, None
-    changes = _git(folder, "status", "--porcelain")
-    return head.strip(), None if changes is None else bool(changes.strip())
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    try:
-        # --no-optional-locks: reading the state must not disturb a git command that runs beside it.
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout
 
 
 def hardware(device: str = "cpu", precision: str | None = None) -> dict[str, Any]:

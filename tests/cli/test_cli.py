@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -144,7 +145,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     from fedtune import __version__
 
     assert call("--version") == 0
-    assert __version__ in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.fullmatch(rf"fedtune {re.escape(__version__)}(\+[0-9a-f]{{12}})?, protocol [0-9]+\n", said)
 
 
 # --- run -----------------------------------------------------------------------------------------

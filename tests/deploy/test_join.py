@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import certificates, join, server, signing
 from fedtune.deploy.admission import enrol, revoke
 from fedtune.deploy.join import budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
+from fedtune.federation.protocol import PROTOCOL
 from tests.support.real_superlink import SITES, Real
 
 
@@ -101,16 +102,19 @@ def test_two_nodes_with_one_key(real: Real) -> None:
         real.state.deactivate_node(node_id)
 
 
-def test_another_version_is_refused_with_both_named(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_protocol_is_refused_with_both_named(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = join.answer
 
     def theirs(*args: Any) -> Any:
         status, said = ours(*args)
-        return status, {**said, "fedtune": "9.9"}
+        return status, {**said, "fedtune": "9.9", "protocol": PROTOCOL + 1}
 
     monkeypatch.setattr(join, "answer", theirs)
     said = refused(real.site("clinic-1"), real.keys["clinic-1"])
-    assert f"runs fedtune 9.9, and this node fedtune {__version__}" in said and "fedtune==9.9" in said
+    assert f"runs fedtune 9.9, which speaks protocol {PROTOCOL + 1}, and this node fedtune {build()}" in said
+    # Another program of the same protocol is welcome.
+    monkeypatch.setattr(join, "answer", lambda *args: (200, {**ours(*args)[1], "fedtune": "9.9"}))
+    join.check_in(real.site("clinic-1"), real.keys["clinic-1"], pytest.fail)
     monkeypatch.setattr(join, "answer", lambda *_: (403, {"error": "no such path"}))
     assert "another version, or another program" in refused(real.site("clinic-1"), real.keys["clinic-1"])
 

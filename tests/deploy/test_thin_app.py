@@ -16,7 +16,7 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import channel
 from fedtune.deploy import thin_app as thin
 from fedtune.deploy.leaving import Leaving
@@ -27,6 +27,7 @@ from fedtune.deploy.thin_app import AppAllowList, check_app, thin_app
 from fedtune.errors import FederationError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.federation.flower import empty_run, serialize, task_identity
+from fedtune.federation.protocol import PROTOCOL
 from tests.support.golden import Golden
 from tests.support.site_parts import settings
 
@@ -149,11 +150,12 @@ def test_the_thin_app_is_the_same_wherever_it_is_made() -> None:
         assert sorted(archive.namelist()) == [".info/CONTENT", "pyproject.toml"]
 
 
-def test_another_version_is_refused_with_both_named() -> None:
-    other = repacked({"pyproject.toml": '[project]\nname = "fedtune-thin"\nversion = "9.9"\n'})
-    both = rf"with fedtune 9\.9, and this node runs fedtune {__version__}"
-    with pytest.raises(FederationError, match=both):
+def test_another_protocol_is_refused_with_both_named() -> None:
+    other = repacked({"pyproject.toml": '[project]\nname = "fedtune-thin"\nversion = "9.0.0"\n'})
+    with pytest.raises(FederationError) as raised:
         check_app(other)
+    both = f"speaks protocol 9, and this node runs fedtune {build()}, which speaks protocol {PROTOCOL}"
+    assert both in str(raised.value)
 
 
 class Ears:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import node, worker_process
 from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.site import books_of
@@ -90,12 +90,12 @@ def test_processor_seconds_are_those_of_the_process() -> None:
 # Answers its first message at once and hangs over every other.
 HANGS = """
 import socket, sys, time
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import channel
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 channel.receive(connection)
-channel.send(connection, {"ready": 1, "fedtune": __version__})
+channel.send(connection, {"ready": 1, "fedtune": build()})
 header, parts = channel.receive(connection)
 if header["task"] == 2:
     time.sleep(1000)
@@ -131,12 +131,11 @@ def _started_as(code: str, monkeypatch: pytest.MonkeyPatch, stdin: int = subproc
 
 def test_a_worker_of_another_version_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed under a node that goes on: the server has let in the version of the node."""
-    _started_as(HANGS.replace("__version__}", "'9.9'}"), monkeypatch)
+    _started_as(HANGS.replace("build()}", "'9.9'}"), monkeypatch)
     worker = WorkerProcess(settings(tmp_path))
     try:
-        with pytest.raises(
-            ResourceError, match=rf"upgraded under this node \({__version__} runs, 9.9 is inst"
-        ):
+        named = rf"upgraded under this node \({build().replace('+', '.')} runs, 9.9 is inst"
+        with pytest.raises(ResourceError, match=named):
             worker.ask(b"", b"", {"task": 1}, lambda: None)
         assert worker.pid is None
         _started_as(HANGS, monkeypatch)  # it was taken back

@@ -22,14 +22,14 @@ def test_versions_are_those_that_are_installed() -> None:
 
 
 def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A git repository of its own, which `environment` takes for fedtune's."""
+    """A git repository of its own, which is taken for fedtune's."""
     module = folder / "fedtune" / "experiments" / "environment.py"
     module.parent.mkdir(parents=True)
     module.write_text("code")
     git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *arguments], check=True, capture_output=True)
-    monkeypatch.setattr(environment, "__file__", str(module))
+    monkeypatch.setattr("fedtune.config.build._PACKAGE", folder / "fedtune")
 
 
 def test_the_commit_is_the_codes_and_changes_make_it_dirty(
@@ -43,7 +43,7 @@ def test_the_commit_is_the_codes_and_changes_make_it_dirty(
 
 
 def test_outside_of_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "a" / "b" / "environment.py"))
+    monkeypatch.setattr("fedtune.config.build._PACKAGE", tmp_path / "fedtune")
     assert environment.commit() == (None, None)
 
 

@@ -120,9 +120,10 @@ class Federation:
                 return
             time.sleep(0.3)
 
-    def start_node(self, site: str) -> None:
+    def start_node(self, site: str, code: Path = REPOSITORY) -> None:
+        """`code`: the folder with the fedtune that it runs."""
         folder = self.root / site
-        luck = {"PYTHONPATH": f"{UNLUCKY}:{REPOSITORY}", "FEDTUNE_TEST_UNLUCKY": str(folder / "unlucky")}
+        luck = {"PYTHONPATH": f"{UNLUCKY}:{code}", "FEDTUNE_TEST_UNLUCKY": str(folder / "unlucky")}
         self.start(site, "node", "--config", folder / "node.yaml", "--monitor", "0", **luck)
 
     @contextlib.contextmanager

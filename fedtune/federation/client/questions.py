@@ -25,7 +25,7 @@ def hello(content: RecordDict, context: Context) -> RecordDict:
     Raises:
         FedtuneError: it cannot say; a size that it would have to tell cannot be charged.
     """
-    from fedtune import __version__
+    from fedtune.config.build import build
     from fedtune.federation.resources import run_resources
 
     config = node_config(context)
@@ -35,7 +35,7 @@ def hello(content: RecordDict, context: Context) -> RecordDict:
         node=shard.node if shard else "",
         declared_size=size_to_declare(config, shard) if shard else 0,
         shards=len(run_resources(config).prepared.shards),
-        software=f"fedtune {__version__}",
+        software=f"fedtune {build()}",
         idle=shard is None,
         delta=owner_delta(shard, config, context) if shard else 0.0,
     ).to_records()
