@@ -14,8 +14,8 @@ class CommitHook(BuildHookInterface):  # type: ignore[type-arg]
     """Called by hatchling before a build."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Adds the file; an sdist brings its own, and is no checkout."""
-        if not (Path(self.root) / ".git").exists():
+        """Adds the file. An sdist brings its own, and what is editable is the checkout itself."""
+        if version == "editable" or not (Path(self.root) / ".git").exists():
             return
         try:
             head, changes = (
