@@ -14,6 +14,11 @@ from tests.support.pages import ROOT
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
+def _kustomization(side: str) -> Any:
+    path = ROOT / "deploy" / "kubernetes" / side / "kustomization.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def test_the_version_is_the_same_wherever_it_stands() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     image = (ROOT / "deploy" / "serving" / "kubernetes" / "deployment.yaml").read_text(encoding="utf-8")
@@ -23,6 +28,7 @@ def test_the_version_is_the_same_wherever_it_stands() -> None:
         PROJECT["project"]["version"],
         citation["version"],
         *re.findall(r"fedtune-serve:([\d.]+)", image),
+        *(image["newTag"] for side in ("server", "node") for image in _kustomization(side)["images"]),
         *re.findall(r"(?:fedtune-serving:|detach v)([\d.]+\d)", service),
     }
     assert found == {fedtune.__version__}

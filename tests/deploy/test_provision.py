@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from cryptography import x509
 
+from fedtune import __version__
 from fedtune.cli.app import main
 from fedtune.deploy import certificates
 from fedtune.deploy.admission import enrol, enrolled, revoke
@@ -137,6 +139,17 @@ def test_the_administrators_first_steps_work_as_the_archive_tells_them(
     with pytest.raises(SystemExit):
         main(["node", "init", *config])
     assert "exists already and is not replaced" in capsys.readouterr().err
+
+
+def test_a_site_is_told_to_install_the_operators_wheel_and_no_public_package(made: Path) -> None:
+    wheel = f"fedtune-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(made / "sites" / "clinic-1.zip") as archive:
+        site = archive.read("clinic-1/README.md").decode()
+    for text in (site, (made / "server" / "README.md").read_text()):
+        assert wheel in text and "sha256sum" in text
+        installed = re.findall(r"pip install (\S+)", text)
+        assert all(name == f"./{wheel}" for name in installed), installed
+    assert "Linux" in site and f"pip install ./{wheel}" in site
 
 
 def test_folders_of_the_federation_are_for_their_owner_only(made: Path) -> None:
