@@ -31,7 +31,10 @@ def test_what_a_server_said_neither_clears_the_terminal_nor_makes_a_line_of_its_
         for shown in (line(formatter, CLEAR), line(formatter, "it failed", error)):
             assert "nothing" in shown
             assert [one for one in shown if not one.isprintable() and one != "\n"] == []
-    assert "\n" not in line(formatter, CLEAR)
+    shown = line(formatter, CLEAR)
+    assert "\n" not in shown
+    if isinstance(formatter, JsonLines):  # and whoever reads the field gets no more than was shown
+        assert json.loads(shown)["message"].isprintable()
 
 
 def test_a_line_says_when_and_which_part() -> None:
