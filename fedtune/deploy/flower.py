@@ -19,6 +19,7 @@ from typing import Any
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
+from fedtune.deploy.database import NAME, check_database
 from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
 
 # isort: split
@@ -121,7 +122,11 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
     """Flower's SuperLink as an ASGI application with the database of a server folder.
 
     What `flower-superlink` runs, without an executor for apps.
+
+    Raises:
+        ResourceError: the database is damaged.
     """
+    check_database(folder)
     from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin  # late: a node has no use for its 10 MB
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -151,7 +156,7 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
         ssl_ca_certfile=str(folder / "ca.crt"),
         ssl_certfile=str(folder / "server.crt"),
         ssl_keyfile=str(folder / "server.key"),
-        database=str(folder.absolute() / "superlink.sqlite"),
+        database=str(folder.absolute() / NAME),
         isolation="process",
         runtime_dependency_install=False,
     )
