@@ -38,6 +38,8 @@ def pages_with(*, slow: bool) -> list[Path]:
 def test_every_block_says_what_it_is(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r"^```", text, re.MULTILINE)) == 2 * len(blocks(page)), "a fence does not end"
+    marked = re.findall(r"-->\n```\w", text)
+    assert len(marked) == sum(bool(block.mark) for block in blocks(page)), "a comment is no mark"
     for block in blocks(page):
         assert block.mark in MARKS, f"{block.where}: {block.mark!r}"
         assert block.language in (*CODE, "text", "yaml", "csv", "json"), f"{block.where}: name its language"
