@@ -188,9 +188,10 @@ def run_started(response: bytes) -> int | None:
     return int(started.run_id) if started.HasField("run_id") else None
 
 
-def task_taken(response: bytes) -> bool:
-    """Whether the server's answer to AcquireTask has a task."""
-    return bool(runtime_pb2.AcquireTaskResponse.FromString(response).token)
+def task_taken(response: bytes) -> int | None:
+    """The number of the run whose task is in the server's answer to AcquireTask; None if there is none."""
+    taken = runtime_pb2.AcquireTaskResponse.FromString(response)
+    return int(taken.task.run_id) if taken.token else None
 
 
 def register_node(link_state: Any, key: bytes, site: str) -> None:

@@ -57,7 +57,7 @@ class Runs:
         self._state, self._path, self._trail, self._most = state, folder / "runs.json", trail, most
         self._clock, self._lock = clock, threading.RLock()
         self._waiting: dict[str, tuple[str, float, float]] = {}  # ticket: operator, since, last asked
-        self._starting: tuple[str, float] | None = None  # ticket, until when
+        self._starting: tuple[str, float, int | None] | None = None  # ticket, until when, its run
         self._pending_since: dict[int, float] = {}
         self._stopped: dict[str, str] = {}  # the last ones that were ended at once: run, by whom
         self._active: dict[int, dict[str, Any]] = self._read()
@@ -83,26 +83,27 @@ class Runs:
             free = len(self._active) < self._most and self._is_free_for(ticket, now)
             if not free or order[0] != ticket:
                 return {"running": len(self._active), "before": order.index(ticket)}
-            self._starting = (ticket, now + _START_SECONDS)
+            self._starting = (ticket, now + _START_SECONDS, None)
             return None
 
     def started(self, ticket: str, operator: str, run: int) -> None:
         """A run was started with this ticket."""
         with self._lock:
             self._waiting.pop(ticket, None)
+            self._starting = (ticket, self._clock() + _START_SECONDS, run)
             self._active[run] = {"by": operator, "stop": None}
             self._write()
         self._trail.note("run started", operator, run=str(run))
 
     def may_take(self, ticket: str) -> bool:
-        """Whether the task of a run may be taken with this ticket now."""
+        """Whether the task of a run may be taken with this ticket now: nobody else is about to take one."""
         with self._lock:
-            return self._starting is not None and self._starting[0] == ticket
+            return self._starting is None or self._starting[0] == ticket
 
-    def taken(self, ticket: str) -> None:
-        """The task was taken: the next may start."""
+    def taken(self, run: int) -> None:
+        """The task of a run was taken; if it is the one that starts, the next may."""
         with self._lock:
-            if self.may_take(ticket):
+            if self._starting is not None and self._starting[2] == run:
                 self._starting = None
 
     def _is_free_for(self, ticket: str, now: float) -> bool:

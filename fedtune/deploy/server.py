@@ -360,8 +360,8 @@ class Gate:
         ticket = request.one(TICKET_HEADER) or who
         if request.path == _START and (run := flower.run_started(passed.body())) is not None:
             self._runs.started(ticket, who, run)
-        elif request.path == _TAKE and flower.task_taken(passed.body()):
-            self._runs.taken(ticket)
+        elif request.path == _TAKE and (run := flower.task_taken(passed.body())) is not None:
+            self._runs.taken(run)
 
 
 class _Request:

@@ -195,8 +195,10 @@ def begin(runs: Runs, state: State, ticket: str, operator: str, run: int) -> Non
     assert runs.turn(ticket, operator) is None
     runs.started(ticket, operator, run)
     state.unfinished[run] = "running"
-    assert runs.may_take(ticket)
-    runs.taken(ticket)
+    assert runs.may_take(ticket) and not runs.may_take("another")
+    runs.taken(999)  # what a submit that was killed had left
+    assert not runs.may_take("another")
+    runs.taken(run)
 
 
 def test_as_many_runs_go_on_as_may_and_the_next_is_of_whoever_has_fewest(tmp_path: Path) -> None:
