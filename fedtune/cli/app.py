@@ -27,6 +27,7 @@ from fedtune.cli import (
     exported,
     results,
     run_command,
+    submission,
 )
 from fedtune.cli.shared import FAILED, OK, USAGE, help_text
 from fedtune.errors import ConfigError, FedtuneError
@@ -100,6 +101,7 @@ app.add_typer(compress_command.commands)
 app.add_typer(data_command.commands, rich_help_panel="Simulate")
 app.add_typer(budget_command.commands, rich_help_panel="Privacy budgets")
 app.add_typer(deployment.commands)
+app.add_typer(submission.commands)
 
 
 def command() -> click.Group:

@@ -1,8 +1,7 @@
-"""The commands of a real federation: its server, its sites, its operators and their runs."""
+"""The commands of a real federation: its server, its sites and its operators."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedtune.cli.run_command import complete_setting, finished
 from fedtune.cli.shared import (
     FAILED,
     OK,
@@ -22,7 +20,6 @@ from fedtune.cli.shared import (
     help_text,
     option,
     print_json,
-    status_of,
 )
 from fedtune.errors import ConfigError
 
@@ -63,6 +60,7 @@ def provision(
     renew: Annotated[bool, option("Make a new server certificate.", "--renew")] = False,
     json: Json = False,
 ) -> None:
+    from fedtune.deploy.archives import authority_fingerprint
     from fedtune.deploy.provision import provision
 
     done = provision(file, output, renew=renew)
@@ -74,10 +72,12 @@ def provision(
     for name in done.kept:
         print(f"kept {name}")
     folder = done.folder
+    authority = authority_fingerprint(folder / "authority")
     print(
         f"\nserver: {folder / 'server'} (its README.md says how to start it)\n"
         f"sites:  send each its archive from {folder / 'sites'}; nothing in it is secret\n"
-        f"keep {folder / 'authority'} offline: whoever has ca.key can pose as the server"
+        f"keep {folder / 'authority'} offline: whoever has ca.key can pose as the server\n"
+        f"fingerprint of the authority, to read to each site by telephone: {authority}"
     )
 
 
@@ -261,6 +261,8 @@ fedtune node --config node.yaml                 join; Ctrl-C leaves
 fedtune node proof --config node.yaml           what has left this site; are the books whole
 fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
 fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on
+fedtune node approve --config node.yaml         runs that wait for you, and what each would spend
+fedtune node approve 7f3a01bc --config node.yaml    let that one in, once
 fedtune node backup --config node.yaml -o FILE.zip      all that this site must not lose
 fedtune node restore FILE.zip --config node.yaml        its books as they were in a backup""",
     ),
@@ -270,7 +272,7 @@ def node(
     step: Annotated[
         list[str] | None,
         argument(
-            "[init | proof | accept | backup | restore FILE | NAME=VALUE]...",
+            "[init | proof | accept | approve [RUN] | backup | restore FILE | NAME=VALUE]...",
             "As in the examples; NAME=VALUE: settings of a proposed run, with --dry-run.",
         ),
     ] = None,
@@ -291,7 +293,7 @@ def node(
         bool, option("Of init, proof, accept, backup, restore and --dry-run: as JSON.", "--json")
     ] = False,
 ) -> int:
-    from fedtune.cli.site_steps import back_up, try_run
+    from fedtune.cli.site_steps import approve, back_up, try_run
     from fedtune.deploy import site as sites
 
     say = answering("node", json)
@@ -299,11 +301,13 @@ def node(
     needs_data = not words or words[0] not in ("init", "proof", "accept", "backup", "restore")
     site = sites.read_site(config, with_data=needs_data)
     if words == ["init"]:
+        authority, sealed = sites.check_files(config.absolute().parent)
         line, fingerprint = sites.make_key(site)
         say(
-            {"line": line, "fingerprint": fingerprint, "key": str(site.key)},
-            f"{line}\n\nSend the line above to the federation's operator, and compare this by telephone:\n"
-            f"fingerprint {fingerprint}\nThe private key is {site.key}; never send it to anybody.",
+            {"line": line, "fingerprint": fingerprint, "key": str(site.key), "authority": authority},
+            f"{sealed}\n\n{line}\n\nSend the line above to the federation's operator, and call them to "
+            f"compare these:\nfingerprint of this site's key  {fingerprint}\nfingerprint of the authority    "
+            f"{authority}\nThe private key is {site.key}; never send it to anybody.",
         )
         return OK
     if words == ["proof"]:
@@ -314,6 +318,9 @@ def node(
         text = sites.accept(site)
         say({"text": text.splitlines()}, text)
         return OK
+    if words[:1] == ["approve"]:
+        say(*approve(site, words[1:]))
+        return OK
     if words[:1] in (["backup"], ["restore"]):
         say(*back_up(site, config, words, output, forget))
         return OK
@@ -323,166 +330,15 @@ def node(
         say({**found, "run": {name: str(value) for name, value in done.lines}}, done.text())
         return FAILED if done.refusals else OK
     if json:
-        raise ConfigError("--json is for what ends: init, proof, accept, backup, restore and --dry-run.")
+        raise ConfigError(
+            "--json is for what ends: init, proof, accept, approve, backup, restore, --dry-run."
+        )
     if words:
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
     from fedtune.deploy.node import run_node
 
     run_node(site, _log("node", log_json), monitor, log_json=log_json)
     return OK
-
-
-@commands.command(
-    cls=Command,
-    rich_help_panel=_PANEL,
-    short_help="Run over the sites of a real federation.",
-    help=help_text(
-        "Starts a run at the server and shows it; record.json, adapter/ and statement.md are written here. "
-        "Settings as of `fedtune run`; data.* describe what the server tests on, since each site has data of "
-        "its own: a split that is declared public (data.test_split=test data.test_public=true). Without one "
-        "the sites answer with noised counts about what they hold out. Exit status 0 only if the run "
-        "succeeded with every site; 3 if a site refused or sent nothing, and the others went on.",
-        """\
-fedtune submit DIR/server data=files data.name=visits data.labels=[no,yes]
-fedtune submit DIR/server resume=RUN_DIR              go on after a crash
-fedtune submit DIR/server data=files ... --detach     go on without this terminal
-fedtune follow RUN_DIR                                look at it; Ctrl-C only looks away
-fedtune stop DIR/server RUN_DIR                       end it after its round, with a result""",
-    ),
-)
-def submit(
-    folder: ServerFolder,
-    settings: Annotated[
-        list[str] | None,
-        argument("[NAME=VALUE]...", "As of `fedtune run`.", autocompletion=complete_setting),
-    ] = None,
-    detach: Annotated[bool, option("Go on without this terminal.", "--detach")] = False,
-    json: Json = False,
-) -> int:
-    from fedtune import api
-    from fedtune.config.convert import value_text
-    from fedtune.config.loader import load
-
-    if not (folder / "server.yaml").exists():
-        raise ConfigError(f"{folder} is no server folder; name the one that `fedtune provision` made.")
-    overrides, server = list(settings or ()), str(folder.absolute())
-    if detach:
-        _detach(folder, overrides, json)
-        return OK
-    if not any(word.startswith("resume=") for word in overrides):
-        place = f"engine.server={value_text(server)}"
-        result = api.run(*overrides, "engine.name=deployment", place, progress=not json)
-        return finished(result, json)
-    config = load(overrides)
-    engine = dataclasses.replace(config.engine, name="deployment", server=server)  # it may have moved
-    return finished(api.run(dataclasses.replace(config, engine=engine), progress=not json), json)
-
-
-def _detach(folder: Path, overrides: list[str], json: bool) -> None:
-    from fedtune.config.loader import load
-    from fedtune.deploy.detached import detach, new_folder
-
-    chosen = [one.partition("=")[2] for one in overrides if one.startswith(("hydra.run.dir=", "resume="))]
-    settings = [one for one in overrides if not one.startswith("hydra.run.dir=")]
-    load(settings)  # what is wrong with them is said here
-    run_dir = Path(chosen[-1]) if chosen else new_folder()
-    process, number = detach(folder.absolute(), settings, run_dir)
-    state = f"run {number} goes on" if number else "the run waits for its turn"
-    answering("submit --detach", json)(
-        {"run_dir": str(run_dir), "process": process, "run": number},
-        f"{state}, in process {process}; its folder is {run_dir}\n"
-        f"look at it:  fedtune follow {run_dir}\n"
-        f"end it:      fedtune stop {folder} {run_dir}",
-    )
-
-
-@commands.command(
-    cls=Command,
-    rich_help_panel=_PANEL,
-    short_help="Look at a run that was submitted with --detach.",
-    help=help_text(
-        "Shows what a detached run has said from its beginning, and what it says until it ends. Ctrl-C only "
-        "looks away. Exit status as of fedtune submit.",
-        "fedtune follow outputs/2026-11-30/12-00-00",
-    ),
-)
-def follow(run_dir: Annotated[Path, argument("RUN_DIR", "The run folder.")]) -> int:
-    from fedtune.deploy import detached
-
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    if not detached.follow(run_dir, show):
-        return FAILED
-    from fedtune.runs.record import Result
-
-    return status_of(Result(run_dir).left_out)
-
-
-@commands.command(
-    cls=Command,
-    rich_help_panel=_PANEL,
-    short_help="End a run of a real federation.",
-    help=help_text(
-        "Has a run end after the round that it is in, with record, adapter and statement of what it did "
-        "until then: what the sites were charged has its result. With --now it ends at once; the round that "
-        "it is in stays charged at the sites that had begun it, and `fedtune submit DIR resume=RUN_DIR` goes "
-        "on.",
-        """\
-fedtune stop DIR/server RUN_DIR            the folder of the run, if it is on this machine
-fedtune stop DIR/server 1234567890 --now   the number that `fedtune status` shows""",
-    ),
-)
-def stop(
-    folder: ServerFolder,
-    run: Annotated[str, argument("RUN", "A run folder, or the number in `fedtune status`.")],
-    now: Annotated[bool, option("Do not wait for the end of its round.", "--now")] = False,
-    json: Json = False,
-) -> None:
-    from fedtune.deploy import submit as submission
-    from fedtune.deploy.client import Server
-
-    number = run if run.isdecimal() else submission.run_number_in(Path(run) / "checkpoint" / submission.NOTE)
-    if number is None:
-        raise ConfigError(
-            f"{run!r} is no run folder from which a run was submitted, and no number of a run; `fedtune "
-            f"status {folder}` shows the numbers."
-        )
-    Server.of(folder).stop(number, now=now)
-    answering("stop", json)(
-        {"run": str(number), "now": now},
-        f"run {number} ends {'now' if now else 'after the round that it is in'}",
-    )
-
-
-@commands.command(
-    cls=Command,
-    rich_help_panel=_PANEL,
-    short_help="Sites and runs of a real federation.",
-    help=help_text(
-        "Asks a running server for its sites, what they publish of their budgets, and its runs.",
-        "fedtune status DIR/server",
-    ),
-)
-def status(folder: ServerFolder, json: Json = False) -> None:
-    from fedtune.deploy.client import status as ask
-    from fedtune.deploy.join import budget_text
-
-    found = ask(folder)
-    if json:
-        from dataclasses import asdict
-
-        print_json("status", asdict(found))
-        return
-    print(f"server {found.address}")
-    for site in found.sites:
-        budget = budget_text(site["budget"])
-        print(f"site {site['site']:<20} {site['state']:<12} {site['since'][:19]:<20} {budget}")
-    for run in found.runs:
-        by = f"by {run['by']}" if run["by"] else ""
-        print(f"run {run['run']:<21} {run['state']:<12} {run['started']} {by} {run['details']}".rstrip())
-    for name in found.waiting:
-        print(f"a run of {name} waits for its turn")
 
 
 def _log(part: str, as_json: bool) -> Callable[[str], None]:

@@ -1,4 +1,4 @@
-"""What `fedtune node` does that takes more than a line: try a run, back up, restore."""
+"""What `fedtune node` does that takes more than a line: try a run, approve one, back up, restore."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedtune.errors import ConfigError
+from fedtune.errors import ConfigError, FedtuneError
 
 if TYPE_CHECKING:
     from fedtune.deploy.site import DryRun
     from fedtune.federation.client.policy import SiteSettings
 
-__all__ = ["back_up", "try_run"]
+__all__ = ["approve", "back_up", "try_run"]
 
 
 def back_up(
@@ -63,3 +63,36 @@ def try_run(site: SiteSettings, overrides: list[str]) -> DryRun:
         data = dataclasses.replace(proposed.data, name=site.data.name)
         proposed = dataclasses.replace(proposed, data=data)
     return dry_run(site, proposed)
+
+
+def approve(site: SiteSettings, digests: list[str]) -> tuple[dict[str, Any], str]:
+    """Runs that wait, with what each would spend here; or approves one: (values, text for a person).
+
+    Args:
+        site: the site's settings.
+        digests: the digest of one run, or the beginning of it; none: all are shown, and none is approved.
+
+    Raises:
+        ConfigError: no such run waits.
+    """
+    from fedtune.config.convert import config_from_json
+    from fedtune.deploy.consent import Consent
+    from fedtune.deploy.site import dry_run
+
+    if len(digests) > 1:
+        raise ConfigError("fedtune node approve takes one run at a time: look at what it would spend.")
+    consent = Consent(site)
+    texts: list[str] = []
+    values: list[dict[str, Any]] = []
+    for run in [consent.approve(digests[0])] if digests else consent.waiting():
+        state = "waits" if not run["approved"] else "approved" if not run["run"] else "approved, and used"
+        try:
+            found = dry_run(site, config_from_json(run["config"])).text()
+        except FedtuneError as error:
+            found = f"what it would do here cannot be said: {error}"
+        who = f" by {run['by']}" if run["by"] else ""
+        texts.append(f"run {run['digest'][:12]}, asked for at {run['since']}{who}: {state}\n{found}")
+        values.append({**run, "dry_run": found.splitlines()})
+    if not site.approval:
+        texts.append("node.yaml has approval: false, so no run waits; set approval: true and start the node.")
+    return {"runs": values}, "\n\n".join(texts) or "no run waits"

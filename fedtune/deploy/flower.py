@@ -278,7 +278,7 @@ def error_in_place_of(message: Message, reason: str) -> Message:
 # --- the operator ---------------------------------------------------------------------------------------
 
 
-def start_request(content: bytes, digest: str, config: str) -> Any:
-    """The request that starts a run of an app (its content and sha256) with a configuration, as JSON."""
-    app, values = fab_to_proto(Fab(digest, content, {})), user_config_to_proto({"fedtune": config})
+def start_request(content: bytes, digest: str, config: Mapping[str, str]) -> Any:
+    """The request that starts a run of an app (its content and sha256) with a configuration."""
+    app, values = fab_to_proto(Fab(digest, content, {})), user_config_to_proto(dict(config))
     return control_pb2.StartRunRequest(fab=app, override_config=values)

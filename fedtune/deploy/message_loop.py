@@ -28,6 +28,7 @@ import httpx
 from flwr.app import Message
 
 from fedtune.deploy import flower
+from fedtune.deploy.consent import Consent
 from fedtune.deploy.join import HEARTBEAT_SECONDS
 from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.node_metrics import NodeActivity
@@ -233,7 +234,7 @@ class MessageHandler:
         activity: NodeActivity,
     ) -> None:
         self._state, self._store, self._site, self._worker, self._apps = state, store, site, worker, apps
-        self._leaving, self._activity = leaving, activity
+        self._leaving, self._activity, self._consent = leaving, activity, Consent(site)
         self._books = Books(Path(site.ledger), Path(site.audit_log))
 
     def __call__(self) -> bool:
@@ -267,7 +268,9 @@ class MessageHandler:
                     "not begun, and nothing was charged for it."
                 )
             self._apps.check(run.run_id)
-            reply = self._ask(self._whole(message), run, context, task)
+            whole = self._whole(message)
+            self._consent.check(run.run_id, context.run_config, whole)
+            reply = self._ask(whole, run, context, task)
             how = "refused" if refusal_in(reply) else "answered"
         except WorkerDied as error:
             how = "died"

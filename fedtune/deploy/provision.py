@@ -2,7 +2,7 @@
 
     DIR/authority/   ca.key, ca.crt        keep it offline: whoever has ca.key can pose as the server
     DIR/server/      ca.crt, server.crt, server.key, operator.token, server.yaml, nodes/, README.md
-    DIR/sites/       SITE.zip              node.yaml, ca.crt, README.md: nothing in it is secret
+    DIR/sites/       SITE.zip              node.yaml, ca.crt, README.md, signed: nothing in it is secret
     DIR/operator.zip                       server.yaml, ca.crt: for each operator, who makes their own key
 
 A site's key is made at the site (`fedtune node init`) and its public half enrolled at the server, as a
@@ -14,10 +14,8 @@ is refused.
 
 from __future__ import annotations
 
-import io
 import re
 import secrets
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +27,7 @@ from fedtune.config.convert import build, read_yaml
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import Before, Group, as_tuple
 from fedtune.deploy import certificates
+from fedtune.deploy.archives import is_signed, write_archive
 from fedtune.deploy.certificates import parse_address
 from fedtune.errors import ConfigError, ResourceError
 
@@ -156,16 +155,20 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
         replace_whole(server / "server.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         readme = _SERVER_README.format(name=federation.name, address=federation.server, version=__version__)
         replace_whole(server / "README.md", readme.encode())
+        certificate = (authority / "ca.crt").read_bytes()
         for site in federation.sites:
             archive = sites / f"{site}.zip"
-            if zipfile.is_zipfile(archive):  # one that is torn is made again: nothing in it is secret
+            if is_signed(archive):  # one that is torn is made again: nothing in it is secret
                 kept.append(f"archive of {site}")
                 continue
-            _write_archive(
-                archive, federation.name, federation.server, site, (authority / "ca.crt").read_text()
-            )
+            fill = {"name": federation.name, "address": federation.server, "site": site}
+            fill["version"] = __version__
+            files = {"node.yaml": _NODE_YAML.format(**fill), "README.md": _SITE_README.format(**fill)}
+            content = {name: text.encode() for name, text in files.items()}
+            write_archive(archive, site, {**content, "ca.crt": certificate}, authority)
             new.append(f"archive of {site}")
-        _write_operators_archive(folder / "operator.zip", server, federation.name)
+        described_files = {"server.yaml": (server / "server.yaml").read_bytes(), "ca.crt": certificate}
+        write_archive(folder / "operator.zip", federation.name, described_files, authority)
     except OSError as error:
         raise ResourceError(
             f"{error.filename or folder} cannot be written: {error.strerror}. Choose another folder with -o."
@@ -192,29 +195,6 @@ def read_token(folder: Path) -> str:
 
 
 # --- what is handed out: a README for the server, and for each site an archive with nothing secret in it
-
-
-def _write_archive(path: Path, name: str, address: str, site: str, authority: str) -> None:
-    """Writes SITE.zip: node.yaml, README.md and ca.crt, whose content `authority` is. Raises OSError."""
-    fill = {"name": name, "address": address, "site": site, "version": __version__}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in (
-            ("node.yaml", _NODE_YAML.format(**fill)),
-            ("ca.crt", authority),
-            ("README.md", _SITE_README.format(**fill)),
-        ):
-            archive.writestr(f"{site}/{name}", text)
-    replace_whole(path, buffer.getvalue())
-
-
-def _write_operators_archive(path: Path, server: Path, name: str) -> None:
-    """Writes operator.zip: what an operator needs beside a key of their own; nothing in it is secret."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in ("server.yaml", "ca.crt"):
-            archive.writestr(f"{name}/{file}", (server / file).read_bytes())
-    replace_whole(path, buffer.getvalue())
 
 
 _SERVER_README = """\
@@ -290,6 +270,8 @@ ledger: state/ledger.sqlite # what this data has released, ever
 audit_log: state/audit.jsonl # what was asked, what left, what was refused; append-only
 
 publish_budget: false # true: the operator sees how much epsilon is left here
+submitters: [] # operators whose runs you take, by the lines that they give you; []: any the server lets in
+approval: false # true: each run waits until you approve it: fedtune node approve --config node.yaml
 
 limits:
   threads: 2 # processor cores
@@ -311,8 +293,10 @@ package of this name from a public index, which may be anybody's:
 
 `fedtune` below is `fedtune-env/bin/fedtune`. The machine opens connections to {address} and accepts none.
 
-1. `fedtune node init --config node.yaml` makes your key, `node.key`, and prints one line. Send that line to
-   the federation's operator, and compare the fingerprint below it by telephone. Never send `node.key`.
+1. `fedtune node init --config node.yaml` checks that these files are as the federation's authority signed
+   them, and prints its fingerprint: call the operator, and compare it. Then it makes your key, `node.key`,
+   and prints one line. Send that line to the operator, and read out its fingerprint on the same call. Never
+   send `node.key`.
 2. Edit `node.yaml`: where your data is, which labels it has, what budget, what you permit. With
    `labels: null` a run may name any, and a server that tries one set after another learns which occur.
 3. `fedtune node --config node.yaml --dry-run 'data.labels=[no,yes]'`, with the settings that the operator

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.config.convert import read_yaml
 from fedtune.deploy import certificates
+from fedtune.deploy.archives import SEAL, authority_fingerprint, check_archive
 from fedtune.deploy.certificates import parse_address
+from fedtune.deploy.consent import check_lines
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
 from fedtune.federation.client.audit_log import AuditLog, Books
 from fedtune.federation.client.policy import SiteSettings
@@ -29,6 +31,7 @@ __all__ = [
     "accept",
     "books_of",
     "check_books",
+    "check_files",
     "dry_run",
     "make_key",
     "open_ledger",
@@ -73,8 +76,26 @@ def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
                 "file with your data, or the folder that holds train.csv (.tsv, .jsonl, .parquet)."
             )
     settings = SiteSettings.from_dict(values, str(path))
+    check_lines(settings.submitters, str(path))
     parse_address(settings.server)
     return settings
+
+
+def check_files(folder: Path) -> tuple[str, str]:
+    """What came with a site's archive: (fingerprint of the authority, what its signature says of the files).
+
+    Raises:
+        ConfigError: they were changed on their way, or there is no authority's certificate.
+    """
+    if not (folder / SEAL).exists():
+        return (
+            authority_fingerprint(folder),
+            f"there is no {SEAL} here, so nobody vouches for these files: compare the server's address in "
+            "node.yaml with the operator too",
+        )
+    authority, changed = check_archive(folder)
+    edited = f"; changed since: {', '.join(changed)} (by you, if you edited it)" if changed else ""
+    return authority, f"the files are those that the federation's authority signed{edited}"
 
 
 def make_key(site: SiteSettings) -> tuple[str, str]:

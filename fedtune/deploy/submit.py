@@ -32,9 +32,11 @@ import httpx
 from fedtune.config.files import replace_whole
 from fedtune.deploy import flower
 from fedtune.deploy.client import AddedHeaders, Server, patient_retries
+from fedtune.deploy.consent import SUBMITTER, sign_run
 from fedtune.deploy.join import as_enrolled
 from fedtune.deploy.message_loop import begun_again, pauses
 from fedtune.deploy.progress import Reporter
+from fedtune.deploy.provision import Federation
 from fedtune.deploy.runs import TICKET_HEADER
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import ConfigError, FederationError, FedtuneError
@@ -231,8 +233,11 @@ def _start(server: Server, config: str, run_dir: Path, observer: Observer | None
     ticket = AddedHeaders(partial(dict, {TICKET_HEADER: uuid.uuid4().hex}))
     _stop_former(server, note)
     with server.client(flower.ControlHttpClient, ticket) as control:
-        request = flower.start_request(content, digest, config)
-        started = _in_turn(lambda: control.StartRun(request), observer)
+
+        def start() -> Any:  # signed anew each time: it may have waited for days
+            return control.StartRun(flower.start_request(content, digest, _signed(server, config)))
+
+        started = _in_turn(start, observer)
     if not started.HasField("run_id"):
         raise FederationError(f"The server {server.address} did not start the run; its own log says why.")
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -251,6 +256,14 @@ def _start(server: Server, config: str, run_dir: Path, observer: Observer | None
     raise FederationError(
         f"The server {server.address} started run {started.run_id}, and has no task for it."
     )
+
+
+def _signed(server: Server, config: str) -> dict[str, str]:
+    """A run's configuration, with the operator's signature where they have a key (`consent`)."""
+    if isinstance(server.credential, str):
+        return {"fedtune": config}
+    federation = Federation.read(server.folder / "server.yaml").name
+    return {"fedtune": config, SUBMITTER: sign_run(server.credential.key, federation, config)}
 
 
 def _in_turn(start: Callable[[], Any], observer: Observer | None) -> Any:

@@ -42,6 +42,7 @@ clientapp = "fedtune.federation.client.app:app"
 
 [tool.flwr.app.config]
 fedtune = ""
+submitter = ""
 """
 
 

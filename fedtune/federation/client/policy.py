@@ -123,7 +123,11 @@ class Limits(Group):
 
 @dataclass(frozen=True)
 class SiteSettings(Group):
-    """A site's own file, checked. Paths are absolute."""
+    """A site's own file, checked. Paths are absolute.
+
+    `submitters`: lines of the operators whose runs this site takes; none: of any that the server lets in.
+    `approval`: each run waits until the site's administrator has approved it (`fedtune node approve`).
+    """
 
     federation: str
     site: str
@@ -139,6 +143,8 @@ class SiteSettings(Group):
     permit: Permit = field(default_factory=Permit)
     limits: Limits = field(default_factory=Limits)
     publish_budget: bool = False
+    submitters: Words = ()
+    approval: bool = False
 
     @property
     def budget(self) -> PrivacyBudget:
