@@ -244,6 +244,49 @@ def test_chaos_of_a_minute(federation: Federation) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_detached_run_is_followed_and_stopped_with_a_result(federation: Federation) -> None:
+    folder = federation.root / "detached"
+    more = [*PRIVATE, "federation.num_rounds=5", "seed=2", f"hydra.run.dir={folder}"]
+    settings = federation.settings("public", *more)
+    assert federation.run("detach", "submit", federation.server, *settings, "--detach") == 0
+    assert f"fedtune follow {folder}" in federation.log("detach")
+    federation.start("follow", "follow", folder)
+    federation.until("follow", "round 1/5")
+    assert federation.run("stop", "stop", federation.server, folder) == 0
+    assert federation.processes["follow"].wait(300) == 0, federation.log("follow")[-3000:]
+    done = record(folder)
+    assert 1 <= done["federation"]["rounds"] < 5
+    assert "Stopped after this round by operator" in done["federation"]["ended_early"]
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    charged = check_books(federation, done["run"]["id"], most=4)
+    assert max(charged.values()) == len(done["metrics"]["by_round"])  # nothing was charged for nothing
+    federation.run("trail", "server", federation.server, "--trail")
+    assert "run stopped" in federation.log("trail") and "the chain is whole" in federation.log("trail")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_node_that_is_told_to_leave_loses_nothing_that_it_was_charged(federation: Federation) -> None:
+    folder = federation.root / "leaves"
+    more = [*PRIVATE, "federation.num_rounds=3", "seed=3", f"hydra.run.dir={folder}"]
+    federation.start("leaves", "submit", federation.server, *federation.settings("public", *more))
+    federation.until("leaves", "round 1/3")
+    node = federation.processes["clinic-2"]
+    os.kill(federation.worker_of("clinic-2"), signal.SIGTERM)  # as a service manager does, to all of a unit
+    node.terminate()
+    assert node.wait(130) == 0
+    assert "left the federation" in federation.log("clinic-2")
+    federation.start_node("clinic-2")
+    assert federation.processes["leaves"].wait(400) == 0, federation.log("leaves")[-3000:]
+    run = record(folder)["run"]["id"]
+    charged = check_books(federation, run, most=3)
+    log, _ = federation.site_state("clinic-2")
+    left = [one for one in log.entries() if one["event"] == "released" and one["run"] == run]
+    assert len(left) == charged["clinic-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_that_no_site_permits_fails_with_the_reason(federation: Federation) -> None:
     more = [*PRIVATE, "federation.num_rounds=6", "seed=1"]
     before = [len(federation.site_state(site)[1].releases()) for site in SITES]
