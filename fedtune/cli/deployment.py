@@ -330,9 +330,7 @@ def node(
         say({**found, "run": {name: str(value) for name, value in done.lines}}, done.text())
         return FAILED if done.refusals else OK
     if json:
-        raise ConfigError(
-            "--json is for what ends: init, proof, accept, approve, backup, restore, --dry-run."
-        )
+        raise ConfigError("--json is for what ends: init, proof, accept, approve, backup, restore, dry runs.")
     if words:
         raise ConfigError(f"'fedtune node' has no use for {words[0]!r}. See 'fedtune node --help'.")
     from fedtune.deploy.node import run_node
