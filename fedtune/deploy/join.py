@@ -50,6 +50,7 @@ __all__ = [
     "budget_text",
     "check_in",
     "checked_budget",
+    "is_refusal",
     "publish",
     "refusal",
     "suspension",
@@ -140,6 +141,13 @@ def answer(
         "kept": kept,
         "back": back,
     }
+
+
+def is_refusal(status: int, values: Mapping[str, Any]) -> bool:
+    """Whether `answer` was given to somebody whose key is not enrolled, or who has none."""
+    return status == 403 or (
+        status == 200 and not any(values[name] for name in ("site", "suspended", "back"))
+    )
 
 
 def check_in(

@@ -267,13 +267,12 @@ class Gate:
         if request.path == join.PATH and request.has_no_body:
             # It queries the database, so not in the event loop, which serves everybody.
             answered = await asyncio.to_thread(join.answer, request.headers, self._admission, self._budgets)
+            if join.is_refusal(*answered):
+                await self._note_refusal(request, "?", 403, "a key that is not enrolled, or no signature")
             return await _respond(send, *answered)
         who, credential, refused = await self._refusal(request)
         if refused is not None:
-            if self._trail is not None:
-                await asyncio.to_thread(
-                    self._trail.refused, who, request.address, request.path, refused[0], refused[1]
-                )
+            await self._note_refusal(request, who, *refused)
             return await _respond(send, refused[0], {"error": refused[1]}, close=True)
         if request.connection is not None:
             self.connections.prove(request.connection, credential)
@@ -302,6 +301,10 @@ class Gate:
         if self._runs is not None and passed.status == 200:
             await asyncio.to_thread(self._note, request, who, passed)
         return None
+
+    async def _note_refusal(self, request: _Request, who: str, status: int, reason: str) -> None:
+        if self._trail is not None:
+            await asyncio.to_thread(self._trail.refused, who, request.address, request.path, status, reason)
 
     async def _refusal(self, request: _Request) -> tuple[str, bytes, tuple[int, str] | None]:
         """(who asks, their credential, why not: HTTP status and reason)."""

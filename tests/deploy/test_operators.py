@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedtune.cli.app import main
-from fedtune.deploy import certificates, server, submit
+from fedtune.deploy import certificates, join, server, submit
 from fedtune.deploy import operators as people
 from fedtune.deploy import trail as trails
 from fedtune.deploy.admission import check_fingerprint
@@ -154,6 +154,16 @@ def test_a_site_is_let_in_by_an_operator_with_the_right(real: Real, alice: Path)
     with pytest.raises(ConfigError, match="the federation's sites are"):
         registrar.ask(server.ENROL_PATH, "POST", {server.ENROL_HEADER: line.replace("clinic-3", "other")})
     assert ("site enrolled", "heidi", "done") in events(real)
+
+
+def test_who_knocks_without_an_enrolled_key_stands_in_the_trail(real: Real, tmp_path: Path) -> None:
+    key = certificates.make_node_key(tmp_path / "stranger.key")
+    (real.folder / "trail.jsonl").unlink()
+    real.trail._refusals.clear()
+    with pytest.raises(FederationError, match="is not enrolled"):
+        join.check_in(real.site("clinic-1"), key, pytest.fail)
+    join.check_in(real.site("clinic-2"), real.keys["clinic-2"], pytest.fail)
+    assert events(real) == [("refused", "?", "403")]
 
 
 # --- the turn ----------------------------------------------------------------------------------------
