@@ -72,7 +72,7 @@ def provision(
     for name in done.kept:
         print(f"kept {name}")
     folder = done.folder
-    authority = authority_fingerprint(folder / "authority")
+    authority = authority_fingerprint(folder / "authority" / "ca.crt")
     print(
         f"\nserver: {folder / 'server'} (its README.md says how to start it)\n"
         f"sites:  send each its archive from {folder / 'sites'}; nothing in it is secret\n"
@@ -301,7 +301,7 @@ def node(
     needs_data = not words or words[0] not in ("init", "proof", "accept", "backup", "restore")
     site = sites.read_site(config, with_data=needs_data)
     if words == ["init"]:
-        authority, sealed = sites.check_files(config.absolute().parent)
+        authority, sealed = sites.check_files(site, config.absolute().parent)
         line, fingerprint = sites.make_key(site)
         say(
             {"line": line, "fingerprint": fingerprint, "key": str(site.key), "authority": authority},

@@ -100,22 +100,21 @@ def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
     changed = tuple(name for name, digest in sorted(digests.items()) if _digest(folder / name) != digest)
     if "ca.crt" in changed:
         raise ConfigError(f"{folder / 'ca.crt'} is not the one that was signed. {again}")
-    return authority_fingerprint(folder), changed
+    return authority_fingerprint(folder / "ca.crt"), changed
 
 
-def authority_fingerprint(folder: Path) -> str:
-    """A short name of the authority whose certificate is in a folder, to be compared on the telephone.
+def authority_fingerprint(certificate: Path) -> str:
+    """A short name of the authority in a file such as `ca.crt`, to be compared on the telephone.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it holds no certificate.
     """
     try:
-        certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-        key = certificate.public_key()
+        key = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder / 'ca.crt'} holds no certificate ({error}).") from error
+        raise ConfigError(f"{certificate} holds no certificate ({error}).") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"{folder / 'ca.crt'} is of another kind of key than fedtune makes.")
+        raise ConfigError(f"{certificate} is of another kind of key than fedtune makes.")
     return certificates.fingerprint(certificates.pem(key))
 
 

@@ -81,15 +81,19 @@ def read_site(path: Path, *, with_data: bool = True) -> SiteSettings:
     return settings
 
 
-def check_files(folder: Path) -> tuple[str, str]:
+def check_files(site: SiteSettings, folder: Path) -> tuple[str, str]:
     """What came with a site's archive: (fingerprint of the authority, what its signature says of the files).
+
+    Args:
+        site: the site's settings.
+        folder: of its node.yaml.
 
     Raises:
         ConfigError: they were changed on their way, or there is no authority's certificate.
     """
     if not (folder / SEAL).exists():
         return (
-            authority_fingerprint(folder),
+            authority_fingerprint(Path(site.ca)),
             f"there is no {SEAL} here, so nobody vouches for these files: compare the server's address in "
             "node.yaml with the operator too",
         )

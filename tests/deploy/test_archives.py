@@ -30,7 +30,7 @@ def made(tmp_path: Path) -> Path:
 def test_what_was_signed_is_whole_and_what_a_site_edits_is_named(made: Path) -> None:
     site = made.parent / "clinic-1"
     authority, changed = check_archive(site)
-    assert authority == authority_fingerprint(made / "authority") and changed == ()
+    assert authority == authority_fingerprint(made / "authority" / "ca.crt") and changed == ()
     node = site / "node.yaml"
     node.write_text(node.read_text().replace("127.0.0.1:9", "evil.example:9"))
     assert check_archive(site)[1] == ("node.yaml",)
@@ -76,7 +76,7 @@ def test_init_says_whose_files_these_are_before_it_makes_a_key(
     capsys.readouterr()
     assert init() == 0 and (site / "node.key").exists()
     said = capsys.readouterr().out
-    assert authority_fingerprint(made / "authority") in said and "authority signed" in said
+    assert authority_fingerprint(made / "authority" / "ca.crt") in said and "authority signed" in said
 
 
 def test_an_archive_of_before_is_made_again_with_a_signature(made: Path) -> None:
