@@ -64,15 +64,16 @@ def provision(
     from fedtune.deploy.provision import provision
 
     done = provision(file, output, renew=renew)
+    authority = authority_fingerprint(done.folder / "authority" / "ca.crt")
     if json:
-        print_json("provision", {"folder": str(done.folder), "new": list(done.new), "kept": list(done.kept)})
+        made = {"new": list(done.new), "kept": list(done.kept), "authority": authority}
+        print_json("provision", {"folder": str(done.folder), **made})
         return
     for name in done.new:
         print(f"made {name}")
     for name in done.kept:
         print(f"kept {name}")
     folder = done.folder
-    authority = authority_fingerprint(folder / "authority" / "ca.crt")
     print(
         f"\nserver: {folder / 'server'} (its README.md says how to start it)\n"
         f"sites:  send each its archive from {folder / 'sites'}; nothing in it is secret\n"

@@ -165,4 +165,5 @@ def test_a_real_federation(tmp_path: Path, world: dict[str, Path], answer: Any) 
     made = answer("server", "server", "wards/server", "--operator", alice["line"], *told)
     assert made == {"operator": "alice", "rights": ["read"]}
     assert answer("server", "server", "wards/server", "--trail")["whole"] is True
+    assert answer("node", "node", "approve", "--config", str(site / "node.yaml")) == {"runs": []}
     check("status", {**asdict(Status("a", (), ())), "sites": [], "runs": [], "waiting": []})
