@@ -306,9 +306,9 @@ def node(
         line, fingerprint = sites.make_key(site)
         say(
             {"line": line, "fingerprint": fingerprint, "key": str(site.key), "authority": authority},
-            f"{sealed}\n\n{line}\n\nSend the line above to the federation's operator, and call them to "
-            f"compare these:\nfingerprint of this site's key  {fingerprint}\nfingerprint of the authority    "
-            f"{authority}\nThe private key is {site.key}; never send it to anybody.",
+            f"{line}\n\nSend the line above to the federation's operator, and call them to compare these:\n"
+            f"fingerprint {fingerprint} (of this site's key)\nfingerprint {authority} (of the authority; "
+            f"{sealed})\nThe private key is {site.key}; never send it to anybody.",
         )
         return OK
     if words == ["proof"]:

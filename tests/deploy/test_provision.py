@@ -47,7 +47,7 @@ def test_secrets_are_for_their_owner_only_and_do_not_travel(made: Path) -> None:
     for site in FEDERATION["sites"]:
         with zipfile.ZipFile(made / "sites" / f"{site}.zip") as archive:
             assert sorted(archive.namelist()) == sorted(
-                f"{site}/{n}" for n in ("node.yaml", "ca.crt", "README.md")
+                f"{site}/{n}" for n in ("node.yaml", "ca.crt", "README.md", "archive.sig")
             )
             content = b"".join(archive.read(name) for name in archive.namelist())
             node = yaml.safe_load(archive.read(f"{site}/node.yaml"))
