@@ -307,8 +307,8 @@ def node(
         say(
             {"line": line, "fingerprint": fingerprint, "key": str(site.key), "authority": authority},
             f"{line}\n\nSend the line above to the federation's operator, and call them to compare these:\n"
-            f"fingerprint {fingerprint} (of this site's key)\nfingerprint {authority} (of the authority; "
-            f"{sealed})\nThe private key is {site.key}; never send it to anybody.",
+            f"fingerprint {fingerprint}\nauthority   {authority} ({sealed})\n"
+            f"The private key is {site.key}; never send it to anybody.",
         )
         return OK
     if words == ["proof"]:
