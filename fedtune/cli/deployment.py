@@ -263,7 +263,7 @@ fedtune node proof --config node.yaml           what has left this site; are the
 fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
 fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on
 fedtune node approve --config node.yaml         runs that wait for you, and what each would spend
-fedtune node approve 7f3a01bc --config node.yaml    let that one in, once
+fedtune node approve 7f3a01bc99d24e10a6c53b7700f1e2d4 --config node.yaml    let that one in, once
 fedtune node backup --config node.yaml -o FILE.zip      all that this site must not lose
 fedtune node restore FILE.zip --config node.yaml        its books as they were in a backup""",
     ),

@@ -70,14 +70,15 @@ def approve(site: SiteSettings, digests: list[str]) -> tuple[dict[str, Any], str
 
     Args:
         site: the site's settings.
-        digests: the digest of one run, or the beginning of it; none: all are shown, and none is approved.
+        digests: the digest of one run, as it is shown; none: all are shown, and none is approved.
 
     Raises:
         ConfigError: no such run waits.
     """
     from fedtune.config.convert import config_from_json
-    from fedtune.deploy.consent import Consent
+    from fedtune.deploy.consent import Consent, shown
     from fedtune.deploy.site import dry_run
+    from fedtune.privacy.publication import one_line
 
     if len(digests) > 1:
         raise ConfigError("fedtune node approve takes one run at a time: look at what it would spend.")
@@ -87,12 +88,17 @@ def approve(site: SiteSettings, digests: list[str]) -> tuple[dict[str, Any], str
     for run in [consent.approve(digests[0])] if digests else consent.waiting():
         state = "waits" if not run["approved"] else "approved" if not run["run"] else "approved, and used"
         try:
-            found = dry_run(site, config_from_json(run["config"])).text()
+            asked = config_from_json(run["config"])
+            site.admit(asked)  # nothing that it names is looked for, here or on the network, before this
+            found = dry_run(site, asked).text()
         except FedtuneError as error:
             found = f"what it would do here cannot be said: {error}"
         who = f" by {run['by']}" if run["by"] else ""
-        texts.append(f"run {run['digest'][:12]}, asked for at {run['since']}{who}: {state}\n{found}")
-        values.append({**run, "dry_run": found.splitlines()})
+        # Whoever submitted it wrote its words: they must not write lines of their own here, or hide any.
+        lines = [one_line(line, keep_blanks=True) for line in found.splitlines()]
+        head = f"run {shown(run['digest'])}, asked for at {run['since']}{who}: {state}"
+        texts.append("\n".join([head, *lines]))
+        values.append({**run, "dry_run": lines})
     if not site.approval:
         texts.append("node.yaml has approval: false, so no run waits; set approval: true and start the node.")
     return {"runs": values}, "\n\n".join(texts) or "no run waits"

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = ["SEAL", "authority_fingerprint", "check_archive", "is_signed", "write
 
 SEAL = "archive.sig"
 _PURPOSE = b"fedtune-archive:"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def write_archive(path: Path, folder: str, files: Mapping[str, bytes], authority: Path) -> None:
@@ -76,6 +78,8 @@ def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
     try:
         sealed = json.loads((folder / SEAL).read_text())
         digests = {str(name): str(digest) for name, digest in sealed["files"].items()}
+        if not all(map(_NAME.fullmatch, digests)):  # shown beside fingerprints that people compare
+            raise ValueError("a name that no archive has")
         signature = base64.b64decode(sealed["signature"], validate=True)
         content = (folder / "ca.crt").read_bytes()
         key = x509.load_pem_x509_certificate(content).public_key()

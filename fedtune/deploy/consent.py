@@ -5,8 +5,9 @@ checks of `federation.client.policy`, of which they weaken none.
 
 **Submitters.** With `submitters` in node.yaml (the lines of operators' keys, as `fedtune operator` prints
 them), a site takes the runs of these people only. The submitter signs the run's whole configuration; the
-server passes the signature on, and cannot make one. A signature is good for one run at the server, since a
-server that starts the same run again would spend the site's budget again.
+server passes the signature on, and cannot make one. A signature is good for one run at the server, and for
+one run by the messages' own number, by which the ledger counts: a server that starts the same run again, or
+puts messages of another into it, would spend the site's budget again.
 
 **Approval.** With `approval: true` each run waits for the site's administrator: it is refused, uncharged, and
 noted in `state/consent.json`; `fedtune node approve` shows it with what it would spend, and approves it; it
@@ -29,13 +30,15 @@ from fedtune.deploy import certificates, signing
 from fedtune.errors import ConfigError, FederationError, LedgerError
 from fedtune.federation.client.policy import SiteSettings
 
-__all__ = ["SUBMITTER", "Consent", "Waiting", "check_lines", "sign_run", "signature_of"]
+__all__ = ["SUBMITTER", "Consent", "Waiting", "check_lines", "shown", "sign_run", "signature_of"]
 
 SUBMITTER = "submitter"  # of the run's own configuration, beside "fedtune"
 _PURPOSE = b"fedtune-submit:"
 _DAYS = 7.0  # from the signature until a node first sees the run
 _MOST = 50  # runs that wait, or were approved and used
 _LARGEST = 100_000  # characters of a configuration
+_LONGEST_RUN = 100  # characters of a run's number
+_SHOWN = 32  # digits of a digest, of 64; of fewer a pair of runs with one beginning is found
 
 
 def sign_run(key: Any, federation: str, config: str) -> str:
@@ -104,9 +107,10 @@ class Consent:
         if message.metadata.message_type == "query.hello":
             return  # name and declared size, which are public
         config, proof = str(run_config.get("fedtune", "")), str(run_config.get(SUBMITTER, ""))
-        by = self._submitter(server_run, config, proof) if self._submitters else ""
+        run = _run_of(message)
+        by = self._submitter(server_run, run, config, proof) if self._submitters else ""
         if self._site.approval:
-            self._approved(config, by, _run_of(message))
+            self._approved(config, by, run)
 
     def waiting(self) -> list[Waiting]:
         """Runs that wait, and those that were approved, oldest first.
@@ -117,23 +121,23 @@ class Consent:
         return [Waiting(digest=digest, **entry) for digest, entry in self._read()["runs"].items()]
 
     def approve(self, digest: str) -> Waiting:
-        """Approves a run that waits, by its digest or the beginning of it.
+        """Approves a run that waits, by its digest or the beginning of it that is shown.
 
         Raises:
-            ConfigError: none or several begin so.
+            ConfigError: none or several begin so, or fewer digits were given than are shown.
             LedgerError: the file cannot be read.
         """
         with self._changing() as known:
-            found = [one for one in known["runs"] if digest and one.startswith(digest)]
+            found = [one for one in known["runs"] if len(digest) >= _SHOWN and one.startswith(digest)]
             if len(found) != 1:
-                names = ", ".join(one[:12] for one in known["runs"]) or "none"
+                names = ", ".join(map(shown, known["runs"])) or "none"
                 raise ConfigError(f"{len(found)} runs that wait begin with {digest!r}; there are: {names}.")
             known["runs"][found[0]] |= {"approved": _now(), "run": None}
             return Waiting(digest=found[0], **known["runs"][found[0]])
 
     # --- inside -------------------------------------------------------------------------------------
 
-    def _submitter(self, server_run: int, config: str, proof: str) -> str:
+    def _submitter(self, server_run: int, run: str | None, config: str, proof: str) -> str:
         who = f"Site '{self._site.site}' takes runs of {', '.join(sorted(self._submitters.values()))} only"
         try:
             key, when, name = signature_of(proof, self._site.federation, config)
@@ -160,7 +164,12 @@ class Consent:
                     f"The submitter signed this run once, and the server starts it again as run "
                     f"{server_run}. Nothing was charged."
                 )
-            known["signatures"][name] = [str(server_run), when.isoformat()]
+            if run is None or (seen is not None and seen[2] != run):
+                raise FederationError(
+                    f"The submitter signed one run, and this message of run {server_run} at the server is "
+                    f"of {'none' if run is None else 'another'}. Nothing was charged."
+                )
+            known["signatures"][name] = [str(server_run), when.isoformat(), run]
         return self._submitters[key]
 
     def _approved(self, config: str, by: str, run: str | None) -> None:
@@ -181,8 +190,8 @@ class Consent:
                 return
         raise FederationError(
             f"Site '{self._site.site}' asks its administrator before each run (`fedtune node approve "
-            f"{digest[:12]} --config node.yaml` there): submit it again, unchanged, when they have approved "
-            "it. Nothing was charged."
+            f"{shown(digest)} --config node.yaml` there): submit it again, unchanged, when they have "
+            "approved it. Nothing was charged."
         )
 
     @contextmanager
@@ -211,14 +220,20 @@ class Consent:
         return {"runs": runs, "signatures": kept}
 
 
+def shown(digest: str) -> str:
+    """As much of a digest as names a run."""
+    return digest[:_SHOWN]
+
+
 def _run_of(message: Any) -> str | None:
-    """The number of the run in a message's own words; None if it names none, or several."""
+    """The number of the run in a message's own words; None if it names none, several, or one of no kind that
+    a run has."""
     from flwr.app import ConfigRecord
 
     records = message.content.values() if message.has_content() else ()
     named = {record.get("run") for record in records if isinstance(record, ConfigRecord)}
     runs = [one for one in named if isinstance(one, str)]
-    return runs[0][:100] if len(runs) == 1 else None
+    return runs[0] if len(runs) == 1 and len(runs[0]) <= _LONGEST_RUN else None
 
 
 def _text(federation: str, config: str) -> bytes:

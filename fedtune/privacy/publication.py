@@ -461,13 +461,15 @@ def report_undeclared(sink: str, path: str) -> None:
     )
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, *, keep_blanks: bool = False) -> str:
     """`text`, which may quote what somebody else sent, as one line of printable characters.
 
     What a terminal would obey (escape sequences that remove or colour lines, marks that turn the direction
-    of writing) is replaced, and so is half a surrogate pair, which a server's JSON can hold.
+    of writing) is replaced, and so is half a surrogate pair, which a server's JSON can hold. Blanks become
+    one each, unless columns are to stay where they are (`keep_blanks`).
     """
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    line = text if keep_blanks else " ".join(text.split())
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def error_in_public(error: Exception, owner: str, *, permitted: bool = False) -> str:

@@ -11,7 +11,7 @@ import yaml
 
 from fedtune.cli.app import main
 from fedtune.deploy import certificates
-from fedtune.deploy.archives import authority_fingerprint, check_archive, is_signed
+from fedtune.deploy.archives import authority_fingerprint, check_archive, is_signed, write_archive
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
 
@@ -57,6 +57,17 @@ def test_an_archive_that_was_changed_on_its_way_is_refused(made: Path, tmp_path:
         check_archive(site)
     ca.write_bytes(mine)
     assert check_archive(site)[1] == ()
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Kfingerprint of the authority    7f3a", "a\nb", "../node.yaml", ""])
+def test_a_name_in_a_signature_writes_no_line_of_its_own(made: Path, tmp_path: Path, name: str) -> None:
+    files = {"ca.crt": (made / "authority" / "ca.crt").read_bytes(), name: b"x"}
+    write_archive(tmp_path / "evil.zip", "evil", files, made / "authority")
+    site = made.parent / "clinic-1"
+    with zipfile.ZipFile(tmp_path / "evil.zip") as archive:
+        (site / "archive.sig").write_bytes(archive.read("evil/archive.sig"))
+    with pytest.raises(ConfigError, match="not signed by the authority"):
+        check_archive(site)
 
 
 def test_init_says_whose_files_these_are_before_it_makes_a_key(

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedtune.cli.app import main
+from fedtune.cli.site_steps import approve
 from fedtune.config.convert import to_json
 from fedtune.deploy import consent as module
 from fedtune.deploy.certificates import public_key_of, public_line
@@ -52,6 +53,7 @@ def refusal(consent: Consent, run_config: dict[str, str], server_run: int = 1, *
 def test_a_site_takes_the_runs_of_those_whom_it_names(tmp_path: Path) -> None:
     consent = Consent(settings(tmp_path, submitters=[LINE]))
     mine = signed()
+    assert "is of none" in refusal(consent, mine, run=None)
     for kind in ("query.propose", "train", "train"):
         consent.check(1, mine, message(kind))
     assert "not signed by any of them" in refusal(consent, {"fedtune": CONFIG})
@@ -85,6 +87,15 @@ def _twin(values: dict[str, str]) -> str:
     return base64.b64encode(encode_dss_signature(r, order - s)).decode()
 
 
+def test_a_server_cannot_put_another_run_into_a_signed_one(tmp_path: Path) -> None:
+    site, mine = settings(tmp_path, submitters=[LINE]), signed()
+    Consent(site).check(1, mine, message("train", run="r1"))
+    for other in ("r2", None, "r" * 101):
+        assert "is of" in refusal(Consent(site), mine, kind="train", run=other)
+    Consent(site).check(1, mine, message("train", run="r1"))
+    Consent(site).check(2, signed(), message("train", run="r1"))  # alice resumes it
+
+
 def test_a_signature_that_is_old_when_it_comes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +126,7 @@ def test_a_run_waits_for_the_administrator_and_is_taken_once(tmp_path: Path) -> 
     consent.check(1, run_config, message("query.hello", None))
     (waiting,) = consent.waiting()
     assert waiting["config"] == CONFIG and not waiting["approved"]
-    Consent(site).approve(waiting["digest"][:12])  # in another process
+    Consent(site).approve(waiting["digest"][:32])  # in another process
     assert "approve" in refusal(consent, run_config, run=None)  # it names no run
     consent.check(1, run_config, message(run="r1"))
     consent.check(2, run_config, message("train", run="r1"))  # it was resumed
@@ -135,10 +146,20 @@ def test_what_waits_does_not_grow_without_end_and_damage_opens_nothing(tmp_path:
         consent.check(1, {"fedtune": CONFIG}, message())
 
 
+def test_two_runs_whose_numbers_begin_alike_are_two(tmp_path: Path) -> None:
+    consent, run_config = Consent(settings(tmp_path, approval=True)), {"fedtune": CONFIG}
+    refusal(consent, run_config)
+    consent.approve(consent.waiting()[0]["digest"])
+    for last in ("x", "y"):
+        assert "approve" in refusal(consent, run_config, run="r" * 100 + last)
+    consent.check(1, run_config, message(run="r" * 100))
+
+
 def test_a_digest_that_none_or_several_begin_with_approves_nothing(tmp_path: Path) -> None:
     consent = Consent(settings(tmp_path, approval=True))
     refusal(consent, {"fedtune": CONFIG})
-    for digest in ("", "zz"):
+    beginning = consent.waiting()[0]["digest"][:31]  # of so few digits a twin could be made
+    for digest in ("", "zz", beginning):
         with pytest.raises(ConfigError, match=r"runs that wait begin with"):
             consent.approve(digest)
     assert not consent.waiting()[0]["approved"]
@@ -153,16 +174,30 @@ def test_the_administrator_sees_what_a_run_would_spend(
     refusal(Consent(one.settings), {"fedtune": to_json(one.config)})
     (waiting,) = Consent(one.settings).waiting()
 
-    def approve(*words: str) -> tuple[int, str]:
+    def ask(*words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as left:
             main(["node", "approve", *words, "--config", str(node)])
         return int(str(left.value.code or 0)), capsys.readouterr().out
 
-    status, said = approve()
+    status, said = ask()
     assert status == 0 and ": waits" in said and "epsilon after" in said and "permitted" in said
-    status, said = approve(waiting["digest"][:12])
+    status, said = ask(waiting["digest"][:32])
     assert status == 0 and ": approved" in said
     assert Consent(one.settings).waiting()[0]["approved"]
+
+
+def test_what_waits_writes_no_line_of_its_own_and_loads_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Site(tmp_path, make_model(tmp_path / "model"), approval=True)
+    values = json.loads(to_json(one.config))
+    values["model"]["name"] = "evil\x1b[8m\nrun 0000: approved"
+    values["data"]["name"] = "\x1b]0;x\x07"
+    refusal(Consent(one.settings), {"fedtune": json.dumps(values)})
+    monkeypatch.setattr("fedtune.deploy.site.dry_run", lambda *_: pytest.fail("it was loaded"))
+    found, text = approve(one.settings, [])
+    assert "asks for data '?]0;x?'" in text and len(text.splitlines()) == 2
+    assert all(line.isprintable() for line in [*text.splitlines(), *found["runs"][0]["dry_run"]])
 
 
 def _write_node(path: Path, site: Any) -> None:
