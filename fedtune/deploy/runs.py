@@ -33,7 +33,8 @@ STOP_HEADER = "x-fedtune-stop"
 _log = logging.getLogger("fedtune.server")
 _ASKED_SECONDS = 30.0  # who has not asked for so long does not wait any more
 _START_SECONDS = 20.0  # to take the task of a run that was started
-_MOST_WAITING = 200
+_MOST_WAITING = 20  # of one operator
+_REMEMBERED = 200  # runs that were ended at once
 
 
 class Runs:
@@ -72,7 +73,10 @@ class Runs:
             self._waiting = {
                 one: entry for one, entry in self._waiting.items() if now - entry[2] < _ASKED_SECONDS
             }
-            if ticket not in self._waiting and len(self._waiting) >= _MOST_WAITING:
+            if self._starting is not None and self._starting[1] < now:
+                self._waiting.pop(self._starting[0], None)
+            waiting = Counter(one for one, _, _ in self._waiting.values())
+            if ticket not in self._waiting and waiting[operator] >= _MOST_WAITING:
                 return {"running": len(self._active), "before": len(self._waiting)}
             since = self._waiting.get(ticket, (operator, now, now))[1]
             self._waiting[ticket] = (operator, since, now)
@@ -83,7 +87,8 @@ class Runs:
             free = len(self._active) < self._most and self._is_free_for(ticket, now)
             if not free or order[0] != ticket:
                 return {"running": len(self._active), "before": order.index(ticket)}
-            self._starting = (ticket, now + _START_SECONDS, None)
+            if self._starting is None or self._starting[0] != ticket or self._starting[1] < now:
+                self._starting = (ticket, now + _START_SECONDS, None)
             return None
 
     def started(self, ticket: str, operator: str, run: int) -> None:
@@ -129,7 +134,7 @@ class Runs:
             self._active[run]["now"] = now
             self._write()
             if now:
-                self._stopped = {**dict(list(self._stopped.items())[-_MOST_WAITING:]), str(run): by}
+                self._stopped = {**dict(list(self._stopped.items())[-_REMEMBERED:]), str(run): by}
         if now:
             self._state.stop_run(run)
         self._trail.note("run stopped", by, "now" if now else "after its round", run=str(run))

@@ -4,12 +4,14 @@
 node's audit log, `fedtune.federation.client.audit_log`), so that a line which was changed, moved or taken
 out shows. It has enrolments and revocations, runs that were started, stopped and ended, joins and leaves of
 sites, restores that were accepted, and what was refused (401, 403, 429). Refusals of one kind from one
-address are counted, and written once a minute: a flood of them must not fill the disk. It holds no text, no
+address are counted, and written once a minute, and so are all that come from more addresses than a minute
+has lines for: a flood of them must not fill the disk. It holds no text, no
 label and no number of a site's data.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ __all__ = ["Trail"]
 
 _SECONDS = 60.0  # between two lines of one kind of refusal
 _KINDS = 1000  # of refusals that are counted apart, at most
+_LINES = 60  # about refusals in a minute
 _SHOWN = ("run", "site", "address", "path", "times", "fingerprint", "rights", "reason")
 
 
@@ -38,6 +41,7 @@ class Trail:
         self._log, self._say = AuditLog(folder / "trail.jsonl"), say
         self._lock, self._failed = threading.Lock(), False
         self._refusals: dict[tuple[str, ...], list[float]] = {}  # [when it was last written, times since]
+        self._minute, self._lines, self._untold = -math.inf, 0, 0  # since when, lines since, refusals since
 
     def note(self, event: str, who: str, result: str = "done", **values: Any) -> None:
         """Adds a line, durably."""
@@ -56,8 +60,17 @@ class Trail:
             if kind not in self._refusals and len(self._refusals) >= _KINDS:
                 self._refusals.clear()
             last, times = self._refusals.get(kind, (now - _SECONDS, 0))
+            untold = 0
+            if now - self._minute >= _SECONDS:
+                untold, self._minute, self._lines, self._untold = self._untold, now, 0, 0
             due = now - last >= _SECONDS
+            if due and self._lines >= _LINES:
+                self._untold += 1
+                return
+            self._lines += due
             self._refusals[kind] = [now, 0] if due else [last, times + 1]
+        if untold:
+            self.note("refused", "?", "many", reason="from more addresses than are told apart", times=untold)
         if due:
             self.note(
                 "refused", who, str(status), address=address, path=_short(path), reason=reason,

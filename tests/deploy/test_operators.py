@@ -232,9 +232,9 @@ def test_one_starts_at_a_time_and_who_asks_no_more_waits_no_more(tmp_path: Path)
     runs, _, clock = queue(tmp_path, most=5)
     assert runs.turn("a", "alice") is None
     assert runs.turn("b", "bob") is not None and not runs.may_take("b")
-    clock.now += 25  # alice's submit was killed
-    assert runs.turn("b", "bob") is not None  # she may still ask
-    clock.now += 10
+    clock.now += 19  # alice's submit was killed
+    assert runs.turn("b", "bob") is not None  # she may still start
+    clock.now += 2
     assert runs.turn("b", "bob") is None
     assert runs.listed()["waiting"] == ["bob"]
 
@@ -254,12 +254,23 @@ def test_runs_and_who_started_them_survive_a_restart_and_orphans_are_ended(tmp_p
     assert state.stopped == [8]
 
 
-def test_the_queue_does_not_grow_without_end(tmp_path: Path) -> None:
+def test_the_queue_does_not_grow_without_end_and_nobody_fills_it_for_others(tmp_path: Path) -> None:
     runs, state, _ = queue(tmp_path, most=1)
     begin(runs, state, "first", "alice", 1)
     for number in range(500):
         assert runs.turn(f"t{number}", "mallory") is not None
-    assert len(runs.listed()["waiting"]) == 200
+    assert runs.turn("b", "bob") == {"running": 1, "before": 20}
+    assert runs.listed()["waiting"] == ["mallory"] * 20 + ["bob"]
+
+
+def test_who_has_a_turn_and_starts_nothing_goes_to_the_end(tmp_path: Path) -> None:
+    runs, _, clock = queue(tmp_path, most=5)
+    assert runs.turn("m", "mallory") is None
+    for _ in range(7):  # each time Flower refuses what is started so
+        clock.now += 3
+        assert runs.turn("b", "bob") is None or clock.now < 21
+        runs.turn("m", "mallory")
+    assert runs.may_take("b")
 
 
 # --- the trail and the fingerprint -------------------------------------------------------------------
@@ -283,6 +294,21 @@ def test_a_flood_of_refusals_is_a_line_a_minute_and_a_changed_trail_shows(
     (tmp_path / "trail.jsonl").write_text("\n".join([lines[0], *lines[2:]]) + "\n")
     text, whole = Trail(tmp_path).text()
     assert not whole and "was changed or damaged" in text
+
+
+def test_a_flood_from_many_addresses_has_few_lines_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trails.time, "monotonic", clock)
+    trail = Trail(tmp_path)
+    for number in range(3000):
+        trail.refused("?", f"2001:db8::{number:x}", "/x", 403, "no")
+    assert len((tmp_path / "trail.jsonl").read_text().splitlines()) == 60
+    clock.now += 61
+    trail.refused("?", "10.0.0.1", "/x", 403, "no")
+    text, whole = trail.text()
+    assert whole and "many" in text and "times 2940" in text and text.count("10.0.0.1") == 1
 
 
 def test_a_trail_that_cannot_be_written_is_said_once_and_the_server_goes_on(
