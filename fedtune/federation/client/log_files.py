@@ -23,14 +23,37 @@ from fedtune.privacy.ledger.chain import hash_entry
 __all__ = ["LARGEST", "append_line", "last_line", "log_files", "numbered_lines", "set_aside"]
 
 LARGEST = 2**25  # bytes of one file, before it is set aside
+_TRIES = 5  # to read files that somebody renames meanwhile
 
 
 def log_files(path: Path) -> list[tuple[Path, list[bytes]]]:
     """The files of the log `path` that are there, oldest first, each with its lines.
 
+    Where files were renamed or compressed meanwhile, which looks as if lines were missing, all is read again.
+
     Raises:
         OSError: one cannot be read.
     """
+    for _ in range(_TRIES):
+        names = _state(path)
+        try:
+            found = _chained(path)
+        except FileNotFoundError:
+            continue
+        if _state(path) == names:
+            return found
+    return _chained(path)
+
+
+def _state(path: Path) -> list[tuple[str, int]]:
+    """The names of a log's files, and which file each is; the present one's may grow."""
+    if not path.parent.exists():
+        return []
+    with os.scandir(path.parent) as entries:
+        return sorted((one.name, one.inode()) for one in entries if one.name.startswith(path.name))
+
+
+def _chained(path: Path) -> list[tuple[Path, list[bytes]]]:
     present = _complete(path.read_bytes()) if path.exists() else []
     found, first = [(path, present)] if present else [], present[0] if present else None
     others = None if first is not None and _starts_a_log(first) else _others(path)

@@ -40,6 +40,28 @@ def copy_and_truncate(path: Path, to: str) -> None:
     path.write_bytes(b"")
 
 
+@pytest.mark.parametrize("vanished", ["log.1", "log"])
+def test_files_that_are_renamed_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vanished: str
+) -> None:
+    log, read, renamed = AuditLog(tmp_path / "log"), Path.read_bytes, list[str]()
+    write(log, *"ab")
+    rename(log.path, "log.1")
+    write(log, *"cd")
+
+    def racing(path: Path) -> bytes:
+        if path.name == vanished and not renamed:
+            renamed.append(vanished)
+            if (tmp_path / "log.1").exists():
+                rename(tmp_path / "log.1", "log.2")
+            if vanished == "log":
+                rename(log.path, "log.1")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", racing)
+    assert log.verify() == [] and events(log) == "abcd" and renamed
+
+
 @pytest.mark.parametrize("names", [("log.2", "log.1"), ("log-20261101", "log-20261201"), ("log.9", "log.10")])
 @pytest.mark.parametrize("rotate", [rename, compress, copy_and_truncate])
 def test_what_log_rotation_renamed_is_followed(
