@@ -5,7 +5,7 @@ this machine alone; it asks nobody who they are, so on another address let a fir
 
 On the loopback a request that names another host is refused, for a page that somebody reads in a browser here
 could otherwise read this one (DNS rebinding). At most `_AT_ONCE` are answered at once, each within
-`_SECONDS`; one more is closed.
+twice `_SECONDS`; one more is closed.
 """
 
 from __future__ import annotations
@@ -137,9 +137,14 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # `timeout` below is of one read: a byte every nine seconds would hold a place for ever.
+        end = threading.Timer(2 * _SECONDS, _close, [request])
+        end.daemon = True
+        end.start()
         try:
             super().process_request_thread(request, client_address)
         finally:
+            end.cancel()
             self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -183,8 +188,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: whoever asks every few seconds is no news."""
 
 
+def _close(request: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
+
+
 def _names_loopback(host: str) -> bool:
-    name = urlsplit(f"//{host}").hostname or ""
+    name = ""
     with contextlib.suppress(ValueError):
+        name = urlsplit(f"//{host}").hostname or ""
         return ipaddress.ip_address(name).is_loopback
     return name == "localhost"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
 import threading
@@ -56,7 +57,9 @@ def test_what_cannot_be_told_is_503_and_the_reason_is_for_the_log(
     assert status == 503 and b"database" not in said and "the database is gone" in caplog.text
 
 
-@pytest.mark.parametrize("host", ["evil.example.org", "evil.example.org:9464", "", "10.0.0.1", "[::2]:1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example.org", "evil.example.org:9464", "", "10.0.0.1", "[::2]:1", "["]
+)
 def test_a_page_that_is_open_in_a_browser_here_cannot_read_it_by_a_name_of_its_own(
     address: str, host: str
 ) -> None:
@@ -83,6 +86,21 @@ def test_silent_connections_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> N
             assert one.recv(1) == b""  # those over the number at once; the others after the timeout
             one.close()
         assert ask(made, "/") == (200, b"hello")
+
+
+def test_connections_that_go_on_slowly_for_ever_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at, "_SECONDS", 0.5)
+    monkeypatch.setattr(at, "_AT_ONCE", 1)
+    with endpoint("0", {"/": lambda _: Page(b"hello")}) as address:
+        host, port = address.split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - began < 10:
+                    slow.sendall(b"G")  # each time a little before it would have been closed
+                    time.sleep(0.2)
+            assert 0.5 < time.monotonic() - began < 5
+        assert ask(address, "/")[0] == 200
 
 
 @pytest.mark.parametrize(
