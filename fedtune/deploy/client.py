@@ -27,6 +27,7 @@ from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER
 from fedtune.deploy.server import PUBLISHED_PATH, RUNS_PATH, STOP_PATH, TOKEN_HEADER
 from fedtune.deploy.view import run_row, site_row
 from fedtune.errors import ConfigError, FederationError, FedtuneError
+from fedtune.privacy.publication import one_line
 
 if TYPE_CHECKING:
     from fedtune.federation.events import Observer
@@ -69,7 +70,7 @@ def status(folder: Path) -> Status:
         server.address,
         tuple(sorted(sites, key=itemgetter("site"))),
         tuple(sorted(listed, key=itemgetter("started"), reverse=True)),
-        tuple(str(name) for name in queue.get("waiting", ())),
+        tuple(one_line(str(name)) for name in queue.get("waiting", ())),
     )
 
 
@@ -141,7 +142,7 @@ class Server:
 
     def _forbidden(self, response: Any) -> str:
         try:
-            said = str(response.json()["error"])[:300]
+            said = one_line(str(response.json()["error"])[:300])
         except (ValueError, KeyError, TypeError):
             said = ""
         if said.startswith("Operator "):  # it knows who asks
@@ -205,14 +206,14 @@ class Server:
             if response.status_code == httpx.codes.FORBIDDEN:
                 raise FederationError(self._forbidden(response))
             if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.CONFLICT):
-                raise ConfigError(str(response.json()["error"])[:1000])
-            values = response.raise_for_status().json()
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+                raise ConfigError(one_line(str(response.json()["error"])[:1000]))
+            values = dict(response.raise_for_status().json())
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise FederationError(
                 f"The server {self.address} does not answer {path} ({type(error).__name__}); is it of the "
                 "same version as this fedtune?"
             ) from error
-        return dict(values)
+        return values
 
     def open_client(self, kind: Any, *interceptors: Any, retries: Any = None) -> Any:
         """One of Flower's HTTP clients, with the operator's token; without `retries` it asks once."""

@@ -41,6 +41,7 @@ from fedtune.deploy.runs import TICKET_HEADER
 from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import ConfigError, FederationError, FedtuneError
 from fedtune.federation.flower import act_as
+from fedtune.privacy.publication import one_line
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -140,7 +141,7 @@ def _asked_to_stop(server: Server, run_dir: Path) -> str | None:
         by = server.runs().get("runs", {}).get(number, {}).get("stop")
     except (FedtuneError, AttributeError):
         return None
-    return None if by is None else f"Stopped after this round by {str(by)[:100]}"
+    return None if by is None else f"Stopped after this round by {one_line(str(by)[:100])}"
 
 
 def _stopped_by(server: Server, run_dir: Path) -> str | None:
@@ -149,7 +150,7 @@ def _stopped_by(server: Server, run_dir: Path) -> str | None:
         by = server.runs().get("stopped", {}).get(_number(run_dir))
     except (FedtuneError, AttributeError):
         return None
-    return None if by is None else str(by)[:100]
+    return None if by is None else one_line(str(by)[:100])
 
 
 # --- one run at the server, and this process as its ServerApp ------------------------------------------

@@ -16,6 +16,7 @@ from fedtune.deploy.admission import Admission
 from fedtune.deploy.join import PublishedBudgets, checked_budget
 from fedtune.deploy.progress import Progress
 from fedtune.deploy.runs import Runs
+from fedtune.privacy.publication import one_line
 
 __all__ = ["LIVE", "ServerView", "run_row", "site_row"]
 
@@ -26,22 +27,23 @@ _SHOWN = 50  # runs
 def site_row(node: Any, budget: dict[str, Any] | None) -> dict[str, Any]:
     """A site, of Flower's NodeInfo and what it publishes of its budget."""
     return {
-        "site": node.name,
-        "state": node.status,
-        "since": node.last_activated_at or "",
+        "site": one_line(node.name),
+        "state": one_line(node.status),
+        "since": one_line(node.last_activated_at or ""),
         "budget": budget,
     }
 
 
 def run_row(run: Any, by: str) -> dict[str, str]:
-    """A run, of Flower's Run and who started it (empty: not known)."""
-    return {
+    """A run, of Flower's Run and who started it (empty: not known); its submitter wrote the details."""
+    row = {
         "run": str(run.run_id),
         "state": run.status.sub_status or run.status.status,
         "details": run.status.details,
         "started": str(run.pending_at),
         "by": by,
     }
+    return {name: one_line(value) for name, value in row.items()}
 
 
 @dataclass(frozen=True)

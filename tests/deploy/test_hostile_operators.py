@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -16,6 +18,8 @@ from fedtune.deploy.client import Server
 from fedtune.deploy.operator_key import operator_line
 from fedtune.deploy.runs import RUN_HEADER
 from fedtune.deploy.submit import submitted_run
+from fedtune.deploy.view import run_row, site_row
+from fedtune.errors import ConfigError, FederationError, FedtuneError
 from tests.support.real_superlink import Real
 
 
@@ -57,3 +61,38 @@ def test_flowers_own_stop_is_for_who_may_stop_any_run(real: Real, mallory: Serve
 def test_a_run_that_is_no_number_is_told_so(real: Real, mallory: Server, run: bytes) -> None:
     assert post(mallory, server.STOP_PATH, **{RUN_HEADER: run}).status_code == 403
     assert post(Server.of(real.folder), server.STOP_PATH, **{RUN_HEADER: run}).status_code == 404
+
+
+# --- what a server, or another operator through it, writes to a person's terminal --------------------
+
+
+def test_what_others_say_is_shown_as_one_line(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = SimpleNamespace(status="finished", sub_status="failed", details="gone\n\x1b[2Jserver ok")
+    run: Any = SimpleNamespace(run_id=7, status=status, pending_at="2026")
+    assert run_row(run, "bob\x9b8m")["details"] == "gone ?[2Jserver ok"
+    node = SimpleNamespace(name="clinic-1\r", status="online\x1b", last_activated_at=None)
+    assert all(
+        value.isprintable() for value in (*run_row(run, "\x07").values(), site_row(node, None)["state"])
+    )
+    whom = Server.of(real.folder)
+    for status_code, kind in ((403, FederationError), (404, ConfigError)):
+        answer = httpx.Response(status_code, json={"error": "Operator x\x1b[31m"})
+        monkeypatch.setattr(httpx, "request", lambda *_, answer=answer, **__: answer)
+        with pytest.raises(kind) as raised:
+            whom.runs()
+        assert "x?[31m" in str(raised.value) and str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"1", b"null", b'"x"', b"{", b"[[1, 2, 3]]"])
+def test_an_answer_of_another_kind_ends_no_run(
+    real: Real, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    whom = Server.of(real.folder)
+    for status_code in (200, 403, 404):
+        request = httpx.Request("GET", "https://x")
+        answer = httpx.Response(status_code, content=content, request=request)
+        monkeypatch.setattr(httpx, "request", lambda *_, answer=answer, **__: answer)
+        assert whom.report({"run": "7"}) is False
+        assert submit._asked_to_stop(whom, tmp_path) is None and submit._stopped_by(whom, tmp_path) is None
+        with pytest.raises(FedtuneError):
+            whom.runs()
