@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import socket
-import ssl
 import threading
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -47,9 +44,10 @@ from fedtune.deploy.progress import MAX_REPORT, Progress
 from fedtune.deploy.progress import PATH as PROGRESS_PATH
 from fedtune.deploy.provision import Federation, read_token
 from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER, TICKET_HEADER, Runs
+from fedtune.deploy.served_certificate import ServedCertificate, check_pair, keep_certificate
 from fedtune.deploy.trail import Trail
 from fedtune.deploy.view import ServerView
-from fedtune.errors import ConfigError, ResourceError
+from fedtune.errors import ResourceError
 
 __all__ = [
     "ENROL_HEADER",
@@ -63,12 +61,8 @@ __all__ = [
     "TOKEN_HEADER",
     "Gate",
     "behind_the_door",
-    "check_pair",
     "run_server",
 ]
-_log = logging.getLogger("fedtune.server")
-_SYNC_SECONDS = 2.0
-_WARN_SECONDS = 86_400.0
 _BACKLOG = 1024
 TOKEN_HEADER = "x-fedtune-operator"
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
@@ -165,8 +159,8 @@ def run_server(
         watching = server_metrics.monitor(monitor, view, counted)
     for keep_updated in (admission.keep_updated, runs.keep_updated):
         threading.Thread(target=keep_updated, args=(ending,), daemon=True).start()
-    renewed = (_Certificate(folder, serving.config.ssl), ending, say)
-    threading.Thread(target=_keep_certificate, args=renewed, daemon=True).start()
+    renewed = (ServedCertificate(folder, serving.config.ssl), ending, say)
+    threading.Thread(target=keep_certificate, args=renewed, daemon=True).start()
     say(
         f"federation {federation.name} on {host}:{port} (sites reach it as {federation.server}); "
         f"{admitted} sites enrolled"
@@ -206,19 +200,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"Port {port} on {host} cannot be used ({error.strerror}): is another server of this "
             "federation running? End it, or change the address in the federation file and provision "
             "again."
-        ) from error
-
-
-def check_pair(folder: Path) -> None:
-    """Raises ConfigError if a server folder's certificate and key do not belong together."""
-    try:
-        trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        trial.load_cert_chain(folder / "server.crt", folder / "server.key", password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"{folder / 'server.crt'} and {folder / 'server.key'} do not belong together "
-            f"({error.reason or error}). Put both there as they were made, or make new ones with `fedtune "
-            "provision FEDERATION.yaml -o DIR --renew`."
         ) from error
 
 
@@ -442,61 +423,3 @@ async def _respond(send: Any, status: int, values: dict[str, Any], *, close: boo
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-class _Certificate:
-    """The server's certificate as it is on disk, and in the TLS context that serves."""
-
-    def __init__(self, folder: Path, context: ssl.SSLContext | None) -> None:
-        self._folder, self._context = folder, context
-        self._served = self._on_disk()
-        self._unfit: tuple[tuple[bytes, bytes], int] | None = None  # what does not fit, and how often seen
-
-    def _on_disk(self) -> tuple[bytes, bytes]:
-        return tuple((self._folder / name).read_bytes() for name in ("server.crt", "server.key"))  # type: ignore[return-value]
-
-    def renew(self) -> bool:
-        """Uses a new certificate, if there is one, for whoever connects from now on. True if there was.
-
-        Raises:
-            ConfigError: once, for a certificate and a key that do not belong together; the former one stays
-                in use.
-        """
-        if self._context is None or (now := self._on_disk()) == self._served:
-            return False
-        try:
-            # Not in the context that serves: a certificate without its key leaves it with no key at all.
-            check_pair(self._folder)
-        except ConfigError as error:
-            seen = self._unfit[1] + 1 if self._unfit is not None and self._unfit[0] == now else 1
-            self._unfit = (now, seen)
-            # They are written one after the other: at the first look the second may be on its way.
-            if seen == 2:
-                raise ConfigError(f"{error} Until then the former certificate stays in use.") from error
-            return False
-        if self._on_disk() != now:
-            return False  # it was written meanwhile; the next call uses it
-        self._context.load_cert_chain(self._folder / "server.crt", self._folder / "server.key")
-        self._served = now
-        return True
-
-    def days(self) -> int:
-        """Until it expires."""
-        return certificates.check_server_certificate(self._folder)
-
-
-def _keep_certificate(certificate: _Certificate, ending: threading.Event, say: Callable[[str], None]) -> None:
-    """Uses a renewed certificate, and warns once a day that one is needed, until `ending` is set."""
-    warned = time.monotonic()
-    while not ending.wait(_SYNC_SECONDS):
-        try:
-            if certificate.renew():
-                say(f"uses the renewed certificate, good for {certificate.days()} days")
-            if time.monotonic() - warned > _WARN_SECONDS:
-                warned = time.monotonic()
-                if warning := expiry_warning(certificate.days()):
-                    say(warning)
-        except ConfigError as error:
-            say(str(error))
-        except OSError as error:  # key and certificate are written one after the other
-            _log.debug("the certificate is not whole yet: %s", error)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fedtune.config.build import build
-from fedtune.deploy import certificates, join, server, signing
+from fedtune.deploy import certificates, join, served_certificate, server, signing
 from fedtune.deploy.admission import enrol, revoke
 from fedtune.deploy.join import budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision
@@ -272,7 +272,7 @@ def test_what_the_server_cannot_read_or_keep_is_answered_in_words(real: Real) ->
 
 def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> None:
     assert real.config.ssl is not None
-    served = server._Certificate(real.folder, real.config.ssl)
+    served = served_certificate.ServedCertificate(real.folder, real.config.ssl)
     assert not served.renew()
     before = certificates.check_server(real.address, real.folder / "ca.crt")
     real.file.write_text(real.file.read_text() + "certificate_days: 12\n")
@@ -290,17 +290,17 @@ def test_a_renewed_certificate_is_taken_up_by_a_running_server(real: Real) -> No
 def test_a_certificate_without_its_key_is_not_taken_up(real: Real, tmp_path: Path) -> None:
     """OpenSSL drops the old key when it is given another certificate: nobody could connect any more."""
     assert real.config.ssl is not None
-    served, said = server._Certificate(real.folder, real.config.ssl), []
+    served, said = served_certificate.ServedCertificate(real.folder, real.config.ssl), []
     before = certificates.check_server(real.address, real.folder / "ca.crt")
     certificates.make_server_certificate(real.folder.parent / "authority", tmp_path, ["127.0.0.1"], 9)
     (real.folder / "server.crt").write_bytes((tmp_path / "server.crt").read_bytes())
-    server._keep_certificate(served, Looks(5), said.append)
+    served_certificate.keep_certificate(served, Looks(5), said.append)
     assert len(said) == 1 and "do not belong together" in said[0] and "stays in use" in said[0]
     assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(before, abs=0.01)
     with pytest.raises(ConfigError, match="do not belong together"):
         server.run_server(real.folder, print)
     (real.folder / "server.key").write_bytes((tmp_path / "server.key").read_bytes())
-    server._keep_certificate(served, Looks(2), said.append)
+    served_certificate.keep_certificate(served, Looks(2), said.append)
     assert said[1:] == ["uses the renewed certificate, good for 8 days"]
     assert certificates.check_server(real.address, real.folder / "ca.crt") == pytest.approx(9, abs=0.01)
 
