@@ -57,6 +57,7 @@ def detach(folder: Path, settings: Sequence[str], run_dir: Path) -> tuple[int, s
     before = run_number_in(run_dir / "checkpoint" / NOTE)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / _PROCESS).unlink(missing_ok=True)
         with (run_dir / _LOG).open("wb") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -107,9 +108,18 @@ def follow(run_dir: Path, show: Callable[[str], None]) -> bool:
             if text := log.read():
                 show(text)
             elif not goes_on:
-                return (run_dir / "record.json").exists()
+                return _succeeded(run_dir)
             else:
                 time.sleep(_LOOK_SECONDS)
+
+
+def _succeeded(run_dir: Path) -> bool:
+    """Whether the last submit of a folder left a record; one of a run before it, that it resumed, is none."""
+    try:
+        began = float(json.loads((run_dir / _PROCESS).read_text())["created"])
+        return (run_dir / "record.json").stat().st_mtime > began - 1.0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _process_of(run_dir: Path) -> psutil.Process | None:

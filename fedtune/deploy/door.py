@@ -8,7 +8,8 @@ TLS passthrough, and not needed. What the door holds to:
 
 - Connections that have shown no credential are `UNPROVEN` at most, `UNPROVEN_PER_ADDRESS` from one address.
   One more takes the place of the oldest of them. So whoever holds connections open holds up nobody else, a
-  node behind the same address neither; those of nodes and operators are never closed for others.
+  node behind the same address neither; those of nodes and operators are never closed for others. Each of them
+  has `PER_CREDENTIAL`, and one more takes the place of their own oldest.
 - When the process has no descriptors left, who comes is told that the server is full, by an alert of TLS that
   `certificates.check_server` understands.
 - The TLS handshake, and the headers of each request, have `HEADER_SECONDS`. A body is read only after the
@@ -49,7 +50,7 @@ __all__ = [
 
 HEADER_SECONDS = 10.0
 PAUSE_SECONDS, GRACE_SECONDS, SLOWEST = 20.0, 30.0, 2**15
-UNPROVEN, UNPROVEN_PER_ADDRESS = 512, 128
+UNPROVEN, UNPROVEN_PER_ADDRESS, PER_CREDENTIAL = 512, 128, 256
 MOST_BYTES, SMALL = 2**26, 2**16  # a small body waits for no other: a heartbeat must not
 CONNECTION = "fedtune.connection"  # in the scope of a request: the `Connection` that it came by
 # A fatal alert 'internal error' of TLS, in clear: all that may be said to somebody before the handshake.
@@ -90,6 +91,7 @@ class Connections:
         self._unproven_most = min(UNPROVEN, max(1, most // 2))
         self._unproven: dict[Connection, None] = {}  # oldest first
         self._by_address: dict[str, dict[Connection, None]] = {}
+        self._proven: dict[bytes, dict[Connection, None]] = {}  # by credential, oldest first
         self._all: set[Connection] = set()
 
     def __len__(self) -> int:
@@ -119,14 +121,22 @@ class Connections:
         return made
 
     def prove(self, connection: Connection, credential: bytes) -> None:
-        """Notes that a request on this connection had a credential."""
-        connection.proven = credential
+        """Notes that a request on it had a credential. Its oldest is closed if it has too many."""
+        if connection.proven == credential or connection not in self._all:
+            return
         self._forget_unproven(connection)
+        self._forget_proven(connection)
+        connection.proven = credential
+        same = self._proven.setdefault(credential, {})
+        if len(same) >= min(PER_CREDENTIAL, max(4, self._most // 2)):
+            self._evict(next(iter(same)))
+        self._proven.setdefault(credential, {})[connection] = None
 
     def leave(self, connection: Connection) -> None:
         """Notes that a connection has ended."""
         self._all.discard(connection)
         self._forget_unproven(connection)
+        self._forget_proven(connection)
 
     def _evict(self, connection: Connection) -> None:
         self.leave(connection)
@@ -138,6 +148,13 @@ class Connections:
         same.pop(connection, None)
         if not same:
             self._by_address.pop(connection.address, None)
+
+    def _forget_proven(self, connection: Connection) -> None:
+        if connection.proven is not None:
+            same = self._proven.get(connection.proven, {})
+            same.pop(connection, None)
+            if not same:
+                self._proven.pop(connection.proven, None)
 
 
 def most_connections() -> int:

@@ -154,8 +154,9 @@ def add(server: Path, line: str, rights: Iterable[str]) -> Operator:
     key, name = certificates.read_public_line(line)
     check_word(name)
     wanted = _rights(list(rights))
-    if name == ADMINISTRATOR.name:
-        raise ConfigError(f"{name!r} is how whoever has the operator's token is named. Choose another name.")
+    if name in (ADMINISTRATOR.name, "server"):
+        whom = "the server itself" if name == "server" else "whoever has the operator's token"
+        raise ConfigError(f"{name!r} is how {whom} is named in the trail. Choose another name.")
     if key in _revoked(server):
         raise ConfigError(
             f"The key of operator {name!r} (fingerprint {certificates.fingerprint(key)}) was revoked, and "

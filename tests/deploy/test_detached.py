@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -48,6 +49,18 @@ def started_as(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(detached.subprocess, "Popen", popen)
     monkeypatch.setattr(detached, "_LOOK_SECONDS", 0.05)
+
+
+def test_a_record_of_before_is_not_the_success_of_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "record.json").write_text("{}")
+    os.utime(folder / "record.json", (1e9, 1e9))
+    started_as(STARTS.replace('(folder / "record.json")', '(folder / "other.json")'), folder, monkeypatch)
+    detach(tmp_path, ["data=files"], folder)
+    assert not follow(folder, lambda text: None)
 
 
 def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

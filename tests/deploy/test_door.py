@@ -62,6 +62,29 @@ def test_a_server_that_is_full_of_nodes_turns_others_away() -> None:
     assert connections.admit("b", pytest.fail) is not None
 
 
+def test_one_credential_does_not_take_the_places_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "PER_CREDENTIAL", 3)
+    connections, ended = Connections(most=100), list[int]()
+
+    def comes(number: int, key: bytes) -> Any:
+        made = connections.admit("a", lambda: ended.append(number))
+        assert made is not None
+        connections.prove(made, key)
+        connections.prove(made, key)  # with each request
+        return made
+
+    others = [comes(place, b"another") for place in (100, 101)]
+    mine = [comes(number, b"mallory") for number in range(10)]
+    assert ended == list(range(7)) and len(connections) == 5
+    connections.prove(mine[0], b"mallory")  # a request that it had sent before it was closed
+    connections.leave(mine[9])
+    comes(10, b"mallory")
+    assert ended == list(range(7)) and len(connections) == 5
+    for one in (*others, *mine):
+        connections.leave(one)
+    assert len(connections) == 1 and len(connections._proven) == 1
+
+
 def slow_body(parts: list[bytes], pause: float) -> Any:
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(pause)

@@ -63,6 +63,13 @@ def test_a_run_that_is_no_number_is_told_so(real: Real, mallory: Server, run: by
     assert post(Server.of(real.folder), server.STOP_PATH, **{RUN_HEADER: run}).status_code == 404
 
 
+@pytest.mark.parametrize("name", ["server", "operator"])
+def test_nobody_takes_the_name_of_another_in_the_trail(real: Real, mallory: Server, name: str) -> None:
+    line = operator_line(mallory.folder, name)[0]
+    with pytest.raises(ConfigError, match="named in the trail"):
+        people.add(real.folder, line, ["read"])
+
+
 # --- what a server, or another operator through it, writes to a person's terminal --------------------
 
 
