@@ -28,9 +28,9 @@ import uvicorn
 
 from fedtune.deploy import certificates, join, server_metrics
 from fedtune.deploy.admission import Admission
+from fedtune.deploy.asgi import Passed, Request
 from fedtune.deploy.certificates import expiry_warning, parse_address
 from fedtune.deploy.door import (
-    CONNECTION,
     Bodies,
     BodyTimeout,
     Connections,
@@ -67,7 +67,6 @@ _BACKLOG = 1024
 TOKEN_HEADER = "x-fedtune-operator"
 # Flower cuts arrays into chunks of 5 MiB, and an app has at most 10.
 _MAX_BODY = 2**25
-_SMALL_ANSWER = 10_000
 _NODE_KEY = b"flwr-public-key"  # flwr.supercore.constant.FLEET_HTTP_PUBLIC_KEY_HEADER
 
 FOR_NODES = frozenset(
@@ -244,7 +243,7 @@ class Gate:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return None  # websockets are not used
-        request = _Request(scope)
+        request = Request(scope)
         if request.path == join.PATH and request.has_no_body:
             # It queries the database, so not in the event loop, which serves everybody.
             answered = await asyncio.to_thread(join.answer, request.headers, self._admission, self._budgets)
@@ -274,7 +273,7 @@ class Gate:
                 if request.path == PROGRESS_PATH and self._progress is not None:
                     noted = await asyncio.to_thread(self._progress.note, bytes(body), who)
                     return await _respond(send, *noted)
-                passed = _Passed(send)
+                passed = Passed(send)
                 await self._app(scope, _once(body, receive), passed)
         except BodyTimeout:
             error = "The body of the request did not arrive in time."
@@ -283,11 +282,11 @@ class Gate:
             await asyncio.to_thread(self._note, request, who, passed)
         return None
 
-    async def _note_refusal(self, request: _Request, who: str, status: int, reason: str) -> None:
+    async def _note_refusal(self, request: Request, who: str, status: int, reason: str) -> None:
         if self._trail is not None:
             await asyncio.to_thread(self._trail.refused, who, request.address, request.path, status, reason)
 
-    async def _refusal(self, request: _Request) -> tuple[str, bytes, tuple[int, str] | None]:
+    async def _refusal(self, request: Request) -> tuple[str, bytes, tuple[int, str] | None]:
         """(who asks, their credential, why not: HTTP status and reason)."""
         if request.path in FOR_NODES:
             keys = request.all(_NODE_KEY)
@@ -306,13 +305,13 @@ class Gate:
             return operator.name, b"", (403, f"Operator {operator.name} has no right to {right}.")
         return operator.name, operator.credential, None
 
-    def _may_stop_own(self, request: _Request, operator: Operator) -> bool:
+    def _may_stop_own(self, request: Request, operator: Operator) -> bool:
         """Who may submit may stop runs of their own; by our call alone, for Flower's names it in its body."""
         if request.path != STOP_PATH or "submit" not in operator.rights or self._runs is None:
             return False
         return (run := request.run()) is not None and self._runs.by(run) in (operator.name, "?", None)
 
-    def _own_answer(self, request: _Request, who: str) -> tuple[int, dict[str, Any]]:
+    def _own_answer(self, request: Request, who: str) -> tuple[int, dict[str, Any]]:
         if request.path == PUBLISHED_PATH:
             return 200, self._budgets.all() if self._budgets else {}
         if request.path == ENROL_PATH:
@@ -328,7 +327,7 @@ class Gate:
             return 200, {"stopped": str(run)}
         return 404, {"error": f"No run {request.one(RUN_HEADER)} goes on here."}
 
-    def _waits(self, request: _Request, who: str) -> dict[str, Any] | None:
+    def _waits(self, request: Request, who: str) -> dict[str, Any] | None:
         assert self._runs is not None
         ticket = request.one(TICKET_HEADER) or who
         if request.path == _START:
@@ -337,7 +336,7 @@ class Gate:
             return {"error": "It is another's turn to start a run."}
         return None
 
-    def _note(self, request: _Request, who: str, passed: _Passed) -> None:
+    def _note(self, request: Request, who: str, passed: Passed) -> None:
         from fedtune.deploy import flower
 
         assert self._runs is not None
@@ -346,57 +345,6 @@ class Gate:
             self._runs.started(ticket, who, run)
         elif request.path == _TAKE and (run := flower.task_taken(passed.body())) is not None:
             self._runs.taken(run)
-
-
-class _Request:
-    """What the head of a request says."""
-
-    def __init__(self, scope: Any) -> None:
-        self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
-        self._all = scope["headers"]
-        self.connection = scope.get(CONNECTION)
-        self.address = str((scope.get("client") or ("?",))[0])
-        self.length = self.headers.get(b"content-length", b"0" if scope.get("method") == "GET" else b"")
-
-    @property
-    def has_no_body(self) -> bool:
-        return b"content-length" not in self.headers and b"transfer-encoding" not in self.headers
-
-    def all(self, name: bytes) -> list[bytes]:
-        """Each value of a header."""
-        return [value for one, value in self._all if one == name]
-
-    def one(self, name: str) -> str:
-        """A header's text; empty without it."""
-        return self.headers.get(name.encode(), b"").decode("latin-1")[:1000]
-
-    def run(self) -> int | None:
-        """The number of the run that it names, if any."""
-        named = self.headers.get(RUN_HEADER.encode(), b"")
-        return int(named) if named.isdigit() and len(named) <= 20 else None
-
-    def has_shown(self, credential: bytes) -> bool:
-        """Whether this credential was checked on the connection of the request."""
-        return self.connection is not None and self.connection.proven == credential
-
-
-class _Passed:
-    """`send` of ASGI, which remembers the status and, of small answers, the body."""
-
-    def __init__(self, send: Any) -> None:
-        self._send, self.status = send, 0
-        self._parts: list[bytes] = []
-
-    async def __call__(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-        elif len(message.get("body", b"")) <= _SMALL_ANSWER and len(self._parts) < 4:
-            self._parts.append(message.get("body", b""))
-        await self._send(message)
-
-    def body(self) -> bytes:
-        return b"".join(self._parts)
 
 
 def _signed(headers: dict[bytes, bytes]) -> bool:
