@@ -100,7 +100,7 @@ def compress(
     Raises:
         ConfigError: a setting is wrong, the steps make no sense, or the folder is there already.
         RecordError: the run is not finished, or is none.
-        DataError: there are no texts that may be used.
+        DataError: there are no texts that may be used, or the run saw long texts in windows.
         ModelError: a step cannot be done with this model, or what it learnt is no number.
         ResourceError: the folder cannot be written, or the model not be fetched.
     """
@@ -147,7 +147,7 @@ def _subject(source: Path | str, words: Sequence[str]) -> _Subject:
         base = ModelConfig(name=str(source))
         return _Subject(None, base, None, (), 128, None)
     made, folder = record.read(path), record.run_folder(path)
-    predict.refuse_pairs(folder, made, "a compressed model")
+    predict.refuse_pieces(folder, made, "a compressed model")
     adapter = predict.adapter_of(folder, made)
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
     base, labels = read_saved(adapter)

@@ -68,6 +68,7 @@ def check_together(config: Config) -> None:
     """Rules that need two settings. Raises `ConfigError` with both of them named."""
     federation = config.federation
     _check_evaluation(config)
+    _check_windows(config.data)
     kind = _mechanism(config)
     _check_strategy(config)
     kind.check_settings(config)
@@ -94,6 +95,15 @@ def check_together(config: Config) -> None:
             f"federation.min_updates={federation.min_updates} can never be met: a round asks {most} nodes. "
             "Lower federation.min_updates.",
             setting="federation.min_updates",
+        )
+
+
+def _check_windows(data: DataConfig) -> None:
+    if data.long_text == "window" and data.text_pair is not None:
+        raise ConfigError(
+            f"data.long_text=window cuts one text into windows, and data.text_pair={data.text_pair} brings a "
+            "second one, which every window would need. Use data.long_text=cut.",
+            setting="data.long_text",
         )
 
 

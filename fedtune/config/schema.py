@@ -53,6 +53,7 @@ AdapterName = Literal["lora", "ffa_lora", "bitfit", "head"]
 Compute = Literal["quick", "standard", "thorough"]
 Strategy = Literal["fedsgd", "fedavg", "fedavgm", "fedadam"]
 Evaluation = Literal["public", "private", "held_out", "none"]
+LongText = Literal["cut", "window"]
 Trust = Literal["local", "distributed", "central", "none"]
 TRUSTS: tuple[Trust, ...] = get_args(Trust)
 Unit = Literal["record", "person", "client"]
@@ -175,13 +176,27 @@ class DataConfig(Group):
         le=8192,
         unit="tokens",
     )
+    long_text: LongText = setting(
+        "cut", "of a text longer than max_length: its beginning, or windows whose vectors are averaged"
+    )
+    max_windows: int = setting(
+        8,
+        "long_text=window: at most so many windows of a text, each of max_length tokens or less",
+        ge=2,
+        le=64,
+    )
     labels: Texts | None = setting(None, "public label set, in order; null: as the source declares it")
     public: bool = setting(False, "declared public by its owner: the ledger records, and does not refuse")
 
     @property
     def longest(self) -> int:
-        """Tokens that are seen of a text at most: `max_length`, or 64 where nobody gave it."""
+        """Tokens that an encoder sees at once: at most `max_length`, or 64 where nobody gave it."""
         return 64 if self.max_length is None else self.max_length
+
+    @property
+    def windows(self) -> int:
+        """Pieces of that length that are seen of a text at most."""
+        return self.max_windows if self.long_text == "window" else 1
 
 
 @dataclass

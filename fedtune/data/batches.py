@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedtune.data.corpus import Int64Array, TokenizedCorpus
+from fedtune.data.windows import Windows
 
 __all__ = ["MicroBatch", "micro_batches", "pad"]
 
@@ -148,9 +149,10 @@ def _cut(starts: Int64Array, longest: Int64Array, max_tokens: int) -> list[tuple
 
 
 def pad(
-    data: TokenizedCorpus, indices: npt.ArrayLike, length: int, rows: int | None = None
+    data: TokenizedCorpus | Windows, indices: npt.ArrayLike, length: int, rows: int | None = None
 ) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
-    """Token ids int64 [b, s] and mask bool [b, s] (True: a token) of the records at `indices`.
+    """Token ids int64 [b, s] and mask bool [b, s] (True: a token) of the records, or windows, at
+    `indices`.
 
     `s` is `length` and `b` is `rows`, or the number of indices. Dummy rows, which follow the records,
     hold padding only; their first position is unmasked, because attention over nothing is NaN.

@@ -198,12 +198,14 @@ class TokenizedCorpus:
     Segment ids are not stored: the encoder knows a pair's second text by the separator.
 
     Attributes:
-        input_ids: int32 [t], special tokens included, each record cut to the public `max_length`; may be
+        input_ids: int32 [t], special tokens included, each record cut to a public length; may be
             memory-mapped and read-only.
         offsets: int64 [n + 1]; record i is `input_ids[offsets[i]:offsets[i + 1]]`.
         digests: uint8 [n, 32], private, as in `Corpus`; so are `marks`.
         source: the fingerprint of the whole corpus.
         pad_id: the tokenizer's padding token.
+        window: tokens of a window at most, where a record may have several (`fedtune.data.windows`); None:
+            each record is one piece.
 
     The others are as in `Corpus`.
     """
@@ -219,6 +221,7 @@ class TokenizedCorpus:
     marks: ByteArray
     source: str
     pad_id: int = 0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.offsets) != len(self.labels) + 1 or self.offsets[-1] != len(self.input_ids):
@@ -282,6 +285,7 @@ class TokenizedCorpus:
             marks=self.marks[rows],
             source=self.source,
             pad_id=self.pad_id,
+            window=self.window,
         )
 
 

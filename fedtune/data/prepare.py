@@ -114,7 +114,7 @@ def clear_cache() -> None:
 
 def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
-    tokens = tokenize(train, tokenizer, tokenizer_id, config.data.longest)
+    tokens = tokenize(train, tokenizer, tokenizer_id, config.data.longest, config.data.windows)
     if config.data.only_site is not None:
         tokens = _one_site(tokens, config.data.only_site)
     with warnings.catch_warnings(record=True) as caught:
@@ -125,10 +125,10 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     if (total := config.data.declared_size) is not None:
         each = max(1, round(total / len(shards)))
         shards = [dataclasses.replace(shard, declared_size=each) for shard in shards]
-    told = reading_of(train, tokens, tokenizer, config.data.longest).notes(config)
+    told = reading_of(train, tokens, tokenizer, config.data).notes(config)
     prepared = PreparedData(
         train=tokens,
-        test=tokenize(test, tokenizer, tokenizer_id, config.data.longest)
+        test=tokenize(test, tokenizer, tokenizer_id, config.data.longest, config.data.windows)
         if test.num_records
         else tokens.subset([]),
         shards=shards,
@@ -191,7 +191,8 @@ def prepare_deployed(config: Config, tokenizer: Any, tokenizer_id: str) -> Prepa
         nothing = _nothing(config.data)
         return PreparedData(nothing, nothing, [], nothing.label_names, config.data.public, ())
     split = "test_split" if config.data.test_split else "train_split"
-    test = tokenize(_read(config.data, split), tokenizer, tokenizer_id, config.data.longest)
+    corpus = _read(config.data, split)
+    test = tokenize(corpus, tokenizer, tokenizer_id, config.data.longest, config.data.windows)
     empty = test.subset([])
     return PreparedData(empty, test, [], test.label_names, config.data.public, ())
 
@@ -207,8 +208,8 @@ def _site(config: Config, site: str, tokenizer: Any, tokenizer_id: str) -> Prepa
                 f"The data of site '{site}' cannot be used; the site's own log says why, and so does "
                 "`fedtune node --dry-run` there."
             ) from error
-        train = tokenize(corpus, tokenizer, tokenizer_id, config.data.longest)
-        told = reading_of(corpus, train, tokenizer, config.data.longest).notes(config)
+        train = tokenize(corpus, tokenizer, tokenizer_id, config.data.longest, config.data.windows)
+        told = reading_of(corpus, train, tokenizer, config.data).notes(config)
         for note in (*corpus.notes, *told):
             _log.warning("Data of site %r: %s", site, note)  # for its owner alone
         size = config.data.declared_size or 1

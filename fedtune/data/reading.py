@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtune.config.schema import Config
+from fedtune.config.schema import Config, DataConfig
 from fedtune.data.corpus import Corpus, TokenizedCorpus
 
 __all__ = ["Reading", "chosen_length", "reading_of"]
@@ -33,6 +33,7 @@ class Reading:
     Attributes:
         texts: how many there are.
         cut: how many fill all that is seen of a text.
+        limit: tokens that the tokenizer's encoder takes at once.
         words: tokens in all, without the special ones around each text.
         unknown: of these, how many the tokenizer does not know.
         tokens_a_letter: in the beginnings of some texts: tokens over characters that are no blanks; one of
@@ -41,6 +42,7 @@ class Reading:
 
     texts: int
     cut: int
+    limit: int
     words: int
     unknown: int
     tokens_a_letter: float
@@ -49,10 +51,16 @@ class Reading:
         """What should not go unsaid before a run of `config` is trained."""
         data, model, found = config.data, config.model.name, []
         if self.cut > _MANY_CUT * self.texts:
+            if data.windows > 1:
+                seen, more = f" in each of {data.windows} windows", f"data.max_windows={2 * data.windows}"
+            elif 2 * data.longest <= self.limit:
+                seen, more = "", f"data.max_length={2 * data.longest}"
+            else:
+                seen, more = "", "data.long_text=window"
             found.append(
                 f"{self.cut} of {self.texts} texts of {data.name} fill all of data.max_length={data.longest} "
-                "tokens: what is longer is cut there and not seen. If what tells the class comes later, give "
-                f"more (data.max_length={2 * data.longest}): it is a public setting, and time grows with it."
+                f"tokens{seen}: what is longer is cut there and not seen. If what tells the class comes "
+                f"later, give more ({more}): it is a public setting, and time grows with it."
             )
         other = (
             "It was made for another language or script: name an encoder that knows this one in model.name."
@@ -71,15 +79,16 @@ class Reading:
         return found
 
 
-def reading_of(corpus: Corpus, tokens: TokenizedCorpus, tokenizer: Any, longest: int) -> Reading:
-    """What `tokenizer` made of `corpus`: `tokens`, each text cut to `longest` of them."""
+def reading_of(corpus: Corpus, tokens: TokenizedCorpus, tokenizer: Any, data: DataConfig) -> Reading:
+    """What `tokenizer` made of `corpus`: `tokens`, cut as `data` says."""
     unknown_id = getattr(tokenizer, "unk_token_id", None)
     unknown = 0 if unknown_id is None else int(np.count_nonzero(tokens.input_ids == unknown_id))
     special = int(tokenizer.num_special_tokens_to_add(pair=corpus.pairs is not None))
     return Reading(
         texts=tokens.num_records,
-        cut=int(np.count_nonzero(tokens.lengths >= longest)),
-        words=max(1, len(tokens.input_ids) - special * tokens.num_records),
+        cut=int(np.count_nonzero(tokens.lengths >= data.longest * data.windows)),
+        limit=int(getattr(tokenizer, "model_max_length", 0) or 0),
+        words=max(1, len(tokens.input_ids) - special * int((-(-tokens.lengths // data.longest)).sum())),
         unknown=unknown,
         tokens_a_letter=_tokens_a_letter(corpus.texts, tokenizer),
     )

@@ -73,13 +73,14 @@ def export(
 
     Raises:
         ConfigError: a format is unknown, what it takes is not installed, or the folder is there already.
-        RecordError, DataError: as `fedtune.load`; the texts to check with are missing.
+        RecordError, DataError: as `fedtune.load`; the texts to check with are missing, or the run saw long
+            texts in windows.
         ModelError: the base cannot be loaded, or what was made is not what was trained.
         ResourceError: the folder cannot be written.
     """
     _check(formats)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
-    predict.refuse_pairs(folder, made, "an export")
+    predict.refuse_pieces(folder, made, "an export")
     adapter = predict.adapter_of(folder, made)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)

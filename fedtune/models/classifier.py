@@ -51,6 +51,7 @@ __all__ = [
     "load_base",
     "load_model",
     "load_saved",
+    "of_texts",
     "read_saved",
 ]
 
@@ -93,6 +94,17 @@ class Centring(nn.Module):
         return LENGTH * nn.functional.normalize(pooled - length * self.centre, dim=-1)
 
 
+def of_texts(pooled: Tensor, text_of: Tensor | None) -> Tensor:
+    """Vectors of windows [b, d] -> of texts [b, d], the mean of each one's; `text_of` [b] says whose a window
+    is, None that each is a text. Places with no window are zero."""
+    if text_of is None:
+        return pooled
+    counts = torch.zeros(len(pooled), dtype=pooled.dtype, device=pooled.device)
+    counts.index_add_(0, text_of, torch.ones_like(counts))
+    sums = torch.zeros_like(pooled).index_add(0, text_of, pooled)
+    return sums / counts.clamp(min=1.0)[:, None]
+
+
 class EncoderClassifier(nn.Module):
     """Encoder, pooling over tokens, each text's vector centred and scaled to one length, linear head.
 
@@ -133,10 +145,12 @@ class EncoderClassifier(nn.Module):
         pooled: Tensor | None = None,
         layers: MergedLayers | None = None,
         seen: list[Seen] | None = None,
+        text_of: Tensor | None = None,
     ) -> Tensor:
         """Logits [b, c] from ids [b, s] with mask [b, s]; or from `hidden` [b, s, d], the input of layer
         `first_layer`; or from `pooled` [b, d], as `pool` gave it, before it is scaled. `layers` run in place
-        of the encoder's own from where they begin, and list in `seen` what is trained, the head too."""
+        of the encoder's own from where they begin, and list in `seen` what is trained, the head too. With
+        `text_of` [b] rows are windows of texts, and logits of texts, as in `of_texts`."""
         if pooled is None:
             if attention_mask is None:
                 if input_ids is None:
@@ -152,7 +166,7 @@ class EncoderClassifier(nn.Module):
             last = len(self.encoder.layer) if layers is None else layers.first
             hidden = self.encoder.run(hidden, mask, first_layer, last)
             hidden = hidden if layers is None else layers.run(hidden, mask, seen)
-            pooled = self.pool(hidden, mask)
+            pooled = of_texts(self.pool(hidden, mask), text_of)
         if seen is None:
             return self.classifier(self.scaled(pooled))
         one_token = self.scaled(pooled)[:, None]

@@ -39,8 +39,9 @@ from numpy.typing import NDArray
 from fedtune.config.files import cache_dir, lock_file
 from fedtune.data.batches import MicroBatch, micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
+from fedtune.data.windows import Windows
 from fedtune.errors import ResourceError
-from fedtune.models.classifier import AdaptedModel
+from fedtune.models.classifier import AdaptedModel, of_texts
 from fedtune.models.encoder import autocast, computes_in
 from fedtune.models.merged_layers import MergedLayers
 
@@ -55,9 +56,14 @@ Progress = Callable[[int, int], None]  # (texts done, texts to do)
 
 
 def _digests(corpus: TokenizedCorpus) -> list[bytes]:
+    """Of each record's tokens, and of how they are cut, where it has several windows."""
     ids, offsets = np.ascontiguousarray(corpus.input_ids), corpus.offsets
+    most = corpus.window or 0
     return [
-        hashlib.blake2b(ids[a:b].tobytes(), digest_size=16).digest() for a, b in itertools.pairwise(offsets)
+        hashlib.blake2b(
+            ids[a:b].tobytes(), digest_size=16, person=b"%d" % most if 0 < most < b - a else b""
+        ).digest()
+        for a, b in itertools.pairwise(offsets)
     ]
 
 
@@ -228,33 +234,73 @@ class Features:
         rows = self.rows or []
         return np.concatenate(rows) if rows else np.zeros((0, self.width), dtype=np.float16)
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens that each record takes in a micro-batch, int64 [n]: one for a pooled text."""
-        return np.ones(self.corpus.num_records, dtype=np.int64) if self.pooled else self.corpus.lengths
+    @functools.cached_property
+    def _windows(self) -> Windows | None:
+        return None if self.pooled else Windows.of(self.corpus)
+
+    def batches(self, records: NDArray[np.int64], most_tokens: int) -> list[MicroBatch]:
+        """`records` [r] of the corpus in micro-batches, whose own `records` are places among these; a
+        pooled text counts as one token, and all windows of a text are in one micro-batch."""
+        if self.pooled:
+            return micro_batches(np.ones(len(records), dtype=np.int64), most_tokens)
+        return _batches(self.corpus, self._windows, records, most_tokens)
+
+    def shape(self, records: NDArray[np.int64]) -> tuple[int, int]:
+        """Rows and tokens that `inputs` needs for `records` in one micro-batch."""
+        if self.pooled:
+            return len(records), 1
+        rows, lengths = records, self.corpus.lengths
+        if self._windows is not None:
+            rows, lengths = self._windows.of_records(records)[0], self._windows.lengths
+        return len(rows), int(-(-lengths[rows].max() // 8) * 8)
 
     def inputs(
         self, records: NDArray[np.int64], rows: int, length: int, device: torch.device
     ) -> dict[str, Any]:
         """Arguments of `EncoderClassifier.forward` for `records` [r] of the corpus, in a batch of `rows`
-        rows of `length` tokens; rows after the first r are dummies."""
+        rows of `length` tokens; of its logits [rows, c] those after the first r are dummies'."""
         if self.pooled and self.rows is not None:
             features = np.zeros((rows, self.width), dtype=np.float32)
             features[: len(records)] = self._vectors[records]
             return {"pooled": torch.from_numpy(features).to(device)}
-        ids, mask = pad(self.corpus, records, length, rows)
-        on_device = torch.from_numpy(mask).to(device)
+        ids, mask, text_of = _grid(self.corpus, self._windows, records, rows, length)
+        arguments: dict[str, Any] = {"attention_mask": torch.from_numpy(mask).to(device)}
+        if text_of is not None:
+            arguments["text_of"] = torch.from_numpy(text_of).to(device)
         if self.rows is None:
-            return {"input_ids": torch.from_numpy(ids).to(device), "attention_mask": on_device}
+            return {"input_ids": torch.from_numpy(ids).to(device), **arguments}
         hidden = np.zeros((rows, length, self.width), dtype=np.float32)
-        for row, record in enumerate(records):
-            tokens = self.rows[record]
-            hidden[row, : len(tokens)] = tokens
-        return {
-            "hidden": torch.from_numpy(hidden).to(device),
-            "attention_mask": on_device,
-            "first_layer": self.first_layer,
-        }
+        filled = mask.copy()
+        used = len(records) if text_of is None else int((text_of < len(records)).sum())
+        filled[used:] = False  # dummies
+        if used:
+            hidden[filled] = np.concatenate([self.rows[record] for record in records])
+        return {"hidden": torch.from_numpy(hidden).to(device), **arguments, "first_layer": self.first_layer}
+
+
+def _batches(
+    corpus: TokenizedCorpus, windows: Windows | None, records: NDArray[np.int64], most_tokens: int
+) -> list[MicroBatch]:
+    if windows is None:
+        return micro_batches(corpus.lengths[records], most_tokens)
+    rows, text_of = windows.of_records(records)
+    return [
+        MicroBatch(np.unique(text_of[batch.records]), batch.rows, batch.length)
+        for batch in micro_batches(windows.lengths[rows], most_tokens, text_of)
+    ]
+
+
+def _grid(
+    corpus: TokenizedCorpus, windows: Windows | None, records: NDArray[np.int64], rows: int, length: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64] | None]:
+    """Token ids and mask [rows, length] of `records` [r], or of their windows; and for these which of the
+    records each row is of, r for dummies, int64 [rows]."""
+    if windows is None:
+        return *pad(corpus, records, length, rows), None
+    wanted, whose = windows.of_records(records)
+    text_of = np.full(rows, len(records), dtype=np.int64)
+    text_of[: len(whose)] = whose
+    return *pad(windows, wanted, length, rows), text_of
 
 
 _STORES: dict[str, FeatureStore] = {}
@@ -287,13 +333,13 @@ def _compute(
     progress: Progress | None,
     precision: str,
 ) -> None:
-    encoder = model.base.encoder
+    encoder, windows = model.base.encoder, Windows.of(corpus)
     done, waiting, items = 0, 0, dict[bytes, NDArray[np.float16]]()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layers = MergedLayers.of(encoder, 0, model.first_layer, dtype) if len(missing) else None
 
     def work(batch: MicroBatch) -> tuple[MicroBatch, NDArray[np.float16]]:
-        ids, mask = pad(corpus, missing[batch.records], batch.length, batch.rows)
+        ids, mask, text_of = _grid(corpus, windows, missing[batch.records], batch.rows, batch.length)
         on_device = torch.from_numpy(mask).to(model.device)
         with model.flops.counting(("frozen", *batch.shape)):
             hidden = encoder.embed(torch.from_numpy(ids).to(model.device), on_device)
@@ -302,14 +348,19 @@ def _compute(
             else:
                 with autocast(model.device, precision):
                     hidden = encoder.run(hidden, on_device, 0, model.first_layer).float()
-        output = model.base.pool(hidden, on_device)[:, None] if pooled else hidden
+        if pooled:
+            whose = None if text_of is None else torch.from_numpy(text_of).to(model.device)
+            output = of_texts(model.base.pool(hidden, on_device), whose)[: len(batch.records)]
+        else:  # the tokens of all rows one after the other, dummies last
+            output = hidden[on_device]
         return batch, output.cpu().numpy().astype(np.float16)
 
-    for batch, kept in model.each("frozen", work, micro_batches(corpus.lengths[missing], tokens), layers):
-        records = missing[batch.records]
-        for row, record in enumerate(records):
-            size = 1 if pooled else corpus.lengths[record]
-            items[digests[record]] = kept[row, :size].copy()
+    for batch, kept in model.each("frozen", work, _batches(corpus, windows, missing, tokens), layers):
+        records, start = missing[batch.records], 0
+        for record in records:
+            stop = start + (1 if pooled else int(corpus.lengths[record]))
+            items[digests[record]] = kept[start:stop].copy()
+            start = stop
         waiting += batch.rows * batch.length
         done += len(records)
         if waiting > _FLUSH_TOKENS:

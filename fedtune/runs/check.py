@@ -103,7 +103,12 @@ def check(config: Config) -> dict[str, Any]:
                 for text, label in zip(train.texts[:_SAMPLE], train.labels[:_SAMPLE], strict=False)
             ],
         },
-        "model": {"name": config.model.name, "digest": digest, "max_length": config.data.longest},
+        "model": {
+            "name": config.model.name,
+            "digest": digest,
+            "max_length": config.data.longest,
+            "windows": config.data.windows,
+        },
         "run": {
             "recipe": in_words(config),
             "nodes": len(data.shards),
@@ -120,7 +125,7 @@ def _facts(corpus: Corpus, tokens: TokenizedCorpus, config: Config) -> dict[str,
     from fedtune.models.encoder import load_tokenizer
 
     lengths = tokens.lengths
-    read = reading_of(corpus, tokens, load_tokenizer(config.model)[0], config.data.longest)
+    read = reading_of(corpus, tokens, load_tokenizer(config.model)[0], config.data)
     counts = np.bincount(corpus.labels, minlength=len(corpus.label_names))
     distinct = len(np.unique(corpus.digests, axis=0))
     sites: dict[str, int] | None = None
@@ -159,6 +164,12 @@ def _spent(plan: PrivacyPlan) -> dict[str, Any]:
 def in_text(found: Mapping[str, Any]) -> str:
     """What `check` found, for a person."""
     data, run, privacy = found["data"], found["run"], found["privacy"]
+    model = found["model"]
+    cut = (
+        f"at {model['max_length']}"
+        if model["windows"] == 1
+        else (f"into at most {model['windows']} windows of {model['max_length']}")
+    )
     lines = [("data", data["name"] + (f", {data['path']}" if data["path"] else ""))]
     for split in ("train", "test"):
         if (facts := data[split]) is None:
@@ -174,8 +185,8 @@ def in_text(found: Mapping[str, Any]) -> str:
         lines.append(
             (
                 "  tokens",
-                f"{tokens['median']} in half of the texts, {tokens['most']} at most; cut at "
-                f"{found['model']['max_length']}, which {tokens['texts_cut']:.1%} of the texts fill; "
+                f"{tokens['median']} in half of the texts, {tokens['most']} at most; cut {cut}, "
+                f"which {tokens['texts_cut']:.1%} of the texts fill; "
                 f"{tokens['unknown']:.1%} unknown, {tokens['a_letter']:.2f} a letter",
             )
         )

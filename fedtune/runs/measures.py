@@ -234,7 +234,7 @@ def expected_flops(config: Config, result: FederationResult, model: AdaptedModel
     plan = result.plan
     if not plan.mechanism.tells_size:
         return None
-    each = flops_of_record(model, plan, config.data.longest, config.train)
+    each = flops_of_record(model, plan, config.data, config.train)
     alone = 4.0 * float(model.head.sum())  # two products with the head's weights
     total = 0.0
     for node in result.nodes:

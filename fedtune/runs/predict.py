@@ -2,7 +2,7 @@
 
 The model is built the way anybody else would: the encoder that the run's adapter folder names, and the
 adapter through `peft.PeftModel.from_pretrained`. So what is predicted here is what a user of the saved
-adapter gets. Texts are cut to the run's `data.max_length` tokens, as in training.
+adapter gets. Of a text is seen what the run saw (`data.max_length`, `data.long_text`).
 
 Does not do: serving, or explanations. Predictions are post-processing of the released
 adapter; the texts that are asked about are not protected by anything and go nowhere.
@@ -23,6 +23,8 @@ from fedtune.runs import record
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedtune.config.schema import DataConfig
+
 __all__ = [
     "Answering",
     "Asked",
@@ -34,7 +36,7 @@ __all__ = [
     "columns_of",
     "load",
     "read_texts",
-    "refuse_pairs",
+    "refuse_pieces",
     "show",
     "write_answers",
 ]
@@ -90,13 +92,13 @@ class Model:
         labels: Sequence[str],
         module: Any,
         tokenizer: Any,
-        max_length: int,
+        data: DataConfig,
         columns: tuple[str, str | None] = ("text", None),
     ):
         self.path = path
         self.labels = tuple(labels)
         self.columns = columns
-        self._module, self._tokenizer, self._max_length = module, tokenizer, max_length
+        self._module, self._tokenizer, self._data = module, tokenizer, data
 
     def __repr__(self) -> str:
         return f"Model({str(self.path)!r}, labels={list(self.labels)})"
@@ -147,13 +149,28 @@ class Model:
 
     def _predict_batch(self, texts: list[str], seconds: list[str] | None) -> list[Prediction]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        batch = self._tokenizer(
-            texts, seconds, truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
-        ).to(next(self._module.parameters()).device)
+        from fedtune.data.tokenize import encoded
+        from fedtune.data.windows import window_sizes
+
+        ids = encoded(self._tokenizer, texts, seconds, self._data.longest, self._data.windows)
+        pieces, text_of = list[list[int]](), list[int]()
+        for number, one in enumerate(ids):
+            start = 0
+            for size in window_sizes(len(one), self._data.longest):
+                pieces.append(one[start : start + size])
+                text_of.append(number)
+                start += size
+        device = next(self._module.parameters()).device
+        rows = [torch.tensor(piece, device=device) for piece in pieces]
         with torch.no_grad():
-            logits = self._module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            probabilities = logits.float().softmax(-1).tolist()  # [b, c]
+            logits = self._module(
+                input_ids=pad_sequence(rows, batch_first=True),
+                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+                text_of=torch.tensor(text_of, device=device) if len(pieces) > len(texts) else None,
+            )
+            probabilities = logits[: len(texts)].float().softmax(-1).tolist()  # [b, c]
         predictions = []
         pairs: Sequence[str | None] = [None] * len(texts) if seconds is None else seconds
         for text, pair, row in zip(texts, pairs, probabilities, strict=True):
@@ -188,14 +205,17 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
     """
     folder, finished = record.run_folder(path), record.read(path)
     adapter = adapter_of(folder, finished, site)
+    from fedtune.config.schema import DataConfig
     from fedtune.models.classifier import load_saved, read_saved
     from fedtune.models.encoder import load_tokenizer
 
     module = load_saved(adapter, device)
     tokenizer, _ = load_tokenizer(read_saved(adapter)[0])
-    data = finished["config"]["data"]
-    columns = data.get("text") or "text", data.get("text_pair")
-    return Model(folder, finished["data"]["labels"], module, tokenizer, data["max_length"], columns)
+    known = finished["config"]["data"]
+    # Records of earlier versions lack the last two.
+    seen = {name: known[name] for name in ("max_length", "long_text", "max_windows") if name in known}
+    columns = known.get("text") or "text", known.get("text_pair")
+    return Model(folder, finished["data"]["labels"], module, tokenizer, DataConfig(**seen), columns)
 
 
 def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = None) -> Path:
@@ -213,13 +233,22 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
     return adapter
 
 
-def refuse_pairs(folder: Path, finished: Mapping[str, Any], what: str) -> None:
-    """Raises `DataError` for a run on pairs of texts, where `what` takes one text at a time."""
-    if pair := finished["config"]["data"].get("text_pair"):
+def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str) -> None:
+    """Raises `DataError` for a run on pairs of texts, or on windows of long ones, where `what` takes one text
+    in one piece."""
+    data = finished["config"]["data"]
+    if pair := data.get("text_pair"):
         raise DataError(
             f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and {what} takes "
             "one text at a time: what it said of one alone would mean nothing. fedtune predict takes pairs, "
             "by --input FILE with both columns."
+        )
+    if data.get("long_text", "cut") != "cut":
+        raise DataError(
+            f"The run in {folder} sees up to {data['max_windows']} windows of {data['max_length']} tokens "
+            f"of a text (data.long_text=window), and {what} sees its beginning alone: of long texts it would "
+            "say something else. Ask this run by fedtune predict, or train with data.long_text=cut and as "
+            "large a data.max_length as the encoder takes."
         )
 
 

@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.data.batches import MicroBatch, micro_batches
+from fedtune.data.batches import MicroBatch
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
@@ -104,7 +104,7 @@ def _of_micro_batches(
         gradients += [torch.zeros(batch.rows, p.numel(), device=model.device) for p in model.centre.values()]
         return then(batch.records, [g[: len(rows)] for g in gradients])
 
-    batches = micro_batches(features.lengths[records], micro_batch_tokens)
+    batches = features.batches(records, micro_batch_tokens)
     return model.each("train", work, batches, layers)
 
 

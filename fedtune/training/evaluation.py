@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.config.schema import TrainConfig
-from fedtune.data.batches import MicroBatch, micro_batches
+from fedtune.data.batches import MicroBatch
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
@@ -49,7 +49,7 @@ def predict_probabilities(
         with model.flops.counting(("predict", *batch.shape)):
             return batch, model.logits(arguments, train.precision, layers)
 
-    batches = micro_batches(features.lengths, train.micro_batch_tokens)
+    batches = features.batches(np.arange(data.num_records), train.micro_batch_tokens)
     for batch, logits in model.each("predict", work, batches, layers):
         result[batch.records] = logits.softmax(-1).cpu().numpy()[: len(batch.records)]
     return result

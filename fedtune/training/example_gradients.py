@@ -124,9 +124,10 @@ def example_gradients(
     loss = nn.functional.cross_entropy(
         logits[: len(target)], target, reduction="sum", label_smoothing=label_smoothing
     )
+    text_of: Tensor | None = arguments.get("text_of")
     if seen is None:
         loss.backward()
-        return _collect(model, len(logits), _taken(model))
+        return _by_text(model, _collect(model, len(logits), _taken(model)), text_of)
     # By outputs, not parameters: no weight's gradient is made.
     outputs = torch.autograd.grad(loss, [operation.y for operation in seen])
     found: dict[nn.Parameter, Tensor] = {}
@@ -134,7 +135,21 @@ def example_gradients(
         for parameter, gradients in operation.per_example(g):
             # Layers that share their weights (ALBERT) meet them again.
             found[parameter] = gradients + found[parameter] if parameter in found else gradients
-    return _collect(model, len(logits), found)
+    return _by_text(model, _collect(model, len(logits), found), text_of)
+
+
+def _by_text(model: AdaptedModel, gradients: list[Tensor], text_of: Tensor | None) -> list[Tensor]:
+    """Where rows are windows of texts: each text's gradients, [b, size] a parameter, of those of its windows.
+
+    A text's vector is the mean of its windows', so its gradient is the sum of what they give. The head has
+    seen texts.
+    """
+    if text_of is None:
+        return gradients
+    return [
+        gradient if head else torch.zeros_like(gradient).index_add_(0, text_of, gradient)
+        for head, gradient in zip(model.heads, gradients, strict=False)
+    ]
 
 
 def _one_by_one(
@@ -148,13 +163,16 @@ def _one_by_one(
     parameters = list(model.parameters.values())
     rows = len(arguments["attention_mask"])
     found = [torch.zeros(rows, p.numel(), device=model.device) for p in parameters]
+    text_of = arguments.get("text_of", torch.arange(rows, device=model.device))
     for row in range(len(target)):
+        chosen = torch.nonzero(text_of == row)[:, 0]
         alone = {
-            name: value[row : row + 1] if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
+            name: value[chosen] if isinstance(value, Tensor) else value for name, value in arguments.items()
         }
+        if "text_of" in alone:
+            alone["text_of"] = torch.zeros_like(chosen)
         loss = nn.functional.cross_entropy(
-            model.logits(alone, precision, None), target[row : row + 1], label_smoothing=label_smoothing
+            model.logits(alone, precision, None)[:1], target[row : row + 1], label_smoothing=label_smoothing
         )
         gradients = torch.autograd.grad(loss, parameters)
         for whole, gradient in zip(found, gradients, strict=True):

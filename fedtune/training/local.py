@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.optim.sgd import sgd
 
-from fedtune.config.schema import TrainConfig
+from fedtune.config.schema import DataConfig, TrainConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.errors import ConfigError, UpdateRejected
 from fedtune.models.classifier import AdaptedModel
@@ -233,20 +233,22 @@ def train_locally(
     return LocalResult(update, plan.local_steps, time.perf_counter() - began, model.flops.total - flops)
 
 
-def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, max_length: int, train: TrainConfig) -> float:
-    """Floating point operations of one step for one record of `max_length` tokens, made up, counted by torch.
+def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, data: DataConfig, train: TrainConfig) -> float:
+    """Floating point operations of one step for one made-up record, counted by torch.
 
     What a node really computed depends on who was drawn and how long the texts are, so that number is the
-    owner's. Here every record is as long as texts are cut to (`data.max_length`), which is public.
+    owner's. Here every record is as long as texts are cut to (`data.max_length`, `data.max_windows`), a
+    public number.
     A full micro-batch of such records is worked on once; nothing of it is kept. What is computed once a text
     and cached (layers below the lowest adapted one) is not in it, as it is not in what is measured.
     """
-    count = max(1, min(64, train.micro_batch_tokens // max_length))
-    corpus = _made_up(count, max_length, model.base.num_labels)
+    length = data.longest * data.windows
+    count = max(1, min(64, train.micro_batch_tokens // length))
+    corpus = _made_up(count, length, data.longest, model.base.num_labels)
     pooled = model.first_layer == model.num_layers
     width, rows = model.base.encoder.width, None
     if model.first_layer > 0:
-        rows = [np.zeros((1 if pooled else max_length, width), dtype=np.float16)] * count
+        rows = [np.zeros((1 if pooled else length, width), dtype=np.float16)] * count
     features = Features(corpus, rows, pooled, width, model.first_layer)
     before = model.flops.total
     with hooks_for(model, features):
@@ -257,7 +259,7 @@ def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, max_length: int, tra
     return (model.flops.total - before) / count
 
 
-def _made_up(count: int, length: int, num_labels: int) -> TokenizedCorpus:
+def _made_up(count: int, length: int, window: int, num_labels: int) -> TokenizedCorpus:
     return TokenizedCorpus(
         name="made up",
         input_ids=np.ones(count * length, dtype=np.int32),
@@ -269,4 +271,5 @@ def _made_up(count: int, length: int, num_labels: int) -> TokenizedCorpus:
         digests=np.zeros((count, 32), dtype=np.uint8),
         marks=np.zeros((count, 32), dtype=np.uint8),
         source="made up",
+        window=window,
     )

@@ -100,11 +100,10 @@ def check_gradients(model: AdaptedModel, features: Features) -> None:
 def _compare(model: AdaptedModel, features: Features) -> None:
     corpus = features.corpus
     records = np.arange(min(3, corpus.num_records))
-    length = int(-(-corpus.lengths[records].max() // 8) * 8)
     labels = torch.from_numpy(corpus.labels[records]).to(model.device)
 
     def inputs(rows: NDArray[np.int64]) -> dict[str, Any]:
-        return features.inputs(rows, len(rows), length, model.device)
+        return features.inputs(rows, *features.shape(rows), model.device)
 
     try:
         together = example_gradients(model, inputs(records), labels, "fp32", model.merged_layers("fp32"))
@@ -120,7 +119,7 @@ def _compare(model: AdaptedModel, features: Features) -> None:
     for row in range(len(records)):
         only = slice(row, row + 1)
         # The model as transformers and PEFT run it, and nothing but autograd.
-        loss = nn.functional.cross_entropy(model.base(**inputs(records[only])), labels[only])
+        loss = nn.functional.cross_entropy(model.base(**inputs(records[only]))[:1], labels[only])
         alone = torch.autograd.grad(loss, list(model.parameters.values()), allow_unused=True)
         for parameter in model.parameters.values():
             parameter.grad_sample = None

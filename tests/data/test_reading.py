@@ -37,7 +37,7 @@ def test_a_language_that_the_default_encoder_does_not_know_is_said(language: str
     tokenizer, name = load_tokenizer(config.model)
     corpus = corpus_of(SENTENCES[language])
     tokens = tokenize(corpus, tokenizer, name, 64)
-    notes = reading_of(corpus, tokens, tokenizer, 64).notes(config)
+    notes = reading_of(corpus, tokens, tokenizer, config.data).notes(config)
     known = language in ("English", "German", "Spanish")
     assert (notes == []) == known, notes
     assert known or ("another language" in notes[0] and "model.name" in notes[0])
@@ -53,19 +53,21 @@ def test_a_tokenizer_of_bytes_knows_every_letter_and_is_found_out_by_the_pieces(
 
     corpus = corpus_of(SENTENCES["Japanese"], SENTENCES["Russian"])
     tokens = tokenize(corpus, Bytes(), "bytes", 512)
-    read = reading_of(corpus, tokens, Bytes(), 512)
+    read = reading_of(corpus, tokens, Bytes(), DataConfig(max_length=512))
     assert read.unknown == 0 and read.tokens_a_letter > 1
     (note,) = read.notes(Config(model=ModelConfig(name="own")))
     assert "tokens a letter" in note
 
 
 def test_what_is_said_is_counted() -> None:
-    def notes(**changes: Any) -> list[str]:
-        read = dataclasses.replace(Reading(100, 10, 1000, 50, 0.5), **changes)
-        return read.notes(Config(data=DataConfig(name="mine", max_length=32)))
+    def notes(length: int = 32, long_text: Any = "cut", **changes: Any) -> list[str]:
+        read = dataclasses.replace(Reading(100, 10, 512, 1000, 50, 0.5), **changes)
+        return read.notes(Config(data=DataConfig(name="mine", max_length=length, long_text=long_text)))
 
     assert notes() == []
     assert "11 of 100 texts" in notes(cut=11)[0] and "data.max_length=64" in notes(cut=11)[0]
+    assert "data.long_text=window" in notes(300, cut=11)[0]  # 600 tokens would be refused
+    assert "data.max_windows=16" in notes(300, "window", cut=11)[0]
     assert "51 of 1000 tokens (5%)" in notes(unknown=51)[0]
     assert "0.51" in notes(tokens_a_letter=0.51)[0]
     assert len(notes(cut=100, unknown=1000, tokens_a_letter=2.0)) == 2  # unknown and apart are one thing

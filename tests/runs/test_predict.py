@@ -15,7 +15,10 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.app import main
+from fedtune.config.schema import DataConfig
+from fedtune.data.sources.load import load_corpus
 from fedtune.errors import DataError, ModelError, RecordError
+from fedtune.export.export import export
 from fedtune.runs import record as records
 from fedtune.runs.predict import Model, Prediction, load, show
 from fedtune.runs.run import run
@@ -40,6 +43,30 @@ def test_a_text_has_a_label_and_probabilities_that_sum_to_one(finished: tuple[Pa
     json.dumps([asdict(one) for one in found])
 
 
+def test_long_texts_are_seen_in_windows_as_in_the_run(
+    world: dict[str, Path], fedtune_home: Path, tmp_path: Path
+) -> None:
+    """And an exported model, which would see the first of them alone, is not made."""
+    config = tiny.make_config(world["model"], world["data"], output=str(tmp_path))
+    config.data.max_length, config.data.long_text, config.data.max_windows = 5, "window", 3
+    run(config, console=Console(file=io.StringIO()))
+    made, model = records.read(tmp_path), load(tmp_path, device="cpu")
+    _, test = load_corpus(config.data, config.seed)
+    found = model.predict(test.texts)
+    right = np.mean([one.label == test.label_names[y] for one, y in zip(found, test.labels, strict=True)])
+    assert right == pytest.approx(made["metrics"]["accuracy"])
+    beginnings = [" ".join(text.split()[:3]) for text in test.texts]
+    assert all(len(text.split()) <= 9 for text in test.texts)
+    differ = [
+        abs(one.probabilities["positive"] - cut.probabilities["positive"]) > 1e-4
+        for one, cut in zip(found, model.predict(beginnings), strict=True)
+    ]
+    long = np.array([len(text.split()) > 3 for text in test.texts])
+    assert not np.array(differ)[~long].any() and np.array(differ)[long].mean() > 0.5
+    with pytest.raises(DataError, match=r"3 windows of 5 tokens .* data.long_text=cut"):
+        export(tmp_path)
+
+
 def test_they_do_not_depend_on_what_else_is_asked(finished: tuple[Path, str]) -> None:
     together = predict(finished[0], TEXTS * 20)
     for number, text in enumerate(TEXTS):
@@ -50,7 +77,6 @@ def test_they_do_not_depend_on_what_else_is_asked(finished: tuple[Path, str]) ->
 def test_they_are_those_of_the_run_itself(finished: tuple[Path, str]) -> None:
     """The accuracy that the record claims, from the saved folder and the test texts."""
     from fedtune.config.loader import read_config
-    from fedtune.data.sources.load import load_corpus
 
     folder = finished[0]
     config, made = read_config(folder), records.read(folder)
@@ -214,7 +240,7 @@ def test_labels_and_texts_of_any_length_fit() -> None:
 
 
 def test_a_text_that_was_not_utf8_is_named(tmp_path: Path) -> None:
-    model = Model(tmp_path, ["no", "yes"], None, None, 8)
+    model = Model(tmp_path, ["no", "yes"], None, None, DataConfig())
     with pytest.raises(DataError, match="Text 2 of 2 is not UTF-8"):
         model.predict(["good", "b\udcffd"])
 

@@ -94,7 +94,7 @@ class Permit(Group):
     models: Words = ("embedded:minilm",)
     adapters: Adapters = ADAPTERS
     max_rank: int = setting(64, "of the two matrices of lora and ffa_lora", ge=1)
-    max_length: int = setting(512, "tokens that texts are cut to", ge=4)
+    max_length: int = setting(512, "tokens that are seen of a text, in all of its windows", ge=4)
     max_micro_batch_tokens: int = setting(16384, "computed at once: memory grows with it", ge=16)
     max_epsilon: float | None = setting(None, "of one run; null: what is left of the budget", gt=0)
     min_noise_multiplier: float = 0.3
@@ -192,7 +192,7 @@ class SiteSettings(Group):
     def own(self, asked: Config) -> Config:
         """The configuration that this node works with: the run's, with the data and engine of its own.
 
-        The length that texts are cut to and the split of a public data set stay the run's, and the label set
+        What is seen of a text and the split of a public data set stay the run's, and the label set
         where the site's file names none.
         """
         mine = {name: value for name, value in vars(self.data).items() if name != "labels"}
@@ -201,6 +201,8 @@ class SiteSettings(Group):
             only_site=self.site,
             test_fraction=asked.data.test_fraction,
             max_length=asked.data.max_length,
+            long_text=asked.data.long_text,
+            max_windows=asked.data.max_windows,
             labels=asked.data.labels if self.data.labels is None else list(self.data.labels),
         )
         return dataclasses.replace(
@@ -286,9 +288,11 @@ class SiteSettings(Group):
             yield f"model {named} is not among the permitted {', '.join(permit.models)}"
         if asked.adapter.name not in permit.adapters:
             yield f"adapter {asked.adapter.name} is not among the permitted {', '.join(permit.adapters)}"
+        windows = asked.data.windows
+        seen = "data.max_length" if windows == 1 else f"{windows} windows of data.max_length, together"
         for name, value, most in (
             ("adapter.rank", asked.adapter.rank, permit.max_rank),
-            ("data.max_length", asked.data.longest, permit.max_length),
+            (seen, asked.data.longest * windows, permit.max_length),
             ("train.micro_batch_tokens", asked.train.micro_batch_tokens, permit.max_micro_batch_tokens),
         ):
             if value > most:

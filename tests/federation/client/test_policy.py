@@ -70,6 +70,10 @@ def test_a_permitted_run_passes() -> None:
         (lambda c: setattr(c.federation, "num_rounds", 11), "11 rounds"),
         (lambda c: setattr(c.adapter, "rank", 65), "adapter.rank=65 is more than the permitted 64"),
         (lambda c: setattr(c.data, "max_length", 513), "data.max_length=513 is more than the permitted 512"),
+        (
+            lambda c: vars(c.data).update(max_length=65, long_text="window"),
+            "8 windows of data.max_length, together=520 is more than the permitted 512",
+        ),
         (lambda c: setattr(c.train, "micro_batch_tokens", 16385), "train.micro_batch_tokens=16385 is more"),
         (lambda c: setattr(c.model, "revision", "main"), "'embedded:minilm' of revision 'main' is not among"),
     ],
