@@ -41,6 +41,7 @@ from fedtune.models.encoder import (
 )
 from fedtune.models.flops import FlopCount
 from fedtune.models.merged_layers import MergedLayers, Seen
+from fedtune.models.pooling import of_texts
 from fedtune.models.quantization import stored_bytes
 from fedtune.models.side_by_side import side_by_side
 
@@ -51,7 +52,6 @@ __all__ = [
     "load_base",
     "load_model",
     "load_saved",
-    "of_texts",
     "read_saved",
 ]
 
@@ -92,17 +92,6 @@ class Centring(nn.Module):
         """A vector of zeros stays one."""
         length = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True)
         return LENGTH * nn.functional.normalize(pooled - length * self.centre, dim=-1)
-
-
-def of_texts(pooled: Tensor, text_of: Tensor | None) -> Tensor:
-    """Vectors of windows [b, d] -> of texts [b, d], the mean of each one's; `text_of` [b] says whose a window
-    is, None that each is a text. Places with no window are zero."""
-    if text_of is None:
-        return pooled
-    counts = torch.zeros(len(pooled), dtype=pooled.dtype, device=pooled.device)
-    counts.index_add_(0, text_of, torch.ones_like(counts))
-    sums = torch.zeros_like(pooled).index_add(0, text_of, pooled)
-    return sums / counts.clamp(min=1.0)[:, None]
 
 
 class EncoderClassifier(nn.Module):

@@ -41,9 +41,10 @@ from fedtune.data.batches import MicroBatch, micro_batches, pad
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.data.windows import Windows
 from fedtune.errors import ResourceError
-from fedtune.models.classifier import AdaptedModel, of_texts
+from fedtune.models.classifier import AdaptedModel
 from fedtune.models.encoder import autocast, computes_in
 from fedtune.models.merged_layers import MergedLayers
+from fedtune.models.pooling import of_texts
 
 __all__ = ["FeatureStore", "Features", "Progress"]
 
