@@ -7,7 +7,8 @@ checks of `federation.client.policy`, of which they weaken none.
 them), a site takes the runs of these people only. The submitter signs the run's whole configuration; the
 server passes the signature on, and cannot make one. A signature is good for one run at the server, and for
 one run by the messages' own number, by which the ledger counts: a server that starts the same run again, or
-puts messages of another into it, would spend the site's budget again.
+puts messages of another into it, would spend the site's budget again. What was signed before the site began
+to keep signatures (its file is new, or was lost) may have been used, and is refused.
 
 **Approval.** With `approval: true` each run waits for the site's administrator: it is refused, uncharged, and
 noted in `state/consent.json`; `fedtune node approve` shows it with what it would spend, and approves it; it
@@ -35,6 +36,7 @@ __all__ = ["SUBMITTER", "Consent", "Waiting", "check_lines", "shown", "sign_run"
 SUBMITTER = "submitter"  # of the run's own configuration, beside "fedtune"
 _PURPOSE = b"fedtune-submit:"
 _DAYS = 7.0  # from the signature until a node first sees the run
+_EARLIER = 60.0  # seconds by which clocks may differ
 _MOST = 50  # runs that wait, or were approved and used
 _LARGEST = 100_000  # characters of a configuration
 _LONGEST_RUN = 100  # characters of a run's number
@@ -92,6 +94,9 @@ class Consent:
         self._site = site
         self._path = Path(site.audit_log).with_name("consent.json")
         self._submitters = check_lines(site.submitters, "node.yaml")
+        if self._submitters:
+            with self._changing() as known:
+                known["since"] = known["since"] or _now()
 
     def check(self, server_run: int, run_config: Mapping[str, Any], message: Any) -> None:
         """Refuses a message of a run that may not be asked here.
@@ -164,6 +169,13 @@ class Consent:
                     f"The submitter signed this run once, and the server starts it again as run "
                     f"{server_run}. Nothing was charged."
                 )
+            known["since"] = known["since"] or _now()
+            began = datetime.datetime.fromisoformat(known["since"])
+            if seen is None and (began - when).total_seconds() > _EARLIER:
+                raise FederationError(
+                    f"{who}, and this one was signed before the site began to keep signatures: submit it "
+                    "again. Nothing was charged."
+                )
             if run is None or (seen is not None and seen[2] != run):
                 raise FederationError(
                     f"The submitter signed one run, and this message of run {server_run} at the server is "
@@ -207,8 +219,10 @@ class Consent:
         try:
             known = json.loads(self._path.read_text())
             runs, signatures = dict(known["runs"]), dict(known["signatures"])
+            began = known.get("since")
+            since = began and datetime.datetime.fromisoformat(began).astimezone(datetime.UTC).isoformat()
         except FileNotFoundError:
-            return {"runs": {}, "signatures": {}}
+            return {"runs": {}, "signatures": {}, "since": None}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LedgerError(
                 f"{self._path} cannot be read ({error}), and it says which runs were approved and which "
@@ -217,7 +231,7 @@ class Consent:
             ) from error
         oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=10 * _DAYS)
         kept = {one: seen for one, seen in signatures.items() if str(seen[1]) > oldest.isoformat()}
-        return {"runs": runs, "signatures": kept}
+        return {"runs": runs, "signatures": kept, "since": since}
 
 
 def shown(digest: str) -> str:

@@ -96,6 +96,20 @@ def test_a_server_cannot_put_another_run_into_a_signed_one(tmp_path: Path) -> No
     Consent(site).check(2, signed(), message("train", run="r1"))  # alice resumes it
 
 
+def test_what_was_signed_before_the_file_was_lost_may_have_been_used(tmp_path: Path) -> None:
+    site, mine, path = settings(tmp_path, submitters=[LINE]), signed(), tmp_path / "state" / "consent.json"
+    Consent(site).check(1, mine, message(run="r1"))
+    path.unlink()  # a new machine, with a backup's books
+    Consent(site)
+    known = json.loads(path.read_text())
+    later = datetime.datetime.fromisoformat(known["since"]) + datetime.timedelta(minutes=5)
+    path.write_text(json.dumps({**known, "since": later.isoformat()}))
+    assert "before the site began to keep signatures" in refusal(Consent(site), mine, 2, run="r2")
+    path.write_text(json.dumps({**known, "since": "now"}))
+    with pytest.raises(LedgerError, match="cannot be read"):
+        Consent(site)
+
+
 def test_a_signature_that_is_old_when_it_comes_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
