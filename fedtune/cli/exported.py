@@ -84,11 +84,15 @@ def export(
     help=help_text(
         "Accuracy, rates and F1 of each class, the confusion matrix, the calibration error and the best "
         "threshold, of an exported model on labelled texts, and by site where the data names sites. "
-        "Without noise: figures of private texts stay with their owner.",
+        "Without noise: figures of private texts stay with their owner. With --epsilon, of private texts: "
+        "accuracy, rates, F1 and confusion matrix from noised counts, which the ledger is charged for "
+        "first and which may be handed on.",
         """\
 fedtune evaluate MODEL_DIR test.csv
 fedtune evaluate MODEL_DIR FOLDER data.text=review data.label=stars
-fedtune evaluate MODEL_DIR test.csv -o FOLDER   with a picture""",
+fedtune evaluate MODEL_DIR test.csv -o FOLDER   with a picture
+fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 data.unit=patient
+fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 --node node.yaml""",
     ),
 )
 def evaluate(
@@ -98,15 +102,30 @@ def evaluate(
     ],
     settings: Annotated[
         list[str] | None,
-        argument("[SETTING...]", "data.text, data.label, data.site: which column is which; data.test_split."),
+        argument(
+            "[SETTING...]",
+            "data.text, data.label, data.site: which column is which; data.test_split. With --epsilon also "
+            "data.unit (persons) and data.name (as budgets call the texts).",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         option("Write evaluation.json and evaluation.png there.", "--output", "-o", metavar="FOLDER"),
     ] = None,
     wanted: Format = None,
+    epsilon: Annotated[
+        float | None, option("The texts are private: what their noised figures may cost.", metavar="E")
+    ] = None,
+    delta: Annotated[
+        float | None, option("Of --epsilon (default: the owner's budget's, else 1e-6).", metavar="D")
+    ] = None,
+    node: Annotated[
+        Path | None,
+        option("A real site's node.yaml: its ledger is charged (default: of simulations).", metavar="FILE"),
+    ] = None,
     json: Json = False,
 ) -> None:
+    from fedtune.errors import ConfigError
     from fedtune.serving import evaluation
 
     def advance(done: int, whole: int) -> None:
@@ -114,6 +133,22 @@ def evaluate(
             end = "\n" if done == whole else ""
             print(f"\r{done:,} of {whole:,} texts", end=end, file=sys.stderr, flush=True)
 
+    if epsilon is not None:
+        from fedtune.serving import private_evaluation
+
+        told = private_evaluation.evaluate_private(
+            model_dir, data, settings or [], wanted, epsilon=epsilon, delta=delta, node=node, advance=advance
+        )
+        paths = [] if output is None else [evaluation.keep_json(told.found, output)]
+        if json:
+            print_json(told.found)
+            return
+        private_evaluation.show(told)
+        for path in paths:
+            print(path)
+        return
+    if delta is not None or node is not None:
+        raise ConfigError("--delta and --node are for private texts: say with --epsilon what they may cost.")
     found = evaluation.evaluate(model_dir, data, settings or [], wanted, advance=advance)
     paths = [] if output is None else evaluation.keep(found, output)
     if json:

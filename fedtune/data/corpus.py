@@ -90,6 +90,11 @@ def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
     return codes.astype(np.int64), len(names)
 
 
+def _identity(marks: ByteArray, units: StrArray | None, source: str) -> Identity:
+    """Records by their `marks` [n, 32] and persons by their names [n], as a ledger takes them; private."""
+    return Identity(marks, None if units is None else np.unique(units).tolist(), source)
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """One split of a data set, as text.
@@ -182,6 +187,11 @@ class Corpus:
         joined = b"".join(mark_of(record) for record in zip(self.texts, pairs, strict=True))
         return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
 
+    @property
+    def identity(self) -> Identity:
+        """As `TokenizedCorpus.identity`."""
+        return _identity(self.marks, self.units, self.source or self.fingerprint())
+
     def fingerprint(self) -> str:
         """SHA-256 over the sorted texts; order, labels, persons, sites and name do not count."""
         return self._fingerprint
@@ -262,8 +272,7 @@ class TokenizedCorpus:
     @cached_property
     def identity(self) -> Identity:
         """The records and persons in this data, as a ledger takes them; private."""
-        persons = None if self.units is None else np.unique(self.units).tolist()
-        return Identity(self.marks, persons, self.source)
+        return _identity(self.marks, self.units, self.source)
 
     def tokens(self, index: int) -> Int32Array:
         """Token ids of one record, int32 [its length], without a copy: what a test compares with."""

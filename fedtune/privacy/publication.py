@@ -332,6 +332,16 @@ SINKS: Mapping[str, Fields] = {
         "check": public("which public texts, how many, what was asked of them, and the processor"),
         "quality": public("of a public test split"),
     },
+    # An exported model on private texts of an owner, who may hand this on.
+    "private_evaluation": {
+        **dict.fromkeys(("model", "format", "data"), _NAME),
+        "privacy": _PLAN,
+        **dict.fromkeys(
+            ("units", "accuracy", "precision_macro", "recall_macro", "f1_macro", "per_class", "hidden"),
+            charged("made of a noised confusion matrix alone"),
+        ),
+        "confusion": charged("every cell is noised"),
+    },
     # A compressed model: made of the released one and of texts that are public or nobody's.
     "compression": {
         **dict.fromkeys(("schema", "fedtune", "run", "privacy"), _NAME),

@@ -3,12 +3,13 @@ picture.
 
 Data is read and checked as a run reads it (`fedtune.data.sources.files`), with the model's own label set: a
 label that the model does not have is refused. Figures are of the labels as they are, without noise, so
-those of private texts are as private as the texts. What a node may tell of its own data, noised and
-charged, a run asks it for (`federation.evaluation=private`).
+those of private texts are as private as the texts. What may be told of private texts, noised and charged, is
+`fedtune.serving.private_evaluation`'s.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from fedtune.serving.measures import measure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "evaluate", "keep", "show"]
+__all__ = ["draw", "evaluate", "keep", "keep_json", "labelled_texts", "show"]
 
 _SETTINGS = ("data.text", "data.label", "data.site", "data.test_split")
 
@@ -62,7 +63,7 @@ def evaluate(
     """
     bundle = Bundle.open(model_dir)
     name = bundle.chosen(wanted)
-    corpus = _read(data, words, bundle.labels)
+    corpus = labelled_texts(data, words, bundle.labels)
     model = Classifier.open(bundle, name)
     done = 0
 
@@ -81,13 +82,26 @@ def evaluate(
     }
 
 
-def _read(data: Path, words: Sequence[str], labels: tuple[str, ...]) -> Corpus:
+def labelled_texts(
+    data: Path, words: Sequence[str], labels: tuple[str, ...], settings: Sequence[str] = _SETTINGS
+) -> Corpus:
+    """The texts of `data` with labels of a model.
+
+    Args:
+        data: as `evaluate`.
+        words: settings.
+        labels: the model's.
+        settings: the names that `words` may set.
+
+    Raises:
+        ConfigError, DataError: as `evaluate`.
+    """
     from fedtune.config.convert import value_text
 
     for word in words:
-        if word.partition("=")[0] not in _SETTINGS or "=" not in word:
+        if word.partition("=")[0] not in settings or "=" not in word:
             raise ConfigError(
-                f"{word!r} is none of the settings of an evaluation: {', '.join(_SETTINGS)} (as in "
+                f"{word!r} is none of the settings of an evaluation: {', '.join(settings)} (as in "
                 "data.text=review). The label set is the model's."
             )
     path = data.expanduser()
@@ -97,14 +111,12 @@ def _read(data: Path, words: Sequence[str], labels: tuple[str, ...]) -> Corpus:
         )
     named = any(word.startswith("data.test_split=") for word in words)
     split = ["data.test_split=test"] if path.is_dir() and not named else []
-    config = load(
-        ["data=files", f"data.path={value_text(path)}", "data.name=evaluation", *split, *words]
-    ).data
+    config = load(["data=files", f"data.path={value_text(path)}", *split, *words]).data
     # One file is the split that is tested on, whatever it is called.
     file = find_split(config, "test_split" if path.is_dir() else "train_split")
     columns = Columns.of(config)
     # All of one class may be what somebody wants to know about.
-    return build_corpus(data.name, read_table(file, columns), columns, labels, part=True, fixed=True)
+    return build_corpus(config.name, read_table(file, columns), columns, labels, part=True, fixed=True)
 
 
 def keep(found: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -113,13 +125,20 @@ def keep(found: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         ResourceError: they cannot be written.
     """
-    import json
+    path = keep_json(found, folder)
+    save(folder / "evaluation.png", draw(found))
+    return [path, folder / "evaluation.png"]
 
+
+def keep_json(found: Mapping[str, Any], folder: Path) -> Path:
+    """Writes evaluation.json into `folder`; returns its path.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
     text = json.dumps(dict(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    made = {"evaluation.json": text.encode(), "evaluation.png": draw(found)}
-    for name, content in made.items():
-        save(folder / name, content)
-    return [folder / name for name in made]
+    save(folder / "evaluation.json", text.encode())
+    return folder / "evaluation.json"
 
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:

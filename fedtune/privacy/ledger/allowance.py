@@ -39,15 +39,21 @@ from fedtune.privacy.plan import UNITS, PrivacyPlan, ReleasePlan
 __all__ = ["Allowance", "ReleaseRequest", "RunCounts"]
 
 _MOST_RUNS = 64  # whose releases a process counts
-_RELEASES = {"training": "releases", "evaluation": "answers about held-out data"}
+_RELEASES = {
+    "training": "releases",
+    "evaluation": "answers about held-out data",
+    "confusion": "confusion matrices",
+}
 _WHAT = {
     "training": "round {}",
     "evaluation": "the evaluation after round {}",
+    "confusion": "to tell how right a model is on its data",
     "run": "the run before its first round",
 }
 _WAY_OUT = {
     "training": "Lower federation.num_rounds or train.local_steps, or raise privacy.noise_multiplier.",
     "evaluation": "Lower federation.evaluation_epsilon or privacy.epsilon.",
+    "confusion": "Give a smaller --epsilon.",
 }
 _NO_FOLLOWER = "Its first run was admitted as a whole, as it was fixed in advance, and lets no other follow."
 _SPENT = "Nothing is left: use other data, or its owner allows more."

@@ -55,7 +55,7 @@ class Release:
         public: whether it counts as one of public data.
         steps: its noised steps with their counts, None if it had no noise.
         committed: whether it came to its end; one that did not counts all the same.
-        purpose: `training`, `evaluation` or `size`.
+        purpose: `training`, `evaluation`, `confusion` or `size`.
     """
 
     seq: int

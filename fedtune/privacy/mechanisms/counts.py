@@ -1,5 +1,7 @@
 """Noised counts: how many units a node has, and how often a model is right on those that it holds out.
 
+(Which labels an exported model takes for which: `fedtune.privacy.mechanisms.confusion`.)
+
 A count is a release like any other, beside the training of every trust model: charged to the node's ledger
 before anything is counted, one Gaussian to the accountant, and inside the run's target epsilon. Every node
 adds all of the noise by itself, also where training relies on secure aggregation. Two kinds:
@@ -120,6 +122,16 @@ class CountPlan:
         terms = self.terms(self.num_rounds if releases is None else releases)
         return math.inf if terms is None else epsilon_of_terms(terms, self.delta)
 
+    @property
+    def scale(self) -> int:
+        """Steps that one unit's vote has: the L2 sensitivity of what is counted."""
+        return steps_of_one(self.noise_multiplier) if self.is_private() else _STD
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise in each cell, in units; 0.0 without privacy."""
+        return _STD / self.scale if self.is_private() else 0.0
+
     def entropy(self, node: str, round: int = 0, attempt: int = 0) -> Entropy:
         """Randomness of one count, never that of a training round; see `PrivacyPlan.entropy`."""
         if self.is_private() and not self.reproducible_noise:
@@ -139,9 +151,8 @@ class SizePlan(CountPlan):
         Guarantee: one Gaussian of `noise_multiplier` in terms of one unit added or removed, as `terms(1)`
         accounts for. The caller must have reserved that in the node's ledger before it counted.
         """
-        scale = steps_of_one(self.noise_multiplier)
-        noised = units * scale + int(discrete_gaussian(1, MAX_LOG2_STD, entropy)[0])
-        return max(1, round(noised / scale))
+        noised = units * self.scale + int(discrete_gaussian(1, MAX_LOG2_STD, entropy)[0])
+        return max(1, round(noised / self.scale))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,16 +163,6 @@ class EvaluationPlan(CountPlan):
     purpose: ClassVar[str] = "evaluation"
 
     share: float
-
-    @property
-    def scale(self) -> int:
-        """Steps that one unit's vote has: the L2 sensitivity of the two cells."""
-        return steps_of_one(self.noise_multiplier) if self.is_private() else _STD
-
-    @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise in each cell, in units; 0.0 without privacy."""
-        return _STD / self.scale if self.is_private() else 0.0
 
     def votes(
         self, right: npt.NDArray[np.bool_], persons: npt.NDArray[np.int64] | None
@@ -269,22 +270,26 @@ class Estimate:
     units: float
 
 
-def estimate(right: float, wrong: float, answers: int, noise_std: float) -> Estimate:
+def estimate(
+    right: float, wrong: float, answers: int, noise_std: float, cells: tuple[int, int] = (1, 1)
+) -> Estimate:
     """Accuracy from the sum of `answers` noised answers, in units, each with noise `noise_std` in each cell.
 
-    The divisor is right + wrong, which is noised itself: the real number of units is known to nobody here.
-    With N of them and accuracy p the noise adds m s^2 (p^2 + (1-p)^2) / N^2 to the variance (m answers of
-    noise s; first order), the finite number p (1-p) / N at most, taken at the p of Agresti and Coull (1998)
-    so that it is not zero where all are right. Where N is not 4 standard deviations of its noise, the first
-    order means nothing, and accuracy is unknown. Post-processing: costs nothing.
+    `cells`: how many of them `right` and `wrong` are the sums of (one that enters twice counts for four). The
+    divisor is right + wrong, which is noised itself: the real number of units is known to nobody here. With N
+    of them and accuracy p the noise adds m s^2 (b p^2 + a (1-p)^2) / N^2 to the variance (m answers of noise
+    s in a and b cells; first order), the finite number p (1-p) / N at most, taken at the p of Agresti and
+    Coull (1998) so that it is not zero where all are right. Where N is not 4 standard deviations of its
+    noise, the first order means nothing, and accuracy is unknown. Post-processing: costs nothing.
     """
     units = right + wrong
     noise = noise_std * math.sqrt(answers)
-    if units <= 0.0 or units < _CLEAR * noise * math.sqrt(2.0):
+    if units <= 0.0 or units < _CLEAR * noise * math.sqrt(sum(cells)):
         return Estimate(None, None, units)
     share = min(max(right / units, 0.0), 1.0)
     middle = (share * units + 2.0) / (units + 4.0)
-    variance = (noise / units) ** 2 * (share**2 + (1.0 - share) ** 2) + middle * (1.0 - middle) / units
+    spread = cells[1] * share**2 + cells[0] * (1.0 - share) ** 2
+    variance = (noise / units) ** 2 * spread + middle * (1.0 - middle) / units
     return Estimate(share, math.sqrt(variance), units)
 
 

@@ -1,0 +1,184 @@
+"""`fedtune evaluate --epsilon`: charged before anything is computed, noised, and refused over a budget."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from fedtune.cli.app import main
+from fedtune.config.files import state_dir
+from fedtune.deploy.site import check_books, open_ledger, read_site
+from fedtune.errors import BudgetExhausted, ConfigError, DataError
+from fedtune.privacy.ledger.budget import PrivacyBudget
+from fedtune.privacy.ledger.simulation import simulation_ledger
+from fedtune.privacy.mechanisms.confusion import ConfusionPlan
+from fedtune.serving.classifier import Classifier
+from fedtune.serving.evaluation import evaluate
+from fedtune.serving.private_evaluation import Told, evaluate_private, show
+
+
+@pytest.fixture
+def visits(world: dict[str, Path], tmp_path: Path) -> Path:
+    """The test texts 50 times, each time of other persons, four texts a person: 500 persons."""
+    with (world["data"] / "test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / "visits.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label", "patient"])
+        for time in range(50):
+            writer.writerows([r["text"], r["label"], f"p{time}-{i // 4}"] for i, r in enumerate(rows))
+    return tmp_path / "visits.csv"
+
+
+def printed(told: Told) -> str:
+    console = Console(file=io.StringIO(), width=100, highlight=False)
+    show(told, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def releases() -> int:
+    return len(simulation_ledger(state_dir() / "ledgers").releases())
+
+
+def test_it_tells_about_what_is_true_and_the_ledger_has_it(
+    exported: Path, visits: Path, fedtune_home: Path
+) -> None:
+    told = evaluate_private(exported, visits, ["data.unit=patient"], "hf", epsilon=1.0)
+    found, true = told.found, evaluate(exported, visits, [], "hf")
+    privacy = found["privacy"]
+    assert 0.98 <= privacy["epsilon"] <= 1.0 and privacy["delta"] == 1e-6 and privacy["unit"] == "person"
+    assert privacy["adjacency"] == "add or remove one person"
+    # Everybody has four texts, so that a person's share is a text's: the rates are nearly the same.
+    accuracy = found["accuracy"]
+    assert abs(accuracy["value"] - true["accuracy"]) < 5 * accuracy["standard_error"]
+    noise = privacy["noise_std"]
+    assert np.abs(np.array(found["confusion"]) - np.array(true["confusion"]) / 4).max() < 6 * noise
+    assert found["units"] == pytest.approx(500, abs=6 * 2 * noise) and found["units"] != 500
+    (release,) = simulation_ledger(state_dir() / "ledgers").releases()
+    assert (release.purpose, release.unit, release.committed) == ("confusion", "person", True)
+    ((term, count),) = release.steps or ()
+    assert (term.noise_multiplier, count) == (privacy["noise_multiplier"], 1)
+    assert told.total[0] == pytest.approx(privacy["epsilon"], rel=0.01)
+    text = printed(told)
+    for words in (
+        "macro F1",
+        "positive",
+        "epsilon 1 at delta 1e-06",
+        "one vote a person",
+        "persons of files",
+    ):
+        assert words in text
+
+
+def test_two_of_them_compose_and_the_second_is_refused_over_a_budget(exported: Path, visits: Path) -> None:
+    ledger = simulation_ledger(state_dir() / "ledgers")
+    ledger.set_budget(PrivacyBudget(1.5, 1e-6, None), dataset="visits")
+    words = ["data.unit=patient", "data.name=visits"]
+    one = evaluate_private(exported, visits, words, "hf", epsilon=1.0)
+    assert one.found["privacy"]["delta"] == 1e-6
+    with pytest.raises(
+        BudgetExhausted, match=r"refuses to tell how right.*over its\s+budget of 1.5.*--epsilon"
+    ):
+        evaluate_private(exported, visits, words, "hf", epsilon=1.0)
+    assert releases() == 1
+
+
+def test_it_is_charged_before_the_model_is_asked(
+    exported: Path, visits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(self: Classifier, *args: object) -> None:
+        raise RuntimeError(f"{releases()} charged")
+
+    monkeypatch.setattr(Classifier, "logits", crash)
+    with pytest.raises(RuntimeError, match="1 charged"):
+        evaluate_private(exported, visits, [], epsilon=1.0)
+    (left,) = simulation_ledger(state_dir() / "ledgers").releases()
+    assert not left.committed  # and counts all the same
+
+
+def test_what_leaves_was_noised_and_only_the_plan_saw_the_texts(
+    exported: Path, visits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the mechanism's answer held still, other texts leave the same words."""
+    fixed = lambda *args: np.array([[90.0, 10.0], [20.0, 80.0]])  # noqa: E731
+    monkeypatch.setattr(ConfusionPlan, "answer", fixed)
+    first = evaluate_private(exported, visits, ["data.name=a"], epsilon=1.0).found
+    rows = visits.read_text().splitlines()
+    visits.write_text("\n".join([*rows[:50], *rows[60:90], ",positive,p"]) + "\n")
+    second = evaluate_private(exported, visits, ["data.name=a"], epsilon=1.0)
+    assert second.found == first
+    assert second.notes and "dropped" in second.notes[0]
+    assert "For you alone: " in printed(second)
+
+
+def test_what_it_does_not_take_costs_nothing(exported: Path, visits: Path, tmp_path: Path) -> None:
+    for words, error in ((["data.site=site"], ConfigError), (["data.unit=nobody"], DataError)):
+        with pytest.raises(error):
+            evaluate_private(exported, visits, words, epsilon=1.0)
+    for epsilon, delta in ((0.0, None), (-1.0, None), (float("nan"), None), (1.0, 1.0), (1.0, 0.0)):
+        with pytest.raises(ConfigError, match="promises nothing"):
+            evaluate_private(exported, visits, [], epsilon=epsilon, delta=delta)
+    with pytest.raises(Exception, match=r"meets --epsilon 1e-07"):
+        evaluate_private(exported, visits, [], epsilon=1e-7)
+    assert releases() == 0
+
+
+def command(*words: object) -> int:
+    with pytest.raises(SystemExit) as done:
+        main([str(word) for word in words])
+    return int(done.value.code or 0)
+
+
+def test_on_the_command_line_as_a_program_and_with_delta_alone(
+    exported: Path, visits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private = ["evaluate", exported, visits, "data.unit=patient", "--epsilon", 1, "--format", "hf"]
+    assert command(*private, "--json", "-o", tmp_path / "out") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert "notes" not in found and "total" not in found
+    assert command("evaluate", exported, visits, "--delta", 1e-5) == 2
+    assert "--epsilon" in capsys.readouterr().err
+
+
+@pytest.fixture
+def node(visits: Path, world: dict[str, Path], tmp_path: Path) -> Path:
+    values = {
+        "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9", "ca": "ca.crt", "key": "node.key",
+        "data": {
+            "name": "visits", "path": "visits.csv", "declared_size": 500, "unit": "patient",
+            "labels": ["negative", "positive"],
+        },
+        "budget": {"epsilon": 2.0, "delta": 1e-4},
+        "ledger": "state/ledger.sqlite", "audit_log": "state/audit.jsonl",
+    }  # fmt: skip
+    (tmp_path / "node.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path / "node.yaml"
+
+
+def test_a_real_site_s_ledger_is_charged_and_its_audit_log_says_so(
+    exported: Path, visits: Path, node: Path
+) -> None:
+    site = read_site(node)
+    with pytest.raises(Exception, match="budget"):  # before the node was ever started
+        evaluate_private(exported, visits, [], "hf", epsilon=1.0, node=node)
+    open_ledger(site, setting=True)
+    told = evaluate_private(exported, visits, [], "hf", epsilon=1.0, node=node)
+    privacy = told.found["privacy"]
+    assert (privacy["unit"], privacy["delta"]) == ("person", 1e-4) and told.found["data"] == "visits"
+    (release,) = open_ledger(site).releases()
+    assert (release.node, release.purpose) == ("clinic-1", "confusion")
+    check_books(site)  # the two books vouch for one another
+    last = json.loads(Path(site.audit_log).read_text().splitlines()[-1])
+    assert (last["event"], last["message"]) == ("released", "fedtune evaluate")
+    with pytest.raises(BudgetExhausted, match="over its\\s+budget of 2"):
+        evaluate_private(exported, visits, [], "hf", epsilon=1.9, node=node)
+    assert releases() == 0  # not the ledger of simulations
