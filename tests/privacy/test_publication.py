@@ -172,6 +172,7 @@ CHARGED: dict[str, str] = {
     "history": "rounds.*.accuracy rounds.*.accuracy_error rounds.*.loss",
     "round": "accuracy accuracy_error loss",
     "server_metrics": "fedtune_server_run_accuracy",
+    "private_evaluation": ("units accuracy precision_macro recall_macro f1_macro per_class hidden confusion"),
 }
 
 PUBLIC: dict[str, str] = {
@@ -221,6 +222,7 @@ PUBLIC: dict[str, str] = {
     ),
     "export": "schema fedtune run labels inputs made max_length base pad_id formats check quality",
     "compression": "schema fedtune run made base settings texts processor privacy original steps formats",
+    "private_evaluation": "model format data privacy",
     "failure": "error overrides when",
     "round": "round num_rounds epsilon bytes_up bytes_down dropped updates void delta",
     "server_metrics": """

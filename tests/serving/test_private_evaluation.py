@@ -71,7 +71,7 @@ def test_it_tells_about_what_is_true_and_the_ledger_has_it(
     for words in (
         "macro F1",
         "positive",
-        "epsilon 1 at delta 1e-06",
+        f"epsilon {privacy['epsilon']:.3g} at delta 1e-06",
         "one vote a person",
         "persons of files",
     ):
@@ -85,7 +85,7 @@ def test_two_of_them_compose_and_the_second_is_refused_over_a_budget(exported: P
     one = evaluate_private(exported, visits, words, "hf", epsilon=1.0)
     assert one.found["privacy"]["delta"] == 1e-6
     with pytest.raises(
-        BudgetExhausted, match=r"refuses to tell how right.*over its\s+budget of 1.5.*--epsilon"
+        BudgetExhausted, match=r"refuses to tell how right.* over its\s+budget of 1.5.*--epsilon"
     ):
         evaluate_private(exported, visits, words, "hf", epsilon=1.0)
     assert releases() == 1
