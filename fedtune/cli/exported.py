@@ -141,7 +141,7 @@ def evaluate(
         )
         paths = [] if output is None else [evaluation.keep_json(told.found, output)]
         if json:
-            print_json(told.found)
+            print_json("evaluate --epsilon", told.found)
             return
         private_evaluation.show(told)
         for path in paths:

@@ -336,11 +336,8 @@ SINKS: Mapping[str, Fields] = {
     "private_evaluation": {
         **dict.fromkeys(("model", "format", "data"), _NAME),
         "privacy": _PLAN,
-        **dict.fromkeys(
-            ("units", "accuracy", "precision_macro", "recall_macro", "f1_macro", "per_class", "hidden"),
-            charged("made of a noised confusion matrix alone"),
-        ),
-        "confusion": charged("every cell is noised"),
+        **dict.fromkeys(("units", "accuracy", "precision_macro", "recall_macro", "f1_macro"), _QUALITY),
+        **dict.fromkeys(("per_class", "hidden", "confusion"), charged("of a noised confusion matrix alone")),
     },
     # A compressed model: made of the released one and of texts that are public or nobody's.
     "compression": {

@@ -124,6 +124,8 @@ def test_exported_models(exported: Path, world: dict[str, Path], answer: Any) ->
         ExportedModel(exported).predict([("a", "b")])
     found = answer("evaluate", "evaluate", str(exported), str(world["data"] / "test.csv"))
     assert found["data"] and len(found["confusion"]) == 2
+    private = ["evaluate", str(exported), str(world["data"] / "test.csv"), "--epsilon", "5"]
+    assert answer("evaluate --epsilon", *private)["privacy"]["unit"] == "record"
     assert answer("key", "key", "clinic-1", "--keys", "keys.txt")["name"] == "clinic-1"
 
 

@@ -19,8 +19,7 @@ Budgets stop by a filter that is proven for releases chosen while results are se
 (`fedtune.privacy.accounting.filter`). `epsilon` of one run is that of its privacy loss distribution, of
 several the Renyi number, which is larger. A run is held to its plan: what a release adds never changes.
 
-A release is made for training, evaluation, a confusion matrix or a size (`plan.purpose`). All compose; each
-is counted by itself.
+A release has a purpose (`plan.purpose`: training, evaluation, ...). All compose; each is counted by itself.
 A real node's ledger is bound to the node that first reserves; all nodes of simulations share one
 (`fedtune.privacy.ledger.simulation`). Several processes may share a ledger.
 """

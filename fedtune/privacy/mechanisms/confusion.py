@@ -53,7 +53,7 @@ class ConfusionPlan(CountPlan):
 
         Args:
             labels: int64 [n], each in [0, c); n may be 0.
-            said: int64 [n], as `labels`.
+            said: int64 [n], as `labels`; each must follow from its own text alone.
             persons: int64 [n], whose each text is (needed for unit=person, else ignored).
 
         Returns:
