@@ -120,20 +120,20 @@ def round_is_told_before_it_is_saved() -> Iterator[None]:
 
 
 @contextmanager
-def attempt_is_not_counted() -> Iterator[None]:
-    """A run that goes on takes the number of the start before it."""
-    from fedtune.federation.server import loop
+def torn_line_counts() -> Iterator[None]:
+    """What a power cut left of a line of the audit log is taken for a line."""
+    from fedtune.federation.client import audit_log
 
-    with mock.patch.object(loop, "next_attempt", return_value=1):
+    with mock.patch.object(audit_log, "_end_of_lines", lambda file: file.seek(0, os.SEEK_END)):
         yield
 
 
 @contextmanager
-def dropout_stays_in_the_sum() -> Iterator[None]:
-    """Who gave no vector counts among the survivors of a secure sum."""
-    from fedtune.federation.secagg.protocol import MaskedSum
+def plan_for_too_few() -> Iterator[None]:
+    """A plan is made for fewer nodes than a round needs."""
+    from fedtune.federation.server import loop
 
-    with mock.patch.object(MaskedSum, "survivors", lambda self: list(self.session.nodes)):
+    with mock.patch.object(loop, "check_enough"), mock.patch.object(loop, "check_possible"):
         yield
 
 
@@ -147,7 +147,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         folder_without_sync,
         retry_releases_again,
         round_is_told_before_it_is_saved,
-        attempt_is_not_counted,
-        dropout_stays_in_the_sum,
+        torn_line_counts,
+        plan_for_too_few,
     )
 }

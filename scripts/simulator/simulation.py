@@ -101,6 +101,7 @@ class _Site:
         try:
             open_ledger(self.settings, setting=True)
             check_books(self.settings)
+            head = books_of(self.settings).head()  # which the server is told
         except Crash as crash:
             self.dies(crash)
             return
@@ -111,7 +112,7 @@ class _Site:
             return
         world.looking = True
         world.witness.books(self.name)
-        world.witness.heads[self.name] = books_of(self.settings).head()
+        world.witness.heads[self.name] = head
         world.looking = False
         world.log(f"{self.name} is up")
         self.up = True
@@ -210,7 +211,7 @@ class _Simulation:
         self.link = Link(self.clock, Network.drawn(self.chance), self.chance)
         self.work = self.chance.choice([0.1, 5.0, 20.0])  # seconds of an answer, in the mean
         self.left = self.chance.choice([0, 1, 1, 2, 3, 6, 12])  # failures to come, at most
-        self.rate = self.chance.choice([0.002, 0.01, 0.05])  # of failures, a write
+        self.rate = self.chance.choice([0.004, 0.015, 0.05])  # of failures, a write
         self.failures: dict[str, int] = {}
         self.calm = self.serving = self.looking = False
         self.attempts = 0
@@ -253,11 +254,11 @@ class _Simulation:
             raise Violation(f"the run has waited for {_LONGEST:g} s")
         if self.clock.now > _LONGEST / 2 and not self.calm:
             self._calm_down()
-        self.clock.at(self.chance.expovariate(1 / 100.0), self._strike)
+        self.clock.at(self.chance.expovariate(1 / 50.0), self._strike)
         if self.calm or self.left == 0:
             return
         kind = self._fails(self.chance.choice(["kill", "power"]))
-        victim = self.chance.choice([self.server, *(site.machine for site in self.sites)])
+        victim = self.chance.choice([self.server, self.server, *(site.machine for site in self.sites)])
         victim._died = kind
         if victim is self.server:
             self.log(f"the server dies ({kind})")
@@ -331,7 +332,7 @@ class _Simulation:
             self.witness.settings[site.name] = site.settings
             self.link.sites[site.id] = site
             site.start()
-        self.clock.at(self.chance.expovariate(1 / 100.0), self._strike)
+        self.clock.at(self.chance.expovariate(1 / 50.0), self._strike)
         run = next(self.link.runs)
         while True:
             self.attempts += 1

@@ -138,8 +138,11 @@ class Witness:
         names = sorted(outcome.used)
         if outcome.aggregate is None:
             return
-        self.rounds[ask.round], self.used[ask.round] = np.array(outcome.aggregate), names
-        if ask.plan.mechanism.round == "clipped":
+        # A trusted server counts an answer that failed as zero: it is used, and nothing was released.
+        clipped = ask.plan.mechanism.round == "clipped"
+        self.rounds[ask.round] = np.array(outcome.aggregate)
+        self.used[ask.round] = [] if clipped else names
+        if clipped:
             return  # noised at the server
         candidates = itertools.product(*(self.made[name, ask.round] for name in names))
         if not any(self._is_sum(ask, names, parts, outcome.aggregate) for parts in candidates):
