@@ -30,11 +30,14 @@ Format = Annotated[
     help=help_text(
         "Writes a folder that people can use without fedtune: the model for transformers (adapter merged), "
         "the adapter alone, ONNX in float32 and int8, each checked against the run's own model; a model "
-        "card, a data card, the privacy statement, and the sums of all files. It costs no privacy.",
+        "card, a data card, the privacy statement, and the sums of all files. It costs no privacy. "
+        "onnx-int8-static has ranges that are fixed by public texts, for processors and programs that want "
+        "those.",
         """\
 fedtune export RUN_DIR
 fedtune export RUN_DIR -o FOLDER --format hf,onnx-int8
-fedtune export RUN_DIR --texts public.txt     check with these, one a line""",
+fedtune export RUN_DIR --texts public.txt     check with these, one a line
+fedtune export RUN_DIR --format onnx-int8-static --calibrate public.txt""",
     ),
 )
 def export(
@@ -43,13 +46,26 @@ def export(
         Path | None, option("A new folder (default: RUN_DIR/export).", "--output", "-o", metavar="FOLDER")
     ] = None,
     formats: Annotated[
-        str, option("hf, adapter, onnx, onnx-int8, with commas (default: all).", "--format", metavar="NAMES")
+        str,
+        option(
+            "hf, adapter, onnx, onnx-int8, with commas (default: these); onnx-int8-static.",
+            "--format",
+            metavar="NAMES",
+        ),
     ] = "hf,adapter,onnx,onnx-int8",
     texts: Annotated[
         Path | None,
         option(
             "Texts to check with, one a line; figures of them are in the export (default: the run's public "
             "test split).",
+            metavar="FILE",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        option(
+            "Public texts, one a line, for the ranges of onnx-int8-static (default: the run's training "
+            "texts, if they are public).",
             metavar="FILE",
         ),
     ] = None,
@@ -66,6 +82,7 @@ def export(
         output,
         [name.strip() for name in formats.split(",") if name.strip()],
         texts=texts,
+        calibrate=calibrate,
         say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
     about = library.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))

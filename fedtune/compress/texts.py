@@ -23,11 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtune.config.convert import from_dict
-from fedtune.data.corpus import Corpus
-from fedtune.data.sources.load import hold_out, load_corpus
-from fedtune.errors import ConfigError, DataError, FedtuneError
-from fedtune.export.checks import lines_of, public_test_split
+from fedtune.data.sources.load import hold_out
+from fedtune.errors import ConfigError, DataError
+from fedtune.export.checks import lines_of, own_texts, plain, public_test_split
 
 __all__ = ["POST_PROCESSING", "Texts", "altered", "texts_for", "texts_of_file"]
 
@@ -90,8 +88,8 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
         )  # fmt: skip
     lines = lines_of(Path(named).expanduser())
     notes = _own_texts(record, lines)
-    measured = {_plain(text) for text in public.texts}
-    learn_lines = tuple(line for line in lines if _plain(line) not in measured)
+    measured = {plain(text) for text in public.texts}
+    learn_lines = tuple(line for line in lines if plain(line) not in measured)
     if len(learn_lines) < len(lines):
         notes.append(
             f"{len(lines) - len(learn_lines):,} of the {len(lines):,} texts of {Path(named).name} are in the "
@@ -144,15 +142,12 @@ def _checked(texts: Texts) -> Texts:
 
 def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     """Refuses private training texts of the run among `lines`; notes of what was found or cannot be known."""
-    try:
-        train: Corpus = load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0]
-    except (FedtuneError, OSError) as error:
+    shared, known = own_texts(record, lines)
+    if not known:
         return [
             "The run's training data cannot be read here, so that nobody could compare the named texts with "
-            f"it ({type(error).__name__})."
+            "it."
         ]
-    own = {_plain(text) for text in train.texts}
-    shared = sum(_plain(line) in own for line in lines)
     if not shared:
         return []
     if record["privacy"].get("data_public") is not True:
@@ -168,10 +163,6 @@ def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
         f"{shared:,} of the {len(lines):,} texts to learn from are training texts of the run, which its "
         "owner declared public. Their labels were not looked at; but on other data this would not be free."
     ]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def altered(texts: Sequence[str], copies: int, mask: str, seed: int) -> list[str]:

@@ -140,7 +140,8 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
             ),
         ]
     if any(name.startswith("onnx") for name in about["formats"]):
-        name = "model_int8.onnx" if "onnx-int8" in about["formats"] else "model.onnx"
+        files = {"onnx-int8": "model_int8.onnx", "onnx-int8-static": "model_int8_static.onnx"}
+        name = next((file for one, file in files.items() if one in about["formats"]), "model.onnx")
         zeros = ', "token_type_ids": mask * 0' if "token_type_ids" in about["inputs"] else ""
         parts += [
             "**onnxruntime**, without torch: `pip install onnxruntime tokenizers`.",
@@ -292,15 +293,25 @@ def _formats(about: Mapping[str, Any]) -> list[str]:
         f"a logit of `hf` and `onnx` may differ by {check['tolerance']:g} at most, or nothing is exported.",
         table(["format", "file", "size", "largest difference of a logit", "labels equal", "accuracy"], rows),
     ]
-    eight = about["formats"].get("onnx-int8")
-    if eight is not None:
+    eights = {
+        name: about["formats"][name] for name in ("onnx-int8", "onnx-int8-static") if name in about["formats"]
+    }
+    for name, eight in eights.items():
         if eight["labels_equal"] < check["labels_equal_asked"]:
             parts.append(
-                f"**`onnx-int8` keeps {eight['labels_equal']:.2%} of the labels, less than the "
+                f"**`{name}` keeps {eight['labels_equal']:.2%} of the labels, less than the "
                 f"{check['labels_equal_asked']:.0%} that are asked for.** Use `onnx` where that matters."
             )
+        if "calibrated_on" in eight:
+            parts.append(
+                f"`{name}` has fixed ranges, taken from {plain(eight['calibrated_on'])}. Texts of another "
+                "kind may lie outside of them."
+            )
+    if eights:
+        names = " and ".join(f"`{name}`" for name in eights)
+        were = "was" if len(eights) == 1 else "were"
         parts.append(
-            f"`onnx-int8` was checked on a processor with {check['processor']}. On an x86 without VNNI "
+            f"{names} {were} checked on a processor with {check['processor']}. On an x86 without VNNI "
             "large products saturate: run `fedtune evaluate` there before you rely on it."
         )
     return parts

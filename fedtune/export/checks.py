@@ -10,7 +10,7 @@ right, and little about labels of real texts.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.data.corpus import Corpus
-from fedtune.errors import DataError, FedtuneError, ModelError, ResourceError
+from fedtune.errors import ConfigError, DataError, FedtuneError, ModelError, ResourceError
 from fedtune.runs.predict import check_texts
 
 __all__ = [
@@ -27,8 +27,11 @@ __all__ = [
     "TOLERANCE",
     "CheckTexts",
     "agreement",
+    "calibration_texts",
     "check_texts_of",
     "lines_of",
+    "own_texts",
+    "plain",
     "public_test_split",
     "refuse_if_wrong",
 ]
@@ -36,6 +39,7 @@ __all__ = [
 TOLERANCE = 1e-3  # of a logit, for formats in float32; the arithmetic is the same, its order is not
 LABELS_EQUAL = 0.99  # share of labels, for int8
 _MADE_UP = 256
+_CALIBRATION = 512  # texts are enough for ranges
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,66 @@ def public_test_split(record: Mapping[str, Any]) -> Corpus | None:
     if test.label_names != tuple(record["data"]["labels"]):
         raise DataError("its label set is not the run's any more")
     return test
+
+
+def calibration_texts(record: Mapping[str, Any], named: Path | None) -> tuple[list[str], str]:
+    """The texts that static int8 takes its ranges from, and what they are, in words: public ones, for a file
+    with the ranges tells of them.
+
+    Args:
+        record: of the run.
+        named: a file with one public text a line; None: training texts of the run, if they are public.
+
+    Raises:
+        DataError: the file has no texts, or private training texts of the run.
+        ConfigError: none is named, and those of the run are private or cannot be read here.
+        ResourceError: the file cannot be read.
+    """
+    if named is not None:
+        lines = lines_of(named)
+        shared, _ = own_texts(record, lines)
+        if shared and record["privacy"].get("data_public") is not True:
+            raise DataError(
+                f"{shared:,} of the {len(lines):,} texts of {named.name} are private training texts of this "
+                "run. The ranges in a file of static int8 would tell of them what no ledger was charged for, "
+                "and a charged way is not supported. Name public texts (--calibrate FILE), or take the "
+                "format that needs none: --format onnx-int8."
+            )
+        where = f"{named.name}, which was named as public"
+    else:
+        texts = _training_texts(record) if record["privacy"].get("data_public") is True else None
+        if texts is None:
+            raise ConfigError(
+                "Static int8 takes its ranges from texts, which have to be public, and those that this run "
+                "learnt from are private or cannot be read here. Name public texts, one a line (--calibrate "
+                "FILE), or take the format that needs none: --format onnx-int8."
+            )
+        lines, where = list(texts), "the run's training texts, which are public"
+    some = random.Random(0).sample(lines, min(len(lines), _CALIBRATION))
+    return some, f"{len(some):,} of {where}"
+
+
+def own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> tuple[int, bool]:
+    """How many of `lines` are training texts of the run; and whether those could be read here to compare."""
+    texts = _training_texts(record)
+    own = {plain(text) for text in texts or ()}
+    return sum(plain(line) in own for line in lines), texts is not None
+
+
+def plain(text: str) -> str:
+    """A text as it is compared with others: whatever its capitals and blanks."""
+    return " ".join(text.casefold().split())
+
+
+def _training_texts(record: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """All training texts of the run; None where they cannot be read here."""
+    from fedtune.config.convert import from_dict
+    from fedtune.data.sources.load import load_corpus
+
+    try:
+        return load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0].texts
+    except (FedtuneError, OSError):
+        return None
 
 
 def agreement(

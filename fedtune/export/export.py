@@ -28,7 +28,7 @@ from fedtune.errors import ConfigError, ResourceError
 from fedtune.export import card, checks
 from fedtune.privacy.publication import publish
 from fedtune.runs import predict, record
-from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, write_sums
+from fedtune.serving.bundle import EXPORT_NAME, FORMATS, OPTIONAL, PATHS, write_sums
 from fedtune.serving.classifier import (
     Classifier,
     Forward,
@@ -58,14 +58,17 @@ def export(
     formats: Sequence[str] = FORMATS,
     *,
     texts: Path | None = None,
+    calibrate: Path | None = None,
     say: Say = lambda line: None,
 ) -> Path:
     """Exports the finished run in `run_dir`.
 
     Args:
         output: the new folder; None: `export` in the run folder.
-        formats: of `FORMATS`.
+        formats: of `FORMATS` and `OPTIONAL`.
         texts: a file with one text a line to check with; None: the run's public test split, or made-up ones.
+        calibrate: a file with one public text a line that static int8 takes its ranges from; None: training
+            texts of the run, if they are public.
         say: is told of each step.
 
     Returns:
@@ -78,14 +81,16 @@ def export(
         ModelError: the base cannot be loaded, or what was made is not what was trained.
         ResourceError: the folder cannot be written.
     """
-    _check(formats)
+    _check(formats, calibrate)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
     predict.refuse_pieces(folder, made, "an export")
     adapter = predict.adapter_of(folder, made)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
+    calibrated = checks.calibration_texts(made, calibrate) if "onnx-int8-static" in formats else None
+    asked = [name for name in (*FORMATS, *OPTIONAL) if name in formats]
     with new_folder(target) as whole:
-        _write(whole, adapter, published, [name for name in FORMATS if name in formats], texts, say)
+        _write(whole, adapter, published, asked, texts, calibrated, say)
     return target
 
 
@@ -114,11 +119,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _check(formats: Sequence[str]) -> None:
-    unknown = [name for name in formats if name not in FORMATS]
+def _check(formats: Sequence[str], calibrate: Path | None) -> None:
+    known = (*FORMATS, *OPTIONAL)
+    unknown = [name for name in formats if name not in known]
     if unknown or not formats:
         raise ConfigError(
-            f"--format {','.join(unknown)} is not known; it takes one or more of {','.join(FORMATS)}."
+            f"--format {','.join(unknown)} is not known; it takes one or more of {','.join(known)}."
+        )
+    if calibrate is not None and "onnx-int8-static" not in formats:
+        raise ConfigError(
+            "--calibrate names texts for static int8, and no such file is asked for: add onnx-int8-static to "
+            "--format."
         )
     if any(name.startswith("onnx") for name in formats):
         from fedtune.models.onnx_files import require_onnx
@@ -127,8 +138,9 @@ def _check(formats: Sequence[str]) -> None:
 
 
 def _write(
-    folder: Path, adapter: Path, made: Mapping[str, Any], formats: Sequence[str], named: Path | None, say: Say
-) -> None:
+    folder: Path, adapter: Path, made: Mapping[str, Any], formats: Sequence[str], named: Path | None,
+    calibrated: tuple[list[str], str] | None, say: Say,
+) -> None:  # fmt: skip
     from fedtune.models import standalone
     from fedtune.models.classifier import load_saved, read_saved
 
@@ -151,10 +163,15 @@ def _write(
     about = {}
     for name in formats:
         say(f"writing and checking {name}")
-        forward = (
-            _adapter(folder, adapter) if name == "adapter" else write_format(name, folder, model, inputs)
-        )
+        if name == "adapter":
+            forward = _adapter(folder, adapter)
+        elif name == "onnx-int8-static" and calibrated is not None:
+            forward = _static(folder, model, inputs, tokenizer.encode_batch(calibrated[0]), pad_id)
+        else:
+            forward = write_format(name, folder, model, inputs)
         about[name] = figures_of(name, folder, original, logits_of(forward), asked.labels)
+    if calibrated is not None:
+        about["onnx-int8-static"]["calibrated_on"] = calibrated[1]
     if "onnx" not in formats:
         (folder / PATHS["onnx"]).unlink(missing_ok=True)  # int8 is made of it
     say("writing the cards")
@@ -228,6 +245,17 @@ def _adapter(folder: Path, adapter: Path) -> Any:
     standalone.save_config(adapter, there)
     (folder / PATHS["adapter"]).chmod((there / "config.json").stat().st_mode)
     return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]))
+
+
+def _static(folder: Path, model: Any, inputs: Sequence[str], encoded: Sequence[Any], pad_id: int) -> Forward:
+    """Writes static int8, with ranges of the `encoded` texts; what asks it."""
+    from fedtune.models.onnx_files import write_int8_static
+    from fedtune.serving.calibration import product_ranges
+
+    write_format("onnx", folder, model, inputs)
+    plain, path = folder / PATHS["onnx"], folder / PATHS["onnx-int8-static"]
+    write_int8_static(plain, path, product_ranges(plain, [one.ids for one in encoded], pad_id))
+    return onnx_forward(path)
 
 
 def write_format(name: str, folder: Path, model: Any, inputs: Sequence[str], threads: int = 0) -> Forward:

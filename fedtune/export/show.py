@@ -24,7 +24,7 @@ def show(folder: Path, about: Mapping[str, Any], console: Console | None = None)
     for name in ("size", "labels equal", "accuracy"):
         table.add_column(name, justify="right")
     for name, one in about["formats"].items():
-        short = name == "onnx-int8" and one["labels_equal"] < check["labels_equal_asked"]
+        short = name.startswith("onnx-int8") and one["labels_equal"] < check["labels_equal_asked"]
         equal = Text(f"{one['labels_equal']:.2%}", style="yellow" if short else "")
         accuracy = "-" if one["accuracy"] is None else f"{one['accuracy']:.1%}"
         table.add_row(Text(name), human_bytes(one["bytes"]), equal, accuracy)

@@ -1,4 +1,5 @@
-"""ONNX files of a standalone model: `write_fp32` by torch's exporter, `write_int8` from that one.
+"""ONNX files of a standalone model: `write_fp32` by torch's exporter, `write_int8` and `write_int8_static`
+from that one.
 
 Inputs are the tokenizer's (`input_ids`, `attention_mask`, for BERT `token_type_ids`), int64 [batch, tokens];
 output `logits`, float32 [batch, classes]; both axes of the inputs are dynamic.
@@ -10,13 +11,20 @@ this keeps 99, and what it says of a text depends on the texts beside it. Speed 
 product is onnxruntime's own (`MatMulInteger`). The head, layer norms and products of two activations stay
 float32.
 
-Does not do: calibration, or other processors than the one that checked it: an x86 without VNNI adds pairs of
-products in 16 bits, where large ones saturate.
+Static int8 (`write_int8_static`) fixes the range of each input once and for all, from what calibration texts
+gave (`fedtune.serving.calibration`), so that nothing is looked for while the model runs. One range for all
+columns of an input would be set by the few that are large in a BERT; so columns are first divided by a number
+of their own, which goes into the rows of the matrix (Xiao et al. 2023, SmoothQuant, alpha 1/2). Such a file
+holds the ranges, which are those of the calibration texts: they have to be public.
+
+Does not do: other processors than the one that checked it: an x86 without VNNI adds pairs of products in 16
+bits, where large ones saturate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +38,18 @@ from fedtune.errors import ConfigError
 from fedtune.models.encoder import max_positions
 from fedtune.models.modeling_fedtune import FedtuneForSequenceClassification
 
-__all__ = ["OPSET", "require_onnx", "write_fp32", "write_int8"]
+__all__ = [
+    "OPSET",
+    "Ranges",
+    "require_onnx",
+    "with_product_inputs",
+    "write_fp32",
+    "write_int8",
+    "write_int8_static",
+]
+
+# Of the input of a product, by its name in the graph: the least and the largest of each column, float32 [n].
+Ranges = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
 
 OPSET = 18
 _NEEDED = ("onnx", "onnxruntime", "onnxscript")
@@ -105,12 +124,36 @@ def _strip(made: Any) -> None:
 
 def write_int8(source: Path, target: Path) -> None:
     """Writes the float32 model in `source` with integer weights and integer products."""
+    _write(source, target, _Quantizer)
+
+
+def write_int8_static(source: Path, target: Path, ranges: Ranges) -> None:
+    """Writes the float32 model in `source` with integer weights, and integer products of fixed `ranges`.
+
+    Raises:
+        KeyError: `ranges` lacks an input that `with_product_inputs` names.
+    """
+    _write(source, target, lambda model: _StaticQuantizer(model, ranges))
+
+
+def _write(source: Path, target: Path, quantizer: Callable[[Any], _Quantizer]) -> None:
     import onnx
 
     model = onnx.load(source)
-    _Quantizer(model).run()
+    quantizer(model).run()
     onnx.checker.check_model(model)
     onnx.save(model, target)
+
+
+def with_product_inputs(source: Path) -> tuple[bytes, list[str]]:
+    """The float32 model in `source` with every input of a product among its outputs, and their names."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(source)
+    names = _Quantizer(model).product_inputs()
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    return model.SerializeToString(), list(names)
 
 
 class _Quantizer:
@@ -133,11 +176,15 @@ class _Quantizer:
         self.made: set[str] = set()
         self.gone: set[str] = set()
 
+    def product_inputs(self) -> dict[str, list[str]]:
+        """The inputs of products with constant matrices, each with the names of its matrices."""
+        found: dict[str, list[str]] = {}
+        for node in self.graph.node:
+            if node.op_type == "MatMul" and self.is_matrix(node.input[1]):
+                found.setdefault(node.input[0], []).append(node.input[1])
+        return found
+
     def run(self) -> None:
-        self.constant("int8_axis", np.array([-1], np.int64))
-        self.constant("int8_levels", np.array(255.0, np.float32))
-        self.constant("int8_least", np.array(1e-12, np.float32))
-        self.constant("int8_zero", np.array(0.0, np.float32))
         for node in list(self.graph.node):
             if node.op_type == "MatMul" and self.is_matrix(node.input[1]):
                 self.product(node.input[0], node.input[1], node.output[0])
@@ -167,16 +214,21 @@ class _Quantizer:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], **attributes))
         return output
 
-    def matrix(self, name: str, axis: int) -> None:
-        """Constants NAME_int8 and NAME_scale, one scale for all that `axis` runs over."""
-        weights = self.array(self.constants[name]).astype(np.float32)
+    def weights(self, name: str) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self.array(self.constants[name]).astype(np.float32)
+        return found
+
+    def matrix(self, name: str, axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Constants NAME_int8 and NAME_scale, one scale for all that `axis` runs over; and what they hold."""
+        weights = self.weights(name)
         scale = np.abs(weights).max(axis, keepdims=True) / 127.0
         scale[scale == 0] = 1.0  # of zeros the integers are 0 as well
         integers = np.rint(weights / scale).astype(np.int8)
+        scale = scale if axis else scale[0]
         self.constant(f"{name}_int8", integers)
-        self.constant(f"{name}_scale", scale if axis else scale[0])
-        self.constant(f"{name}_sum", integers.astype(np.float32).sum(0)) if axis == 0 else None
+        self.constant(f"{name}_scale", scale)
         self.gone.add(name)
+        return integers, scale
 
     def look_up(self, table: str, rows: str, output: str) -> None:
         self.matrix(table, axis=1)
@@ -185,7 +237,8 @@ class _Quantizer:
         self.add("Mul", [self.cast(found, f"{output}_float"), scale], output)
 
     def product(self, x: str, weights: str, output: str) -> None:
-        self.matrix(weights, axis=0)
+        quantized, _ = self.matrix(weights, axis=0)
+        self.constant(f"{weights}_sum", quantized.astype(np.float32).sum(0))
         self.tokens(x)
         integers = self.add("MatMulInteger", [f"{x}_int8", f"{weights}_int8"], f"{output}_int32")
         shift = self.add("Mul", [f"{x}_shift", f"{weights}_sum"], f"{output}_shift")
@@ -199,6 +252,10 @@ class _Quantizer:
         if f"{x}_int8" in self.made:
             return
         self.made.add(f"{x}_int8")
+        self.constant("int8_axis", np.array([-1], np.int64))
+        self.constant("int8_levels", np.array(255.0, np.float32))
+        self.constant("int8_least", np.array(1e-12, np.float32))
+        self.constant("int8_zero", np.array(0.0, np.float32))
         largest = self.add("ReduceMax", [x, "int8_axis"], f"{x}_largest", keepdims=1)
         least = self.add("ReduceMin", [x, "int8_axis"], f"{x}_least", keepdims=1)
         top = self.add("Max", [largest, "int8_zero"], f"{x}_top")
@@ -215,3 +272,50 @@ class _Quantizer:
         from onnx import TensorProto
 
         return self.add("Cast", [value], output, to=getattr(TensorProto, to))
+
+
+class _StaticQuantizer(_Quantizer):
+    """As `_Quantizer`, with one range for all tokens, fixed beforehand: with d [n] and numbers a and z
+
+    u = round(x / d / a) + z    in 0..255      from the range of x / d over all texts of a calibration
+    Q = round(d W / w)          in -127..127   w [m]: from the largest of each column
+    x W ~ a (u - z) Q w
+    """
+
+    def __init__(self, model: Any, ranges: Ranges) -> None:
+        super().__init__(model)
+        self.divided: dict[str, NDArray[np.float32]] = {}  # the d of each matrix
+        self.steps: dict[str, np.float32] = {}  # the a of each input
+        products = self.product_inputs()
+        uses = Counter(one for matrices in products.values() for one in matrices)
+        for x, matrices in products.items():
+            least, largest = ranges[x]
+            rows = np.max([np.abs(self.weights(one)).max(1) for one in matrices], axis=0)
+            columns = np.maximum(np.abs(least), np.abs(largest))
+            # A column that was 0 in all texts, or that no row looks at, stays as it is.
+            even = np.sqrt(columns / np.maximum(rows, 1e-12))
+            # A matrix that several inputs share (ALBERT) has rows of one size alone.
+            own = max(uses[one] for one in matrices) == 1
+            divisor = np.where((columns > 0) & (rows > 0) & own, even, 1.0)
+            bottom = min(float((least / divisor).min()), 0.0)
+            top = max(float((largest / divisor).max()), 0.0)
+            step = max(top - bottom, 1e-12) / 255.0
+            self.steps[x] = np.float32(step)
+            self.divided |= dict.fromkeys(matrices, divisor.astype(np.float32))
+            self.constant(f"{x}_divisor", (1.0 / divisor).astype(np.float32))
+            self.constant(f"{x}_step", np.array(step, np.float32))
+            self.constant(f"{x}_zero", np.array(np.clip(round(-bottom / step), 0, 255), np.uint8))
+
+    def weights(self, name: str) -> NDArray[np.float32]:
+        found = super().weights(name)
+        return found * self.divided[name][:, None] if name in self.divided else found
+
+    def product(self, x: str, weights: str, output: str) -> None:
+        if f"{x}_int8" not in self.made:
+            self.made.add(f"{x}_int8")
+            even = self.add("Mul", [x, f"{x}_divisor"], f"{x}_even")
+            self.add("QuantizeLinear", [even, f"{x}_step", f"{x}_zero"], f"{x}_int8")
+        _, scale = self.matrix(weights, axis=0)
+        self.constant(f"{output}_scale", scale * self.steps[x])
+        integers = self.add("MatMulInteger", [f"{x}_int8", f"{weights}_int8", f"{x}_zero"], f"{output}_int32")
+        self.add("Mul", [self.cast(integers, f"{output}_float"), f"{output}_scale"], output)

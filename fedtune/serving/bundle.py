@@ -5,6 +5,7 @@
     config.json tokenizer.json ...          labels and tokenizer, for every format
     model.safetensors modeling_fedtune.py   hf: transformers
     onnx/model.onnx, onnx/model_int8.onnx   onnx, onnx-int8: onnxruntime
+    onnx/model_int8_static.onnx             onnx-int8-static: with ranges of public texts, if asked for
     onnx/model_int8_weights.onnx ...        onnx-int8-weights, onnx-nf4: of a compressed model, if asked for
     compression.json                        of a compressed model: what was done, and its measured effects
     adapter/                                adapter: peft, onto a base of one's own
@@ -26,15 +27,17 @@ from typing import Any
 from fedtune.config.shapes import read_as
 from fedtune.errors import ConfigError, ModelError
 
-__all__ = ["EXPORT_NAME", "FORMATS", "PATHS", "SUMS_NAME", "Bundle", "write_sums"]
+__all__ = ["EXPORT_NAME", "FORMATS", "OPTIONAL", "PATHS", "SUMS_NAME", "Bundle", "write_sums"]
 
 FORMATS = ("hf", "adapter", "onnx", "onnx-int8")  # that an export has
+OPTIONAL = ("onnx-int8-static",)  # that it has if it is asked for
 # The file of each format that holds its weights.
 PATHS: Mapping[str, str] = {
     "hf": "model.safetensors",
     "adapter": "adapter/adapter_model.safetensors",
     "onnx": "onnx/model.onnx",
     "onnx-int8": "onnx/model_int8.onnx",
+    "onnx-int8-static": "onnx/model_int8_static.onnx",
     "onnx-int8-weights": "onnx/model_int8_weights.onnx",
     "onnx-nf4": "onnx/model_nf4.onnx",
 }
@@ -103,7 +106,7 @@ class Bundle:
         """
         runnable = [
             name
-            for name in ("onnx-int8", "onnx", "onnx-int8-weights", "onnx-nf4", "hf")
+            for name in ("onnx-int8", "onnx-int8-static", "onnx", "onnx-int8-weights", "onnx-nf4", "hf")
             if name in self.about["formats"]
         ]
         if wanted is None and runnable:

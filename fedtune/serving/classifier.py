@@ -24,9 +24,13 @@ __all__ = [
     "BATCH_TOKENS",
     "Classifier",
     "Forward",
+    "feed",
     "onnx_forward",
     "onnx_forwards",
+    "onnx_session",
+    "padded",
     "probabilities",
+    "token_batches",
     "torch_forward",
 ]
 
@@ -103,16 +107,21 @@ class Classifier:
         """Logits, float32 [n, c], of n texts' token ids; `advance` is told how many more are done."""
         found = np.zeros((len(ids), len(self.labels)), dtype=np.float32)
         for rows in token_batches([len(one) for one in ids], BATCH_TOKENS, _MOST_PADDING):
-            longest = max(len(ids[row]) for row in rows)
-            tokens = np.full((len(rows), longest), self.pad_id, dtype=np.int64)
-            mask = np.zeros((len(rows), longest), dtype=np.int64)
-            for place, row in enumerate(rows):
-                tokens[place, : len(ids[row])] = ids[row]
-                mask[place, : len(ids[row])] = 1
-            found[rows] = self.forward(tokens, mask)
+            found[rows] = self.forward(*padded([ids[row] for row in rows], self.pad_id))
             if advance is not None:
                 advance(len(rows))
         return found
+
+
+def padded(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Token ids of b texts, filled up to the longest, and their mask: both int64 [b, s]."""
+    longest = max(map(len, ids))
+    tokens = np.full((len(ids), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(ids), longest), dtype=np.int64)
+    for place, one in enumerate(ids):
+        tokens[place, : len(one)] = one
+        mask[place, : len(one)] = 1
+    return tokens, mask
 
 
 def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -190,8 +199,13 @@ def onnx_forwards(paths: Sequence[Path], threads: int = 0) -> list[Forward]:
     return [with_constants(one) for one in constants]
 
 
-def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constants], Forward]:
-    """A session of `model`, a file's name or content; what asks it with constants that are inputs of it."""
+def onnx_session(model: str | bytes, path: Path, threads: int) -> Any:
+    """onnxruntime's session of `model`, a file's name or content, which is called `path` in errors.
+
+    Raises:
+        ConfigError: onnxruntime is not installed.
+        ModelError: it cannot read the model.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -203,16 +217,27 @@ def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constant
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ModelError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def feed(
+    names: Sequence[str], ids: NDArray[np.int64], mask: NDArray[np.int64], constants: Constants
+) -> dict[str, Any]:
+    """What a session with the inputs `names` is given; all tokens are of one segment."""
+    given = {"input_ids": ids, "attention_mask": mask, **constants}
+    return {name: given[name] if name in given else np.zeros_like(ids) for name in names}
+
+
+def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constants], Forward]:
+    """A session as `onnx_session`; what asks it with constants that are inputs of it."""
+    session = onnx_session(model, path, threads)
     names = [one.name for one in session.get_inputs()]
 
     def with_constants(constants: Constants) -> Forward:
         def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-            given = {"input_ids": ids, "attention_mask": mask, **constants}
-            inputs = {name: given[name] if name in given else np.zeros_like(ids) for name in names}
-            logits: NDArray[np.float32] = session.run(None, inputs)[0]
+            logits: NDArray[np.float32] = session.run(None, feed(names, ids, mask, constants))[0]
             return logits
 
         return forward
