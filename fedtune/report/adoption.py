@@ -3,7 +3,8 @@
 Each folder was made by `fedtune compress`, which measured the speed of the original and of what each step
 made of it. They are priced per million texts (`fedtune.cost.inference`), and for each of them it is counted
 how many of the price book's tasks (so many texts a month for so much money a month) come under their budgets,
-now and as the prices of machines and energy fall. A model that lost more accuracy than is allowed counts for
+now and as the prices of machines and energy fall; `fedtune report` shows the same of all such folders below
+the ones that it is given (`serving_numbers`). A model that lost more accuracy than is allowed counts for
 no task. Speeds of folders that were measured in several runs compare only as far as the machine was equally
 busy; those in one folder were measured in turn.
 
@@ -31,7 +32,16 @@ from fedtune.runs.figures import COLORS, picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ALLOWED_LOSS", "Adoption", "Variant", "adoption", "adoption_text", "draw", "write_adoption"]
+__all__ = [
+    "ALLOWED_LOSS",
+    "Adoption",
+    "Variant",
+    "adoption",
+    "adoption_text",
+    "draw",
+    "serving_numbers",
+    "write_adoption",
+]
 
 ALLOWED_LOSS = 0.02  # accuracy that a variant may lose of the original's
 _RECORD = "compression.json"
@@ -88,15 +98,69 @@ def adoption(
     tasks = tasks_of(pricing)
     variants, notes = [], []
     for folder in folders:
-        made = _read(folder)
-        notes.append(f"{folder}: measured with {made['settings']['threads']} thread(s), {made['processor']}.")
+        made, called = _read(folder), _called(folder, folders)
+        notes.append(f"{called}: measured with {made['settings']['threads']} thread(s), {made['processor']}.")
         variants += [
-            _variant(f"{folder.name}/{name}", one, made["original"], pricing, tasks, allowed_loss)
+            _variant(f"{called}/{name}", one, made["original"], pricing, tasks, allowed_loss)
             for name, one in _measured(made)
         ]
     if not tasks:
         notes.append(f"The price book {pricing.name!r} has no tasks: set pricing.tasks to count with some.")
     return Adoption(variants, tasks, pricing, notes)
+
+
+def _called(folder: Path, folders: Sequence[Path]) -> str:
+    """Its name, or where it is if another one has that name too."""
+    return folder.name if sum(folder.name == other.name for other in folders) == 1 else str(folder)
+
+
+def serving_numbers(folders: Sequence[Path], prices: Sequence[str]) -> dict[str, Any]:
+    """What the report's page shows of models that `fedtune compress` measured, wherever below `folders`.
+
+    Args:
+        prices: as of `adoption`; a book without tasks is not counted with, the book `serving` is.
+
+    Returns:
+        text, for a reader; and, where there are such models, tasks (how many) and variants, in the order in
+        which they were made, each {name, accuracy, price, affordable}.
+
+    Raises:
+        ConfigError: the prices mean nothing.
+    """
+    roots = [folder for folder in folders if folder.is_dir()]
+    made, damaged = list[Path](), list[str]()
+    for folder in sorted({path.parent for root in roots for path in root.rglob(_RECORD)}):
+        try:
+            _read(folder)
+        except RecordError:  # one of many that the report found by itself
+            damaged.append(f"The {_RECORD} of {folder.name} cannot be read and is left out.")
+        else:
+            made.append(folder)
+    if not made:
+        return {
+            "text": "No model that 'fedtune compress' made and measured lies below these folders, so what "
+            "compression does for adoption is not known here, and nothing is assumed. Make one: fedtune "
+            "compress RUN_DIR -o FOLDER; then name FOLDER among those of the report too."
+        }
+    chosen = parse_prices(list(prices))
+    found = adoption(made, prices if chosen is not None and tasks_of(chosen) else [])
+    book = found.pricing
+    text = (
+        "Each row is a model as it was measured after a step of its compression; its cells count how many of "
+        f"the {len(found.tasks)} tasks of the price book {book.name!r} ({book.source}) come under their "
+        "monthly budgets, today and as machines and energy get cheaper. A model that lost more than "
+        f"{100 * ALLOWED_LOSS:g} points of accuracy counts for none. {' '.join([*found.notes, *damaged])}"
+    )
+    variants = [
+        {
+            "name": one.name,
+            "accuracy": one.accuracy,
+            "price": format_money(one.price.compute + one.price.energy, book.currency),
+            "affordable": list(one.affordable),
+        }
+        for one in found.variants
+    ]
+    return {"text": text, "tasks": len(found.tasks), "variants": variants}
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 `fedtune plan` asks for the cheapest configuration that meets all constraints, or, if none does, how far one
 of them (or a pair) must be relaxed. Adoption counts how many configurations that are good enough come under a
-budget as all prices fall, or as compression cuts the computation, which takes the same share off what is paid
-for devices and energy and leaves network and data as they are. The page of the report makes the same counts
-from the same parts, so that a reader can change the three numbers; a test compares the two.
+budget as all prices fall. The page of the report makes the same counts from the same parts, so that a reader
+can change the three numbers; a test compares the two. What compression does is measured, not assumed
+(`fedtune.report.adoption`).
 
 Only what was run is known: an answer is one of the configurations in the records, never an interpolation.
-Does not do: predict that prices fall, or that a compressed model keeps its accuracy.
+Does not do: predict that prices fall.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
     "plan",
 ]
 
-CUTS = (0.0, 0.1, 0.3, 0.5, 0.7)  # shares by which prices, or the computation, fall
+CUTS = (0.0, 0.1, 0.3, 0.5, 0.7)  # shares by which prices fall
 _NAMES = ("accuracy", "epsilon", "money")
 
 
@@ -185,21 +185,18 @@ class Adoption:
     Attributes:
         good_enough: how many meet accuracy and epsilon at any cost, of those whose cost is known.
         by_price: for each of `CUTS`, how many of them come under the budget when all prices fall by it.
-        by_compute: the same when the computation falls by it.
     """
 
     good_enough: int
     by_price: tuple[int, ...]
-    by_compute: tuple[int, ...]
 
 
-def money_after(money: Money, *, price_cut: float = 0.0, compute_cut: float = 0.0) -> float | None:
-    """The total once prices fell by `price_cut`, computation by `compute_cut` (shares); None if unknown."""
+def money_after(money: Money, *, price_cut: float = 0.0) -> float | None:
+    """The total once all prices fell by `price_cut`, a share; None if unknown."""
     parts = (money.compute, money.energy, money.network, money.data)
     if any(part is None for part in parts):
         return None
-    compute, energy, network, data = (part or 0.0 for part in parts)
-    return (1.0 - price_cut) * ((1.0 - compute_cut) * (compute + energy) + network + data)
+    return (1.0 - price_cut) * sum(part or 0.0 for part in parts)
 
 
 def count_adoption(points: Sequence[Point], constraints: Constraints) -> Adoption:
@@ -221,7 +218,6 @@ def count_adoption(points: Sequence[Point], constraints: Constraints) -> Adoptio
     return Adoption(
         len(good),
         tuple(under_budget([money_after(money, price_cut=cut) for money in good]) for cut in CUTS),
-        tuple(under_budget([money_after(money, compute_cut=cut) for money in good]) for cut in CUTS),
     )
 
 

@@ -24,6 +24,7 @@ from fedtune import __version__
 from fedtune.config.files import save
 from fedtune.privacy.statement.words import few
 from fedtune.report import figure
+from fedtune.report.adoption import serving_numbers
 from fedtune.report.advice import Advice, advise
 from fedtune.report.collect import Collection, Run
 from fedtune.report.constraints import CUTS, count_adoption, default_constraints
@@ -99,6 +100,7 @@ def write_report(
     if local:
         comparison.collection.notes.insert(0, _FOR_OWNERS)
     data = page_data(comparison)
+    data["serving"] = serving_numbers(folders, prices)
     data["command"] = " ".join(["fedtune", "report", *(shlex.quote(str(f)) for f in folders), *prices])
     if local:
         data["command"] += " --local"

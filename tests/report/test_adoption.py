@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedtune.errors import ConfigError, RecordError
-from fedtune.report.adoption import adoption, adoption_text, write_adoption
+from fedtune.report.adoption import adoption, adoption_text, serving_numbers, write_adoption
 from tests.support.golden import Golden
+from tests.support.synthetic import write_compressed as write
 
 PRICES = [
     "pricing=free",
@@ -19,25 +19,6 @@ PRICES = [
     "pricing.licences=2",
     "pricing.tasks=['small, 1, 12', 'large, 10, 30', 'hopeless, 10, 1']",
 ]
-
-
-def write(folder: Path, **formats: tuple[float, float | None]) -> Path:
-    """A folder as `fedtune compress` makes it; of each format its texts a second, and its accuracy."""
-
-    def one(speed: float, accuracy: float | None) -> dict[str, Any]:
-        return {"texts_per_second": speed, "accuracy": accuracy}
-
-    folder.mkdir(parents=True)
-    made = {
-        "schema": 1,
-        "processor": "AVX512",
-        "settings": {"threads": 1},
-        "original": one(100.0, 0.80),
-        "steps": [{"step": "distill", **one(200.0, 0.79)}],
-        "formats": {name: one(*values) for name, values in formats.items()},
-    }
-    (folder / "compression.json").write_text(json.dumps(made))
-    return folder
 
 
 def test_counts_by_hand(tmp_path: Path) -> None:
@@ -76,3 +57,23 @@ def test_what_cannot_be_priced(tmp_path: Path, golden: Golden) -> None:
     with pytest.raises(ConfigError, match="only prices"):
         adoption([folder], ["train.learning_rate=1"])
     assert "has no tasks" in adoption_text(adoption([folder], ["pricing=free"]))
+
+
+def test_the_report_finds_them_and_assumes_nothing_where_there_are_none(tmp_path: Path) -> None:
+    nothing = serving_numbers([tmp_path], [])
+    assert set(nothing) == {"text"} and "not known here, and nothing is assumed" in nothing["text"]
+    for run in ("one", "two"):
+        write(tmp_path / run / "small", fast=(1000.0, 0.79))
+    found = serving_numbers([tmp_path], PRICES)
+    assert found["tasks"] == 3 and len(found["variants"]) == 6
+    names = [one["name"] for one in found["variants"]]
+    assert len(set(names)) == 6 and names[0] == f"{tmp_path}/one/small/original"
+    assert found["variants"][1]["affordable"] == [1, 1, 1, 2, 2]  # as by hand above
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "compression.json").write_text("{")
+    torn = serving_numbers([tmp_path], PRICES)
+    assert torn["variants"] == found["variants"] and "of torn cannot be read and is left out" in torn["text"]
+    # A book for training has no tasks: then those of the book for serving are counted.
+    other = serving_numbers([tmp_path / "one"], ["pricing=cloud_cpu"])
+    assert "book 'serving'" in other["text"] and other["tasks"] == 4
+    assert next(one["name"] for one in other["variants"]) == "small/original"

@@ -19,7 +19,7 @@ from fedtune.errors import RecordError, ResourceError
 from fedtune.report.collect import collect
 from fedtune.report.page import Report, write_report
 from tests.support.golden import Golden
-from tests.support.synthetic import PRICING, make_record, write, write_grid
+from tests.support.synthetic import PRICING, make_record, write, write_compressed, write_grid
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"]}
@@ -29,6 +29,7 @@ GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("runs")
     write_grid(root, seeds=2, **GRID)
+    write_compressed(root / "smaller", int8=(900.0, 0.79))
     return write_report([root])
 
 
@@ -386,6 +387,8 @@ found.curves = lines("curves");
 found.cards = [...document.querySelectorAll("#tuning .number")].map((card) => card.textContent);
 found.tuning = document.getElementById("tuning").innerText;
 found.adoption = document.getElementById("adoption-text").textContent;
+found.serving = [...document.querySelectorAll("#serving text")].map((text) => text.textContent);
+found.servingText = document.getElementById("serving-text").textContent;
 found.ticks = [...document.querySelectorAll("#costs svg")].map((svg) => [...svg.querySelectorAll('[aria-label="x-axis tick label"] text')].map((text) => text.textContent));
 found.epsilons = [...document.querySelectorAll('#frontier [aria-label="x-axis tick label"] text')].map((text) => text.textContent);
 found.names = [...document.querySelectorAll("svg[role=img], .chart > svg")].map((svg) => svg.getAttribute("aria-label"));
@@ -512,16 +515,27 @@ def test_a_row_opens_its_configuration_and_command(seen: Any) -> None:
 
 def test_adoption_on_the_page_is_what_python_counts(seen: Any, made: Report) -> None:
     start, value = numbers(made.page)["groups"][0]["adoption"], seen["value"]
-    today, cheaper, compressed = start["by_price"][0], start["by_price"][4], start["by_compute"][4]
+    today, cheaper = start["by_price"][0], start["by_price"][4]
     text = value["adoption"]
     assert f"; {today} of them cost no more than " in text and "at epsilon" in text
-    assert f"fall by 70 percent, {cheaper} do" in text and f"same accuracy, {compressed} do" in text
+    assert f"fall by 70 percent, {cheaper} do." in text
     good = int(text.split()[0])
     assert good == start["good_enough"]
     assert (
         value["adoptionRich"].startswith(f"{good} of ") and f"; {good} of them cost" in value["adoptionRich"]
     )
     assert value["adoptionGood"].startswith("0 of ")
+
+
+def test_measured_models_are_on_the_page_with_what_they_make_affordable(seen: Any, made: Report) -> None:
+    serving, value = numbers(made.page)["serving"], seen["value"]
+    assert value["servingText"] == serving["text"] and "book 'serving'" in serving["text"]
+    counts = [str(count) for one in serving["variants"] for count in one["affordable"]]
+    texts = value["serving"]
+    for name in ("smaller/original", "smaller/1 distill", "smaller/int8", "today", "−70 %"):
+        assert name in texts
+    assert [text for text in texts if text.isdigit()] == counts and len(set(counts)) > 1
+    assert any(text.startswith("79.0 %, ") for text in texts)
 
 
 def test_numbers_on_an_axis_differ(seen: Any) -> None:

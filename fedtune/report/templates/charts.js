@@ -373,32 +373,47 @@ const drawCurves = () => draw($("curves"), innerWidth < 520 ? 320 : 360, (width,
 const drawAdoption = () => draw($("adoption"), 300, (width, height) => {
   if (!state.wanted) return "";
   const counts = adoptionCounts(state.wanted), top = Math.max(1, counts.good), end = data.cuts.at(-1);
-  const lines = [["all prices fall", counts.price], ["computation is cut", counts.compute]];
-  const rows = lines.flatMap(([name, values], k) => values.map((count, i) => ({ name, k, cut: data.cuts[i], count })));
-  const places = spread([counts.good, ...lines.map(([, values]) => values.at(-1))], (top * 16) / (height - 80), [0, top]);
-  const labels = lines.map(([text], k) => ({ text, place: places[k + 1], color: COLORS[k], symbol: SHAPES[k] }));
+  const name = "all prices fall", rows = counts.price.map((count, i) => ({ name, cut: data.cuts[i], count }));
+  const places = spread([counts.good, counts.price.at(-1)], (top * 16) / (height - 80), [0, top]);
+  const labels = [{ text: name, place: places[1], color: COLORS[0], symbol: SHAPES[0] }];
   return {
     ariaLabel: "Configurations under the budget as it gets cheaper", ariaDescription: $("adoption-text").textContent, marginRight: Math.min(180, width * 0.42),
-    x: { domain: [-0.02, end + 0.02], ticks: data.cuts.filter((cut) => width > 520 || cut === 0 || cut >= 0.3), tickFormat: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`), label: "prices, or computation", labelArrow: "none" },
+    x: { domain: [-0.02, end + 0.02], ticks: data.cuts.filter((cut) => width > 520 || cut === 0 || cut >= 0.3), tickFormat: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`), label: "prices", labelArrow: "none" },
     y: { domain: [0, top], ticks: Math.min(top, 5), tickFormat: (v) => (Number.isInteger(v) ? String(v) : ""), label: "configurations under the budget", labelArrow: "none", grid: true, tickSize: 0 },
     symbol: { type: "identity" }, color: { type: "identity" },
     marks: [
       Plot.ruleY([counts.good], { stroke: SOFT, strokeDasharray: "3 4" }),
-      ...[0, 1].flatMap((k) => { // shifted a little, so that equal lines are both seen
-        const some = { x: "cut", y: "count", dy: 3 * k };
-        return [
-          Plot.line(rows.filter((row) => row.k === k), { ...some, stroke: COLORS[k], strokeWidth: 2.4, strokeDasharray: k ? "7 3" : null }),
-          Plot.dot(rows.filter((row) => row.k === k), { ...some, symbol: SHAPES[k], fill: COLORS[k], r: 4.5, title: (row) => `${row.name}, ${Math.round(100 * row.cut)} percent: ${row.count}` }),
-        ];
-      }),
+      Plot.line(rows, { x: "cut", y: "count", stroke: COLORS[0], strokeWidth: 2.4 }),
+      Plot.dot(rows, { x: "cut", y: "count", symbol: SHAPES[0], fill: COLORS[0], r: 4.5, title: (row) => `${row.name}, ${Math.round(100 * row.cut)} percent: ${row.count}` }),
       Plot.text([places[0]], { x: end, y: (v) => v, dx: 24, text: () => "good enough", textAnchor: "start" }),
       ...endLabels(labels, () => end),
     ],
   };
 });
 
+// Of every measured model and every fall of prices, how many tasks are affordable.
+const drawServing = () => draw($("serving"), 80 + 34 * (data.serving.variants ?? []).length, (width) => {
+  const { variants, tasks, text } = data.serving;
+  if (!variants) return "";
+  const about = (one) => `${one.accuracy === null ? "–" : percent(one.accuracy)}, ${one.price}`;
+  const rows = variants.flatMap((one) => one.affordable.map((count, i) => ({ name: one.name, cut: data.cuts[i], count })));
+  const at = { x: "cut", y: "name" };
+  return {
+    ariaLabel: "Tasks that each measured model makes affordable as prices fall", ariaDescription: text,
+    marginLeft: Math.min(230, width * 0.34), marginRight: Math.min(150, width * 0.26),
+    x: { type: "band", domain: data.cuts, tickFormat: (v) => (v === 0 ? "today" : `−${Math.round(100 * v)} %`), label: "machines and energy cost", labelArrow: "none", tickSize: 0 },
+    y: { type: "band", domain: variants.map((one) => one.name), label: null, tickSize: 0 },
+    opacity: { type: "linear", domain: [0, Math.max(tasks, 1)], range: [0.06, 0.9] },
+    marks: [
+      Plot.cell(rows, { ...at, fill: COLORS[0], fillOpacity: "count", inset: 1.5, title: (row) => `${row.name}: ${row.count} of ${tasks} tasks` }),
+      Plot.text(rows, { ...at, text: (row) => String(row.count), fontWeight: 600, fill: INK, stroke: PAPER, strokeWidth: 4 }),
+      Plot.text(variants, { y: "name", text: about, frameAnchor: "right", dx: 8, textAnchor: "start" }),
+    ],
+  };
+});
+
 function drawAll(onPaper) {
   paper = onPaper;
-  drawFrontier(); drawCosts(); drawSites(); drawCurves(); drawAdoption();
+  drawFrontier(); drawCosts(); drawSites(); drawCurves(); drawAdoption(); drawServing();
   if (!onPaper) drawParallel(); // it is not printed
 }

@@ -173,14 +173,13 @@ function openRow(id) {
 // --- adoption: the same counts as fedtune.report.constraints.count_adoption ---
 
 function adoptionCounts({ accuracy, epsilon, money }) {
-  const after = ([compute, energy, network, rest], price, work) => (1 - price) * ((1 - work) * (compute + energy) + network + rest);
+  const after = (parts, cut) => (1 - cut) * d3.sum(parts);
   // A number that was read off the page, with its three digits, includes the point that it is of.
   const good = inGroup().filter((p) => p.acc && p.money?.every((part) => part !== null) && p.acc[0] >= accuracy && epsilonOf(p) <= epsilon * 1.005);
   const under = (amounts) => amounts.filter((amount) => amount <= money * (1 + 1e-5)).length; // parts have six digits
   return {
     good: good.length,
-    price: data.cuts.map((cut) => under(good.map((p) => after(p.money, cut, 0)))),
-    compute: data.cuts.map((cut) => under(good.map((p) => after(p.money, 0, cut)))),
+    price: data.cuts.map((cut) => under(good.map((p) => after(p.money, cut)))),
   };
 }
 
@@ -191,8 +190,7 @@ function readWanted() {
   const cut = `${Math.round(100 * data.cuts[last])} percent`;
   $("adoption-text").textContent = `${counts.good} of ${inGroup().filter((p) => p.money).length} priced configurations reach ${percent(accuracy)} `
     + `${epsilon === Infinity ? "at any epsilon" : `at epsilon ${short(epsilon)} or less`}; `
-    + `${counts.price[0]} of them cost no more than ${costText("money", money)} a run today. If all prices fall by ${cut}, ${counts.price[last]} do; `
-    + `if compression cuts the computation by ${cut} at the same accuracy, ${counts.compute[last]} do.`;
+    + `${counts.price[0]} of them cost no more than ${costText("money", money)} a run today. If all prices fall by ${cut}, ${counts.price[last]} do.`;
   drawAdoption();
 }
 
@@ -229,7 +227,7 @@ function showGroup() {
   $("series").closest("label").hidden = options.length < 2;
   state.filters.clear();
   filtersChanged();
-  drawSites(); drawCurves();
+  drawSites(); drawCurves(); drawServing();
   $("adoption-section").hidden = !adoption;
   if (adoption) {
     $("want-accuracy").value = Number((100 * adoption.accuracy).toFixed(2));
@@ -241,6 +239,7 @@ function showGroup() {
 }
 
 function start() {
+  $("serving-text").textContent = data.serving.text;
   $("group").append(...data.groups.map((one, i) => element("option", { value: i }, one.name)));
   $("groups").hidden = data.groups.length < 2;
   $("group").addEventListener("change", (event) => { state.group = Number(event.target.value); state.open.clear(); showGroup(); });
