@@ -87,7 +87,7 @@ class Classifier:
             else:
                 made = onnx_forwards([bundles[place].path(name) for place in places], threads)
             forwards.update(zip(places, made, strict=True))
-        return [
+        models = [
             cls(
                 bundle.labels,
                 read_tokenizer(bundle.folder, bundle.max_length),
@@ -96,6 +96,35 @@ class Classifier:
             )
             for place, bundle in enumerate(bundles)
         ]
+        for model, bundle, name in zip(models, bundles, names, strict=True):
+            model._try(bundle.path(name))
+        return models
+
+    def _try(self, path: Path) -> None:
+        """Asks the model in `path` one thing, so that one that cannot answer is refused before it is used.
+
+        Raises:
+            ModelError: it fails, or its answer is none about the labels of its folder.
+        """
+        try:
+            ids, mask = padded(self.encode(["a"]), self.pad_id)
+            answer = self.forward(ids, mask)
+        except Exception as error:  # of onnxruntime or torch, which have no common base
+            raise ModelError(
+                f"{path} cannot be asked: {' '.join(str(error).split())[:300]}. Copy the folder again from "
+                "where it came from, or export the run again."
+            ) from error
+        if answer.shape != (1, len(self.labels)):
+            raise ModelError(
+                f"{path} is no classifier of the {len(self.labels)} labels of its folder: of one text it "
+                f"says {list(answer.shape)} numbers where [1, {len(self.labels)}] are needed. It is a model "
+                "of another task or of other labels: export its own run."
+            )
+        if not np.isfinite(answer).all():
+            raise ModelError(
+                f"{path} says numbers that are none (NaN or infinity): its weights are damaged. Copy the "
+                "folder again, or export the run again."
+            )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, cut."""
