@@ -56,8 +56,8 @@ def export(
     texts: Annotated[
         Path | None,
         option(
-            "Texts to check with, one a line; figures of them are in the export (default: the run's public "
-            "test split).",
+            "Texts to check with, one a line (pairs with a tab between); figures of them are in the export "
+            "(default: the run's public test split).",
             metavar="FILE",
         ),
     ] = None,
@@ -68,6 +68,10 @@ def export(
             "texts, if they are public).",
             metavar="FILE",
         ),
+    ] = None,
+    site: Annotated[
+        str | None,
+        option("Whose own model to export (train.personalize), where the run folder has it.", metavar="NAME"),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -83,6 +87,7 @@ def export(
         [name.strip() for name in formats.split(",") if name.strip()],
         texts=texts,
         calibrate=calibrate,
+        site=site,
         say=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
     about = library.loads((folder / EXPORT_NAME).read_text(encoding="utf-8"))

@@ -97,16 +97,19 @@ def predict(
         raise click.UsageError("Missing TEXT: give one or more, '-' for lines, or a file by --input.")
     if file is not None and given:
         raise ConfigError("Give texts, or a file of texts by --input, not both.")
-    exported = (run_dir / EXPORT_NAME).is_file()
+    own = ExportedModel(run_dir) if (run_dir / EXPORT_NAME).is_file() else None
+    if own is not None and (site is not None or (pair_column is not None and own.columns[1] is None)):
+        what = "no sites" if site is not None else "no pairs"
+        raise ConfigError(f"{run_dir} is an exported model, which has {what}. Name the run.")
     columns: tuple[str, str | None] = (column or "text", None)
-    if file is not None and not exported:
+    if own is not None:
+        columns = (column or "text", pair_column or own.columns[1])
+    elif file is not None:
         columns = columns_of(run_dir, column, pair_column)
     asked: list[Asked] = [] if file is None else read_texts(file, *columns)
     for text in given:
         asked += _lines_of(sys.stdin) if text == "-" else [text]
-    if exported and (site is not None or pair_column is not None):
-        raise ConfigError(f"{run_dir} is an exported model, which has no sites and no pairs. Name the run.")
-    model: Model | ExportedModel = ExportedModel(run_dir) if exported else api.load(run_dir, site=site)
+    model: Model | ExportedModel = own or api.load(run_dir, site=site)
     # Of lines and files each has an answer, a blank one too; a blank word on the command line is a mistake.
     by_line = file is not None or "-" in given
     found = answers(model, asked, progress("texts", len(asked))) if by_line else model.predict(asked)

@@ -48,10 +48,12 @@ def model_card(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     parts = [
         _hub_block(record, about),
         f"# Text classifier: {_labels(about['labels'])}",
-        f"Says of a text which of {len(about['labels'])} labels it has. Trained by "
+        f"Says of {'a pair of texts' if about.get('pairs') else 'a text'} which of {len(about['labels'])} "
+        "labels it has. Trained by "
         f"{record['federation']['nodes']} nodes of a federation with "
         f"fedtune {record['run']['versions'].get('fedtune', '')}: each kept its texts. Run "
         f"{coded(about['run'])}.",
+        *_whose(about),
         "## How to load it",
         *_loading(about),
         "## What was promised to the people in the data",
@@ -72,6 +74,31 @@ def model_card(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         "`fedtune serve` refuse a folder whose files are not those.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_FILM, _TALK = '"what a wonderful film"', '"a man is talking"'
+# What is asked in the lines of the card: by the pipeline, by the tokenizer, by the `tokenizers` library.
+_EXAMPLES = {
+    False: (_FILM, f"[{_FILM}]", _FILM),
+    True: (
+        f'{{"text": {_FILM}, "text_pair": {_TALK}}}',
+        f"[{_FILM}], [{_TALK}]",
+        f"({_FILM}, {_TALK})",
+    ),
+}
+
+
+def _whose(about: Mapping[str, Any]) -> list[str]:
+    """Of a site's own model: whose it is, and what that means for the promise."""
+    if about.get("site") is None:
+        return []
+    site = plain(about["site"])
+    return [
+        f"**This is the model of {site} alone**: the federation's common one, with a part that was moved by "
+        f"the releases of {site} itself and that no other site has. Epsilon below covers the people of "
+        f"{site} too, since the part is made of charged releases alone; but the site never handed it to the "
+        "federation, so to hand on this folder is for the site to decide."
+    ]
 
 
 def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
@@ -110,6 +137,7 @@ def _hub_block(record: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 
 
 def _loading(about: Mapping[str, Any]) -> list[str]:
+    one, some, pair = _EXAMPLES[bool(about.get("pairs"))]
     parts = [
         f"Put the folder's place for `FOLDER`. Texts are cut to {about['max_length']} tokens, as in "
         "training: `truncation=True` does that."
@@ -123,7 +151,7 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
             _code(
                 "from transformers import pipeline\n\n"
                 'classify = pipeline("text-classification", model="FOLDER", trust_remote_code=True)\n'
-                'print(classify(["what a wonderful film"], truncation=True))'
+                f"print(classify([{one}], truncation=True))"
             ),
             "Or, for logits:",
             _code(
@@ -132,7 +160,7 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
                 'tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)\n'
                 'model = AutoModelForSequenceClassification.from_pretrained("FOLDER", '
                 "trust_remote_code=True)\n"
-                'batch = tokenizer(["what a wonderful film"], truncation=True, padding=True, '
+                f"batch = tokenizer({some}, truncation=True, padding=True, "
                 'return_tensors="pt")\n'
                 "with torch.inference_mode():\n"
                 "    logits = model(**batch).logits\n"
@@ -142,7 +170,8 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
     if any(name.startswith("onnx") for name in about["formats"]):
         files = {"onnx-int8": "model_int8.onnx", "onnx-int8-static": "model_int8_static.onnx"}
         name = next((file for one, file in files.items() if one in about["formats"]), "model.onnx")
-        zeros = ', "token_type_ids": mask * 0' if "token_type_ids" in about["inputs"] else ""
+        types = "np.array([one.type_ids for one in encoded])" if about.get("pairs") else "mask * 0"
+        zeros = f', "token_type_ids": {types}' if "token_type_ids" in about["inputs"] else ""
         parts += [
             "**onnxruntime**, without torch: `pip install onnxruntime tokenizers`.",
             _code(
@@ -154,7 +183,7 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
                 f"tokenizer.enable_truncation({about['max_length']})\n"
                 f"tokenizer.enable_padding(pad_id={about['pad_id']})\n"
                 f'session = onnxruntime.InferenceSession("FOLDER/onnx/{name}")\n'
-                'encoded = tokenizer.encode_batch(["what a wonderful film"])\n'
+                f"encoded = tokenizer.encode_batch([{pair}])\n"
                 "ids = np.array([one.ids for one in encoded])\n"
                 "mask = np.array([one.attention_mask for one in encoded])\n"
                 f'(logits,) = session.run(None, {{"input_ids": ids, "attention_mask": mask{zeros}}})\n'
@@ -340,7 +369,8 @@ def _making(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
 
 def _limits(record: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
     return [
-        f"For texts like those of {plain(record['data']['name'])}, one at a time, with the labels "
+        f"For {'pairs of texts' if about.get('pairs') else 'texts'} like those of "
+        f"{plain(record['data']['name'])}, one at a time, with the labels "
         f"{_labels(about['labels'])}. It always says one of them, whatever the text.",
         f"It looks at the first {about['max_length']} tokens of a text and at nothing after them.",
         "Not for decisions about a person without a human who looks at the text. Nobody has tested it for "

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from fedtune.data.corpus import Corpus
 from fedtune.errors import ConfigError, DataError, FedtuneError, ModelError, ResourceError
-from fedtune.runs.predict import check_texts
+from fedtune.runs.predict import Asked, check_texts
+from fedtune.serving.evaluation import asked_of
 
 __all__ = [
     "LABELS_EQUAL",
@@ -30,6 +31,7 @@ __all__ = [
     "calibration_texts",
     "check_texts_of",
     "lines_of",
+    "of_pairs",
     "own_texts",
     "plain",
     "public_test_split",
@@ -47,46 +49,77 @@ class CheckTexts:
     """What is asked.
 
     Attributes:
-        texts: n texts.
+        texts: n texts, or pairs of them.
         source: what they are, in words.
         labels: int64 [n], where they are known.
         sites: str [n], where they are known.
     """
 
-    texts: tuple[str, ...]
+    texts: tuple[Asked, ...]
     source: str
     labels: NDArray[np.int64] | None = None
     sites: NDArray[np.str_] | None = None
 
 
 def check_texts_of(
-    record: Mapping[str, Any], named: Path | None, vocabulary: Mapping[str, int]
+    record: Mapping[str, Any], named: Path | None, vocabulary: Mapping[str, int], site: str | None = None
 ) -> CheckTexts:
     """The texts to check with.
 
     Args:
         record: of the run.
-        named: a file with one text a line; None: the run's public test split, if it can be read here.
+        named: a file with one text a line (of pairs: two, with a tab between); None: the run's public test
+            split, if it can be read here.
         vocabulary: of the tokenizer.
+        site: whose model is checked: of the test split its own texts, where it has some.
 
     Raises:
-        DataError: the file that was named has no texts.
+        DataError: the file that was named has no texts, or no pairs.
         ResourceError: it cannot be read.
     """
+    pairs = of_pairs(record)
     if named is not None:
-        return CheckTexts(tuple(lines_of(named)), "texts that were given for the check")
+        return CheckTexts(_asked(named, pairs), "texts that were given for the check")
     try:
         public = public_test_split(record)
     except (FedtuneError, OSError) as error:
         why = f", since the run's test split cannot be read here ({type(error).__name__})"
     else:
         if public is not None:
-            return CheckTexts(public.texts, "the run's public test split", public.labels, public.sites)
+            source = "the run's public test split"
+            if site is not None and public.sites is not None and np.any(public.sites == site):
+                public = public.subset(np.flatnonzero(public.sites == site))
+                source = f"the part of {site} in {source}"
+            return CheckTexts(tuple(asked_of(public)), source, public.labels, public.sites)
         why = ", since the run has no public test split"
     chance = random.Random(0)
     words = sorted(word for word in vocabulary if word.isalpha())
-    texts = tuple(" ".join(chance.choices(words, k=chance.randint(3, 20))) for _ in range(_MADE_UP))
-    return CheckTexts(texts, f"made-up texts of the tokenizer's words{why}")
+    texts = [" ".join(chance.choices(words, k=chance.randint(3, 20))) for _ in range(2 * _MADE_UP)]
+    half = texts[:_MADE_UP]
+    made_up: tuple[Asked, ...] = tuple(zip(half, texts[_MADE_UP:], strict=True)) if pairs else tuple(half)
+    return CheckTexts(made_up, f"made-up texts of the tokenizer's words{why}")
+
+
+def of_pairs(record: Mapping[str, Any]) -> bool:
+    """Whether the run was trained on pairs of texts."""
+    return bool(record["config"]["data"].get("text_pair"))
+
+
+def _asked(path: Path, pairs: bool) -> tuple[Asked, ...]:
+    """The lines of a file, each a text; with `pairs` each of them two, with a tab between."""
+    lines = lines_of(path)
+    if not pairs:
+        return tuple(lines)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        first, _, second = line.partition("\t")
+        if not first.strip() or not second.strip():
+            raise DataError(
+                f"Line {number} of {path.name} is no pair, and the run was trained on pairs of texts. Write "
+                "the first text, a tab and the second one on each line."
+            )
+        found.append((first, second))
+    return tuple(found)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -134,48 +167,53 @@ def public_test_split(record: Mapping[str, Any]) -> Corpus | None:
     return test
 
 
-def calibration_texts(record: Mapping[str, Any], named: Path | None) -> tuple[list[str], str]:
+def calibration_texts(record: Mapping[str, Any], named: Path | None) -> tuple[list[Asked], str]:
     """The texts that static int8 takes its ranges from, and what they are, in words: public ones, for a file
     with the ranges tells of them.
 
     Args:
         record: of the run.
-        named: a file with one public text a line; None: training texts of the run, if they are public.
+        named: a file with one public text a line (of pairs: two, with a tab between); None: training texts of
+            the run, if they are public.
 
     Raises:
-        DataError: the file has no texts, or private training texts of the run.
+        DataError: the file has no texts or no pairs, or private training texts of the run.
         ConfigError: none is named, and those of the run are private or cannot be read here.
         ResourceError: the file cannot be read.
     """
     if named is not None:
-        lines = lines_of(named)
-        shared, _ = own_texts(record, lines)
+        lines = list(_asked(named, of_pairs(record)))
+        shared, _ = own_texts(record, [text for one in lines for text in _parts(one)])
         if shared and record["privacy"].get("data_public") is not True:
             raise DataError(
-                f"{shared:,} of the {len(lines):,} texts of {named.name} are private training texts of this "
-                "run. The ranges in a file of static int8 would tell of them what no ledger was charged for, "
-                "and a charged way is not supported. Name public texts (--calibrate FILE), or take the "
-                "format that needs none: --format onnx-int8."
+                f"{shared:,} of the texts in the {len(lines):,} lines of {named.name} are private training "
+                "texts of this run. The ranges in a file of static int8 would tell of them what no ledger "
+                "was charged for, and a charged way is not supported. Name public texts (--calibrate FILE), "
+                "or take the format that needs none: --format onnx-int8."
             )
         where = f"{named.name}, which was named as public"
     else:
-        texts = _training_texts(record) if record["privacy"].get("data_public") is True else None
-        if texts is None:
+        train = _training_data(record) if record["privacy"].get("data_public") is True else None
+        if train is None:
             raise ConfigError(
                 "Static int8 takes its ranges from texts, which have to be public, and those that this run "
                 "learnt from are private or cannot be read here. Name public texts, one a line (--calibrate "
                 "FILE), or take the format that needs none: --format onnx-int8."
             )
-        lines, where = list(texts), "the run's training texts, which are public"
+        lines, where = list(asked_of(train)), "the run's training texts, which are public"
     some = random.Random(0).sample(lines, min(len(lines), _CALIBRATION))
     return some, f"{len(some):,} of {where}"
 
 
 def own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> tuple[int, bool]:
     """How many of `lines` are training texts of the run; and whether those could be read here to compare."""
-    texts = _training_texts(record)
-    own = {plain(text) for text in texts or ()}
-    return sum(plain(line) in own for line in lines), texts is not None
+    train = _training_data(record)
+    own = set() if train is None else {plain(text) for one in asked_of(train) for text in _parts(one)}
+    return sum(plain(line) in own for line in lines), train is not None
+
+
+def _parts(asked: Asked) -> tuple[str, ...]:
+    return asked if isinstance(asked, tuple) else (asked,)
 
 
 def plain(text: str) -> str:
@@ -183,13 +221,13 @@ def plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _training_texts(record: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """All training texts of the run; None where they cannot be read here."""
+def _training_data(record: Mapping[str, Any]) -> Corpus | None:
+    """What the run was trained on; None where it cannot be read here."""
     from fedtune.config.convert import from_dict
     from fedtune.data.sources.load import load_corpus
 
     try:
-        return load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0].texts
+        return load_corpus(from_dict(dict(record["config"])).data, int(record["config"]["seed"]))[0]
     except (FedtuneError, OSError):
         return None
 

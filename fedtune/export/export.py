@@ -28,6 +28,7 @@ from fedtune.errors import ConfigError, ResourceError
 from fedtune.export import card, checks
 from fedtune.privacy.publication import publish
 from fedtune.runs import predict, record
+from fedtune.runs.predict import Asked
 from fedtune.serving.bundle import EXPORT_NAME, FORMATS, OPTIONAL, PATHS, write_sums
 from fedtune.serving.classifier import (
     Classifier,
@@ -59,6 +60,7 @@ def export(
     *,
     texts: Path | None = None,
     calibrate: Path | None = None,
+    site: str | None = None,
     say: Say = lambda line: None,
 ) -> Path:
     """Exports the finished run in `run_dir`.
@@ -69,6 +71,8 @@ def export(
         texts: a file with one text a line to check with; None: the run's public test split, or made-up ones.
         calibrate: a file with one public text a line that static int8 takes its ranges from; None: training
             texts of the run, if they are public.
+        site: of a run with `train.personalize`, whose own model is exported, where the run folder has it (its
+            owner's, or public data's); None: the common one.
         say: is told of each step.
 
     Returns:
@@ -76,21 +80,21 @@ def export(
 
     Raises:
         ConfigError: a format is unknown, what it takes is not installed, or the folder is there already.
-        RecordError, DataError: as `fedtune.load`; the texts to check with are missing, or the run saw long
-            texts in windows.
+        RecordError, DataError: as `fedtune.load`; the texts to check with are missing, or no pairs; or the run
+            saw long texts in windows.
         ModelError: the base cannot be loaded, or what was made is not what was trained.
         ResourceError: the folder cannot be written.
     """
     _check(formats, calibrate)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
     predict.refuse_pieces(folder, made, "an export")
-    adapter = predict.adapter_of(folder, made)
+    adapter = predict.adapter_of(folder, made, site)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
     calibrated = checks.calibration_texts(made, calibrate) if "onnx-int8-static" in formats else None
     asked = [name for name in (*FORMATS, *OPTIONAL) if name in formats]
     with new_folder(target) as whole:
-        _write(whole, adapter, published, asked, texts, calibrated, say)
+        _write(whole, adapter, published, asked, texts, calibrated, site, say)
     return target
 
 
@@ -139,7 +143,7 @@ def _check(formats: Sequence[str], calibrate: Path | None) -> None:
 
 def _write(
     folder: Path, adapter: Path, made: Mapping[str, Any], formats: Sequence[str], named: Path | None,
-    calibrated: tuple[list[str], str] | None, say: Say,
+    calibrated: tuple[list[Asked], str] | None, site: str | None, say: Say,
 ) -> None:  # fmt: skip
     from fedtune.models import standalone
     from fedtune.models.classifier import load_saved, read_saved
@@ -151,24 +155,26 @@ def _write(
     standalone.save_config(adapter, folder)
     model = standalone.merged(adapter)
     tokenizer = read_tokenizer(folder, max_length)
-    asked = checks.check_texts_of(made, named, tokenizer.get_vocab())
+    asked = checks.check_texts_of(made, named, tokenizer.get_vocab(), site)
     ids = [one.ids for one in tokenizer.encode_batch(list(asked.texts))]
+    trained: Any = load_saved(adapter, "cpu")
+    separator: int | None = trained.get_base_model().encoder.separator
     pad_id = int(model.config.encoder.pad_token_id or 0)
 
     def logits_of(forward: Any) -> NDArray[np.float32]:
         return Classifier(labels, tokenizer, forward, pad_id).logits(ids)
 
     say(f"asking the original about {len(ids)} texts: {asked.source}")
-    original = logits_of(torch_forward(load_saved(adapter, "cpu")))
+    original = logits_of(torch_forward(trained))
     about = {}
     for name in formats:
         say(f"writing and checking {name}")
         if name == "adapter":
-            forward = _adapter(folder, adapter)
+            forward = _adapter(folder, adapter, separator)
         elif name == "onnx-int8-static" and calibrated is not None:
-            forward = _static(folder, model, inputs, tokenizer.encode_batch(calibrated[0]), pad_id)
+            forward = _static(folder, model, inputs, tokenizer.encode_batch(calibrated[0]), pad_id, separator)
         else:
-            forward = write_format(name, folder, model, inputs)
+            forward = write_format(name, folder, model, inputs, separator=separator)
         about[name] = figures_of(name, folder, original, logits_of(forward), asked.labels)
     if calibrated is not None:
         about["onnx-int8-static"]["calibrated_on"] = calibrated[1]
@@ -176,6 +182,7 @@ def _write(
         (folder / PATHS["onnx"]).unlink(missing_ok=True)  # int8 is made of it
     say("writing the cards")
     description = describe(made, base, labels, pad_id, inputs, about, asked, original)
+    description |= {"pairs": checks.of_pairs(made), "separator": separator, "site": site}
     write_words(folder, made, description)
     write_sums(folder)
 
@@ -234,7 +241,7 @@ def figures_of(
     return {"file": PATHS[name], "bytes": (folder / PATHS[name]).stat().st_size, **figures}
 
 
-def _adapter(folder: Path, adapter: Path) -> Any:
+def _adapter(folder: Path, adapter: Path, separator: int | None) -> Any:
     """Writes the adapter alone; what asks it, on its base as published."""
     from fedtune.models import standalone
     from fedtune.models.classifier import read_saved
@@ -244,26 +251,42 @@ def _adapter(folder: Path, adapter: Path) -> Any:
     standalone.save_adapter(adapter, there)
     standalone.save_config(adapter, there)
     (folder / PATHS["adapter"]).chmod((there / "config.json").stat().st_mode)
-    return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]))
+    return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]), separator)
 
 
-def _static(folder: Path, model: Any, inputs: Sequence[str], encoded: Sequence[Any], pad_id: int) -> Forward:
+def _static(
+    folder: Path,
+    model: Any,
+    inputs: Sequence[str],
+    encoded: Sequence[Any],
+    pad_id: int,
+    separator: int | None,
+) -> Forward:
     """Writes static int8, with ranges of the `encoded` texts; what asks it."""
     from fedtune.models.onnx_files import write_int8_static
     from fedtune.serving.calibration import product_ranges
 
     write_format("onnx", folder, model, inputs)
     plain, path = folder / PATHS["onnx"], folder / PATHS["onnx-int8-static"]
-    write_int8_static(plain, path, product_ranges(plain, [one.ids for one in encoded], pad_id))
-    return onnx_forward(path)
+    ids = [one.ids for one in encoded]
+    write_int8_static(plain, path, product_ranges(plain, ids, pad_id, separator=separator))
+    return onnx_forward(path, separator=separator)
 
 
-def write_format(name: str, folder: Path, model: Any, inputs: Sequence[str], threads: int = 0) -> Forward:
+def write_format(
+    name: str,
+    folder: Path,
+    model: Any,
+    inputs: Sequence[str],
+    threads: int = 0,
+    separator: int | None = None,
+) -> Forward:
     """Writes `model` in one format into `folder`, which has its configuration; what asks the files there.
 
     Args:
         inputs: names of the tokenizer's outputs, in its order.
         threads: of onnxruntime, when it is asked; 0: as many as there are cores.
+        separator: of a model of pairs, as of `fedtune.serving.classifier.segments`.
     """
     from fedtune.models import standalone
 
@@ -274,7 +297,7 @@ def write_format(name: str, folder: Path, model: Any, inputs: Sequence[str], thr
         modeling.write_bytes(kept[0])
         config.write_bytes(kept[1])
         (folder / PATHS[name]).chmod(config.stat().st_mode)  # safetensors makes files for their owner alone
-        return torch_forward(standalone.load_merged(folder))
+        return torch_forward(standalone.load_merged(folder), separator)
     from fedtune.models import onnx_files
 
     path, plain = folder / PATHS[name], folder / PATHS["onnx"]
@@ -287,7 +310,7 @@ def write_format(name: str, folder: Path, model: Any, inputs: Sequence[str], thr
         from fedtune.models.onnx_weights import write_weights
 
         write_weights(plain, path, "nf4" if name == "onnx-nf4" else "int8")
-    return onnx_forward(path, threads)
+    return onnx_forward(path, threads, separator)
 
 
 def processor() -> str:

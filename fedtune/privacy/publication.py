@@ -327,7 +327,8 @@ SINKS: Mapping[str, Fields] = {
     "export": {
         **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs"), _NAME),
         "made": public("the day on which it was exported"),
-        **dict.fromkeys(("max_length", "base", "pad_id"), _SETTING),
+        **dict.fromkeys(("max_length", "base", "pad_id", "pairs", "separator"), _SETTING),
+        "site": public("whose own model it is, as the site of the data or federation is called"),
         "formats": public("sizes of files, and figures of public texts"),
         "check": public("which public texts, how many, what was asked of them, and the processor"),
         "quality": public("of a public test split"),

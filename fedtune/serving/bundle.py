@@ -98,6 +98,16 @@ class Bundle:
         """How many tokens of a text the model is asked about, special ones included."""
         return int(self.about["max_length"])
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the model is asked about two texts at a time."""
+        return bool(self.about.get("pairs"))
+
+    @property
+    def separator(self) -> int | None:
+        """The token after which a pair's second text is another segment; None where there are no segments."""
+        return self.about.get("separator")
+
     def chosen(self, wanted: str | None = None) -> str:
         """The format to run: the one that is `wanted`, else int8, ONNX or transformers, as they are there.
 

@@ -19,7 +19,9 @@ from fedtune.serving.classifier import BATCH_TOKENS, feed, onnx_session, padded,
 __all__ = ["product_ranges"]
 
 
-def product_ranges(path: Path, ids: Sequence[Sequence[int]], pad_id: int, threads: int = 0) -> Ranges:
+def product_ranges(
+    path: Path, ids: Sequence[Sequence[int]], pad_id: int, threads: int = 0, separator: int | None = None
+) -> Ranges:
     """The range of each column of each product's input, over the tokens `ids` of n texts.
 
     Args:
@@ -27,6 +29,7 @@ def product_ranges(path: Path, ids: Sequence[Sequence[int]], pad_id: int, thread
         ids: token ids of each text; at least one text.
         pad_id: the token that fills up; what comes of it does not count.
         threads: of onnxruntime; 0: as many as there are cores.
+        separator: as of `fedtune.serving.classifier.segments`.
 
     Raises:
         ModelError: onnxruntime cannot read the file.
@@ -38,7 +41,9 @@ def product_ranges(path: Path, ids: Sequence[Sequence[int]], pad_id: int, thread
     largest: dict[str, NDArray[np.float32]] = {}
     for rows in token_batches([len(one) for one in ids], BATCH_TOKENS):
         tokens, mask = padded([ids[row] for row in rows], pad_id)
-        for name, value in zip(names, session.run(names, feed(inputs, tokens, mask, {})), strict=True):
+        for name, value in zip(
+            names, session.run(names, feed(inputs, tokens, mask, {}, separator)), strict=True
+        ):
             # [b, s, n] for a token's vector; the head's input [b, n] is a text's.
             some = value[mask.astype(bool)] if value.ndim == 3 else value
             bottom, top = some.min(axis=0), some.max(axis=0)

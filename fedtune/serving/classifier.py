@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from fedtune.errors import ConfigError, ModelError
 from fedtune.models.onnx_base import Constants, share
 from fedtune.serving.bundle import Bundle
+
+if TYPE_CHECKING:
+    from fedtune.runs.predict import Asked
 
 __all__ = [
     "BATCH_TOKENS",
@@ -30,6 +33,7 @@ __all__ = [
     "onnx_session",
     "padded",
     "probabilities",
+    "segments",
     "token_batches",
     "torch_forward",
 ]
@@ -83,9 +87,10 @@ class Classifier:
         for name in sorted(set(names)):
             places = [place for place, other in enumerate(names) if other == name]
             if name == "hf":
-                made = [_hf_forward(bundles[place].folder) for place in places]
+                made = [_hf_forward(bundles[place].folder, bundles[place].separator) for place in places]
             else:
-                made = onnx_forwards([bundles[place].path(name) for place in places], threads)
+                paths = [bundles[place].path(name) for place in places]
+                made = onnx_forwards(paths, threads, [bundles[place].separator for place in places])
             forwards.update(zip(places, made, strict=True))
         models = [
             cls(
@@ -97,17 +102,17 @@ class Classifier:
             for place, bundle in enumerate(bundles)
         ]
         for model, bundle, name in zip(models, bundles, names, strict=True):
-            model._try(bundle.path(name))
+            model._try(bundle.path(name), ("a", "b") if bundle.pairs else "a")
         return models
 
-    def _try(self, path: Path) -> None:
-        """Asks the model in `path` one thing, so that one that cannot answer is refused before it is used.
+    def _try(self, path: Path, question: Asked) -> None:
+        """Asks the model in `path` one `question`: one that cannot answer is refused before it is used.
 
         Raises:
             ModelError: it fails, or its answer is none about the labels of its folder.
         """
         try:
-            ids, mask = padded(self.encode(["a"]), self.pad_id)
+            ids, mask = padded(self.encode([question]), self.pad_id)
             answer = self.forward(ids, mask)
         except Exception as error:  # of onnxruntime or torch, which have no common base
             raise ModelError(
@@ -126,8 +131,8 @@ class Classifier:
                 "folder again, or export the run again."
             )
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut."""
+    def encode(self, texts: Sequence[Asked]) -> list[list[int]]:
+        """Token ids of each text, or of each pair, cut."""
         return [one.ids for one in self.tokenizer.encode_batch(list(texts))]
 
     def logits(
@@ -200,32 +205,40 @@ def read_tokenizer(folder: Path, max_length: int) -> Any:
     return tokenizer
 
 
-def onnx_forward(path: Path, threads: int = 0) -> Forward:
-    """The ONNX file `path` in onnxruntime, on the processor.
+def onnx_forward(path: Path, threads: int = 0, separator: int | None = None) -> Forward:
+    """The ONNX file `path` in onnxruntime, on the processor; `separator`: as of `segments`.
 
     Raises:
         ConfigError: onnxruntime is not installed.
         ModelError: it cannot read the file.
     """
-    return _session(str(path), path, threads)({})
+    return _session(str(path), path, threads)({}, separator)
 
 
-def onnx_forwards(paths: Sequence[Path], threads: int = 0) -> list[Forward]:
+def onnx_forwards(
+    paths: Sequence[Path], threads: int = 0, separators: Sequence[int | None] | None = None
+) -> list[Forward]:
     """Several ONNX files; if they are adapters over one base, they share one session and one copy of it.
+
+    Args:
+        paths: of the files.
+        threads: of onnxruntime; 0: as many as there are cores.
+        separators: of each file as of `segments`; None: none has any.
 
     Raises:
         ConfigError: onnxruntime is not installed.
         ModelError: it cannot read a file.
     """
+    ends = separators or [None] * len(paths)
     try:
         shared = share(paths) if len(paths) > 1 else None
     except ImportError:  # onnx is for making files: a service may lack it
         shared = None
     if shared is None:
-        return [onnx_forward(path, threads) for path in paths]
+        return [onnx_forward(path, threads, one) for path, one in zip(paths, ends, strict=True)]
     base, constants = shared
     with_constants = _session(base, paths[0], threads)
-    return [with_constants(one) for one in constants]
+    return [with_constants(one, end) for one, end in zip(constants, ends, strict=True)]
 
 
 def onnx_session(model: str | bytes, path: Path, threads: int) -> Any:
@@ -251,22 +264,35 @@ def onnx_session(model: str | bytes, path: Path, threads: int) -> Any:
         raise ModelError(f"onnxruntime cannot read {path}: {' '.join(str(error).split())[:300]}") from error
 
 
+def segments(ids: NDArray[np.int64], mask: NDArray[np.int64], separator: int | None) -> NDArray[np.int64]:
+    """Which segment each token of `ids` [b, s] is of: 1 after the first `separator`, where a pair's second
+    text begins; 0 everywhere if that is None. As in training (`fedtune.models.encoder`)."""
+    if separator is None:
+        return np.zeros_like(ids)
+    ends = (ids == separator).astype(np.int64)
+    return np.minimum(ends.cumsum(axis=1) - ends, 1) * mask
+
+
 def feed(
-    names: Sequence[str], ids: NDArray[np.int64], mask: NDArray[np.int64], constants: Constants
+    names: Sequence[str],
+    ids: NDArray[np.int64],
+    mask: NDArray[np.int64],
+    constants: Constants,
+    separator: int | None = None,
 ) -> dict[str, Any]:
-    """What a session with the inputs `names` is given; all tokens are of one segment."""
+    """What a session with the inputs `names` is given."""
     given = {"input_ids": ids, "attention_mask": mask, **constants}
-    return {name: given[name] if name in given else np.zeros_like(ids) for name in names}
+    return {name: given[name] if name in given else segments(ids, mask, separator) for name in names}
 
 
-def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constants], Forward]:
+def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constants, int | None], Forward]:
     """A session as `onnx_session`; what asks it with constants that are inputs of it."""
     session = onnx_session(model, path, threads)
     names = [one.name for one in session.get_inputs()]
 
-    def with_constants(constants: Constants) -> Forward:
+    def with_constants(constants: Constants, separator: int | None) -> Forward:
         def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-            logits: NDArray[np.float32] = session.run(None, feed(names, ids, mask, constants))[0]
+            logits: NDArray[np.float32] = session.run(None, feed(names, ids, mask, constants, separator))[0]
             return logits
 
         return forward
@@ -274,20 +300,26 @@ def _session(model: str | bytes, path: Path, threads: int) -> Callable[[Constant
     return with_constants
 
 
-def torch_forward(module: Any) -> Forward:
-    """A torch module that takes input_ids and attention_mask, and gives logits or an object with them."""
+def torch_forward(module: Any, separator: int | None = None) -> Forward:
+    """A torch module that takes input_ids and attention_mask, and gives logits or an object with them.
+
+    With a `separator` (as of `segments`) it takes token_type_ids too.
+    """
     import torch
 
     def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            found = module(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask))
+            given = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+            if separator is not None:
+                given["token_type_ids"] = torch.from_numpy(segments(ids, mask, separator))
+            found = module(**given)
             logits: NDArray[np.float32] = getattr(found, "logits", found).float().numpy()
             return logits
 
     return forward
 
 
-def _hf_forward(folder: Path) -> Forward:
+def _hf_forward(folder: Path, separator: int | None) -> Forward:
     from fedtune.models.standalone import load_merged
 
-    return torch_forward(load_merged(folder))
+    return torch_forward(load_merged(folder), separator)

@@ -33,9 +33,11 @@ from fedtune.serving.measures import measure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["draw", "evaluate", "keep", "keep_json", "labelled_texts", "show"]
+    from fedtune.runs.predict import Asked
 
-_SETTINGS = ("data.text", "data.label", "data.site", "data.test_split")
+__all__ = ["asked_of", "draw", "evaluate", "keep", "keep_json", "labelled_texts", "show"]
+
+_SETTINGS = ("data.text", "data.text_pair", "data.label", "data.site", "data.test_split")
 
 
 def evaluate(
@@ -63,7 +65,7 @@ def evaluate(
     """
     bundle = Bundle.open(model_dir)
     name = bundle.chosen(wanted)
-    corpus = labelled_texts(data, words, bundle.labels)
+    corpus = labelled_texts(data, words, bundle)
     model = Classifier.open(bundle, name)
     done = 0
 
@@ -72,7 +74,7 @@ def evaluate(
         done += count
         advance(done, corpus.num_records)
 
-    found = probabilities(model.logits(model.encode(corpus.texts), more))
+    found = probabilities(model.logits(model.encode(asked_of(corpus)), more))
     return {
         "model": bundle.about["run"],
         "format": name,
@@ -83,14 +85,14 @@ def evaluate(
 
 
 def labelled_texts(
-    data: Path, words: Sequence[str], labels: tuple[str, ...], settings: Sequence[str] = _SETTINGS
+    data: Path, words: Sequence[str], bundle: Bundle, settings: Sequence[str] = _SETTINGS
 ) -> Corpus:
     """The texts of `data` with labels of a model.
 
     Args:
         data: as `evaluate`.
         words: settings.
-        labels: the model's.
+        bundle: the model's folder.
         settings: the names that `words` may set.
 
     Raises:
@@ -104,6 +106,13 @@ def labelled_texts(
                 f"{word!r} is none of the settings of an evaluation: {', '.join(settings)} (as in "
                 "data.text=review). The label set is the model's."
             )
+    if bundle.pairs != any(word.startswith("data.text_pair=") for word in words):
+        raise ConfigError(
+            "The model was trained on pairs of texts: name the column of the second ones by "
+            "data.text_pair=COLUMN."
+            if bundle.pairs
+            else "The model was trained on single texts: leave data.text_pair out."
+        )
     path = data.expanduser()
     if not path.exists():
         raise DataError(
@@ -116,7 +125,12 @@ def labelled_texts(
     file = find_split(config, "test_split" if path.is_dir() else "train_split")
     columns = Columns.of(config)
     # All of one class may be what somebody wants to know about.
-    return build_corpus(config.name, read_table(file, columns), columns, labels, part=True, fixed=True)
+    return build_corpus(config.name, read_table(file, columns), columns, bundle.labels, part=True, fixed=True)
+
+
+def asked_of(corpus: Corpus) -> Sequence[Asked]:
+    """What a model is asked about each record: its text, or both of a pair."""
+    return corpus.texts if corpus.pairs is None else list(zip(corpus.texts, corpus.pairs, strict=True))
 
 
 def keep(found: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -33,7 +33,7 @@ from fedtune.privacy.mechanisms.counts import DELTA
 from fedtune.privacy.publication import publish
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
-from fedtune.serving.evaluation import labelled_texts
+from fedtune.serving.evaluation import asked_of, labelled_texts
 
 if TYPE_CHECKING:
     from fedtune.data.corpus import Corpus
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Told", "evaluate_private", "show"]
 
-_SETTINGS = ("data.name", "data.text", "data.label", "data.unit", "data.test_split")
+_SETTINGS = ("data.name", "data.text", "data.text_pair", "data.label", "data.unit", "data.test_split")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def evaluate_private(
         )
     bundle = Bundle.open(model_dir)
     name = bundle.chosen(wanted)
-    corpus = labelled_texts(data, [*_words_of(site), *words], bundle.labels, _SETTINGS)
+    corpus = labelled_texts(data, [*_words_of(site), *words], bundle, _SETTINGS)
     model = Classifier.open(bundle, name)
     ledger = _ledger(site)
     if delta is None:
@@ -141,7 +141,7 @@ def _words_of(site: SiteSettings | None) -> list[str]:
         return []
     from fedtune.config.convert import value_text
 
-    named = {name: getattr(site.data, name) for name in ("name", "text", "label", "unit")}
+    named = {name: getattr(site.data, name) for name in ("name", "text", "text_pair", "label", "unit")}
     return [f"data.{name}={value_text(value)}" for name, value in named.items() if value is not None]
 
 
@@ -180,7 +180,7 @@ def _answers(
     which kernels round by. So each text is asked by itself.
     """
     said = np.zeros(corpus.num_records, dtype=np.int64)
-    for row, ids in enumerate(model.encode(corpus.texts)):
+    for row, ids in enumerate(model.encode(asked_of(corpus))):
         said[row] = model.logits([ids])[0].argmax()
         advance(row + 1, corpus.num_records)
     persons = None if corpus.units is None else np.unique(corpus.units, return_inverse=True)[1]

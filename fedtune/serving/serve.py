@@ -100,7 +100,7 @@ def serve(
 
 
 def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mapping[str, Served]:
-    """The models by name; each was asked once, so that what is loaded lazily is loaded."""
+    """The models by name."""
     from fedtune.serving.app import Served
 
     bundles: dict[str, Bundle] = {}
@@ -114,9 +114,13 @@ def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mappin
                 f"own: fedtune serve first={bundles[name].folder} second={folder}"
             )
         bundles[name] = bundle
+    for name, bundle in bundles.items():
+        if bundle.pairs:
+            raise ConfigError(
+                f"The model {name!r} in {bundle.folder} was trained on pairs of texts, and a request of this "
+                "service has single ones. Ask it in Python, as its README.md shows."
+            )
     found = Classifier.open_all(list(bundles.values()), wanted, threads)
-    for model in found:
-        model.logits(model.encode(["a first text"]))
     return {
         name: Served(bundle, model, bundle.chosen(wanted))
         for (name, bundle), model in zip(bundles.items(), found, strict=True)

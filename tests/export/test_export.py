@@ -26,6 +26,7 @@ from fedtune.runs import record as records
 from fedtune.runs.predict import load
 from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, Bundle
 from fedtune.serving.classifier import Classifier
+from tests.support.cards import code_of, without_fedtune
 from tests.support.golden import Golden
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,26 +42,6 @@ def record(run_dir: Path) -> dict[str, Any]:
 def about(exported: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((exported / EXPORT_NAME).read_text())
     return loaded
-
-
-def code_of(page: Path) -> list[str]:
-    """The Python blocks of a card, about this folder, and asking the texts of this test."""
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    return [
-        block.replace("FOLDER", str(page.parent)).replace('["what a wonderful film"]', repr(TEXTS))
-        for block in blocks
-    ]
-
-
-def without_fedtune(code: str, tmp_path: Path) -> str:
-    """What the code prints in a Python that has no fedtune."""
-    program = "import sys\nsys.modules['fedtune'] = None\n" + code
-    environment = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def labels_of(folder: Path) -> list[str]:
@@ -90,7 +71,7 @@ def test_the_folder_is_whole_and_its_sums_are_those_of_sha256sum(exported: Path)
 def test_the_lines_of_the_card_give_the_runs_labels_without_fedtune(
     exported: Path, run_dir: Path, tmp_path: Path, number: int
 ) -> None:
-    printed = without_fedtune(code_of(exported / "README.md")[number], tmp_path)
+    printed = without_fedtune(code_of(exported / "README.md", TEXTS)[number], tmp_path)
     said = eval(printed)
     labels = [one["label"] for one in said] if number == 0 else said
     # A run's noise may give all of them one label: the scores tell models apart whatever it is.
@@ -103,7 +84,7 @@ def test_the_lines_of_the_card_give_the_runs_labels_without_fedtune(
 def test_the_lines_of_the_adapters_card_load_it_onto_its_base(
     exported: Path, run_dir: Path, world: dict[str, Path], tmp_path: Path
 ) -> None:
-    (code,) = code_of(exported / "adapter" / "README.md")
+    (code,) = code_of(exported / "adapter" / "README.md", TEXTS)
     assert 'base = "..."  # the folder of model' in code
     tokens = Bundle.open(exported)
     ids = Classifier.open(tokens, "hf").encode(TEXTS[:1])
@@ -319,12 +300,6 @@ def test_what_cannot_be_exported(
     with pytest.raises(ConfigError) as raised:
         export.export(run_dir, tmp_path / "full")
     golden(raised)
-    run = copied()
-    made = json.loads((run / "record.json").read_text())
-    made["config"]["data"]["text_pair"] = "hypothesis"
-    (run / "record.json").write_text(json.dumps(made))
-    with pytest.raises(DataError, match="pairs"):
-        export.export(run, tmp_path / "model", ["hf"])
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "onnx" else find_spec(name, *rest)

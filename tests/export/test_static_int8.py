@@ -102,7 +102,7 @@ def test_private_texts_are_refused_and_nothing_is_written(
     with (world["data"] / "train.csv").open() as file:
         own = next(csv.DictReader(file))["text"]
     (tmp_path / "mixed.txt").write_text(f"a good day\n{own.upper()}\n")
-    with pytest.raises(DataError, match=r"1 of the 2 texts of mixed\.txt are private training texts"):
+    with pytest.raises(DataError, match=r"1 of the texts in the 2 lines of mixed\.txt are private"):
         export.export(run_dir, target, [NAME], calibrate=tmp_path / "mixed.txt")
     with pytest.raises(ConfigError, match="add onnx-int8-static"):
         export.export(run_dir, target, ["onnx"], calibrate=tmp_path / "mixed.txt")

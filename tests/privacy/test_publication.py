@@ -220,7 +220,10 @@ PUBLIC: dict[str, str] = {
         "rounds.*.epsilon rounds.*.bytes_up rounds.*.bytes_down rounds.*.dropped rounds.*.updates "
         "rounds.*.void"
     ),
-    "export": "schema fedtune run labels inputs made max_length base pad_id formats check quality",
+    "export": (
+        "schema fedtune run labels inputs made max_length base pad_id pairs separator site formats check "
+        "quality"
+    ),
     "compression": "schema fedtune run made base settings texts processor privacy original steps formats",
     "private_evaluation": "model format data privacy",
     "failure": "error overrides when",

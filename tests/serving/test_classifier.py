@@ -115,6 +115,6 @@ def test_a_model_that_fails_is_refused_before_it_is_served(
     def broken(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         raise RuntimeError("a kernel is missing")
 
-    monkeypatch.setattr(classifier, "onnx_forwards", lambda paths, threads: [broken for _ in paths])
+    monkeypatch.setattr(classifier, "onnx_forwards", lambda paths, *rest: [broken for _ in paths])
     with pytest.raises(ModelError, match="cannot be asked: a kernel is missing"):
         Classifier.open(Bundle.open(exported), "onnx")
