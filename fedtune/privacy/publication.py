@@ -325,10 +325,9 @@ SINKS: Mapping[str, Fields] = {
     },
     # An exported model. Its check is of public texts, or of texts of which whoever exports publishes figures.
     "export": {
-        **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs"), _NAME),
+        **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs", "site"), _NAME),
         "made": public("the day on which it was exported"),
         **dict.fromkeys(("max_length", "base", "pad_id", "pairs", "separator"), _SETTING),
-        "site": public("whose own model it is, as the site of the data or federation is called"),
         "formats": public("sizes of files, and figures of public texts"),
         "check": public("which public texts, how many, what was asked of them, and the processor"),
         "quality": public("of a public test split"),

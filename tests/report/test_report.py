@@ -29,7 +29,7 @@ GRID = {"epsilon": [0.5, 2.0, 8.0, None], "quantization": ["none", "int8", "nf4"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("runs")
     write_grid(root, seeds=2, **GRID)
-    write_compressed(root / "smaller", int8=(900.0, 0.79))
+    write_compressed(root / "smaller", 20.0, int8=(900.0, 0.79))
     return write_report([root])
 
 

@@ -234,8 +234,8 @@ def write_grid(root: Path, seeds: int = 3, **axes: list[Any]) -> int:
     return count
 
 
-def write_compressed(folder: Path, **formats: tuple[float, float | None]) -> Path:
-    """A folder as `fedtune compress` makes it; of each format its texts a second, and its accuracy."""
+def write_compressed(folder: Path, original: float = 100.0, **formats: tuple[float, float | None]) -> Path:
+    """A folder as `fedtune compress` makes it: speeds of original and formats, and accuracies of formats."""
 
     def one(speed: float, accuracy: float | None) -> dict[str, Any]:
         return {"texts_per_second": speed, "accuracy": accuracy}
@@ -245,8 +245,8 @@ def write_compressed(folder: Path, **formats: tuple[float, float | None]) -> Pat
         "schema": 1,
         "processor": "AVX512",
         "settings": {"threads": 1},
-        "original": one(100.0, 0.80),
-        "steps": [{"step": "distill", **one(200.0, 0.79)}],
+        "original": one(original, 0.80),
+        "steps": [{"step": "distill", **one(2 * original, 0.79)}],
         "formats": {name: one(*values) for name, values in formats.items()},
     }
     (folder / "compression.json").write_text(json.dumps(made))
