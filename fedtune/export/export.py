@@ -80,14 +80,14 @@ def export(
 
     Raises:
         ConfigError: a format is unknown, what it takes is not installed, or the folder is there already.
-        RecordError, DataError: as `fedtune.load`; the texts to check with are missing, or no pairs; or the run
+        RecordError, DataError: as `fedtune.load`; the texts to check with are missing or no pairs, or the run
             saw long texts in windows.
         ModelError: the base cannot be loaded, or what was made is not what was trained.
         ResourceError: the folder cannot be written.
     """
     _check(formats, calibrate)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
-    predict.refuse_pieces(folder, made, "an export")
+    predict.refuse_pieces(folder, made, "an export", pairs=True)
     adapter = predict.adapter_of(folder, made, site)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)

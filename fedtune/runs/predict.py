@@ -233,11 +233,11 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
     return adapter
 
 
-def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str) -> None:
+def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str, *, pairs: bool = False) -> None:
     """Raises `DataError` for a run on pairs of texts, or on windows of long ones, where `what` takes one text
-    in one piece."""
+    (`pairs`: or two) in one piece."""
     data = finished["config"]["data"]
-    if pair := data.get("text_pair"):
+    if (pair := data.get("text_pair")) and not pairs:
         raise DataError(
             f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and {what} takes "
             "one text at a time: what it said of one alone would mean nothing. fedtune predict takes pairs, "
