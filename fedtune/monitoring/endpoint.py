@@ -16,6 +16,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,6 +126,7 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], pages: Pages) -> None:
         self.pages, self.free = pages, threading.BoundedSemaphore(_AT_ONCE)
+        self.ends: dict[socket.socket, float] = {}  # until when each may last
         family, *_, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         self.address_family = family
         super().__init__(where[:2], _Handler)  # type: ignore[arg-type]
@@ -137,15 +139,18 @@ class _Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        # `timeout` below is of one read: a byte every nine seconds would hold a place for ever.
-        end = threading.Timer(2 * _SECONDS, _close, [request])
-        end.daemon = True
-        end.start()
+        self.ends[request] = time.monotonic() + 2 * _SECONDS
         try:
             super().process_request_thread(request, client_address)
         finally:
-            end.cancel()
+            del self.ends[request]
             self.free.release()
+
+    def service_actions(self) -> None:
+        # `timeout` below is of one read: a byte every nine seconds would hold a place for ever.
+        for request, end in list(self.ends.items()):
+            if time.monotonic() > end:
+                _close(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _log.debug("a request to the endpoint broke", exc_info=True)
