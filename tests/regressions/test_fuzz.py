@@ -458,7 +458,7 @@ def _readers(folder: Path) -> list[Callable[[], Any]]:
     ]
 
 
-@search()
+@search(0.25)
 @given(
     st.sampled_from(
         ["record.json", "record.json", "record.json", "local.json", "sweep.json", "fedtune.json"]
