@@ -228,7 +228,8 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
 def test_a_cost_that_is_equal_for_all_is_no_trade_off(tmp_path: Path) -> None:
     first, second = make_record(), make_record(epsilon=2.0)
     for record, more in ((first, 0), (second, 9)):
-        record["cost"].update(bytes_up=2000 + more, bytes_down=2000)
+        record["cost"].update(bytes_up=2000 + more, bytes_down=2000, train_seconds=100.0 + 20 * more)
+        record["run"]["seconds"] = 120.0 + 20 * more
     write(tmp_path / "0", first)
     write(tmp_path / "1", second)
     page = write_report([tmp_path]).page
