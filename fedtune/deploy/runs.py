@@ -68,6 +68,8 @@ class Runs:
 
     def turn(self, ticket: str, operator: str) -> dict[str, Any] | None:
         """None if this ticket may start a run now; else what it waits for: `running`, `before`."""
+        if len(self._active) >= self._most:
+            self.update()  # one may have ended since the last look
         with self._lock:
             now = self._clock()
             self._waiting = {

@@ -266,7 +266,7 @@ class Gate:
         if length > most:
             said = {"error": f"A request may have {most} bytes, and this one has {length}."}
             return await _respond(send, 413, said, close=True)
-        if self._runs is not None and (waits := self._waits(request, who)) is not None:
+        if self._runs is not None and (waits := await asyncio.to_thread(self._waits, request, who)):
             return await _respond(send, 429, waits, close=True)
         try:
             async with self._bodies.read(receive, length, credential) as body:

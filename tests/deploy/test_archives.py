@@ -55,6 +55,9 @@ def test_an_archive_that_was_changed_on_its_way_is_refused(made: Path, tmp_path:
     ca.write_bytes((other / "ca.crt").read_bytes())  # of somebody who would pose as the server
     with pytest.raises(ConfigError, match="not signed by the authority"):
         check_archive(site)
+    ca.write_bytes(mine + b"\n")  # the same key, and not the file that was signed
+    with pytest.raises(ConfigError, match="is not the one that was signed"):
+        check_archive(site)
     ca.write_bytes(mine)
     assert check_archive(site)[1] == ()
 

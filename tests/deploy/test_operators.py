@@ -218,8 +218,7 @@ def test_as_many_runs_go_on_as_may_and_the_next_is_of_whoever_has_fewest(tmp_pat
     for number, (ticket, operator) in enumerate([("a3", "alice"), ("a4", "alice"), ("b1", "bob")]):
         clock.now += 1
         assert runs.turn(ticket, operator) == {"running": 2, "before": number if operator == "alice" else 0}
-    del state.unfinished[1]
-    runs.update()
+    del state.unfinished[1]  # it is seen when the next one asks
     assert runs.turn("a3", "alice") == {"running": 1, "before": 1}  # bob has none that goes on
     begin(runs, state, "b1", "bob", 3)
     del state.unfinished[2]
