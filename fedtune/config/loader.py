@@ -213,7 +213,7 @@ def hydra_errors() -> Iterator[None]:
             raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
         raise ConfigError(f"The configuration cannot be composed: {message}.") from error
     except ValueError as error:
-        if not str(error).startswith("Config group override must be"):  # Hydra's own; others are bugs
+        if not str(error).startswith("Config group override"):  # Hydra's own; others are bugs
             raise
         raise ConfigError(
             "The option of a group is a name (adapter=head), and a number or a mapping was given. 'fedtune "

@@ -606,7 +606,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "word", ["train.learning_rate=" + "9" * 5000, "adapter=1", "privacy=2.5", "train={a: 1}"]
+    "word", ["train.learning_rate=" + "9" * 5000, "adapter=1", "~adapter=1", "privacy=2.5", "train={a: 1}"]
 )
 def test_settings_are_refused_as_settings(word: str) -> None:
     with pytest.raises(ConfigError) as raised:
