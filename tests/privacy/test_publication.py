@@ -193,7 +193,7 @@ PUBLIC: dict[str, str] = {
         "run.status run.attempt config data.name data.source data.only_site data.public data.labels "
         "data.labels_declared data.declared_sizes data.test_records federation.nodes "
         "federation.rounds federation.cohort_size federation.node_names federation.recipe "
-        "federation.dropped federation.void_rounds "
+        "federation.dropped federation.left_out federation.void_rounds "
         "federation.ended_early federation.notices privacy.unit privacy.adjacency privacy.trust "
         "privacy.mechanism privacy.noise_multiplier privacy.max_grad_norm privacy.head_norm "
         "privacy.head_share privacy.head_rounds privacy.centre_rounds privacy.sample_rate "
@@ -213,7 +213,7 @@ PUBLIC: dict[str, str] = {
     "checkpoint": (
         "config encoder plan strategy attempt nodes history.*.round history.*.num_rounds history.*.epsilon "
         "history.*.bytes_up history.*.bytes_down history.*.dropped history.*.updates history.*.void "
-        "dropped releases answers exhausted notices ended_early"
+        "dropped releases answers exhausted notices ended_early trained"
     ),
     "history": (
         "run epsilon delta releases ended_early notices rounds.*.round rounds.*.num_rounds "
