@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedtune import __version__
 from fedtune.cli.app import main
+from fedtune.config.build import build
 from fedtune.deploy import channel, worker_process
 from fedtune.deploy.site import open_ledger
 from fedtune.deploy.worker_process import WorkerProcess
@@ -389,7 +389,7 @@ def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> N
         )
         connection, _ = listener.accept()
         channel.send(connection, {}, [settings(tmp_path).to_json().encode()])
-        assert channel.receive(connection)[0] == {"ready": started.pid, "fedtune": __version__}
+        assert channel.receive(connection)[0] == {"ready": started.pid, "fedtune": build()}
         started.send_signal(signal.SIGINT)
         time.sleep(0.2)
         connection.close()
@@ -400,13 +400,13 @@ def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> N
 # Connects a second after it was started: whoever is quicker has the node's attention first.
 LATE = """
 import socket, sys, time
-from fedtune import __version__
+from fedtune.config.build import build
 from fedtune.deploy import channel
 time.sleep(1)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 channel.receive(connection)
-channel.send(connection, {"ready": 1, "fedtune": __version__})
+channel.send(connection, {"ready": 1, "fedtune": build()})
 channel.receive(connection)
 channel.send(connection, {}, [b"reply", b"context"])
 channel.receive(connection)

@@ -201,9 +201,10 @@ def test_it_is_made_with_the_first_release_for_the_owner_alone(used: Path) -> No
 def test_asking_makes_none(tmp_path: Path) -> None:
     ledger = PrivacyLedger(tmp_path / "ledger.sqlite")
     assert ledger.epsilon(dataset="visits", fingerprint=DATA) == 0.0
-    ledger.set_budget(PrivacyBudget(8.0, 1e-5))
     ledger.check_run(dataset="visits", fingerprint=DATA, node="n", run="r", plans=[local_plan()])
     assert not list(tmp_path.glob("*.key"))
+    ledger.set_budget(PrivacyBudget(8.0, 1e-5))  # this is no question
+    assert list(tmp_path.glob("*.key")) == [ledger.secret_path]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"short", bytes(32), b"x" * 33, bytes(range(32))])

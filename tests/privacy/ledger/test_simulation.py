@@ -244,6 +244,7 @@ def test_pitfall_34_a_ledger_that_is_lost_is_not_begun_anew(tmp_path: Path, how:
     assert "simulation.budget.json" in str(raised.value)
     golden(raised)
     ledger.budget_path.unlink()
+    ledger.secret_path.unlink()
     if how == "empty":
         ledger.path.unlink()
     privacy_ledger._opened.clear()  # another process, which never saw it
