@@ -105,6 +105,7 @@ channel.receive(connection)
 
 
 POPEN = subprocess.Popen
+build()  # asks git once, by the subprocess that tests here replace
 
 
 def _and_then(first: Callable[..., object], then: Callable[[], object]) -> Callable[..., object]:
