@@ -15,9 +15,11 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import MicroBatch
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
+from fedtune.models.encoder import computes_in
 from fedtune.models.frozen_outputs import Features, Progress
+from fedtune.models.merged_layers import MergedLayers
 
-__all__ = ["Evaluation", "evaluate", "predict_probabilities", "score"]
+__all__ = ["Evaluation", "answers_alone", "evaluate", "predict_probabilities", "score"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,27 @@ def predict_probabilities(
     for batch, logits in model.each("predict", work, batches, layers):
         result[batch.records] = logits.softmax(-1).cpu().numpy()[: len(batch.records)]
     return result
+
+
+@torch.no_grad()
+def answers_alone(model: AdaptedModel, data: TokenizedCorpus, train: TrainConfig) -> NDArray[np.int64]:
+    """The class that the model as it stands gives each record, int64 [n], each asked by itself.
+
+    Guarantee: what is said of a record follows from that record alone. In a batch, and in outputs that are
+    kept of one, the others set the shape, by which kernels round: where two classes are nearly equal, one
+    record more could then turn the votes of others, and a noised count would move by more than its
+    sensitivity.
+    """
+    features = Features(data, None, False, model.base.encoder.width, 0)
+    bf16 = computes_in(model.device, train.precision) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    layers = MergedLayers.of(model.base.encoder, 0, model.num_layers, dtype)
+    said = np.zeros(data.num_records, dtype=np.int64)
+    for record in range(data.num_records):
+        one = np.array([record])
+        arguments = features.inputs(one, *features.shape(one), model.device)
+        said[record] = int(model.logits(arguments, train.precision, layers)[0].argmax())
+    return said
 
 
 def score(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fedtune.config.schema import TrainConfig
 from fedtune.models.encoder import autocast, fast_bf16
-from fedtune.training.evaluation import evaluate, predict_probabilities, score
+from fedtune.training.evaluation import answers_alone, evaluate, predict_probabilities, score
 from tests.training.conftest import load, make_shard
 
 
@@ -53,6 +54,31 @@ def test_predictions_are_those_of_single_texts(tiny_bert: Path, options: dict[st
         ids = torch.from_numpy(data.tokens(record).astype(np.int64))[None]
         assert np.allclose(model.base(input_ids=ids).softmax(-1).detach().numpy()[0], got[record], atol=3e-3)
     assert evaluate(model, data, train).accuracy == np.mean(got.argmax(1) == data.labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 1}, {"name": "head"}])
+def test_what_is_said_of_a_record_alone_follows_from_it_alone(
+    tiny_bert: Path, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = load(tiny_bert, **options), make_shard().data
+    model.set_vector(np.random.default_rng(5).normal(size=model.num_parameters))
+    train = TrainConfig(micro_batch_tokens=48, precision="bf16")
+    seen: list[torch.Tensor] = []
+    logits = type(model).logits
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        seen.append(logits(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(type(model), "logits", watched)
+    said = answers_alone(model, data, train)
+    whole = torch.cat(seen)
+    assert whole.shape == (data.num_records, 2)  # a row each: nobody else is in it
+    seen.clear()
+    some = np.array([3, 7, 8])
+    assert np.array_equal(answers_alone(model, data.subset(some), train), said[some])
+    assert torch.equal(torch.cat(seen), whole[some])  # to the last bit
+    assert np.mean(said == predict_probabilities(model, data, train).argmax(1)) > 0.9
 
 
 def test_precision_follows_the_processor() -> None:

@@ -219,9 +219,8 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     with resources.model_at(adapter) as model:
         right = np.zeros(0, dtype=np.bool_)
         if held_out.data.num_records:
-            from fedtune.training.evaluation import predict_probabilities
+            from fedtune.training.evaluation import answers_alone
 
-            predicted = predict_probabilities(model, held_out.data, release.config.train).argmax(1)
-            right = predicted == held_out.data.labels
+            right = answers_alone(model, held_out.data, release.config.train) == held_out.data.labels
     entropy = plan.entropy(release.shard.node, request.round, request.attempt)
     return plan.answer(right, held_out.data.unit_index, entropy)

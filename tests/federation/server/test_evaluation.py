@@ -115,7 +115,7 @@ def test_a_crash_between_charge_and_answer_stays_charged(tiny: Make, monkeypatch
         raise MemoryError("while reading 'patient Jane Doe'")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedtune.training.evaluation.predict_probabilities", dies)
+        patch.setattr("fedtune.training.evaluation.answers_alone", dies)
         reply = question(node)
     assert seen == [1]  # before the data was touched
     assert reply.counts is None
