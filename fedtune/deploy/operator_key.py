@@ -13,7 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.deploy import certificates, signing
-from fedtune.deploy.operators import PURPOSE
+from fedtune.deploy.operators import PURPOSE, audience
 from fedtune.deploy.provision import Federation, check_word, read_token
 
 __all__ = ["OPERATOR_KEY", "OperatorKey", "credential_in", "operator_line"]
@@ -23,13 +23,14 @@ OPERATOR_KEY = "operator.key"
 
 @dataclass(frozen=True)
 class OperatorKey:
-    """The private key of an operator, which signs each of their requests."""
+    """The private key of an operator, which signs each of their requests, for one server (`audience`)."""
 
     key: ec.EllipticCurvePrivateKey
+    audience: bytes
 
     def headers(self) -> dict[str, str]:
         """Of a request, now."""
-        return signing.sign(self.key, PURPOSE, b"", datetime.datetime.now(datetime.UTC))
+        return signing.sign(self.key, PURPOSE, self.audience, datetime.datetime.now(datetime.UTC))
 
 
 def credential_in(folder: Path) -> OperatorKey | str:
@@ -39,7 +40,9 @@ def credential_in(folder: Path) -> OperatorKey | str:
         ConfigError: there is neither, or it cannot be used.
     """
     path = folder / OPERATOR_KEY
-    return OperatorKey(certificates.load_private_key(path)) if path.exists() else read_token(folder)
+    if not path.exists():
+        return read_token(folder)
+    return OperatorKey(certificates.load_private_key(path), audience(folder))
 
 
 def operator_line(folder: Path, name: str) -> tuple[str, str, bool]:

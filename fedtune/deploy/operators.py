@@ -5,7 +5,8 @@
 
 Whoever has the server folder's `operator.token` may do everything, by the name `operator`: it is for the
 administrator on the server's own machine. Everybody else has a key, of which the private half stays with
-them, and each request is signed by it. A running server reads the folder anew every two seconds, so that a
+them, and each request is signed by it, for this server alone (`audience`): what somebody sends to one server
+opens no other that knows the same key. A running server reads the folder anew every two seconds, so that a
 right that was taken back is gone without a restart. What is broken lets nobody in.
 """
 
@@ -23,6 +24,7 @@ import yaml
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import certificates, signing
+from fedtune.deploy.archives import authority_fingerprint
 from fedtune.deploy.provision import check_word
 from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, ResourceError
@@ -35,6 +37,7 @@ __all__ = [
     "Operators",
     "Right",
     "add",
+    "audience",
     "operators",
     "revoke",
 ]
@@ -82,6 +85,7 @@ class Operators:
         self._folder, self._token = folder, token.encode()
         self._lock = threading.Lock()
         self._by_key: dict[bytes, Operator] = {}
+        self._audience: bytes | None = None
         self.problems: list[str] = []
         self.reload()
 
@@ -89,8 +93,13 @@ class Operators:
         """Reads who may do what."""
         broken: list[str] = []
         found = {one.key: one for one in operators(self._folder, broken) if one.key is not None}
+        try:
+            signed_for = audience(self._folder) if found else None
+        except ConfigError as error:
+            signed_for = None
+            broken.append(f"{error} No operator is let in by a key.")
         with self._lock:
-            self._by_key, self.problems = found, broken
+            self._by_key, self._audience, self.problems = found, signed_for, broken
 
     def who(self, headers: Mapping[bytes, bytes], token_header: str) -> Operator | None:
         """Who sent a request with these headers, now; None: nobody that is known."""
@@ -98,10 +107,12 @@ class Operators:
         if given:
             return ADMINISTRATOR if hmac.compare_digest(given, self._token) else None
         named = {name: headers.get(name.encode(), b"") for name in _HEADERS}
-        if not named[signing.KEY]:
+        with self._lock:
+            signed_for = self._audience
+        if not named[signing.KEY] or signed_for is None:
             return None
         try:
-            key, when = signing.signed_by(named, PURPOSE, b"")
+            key, when = signing.signed_by(named, PURPOSE, signed_for)
         except ValueError:
             return None
         ahead = (when - datetime.datetime.now(datetime.UTC)).total_seconds()
@@ -110,6 +121,15 @@ class Operators:
 
 
 _HEADERS = (signing.KEY, signing.TIME, signing.SIGNATURE)
+
+
+def audience(folder: Path) -> bytes:
+    """What an operator's requests to a server are signed for: its authority, by the `ca.crt` in `folder`.
+
+    Raises:
+        ConfigError: there is no certificate.
+    """
+    return authority_fingerprint(folder / "ca.crt").encode()
 
 
 def operators(server: Path, broken: list[str] | None = None) -> list[Operator]:

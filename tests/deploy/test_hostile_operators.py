@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from fedtune.deploy import operators as people
 from fedtune.deploy import server, submit
 from fedtune.deploy.certificates import tls_context
 from fedtune.deploy.client import Server
-from fedtune.deploy.operator_key import operator_line
+from fedtune.deploy.operator_key import OperatorKey, operator_line
 from fedtune.deploy.runs import RUN_HEADER
 from fedtune.deploy.submit import submitted_run
 from fedtune.deploy.view import run_row, site_row
@@ -55,6 +56,15 @@ def test_flowers_own_stop_is_for_who_may_stop_any_run(real: Real, mallory: Serve
         assert said.status_code == 403 and "no right to stop" in said.json()["error"]
         assert post(mallory, server.STOP_PATH, **{RUN_HEADER: str(number).encode()}).status_code == 403
         assert list(grid.get_node_ids()) == [] and not lost.is_set()
+
+
+def test_what_is_signed_for_one_server_opens_no_other(real: Real, mallory: Server) -> None:
+    credential = mallory.credential
+    assert isinstance(credential, OperatorKey)
+    for key, name in ((credential, "mallory"), (dataclasses.replace(credential, audience=b"another"), None)):
+        headers = {word.encode(): value.encode() for word, value in key.headers().items()}
+        known = real.people.who(headers, server.TOKEN_HEADER)
+        assert (known and known.name) == name
 
 
 @pytest.mark.parametrize("run", [b"\xb2", b"", b"1" * 500, b"-1", b"1.5"])
