@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Told", "evaluate_private", "show"]
 
+# With a delta of 1/n a mechanism may publish one of n people outright; how many there are is not public here.
+_MOST_DELTA = 0.01
 _SETTINGS = ("data.name", "data.text", "data.text_pair", "data.label", "data.unit", "data.test_split")
 
 
@@ -157,7 +159,7 @@ def _ledger(site: SiteSettings | None) -> PrivacyLedger:
 
 
 def _plan(epsilon: float, delta: float, unit: str, classes: int) -> ConfusionPlan:
-    for name, value, most in (("--epsilon", epsilon, np.inf), ("--delta", delta, 1.0)):
+    for name, value, most in (("--epsilon", epsilon, np.inf), ("--delta", delta, _MOST_DELTA)):
         if not 0 < value < most:
             raise ConfigError(f"{name} {value:g} promises nothing: give a number above 0 and below {most:g}.")
     try:
