@@ -111,7 +111,7 @@ def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resoluti
 
     Args:
         terms: the steps with their counts.
-        epsilons: 0 or more each, [k].
+        epsilons: 0 or more each, ascending, [k].
         resolution: points of the grid over about one epsilon of the whole; fewer are faster and looser.
     """
     key = _key(terms)
@@ -120,7 +120,11 @@ def deltas_of_terms(terms: Mapping[Term, int], epsilons: FloatArray, *, resoluti
     scale = max(_scale_guess(key, 1e-5), 1e-3)
     loss = losses.composed(key, scale / resolution)
     slack = losses.rounding(key, loss)
-    return np.minimum(1.0, np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64) + slack)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity times 0, above 709 and all losses
+        deltas = np.asarray(loss.get_delta_for_epsilon(epsilons), dtype=np.float64)
+    # Delta falls as epsilon grows: where it is no number, the last one before is a bound.
+    bounds: FloatArray = np.fmin.accumulate(np.concatenate([[1.0], deltas + slack]))[1:]
+    return bounds
 
 
 def epsilon_rdp_of_terms(terms: Mapping[Term, int] | None, delta: float) -> float:

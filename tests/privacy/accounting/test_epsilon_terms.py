@@ -90,6 +90,12 @@ def test_the_curve_of_nothing_is_nothing() -> None:
     assert deltas_of_terms({Term(0.5, 1.0): 0}, np.array([0.0])).tolist() == [0.0]
 
 
+def test_delta_is_a_number_at_any_epsilon() -> None:
+    bounds = deltas_of_terms({Term(1.0, 2.0): 1}, np.array([0.1, 5.0, 800.0, 1e300]))
+    assert np.isfinite(bounds).all() and (np.diff(bounds) <= 0.0).all()
+    assert bounds[0] > 0.05 and bounds[1:].max() < 1e-6
+
+
 def test_conversions_of_mixed_and_of_absent_noise_say_what_they_are() -> None:
     assert conversions(None).rho_is == conversions(None).mu_is == "exact"
     mixed = conversions({Term(1.0, 4.0): 8, Term(0.5, 2.0): 3})
