@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 
@@ -21,6 +22,7 @@ def test_whatever_fails_nothing_happens_that_must_not(seeds: range) -> None:
         assert not outcome.problem, f"scripts/simulate --seed {seed}: {outcome.problem}"
         kinds |= set(outcome.failures)
     assert kinds == {"kill", "power", "error", "read-only"}
+    assert logging.getLogger("fedtune").level == logging.NOTSET  # other tests read the log
 
 
 def test_a_seed_replays_exactly() -> None:

@@ -122,18 +122,9 @@ def round_is_told_before_it_is_saved() -> Iterator[None]:
 @contextmanager
 def torn_line_counts() -> Iterator[None]:
     """What a power cut left of a line of the audit log is taken for a line."""
-    from fedtune.federation.client import audit_log
+    from fedtune.federation.client import log_files
 
-    with mock.patch.object(audit_log, "_end_of_lines", lambda file: file.seek(0, os.SEEK_END)):
-        yield
-
-
-@contextmanager
-def plan_for_too_few() -> Iterator[None]:
-    """A plan is made for fewer nodes than a round needs."""
-    from fedtune.federation.server import loop
-
-    with mock.patch.object(loop, "check_enough"), mock.patch.object(loop, "check_possible"):
+    with mock.patch.object(log_files, "_end_of_lines", lambda file: file.seek(0, os.SEEK_END)):
         yield
 
 
@@ -148,6 +139,5 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
         retry_releases_again,
         round_is_told_before_it_is_saved,
         torn_line_counts,
-        plan_for_too_few,
     )
 }

@@ -70,10 +70,13 @@ def simulate(seed: int, scenario: str | None = None) -> Outcome:
     """Runs one seed to its end. Never raises because of fedtune."""
     shared = Path("/dev/shm")
     root = Path(tempfile.mkdtemp(prefix="fedtune-simulated-", dir=shared if shared.is_dir() else None))
-    logging.getLogger("fedtune").setLevel(logging.CRITICAL)
+    logger = logging.getLogger("fedtune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what fails is meant to
     try:
         return _Simulation(seed, root.resolve(), scenario).outcome()
     finally:
+        logger.setLevel(level)
         shutil.rmtree(root)
 
 

@@ -36,11 +36,11 @@ def folder(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
         made = {
             "schema": 1, "run": "r", "processor": "AVX512", "settings": {"threads": 1}, "formats": of,
-            "original": figures(0.8, 50, 30),
+            "original": figures(0.8, 50, 30), "steps": [],
         }  # fmt: skip
         (tmp_path / name / RECORD_NAME).write_text(json.dumps(made))
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / RECORD_NAME).write_text(json.dumps({"schema": 1, "run": None}))
+    (tmp_path / "base" / RECORD_NAME).write_text(json.dumps({**made, "run": None, "formats": {}}))
     return tmp_path
 
 

@@ -111,7 +111,8 @@ def test_the_card_says_what_was_done_and_why_it_costs_no_privacy(
 
 
 def test_a_pruned_model_is_smaller_and_runs_without_fedtune(run_dir: Path, tmp_path: Path) -> None:
-    from tests.export.test_export import TEXTS, code_of, without_fedtune
+    from tests.export.test_export import TEXTS
+    from tests.support.cards import code_of, without_fedtune
 
     words = [
         "compress=pruned",
@@ -124,7 +125,7 @@ def test_a_pruned_model_is_smaller_and_runs_without_fedtune(run_dir: Path, tmp_p
     folder = compress(run_dir, words, tmp_path / "pruned")
     now = anatomy(load_merged(folder))
     assert (now.layers, now.heads, now.units) == (1, (2,), (32,)) or now.heads == (1,)
-    said = eval(without_fedtune(code_of(folder / "README.md")[1], tmp_path))
+    said = eval(without_fedtune(code_of(folder / "README.md", TEXTS)[1], tmp_path))
     model = Classifier.open(Bundle.open(folder), "onnx", 1)
     logits = model.logits(model.encode(TEXTS))
     assert said == [model.labels[i] for i in logits.argmax(1)]

@@ -17,7 +17,14 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "model"
     (made / "onnx").mkdir(parents=True)
     (made / "onnx" / "model.onnx").write_bytes(b"weights" * 100)
-    about = {"schema": 1, "labels": ["no", "yes"], "max_length": 16, "pad_id": 0, "formats": {"onnx": {}}}
+    about = {
+        "schema": 1,
+        "run": "r",
+        "labels": ["no", "yes"],
+        "max_length": 16,
+        "pad_id": 0,
+        "formats": {"onnx": {}},
+    }
     (made / "export.json").write_text(json.dumps(about))
     for name in ("DATA.md", "README.md", "config.json", "statement.md", "tokenizer.json"):
         (made / name).write_text("{}")

@@ -256,10 +256,10 @@ def test_numbers_of_evaluation_and_noise_are_short() -> None:
 
 def test_tables_of_nodes_and_of_other_uses() -> None:
     entry = {"node": "a", "epsilon": 1.23456, "delta": 1e-5, "releases": 3}
-    assert _per_node({"per_node": [entry]}) == (
+    assert _per_node({"per_node": [entry], "left_out": {}}) == (
         "| node | epsilon | delta | releases |\n| --- | --- | --- | --- |\n| a | 1.235 | 1e-05 | 3 |"
     )
-    assert "| none |" in _per_node({"per_node": [{**entry, "epsilon": None}]})
+    assert "| none |" in _per_node({"per_node": [{**entry, "epsilon": None}], "left_out": {}})
 
     def uses(*entries: dict[str, Any], unit: str = "record") -> list[str]:
         return _other_uses({"other_uses": list(entries), "unit": {"name": unit}}).split("\n\n")
