@@ -85,6 +85,11 @@ def test_two_encoders_in_one_file_are_not_chosen_from(folder: Path) -> None:
     assert "would be random" in text and "context.embeddings" in text
 
 
+def test_43_weights_of_other_names_are_no_random_encoder(folder: Path) -> None:
+    change_weights(folder, lambda w: {n.replace("encoder.layer.", "blocks."): v for n, v in w.items()})
+    assert "lacks 32 weights" in refusal(folder)
+
+
 def test_missing_weights_are_named_and_counted(folder: Path) -> None:
     change_weights(folder, lambda w: {n: v for n, v in w.items() if "layer.1." not in n})
     text = refusal(folder)
