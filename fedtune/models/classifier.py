@@ -305,14 +305,15 @@ class AdaptedModel:
         """Whether an example's gradient must be taken by itself: `Family.one_by_one`, of a trained layer."""
         return self.first_layer < self.num_layers and self.base.encoder.family.one_by_one
 
-    def merged_layers(self, precision: str) -> MergedLayers | None:
-        """The layers from the first trained one, with the adapter as it is now; None where there are none, or
-        they are of a make that must run as it is. `precision` as `train.precision`."""
-        if self.first_layer == self.num_layers:
+    def merged_layers(self, precision: str, first: int | None = None) -> MergedLayers | None:
+        """The layers from `first` (None: the first trained one), with the adapter as it is now; None where
+        there are none, or they are of a make that must run as it is. `precision` as `train.precision`."""
+        first = self.first_layer if first is None else first
+        if first == self.num_layers:
             return None
         bf16 = computes_in(self.device, precision) == "bf16"
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return MergedLayers.of(self.base.encoder, self.first_layer, self.num_layers, dtype)
+        return MergedLayers.of(self.base.encoder, first, self.num_layers, dtype)
 
     def each(
         self,

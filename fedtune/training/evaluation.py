@@ -15,9 +15,7 @@ from fedtune.config.schema import TrainConfig
 from fedtune.data.batches import MicroBatch
 from fedtune.data.corpus import TokenizedCorpus
 from fedtune.models.classifier import AdaptedModel
-from fedtune.models.encoder import computes_in
 from fedtune.models.frozen_outputs import Features, Progress
-from fedtune.models.merged_layers import MergedLayers
 
 __all__ = ["Evaluation", "answers_alone", "evaluate", "predict_probabilities", "score"]
 
@@ -67,9 +65,7 @@ def answers_alone(model: AdaptedModel, data: TokenizedCorpus, train: TrainConfig
     sensitivity.
     """
     features = Features(data, None, False, model.base.encoder.width, 0)
-    bf16 = computes_in(model.device, train.precision) == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    layers = MergedLayers.of(model.base.encoder, 0, model.num_layers, dtype)
+    layers = model.merged_layers(train.precision, first=0)
     said = np.zeros(data.num_records, dtype=np.int64)
     for record in range(data.num_records):
         one = np.array([record])

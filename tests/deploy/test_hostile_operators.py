@@ -34,8 +34,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
 @pytest.fixture
 def mallory(real: Real, tmp_path: Path) -> Server:
     """An operator who may start runs, and nothing else."""
-    for name in ("server.yaml", "ca.crt"):
-        (tmp_path / name).write_bytes((real.folder / name).read_bytes())
+    real.operator_folder(tmp_path)
     people.add(real.folder, operator_line(tmp_path, "mallory")[0], ["submit"])
     real.people.reload()
     return Server.of(tmp_path)

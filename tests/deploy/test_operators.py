@@ -35,9 +35,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
 @pytest.fixture
 def alice(real: Real, tmp_path: Path) -> Path:
     """The folder of an operator whom no server knows yet."""
-    for name in ("server.yaml", "ca.crt"):
-        (tmp_path / name).write_bytes((real.folder / name).read_bytes())
-    return tmp_path
+    return real.operator_folder(tmp_path)
 
 
 def let_in(real: Real, folder: Path, name: str, *rights: str) -> Server:

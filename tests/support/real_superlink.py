@@ -63,6 +63,12 @@ class Real:
         while not self.uvicorn.started:
             time.sleep(0.05)
 
+    def operator_folder(self, folder: Path) -> Path:
+        """`folder` with what an operator has of this server: its address and its authority."""
+        for name in ("server.yaml", "ca.crt"):
+            (folder / name).write_bytes((self.folder / name).read_bytes())
+        return folder
+
     def close(self) -> None:
         self.uvicorn.should_exit = True
         self.thread.join(10)
