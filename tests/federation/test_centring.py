@@ -141,7 +141,8 @@ def test_a_server_that_trains_the_centre_would_be_noticed(
     real = GradientOptimizer.step
     monkeypatch.setattr(GradientOptimizer, "step", lambda self, *one, fixed=0: real(self, *one))
     run(config_of(tiny, "local"), tmp_path)
-    assert np.abs(adapters[1][-WIDTH:] - adapters[0][-WIDTH:]).max() > 1e-3
+    # By how much depends on the drawn noise; the test above allows no bit.
+    assert (adapters[1][-WIDTH:] != adapters[0][-WIDTH:]).any()
 
 
 def test_a_centre_that_is_all_noise_leaves_everything_as_without(
