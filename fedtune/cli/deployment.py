@@ -41,6 +41,16 @@ Monitor = Annotated[
 LogJson = Annotated[bool, option("Log one JSON object a line.", "--log-json")]
 
 
+_AFTER = {  # each step of a rotation: what comes next
+    "announce": "The running server tells the sites. Give each operator operator.zip again. When the sites "
+    "know (two minutes, if all are there), go on with --rotate switch.",
+    "switch": "The running server shows its new certificate from now on. A run that was submitted before the "
+    "announcement ends, and goes on with resume=RUN_DIR. When nothing is amiss, go on with --rotate retire.",
+    "retire": "The sites trust the former authority no more. Destroy its ca.key; operators, and sites that "
+    "were left behind, need their new archives.",
+}
+
+
 @commands.command(
     cls=Command,
     rich_help_panel=_PANEL,
@@ -51,22 +61,31 @@ LogJson = Annotated[bool, option("Log one JSON object a line.", "--log-json")]
         "'server: fed.example.org:9443' and 'sites: [clinic-1, clinic-2, clinic-3]'.",
         """\
 fedtune provision federation.yaml -o DIR
-fedtune provision federation.yaml -o DIR --renew      a new server certificate""",
+fedtune provision federation.yaml -o DIR --renew      a new server certificate
+fedtune provision federation.yaml -o DIR --rotate announce    a new authority, in three steps
+fedtune provision federation.yaml -o DIR --rotate switch      when the sites trust it
+fedtune provision federation.yaml -o DIR --rotate retire      and the former one no more""",
     ),
 )
 def provision(
     file: Annotated[Path, argument("FEDERATION.yaml", "The federation file.")],
     output: Annotated[Path, option("Where to write.", "-o", "--output", metavar="DIR")],
     renew: Annotated[bool, option("Make a new server certificate.", "--renew")] = False,
+    rotate: Annotated[
+        str | None,
+        option("Take a step to a new authority: announce, switch, then retire.", metavar="STEP"),
+    ] = None,
+    without: Annotated[
+        str, option("With --rotate switch: sites that may be left behind; with commas.", metavar="SITES")
+    ] = "",
     json: Json = False,
 ) -> None:
-    from fedtune.deploy.archives import authority_fingerprint
     from fedtune.deploy.provision import provision
 
-    done = provision(file, output, renew=renew)
-    authority = authority_fingerprint(done.folder / "authority" / "ca.crt")
+    behind = [site.strip() for site in without.split(",") if site.strip()]
+    done = provision(file, output, renew=renew, rotate=rotate, without=behind)
     if json:
-        made = {"new": list(done.new), "kept": list(done.kept), "authority": authority}
+        made = {"new": list(done.new), "kept": list(done.kept), "authority": done.authority}
         print_json("provision", {"folder": str(done.folder), **made})
         return
     for name in done.new:
@@ -78,8 +97,10 @@ def provision(
         f"\nserver: {folder / 'server'} (its README.md says how to start it)\n"
         f"sites:  send each its archive from {folder / 'sites'}; nothing in it is secret\n"
         f"keep {folder / 'authority'} offline: whoever has ca.key can pose as the server\n"
-        f"fingerprint of the authority, to read to each site by telephone: {authority}"
+        f"fingerprint of the authority, to read to each site by telephone: {done.authority}"
     )
+    if rotate is not None:
+        print(f"\n{_AFTER[rotate]}")
 
 
 @commands.command(
@@ -96,7 +117,8 @@ fedtune server DIR/server --enrol 'ecdsa-sha2-nistp384 AAAA... clinic-1' --finge
 fedtune server DIR/server --revoke clinic-1
 fedtune server DIR/server --operator 'ecdsa-... alice' --fingerprint '...' --rights submit,read
 fedtune server DIR/server --revoke-operator alice    at once, without a restart
-fedtune server DIR/server --trail                    who did what: runs, joins, refusals""",
+fedtune server DIR/server --trail                    who did what: runs, joins, refusals
+fedtune server DIR/server --trail --against HEAD     does it go on from a head that was kept""",
     ),
 )
 def server(
@@ -123,6 +145,9 @@ def server(
         str | None, option("Never let the key of an operator in again.", metavar="NAME")
     ] = None,
     trail: Annotated[bool, option("Show who did what, and whether the trail is whole.", "--trail")] = False,
+    against: Annotated[
+        str | None, option("With --trail: a head that it printed before and was kept.", metavar="HEAD")
+    ] = None,
     monitor: Monitor = None,
     log_json: LogJson = False,
     json: Annotated[bool, option("What --enrol and the like did, as JSON.", "--json")] = False,
@@ -158,6 +183,8 @@ def server(
         from fedtune.deploy.trail import Trail
 
         text, whole = Trail(folder).text()
+        if against is not None and (lacks := Trail(folder).against(against)):
+            text, whole = f"{text}\nthe trail was changed or damaged: {lacks}", False
         say({"whole": whole, "text": text.splitlines()}, text)
         return OK if whole else FAILED
     elif accept_restore is not None:
@@ -263,7 +290,7 @@ fedtune node proof --config node.yaml           what has left this site; are the
 fedtune node proof --config node.yaml --against HEAD    do they go on from a head that was kept
 fedtune node accept --config node.yaml          the audit log lost lines for good: note it, go on
 fedtune node approve --config node.yaml         runs that wait for you, and what each would spend
-fedtune node approve 7f3a01bc99d24e10a6c53b7700f1e2d4 --config node.yaml    let that one in, once
+fedtune node approve 7f3a01bc99d24e10a6c53b7700f1e2d4 --config node.yaml    asks, and lets it in once
 fedtune node backup --config node.yaml -o FILE.zip      all that this site must not lose
 fedtune node restore FILE.zip --config node.yaml        its books as they were in a backup""",
     ),
@@ -287,6 +314,7 @@ def node(
         int | None,
         option("With restore: releases that the backup does not know, and may forget.", metavar="N"),
     ] = None,
+    yes: Annotated[bool, option("With approve RUN: do not ask; for scripts.", "--yes")] = False,
     dry_run: Annotated[bool, option("Show what a run would do here; train nothing.", "--dry-run")] = False,
     monitor: Monitor = None,
     log_json: LogJson = False,
@@ -303,12 +331,12 @@ def node(
     site = sites.read_site(config, with_data=needs_data)
     if words == ["init"]:
         authority, sealed = sites.check_files(site, config.absolute().parent)
-        line, fingerprint = sites.make_key(site)
+        line, fingerprint, new = sites.make_key(site)
         say(
             {"line": line, "fingerprint": fingerprint, "key": str(site.key), "authority": authority},
             f"{line}\n\nSend the line above to the federation's operator, and call them to compare these:\n"
             f"fingerprint {fingerprint}\nauthority   {authority} ({sealed})\n"
-            f"The private key is {site.key}; never send it to anybody.",
+            f"{'Made' if new else 'Kept'} the private key {site.key}; never send it to anybody.",
         )
         return OK
     if words == ["proof"]:
@@ -320,7 +348,8 @@ def node(
         say({"text": text.splitlines()}, text)
         return OK
     if words[:1] == ["approve"]:
-        say(*approve(site, words[1:]))
+        at_terminal = not json and sys.stdin.isatty()
+        say(*approve(site, words[1:], yes=yes, ask=_ask_yes if at_terminal else None))
         return OK
     if words[:1] in (["backup"], ["restore"]):
         say(*back_up(site, config, words, output, forget))
@@ -338,6 +367,11 @@ def node(
 
     run_node(site, _log("node", log_json), monitor, log_json=log_json)
     return OK
+
+
+def _ask_yes(text: str) -> bool:
+    print(text)
+    return typer.confirm("Approve this run, once?", default=False)
 
 
 def _log(part: str, as_json: bool) -> Callable[[str], None]:

@@ -29,6 +29,7 @@ from fedtune.deploy import certificates
 from fedtune.deploy.heads import BookHeads
 from fedtune.deploy.operators import ADMINISTRATOR, Operators
 from fedtune.deploy.provision import Federation
+from fedtune.deploy.rotation import Told
 from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, FedtuneError, ResourceError
 
@@ -265,6 +266,7 @@ class Admission:
 
     Attributes:
         heads: what is kept of the sites' books; a site whose books went back is not let in either.
+        authorities: what is told of them, and which each site trusts.
     """
 
     def __init__(
@@ -278,7 +280,7 @@ class Admission:
         self._state, self._folder, self._say = state, folder, say
         self._people, self._trail = people, trail
         self._online: set[str] = set()
-        self.heads = BookHeads(folder)
+        self.heads, self.authorities = BookHeads(folder), Told(folder)
         self._admitted: dict[bytes, str] = {}  # site, by public key (PEM)
         self._suspended: dict[bytes, str] = {}  # reason, by public key (PEM)
         self._reported: set[str] = set()
@@ -371,6 +373,12 @@ class Admission:
             for site in sorted(self._online - online):
                 self._trail.note("site left", site, site=site)
         self._online = online
+
+    def note_trust(self, site: str, trusted: object) -> None:
+        """Keeps which authorities a site says that it trusts. Raises OSError."""
+        told = self.authorities.note(site, trusted)
+        if told is not None and self._trail is not None:
+            self._trail.note("site trusts", site, site=site, fingerprint=" and ".join(told))
 
     def changed(self, *, enrol: str, revoke: str, by: str) -> tuple[int, dict[str, Any]]:
         """Enrols or revokes a site as an operator asks over the network: (HTTP status, answer)."""

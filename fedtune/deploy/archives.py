@@ -17,16 +17,16 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import certificates
+from fedtune.deploy.authorities import authority_fingerprint, read_authorities
 from fedtune.errors import ConfigError
 
-__all__ = ["SEAL", "authority_fingerprint", "check_archive", "is_signed", "write_archive"]
+__all__ = ["SEAL", "check_archive", "holds", "write_archive"]
 
 SEAL = "archive.sig"
 _PURPOSE = b"fedtune-archive:"
@@ -57,12 +57,15 @@ def write_archive(path: Path, folder: str, files: Mapping[str, bytes], authority
     replace_whole(path, buffer.getvalue())
 
 
-def is_signed(path: Path) -> bool:
-    """Whether this is an archive, whole, with a signature; an older one is made again."""
+def holds(path: Path, certificate: bytes) -> bool:
+    """Whether this is an archive, whole, with a signature and this `ca.crt`; another is made again."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(f"/{SEAL}") for name in archive.namelist())
+        names = archive.namelist()
+        of_authority = [name for name in names if name.endswith("/ca.crt")]
+        signed = any(name.endswith(f"/{SEAL}") for name in names)
+        return signed and [archive.read(name) for name in of_authority] == [certificate]
 
 
 def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -81,10 +84,8 @@ def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
         if not all(map(_NAME.fullmatch, digests)):  # shown beside fingerprints that people compare
             raise ValueError("a name that no archive has")
         signature = base64.b64decode(sealed["signature"], validate=True)
-        content = (folder / "ca.crt").read_bytes()
-        key = x509.load_pem_x509_certificate(content).public_key()
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError("another kind of key")
+        key = read_authorities(folder / "ca.crt")[0].public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
         key.verify(signature, _signed(digests), ec.ECDSA(hashes.SHA256()))
     except FileNotFoundError as error:
         raise ConfigError(f"{error.filename} is missing: what was unpacked is not all. {again}") from error
@@ -95,6 +96,7 @@ def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
         TypeError,
         AttributeError,
         AssertionError,
+        ConfigError,
         InvalidSignature,
     ) as error:
         raise ConfigError(
@@ -105,21 +107,6 @@ def check_archive(folder: Path) -> tuple[str, tuple[str, ...]]:
     if "ca.crt" in changed:
         raise ConfigError(f"{folder / 'ca.crt'} is not the one that was signed. {again}")
     return authority_fingerprint(folder / "ca.crt"), changed
-
-
-def authority_fingerprint(certificate: Path) -> str:
-    """A short name of the authority in a file such as `ca.crt`, to be compared on the telephone.
-
-    Raises:
-        ConfigError: it holds no certificate.
-    """
-    try:
-        key = x509.load_pem_x509_certificate(certificate.read_bytes()).public_key()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{certificate} holds no certificate ({error}).") from error
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"{certificate} is of another kind of key than fedtune makes.")
-    return certificates.fingerprint(certificates.pem(key))
 
 
 def _digest(path: Path) -> str:

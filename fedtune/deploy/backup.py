@@ -34,6 +34,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedtune.config.files import create_whole, lock_file, replace_whole
+from fedtune.deploy.authorities import trusted
 from fedtune.deploy.site import books_of, check_books
 from fedtune.errors import ConfigError, LedgerError, ResourceError
 from fedtune.federation.client.audit_log import Books
@@ -102,7 +103,7 @@ def _beside(site: SiteSettings, config: Path) -> Iterator[tuple[str, Path]]:
     yield _SECRET, ledger.secret_path
     yield _BUDGET, ledger.budget_path
     yield "node.yaml", config
-    yield "ca.crt", Path(site.ca)
+    yield "ca.crt", trusted(site)
     yield "node.key", Path(site.key)
     personal = ledger.path.parent / PERSONAL
     for path in sorted(personal.rglob("*")) if personal.is_dir() else ():

@@ -43,6 +43,7 @@ __all__ = [
     "expiry_warning",
     "fingerprint",
     "https_connection",
+    "is_issued_by",
     "load_private_key",
     "make_authority",
     "make_node_key",
@@ -167,7 +168,7 @@ def check_server_certificate(folder: Path) -> int:
     """Days for which the server's certificate is still valid. Raises ConfigError if it is not."""
     again = "Make a new one with `fedtune provision FEDERATION.yaml -o DIR --renew`."
     try:
-        ca = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        authorities = x509.load_pem_x509_certificates((folder / "ca.crt").read_bytes())
         mine = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
     except FileNotFoundError as error:
         raise ConfigError(
@@ -175,13 +176,11 @@ def check_server_certificate(folder: Path) -> int:
         ) from error
     except ValueError as error:
         raise ConfigError(f"A certificate in {folder} cannot be read ({error}). {again}") from error
-    try:
-        mine.verify_directly_issued_by(ca)
-    except (InvalidSignature, ValueError, TypeError) as error:
+    if not any(_issued_by(mine, one) for one in authorities):
         raise ConfigError(
             f"The certificate {folder / 'server.crt'} was not signed by the authority in "
             f"{folder / 'ca.crt'}, so no node would trust it. {again}"
-        ) from error
+        )
     now = datetime.datetime.now(datetime.UTC)
     if now > mine.not_valid_after_utc:
         raise ConfigError(
@@ -194,6 +193,15 @@ def check_server_certificate(folder: Path) -> int:
             f"this machine's clock says {now:%Y-%m-%d %H:%M}. Set the clock."
         )
     return int((mine.not_valid_after_utc - now).days)
+
+
+def is_issued_by(certificate: Path, authority: Path) -> bool:
+    """Whether an authority (its `ca.crt`) has signed a certificate; False where either cannot be read."""
+    try:
+        both = [x509.load_pem_x509_certificate(path.read_bytes()) for path in (certificate, authority)]
+    except (OSError, ValueError):
+        return False
+    return _issued_by(*both)
 
 
 def make_node_key(path: Path) -> ec.EllipticCurvePrivateKey:
@@ -394,6 +402,14 @@ def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -
 
 
 # --- inside ---------------------------------------------------------------------------------------
+
+
+def _issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
 
 
 def _builder(

@@ -25,8 +25,9 @@ from fedtune.deploy.progress import PATH as PROGRESS_PATH
 from fedtune.deploy.provision import Federation
 from fedtune.deploy.runs import RUN_HEADER, STOP_HEADER
 from fedtune.deploy.server import PUBLISHED_PATH, RUNS_PATH, STOP_PATH, TOKEN_HEADER
+from fedtune.deploy.trail import seen_head
 from fedtune.deploy.view import run_row, site_row
-from fedtune.errors import ConfigError, FederationError, FedtuneError
+from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from fedtune.privacy.publication import one_line
 
 if TYPE_CHECKING:
@@ -41,12 +42,17 @@ _LONGEST_PAUSE = 10
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What a server knows: sites with their state and what they publish, and runs, newest first."""
+    """What a server knows: sites with their state and what they publish, and runs, newest first.
+
+    `warnings`: what an operator should look into.
+    """
 
     address: str
     sites: tuple[dict[str, Any], ...]
     runs: tuple[dict[str, str], ...]
     waiting: tuple[str, ...] = ()  # operators whose runs wait for their turn
+    trail: str | None = None  # the head of its audit trail
+    warnings: tuple[str, ...] = ()
 
 
 def status(folder: Path) -> Status:
@@ -64,13 +70,18 @@ def status(folder: Path) -> Status:
         runs = control.ListRuns(flower.control_pb2.ListRunsRequest()).run_dict
     budgets, queue = server.published(), server.runs()
     sites = [site_row(node, budgets.get(node.name)) for node in nodes if node.status != "unregistered"]
-    started = queue.get("runs", {})
+    started, head = queue.get("runs", {}), queue.get("trail")
+    trail = None if head is None else one_line(str(head)[:100])  # a server of before tells none
+    own = isinstance(server.credential, OperatorKey)  # who has the server folder has the trail
+    back = seen_head(folder, trail) if trail is not None and own else None
     listed = [run_row(run, str(started.get(str(run.run_id), {}).get("by", ""))) for run in runs.values()]
     return Status(
         server.address,
         tuple(sorted(sites, key=itemgetter("site"))),
         tuple(sorted(listed, key=itemgetter("started"), reverse=True)),
         tuple(one_line(str(name)) for name in queue.get("waiting", ())),
+        trail,
+        () if back is None else (back,),
     )
 
 
@@ -195,7 +206,8 @@ class Server:
 
         Raises:
             ConfigError: the server says what is wrong with the request.
-            FederationError: it refuses it, or the connection broke.
+            FederationError: it refuses it.
+            ResourceError: it does not answer, or cannot now.
         """
         asked = {**self.headers(), **(headers or {})}
         try:
@@ -207,7 +219,14 @@ class Server:
                 raise FederationError(self._forbidden(response))
             if response.status_code in (httpx.codes.NOT_FOUND, httpx.codes.CONFLICT):
                 raise ConfigError(one_line(str(response.json()["error"])[:1000]))
+            if response.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+                said = one_line(str(response.json()["error"])[:1000])
+                raise ResourceError(f"The server {self.address} cannot answer now: {said}")
             values = dict(response.raise_for_status().json())
+        except httpx.TransportError as error:
+            raise ResourceError(
+                f"The server {self.address} does not answer ({type(error).__name__})."
+            ) from error
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise FederationError(
                 f"The server {self.address} does not answer {path} ({type(error).__name__}); is it of the "

@@ -4,7 +4,8 @@ Whether its key is not enrolled, its key is in use or its clock is off: Flower's
 it was refused. So before it is started, the node sends one signed request of fedtune's own, and the
 server answers which site it knows by that key, whether such a node is connected, what time it is and which
 fedtune it has. Only who holds a key learns anything about it. The head of a site's books
-(`admission.BookHeads`) goes the same way.
+(`admission.BookHeads`) goes the same way, and so does what the server tells of its authorities
+(`authorities.learn`) and which of them this site trusts.
 
 So does what a site publishes of its budget: by default nothing. With `publish_budget: true` in its node.yaml
 a node reports how much epsilon is left, with delta and unit, when it joins and within a minute of each
@@ -31,10 +32,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedtune.config.build import build
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import UNITS
-from fedtune.deploy import certificates, signing
+from fedtune.deploy import authorities, certificates, signing
 from fedtune.deploy.admission import Admission
 from fedtune.deploy.site import open_ledger
-from fedtune.errors import ConfigError, FederationError, ResourceError
+from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.client.policy import SiteSettings
 from fedtune.federation.protocol import PROTOCOL
@@ -69,6 +70,7 @@ _LEFT_SECONDS = 3.0 * HEARTBEAT_SECONDS
 _ASK_SECONDS = 5.0
 _REPORTING = threading.Lock()
 _log = logging.getLogger("fedtune.server")
+_node_log = logging.getLogger("fedtune.node")
 _BUDGET_KEYS = ("epsilon_left", "epsilon", "delta", "unit")
 _UNITS = (*UNITS, "any")
 
@@ -86,6 +88,7 @@ class JoinAnswer:
         suspended: why the key, which is enrolled, is not let in for now.
         kept: the head of the site's books that the server had before this request.
         back: why the site is not let in if its books went back.
+        notice: what the server tells of its authorities, if anything.
     """
 
     software: str
@@ -96,6 +99,7 @@ class JoinAnswer:
     suspended: str | None = None
     kept: str | None = None
     back: str | None = None
+    notice: str | None = None
 
 
 def answer(
@@ -120,6 +124,7 @@ def answer(
     if site is not None and isinstance(report.get("head"), str):
         try:
             admission.heads.note(site, report["head"], report.get("lost") is True)
+            admission.note_trust(site, report.get("trusts"))
         except (ConfigError, OSError) as error:
             _log.error("the head of site %s cannot be kept: %s", site, error)
             return 503, {"error": "The server cannot keep the head of this site's books now."}
@@ -140,6 +145,7 @@ def answer(
         "suspended": suspended if back is None else None,
         "kept": kept,
         "back": back,
+        "authorities": None if site is None else admission.authorities.notice(),
     }
 
 
@@ -175,7 +181,7 @@ def check_in(
         if books is None:
             reply, lost = _ask(site, key, timeout=10.0), list[str]()
         else:
-            reply, lost = _report(site, key, books)
+            reply, lost = _report(site, key, books, joins=True)
         if reason := _problem(site, key, reply):
             raise FederationError(" ".join([reason, *lost]))
         if lost:
@@ -215,17 +221,24 @@ def publish(
 
 
 def _report(
-    site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books, **values: Any
+    site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books, *, joins: bool = False, **values: Any
 ) -> tuple[JoinAnswer, list[str]]:
     """Reports `values` and the present head of the books: (the answer, what the books lack of the head that
     the server keeps).
+
+    A node that `joins` reports which authorities it trusts, too: its connections are by these from now on,
+    while one that has joined has to join anew first.
 
     The head that the server keeps is asked first: one that went back and has grown since would replace it,
     and nobody would notice any more.
     """
     with _REPORTING:  # of two threads that report a head, the later one must have the later head
-        kept = _ask(site, key, timeout=10.0).kept
+        reply = _ask(site, key, timeout=10.0)
+        kept = reply.kept
         lost = [] if kept is None else books.against(kept)
+        if joins:
+            _learn(site, reply, books)
+            values["trusts"] = authorities.authority_fingerprints(authorities.trusted(site))
         report = {**values, "head": books.head(), **({"lost": True} if lost else {})}
         text = json.dumps(publication.publish("join", report, public_data=False)[0])
         return _ask(site, key, timeout=10.0, report=text.encode()), lost
@@ -246,10 +259,26 @@ def as_enrolled(message: Any, site_of: Callable[[int], str | None]) -> Any:
     return flower.error_in_place_of(message, reason)
 
 
-def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
-    """Why the server does not let this site in for now; None if it does. Raises as `publish` does."""
+def suspension(site: SiteSettings, key: ec.EllipticCurvePrivateKey, books: Books) -> str | None:
+    """Why the server does not let this site in for now; None if it does. Raises as `publish` does.
+
+    What the server tells of its authorities is taken up.
+    """
     reply = _ask(site, key, timeout=10.0)
+    _learn(site, reply, books)
     return reply.suspended or reply.back
+
+
+def _learn(site: SiteSettings, reply: JoinAnswer, books: Books) -> None:
+    """Takes up what the server tells of its authorities; the audit log says so."""
+    if reply.notice is None or reply.site != site.site:
+        return
+    try:
+        if now := authorities.learn(site, reply.notice):
+            books.append("authorities", fingerprints=now)
+            _node_log.info("trusts the authorities %s from now on, newest first; told by the former", now)
+    except FedtuneError as error:
+        _node_log.warning("%s", error)
 
 
 def refusal(site: SiteSettings, key: ec.EllipticCurvePrivateKey) -> str | None:
@@ -268,11 +297,11 @@ def _ask(
         **signing.sign(key, _PURPOSE, report, now),
         **({_PUBLISHED: report.decode()} if report else {}),
     }
-    connection = certificates.https_connection(site.server, Path(site.ca), timeout)
+    connection = certificates.https_connection(site.server, authorities.trusted(site), timeout)
     try:
         connection.request("GET", PATH, headers=headers)
         response = connection.getresponse()
-        status, body = response.status, response.read(10_000)
+        status, body = response.status, response.read(20_000)
     except (OSError, http.client.HTTPException) as error:
         raise ResourceError(f"The server {site.server} does not answer ({error}).") from error
     finally:
@@ -300,6 +329,7 @@ def _ask(
             suspended=text("suspended", 500),
             kept=text("kept", 1000),
             back=text("back", 1000),
+            notice=text("authorities", 8000),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise FederationError(

@@ -91,8 +91,9 @@ def run_message_loop(
     answer: Callable[[], bool],
     leaving: Leaving,
     say: Callable[[str], None],
+    outdated: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Joins the SuperLink at `server` and answers its messages until the connection ends unexpectedly.
+    """Joins the SuperLink at `server` and answers its messages until the connection ends, or is outdated.
 
     Args:
         state: Flower's NodeState; it is given the node's id once the node has joined.
@@ -105,6 +106,7 @@ def run_message_loop(
         answer: answers the messages that are in `state`; False if there is nothing to send.
         leaving: whether the node was told to leave.
         say: tells the site's administrator of an answer that did not arrive.
+        outdated: whether to connect anew, asked where nothing is begun.
 
     Raises:
         SystemExit: the server does not let this node in, or it was told to leave (Ctrl-C, SIGTERM).
@@ -114,7 +116,7 @@ def run_message_loop(
         node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = guard(connection)
         state.set_node_id(node_id)
         deliver = _with_retries(store, send, push_object, say)
-        while True:
+        while not outdated():
             run_id = flower.pull_message(
                 state=state,
                 object_store=store,

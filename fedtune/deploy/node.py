@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedtune.deploy import certificates, channel, join, node_metrics
+from fedtune.deploy import authorities, certificates, channel, join, node_metrics
 from fedtune.deploy.certificates import check_server, expiry_warning, wait_for_server
 from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.node_metrics import NodeActivity
@@ -73,7 +74,7 @@ def _wait_for_admission(
     last, at = "", 0.0
     while True:
         activity.step = time.monotonic()
-        if warning := expiry_warning(wait_for_server(site.server, Path(site.ca), say)):
+        if warning := expiry_warning(wait_for_server(site.server, authorities.trusted(site), say)):
             say(warning)
         try:
             return join.check_in(site, key, say, books=books_of(site))
@@ -109,19 +110,26 @@ def _answer_messages(
     try:
         while True:
             joined.clear()
+            authority = authorities.trusted(site)
+            trusts = authority.read_bytes()
             run_message_loop(
                 state,
                 store,
                 server=site.server,
-                authority=Path(site.ca),
+                authority=authority,
                 key=key,
                 node_config={"site": site.to_json()},
                 guard=lambda connection: guard(connection, apps, books, activity),
                 answer=answer,
                 leaving=leaving,
                 say=say,
+                outdated=partial(_other_authorities, site, trusts),
             )
             activity.joined = False
+            if _other_authorities(site, trusts):
+                say("other authorities vouch for the server: joins again by these")
+                _wait_for_admission(site, key, say, activity)
+                continue
             # It ended unexpectedly. The node keeps its identity and what it knows of the runs.
             say(f"the connection ended ({flower_log.last()}); joining again")
             leaving.answering = False
@@ -142,6 +150,10 @@ def _answer_messages(
         ) from None
     finally:
         ending.set()
+
+
+def _other_authorities(site: SiteSettings, before: bytes) -> bool:
+    return authorities.trusted(site).read_bytes() != before
 
 
 def guard(connection: Any, apps: AppAllowList, books: Books, activity: NodeActivity) -> Any:
@@ -211,7 +223,7 @@ def _every_minute(
         try:
             reported = publish_changes(site, key, books, reported)
             activity.budget = reported["published"]
-            if reason := join.suspension(site, key):
+            if reason := join.suspension(site, key, books):
                 say(f"the server does not let this site in for now: {reason}; asking again until it does")
         except FedtuneError as error:
             say(str(error))
@@ -220,7 +232,7 @@ def _every_minute(
         if worker.end_if_idle():
             say("nothing is asked: the worker has ended, and the next message starts it again")
         try:
-            warning = expiry_warning(check_server(site.server, Path(site.ca)))
+            warning = expiry_warning(check_server(site.server, authorities.trusted(site)))
             if warning and time.monotonic() - warned > _DAY:
                 say(warning)
                 warned = time.monotonic()
@@ -248,7 +260,7 @@ def publish_changes(site: SiteSettings, key: Any, books: Books, reported: Any) -
     budget = join.budget_of(site)
     if reported is None or (budget, books.head()) != (reported["published"], reported["head"]):
         if budget is not None and (reported is None or budget != reported["published"]):
-            check_server(site.server, Path(site.ca))
+            check_server(site.server, authorities.trusted(site))
             books.append("published", message="budget", **budget)
         join.publish(site, key, budget, books)
     return {"published": budget, "head": books.head()}

@@ -7,6 +7,7 @@ DIR/operator.key            made here by `fedtune operator`; it stays here
 from __future__ import annotations
 
 import datetime
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,20 @@ class OperatorKey:
     audience: bytes
 
     def headers(self) -> dict[str, str]:
-        """Of a request, now."""
-        return signing.sign(self.key, PURPOSE, self.audience, datetime.datetime.now(datetime.UTC))
+        """Of one request, now: a server takes no two that were signed at the same time."""
+        return signing.sign(self.key, PURPOSE, self.audience, _next_time())
+
+
+_last = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+_lock = threading.Lock()
+
+
+def _next_time() -> datetime.datetime:
+    """Now, and later than what it returned before."""
+    global _last
+    with _lock:
+        _last = max(datetime.datetime.now(datetime.UTC), _last + datetime.timedelta(microseconds=1))
+        return _last
 
 
 def credential_in(folder: Path) -> OperatorKey | str:

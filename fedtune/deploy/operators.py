@@ -5,9 +5,10 @@
 
 Whoever has the server folder's `operator.token` may do everything, by the name `operator`: it is for the
 administrator on the server's own machine. Everybody else has a key, of which the private half stays with
-them, and each request is signed by it, for this server alone (`audience`): what somebody sends to one server
-opens no other that knows the same key. A running server reads the folder anew every two seconds, so that a
-right that was taken back is gone without a restart. What is broken lets nobody in.
+them, and each request is signed by it, for this server alone (`audience`) and for once (`replays`): what
+somebody sends to one server opens no other that knows the same key, and this one no second time. A running
+server reads the folder anew every two seconds, so that a right that was taken back is gone without a
+restart. What is broken lets nobody in.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import yaml
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import certificates, signing
-from fedtune.deploy.archives import authority_fingerprint
+from fedtune.deploy.authorities import authority_fingerprint, authority_fingerprints
 from fedtune.deploy.provision import check_word
+from fedtune.deploy.replays import Replays
 from fedtune.deploy.trail import Trail
 from fedtune.errors import ConfigError, ResourceError
 
@@ -85,7 +87,8 @@ class Operators:
         self._folder, self._token = folder, token.encode()
         self._lock = threading.Lock()
         self._by_key: dict[bytes, Operator] = {}
-        self._audience: bytes | None = None
+        self._audiences: list[bytes] = []
+        self._replays = Replays(folder / "operators")
         self.problems: list[str] = []
         self.reload()
 
@@ -94,30 +97,37 @@ class Operators:
         broken: list[str] = []
         found = {one.key: one for one in operators(self._folder, broken) if one.key is not None}
         try:
-            signed_for = audience(self._folder) if found else None
+            # Each authority that vouches for this server: an operator may have an older ca.crt.
+            names = authority_fingerprints(self._folder / "ca.crt") if found else []
         except ConfigError as error:
-            signed_for = None
+            names = []
             broken.append(f"{error} No operator is let in by a key.")
         with self._lock:
-            self._by_key, self._audience, self.problems = found, signed_for, broken
+            self._by_key, self.problems = found, broken
+            self._audiences = [name.encode() for name in names]
 
     def who(self, headers: Mapping[bytes, bytes], token_header: str) -> Operator | None:
-        """Who sent a request with these headers, now; None: nobody that is known."""
+        """Who sent a request with these headers, now and for the first time; None: nobody that is known.
+
+        Raises:
+            ResourceError: it is not known whether it is the first time (`replays`).
+        """
         given = headers.get(token_header.encode(), b"")
         if given:
             return ADMINISTRATOR if hmac.compare_digest(given, self._token) else None
         named = {name: headers.get(name.encode(), b"") for name in _HEADERS}
         with self._lock:
-            signed_for = self._audience
-        if not named[signing.KEY] or signed_for is None:
-            return None
-        try:
-            key, when = signing.signed_by(named, PURPOSE, signed_for)
-        except ValueError:
-            return None
-        ahead = (when - datetime.datetime.now(datetime.UTC)).total_seconds()
-        with self._lock:
-            return self._by_key.get(key) if -signing.BEHIND < ahead < signing.AHEAD else None
+            audiences, by_key = self._audiences, self._by_key
+        for signed_for in audiences if named[signing.KEY] else ():
+            try:
+                key, when = signing.signed_by(named, PURPOSE, signed_for)
+            except ValueError:
+                continue
+            ahead = (when - datetime.datetime.now(datetime.UTC)).total_seconds()
+            if key not in by_key or not -signing.BEHIND < ahead < signing.AHEAD:
+                return None
+            return by_key[key] if self._replays.is_first(key, when) else None
+        return None
 
 
 _HEADERS = (signing.KEY, signing.TIME, signing.SIGNATURE)

@@ -7,15 +7,16 @@
 
 A site's key is made at the site (`fedtune node init`) and its public half enrolled at the server, as a
 file `nodes/SITE.pub` (`fedtune.deploy.admission`). Called again, `provision` keeps what there is
-and makes what is missing (a new site's archive); with `renew` it makes a new server certificate. Each file
-appears whole or not at all, secrets readable by their owner only; what is there and empty, torn or another's
-is refused.
+and makes what is missing (a new site's archive); with `renew` it makes a new server certificate, with
+`rotate` it takes a step to a new authority (`fedtune.deploy.rotation`). Each file appears whole or not at
+all, secrets readable by their owner only; what is there and empty, torn or another's is refused.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -26,8 +27,9 @@ from fedtune import __version__
 from fedtune.config.convert import build, read_yaml
 from fedtune.config.files import replace_whole
 from fedtune.config.schema import Before, Group, as_tuple
-from fedtune.deploy import certificates
-from fedtune.deploy.archives import is_signed, write_archive
+from fedtune.deploy import certificates, rotation
+from fedtune.deploy.archives import holds, write_archive
+from fedtune.deploy.authorities import authority_fingerprint
 from fedtune.deploy.certificates import parse_address
 from fedtune.errors import ConfigError, ResourceError
 
@@ -106,17 +108,29 @@ class Federation(Group):
 
 @dataclass(frozen=True)
 class Provisioned:
-    """What `provision` made, and what was there already."""
+    """What `provision` made, and what was there already. `authority`: the fingerprint of the newest."""
 
     folder: Path
     new: tuple[str, ...]
     kept: tuple[str, ...]
+    authority: str
 
 
-def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
+def provision(
+    file: Path, folder: Path, *, renew: bool = False, rotate: str | None = None, without: Sequence[str] = ()
+) -> Provisioned:
     """Makes what is missing below `folder` for the federation in `file`; see the module's docstring.
 
-    Raises ConfigError for a file that is wrong, ResourceError if the folder cannot be written.
+    Args:
+        file: the federation file.
+        folder: where to write.
+        renew: make a new server certificate.
+        rotate: the step to take to a new authority, one of `rotation.STEPS`.
+        without: sites that such a step may leave behind.
+
+    Raises:
+        ConfigError: the file is wrong, or it is not the turn of this step.
+        ResourceError: the folder cannot be written.
     """
     federation = Federation.read(file)
     authority, server, sites = folder / "authority", folder / "server", folder / "sites"
@@ -125,23 +139,35 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
     try:
         for needed in (authority, server, server / "nodes", sites):
             needed.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = rotation.Held.read(authority)
         # One whose key was never written (a full disk) and whose certificate nobody was given is made again.
         given = (server / "ca.crt").exists() or any(sites.glob("*.zip"))
-        if given or (authority / "ca.key").exists():
-            certificates.check_authority(authority)
+        if given or (held.newest / "ca.key").exists():
+            for number in held.trusted:
+                certificates.check_authority(held.place(number))
             kept.append("authority")
         else:
             certificates.make_authority(authority, federation.name)
             new.append("authority")
-        replace_whole(server / "ca.crt", (authority / "ca.crt").read_bytes())
-        if renew or not (server / "server.crt").exists():
+        if rotate is not None:
+            held = rotation.advance(held, rotate, federation.name, server, without)
+            new.append(f"step to a new authority: {rotate}")
+        certificate = b"".join(held.certificates())
+        replace_whole(server / "ca.crt", certificate)
+        mine = server / "server.crt"
+        foreign = held.notices > 0 and not certificates.is_issued_by(mine, held.signing / "ca.crt")
+        if renew or foreign or not mine.exists():
             host = parse_address(federation.server)[0]
             names = dict.fromkeys([host, *federation.certificate_names, "localhost", "127.0.0.1"])
-            certificates.make_server_certificate(authority, server, list(names), federation.certificate_days)
+            certificates.make_server_certificate(
+                held.signing, server, list(names), federation.certificate_days
+            )
             new.append(f"server certificate for {', '.join(names)}, {federation.certificate_days} days")
         else:
             certificates.load_private_key(server / "server.key")
             kept.append("server certificate")
+        if rotation.put_notice(held, federation.name, server):
+            new.append(f"notice {held.notices} to the sites, which the server tells them")
         if (server / TOKEN).exists():
             read_token(server)
         else:
@@ -155,25 +181,24 @@ def provision(file: Path, folder: Path, *, renew: bool = False) -> Provisioned:
         replace_whole(server / "server.yaml", yaml.safe_dump(described, sort_keys=False).encode())
         readme = _SERVER_README.format(name=federation.name, address=federation.server, version=__version__)
         replace_whole(server / "README.md", readme.encode())
-        certificate = (authority / "ca.crt").read_bytes()
         for site in federation.sites:
             archive = sites / f"{site}.zip"
-            if is_signed(archive):  # one that is torn is made again: nothing in it is secret
+            if holds(archive, certificate):  # one that is torn is made again: nothing in it is secret
                 kept.append(f"archive of {site}")
                 continue
             fill = {"name": federation.name, "address": federation.server, "site": site}
             fill["version"] = __version__
             files = {"node.yaml": _NODE_YAML.format(**fill), "README.md": _SITE_README.format(**fill)}
             content = {name: text.encode() for name, text in files.items()}
-            write_archive(archive, site, {**content, "ca.crt": certificate}, authority)
+            write_archive(archive, site, {**content, "ca.crt": certificate}, held.newest)
             new.append(f"archive of {site}")
         described_files = {"server.yaml": (server / "server.yaml").read_bytes(), "ca.crt": certificate}
-        write_archive(folder / "operator.zip", federation.name, described_files, authority)
+        write_archive(folder / "operator.zip", federation.name, described_files, held.newest)
     except OSError as error:
         raise ResourceError(
             f"{error.filename or folder} cannot be written: {error.strerror}. Choose another folder with -o."
         ) from error
-    return Provisioned(folder, tuple(new), tuple(kept))
+    return Provisioned(folder, tuple(new), tuple(kept), authority_fingerprint(held.newest / "ca.crt"))
 
 
 def read_token(folder: Path) -> str:

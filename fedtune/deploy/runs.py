@@ -124,6 +124,17 @@ class Runs:
             entry = self._active.get(run)
             return None if entry is None else str(entry["by"])
 
+    def state(self, run: int) -> tuple[str, bool] | None:
+        """(state, whether it has ended) of a run that Flower knows, else None."""
+        try:
+            found = self._state.get_run_info(run_ids=[run])
+        except (OverflowError, ValueError):  # larger than any number that it gives
+            return None
+        if not found:
+            return None
+        status = found[0].status
+        return str(status.sub_status or status.status), status.status == "finished"
+
     def stop(self, run: int, by: str, *, now: bool) -> bool:
         """Has a run end after the round that it is in, or now; False if it does not go on.
 

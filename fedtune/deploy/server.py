@@ -50,8 +50,10 @@ from fedtune.deploy.view import ServerView
 from fedtune.errors import ResourceError
 
 __all__ = [
+    "AFTER_HEADER",
     "ENROL_HEADER",
     "ENROL_PATH",
+    "FOLLOW_PATH",
     "FOR_NODES",
     "FOR_OPERATORS",
     "PUBLISHED_PATH",
@@ -82,7 +84,9 @@ STOP_PATH = "/v1/fedtune/stop"
 ENROL_PATH = "/v1/fedtune/enrol"
 ENROL_HEADER = "x-fedtune-enrol"
 REVOKE_HEADER = "x-fedtune-revoke"
-_OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH)
+FOLLOW_PATH = "/v1/fedtune/follow"
+AFTER_HEADER = "x-fedtune-after"  # the last round that is known
+_OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH, FOLLOW_PATH)
 _START, _TAKE = "/v1/control/start-run", "/v1/runtime/acquire-task"
 # What right each call needs. What a run's ServerApp asks has the run's own token beside, which Flower checks.
 FOR_OPERATORS: dict[str, Right] = {
@@ -90,6 +94,7 @@ FOR_OPERATORS: dict[str, Right] = {
     "/v1/control/list-runs": "read",
     PUBLISHED_PATH: "read",
     RUNS_PATH: "read",
+    FOLLOW_PATH: "read",
     "/v1/control/stop-run": "stop",
     STOP_PATH: "stop",
     ENROL_PATH: "enrol",
@@ -154,7 +159,9 @@ def run_server(
     serving = behind_the_door(gate, folder, listener, counted)
     watching: AbstractContextManager[str | None] = nullcontext()
     if monitor is not None:
-        view = ServerView(federation.name, federation.server, folder, admission, budgets, progress, runs)
+        view = ServerView(
+            federation.name, federation.server, folder, admission, budgets, progress, runs, trail
+        )
         watching = server_metrics.monitor(monitor, view, counted)
     for keep_updated in (admission.keep_updated, runs.keep_updated):
         threading.Thread(target=keep_updated, args=(ending,), daemon=True).start()
@@ -298,7 +305,10 @@ class Gate:
         right = FOR_OPERATORS.get(request.path)
         if right is None:
             return "?", b"", (403, "This server has no such call.")
-        operator = self._people.who(request.headers, TOKEN_HEADER)
+        try:
+            operator = self._people.who(request.headers, TOKEN_HEADER)
+        except ResourceError as error:
+            return "?", b"", (503, str(error))
         if operator is None:
             return "?", b"", (403, "This needs an operator's key, or the operator's token.")
         if right not in operator.rights and not self._may_stop_own(request, operator):
@@ -321,11 +331,27 @@ class Gate:
         if self._runs is None:
             return 200, {}
         if request.path == RUNS_PATH:
-            return 200, self._runs.listed()
+            return 200, {**self._runs.listed(), "trail": self._trail.head() if self._trail else None}
         run = request.run()
+        if request.path == FOLLOW_PATH:
+            return self._followed(run, request.one(AFTER_HEADER))
         if run is not None and self._runs.stop(run, who, now=request.one(STOP_HEADER) == "now"):
             return 200, {"stopped": str(run)}
         return 404, {"error": f"No run {request.one(RUN_HEADER)} goes on here."}
+
+    def _followed(self, run: int | None, after: str) -> tuple[int, dict[str, Any]]:
+        """What is known of a run: its state, the rounds that were reported after one, the statement."""
+        assert self._runs is not None
+        state = None if run is None else self._runs.state(run)
+        if state is None:
+            return 404, {"error": "This server knows no such run; `fedtune status DIR` shows their numbers."}
+        status, ended = state
+        known = {} if self._progress is None else self._progress.of(str(run))
+        least = int(after) if after.isdecimal() and len(after) < 7 else 0
+        rounds = [one for one in known.get("rounds", ()) if one["round"] > least]
+        about = {"state": status, "ended": ended, "by": str(known.get("by", ""))}
+        statement = str(known.get("statement", "")) if ended else ""
+        return 200, {**about, "rounds": rounds, "statement": statement}
 
     def _waits(self, request: Request, who: str) -> dict[str, Any] | None:
         assert self._runs is not None

@@ -93,6 +93,8 @@ def readings(view: ServerView, counted: Counted) -> Iterator[Reading]:
     yield from _of_runs(view)
     days = [((), float(view.days()))]
     yield "fedtune_server_certificate_days", "Until the server's certificate expires.", (), days
+    lines = [((), float(view.trail.head().partition("-")[0]))]
+    yield "fedtune_server_trail_lines", "Of the audit trail, which only grows.", (), lines
 
 
 def _of_requests(counted: Counted) -> Iterator[Reading]:

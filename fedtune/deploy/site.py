@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtune.config.convert import read_yaml
 from fedtune.deploy import certificates
-from fedtune.deploy.archives import SEAL, authority_fingerprint, check_archive
+from fedtune.deploy.archives import SEAL, check_archive
+from fedtune.deploy.authorities import authority_fingerprint
 from fedtune.deploy.certificates import parse_address
 from fedtune.deploy.consent import check_lines
 from fedtune.errors import ConfigError, DataError, LedgerError, PrivacyError
@@ -102,14 +103,17 @@ def check_files(site: SiteSettings, folder: Path) -> tuple[str, str]:
     return authority, f"the files are those that the federation's authority signed{edited}"
 
 
-def make_key(site: SiteSettings) -> tuple[str, str]:
-    """Makes the site's private key. Returns (enrolment line, fingerprint).
+def make_key(site: SiteSettings) -> tuple[str, str, bool]:
+    """Makes the site's private key if there is none: (enrolment line, fingerprint, whether it is new).
 
     Raises:
-        ConfigError: there is a key already.
+        ConfigError: the key that is there cannot be used.
     """
-    public = certificates.public_key_of(certificates.make_node_key(Path(site.key)))
-    return certificates.public_line(public, site.site), certificates.fingerprint(public)
+    path = Path(site.key)
+    new = not path.exists()
+    key = certificates.make_node_key(path) if new else certificates.load_private_key(path)
+    public = certificates.public_key_of(key)
+    return certificates.public_line(public, site.site), certificates.fingerprint(public), new
 
 
 def open_ledger(site: SiteSettings, *, setting: bool = False) -> PrivacyLedger:

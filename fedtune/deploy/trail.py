@@ -5,27 +5,37 @@ node's audit log, `fedtune.federation.client.audit_log`), so that a line which w
 out shows. It has enrolments and revocations, runs that were started, stopped and ended, joins and leaves of
 sites, restores that were accepted, and what was refused (401, 403, 429). Refusals of one kind from one
 address are counted, and written once a minute, and so are all that come from more addresses than a minute
-has lines for: a flood of them must not fill the disk. It holds no text, no
-label and no number of a site's data.
+has lines for: a flood of them must not fill the disk. It holds no text, no label and no number of a site's
+data.
+
+A trail that was cut at its end looks whole. Against that its head is kept elsewhere: by whoever files what
+`fedtune server DIR --trail` prints (`--against HEAD`), by each operator, whose `fedtune status` remembers the
+highest that the server told and says when it goes back (`seen_head`), and by Prometheus
+(`fedtune_server_trail_lines`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedtune.errors import ResourceError
+from fedtune.config.files import replace_whole
+from fedtune.errors import ConfigError, ResourceError
 from fedtune.federation.client.audit_log import AuditLog
 
-__all__ = ["Trail"]
+__all__ = ["Trail", "seen_head"]
 
 _SECONDS = 60.0  # between two lines of one kind of refusal
 _KINDS = 1000  # of refusals that are counted apart, at most
 _LINES = 60  # about refusals in a minute
+_SHORT = 24  # hex digits of a head's hash
+_HEAD = re.compile(rf"([0-9]{{1,18}})-([0-9a-f]{{{_SHORT}}})")
+_SEEN = "trail-head"  # in an operator's folder
 _SHOWN = ("run", "site", "address", "path", "times", "fingerprint", "rights", "reason")
 
 
@@ -77,6 +87,25 @@ class Trail:
                 times=int(times) + 1,
             )  # fmt: skip
 
+    def head(self) -> str:
+        """Number and hash of the last line. Raises LedgerError if the trail cannot be read."""
+        head = self._log.head()
+        return f"{head.number}-{head.hash[:_SHORT]}"
+
+    def against(self, head: str) -> str | None:
+        """What the trail lacks of a head that was kept elsewhere; None if it goes on from it.
+
+        Raises:
+            ConfigError: it is no head.
+            LedgerError: the trail cannot be read.
+        """
+        number, short = _parts(head)
+        hashes = self._log.hashes()
+        if number and (number > len(hashes) or hashes[number - 1][:_SHORT] != short):
+            how = f"has {len(hashes)} lines" if number > len(hashes) else "has another line there"
+            return f"it {how}, and the head that was kept names line {number}: it was cut or written anew"
+        return None
+
     def text(self, last: int | None = None) -> tuple[str, bool]:
         """(the trail for a person, whether it is whole).
 
@@ -92,9 +121,47 @@ class Trail:
         if problems:
             lines += [f"the trail was changed or damaged: {problem}" for problem in problems[:5]]
         else:
-            head = self._log.head()
-            lines.append(f"{len(entries)} lines, and the chain is whole; head {head.number}-{head.hash[:24]}")
+            lines.append(f"{len(entries)} lines, and the chain is whole; head {self.head()}")
         return "\n".join(lines), not problems
+
+
+def seen_head(folder: Path, head: str) -> str | None:
+    """Keeps the highest head that a server told, in an operator's folder.
+
+    Args:
+        folder: the operator's.
+        head: as the server told it now.
+
+    Returns:
+        What is wrong with it, if the trail went back; the head that is kept stays then.
+    """
+    path = folder / _SEEN
+    try:
+        kept = path.read_text().strip()
+        was, now = _parts(kept), _parts(head)
+        if now[0] < was[0] or (now[0] == was[0] and now[1] != was[1]):
+            return (
+                f"the server's trail went back: its head was {kept}, and now is {head}. It was cut or "
+                "written anew, or the server was restored from a backup; ask its administrator. If that is "
+                f"explained, remove {path}"
+            )
+    except FileNotFoundError:
+        pass
+    except (OSError, ConfigError) as error:
+        return f"{path} cannot be read ({error}), so nobody knows whether the server's trail went back"
+    try:
+        replace_whole(path, f"{head}\n".encode())
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror}), so the head of the server's trail is not kept"
+    return None
+
+
+def _parts(head: str) -> tuple[int, str]:
+    if (found := _HEAD.fullmatch(head.strip())) is None:
+        raise ConfigError(
+            f"{head[:80]!r} is no head of a trail; `fedtune server DIR --trail` prints one, as '17-7f3a...'."
+        )
+    return int(found[1]), found[2]
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from fedtune.deploy.admission import Admission
 from fedtune.deploy.join import PublishedBudgets, checked_budget
 from fedtune.deploy.progress import Progress
 from fedtune.deploy.runs import Runs
+from fedtune.deploy.trail import Trail
 from fedtune.privacy.publication import one_line
 
 __all__ = ["LIVE", "ServerView", "run_row", "site_row"]
@@ -58,6 +59,7 @@ class ServerView:
         budgets: what sites publish.
         progress: what was reported of runs.
         queue: whose turn it is to start a run.
+        trail: who did what.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ServerView:
     budgets: PublishedBudgets
     progress: Progress
     queue: Runs
+    trail: Trail
 
     def sites(self) -> list[dict[str, Any]]:
         """Each registered site; `suspended` is the state of one that is not let in for now."""
@@ -103,6 +106,7 @@ class ServerView:
             "address": self.address,
             "fedtune": __version__,
             "certificate_days": self.days(),
+            "trail": self.trail.head(),
             "sites": self.sites(),
             "runs": self.runs(),
             "waiting": self.waiting(),

@@ -215,6 +215,7 @@ _SERVER_METRICS: Fields = {
     "run_accuracy": _QUALITY,
     "run_epsilon": _EPSILON,
     "certificate_days": _SETTING,
+    "trail_lines": _COUNT,
 }
 _NODE_METRICS: Fields = {
     **dict.fromkeys(("joined", "worker_running"), public("whether it runs; not what it works on")),
@@ -239,6 +240,7 @@ SINKS: Mapping[str, Fields] = {
         "budget": public("what is left of it: only where the owner chose that it be published"),
         "head": public("how many rows ledger and audit log have, and hashes of rows that hold no text"),
         "lost": public("that ledger or audit log do not go on from the head that the server keeps"),
+        "trusts": public("fingerprints of the authorities that vouch for the server"),
     },
     "consent": {
         **{name: _ANSWER[name] for name in ("version", "run", "attempt", "node", "refused", "refusal")},

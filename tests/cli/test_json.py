@@ -168,4 +168,4 @@ def test_a_real_federation(tmp_path: Path, world: dict[str, Path], answer: Any) 
     assert made == {"operator": "alice", "rights": ["read"]}
     assert answer("server", "server", "wards/server", "--trail")["whole"] is True
     assert answer("node", "node", "approve", "--config", str(site / "node.yaml")) == {"runs": []}
-    check("status", {**asdict(Status("a", (), ())), "sites": [], "runs": [], "waiting": []})
+    check("status", {**asdict(Status("a", (), ())), "sites": [], "runs": [], "waiting": [], "warnings": []})

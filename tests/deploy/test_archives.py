@@ -11,7 +11,8 @@ import yaml
 
 from fedtune.cli.app import main
 from fedtune.deploy import certificates
-from fedtune.deploy.archives import authority_fingerprint, check_archive, is_signed, write_archive
+from fedtune.deploy.archives import check_archive, holds, write_archive
+from fedtune.deploy.authorities import authority_fingerprint
 from fedtune.deploy.provision import provision
 from fedtune.errors import ConfigError
 
@@ -97,7 +98,8 @@ def test_an_archive_of_before_is_made_again_with_a_signature(made: Path) -> None
     path = made / "sites" / "clinic-1.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("clinic-1/node.yaml", "")
-    assert not is_signed(path)
+    certificate = (made / "authority" / "ca.crt").read_bytes()
+    assert not holds(path, certificate)
     done = provision(made.parent / "federation.yaml", made)
-    assert "archive of clinic-1" in done.new and is_signed(path)
-    assert is_signed(made / "operator.zip")
+    assert "archive of clinic-1" in done.new and holds(path, certificate)
+    assert holds(made / "operator.zip", certificate) and not holds(path, certificate[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +11,18 @@ from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric import utils
 from flwr.proto.control_pb2 import StopRunRequest
 
 from fedtune.deploy import operators as people
-from fedtune.deploy import server, submit
+from fedtune.deploy import server, signing, submit
 from fedtune.deploy.certificates import tls_context
 from fedtune.deploy.client import Server
 from fedtune.deploy.operator_key import OperatorKey, operator_line
 from fedtune.deploy.runs import RUN_HEADER
 from fedtune.deploy.submit import submitted_run
 from fedtune.deploy.view import run_row, site_row
-from fedtune.errors import ConfigError, FederationError, FedtuneError
+from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from tests.support.real_superlink import Real
 
 
@@ -64,6 +66,32 @@ def test_what_is_signed_for_one_server_opens_no_other(real: Real, mallory: Serve
         headers = {word.encode(): value.encode() for word, value in key.headers().items()}
         known = real.people.who(headers, server.TOKEN_HEADER)
         assert (known and known.name) == name
+
+
+def test_a_request_that_was_recorded_is_not_taken_again(real: Real, mallory: Server) -> None:
+    headers = mallory.headers()
+    verify = tls_context(mallory.folder / "ca.crt")
+    url = f"https://{mallory.address}{server.STOP_PATH}"
+    first, second = (httpx.post(url, headers=headers, verify=verify) for _ in range(2))
+    assert "no right to stop" in first.json()["error"] and second.status_code == 403
+    assert "This needs an operator's key" in second.json()["error"]
+    # Of one signature anybody makes another that is as good: it is the same request all the same.
+    r, s = utils.decode_dss_signature(base64.b64decode(headers[signing.SIGNATURE]))
+    order = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
+    twin = base64.b64encode(utils.encode_dss_signature(r, order - s)).decode()
+    third = httpx.post(url, headers={**headers, signing.SIGNATURE: twin}, verify=verify)
+    assert third.status_code == 403 and "This needs an operator's key" in third.json()["error"]
+    assert len({mallory.headers()[signing.TIME] for _ in range(2000)}) == 2000  # no two at one moment
+
+
+def test_what_was_signed_before_a_server_began_waits_for_it(real: Real, mallory: Server) -> None:
+    headers = {word.encode(): value.encode() for word, value in mallory.headers().items()}
+    again = people.Operators(real.folder, "token")  # a server that was restarted meanwhile
+    with pytest.raises(ResourceError, match=r"signed 0 s before what the server remembers"):
+        again.who(headers, server.TOKEN_HEADER)
+    later = {word.encode(): value.encode() for word, value in mallory.headers().items()}
+    known = again.who(later, server.TOKEN_HEADER)
+    assert known is not None and known.name == "mallory"
 
 
 @pytest.mark.parametrize("run", [b"\xb2", b"", b"1" * 500, b"-1", b"1.5"])

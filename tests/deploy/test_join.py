@@ -19,6 +19,7 @@ from fedtune.deploy import certificates, join, served_certificate, server, signi
 from fedtune.deploy.admission import enrol, revoke
 from fedtune.deploy.join import budget_of, budget_text, checked_budget
 from fedtune.deploy.provision import provision
+from fedtune.deploy.site import books_of
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from fedtune.federation.client.audit_log import Books
 from fedtune.federation.protocol import PROTOCOL
@@ -160,13 +161,13 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     real.admission.update()
     with pytest.raises(ResourceError, match="does not let this site in now: the file with the key of site"):
         join.check_in(site, key, pytest.fail)
-    assert "is missing at the server" in str(join.suspension(site, key))
+    assert "is missing at the server" in str(join.suspension(site, key, books_of(site)))
     named = real.signed("clinic-1")
     assert real.request("POST", "/v1/fleet/pull-messages", content_length="0", **named)[0] == 503
     path.write_text(line)
     real.admission.update()
     join.check_in(site, key, pytest.fail)
-    assert join.suspension(site, key) is None
+    assert join.suspension(site, key, books_of(site)) is None
 
 
 def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
@@ -175,7 +176,6 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     """Ledger and log were restored together from a backup of before a run: they agree with one another."""
     from fedtune.deploy.node import _wait_for_admission
     from fedtune.deploy.node_metrics import NodeActivity
-    from fedtune.deploy.site import books_of
     from fedtune.privacy.ledger.ledger import PrivacyLedger
     from tests.support.plans import local_plan
 
@@ -222,7 +222,7 @@ def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
         with pytest.raises(FederationError, match="has another row there, and the head that was kept names"):
             _wait_for_admission(site, key, pytest.fail, NodeActivity())
         assert real.admission.heads.kept("clinic-2") == kept
-        assert "--accept-restore clinic-2" in str(join.suspension(site, key))
+        assert "--accept-restore clinic-2" in str(join.suspension(site, key, books_of(site)))
     join.publish(site, key, None, books)  # nor does a node that is running take its place
     assert real.admission.heads.kept("clinic-2") == kept
     real.admission.heads.accept("clinic-2")

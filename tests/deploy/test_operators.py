@@ -17,12 +17,15 @@ from fedtune.deploy import operators as people
 from fedtune.deploy import trail as trails
 from fedtune.deploy.admission import check_fingerprint
 from fedtune.deploy.client import Server, status
+from fedtune.deploy.following import follow_run
 from fedtune.deploy.operator_key import operator_line
+from fedtune.deploy.progress import report_of_rounds
 from fedtune.deploy.runs import Runs
 from fedtune.deploy.submit import submitted_run
 from fedtune.deploy.trail import Trail
-from fedtune.errors import ConfigError, FederationError
+from fedtune.errors import ConfigError, FederationError, ResourceError
 from tests.support.real_superlink import Real
+from tests.support.server_parts import rounds
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +274,110 @@ def test_who_has_a_turn_and_starts_nothing_goes_to_the_end(tmp_path: Path) -> No
 
 
 # --- the trail and the fingerprint -------------------------------------------------------------------
+
+
+def test_a_trail_that_was_cut_at_its_end_shows_against_a_head_that_was_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trail, path = Trail(tmp_path), tmp_path / "trail.jsonl"
+    for number in range(4):
+        trail.note("run started", "alice", run=str(number))
+    head, whole = trail.head(), path.read_text()
+    trail.note("run ended", "alice", run="3")
+
+    def shown(kept: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["server", str(tmp_path), "--trail", "--against", kept])
+        said = capsys.readouterr()
+        return int(str(left.value.code or 0)), " ".join((said.out + said.err).split())
+
+    assert trail.against(head) is None and shown(head)[0] == 0
+    path.write_text("".join(line + "\n" for line in whole.splitlines()[:3]))
+    assert Trail(tmp_path).text()[1]  # it looks whole
+    status, said = shown(head)
+    assert status == 1 and "it has 3 lines, and the head that was kept names line 4" in said
+    for _ in range(2):  # and has grown again since
+        Trail(tmp_path).note("run started", "mallory", run="9")
+    assert "has another line there" in str(Trail(tmp_path).against(head))
+    for no_head in ("", "4", f"x-{head}", head[:-1]):
+        status, said = shown(no_head)
+        assert status == 2 and "is no head of a trail" in said
+
+
+def test_an_operator_remembers_the_highest_head_and_is_told_when_it_goes_back(
+    real: Real, alice: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    let_in(real, alice, "ivy", "read")
+    first = status(alice)
+    assert first.warnings == () and first.trail == (alice / "trail-head").read_text().strip()
+    real.trail.note("run started", "ivy", run="1")
+    assert status(alice).warnings == () and status(real.folder).warnings == ()
+    assert not (real.folder / "trail-head").exists()
+    path = real.folder / "trail.jsonl"
+    whole = path.read_text()
+    path.write_text("".join(line + "\n" for line in whole.splitlines()[:-1]))
+    (warning,) = status(alice).warnings
+    assert "the server's trail went back" in warning
+    with pytest.raises(SystemExit):
+        main(["status", str(alice)])
+    assert "Warning: the server's trail went back" in capsys.readouterr().out
+    path.write_text(whole)
+    assert status(alice).warnings == ()
+
+
+def test_a_run_is_followed_from_another_machine_by_who_may_read(
+    real: Real, alice: Path, tmp_path: Path
+) -> None:
+    reader = let_in(real, alice, "judy", "read")
+    writer = Server.of(real.folder)
+    shown: list[str] = []
+    with submitted_run(writer, "{}", tmp_path / "run", None):
+        number = str(submit.run_number_in(tmp_path / "run" / "checkpoint" / submit.NOTE))
+        first, second = rounds(number=2, done=2)
+        pauses: list[float] = []
+
+        def goes_on(seconds: float) -> None:
+            """What happens while who follows waits."""
+            pauses.append(seconds)
+            if len(pauses) == 1:
+                assert len(shown) == 1 and shown[0].startswith("round 1/2:  accuracy")
+                assert writer.report(report_of_rounds(number, [second]))
+            elif len(pauses) == 2:
+                assert len(shown) == 2 and "\x1b" not in shown[1]
+                assert writer.report({"run": number, "statement": "# Statement\n\x1b[2Jepsilon 1"})
+                writer.stop(number, now=True)
+
+        assert writer.report(report_of_rounds(number, [first]))
+        assert follow_run(reader, number, shown.append, goes_on) is False
+    assert shown[2:] == ["# Statement\n?[2Jepsilon 1", f"run {number} of operator: stopped"]
+    with pytest.raises(ConfigError, match="knows no such run"):
+        follow_run(reader, "12345", shown.append)
+    with pytest.raises(ConfigError, match="knows no such run"):
+        follow_run(reader, "9" * 20, shown.append)
+    stranger = let_in(real, alice, "judy", "submit")
+    with pytest.raises(FederationError, match="no right to read"):
+        follow_run(stranger, number, shown.append)
+
+
+def test_who_follows_waits_for_a_server_that_is_away(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(
+        [ResourceError("The server does not answer."), ResourceError("The server does not answer."),
+         {"rounds": [], "ended": True, "statement": "s", "state": "completed", "by": "bob"}]
+    )  # fmt: skip
+
+    def ask(*args: Any, **options: Any) -> Any:
+        if isinstance(answer := next(answers), Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(Server, "ask", ask)
+    shown: list[str] = []
+    assert follow_run(Server.of(real.folder), "7", shown.append, lambda seconds: None)
+    assert shown == [
+        "The server does not answer. Asking again until it does.",
+        "s",
+        "run 7 of bob: completed",
+    ]
 
 
 def test_a_flood_of_refusals_is_a_line_a_minute_and_a_changed_trail_shows(

@@ -70,6 +70,7 @@ def test_all_that_is_declared_is_told_and_nothing_of_a_strangers_path(tmp_path: 
         'fedtune_server_run_round{run="12"} 9.0', 'fedtune_server_run_rounds{run="12"} 12.0',
         'fedtune_server_rounds_total{result="complete"} 21.0',
         'fedtune_server_updates_total{result="lost"} 2.0', "fedtune_server_certificate_days 300.0",
+        "fedtune_server_trail_lines 1.0",
     ):  # fmt: skip
         assert line in page.splitlines(), line
     assert 'run="11"' not in page  # it has ended

@@ -178,7 +178,7 @@ CHARGED: dict[str, str] = {
 PUBLIC: dict[str, str] = {
     "personal": "node steps",
     "hello": "version node software declared_size shards idle delta",
-    "join": "budget head lost",
+    "join": "budget head lost trusts",
     "consent": "version run attempt node refused refusal last_round",
     "reply": "version run round attempt node refused refusal error releases steps",
     "evaluation": "version run round attempt node refused refusal error answers",
@@ -235,6 +235,7 @@ PUBLIC: dict[str, str] = {
         fedtune_server_site_epsilon_left fedtune_server_site_epsilon_budget fedtune_server_runs
         fedtune_server_run_round fedtune_server_run_rounds fedtune_server_run_epsilon
         fedtune_server_certificate_days
+        fedtune_server_trail_lines
     """,
     "node_metrics": """
         fedtune_node_joined fedtune_node_worker_running fedtune_node_answers_total

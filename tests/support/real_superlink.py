@@ -23,6 +23,7 @@ from fedtune.deploy.admission import Admission, enrol
 from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.operators import Operators
+from fedtune.deploy.progress import Progress
 from fedtune.deploy.provision import provision, read_token
 from fedtune.deploy.runs import Runs
 from fedtune.deploy.trail import Trail
@@ -55,7 +56,10 @@ class Real:
         self.admission = Admission(self.state, self.folder, self.said.append, self.people, self.trail)
         self.admission.update()
         self.board = PublishedBudgets(self.folder / "published.json")
-        self.gate = server.Gate(self.app, self.people, self.admission, self.board, self.runs, self.trail)
+        self.progress = Progress(self.folder / "progress", self.runs.by)
+        self.gate = server.Gate(
+            self.app, self.people, self.admission, self.board, self.runs, self.trail, self.progress
+        )
         self.uvicorn = server.behind_the_door(self.gate, self.folder, listener)
         self.config = self.uvicorn.config
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)

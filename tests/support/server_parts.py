@@ -11,6 +11,7 @@ import pytest
 
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.progress import Progress, report_of_rounds
+from fedtune.deploy.trail import Trail
 from fedtune.deploy.view import ServerView
 from fedtune.federation.events import RoundSummary
 
@@ -81,4 +82,6 @@ def make_view(folder: Path, statement: str = f"# Privacy statement\n\n{NASTY}\n"
     queue: Any = SimpleNamespace(
         by=lambda run: "alice" if run == 12 else None, listed=lambda: {"waiting": [NASTY, "alice"]}
     )
-    return ServerView("hospitals", "fed.example.org:9443", folder, admission, budgets, progress, queue)
+    trail = Trail(folder)
+    trail.note("server started", "server")
+    return ServerView("hospitals", "fed.example.org:9443", folder, admission, budgets, progress, queue, trail)
