@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,40 +66,62 @@ def try_run(site: SiteSettings, overrides: list[str]) -> DryRun:
     return dry_run(site, proposed)
 
 
-def approve(site: SiteSettings, digests: list[str]) -> tuple[dict[str, Any], str]:
+def approve(
+    site: SiteSettings, digests: list[str], *, yes: bool = False, ask: Callable[[str], bool] | None = None
+) -> tuple[dict[str, Any], str]:
     """Runs that wait, with what each would spend here; or approves one: (values, text for a person).
 
     Args:
         site: the site's settings.
         digests: the digest of one run, as it is shown; none: all are shown, and none is approved.
+        yes: approve it without a question.
+        ask: shows a person what it would spend, and returns whether they say yes; None: nobody is there.
 
     Raises:
-        ConfigError: no such run waits.
+        ConfigError: no such run waits, or nobody said yes.
     """
-    from fedtune.config.convert import config_from_json
     from fedtune.deploy.consent import Consent, shown
-    from fedtune.deploy.site import dry_run
-    from fedtune.privacy.publication import one_line
 
     if len(digests) > 1:
         raise ConfigError("fedtune node approve takes one run at a time: look at what it would spend.")
     consent = Consent(site)
-    texts: list[str] = []
-    values: list[dict[str, Any]] = []
-    for run in [consent.approve(digests[0])] if digests else consent.waiting():
-        state = "waits" if not run["approved"] else "approved" if not run["run"] else "approved, and used"
-        try:
-            asked = config_from_json(run["config"])
-            site.admit(asked)  # nothing that it names is looked for, here or on the network, before this
-            found = dry_run(site, asked).text()
-        except FedtuneError as error:
-            found = f"what it would do here cannot be said: {error}"
-        who = f" by {run['by']}" if run["by"] else ""
-        # Whoever submitted it wrote its words: they must not write lines of their own here, or hide any.
-        lines = [one_line(line, keep_blanks=True) for line in found.splitlines()]
-        head = f"run {shown(run['digest'])}, asked for at {run['since']}{who}: {state}"
-        texts.append("\n".join([head, *lines]))
-        values.append({**run, "dry_run": lines})
-    if not site.approval:
-        texts.append("node.yaml has approval: false, so no run waits; set approval: true and start the node.")
-    return {"runs": values}, "\n\n".join(texts) or "no run waits"
+    if not digests:
+        told = [_told(site, run) for run in consent.waiting()]
+        texts = [text for _, text in told]
+        if not site.approval:
+            texts.append(
+                "node.yaml has approval: false, so no run waits; set approval: true and start the node."
+            )
+        return {"runs": [values for values, _ in told]}, "\n\n".join(texts) or "no run waits"
+    run = consent.one(digests[0])
+    if not yes:
+        if ask is None:
+            raise ConfigError(
+                f"Nobody is asked here whether run {shown(run['digest'])} may have what it would spend, for "
+                "this is no terminal. Type it at one, or give --yes if you have looked. Nothing was approved."
+            )
+        if not ask(_told(site, run)[1]):
+            raise ConfigError(f"Run {shown(run['digest'])} was not approved, and waits.")
+    values, text = _told(site, consent.approve(run["digest"]))
+    return {"runs": [values]}, text
+
+
+def _told(site: SiteSettings, run: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A run that waits, or was approved, and what it would spend here: (values, text)."""
+    from fedtune.config.convert import config_from_json
+    from fedtune.deploy.consent import shown
+    from fedtune.deploy.site import dry_run
+    from fedtune.privacy.publication import one_line
+
+    state = "waits" if not run["approved"] else "approved" if not run["run"] else "approved, and used"
+    try:
+        asked = config_from_json(run["config"])
+        site.admit(asked)  # nothing that it names is looked for, here or on the network, before this
+        found = dry_run(site, asked).text()
+    except FedtuneError as error:
+        found = f"what it would do here cannot be said: {error}"
+    who = f" by {run['by']}" if run["by"] else ""
+    # Whoever submitted it wrote its words: they must not write lines of their own here, or hide any.
+    lines = [one_line(line, keep_blanks=True) for line in found.splitlines()]
+    head = f"run {shown(run['digest'])}, asked for at {run['since']}{who}: {state}"
+    return {**run, "dry_run": lines}, "\n".join([head, *lines])

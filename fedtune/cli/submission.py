@@ -97,24 +97,38 @@ def _detach(folder: Path, overrides: list[str], json: bool) -> None:
 @commands.command(
     cls=Command,
     rich_help_panel=_PANEL,
-    short_help="Look at a run that was submitted with --detach.",
+    short_help="Look at a run that goes on elsewhere.",
     help=help_text(
-        "Shows what a detached run has said from its beginning, and what it says until it ends. Ctrl-C only "
-        "looks away. Exit status as of fedtune submit.",
-        "fedtune follow outputs/2026-11-30/12-00-00",
+        "Shows what a run that was submitted with --detach has said from its beginning, and what it says "
+        "until it ends. On another machine than the one that submitted it, name the server folder, or an "
+        "operator's (who may read), and the run's number: shown are its rounds, and the statement at the "
+        "end. Ctrl-C only looks away. Exit status 0 only if the run succeeded.",
+        """\
+fedtune follow outputs/2026-11-30/12-00-00
+fedtune follow DIR 1234567890              the number that `fedtune status DIR` shows""",
     ),
 )
-def follow(run_dir: Annotated[Path, argument("RUN_DIR", "The run folder.")]) -> int:
+def follow(
+    place: Annotated[Path, argument("RUN_DIR|DIR", "The run folder; or a server's, before RUN.")],
+    run: Annotated[str | None, argument("[RUN]", "The number in `fedtune status`.")] = None,
+) -> int:
+    if run is not None:
+        from fedtune.deploy.client import Server
+        from fedtune.deploy.following import follow_run
+
+        if not run.isdecimal():
+            raise ConfigError(f"{run!r} is no number of a run; `fedtune status {place}` shows the numbers.")
+        return OK if follow_run(Server.of(place), run, lambda line: print(line, flush=True)) else FAILED
     from fedtune.deploy import detached
 
     def show(text: str) -> None:
         print(text, end="", flush=True)
 
-    if not detached.follow(run_dir, show):
+    if not detached.follow(place, show):
         return FAILED
     from fedtune.runs.record import Result
 
-    return status_of(Result(run_dir).left_out)
+    return status_of(Result(place).left_out)
 
 
 @commands.command(
@@ -181,3 +195,5 @@ def status(folder: ServerFolder, json: Json = False) -> None:
         print(f"run {run['run']:<21} {run['state']:<12} {run['started']} {by} {run['details']}".rstrip())
     for name in found.waiting:
         print(f"a run of {name} waits for its turn")
+    for warning in found.warnings:
+        print(f"Warning: {warning}.")

@@ -125,6 +125,12 @@ class Consent:
         """
         return [Waiting(digest=digest, **entry) for digest, entry in self._read()["runs"].items()]
 
+    def one(self, digest: str) -> Waiting:
+        """A run that waits, by its digest or the beginning of it that is shown. Raises as `approve` does."""
+        known = self._read()
+        name = _named(known, digest)
+        return Waiting(digest=name, **known["runs"][name])
+
     def approve(self, digest: str) -> Waiting:
         """Approves a run that waits, by its digest or the beginning of it that is shown.
 
@@ -133,12 +139,9 @@ class Consent:
             LedgerError: the file cannot be read.
         """
         with self._changing() as known:
-            found = [one for one in known["runs"] if len(digest) >= _SHOWN and one.startswith(digest)]
-            if len(found) != 1:
-                names = ", ".join(map(shown, known["runs"])) or "none"
-                raise ConfigError(f"{len(found)} runs that wait begin with {digest!r}; there are: {names}.")
-            known["runs"][found[0]] |= {"approved": _now(), "run": None}
-            return Waiting(digest=found[0], **known["runs"][found[0]])
+            name = _named(known, digest)
+            known["runs"][name] |= {"approved": _now(), "run": None}
+            return Waiting(digest=name, **known["runs"][name])
 
     # --- inside -------------------------------------------------------------------------------------
 
@@ -232,6 +235,15 @@ class Consent:
         oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=10 * _DAYS)
         kept = {one: seen for one, seen in signatures.items() if str(seen[1]) > oldest.isoformat()}
         return {"runs": runs, "signatures": kept, "since": since}
+
+
+def _named(known: Mapping[str, Any], digest: str) -> str:
+    """The digest of the one run that begins so. Raises ConfigError."""
+    found = [one for one in known["runs"] if len(digest) >= _SHOWN and one.startswith(digest)]
+    if len(found) != 1:
+        names = ", ".join(map(shown, known["runs"])) or "none"
+        raise ConfigError(f"{len(found)} runs that wait begin with {digest!r}; there are: {names}.")
+    return str(found[0])
 
 
 def shown(digest: str) -> str:

@@ -100,7 +100,7 @@ def follow(run_dir: Path, show: Callable[[str], None]) -> bool:
     if not (run_dir / _LOG).exists():
         raise ConfigError(
             f"{run_dir} has no {_LOG}: the run was not submitted with --detach from this machine. `fedtune "
-            "status DIR` shows the runs of a server."
+            "status DIR` shows the runs of a server, and `fedtune follow DIR RUN` one of them."
         )
     with (run_dir / _LOG).open(encoding="utf-8", errors="replace") as log:
         while True:

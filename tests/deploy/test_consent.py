@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,7 +182,7 @@ def test_a_digest_that_none_or_several_begin_with_approves_nothing(tmp_path: Pat
 
 
 def test_the_administrator_sees_what_a_run_would_spend(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = Site(tmp_path, make_model(tmp_path / "model"), approval=True)
     node = tmp_path / "node.yaml"
@@ -195,9 +197,32 @@ def test_the_administrator_sees_what_a_run_would_spend(
 
     status, said = ask()
     assert status == 0 and ": waits" in said and "epsilon after" in said and "permitted" in said
-    status, said = ask(waiting["digest"][:32])
-    assert status == 0 and ": approved" in said
+    run = waiting["digest"][:32]
+    assert ask(run)[0] == 2  # no terminal, and nobody said yes
+    assert not Consent(one.settings).waiting()[0]["approved"]
+    for typed, expected in (("\n", False), ("n\n", False), ("", False), ("y\n", True)):
+        monkeypatch.setattr(sys, "stdin", Terminal(typed))
+        status, said = ask(run)
+        assert said.index("epsilon after") < said.index("Approve this run, once?")
+        assert bool(Consent(one.settings).waiting()[0]["approved"]) is expected is (status == 0)
+        assert (": approved" in said) is expected
+
+
+def test_a_script_approves_with_yes(tmp_path: Path) -> None:
+    one = Site(tmp_path, make_model(tmp_path / "model"), approval=True)
+    refusal(Consent(one.settings), {"fedtune": to_json(one.config)})
+    run = Consent(one.settings).waiting()[0]["digest"][:32]
+    assert ": approved" in approve(one.settings, [run], yes=True)[1]
     assert Consent(one.settings).waiting()[0]["approved"]
+    with pytest.raises(ConfigError, match="one run at a time"):
+        approve(one.settings, [run, run], yes=True)
+
+
+class Terminal(io.StringIO):
+    """Somebody who types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_what_waits_writes_no_line_of_its_own_and_loads_nothing(
