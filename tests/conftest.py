@@ -12,16 +12,17 @@ import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import pytest
 from hypothesis import settings
 from rich.console import Console
 
 import fedtune
 from tests.support import tiny_federation as tiny
+from tests.support.draws import repeatable
 from tests.support.golden import Golden
 
 os.environ.update(
@@ -33,12 +34,6 @@ os.environ.update(
     FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
     RAY_USAGE_STATS_ENABLED="0",
 )
-# The same examples in every session, so that a change is what makes a test fail; no clock, for it is shared.
-# HYPOTHESIS_PROFILE=search draws others, and more of them.
-settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=60)
-settings.register_profile("search", deadline=None, database=None, max_examples=2_000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
-
 # Models of tests are tiny: threads cost more than they bring, and the cores are busy with other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -46,11 +41,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _PACKAGE = str(Path(fedtune.__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE, os.environ.get("PYTHONPATH")]))
 
-# The same examples in every run and process, and no verdict by the clock.
-hypothesis.settings.register_profile(
-    "fedtune", derandomize=True, database=None, deadline=None, max_examples=40
-)
-hypothesis.settings.load_profile("fedtune")
+# The same examples in every session, so that a change is what makes a test fail; no clock, for it is shared.
+# HYPOTHESIS_PROFILE=search draws others, and more of them.
+settings.register_profile("tests", derandomize=True, deadline=None, database=None, max_examples=40)
+settings.register_profile("search", deadline=None, database=None, max_examples=2_000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "tests"))
 
 # Fixtures of a module or the session run before any function's, so there is a home from the start.
 _HOME = Path(tempfile.mkdtemp(prefix="fedtune-tests-"))
@@ -78,6 +73,24 @@ def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
     monkeypatch.setenv("FEDTUNE_HOME", str(home))
     return home
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """What a test draws from the system's entropy is the same in every session."""
+    if item.get_closest_marker("system_entropy"):
+        return (yield)
+    with repeatable(item.nodeid):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
+    """What several tests share is the same whichever of them comes first."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with repeatable(f"{fixturedef.baseid} {fixturedef.argname}"):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -117,7 +117,7 @@ def test_a_lock_is_waited_for(tmp_path: Path) -> None:
         waiting.start()
         waiting.join(0.3)
         order.append("first")
-    waiting.join(10.0)
+    waiting.join(60.0)
     assert order == ["first", "second"]
 
 

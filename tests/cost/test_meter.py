@@ -53,7 +53,7 @@ def test_wall_time_is_measured_and_stops() -> None:
     with Meter(energy=False) as meter:
         time.sleep(0.05)
     taken = meter.seconds
-    assert 0.05 <= taken < 1.0
+    assert 0.05 <= taken < 60.0
     time.sleep(0.02)
     assert meter.seconds == taken
 
@@ -126,7 +126,7 @@ class FakeTracker:
         )
 
     def start(self) -> None:
-        self.may_start.wait(10.0)
+        self.may_start.wait(60.0)
         if self.start_fails:
             raise OSError("no counter")
 

@@ -18,6 +18,7 @@ from fedtune.deploy.certificates import check_server
 from fedtune.deploy.server import _listen
 from fedtune.errors import ConfigError, FederationError, ResourceError
 from tests.support.golden import Golden
+from tests.support.ports import free_port
 
 
 @pytest.fixture
@@ -112,8 +113,7 @@ def test_a_server_without_tls_is_named(folder: Path) -> None:
 
 
 def test_nobody_there_is_worth_another_try(folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     with pytest.raises(ResourceError, match="does not answer"):
         check_server(f"127.0.0.1:{port}", folder / "ca.crt")
     with pytest.raises(ConfigError, match="no authority certificate"):

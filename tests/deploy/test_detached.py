@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ folder = pathlib.Path(sys.argv[1])
 print("round 1/2", flush=True)
 (folder / "checkpoint").mkdir()
 (folder / "checkpoint" / "server-run").write_text("77")
-time.sleep(1.0)
+while not (folder / "go-on").exists():
+    time.sleep(0.01)
 print("round 2/2", flush=True)
 (folder / "record.json").write_text("{}")
 """
@@ -60,7 +60,7 @@ def test_a_record_of_before_is_not_the_success_of_a_resumed_run(
     os.utime(folder / "record.json", (1e9, 1e9))
     started_as(STARTS.replace('(folder / "record.json")', '(folder / "other.json")'), folder, monkeypatch)
     detach(tmp_path, ["data=files"], folder)
-    assert not follow(folder, lambda text: None)
+    assert not follow(folder, lambda text: (folder / "go-on").touch())
 
 
 def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,12 @@ def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ConfigError, match="goes on: look at it with `fedtune follow"):
         detach(tmp_path, ["data=files"], folder)
     seen: list[str] = []
-    assert follow(folder, seen.append)
+
+    def see(text: str) -> None:
+        seen.append(text)
+        (folder / "go-on").touch()
+
+    assert follow(folder, see)
     assert "".join(seen) == "round 1/2\nround 2/2\n" and len(seen) == 2
     assert follow(folder, seen.append), "again, when it has long ended"
 
@@ -87,12 +92,17 @@ def test_a_run_that_waits_for_its_turn_is_said_to_wait(
     assert one is not None and one.pid == process
     seen: list[str] = []
     ended: list[bool] = []
-    looks = threading.Thread(target=lambda: ended.append(follow(folder, seen.append)))
+    told = threading.Event()
+
+    def see(text: str) -> None:
+        seen.append(text)
+        told.set()
+
+    looks = threading.Thread(target=lambda: ended.append(follow(folder, see)))
     looks.start()
-    time.sleep(0.3)
-    assert looks.is_alive() and "turn" in "".join(seen)
+    assert told.wait(60) and looks.is_alive() and "turn" in "".join(seen)
     one.kill()
-    looks.join(10)
+    looks.join(60)
     assert ended == [False]
 
 

@@ -94,6 +94,12 @@ def slow_body(parts: list[bytes], pause: float) -> Any:
     return receive
 
 
+async def settled() -> None:
+    """Every task has come as far as it can: none of them waits for time to pass."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
 def test_bodies_wait_for_room_and_one_sender_has_half_of_it() -> None:
     async def main() -> None:
         bodies = Bodies(most=4 * MIB)
@@ -107,10 +113,10 @@ def test_bodies_wait_for_room_and_one_sender_has_half_of_it() -> None:
                 await release.wait()
 
         tasks = [asyncio.create_task(send(f"a{i}", MIB)) for i in range(5)]
-        await asyncio.sleep(0.05)
+        await settled()
         assert reading == ["a0", "a1"]
         tasks += [asyncio.create_task(send("b", 2 * MIB)), asyncio.create_task(send("a-beat", 100))]
-        await asyncio.sleep(0.05)
+        await settled()
         assert reading[2:] == ["a-beat", "b"] or reading[2:] == ["b", "a-beat"]
         release.set()
         await asyncio.gather(*tasks)
@@ -121,21 +127,18 @@ def test_bodies_wait_for_room_and_one_sender_has_half_of_it() -> None:
 
 
 def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr(door, "GRACE_SECONDS", 0.3)
-    monkeypatch.setattr(door, "SLOWEST", MIB)
-
     async def read(parts: list[bytes], pause: float) -> bytes:
         bodies = Bodies()
         async with bodies.read(slow_body(parts, pause), sum(map(len, parts)), b"a") as body:
             return body
 
     assert asyncio.run(read([b"x"] * 3, 0.05)) == b"xxx"
+    monkeypatch.setattr(door, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(door, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(door, "SLOWEST", MIB)
     for parts, pause in (([b"x"], 0.5), ([b"x"] * 20, 0.05), ([bytes(MIB // 2), *[b"x"] * 50], 0.1)):
-        begun = time.monotonic()
         with pytest.raises(BodyTimeout):
             asyncio.run(read(parts, pause))
-        assert time.monotonic() - begun < 3
 
 
 # --- a server ----------------------------------------------------------------------------------------
@@ -171,7 +174,7 @@ def test_a_node_is_served_while_others_hold_connections(real: Real, monkeypatch:
             assert beats(real, "clinic-1") == 200
         check_server(real.address, real.folder / "ca.crt")
         join.check_in(real.site("clinic-2"), real.keys["clinic-2"], pytest.fail)
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < door.HEADER_SECONDS
         assert len(real.gate.connections) <= 16 + 7
         assert len(held) > 40
 
@@ -209,10 +212,10 @@ def test_a_client_that_says_nothing_is_let_go(real: Real, monkeypatch: pytest.Mo
     monkeypatch.setattr(door, "HEADER_SECONDS", 0.3)
     with crowd(("127.0.0.1", real.port), idle=1, greeted=1) as held:
         for one in held:
-            one.settimeout(5)
+            one.settimeout(60)
             with contextlib.suppress(ConnectionError):
                 assert one.recv(1) == b""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while len(real.gate.connections):
         assert time.monotonic() < end
         time.sleep(0.05)

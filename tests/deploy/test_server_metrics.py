@@ -81,15 +81,15 @@ def test_all_that_is_declared_is_told_and_nothing_of_a_strangers_path(tmp_path: 
 def test_health_follows_the_loop_that_serves_everybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedtune.deploy.server_metrics._SECONDS", 0.3)
     counted, view = Counted(behind, {}), make_view(tmp_path)
-    started, stuck, ends = threading.Event(), threading.Event(), threading.Event()
+    started, stuck, is_stuck, ends = (threading.Event() for _ in range(4))
 
     async def main() -> None:
         await counted({"type": "lifespan"}, None, None)
         started.set()
         while not ends.is_set():
             if stuck.is_set():
+                is_stuck.set()
                 ends.wait(20)
             await asyncio.sleep(0.01)
 
@@ -101,9 +101,11 @@ def test_health_follows_the_loop_that_serves_everybody(
     thread.start()
     try:
         with monitor("0", view, counted) as address:
-            started.wait(10)
+            assert started.wait(60)
             assert httpx.get(f"http://{address}/healthz").status_code == 200
             stuck.set()
+            assert is_stuck.wait(60)
+            monkeypatch.setattr("fedtune.deploy.server_metrics._SECONDS", 0.3)
             assert httpx.get(f"http://{address}/healthz").status_code == 503
     finally:
         ends.set()

@@ -397,12 +397,11 @@ def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> N
     assert (started.returncode, said) == (0, "")
 
 
-# Connects a second after it was started: whoever is quicker has the node's attention first.
+# A worker that does nothing but answer.
 LATE = """
-import socket, sys, time
+import socket, sys
 from fedtune.config.build import build
 from fedtune.deploy import channel
-time.sleep(1)
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(sys.argv[1])
 channel.receive(connection)
@@ -423,18 +422,19 @@ def test_nobody_but_the_nodes_own_worker_is_listened_to(
         return started([sys.executable, "-c", LATE, command[-1]], **options)
 
     monkeypatch.setattr(worker_process.subprocess, "Popen", late)
-    worker, heard = WorkerProcess(settings(tmp_path)), []
+    worker, heard, first = WorkerProcess(settings(tmp_path)), [], threading.Event()
 
     def intrude() -> None:
         stranger = socket.socket(socket.AF_UNIX)
         stranger.connect(worker._path)
+        first.set()
         stranger.settimeout(60)
         heard.append(stranger.recv(1))
         stranger.close()
 
     other = threading.Thread(target=intrude)
     other.start()
-    time.sleep(0.2)
+    assert first.wait(60)
     try:
         assert worker.ask(b"message", b"context", {"task": 1}, lambda: None) == [b"reply", b"context"]
     finally:

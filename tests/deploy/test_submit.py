@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -37,6 +36,7 @@ from fedtune.deploy.thin_app import thin_app
 from fedtune.errors import FederationError, FedtuneError
 from fedtune.federation.flower import task_identity
 from tests.support.fake_federation import Watcher
+from tests.support.ports import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,9 +45,7 @@ class Running:
     """A server in a process of its own."""
 
     def __init__(self, root: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         file = root / "federation.yaml"
         file.write_text(yaml.safe_dump({"name": "t", "server": f"127.0.0.1:{port}", "sites": ["a"]}))
         provision(file, root / "out")

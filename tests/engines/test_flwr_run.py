@@ -18,16 +18,11 @@ import pytest
 
 from fedtune.config.convert import to_json
 from fedtune.config.schema import Config
+from tests.support.ports import free_port
 from tests.support.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from fedtune.federation.flower import (
 )
 from fedtune.federation.server.rounds import exchange
 from fedtune.federation.server.tracking_grid import TrackingGrid
-from tests.support.fake_federation import fake_app, fake_config, run_fake
+from tests.support.fake_federation import HUNG, fake_app, fake_config, impatient, run_fake
 
 
 def echo_app(do: Callable[[Message, Context], None]) -> ClientApp:
@@ -162,12 +162,12 @@ def test_a_client_that_hangs_is_given_up_and_its_state_and_answer_are_dropped() 
             finally:
                 ended.set()
 
-    grid = LocalGrid(echo_app(hangs), 2, {}, timeout=0.3, on_abandoned=lambda: abandoned.append(1))
+    grid = LocalGrid(echo_app(hangs), 2, {}, timeout=2.0, on_abandoned=lambda: abandoned.append(1))
     first, second = send(grid)
-    assert "did not answer in 0.3 s" in (first.error.reason or "")
+    assert "did not answer in 2 s" in (first.error.reason or "")
     assert second.has_content()
     assert abandoned == [1]
-    assert ended.wait(3.0), "the thread that was given up still runs"
+    assert ended.wait(60.0), "the thread that was given up still runs"
     assert not grid._states[next(iter(grid.get_node_ids()))]
 
 
@@ -199,24 +199,16 @@ def test_an_unknown_node_is_refused() -> None:
 
 def test_the_grid_costs_little_beside_the_clients() -> None:
     # An adapter of 300 KB as in the default run, and clients that are ten times as fast as there.
-    # `scripts/bench` measures the real ratio; this catches a grid that has become slow.
-    inside = 0.0
-
-    def work(message: Message, context: Context) -> None:
-        nonlocal inside
-        started = time.perf_counter()
-        time.sleep(0.1)
-        inside += time.perf_counter() - started
-
-    grid = LocalGrid(echo_app(work), 4, {}, timeout=5.0)
-    started = time.perf_counter()
+    # `scripts/bench` measures the real ratio; this catches a grid that has become slow. Seconds of the
+    # processor: those of other processes are none of them.
+    inside = 0.1
+    grid = LocalGrid(echo_app(lambda message, context: None), 4, {}, timeout=60.0)
+    started = time.process_time()
     with task_identity(grid.run_id):
         for _ in range(3):
             messages = [Message(content(75_000), node, "train") for node in grid.get_node_ids()]
             list(grid.send_and_receive(messages))
-    overhead = time.perf_counter() - started - inside
-    assert overhead < 0.25 * inside
-    assert inside >= 12 * 0.1
+    assert time.process_time() - started < 0.25 * 12 * inside
 
 
 def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path: Path) -> None:
@@ -253,13 +245,16 @@ def test_a_node_that_hangs_with_the_model_in_hand_does_not_stop_the_others(
     train = training.train_locally
 
     def hangs(model, shard, *args, **options):  # type: ignore[no-untyped-def]
-        while shard.node == "site-1" and options["round"] == 1:
-            time.sleep(0.01)
+        if shard.node == "site-1" and options["round"] == 1:
+            HUNG.set()
+            while True:
+                time.sleep(0.01)
         return train(model, shard, *args, **options)
 
     config = tiny(federation__num_rounds=2)
     whole = engines.run(config, tmp_path / "whole")
     monkeypatch.setattr(training, "train_locally", hangs)
+    impatient(monkeypatch)
     config = tiny(federation__num_rounds=2, federation__round_timeout=4.0)
     result = engines.run(config, tmp_path / "run")
     (dropped,) = result.dropped

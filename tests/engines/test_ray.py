@@ -20,6 +20,7 @@ from fedtune.errors import CheckpointError, ConfigError, ResourceError
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.federation.flower import task_identity
 from fedtune.federation.server.evaluation import NodesEvaluation
+from tests.support.fake_federation import HUNG, impatient
 from tests.support.golden import Golden
 from tests.support.tiny_federation import private
 
@@ -49,13 +50,16 @@ def test_an_accelerator_that_ray_would_hide_is_refused(
 def test_what_a_worker_does_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.federation.client import app as client_app
 
+    impatient(monkeypatch)
     seen = []
 
     def answer(message: Message, context: Context) -> Message:
         seen.append((dict(context.run_config), context.node_config["partition-id"]))
         context.state["n"] = ConfigRecord({"hung": bool(message.content["c"]["hang"])})
-        while message.content["c"]["hang"]:
-            time.sleep(0.01)
+        if message.content["c"]["hang"]:
+            HUNG.set()
+            while True:
+                time.sleep(0.01)
         return Message(message.content, reply_to=message)
 
     inner = ClientApp()

@@ -28,11 +28,15 @@ def never(_: object) -> bool:
 
 
 class Work:
-    """Takes longest for the first item; remembers what was running at once, and where."""
+    """Takes longest for the first item; remembers what was running at once, and where.
+
+    Three items of a `meeting` wait for one another.
+    """
 
     def __init__(self) -> None:
         self.lock, self.now, self.together = threading.Lock(), set[int](), list[set[int]]()
         self.threads, self.started = set[str](), list[int]()
+        self.meeting, self.met = frozenset[int](), threading.Barrier(3, timeout=60.0)
 
     def __call__(self, item: int) -> int:
         with self.lock:
@@ -40,6 +44,8 @@ class Work:
             self.started.append(item)
             self.together.append(set(self.now))
             self.threads.add(threading.current_thread().name)
+        if item in self.meeting:
+            self.met.wait()  # or else a busy machine decides whether three are ever worked on at once
         time.sleep(0.05 if item == 0 else 0.005)
         with self.lock:
             self.now.discard(item)
@@ -48,6 +54,7 @@ class Work:
 
 def test_results_come_in_order_and_several_are_worked_on_at_once() -> None:
     work = Work()
+    work.meeting = frozenset({0, 1, 2})
     assert list(side_by_side(work, range(12), device=CPU, alone=never)) == [i * i for i in range(12)]
     assert max(map(len, work.together)) == 3 <= _MOST
     assert threading.current_thread().name not in work.threads
@@ -65,6 +72,7 @@ def test_one_item_one_thread_or_another_device_is_the_callers_own_work(
 
 def test_nothing_runs_beside_an_item_that_must_be_alone() -> None:
     work = Work()
+    work.meeting = frozenset({2, 3, 4})
     list(side_by_side(work, range(12), device=CPU, alone=lambda item: item in (1, 7)))
     assert [at for at in work.together if at & {1, 7} and len(at) > 1] == []
     assert max(map(len, work.together)) == 3

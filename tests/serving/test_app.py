@@ -135,13 +135,13 @@ def test_a_full_queue_is_503_and_what_was_accepted_is_answered(models: Models) -
 
     def slow(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         entered.set()
-        assert go.wait(20)
+        assert go.wait(60)
         return models["film"].model.forward(ids, mask)
 
     app = make_app(with_forward(models, slow), Limits(waiting=8))
     with TestClient(app) as client, ThreadPoolExecutor(3) as pool:
         first = pool.submit(client.post, "/predict", json={"text": TEXTS[0]})
-        assert entered.wait(10)
+        assert entered.wait(60)
         ready = client.get("/readyz")
         second = client.post("/predict", json={"texts": TEXTS})
         for refused in (second, ready) if app.state.batcher.waiting >= 8 else (second,):

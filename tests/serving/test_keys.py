@@ -35,12 +35,13 @@ def test_a_key_lets_its_client_in_and_is_not_in_the_file(path: Path) -> None:
 
 def test_a_line_that_is_taken_out_shuts_out(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = make_key(path, "a"), make_key(path, "b")
+    now = module.time.monotonic()
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
     keys = Keys.open(path)
     lines = path.read_text().splitlines()
     path.write_text(f"# kept\n\n{lines[1]}\n")
     assert keys.name_of(first) == "a"  # it looks once a second
-    now = module.time.monotonic() + 2
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    now += 2
     assert keys.name_of(first) is None and keys.name_of(second) == "b"
 
 

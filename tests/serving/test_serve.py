@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any
 
 import httpx
@@ -24,6 +25,7 @@ import uvicorn
 from fedtune.errors import ConfigError, ModelError, ResourceError
 from fedtune.serving.serve import serve
 from tests.support.golden import Golden
+from tests.support.ports import free_port
 
 
 def start(*words: str, log: IO[str] | int = subprocess.PIPE) -> tuple[subprocess.Popen[str], str]:
@@ -65,7 +67,7 @@ def test_a_signal_ends_it_when_what_was_accepted_is_answered(
 
     with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(ask, one) for one in range(48)]
-        time.sleep(0.3)
+        next(one for one in as_completed(answers) if one.result() == 200)
         server.send_signal(number)
         found = [one.result() for one in answers]
     assert set(found) <= {200, 503, 0} and found.count(200) >= 1
@@ -78,13 +80,18 @@ def test_a_signal_ends_it_when_what_was_accepted_is_answered(
     assert all(json.loads(line)["time"] for line in log.splitlines())
 
 
-def ask_until(stop: threading.Event, address: str) -> tuple[int, int]:
-    """(answers with 200, answers that broke off) of one client that asks again and again."""
+def ask_until(stop: threading.Event, address: str, heard: SimpleQueue[None]) -> tuple[int, int]:
+    """(answers with 200, answers that broke off) of one client that asks again and again.
+
+    Each of the former is put into `heard`.
+    """
     good = broken = 0
     with httpx.Client(timeout=60) as client:
         while not stop.is_set():
             try:
-                good += client.post(address, json={"texts": ["sad", "the film was good"]}).status_code == 200
+                if client.post(address, json={"texts": ["sad", "the film was good"]}).status_code == 200:
+                    good += 1
+                    heard.put(None)
             except httpx.ConnectError:
                 stop.wait(0.02)  # between two servers
             except httpx.TransportError:
@@ -96,16 +103,16 @@ def ask_until(stop: threading.Event, address: str) -> tuple[int, int]:
 def test_restarts_under_load_lose_nothing_that_was_accepted(
     exported: Path, restarts: int, tmp_path: Path
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port, heard = free_port(), SimpleQueue[None]()
     stop, answered = threading.Event(), 0
     with ThreadPoolExecutor(4) as pool:
-        clients = [pool.submit(ask_until, stop, f"http://127.0.0.1:{port}/predict") for _ in range(4)]
+        clients = [pool.submit(ask_until, stop, f"http://127.0.0.1:{port}/predict", heard) for _ in range(4)]
         try:
             for _ in range(restarts):
                 with (tmp_path / "log").open("w+", encoding="utf-8") as lines:
                     server, _address = start(str(exported), "--port", str(port), log=lines)
-                    time.sleep(0.5)
+                    for _ in range(11):
+                        heard.get(timeout=60)
                     server.send_signal(signal.SIGTERM)
                     assert server.wait(30) == 0
                     lines.seek(0)
@@ -151,7 +158,7 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
                     await asyncio.sleep(0.1)
                     if reader.at_eof():
                         break
-                return await asyncio.wait_for(reader.read(), 3)
+                return await asyncio.wait_for(reader.read(), 60)
             except ConnectionError:
                 return b""
             finally:
@@ -182,7 +189,7 @@ def test_a_signal_as_soon_as_the_address_is_told_is_not_forgotten(
 
     def told(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        threading.Timer(20.0, setattr, (server, "should_exit", True)).start()
+        threading.Timer(100.0, setattr, (server, "should_exit", True)).start()
         run(server, sockets)
 
     monkeypatch.setattr(uvicorn.Server, "run", told)
@@ -193,7 +200,7 @@ def test_a_signal_as_soon_as_the_address_is_told_is_not_forgotten(
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-    assert time.monotonic() - started < 20.0
+    assert time.monotonic() - started < 100.0
 
 
 def test_a_changed_folder_is_not_served(exported: Path, tmp_path: Path) -> None:

@@ -6,17 +6,21 @@ and the server loop (messages, LocalGrid, protocol, checkpoints) is the real thi
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.config.schema import Config, FederationConfig, PrivacyConfig, TrainConfig
+from fedtune.engines import local
 from fedtune.engines.local import LocalGrid
 from fedtune.federation.events import FederationResult, RoundSummary
 from fedtune.federation.flower import task_identity
@@ -24,6 +28,7 @@ from fedtune.federation.messages import Consent, NodeHello, Proposal, RoundReply
 from fedtune.federation.server.loop import run_rounds
 
 SIZE = 6
+HUNG = threading.Event()  # by a node, which the grid need not wait for; see `impatient`
 
 # What node i does in a round: gives the reply, or raises, or sleeps, or returns records of its own.
 Behaviour = Callable[[int, RoundRequest, RoundReply], RoundReply | RecordDict]
@@ -86,6 +91,7 @@ def misbehaving(bad_node: int, how: str) -> Behaviour:
         if how == "raise":
             raise RuntimeError("patient Jane Doe has a rare disease")
         if how == "hang":
+            HUNG.set()
             time.sleep(3.0)
         if how == "nan":
             update[2] = np.nan
@@ -128,6 +134,23 @@ def misbehaving(bad_node: int, how: str) -> Behaviour:
         return records
 
     return behave
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client has as long as it takes, but one that sets `HUNG` is given up at once.
+
+    So no deadline is missed on a busy machine, and none is waited for.
+    """
+
+    class Answered(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            while not super().wait(0.002):
+                if HUNG.is_set():
+                    HUNG.clear()
+                    break
+            return self.is_set()
+
+    monkeypatch.setattr(local, "threading", SimpleNamespace(Event=Answered, Thread=threading.Thread))
 
 
 @dataclass

@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from fedtune.deploy.site import make_key, read_site
 from fedtune.errors import FedtuneError
 from fedtune.federation.client.audit_log import AuditLog
 from fedtune.privacy.ledger.ledger import PrivacyLedger
+from tests.support.ports import free_port
 from tests.support.tiny_federation import BAD, GOOD, OTHER, make_model
 
 SITES = ("clinic-1", "clinic-2", "clinic-3")
@@ -66,9 +66,7 @@ class Federation:
         write(root / "all" / "train.csv", train)
         write(root / "all" / "test.csv", test)
         write(root / "public" / "test.csv", test)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = port = probe.getsockname()[1]
+        self.port = port = free_port()
         file = root / "federation.yaml"
         file.write_text(
             yaml.safe_dump({"name": "trial", "server": f"127.0.0.1:{port}", "sites": list(SITES)})

@@ -70,6 +70,18 @@ class Field(LocalGrid):
         return [self._answer(name) for name in ready]
 
 
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only where somebody sleeps: a busy machine misses no deadline, nobody waits for one."""
+    now = [1_000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+
+
 def real(**federation: Any) -> Config:
     """A configuration of a real federation, whose nodes all have machines of their own."""
     config = fake_config(**federation)

@@ -25,6 +25,7 @@ from tests.support.fake_federation import (
     fake_config,
     honest,
     honest_update,
+    impatient,
     misbehaving,
     run_fake,
 )
@@ -68,7 +69,10 @@ def test_what_ended_a_worker_is_told_by_its_kind_alone() -> None:
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_a_bad_node_costs_its_own_update_and_the_record_names_it(tmp_path: Path, how: str) -> None:
+def test_a_bad_node_costs_its_own_update_and_the_record_names_it(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
     config = fake_config(num_rounds=1, round_timeout=1.0 if how == "hang" else 30.0)
     watcher = Watcher()
     result = run_fake(tmp_path, misbehaving(1, how), config=config, observer=watcher)
@@ -91,7 +95,10 @@ def test_what_a_client_raises_does_not_quote_private_text(tmp_path: Path) -> Non
     assert "Jane" not in str(result)
 
 
-def test_a_node_that_hung_can_answer_in_the_next_round(tmp_path: Path) -> None:
+def test_a_node_that_hung_can_answer_in_the_next_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
     bad = misbehaving(1, "hang")
 
     def once(node, request, reply):  # type: ignore[no-untyped-def]
