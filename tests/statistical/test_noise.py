@@ -17,6 +17,7 @@ from fedtune.privacy.mechanisms.discrete import DiscreteMechanism
 from fedtune.privacy.mechanisms.noise import Entropy, FloatArray
 from tests.support.plans import local_plan
 
+pytestmark = pytest.mark.system_entropy
 SIZE = 200_000
 SOURCES = [Entropy.system(), Entropy.reproducible(5, "n", 0, 0)]
 

@@ -55,6 +55,7 @@ def test_moments_of_a_wide_discrete_gaussian(log2_std):
     assert stats.kstest(sample, "norm").pvalue > 1e-4
 
 
+@pytest.mark.system_entropy
 def test_the_sampler_draws_from_the_operating_system_and_never_twice_the_same():
     first, second = (discrete_gaussian(500, 10, Entropy.system()) for _ in range(2))
     assert (first != second).mean() > 0.95

@@ -12,6 +12,8 @@ import pytest
 from fedtune.privacy.mechanisms.noise import _CHUNK, Entropy, on_grid
 from tests.support.work import calls_of
 
+pytestmark = pytest.mark.system_entropy
+
 
 def test_system_draws_never_repeat_and_ignore_every_seed() -> None:
     np.random.seed(0)  # noqa: NPY002
