@@ -234,7 +234,7 @@ arrangement with the same seed, and no person is in both parts. A seed fixes the
 privacy: DP-SGD, one record as the unit, add or remove one, epsilon 8 over the whole run at delta 2.5e-5, on
 each node by itself (trust local); the pool is one node.
 
-Settings: {settings}.
+Settings: {settings}; nothing but the adapter was given, the rest is what `train=auto` chooses.
 
 ## Accuracy, percent (mean ± standard deviation over {seeds})
 
@@ -282,7 +282,7 @@ def settings_line(config: dict[str, Any]) -> str:
     """The settings that all runs share, as overrides."""
     names = {
         "model": ("name", "quantization"),
-        "adapter": ("name", "rank", "layers"),
+        "adapter": ("name",),
         "train": ("sample_rate", "local_steps", "learning_rate", "optimizer"),
         "federation": ("num_rounds", "strategy"),
     }

@@ -8,13 +8,9 @@ r"""What does it cost not to trust the server? Local, distributed, central and p
 
 Every run goes through `fedtune.runs.run.run` and is kept as `records/NAME.json`; how a finished run is
 skipped and an interrupted one resumed is in `simulations/cells.py`.
-Each arrangement takes 48 steps (of each node, or of the union) with the same sampling rate, optimizer and
-learning rate; only the encoder's head is trained, so that all runs together take minutes. Words at the end
-(`name=value`) are overrides for all runs. `replication/` holds runs of one comparison on fresh seeds, which
-the README tells of; they were made with
-
-    python simulations/trust_models/study.py --seeds 3,4,5,6,7,8 --epsilons 8 --only distributed,pooled \
-        --records simulations/trust_models/replication
+Nothing of the training is given: each arrangement takes what `train=auto` chooses for it. Only the encoder's
+head is trained, so that all runs together take minutes. Words at the end (`name=value`) are overrides for all
+runs.
 """
 
 from __future__ import annotations
@@ -38,13 +34,10 @@ ALL = ("none", *map(str, EPSILONS))
 SEEDS = (0, 1, 2)
 COMMON = (
     "adapter=head",
-    "train.sample_rate=0.1",
-    "train.learning_rate=0.01",
-    "train.optimizer=adam",
     "federation.evaluate_every=1000",
 )
 
-# What is lost to privacy at all, and what to meeting only 12 times: the same steps, not noised.
+# What is lost to privacy at all, and what to being apart: the same steps, not noised.
 REFERENCES = ("pooled", "local")
 
 
@@ -102,10 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
             [None if epsilon == "none" else int(epsilon) for epsilon in options.epsilons.split(",")],
         )
         run_all(wanted, options.records, options.work, options.overrides)
-    if options.records.resolve() in (HERE / "records", HERE / "replication"):
-        print(f"\n{report.write(HERE / 'records', HERE, HERE / 'replication')}")
-    else:
-        print(f"\n{report.write(options.records, options.records)}")
+    target = HERE if options.records.resolve() == HERE / "records" else options.records
+    print(f"\n{report.write(options.records, target)}")
     return 0
 
 
