@@ -22,6 +22,8 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from fedtune.config.schema import ALL_LINEAR
+
 if TYPE_CHECKING:
     from fedtune.config.schema import AdapterName, Config
     from fedtune.privacy.mechanisms.base import Mechanism
@@ -88,7 +90,7 @@ _MOST_RATE, _UNKNOWN_RATE = 0.5, 0.1  # of sampling; the second where nobody has
 # step, and steps by what the run may take.
 _LIGHT = (0.01, 512.0, {"quick": 50, "standard": 80, "thorough": 200})
 _HEAVY = (0.008, 1000.0, {"quick": 25, "standard": 45, "thorough": 100})
-_NONE = (0.003, 128.0, {"quick": 200, "standard": 400, "thorough": 1600})
+_NONE = (0.002, 64.0, {"quick": 200, "standard": 400, "thorough": 1600})
 _LIGHT_FROM = 6.0  # epsilon
 
 
@@ -104,10 +106,16 @@ def _classes(config: Config) -> int | None:
 
 
 def adapter_of(config: Config) -> AdapterName:
-    """What `adapter=auto` is: FFA-LoRA where data is known to be large and has few classes, else the head."""
+    """What `adapter=auto` is: LoRA where data is known to be large and has few classes, else the head.
+
+    Under noise FFA-LoRA, whose noise is not multiplied with itself; without noise nothing speaks for it.
+    """
+    from fedtune.privacy.mechanisms.registry import mechanism_of
+
     units, classes = _units(config), _classes(config)
-    inside = units is not None and units >= _LARGE and classes is not None and classes <= _FEW
-    return "ffa_lora" if inside else "head"
+    if units is None or units < _LARGE or classes is None or classes > _FEW:
+        return "head"
+    return "ffa_lora" if mechanism_of(config.privacy.trust).is_private else "lora"
 
 
 def _why(config: Config) -> str:
@@ -204,6 +212,8 @@ def _inside(config: Config, kind: type[Mechanism]) -> dict[str, Any]:
     }
     if not kind.is_private:
         values["privacy.head_norm"] = 0.0  # nothing is clipped
+        if config.adapter.name in ("lora", "ffa_lora"):
+            values["adapter.target_modules"] = [ALL_LINEAR]  # more numbers are more noise: not with privacy
     return values
 
 
@@ -214,7 +224,9 @@ def in_words(config: Config) -> str:
     config = filled(config)
     train, federation, adapter = config.train, config.federation, config.adapter.name
     own = [] if adapter in ("auto", adapter_of(config)) else ["adapter"]
-    what = adapter if own else f"{adapter_of(config)} ({_why(config)})"
+    everywhere = config.adapter.target_modules == [ALL_LINEAR]
+    what = f"{adapter} on every linear layer" if everywhere else adapter
+    what = what if own else f"{what} ({_why(config)})"
     if federation.strategy == "fedsgd":
         how = (
             f"{federation.num_rounds} rounds of one gradient from each node at sampling rate "

@@ -50,6 +50,7 @@ Value = TypeVar("Value")
 
 Source = Literal["opinions", "hub", "files"]
 AdapterName = Literal["lora", "ffa_lora", "bitfit", "head"]
+ALL_LINEAR = "all-linear"  # as PEFT calls them
 Compute = Literal["quick", "standard", "thorough"]
 Strategy = Literal["fedsgd", "fedavg", "fedavgm", "fedadam"]
 Evaluation = Literal["public", "private", "held_out", "none"]
@@ -233,7 +234,11 @@ class AdapterConfig(Group):
     )
     rank: int = setting(8, "lora, ffa_lora: inner width of the two matrices", ge=1)
     alpha: float = setting(16.0, "lora, ffa_lora: the scale is alpha / rank", gt=0)
-    target_modules: Texts | None = setting(None, "lora, ffa_lora; null: query and value of the architecture")
+    target_modules: Texts | None = setting(
+        None,
+        f"lora, ffa_lora: layers beside which they are; [{ALL_LINEAR}]: every linear layer; null: by the "
+        "recipe of train, else query and value of the architecture",
+    )
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Puts a trainable adapter on a frozen encoder, through PEFT.
 
-    lora      low-rank updates of query and value (Hu et al. 2021), and the head
+    lora      low-rank updates of query and value, or of what is named (Hu et al. 2021), and the head
     ffa_lora  the same with A frozen at its random start, rows orthonormal (Sun et al. 2024, FFA-LoRA): the
               product B A is then linear in what travels, so averaging adapters averages models, noise on A
               is not multiplied with noise on B, and every direction of B weighs the same
@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from fedtune.config.schema import AdapterConfig
+from fedtune.config.schema import ALL_LINEAR, AdapterConfig
 from fedtune.errors import ModelError
 
 __all__ = ["ADAPTERS", "add_adapter", "lowest_trained_layer"]
@@ -59,11 +59,13 @@ def _targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     linear.discard("classifier")
     if config.target_modules is None:
         return sorted(linear.intersection(_QUERY_AND_VALUE))
+    if list(config.target_modules) == [ALL_LINEAR]:
+        return sorted(linear)
     missing = sorted(set(config.target_modules) - linear)
     if missing:
         raise ModelError(
             f"adapter.target_modules names {', '.join(missing)}, and the encoder's linear layers are "
-            f"{', '.join(sorted(linear))}."
+            f"{', '.join(sorted(linear))}; [{ALL_LINEAR}] is all of them."
         )
     return sorted(config.target_modules)
 

@@ -97,6 +97,21 @@ def test_inside_the_encoder_where_the_data_is_known_to_be_large() -> None:
     assert load([*files, *large, "adapter=head"]).adapter.name == "head"
 
 
+def test_without_noise_every_linear_layer_has_both_matrices() -> None:
+    """Each number that is trained brings noise of its own, where there is noise."""
+    plain = load(["privacy=none"])
+    assert (plain.adapter.name, plain.adapter.target_modules) == ("lora", ["all-linear"])
+    assert in_words(plain).startswith("lora on every linear layer (20,000 units, 2 classes), ")
+    for trust in ("local", "distributed", "central"):
+        private = load([f"privacy={trust}"])
+        assert (private.adapter.name, private.adapter.target_modules) == ("ffa_lora", None)
+    assert load(["privacy=none", "adapter=ffa_lora"]).adapter.target_modules == ["all-linear"]
+    assert load(["privacy=none", "adapter=bitfit"]).adapter.target_modules is None
+    given = load(["privacy=none", "adapter.target_modules=[query]"])
+    assert given.adapter.target_modules == ["query"]
+    assert "given, not by the recipe: adapter.target_modules" in in_words(given)
+
+
 def test_batches_inside_the_encoder_follow_from_the_declared_size() -> None:
     inside = ["data=files", "data.name=x", "data.path=x", "adapter=ffa_lora"]
     assert load([*inside, "data.declared_size=50000"]).train.sample_rate == 0.02

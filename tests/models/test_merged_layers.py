@@ -83,6 +83,16 @@ def test_an_adapter_on_every_linear_layer(
     assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()), rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", LINEAR)
+def test_all_linear_is_each_of_them(families: dict[str, Path], family: str) -> None:
+    """And nothing outside the layers: no pooler, no head."""
+    named = load(families[family], name="lora", target_modules=LINEAR[family])
+    every = load(families[family], name="lora", target_modules=["all-linear"])
+    trained = [{n for n, p in one.base.named_parameters() if p.requires_grad} for one in (named, every)]
+    assert trained[0] == trained[1]
+    assert every.num_parameters > load(families[family], name="lora").num_parameters
+
+
 def test_bfloat16_stays_near() -> None:
     model = load(Path("embedded:minilm"), name="lora")
     model.set_vector(model.initial + np.random.default_rng(1).normal(0, 0.02, model.num_parameters))
