@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch.optim.sgd import sgd
 
 from fedtune.config.schema import DataConfig, TrainConfig
-from fedtune.data.corpus import Shard, TokenizedCorpus
+from fedtune.data.corpus import Shard
 from fedtune.errors import ConfigError, UpdateRejected
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
@@ -32,6 +32,7 @@ from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.dp_step import clipped_sum
 from fedtune.training.example_gradients import hooks_for
+from fedtune.training.made_up import made_up
 from fedtune.training.preflight import preflight
 
 __all__ = ["LocalResult", "Sgd", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]
@@ -244,12 +245,7 @@ def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, data: DataConfig, tr
     """
     length = data.longest * data.windows
     count = max(1, min(64, train.micro_batch_tokens // length))
-    corpus = _made_up(count, length, data.longest, model.base.num_labels)
-    pooled = model.first_layer == model.num_layers
-    width, rows = model.base.encoder.width, None
-    if model.first_layer > 0:
-        rows = [np.zeros((1 if pooled else length, width), dtype=np.float16)] * count
-    features = Features(corpus, rows, pooled, width, model.first_layer)
+    features = made_up(model, [length] * count, data.longest)
     before = model.flops.total
     with hooks_for(model, features):
         tokens, precision = train.micro_batch_tokens, train.precision
@@ -257,19 +253,3 @@ def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, data: DataConfig, tr
             model, features, np.arange(count), None, plan, micro_batch_tokens=tokens, precision=precision
         )
     return (model.flops.total - before) / count
-
-
-def _made_up(count: int, length: int, window: int, num_labels: int) -> TokenizedCorpus:
-    return TokenizedCorpus(
-        name="made up",
-        input_ids=np.ones(count * length, dtype=np.int32),
-        offsets=np.arange(count + 1, dtype=np.int64) * length,
-        labels=np.zeros(count, dtype=np.int64),
-        label_names=tuple(str(i) for i in range(num_labels)),
-        units=None,
-        sites=None,
-        digests=np.zeros((count, 32), dtype=np.uint8),
-        marks=np.zeros((count, 32), dtype=np.uint8),
-        source="made up",
-        window=window,
-    )

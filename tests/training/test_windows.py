@@ -20,7 +20,7 @@ from fedtune.training import example_gradients
 from fedtune.training.dp_step import clipped_sum
 from fedtune.training.evaluation import predict_probabilities
 from fedtune.training.example_gradients import hooks_for
-from fedtune.training.preflight import check_gradients
+from fedtune.training.preflight import preflight
 from tests.models.conftest import families  # noqa: F401
 from tests.training.conftest import make_plan
 
@@ -137,12 +137,18 @@ def test_the_check_before_training_sees_texts_whose_windows_are_not_added_up(
 ) -> None:
     from fedtune.errors import PreflightError
 
-    model, data = load(families["bert"], name="lora"), corpus()
-    features = Features.of(model, data, 64)
-    check_gradients(model, features)
+    model, train = load(families["bert"], name="lora"), TrainConfig(sample_rate=0.5, local_steps=2)
+
+    def check(window: int | None) -> None:
+        model.gradients_checked = False
+        features = Features.of(model, corpus(window), 64)
+        preflight(model, features, make_plan(), nn.Parameter(model.theta), train)
+
+    check(WINDOW)
     monkeypatch.setattr(example_gradients, "_by_text", lambda model, gradients, text_of: gradients)
+    check(None)
     with pytest.raises(PreflightError, match="is wrong"):
-        check_gradients(model, features)
+        check(WINDOW)
 
 
 def test_kept_outputs_are_of_the_text_as_it_was_cut(families: dict[str, Path]) -> None:  # noqa: F811
