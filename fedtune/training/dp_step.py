@@ -158,12 +158,16 @@ def _head_sum(
             error = _softmax(inputs @ weight.T + bias)
             error -= label_smoothing / classes
             error[np.arange(len(rows)), features.corpus.labels[rows]] -= 1.0 - label_smoothing
-            if whose is None:
-                squares = np.square(error).sum(1) * (np.square(inputs).sum(1) + 1.0)
-            else:
+            squares = np.square(error).sum(1) * (np.square(inputs).sum(1) + 1.0)
+            if whose is not None:
                 products = (error @ error.T) * (inputs @ inputs.T + 1.0)
                 products = np.where(whose[:, None] == whose, products, 0.0)
-                squares = np.maximum(np.bincount(whose, products.sum(1)), 0.0)
+                # Where a unit's records pull against one another little is left of large products but their
+                # rounding, which must not pass for a norm of 0: at most so many units in the last place of
+                # the square of what they would come to side by side.
+                most = np.square(np.bincount(whose, np.sqrt(squares)))
+                rounding = (classes + width + 2 * len(rows)) * np.finfo(np.float64).eps * most
+                squares = np.maximum(np.bincount(whose, products.sum(1)), 0.0) + rounding
                 model.flops.total += 2 * len(rows) ** 2 * (classes + width)
             norms = np.sqrt(squares)
         factors, broken = group.factor * plan.clip_factors(norms, group.most), ~np.isfinite(norms)

@@ -570,6 +570,25 @@ def test_a_person_adds_at_most_the_clip_to_a_heads_sum(tiny_bert: Path) -> None:
         assert np.linalg.norm(whole - without) == pytest.approx(plan.max_grad_norm, rel=1e-5)
 
 
+def test_a_person_whose_texts_pull_against_one_another_adds_at_most_a_tiny_clip(tiny_bert: Path) -> None:
+    """One text with both labels: of the norm's large products only rounding is left, and a server chooses how
+    small the clip is."""
+    model, data = load(tiny_bert, name="head"), make_shard(2).data
+    first = int(data.offsets[1])
+    twice = dataclasses.replace(
+        data,
+        input_ids=np.tile(data.input_ids[:first], 2),
+        offsets=np.array([0, first, 2 * first]),
+        labels=np.array([0, 1]),
+    )
+    shard = Shard("node-0", twice, 2, twice.fingerprint, "random", np.arange(2))
+    plan = make_plan(unit="person", max_grad_norm=1e-10)
+    for step in range(1, 40):
+        model.set_vector(np.append(np.zeros(model.num_parameters - 2), [step * 1e-10, -step * 1e-10]))
+        added = np.linalg.norm(compute(model, shard, [0, 1], plan, [0, 0]))
+        assert added <= plan.max_grad_norm * (1 + 1e-6)
+
+
 def test_hooks_are_set_up_where_they_are_needed(
     tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
