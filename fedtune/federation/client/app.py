@@ -33,6 +33,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedtune.errors import FederationError
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import (
     delay_answer,
@@ -212,6 +213,13 @@ def _noised_counts(release: Release, request: RoundRequest) -> tuple[int, int]:
     assert plan is not None
     resources = run_resources(release.config)
     (held_out,) = (part for part in resources.prepared.held_out if part.node == release.shard.node)
+    if held_out.whole is not release.shard.whole:  # it was read again: the file may have been replaced
+        known, now = map(release.ledger.known_as, (release.shard.identity, held_out.identity))
+        if known != now:
+            raise FederationError(
+                f"The data of node {release.shard.node!r} was replaced while it was asked: what was charged "
+                "is not what would be evaluated on."
+            )
     own, adapter = _own_part(release, request), request.adapter
     if own is not None:
         adapter = own.result(adapter)

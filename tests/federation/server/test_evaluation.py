@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,29 @@ def test_without_privacy_the_counts_are_exactly_those_of_the_held_out_part(tiny:
     right, wrong = (cell / evaluation.scale for cell in reply.counts)
     assert right + wrong == held.data.num_records
     assert right / (right + wrong) == pytest.approx(score.accuracy)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_data_that_was_replaced_after_the_charge_is_not_evaluated_on(
+    tiny: Make, tmp_path: Path, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file holds by then was charged for nothing."""
+    from fedtune.federation.client import app as node_app
+
+    config = asking(private(tiny()))
+    assert config.data.path is not None
+    there = shutil.copytree(config.data.path, tmp_path / "data") / "train.csv"
+    if replaced:
+        there.write_text(there.read_text().replace(" ", " again ", 1).replace("\n", "\nsad ", 5))
+    later = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(there.parent)))
+    reserve = node_app.reserve_release
+
+    def then_read_again(*about: Any, **options: Any) -> Any:
+        return dataclasses.replace(reserve(*about, **options), config=later)
+
+    monkeypatch.setattr(node_app, "reserve_release", then_read_again)
+    reply = question(Node(config))
+    assert (reply.counts is None) == ("was replaced" in (reply.error or "")) == replaced
 
 
 def test_no_unit_is_in_both_parts_and_training_sees_one_only(tiny: Make) -> None:
