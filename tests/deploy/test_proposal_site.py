@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fedtune.federation.client import release
+from fedtune.federation.client.going_on import SILENT_SECONDS, GoingOn
 from fedtune.federation.messages import Consent, Proposal
 from fedtune.federation.resources import run_resources
 from fedtune.federation.server.agreement import read_consent
-from fedtune.privacy.ledger.ledger import PrivacyLedger
+from fedtune.privacy.accounting.filter import order_of, renyi_budget, renyi_of_terms
+from fedtune.privacy.ledger.ledger import PrivacyBudget, PrivacyLedger
 from fedtune.privacy.plan import PrivacyPlan, make_plan
 from tests.support.site_parts import SIZE, Site
 from tests.support.tiny_federation import make_model, one_thread
@@ -22,8 +25,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
 
-def propose(site: Site, plan: PrivacyPlan) -> Consent:
-    proposal = Proposal("r", 1, plan, run_resources(site.settings.own(site.config)).digest())
+def propose(site: Site, plan: PrivacyPlan, run: str = "r") -> Consent:
+    proposal = Proposal(run, 1, plan, run_resources(site.settings.own(site.config)).digest())
     return read_consent(site.send(proposal.to_records(), "query.propose"), "clinic-1", proposal)
 
 
@@ -123,3 +126,45 @@ def test_a_site_that_answers_nothing_is_asked_round_by_round_for_what_it_agreed_
     for round in range(1, plan.num_rounds + 1):
         content = site.send(RoundRequest("r", round, 1, plan, site.start()).to_records()).content
         assert "update" in content, (round, content["reply"])
+
+
+def least_budget(plan: PrivacyPlan, releases: int, delta: float) -> float:
+    """Epsilon of the smallest budget whose filter lets so many releases of several runs through."""
+    low, high = 0.1, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        order = order_of(middle, delta)
+        fits = renyi_of_terms(plan.terms(releases) or {}, order) <= renyi_budget(middle, delta, order)
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def test_40_two_runs_that_fit_one_by_one_do_not_starve_one_another(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedtune.node")
+    now = [0.0]
+    monkeypatch.setattr(release, "going_on", GoingOn(lambda: now[0]))
+    site = Site(tmp_path, model, budget_epsilon=50, budget_delta=1e-3)
+    site.config.privacy.epsilon, site.config.privacy.delta = 4.0, 1e-3
+    plan = site.plan()
+    budget = PrivacyBudget(least_budget(plan, 5, 1e-3), 1e-3, "record")  # of six that both would make
+    PrivacyLedger.open(Path(site.settings.ledger)).set_budget(budget)
+    assert plan.num_rounds == 3
+    for run in ("a", "b"):  # neither has begun, and nobody knows which will
+        assert propose(site, plan, run).refused is None
+    assert site.ask(1, run="a")["update"]
+    late = site.ask(1, run="b")
+    assert late["refusal"] == "BudgetExhausted" and not late["update"] and site.charged() == 1
+    assert "other run" not in late["refused"], "what else goes on is the site's own"
+    caplog.clear()
+    assert propose(site, plan, "c").refusal == "BudgetExhausted"
+    assert "1 other run(s) that go on" in caplog.text, "which its owner reads"
+    now[0] = SILENT_SECONDS - 1
+    assert site.ask(2, run="a")["update"]  # it has gone on, and counts for as long again
+    now[0] = 2 * SILENT_SECONDS - 2
+    assert propose(site, plan, "b").refusal == "BudgetExhausted"
+    now[0] = 2 * SILENT_SECONDS
+    assert propose(site, plan, "b").refused is None and propose(site, plan, "a").refused is None
+    for round in range(1, 4):
+        assert site.ask(round, run="b")["update"]

@@ -13,6 +13,7 @@ refused too: one charge, one release (PITFALLS 21).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flwr.app import ConfigRecord, Context, RecordDict
 
-from fedtune.errors import FederationError, LedgerError, ModelError, PrivacyError
+from fedtune.errors import BudgetExhausted, FederationError, LedgerError, ModelError, PrivacyError
+from fedtune.federation.client.going_on import SILENT_SECONDS, going_on
 from fedtune.federation.client.node_context import (
     node_config,
     node_label,
@@ -158,6 +160,8 @@ class Asked:
         """The release, now that it is charged; the second witness takes note of it."""
         own = self.own
         self.counter.note(self.request, reservation.count)
+        if own.config.engine.name == "deployment":
+            going_on.heard(own.ledger.path, self.request.run, self.wanted.whole)
         _, training = _plans_of(self.request.plan, own.shard.declared_size)
         return Release(
             own.config, own.shard, own.plan, training, own.ledger, reservation, own.place, reservation.count,
@@ -243,15 +247,32 @@ def check_run(plan: PrivacyPlan, run: str, context: Context) -> str:
         FederationError: the node has no part in the run.
     """
     own = permitted(plan, run, context)
-    own.ledger.check_run(
-        dataset=own.shard.dataset,
-        fingerprint=own.shard.identity,
-        node=own.shard.node,
-        run=run,
-        plans=releases_of(own.plan, site_settings(context)),
-        public=own.config.data.public,
-    )
+    _check_whole(own, run, releases_of(own.plan, site_settings(context)))
     return own.shard.node
+
+
+def _check_whole(own: Permitted, run: str, plans: Sequence[ReleasePlan]) -> None:
+    """Whether the budget allows a whole run, beside what is left of others that go on at this site."""
+    beside = going_on.others(own.ledger.path, run)
+    try:
+        own.ledger.check_run(
+            dataset=own.shard.dataset,
+            fingerprint=own.shard.identity,
+            node=own.shard.node,
+            run=run,
+            plans=plans,
+            beside=beside,
+            public=own.config.data.public,
+        )
+    except BudgetExhausted as error:
+        if not beside:
+            raise
+        raise BudgetExhausted(
+            f"{error} What is left of {len(beside)} other run(s) that go on here is counted as well: wait "
+            f"for their end. One that was ended early counts until {SILENT_SECONDS / 60:g} minutes after its "
+            "last release.",
+            public=error.public,
+        ) from error
 
 
 def check_encoder(digest: str, node: str, context: Context) -> None:
@@ -292,6 +313,11 @@ def ask_for_release(request: RoundRequest, context: Context, *, evaluation: bool
     )
     earlier = own.ledger.rounds(run=request.run, node=shard.node, purpose=charged.purpose)
     counter.check(request, shard.node, len(earlier))
+    whole = tuple(releases_of(own.plan, site))
+    if going_on.others(own.ledger.path, request.run) and not own.ledger.rounds(
+        run=request.run, node=shard.node
+    ):
+        _check_whole(own, request.run, whole)  # one that was agreed to before another began
     wanted = AskedRelease(
         dataset=shard.dataset,
         fingerprint=shard.identity,
@@ -299,7 +325,7 @@ def ask_for_release(request: RoundRequest, context: Context, *, evaluation: bool
         run=request.run,
         round=request.round,
         plan=charged,
-        whole=tuple(releases_of(own.plan, site)),
+        whole=whole,
         public=config.data.public,
     )
     return Asked(request, own, counter, wanted)

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,7 @@ from fedtune.privacy.plan import ReleasePlan
 __all__ = ["AskedRelease", "PrivacyBudget", "PrivacyLedger", "Release", "Reservation"]
 
 T = TypeVar("T")
+Beside = Mapping[str, Sequence[ReleasePlan]] | None  # plans of other runs, by run
 
 _MOST_OPEN = 16  # ledgers that one process holds open
 _opened: dict[tuple[str, bool, bool, int], PrivacyLedger] = {}
@@ -151,8 +152,7 @@ class PrivacyLedger:
         """`reserve` for several releases in one transaction: when it returns, all are on the disk together.
 
         In their order, each checked after those before it. For one that `reserve` would refuse its answer is
-        the error, and nothing is written. Raises `LedgerError` if they could not be written; then none of
-        them may be made.
+        the error. Raises `LedgerError` if they could not be written; then none of them may be made.
         """
         answers: list[Reservation | PrivacyError] = []
         # Keys and accounting may take a second. They are made here first, so that they are known already when
@@ -225,18 +225,19 @@ class PrivacyLedger:
         node: str,
         run: str,
         plans: Sequence[ReleasePlan],
+        beside: Beside = None,
         public: bool = False,
     ) -> None:
         """Whether a whole run fits, before its first release; charges and writes nothing.
 
         Args: `plans`, one for each purpose of the run's releases (training, answers, sizes), each with all
-        the releases that it allows; what this run has released already counts as part of them; the others as
-        in `reserve`. Raises `BudgetExhausted` with the numbers if all of them together would
-        exceed a budget of this data, `LedgerError` if the ledger cannot be used.
+        the releases that it allows; what this run has released already counts as part of them; `beside`,
+        those of other runs, of which what is left must fit as well; the others as in `reserve`. Raises
+        `BudgetExhausted` with the numbers if it all would exceed a budget of this data, `LedgerError`.
         """
         with self.at_once(), self._chain.reading() as view:
             known = self._keys(fingerprint)
-            state, request = self._request(node, run, plans)
+            state, request = self._request(node, run, plans, beside)
             account, budgets = self._sets.account(view, state, dataset, known), self._budgets(view, state)
         self._allowance.check(budgets, account, request, dataset=dataset, node=node, round=0, public=public)
 
@@ -260,12 +261,11 @@ class PrivacyLedger:
         with self._chain.reading() as view:
             account = self._sets.account(view, state, dataset, known)
         adding = (run, request.uses(), request.planned)
-        now, then = account.histories(), account.histories(adding=adding, unit=plans[0].unit)
-        both = (
+        now, then = (
             max((spent(one, delta, epsilon, fixed=cached_epsilon) for one in runs), default=0.0)
-            for runs in (now, then)
+            for runs in (account.histories(), account.histories(adding=adding, unit=plans[0].unit))
         )
-        return next(both), next(both)
+        return now, then
 
     def commit(self, reservation: Reservation) -> None:
         """Notes that the release came to its end. Raises `LedgerError` if it was never reserved here.
@@ -456,18 +456,18 @@ class PrivacyLedger:
         return secret
 
     def _request(
-        self, node: str, run: str, plans: Sequence[ReleasePlan]
+        self, node: str, run: str, plans: Sequence[ReleasePlan], beside: Beside = None
     ) -> tuple[LedgerState, ReleaseRequest]:
-        """What is left of `plans` in a run that may have begun."""
+        """What is left of `plans` in a run that may have begun, and of those of the runs `beside`."""
         state = self.state()
         steps: dict[str, dict[Term, int] | None] = {}
-        for plan in plans:
-            done = len(self.rounds(run=run, node=node, purpose=plan.purpose))
+        every = {run: plans, **(beside or {})}.items()
+        for name, plan in ((name, plan) for name, its in every for plan in its):
+            done = len(self.rounds(run=name, node=node, purpose=plan.purpose))
             further = charge_of(plan, max(0, plan.num_rounds - done), done)
             steps[plan.unit] = compose_terms(steps.get(plan.unit, {}), further)
-        return state, ReleaseRequest(
-            run, plans[0], steps, self._planned(state, run, node, planned_by(plans)), "run"
-        )
+        planned = self._planned(state, run, node, planned_by(plans))
+        return state, ReleaseRequest(run, plans[0], steps, planned, "run")
 
     def _planned(
         self, state: LedgerState, run: str, node: str, planned: dict[Term, int] | None
