@@ -15,6 +15,7 @@ from typing import Any
 
 from fedtune.config.schema import ModelConfig
 from fedtune.models.encoder import EMBEDDED
+from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.privacy.publication import one_line
 from fedtune.privacy.statement.facts import statement_json
 from fedtune.privacy.statement.markdown import bullets, coded, plain, table
@@ -389,10 +390,7 @@ def data_card(record: Mapping[str, Any]) -> str:
     units = f"{privacy['unit']}s" if privacy["unit"] != "record" else "records"
     lines = [
         f"Name: {coded(data['name'])}, read as `data={config['source']}`.",
-        "Its owner declared it public."
-        if data.get("public")
-        else "It is private: its texts stay with the nodes, and nothing here was computed from "
-        "them but what was noised and charged.",
+        _how_private(record),
         f"Labels: {_labels(data['labels'])}"
         + (
             " (declared)." if data.get("labels_declared") else " (taken from the records; see the statement)."
@@ -424,12 +422,30 @@ def data_card(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _how_private(record: Mapping[str, Any]) -> str:
+    data = record["data"]
+    if data.get("public"):
+        return "Its owner declared it public."
+    if not adds_noise(record["privacy"]["trust"]):
+        return "It is private, and the model was trained on it without noise: treat this folder as the data."
+    but = "" if data.get("labels_declared") else " and the names of the labels"
+    return (
+        "It is private: its texts stay with the nodes, and nothing here was computed from them but what was "
+        f"noised and charged{but}."
+    )
+
+
 def _testing(record: Mapping[str, Any]) -> str:
     tested = record["data"].get("test_records")
     if record["metrics"]["accuracy"] is None:
         return "Nothing of it was used to say how right the model is."
     if (record["metrics"].get("evaluation") or {}).get("data") == "public" and tested:
-        return f"Tested on {tested:,} public records that share no person with the training data."
+        config = record["config"]
+        # Compared where persons are named and all of the data was at one place.
+        named = config["data"].get("unit") is not None or config["data"]["source"] == "opinions"
+        apart = named and record["run"]["engine"] != "deployment"
+        shared = "that share no person with the training data" if apart else "(persons were not compared)"
+        return f"Tested on {tested:,} public records {shared}."
     return f"Tested: {record['privacy'].get('evaluation_data') or 'see the statement'}."
 
 

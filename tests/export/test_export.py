@@ -28,6 +28,7 @@ from fedtune.serving.bundle import EXPORT_NAME, FORMATS, PATHS, Bundle
 from fedtune.serving.classifier import Classifier
 from tests.support.cards import code_of, without_fedtune
 from tests.support.golden import Golden
+from tests.support.synthetic import make_record
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["the film was good", "an awful day", "so very happy and nice food was it a film", "sad"]
@@ -142,6 +143,26 @@ def test_the_cards_say_what_was_promised_and_how_right_it_is(exported: Path, run
     assert 'library_name: "transformers"' in head and "base_model" not in head  # it is no hub's
     assert "private" in data and "| site-1 | " in data
     assert (exported / "statement.md").read_text().startswith("# Privacy statement")
+
+
+def test_a_data_card_claims_no_more_than_is_so() -> None:
+    """Of a run without noise nothing was noised, and persons were compared only where they are known."""
+    without = make_record(epsilon=None, public=False)
+    assert "without noise" in card.data_card(without) and "charged" not in card.data_card(without)
+    private = make_record(public=False)
+    private["data"]["labels_declared"] = True
+    assert "computed from them but what was noised and charged." in card.data_card(private)
+    private["data"]["labels_declared"] = False
+    assert "noised and charged and the names of the labels." in card.data_card(private)
+    known = make_record()
+    known["data"]["test_records"], known["metrics"]["evaluation"] = 40, {"data": "public"}
+    assert "40 public records that share no person with the training data" in card.data_card(known)
+    for where, changed in (
+        ("config", {"data": known["config"]["data"] | {"unit": None, "source": "files"}}),
+        ("run", {"engine": "deployment"}),
+    ):
+        other = known | {where: known[where] | changed}
+        assert "40 public records (persons were not compared)" in card.data_card(other)
 
 
 HOSTILE = [

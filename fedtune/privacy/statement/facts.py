@@ -30,7 +30,7 @@ from typing import Any
 
 from fedtune.config.schema import TRUSTS
 from fedtune.errors import RecordError
-from fedtune.privacy.accounting.epsilon import Term, conversions
+from fedtune.privacy.accounting.epsilon import Term, compose_terms, conversions
 from fedtune.privacy.accounting.filter import FILTER
 from fedtune.privacy.accounting.strength import WEAK, WRONG, TradeOff, caution, grade, trade_off
 from fedtune.privacy.mechanisms.matrix import BandedRoot
@@ -43,6 +43,7 @@ from fedtune.privacy.statement.words import (
     covered,
     finer_units,
     left_out,
+    meaning_of,
     not_covered,
     outline,
     strength,
@@ -125,7 +126,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "private": epsilon is not None,
         "unit": {
             "name": unit,
-            "meaning": UNITS[unit],
+            "meaning": meaning_of(record, unit),
             "records_at_most": privacy.get("records_per_unit"),
             "persons_named": _persons_named(record),
         },
@@ -191,15 +192,14 @@ def _terms(privacy: Mapping[str, Any]) -> dict[Term, int] | None:
         most = max((int(one["releases"]) for one in privacy["per_node"]), default=0)
         return BandedRoot(**privacy["matrix"]).merged(float(noise), most)
     rate = mechanism_of(privacy["trust"]).recorded_rate(privacy)
-    terms = {Term(rate, float(noise)): int(steps)}
-    if sizes := privacy.get("sizes"):
-        terms[Term(1.0, float(sizes["noise_multiplier"]))] = 1
-    about = privacy.get("evaluation")
+    sizes, about = privacy.get("sizes"), privacy.get("evaluation")
     answers = max((int(one.get("answers", 0)) for one in privacy["per_node"]), default=0)
-    if about and answers:
-        term = Term(1.0, float(about["noise_multiplier"]))
-        terms[term] = terms.get(term, 0) + answers
-    return terms
+    # Added up: a count may have the very noise of a step.
+    return compose_terms(
+        {Term(rate, float(noise)): int(steps)},
+        {Term(1.0, float(sizes["noise_multiplier"])): 1} if sizes else {},
+        {Term(1.0, float(about["noise_multiplier"])): answers} if about and answers else {},
+    )
 
 
 def curve_of(privacy: Mapping[str, Any], terms: Mapping[Term, int] | None) -> TradeOff | None:

@@ -21,6 +21,7 @@ __all__ = [
     "few",
     "finer_units",
     "left_out",
+    "meaning_of",
     "not_covered",
     "outline",
     "strength",
@@ -34,6 +35,15 @@ UNITS = {
     "client": "everything that one node holds",
 }
 UNITS_OF = {"record": "texts", "person": "persons", "client": "nodes"}  # in the plural, in few words
+
+
+def _of_pairs(record: Mapping[str, Any]) -> bool:
+    return bool(((record.get("config") or {}).get("data") or {}).get("text_pair"))
+
+
+def meaning_of(record: Mapping[str, Any], unit: str) -> str:
+    """What one `unit` of a run's data is."""
+    return "one pair of texts with its label" if unit == "record" and _of_pairs(record) else UNITS[unit]
 
 
 def outline(
@@ -63,7 +73,7 @@ def outline(
             "you treat the data."
         )
     whom = {
-        "record": "any single text",
+        "record": "any single pair of texts" if _of_pairs(record) else "any single text",
         "person": "what any one person contributed",
         "client": "what any one node holds",
     }[privacy["unit"]]
@@ -203,6 +213,12 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
             "A person with several records: this guarantee is for one record. With k records of one person "
             "epsilon is up to k times as large (and delta grows faster).",
         )
+        if _of_pairs(record):
+            lines.insert(
+                1,
+                "A text that is in several pairs: this guarantee is for one pair. For a text that k pairs "
+                "have it is as for a person with k records.",
+            )
     if privacy["unit"] != "client":
         lines.insert(1, f"The same person's data on several nodes: their epsilons add up{kind.adding_up}.")
     if privacy.get("matrix"):

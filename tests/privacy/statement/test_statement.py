@@ -386,3 +386,22 @@ def test_who_took_no_part_is_named_with_the_reason_and_not_counted(listed: bool)
         "left out",
         "movies took no part (BudgetExhausted: node 'movies' gives no answer)",
     )
+
+
+def test_a_size_that_was_told_adds_to_steps_of_the_very_same_noise() -> None:
+    """privacy.noise_multiplier=20 at rate 1 is the mechanism by which a size is told, too."""
+    told = {"noise_multiplier": 20.0}
+    both = record(sample_rate=1.0, noise_multiplier=20.0, sizes=told)
+    near = record(sample_rate=1.0, noise_multiplier=20.0, sizes={"noise_multiplier": 20.0 + 1e-9})
+    found, wanted = (statement_json(one)["accounting"]["zcdp_rho"] for one in (both, near))
+    assert found == pytest.approx(61 / (2 * 20.0**2)) == pytest.approx(wanted)
+
+
+def test_a_run_on_pairs_promises_a_pair_and_no_text() -> None:
+    made = record() | {"config": {"data": {"text": "premise", "text_pair": "hypothesis"}}}
+    text = statement_markdown(made)
+    assert "Unit of privacy: record: one pair of texts with its label." in text
+    assert "hardly depends on any single pair of texts" in first_paragraph(text)
+    assert "A text that is in several pairs" in text
+    single = statement_markdown(record())
+    assert "pair" not in single and "Unit of privacy: record: one text with its label." in single
