@@ -136,22 +136,24 @@ def asked_of(corpus: Corpus) -> Sequence[Asked]:
 def keep(found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes evaluation.json and evaluation.png into `folder`; returns their paths.
 
+    Both are readable by their owner alone: they tell exactly about texts that may be private.
+
     Raises:
         ResourceError: they cannot be written.
     """
-    path = keep_json(found, folder)
-    save(folder / "evaluation.png", draw(found))
+    path = keep_json(found, folder, mode=0o600)
+    save(folder / "evaluation.png", draw(found), mode=0o600)
     return [path, folder / "evaluation.png"]
 
 
-def keep_json(found: Mapping[str, Any], folder: Path) -> Path:
-    """Writes evaluation.json into `folder`; returns its path.
+def keep_json(found: Mapping[str, Any], folder: Path, *, mode: int = 0o666) -> Path:
+    """Writes evaluation.json, readable as `mode` and the umask say, into `folder`; returns its path.
 
     Raises:
         ResourceError: it cannot be written.
     """
     text = json.dumps(dict(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    save(folder / "evaluation.json", text.encode())
+    save(folder / "evaluation.json", text.encode(), mode=mode)
     return folder / "evaluation.json"
 
 

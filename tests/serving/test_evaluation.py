@@ -54,6 +54,8 @@ def test_it_is_kept_as_json_and_picture(exported: Path, world: dict[str, Path], 
     found = evaluate(exported, world["data"] / "test.csv", ["data.site=site"])
     first, second = keep(found, tmp_path / "new")
     assert json.loads(first.read_text()) == found
+    # What is told exactly of texts that may be private is their owner's alone.
+    assert [path.stat().st_mode & 0o077 for path in (first, second)] == [0, 0]
     assert second.read_bytes().startswith(b"\x89PNG") and len(second.read_bytes()) > 10_000
 
 
