@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -76,3 +77,15 @@ def test_settings_that_stay_exist() -> None:
     names = {word.split("=")[0] for word in re.findall(r"`([a-z_.]+(?:=[^`]*)?)`", table)}
     hydras = {"hydra.run.dir", "hydra.sweep.dir"}  # of Hydra's own, which the schema does not have
     assert len(names) > 30 and not names - set(settings()) - set(GROUPS) - hydras
+
+
+def test_the_speed_of_others_is_that_of_the_record() -> None:
+    page = " ".join((ROOT / "docs" / "compare.md").read_text(encoding="utf-8").split())
+    made = json.loads((ROOT / "simulations/speed/records/clients.json").read_text(encoding="utf-8"))
+    ours = made["round_seconds"]["fedtune"]["median"]
+    ray, pfl = (
+        made["beside"][name]["ratio_median"] for name in ("Flower on Ray", "pfl, same clipping and noise")
+    )
+    assert f"takes fedtune {ours:.3f} s; Flower on Ray takes {ray:.1f} times as long" in page
+    assert f"pfl with the same clipping and noise {pfl:.2f} of it" in page
+    assert f"a round of 100 small clients takes it {pfl:.2f} of the time" in page
