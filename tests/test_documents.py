@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,31 @@ def checked(words: list[str]) -> None:
             setting, sign, _ = word.partition("=")
             if sign and not setting.startswith(("hydra", "sweep")):
                 assert setting in settings() or setting in GROUPS, f"{shlex.join(words)}: no {setting}"
+
+
+def all_commands(group: click.Group, path: str = "fedtune") -> Iterator[tuple[str, click.Command]]:
+    """Every command with its name, groups too."""
+    yield path, group
+    for name, found in group.commands.items():
+        if isinstance(found, click.Group):
+            yield from all_commands(found, f"{path} {name}")
+        else:
+            yield f"{path} {name}", found
+
+
+COMMANDS = dict(all_commands(command()))
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_the_help_of_each_command_has_an_example_and_the_way_on(path: str) -> None:
+    text = COMMANDS[path].help or ""
+    about, examples, then = re.split(r"^(?:Examples|Next):$", text, flags=re.MULTILINE)
+    assert about.strip() and f"  {path} " in examples.replace("\n", " \n")
+    shown = [line.replace(r"\[", "[") for line in f"{examples}\n{then}".splitlines()]
+    typed = [re.split(r" {2,}", line.strip())[0] for line in shown if line.startswith("  fedtune ")]
+    assert len(typed) > 1
+    for line in typed:
+        checked(shlex.split(line))
 
 
 # --- what is generated -----------------------------------------------------------------------------------

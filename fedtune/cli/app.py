@@ -55,11 +55,13 @@ fedtune budget show  what each data set has spent
 fedtune report multirun  all runs on one page
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 fedtune provision federation.yaml -o DIR  a real federation""",
+    """\
+fedtune COMMAND --help  tells more
+fedtune run --help  lists every setting""",
 )
 EPILOG = (
-    "'fedtune COMMAND --help' tells more; 'fedtune run --help' lists every setting. Exit status: 0 done, 1 "
-    "failed, 2 wrong usage, 3 partial (a run finished without a site that refused or sent nothing), 70 a "
-    "bug, 130 interrupted."
+    "Exit status: 0 done, 1 failed, 2 wrong usage, 3 partial (a run finished without a site that refused or "
+    "sent nothing), 70 a bug, 130 interrupted."
 )
 
 # click itself says what an unknown command may have meant; with typer's answer it would stand there twice.

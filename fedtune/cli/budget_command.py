@@ -30,6 +30,7 @@ fedtune budget set --epsilon 3 --delta 1e-5     for all data without its own
 fedtune budget set --dataset visits --epsilon 3 --delta 1e-5
 fedtune budget history --dataset opinions       every release, with parameters
 fedtune budget verify                           was a ledger edited?""",
+        "fedtune run --dry-run data=files ...  what a run would spend of it",
     ),
 )
 Node = Annotated[str | None, option("A node with its own ledger, or a simulated one; left out: all.")]
@@ -42,7 +43,13 @@ def choose(ctx: typer.Context) -> None:
         raise ConfigError("Name an ACTION: show, set, history or verify. See 'fedtune budget --help'.")
 
 
-@commands.command(help="What each data set has spent, and of how much.")
+@commands.command(
+    help=help_text(
+        "What each data set has spent, and of how much.",
+        "fedtune budget show --dataset visits",
+        "fedtune budget history --dataset visits  by which releases",
+    )
+)
 def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     from fedtune.privacy.ledger import budget_report
 
@@ -52,8 +59,12 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
 
 @commands.command(
     "set",
-    help="Allow data so much epsilon, in all, ever; without --node in simulations and at every node with a "
-    "ledger here.",
+    help=help_text(
+        "Allow data so much epsilon, in all, ever; without --node in simulations and at every node with a "
+        "ledger here.",
+        "fedtune budget set --dataset visits --epsilon 3 --delta 1e-5",
+        "fedtune run --dry-run data=files ...  what a run would spend of it",
+    ),
 )
 def set_budget(
     epsilon: Annotated[float, option("The largest epsilon of all releases together, ever.")],
@@ -71,7 +82,13 @@ def set_budget(
     return _print("set", found, json)
 
 
-@commands.command(help="Every release, oldest first.")
+@commands.command(
+    help=help_text(
+        "Every release, oldest first.",
+        "fedtune budget history --dataset visits",
+        "fedtune budget verify  was a row edited?",
+    )
+)
 def history(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
     from fedtune.privacy.ledger import budget_report
 
@@ -79,7 +96,13 @@ def history(node: Node = None, dataset: Dataset = None, json: Json = False) -> i
     return _print("history", budget_report.history(paths, dataset, only), json)
 
 
-@commands.command(help="Read every row; exit status 1 if one was edited, moved or removed.")
+@commands.command(
+    help=help_text(
+        "Read every row; exit status 1 if one was edited, moved or removed.",
+        "fedtune budget verify",
+        "fedtune node proof --config node.yaml  at a real site: the audit log, too",
+    )
+)
 def verify(node: Node = None, json: Json = False) -> int:
     from fedtune.privacy.ledger import budget_report
 

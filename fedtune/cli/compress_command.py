@@ -52,6 +52,10 @@ fedtune compress RUN_DIR distill.layers=3 texts=unlabelled.txt -o FOLDER
 fedtune compress embedded:minilm distill.layers=3 texts=FILE -o FOLDER
 fedtune run model.name=FOLDER  federate the smaller base
 fedtune compress --advise DIR --within 2 --p99 5 --memory 100""",
+        """\
+fedtune evaluate FOLDER test.csv  how right it is
+fedtune price FOLDER  what it costs to ask
+fedtune serve FOLDER  as an HTTP service""",
     ),
 )
 def compress(

@@ -22,6 +22,7 @@ commands = typer.Typer(
     help=help_text(
         "Reads data, model and settings as a run would, and trains, charges and writes nothing.",
         "fedtune data check data=files data.path=FOLDER data.label=category",
+        "fedtune run data=files data.path=FOLDER ...  train, with the same settings",
     ),
 )
 
@@ -41,6 +42,7 @@ def choose(ctx: typer.Context) -> None:
         """\
 fedtune data check data=files data.path=FOLDER data.label=category
 fedtune data check data=files data.path=visits.csv data.unit=patient --json""",
+        "fedtune run data=files data.path=FOLDER ...  train, with the same settings",
     ),
 )
 def check(

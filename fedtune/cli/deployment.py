@@ -65,6 +65,9 @@ fedtune provision federation.yaml -o DIR --renew      a new server certificate
 fedtune provision federation.yaml -o DIR --rotate announce    a new authority, in three steps
 fedtune provision federation.yaml -o DIR --rotate switch      when the sites trust it
 fedtune provision federation.yaml -o DIR --rotate retire      and the former one no more""",
+        """\
+fedtune server DIR/server  start the server
+fedtune node init --config node.yaml  at each site, from its archive""",
     ),
 )
 def provision(
@@ -119,6 +122,9 @@ fedtune server DIR/server --operator 'ecdsa-... alice' --fingerprint '...' --rig
 fedtune server DIR/server --revoke-operator alice    at once, without a restart
 fedtune server DIR/server --trail                    who did what: runs, joins, refusals
 fedtune server DIR/server --trail --against HEAD     does it go on from a head that was kept""",
+        """\
+fedtune status DIR/server  who has joined
+fedtune submit DIR/server data=files ...  run over the sites""",
     ),
 )
 def server(
@@ -255,9 +261,8 @@ def _revoke(folder: Path, site: str) -> None:
         "Makes the key of an operator in a folder that holds the server's server.yaml and ca.crt "
         "(`operator.zip`, which `fedtune provision` makes), and prints the line that the server's "
         "administrator lets them in by; called again, it prints the line again. The key stays in the folder.",
-        """\
-fedtune operator DIR --name alice
-fedtune submit DIR data=files ...     then, with the right to submit""",
+        "fedtune operator DIR --name alice",
+        "fedtune submit DIR data=files ...  with the right to submit",
     ),
 )
 def operator(
@@ -293,6 +298,7 @@ fedtune node approve --config node.yaml         runs that wait for you, and what
 fedtune node approve 7f3a01bc99d24e10a6c53b7700f1e2d4 --config node.yaml    asks, and lets it in once
 fedtune node backup --config node.yaml -o FILE.zip      all that this site must not lose
 fedtune node restore FILE.zip --config node.yaml        its books as they were in a backup""",
+        "fedtune status DIR/server  for the operator: who has joined",
     ),
 )
 def node(

@@ -38,6 +38,9 @@ fedtune export RUN_DIR
 fedtune export RUN_DIR -o FOLDER --format hf,onnx-int8
 fedtune export RUN_DIR --texts public.txt     check with these, one a line
 fedtune export RUN_DIR --format onnx-int8-static --calibrate public.txt""",
+        """\
+fedtune evaluate RUN_DIR/export test.csv  how right it is
+fedtune serve RUN_DIR/export  as an HTTP service""",
     ),
 )
 def export(
@@ -115,6 +118,7 @@ fedtune evaluate MODEL_DIR FOLDER data.text=review data.label=stars
 fedtune evaluate MODEL_DIR test.csv -o FOLDER   with a picture
 fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 data.unit=patient
 fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 --node node.yaml""",
+        "fedtune serve MODEL_DIR  as an HTTP service",
     ),
 )
 def evaluate(
@@ -193,6 +197,7 @@ def evaluate(
 fedtune price FOLDER
 fedtune price FOLDER OTHER pricing=edge -o FIGURES   with a picture
 fedtune price FOLDER pricing.serving_hour=0.2 --loss 0.01""",
+        "fedtune compress --advise FOLDER --money 5  the cheapest within limits",
     ),
 )
 def price(
@@ -240,6 +245,7 @@ fedtune serve MODEL_DIR
 fedtune serve film=MODEL_DIR mood=OTHER_DIR   several models
 fedtune serve MODEL_DIR --host 0.0.0.0 --keys keys.txt --rate 50
 curl localhost:8000/predict -d '{"text": "what a film"}'""",
+        "fedtune key clinic-1 --keys keys.txt  for serve --keys: only who has a key is answered",
     ),
 )
 def serve(
@@ -282,6 +288,7 @@ def serve(
         """\
 fedtune key clinic-1 --keys keys.txt
 curl localhost:8000/predict -H "Authorization: Bearer KEY" -d '{"text": "what a film"}'""",
+        "fedtune serve MODEL_DIR --keys keys.txt  answer only who has a key",
     ),
 )
 def key(

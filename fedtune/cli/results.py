@@ -33,6 +33,7 @@ Folders = Annotated[
     help=help_text(
         "Prints what a finished run promises to whom, in Markdown, from its record.json alone.",
         "fedtune statement outputs/2026-11-21/18-00-00 > statement.md",
+        "fedtune audit RUN_DIR  what an attacker learns, beside the claim",
     ),
 )
 def statement(run_dir: RunFolder, json: Json = False) -> None:
@@ -59,6 +60,9 @@ fedtune predict MODEL_DIR "what a film"       of 'fedtune export': at once
 fedtune predict RUN_DIR --input new.csv --column text --output answers.csv
 fedtune predict RUN_DIR --input pairs.csv --column premise --pair-column hypothesis
 fedtune predict RUN_DIR --site movies "so so"  with the part that is this site's own""",
+        """\
+fedtune export RUN_DIR  a folder to use without fedtune
+fedtune statement RUN_DIR  what was promised to whom""",
     ),
 )
 def predict(
@@ -141,6 +145,7 @@ def _lines_of(stream: TextIO) -> list[str]:
 fedtune report multirun
 fedtune report multirun outputs pricing=edge    what they cost elsewhere
 fedtune report multirun pricing.device_hour=0.2 --output FOLDER""",
+        "fedtune plan multirun --accuracy 0.78 --epsilon 4  which one to take",
     ),
 )
 def report(
@@ -176,6 +181,9 @@ def report(
         """\
 fedtune plan multirun --accuracy 0.78 --epsilon 4 --money 0.01
 fedtune plan multirun --accuracy 0.8 pricing=edge""",
+        """\
+fedtune export RUN_DIR  of the one that was chosen
+fedtune statement RUN_DIR  what it promises to whom""",
     ),
 )
 def plan(
@@ -210,6 +218,7 @@ def plan(
 fedtune audit RUN_DIR
 fedtune audit RUN_DIR --seeds 5               five repetitions together show more
 fedtune audit RUN_DIR --model                 train the real model on public data""",
+        "fedtune statement RUN_DIR  has what was found",
     ),
 )
 def audit(

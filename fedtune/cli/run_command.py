@@ -109,6 +109,10 @@ fedtune run -m privacy.epsilon=1,2,4,8       a sweep (hydra.sweep.dir=FOLDER)
 fedtune run sweep.resume=FOLDER              run what is missing of a sweep
 fedtune run --dry-run data=files data.path=FOLDER   what it would do and spend
 fedtune run resume=RUN_DIR                   go on with an interrupted run""",
+        """\
+fedtune predict RUN_DIR "what a film"  use what was trained
+fedtune statement RUN_DIR  what was promised to whom
+fedtune report multirun  after a sweep: all runs on one page""",
     ),
 )
 def run(

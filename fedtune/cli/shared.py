@@ -68,20 +68,27 @@ class Command(TyperCommand):
                 parameter.help = info.help
 
 
-def help_text(description: str, examples: str) -> str:
-    """The help of a command: what it does, then examples.
+def help_text(description: str, examples: str, then: str) -> str:
+    """The help of a command: what it does, examples, and what comes after it.
 
     Args:
         examples: one a line: the command as it is typed, two or more blanks, and what it is for.
+        then: commands that are often next, in the same form.
     """
-    rows = [re.split(r" {2,}", line, maxsplit=1) for line in examples.splitlines()]
+    parts = f"Examples:\n{_aligned(examples)}\nNext:\n{_aligned(then)}"
+    # Typer takes square brackets for markup, and joins lines unless a backspace forbids it.
+    return f"{description}\n\n\b\n{parts}".replace("[", r"\[")
+
+
+def _aligned(commands: str) -> str:
+    """Commands, one a line, with what they are for beside them or, where that is too wide, below."""
+    rows = [re.split(r" {2,}", line, maxsplit=1) for line in commands.splitlines()]
     width = max((len(row[0]) for row in rows if len(row) > 1), default=0)
     if any(width + 3 + len(row[1]) > _WIDTH for row in rows if len(row) > 1):
         lines = [f"  {part}" for row in rows for part in (row[0], *(f"    {note}" for note in row[1:]))]
     else:
         lines = [f"  {row[0]:<{width}}   {row[1]}" if len(row) > 1 else f"  {row[0]}" for row in rows]
-    # Typer takes square brackets for markup, and joins lines unless a backspace forbids it.
-    return f"{description}\n\n\b\nExamples:\n{chr(10).join(lines)}".replace("[", r"\[")
+    return "\n".join(lines)
 
 
 def status_of(left_out: Collection[str]) -> int:

@@ -46,6 +46,7 @@ fedtune submit DIR/server resume=RUN_DIR              go on after a crash
 fedtune submit DIR/server data=files ... --detach     go on without this terminal
 fedtune follow RUN_DIR                                look at it; Ctrl-C only looks away
 fedtune stop DIR/server RUN_DIR                       end it after its round, with a result""",
+        "fedtune statement RUN_DIR  what was promised to whom",
     ),
 )
 def submit(
@@ -106,6 +107,7 @@ def _detach(folder: Path, overrides: list[str], json: bool) -> None:
         """\
 fedtune follow outputs/2026-11-30/12-00-00
 fedtune follow DIR 1234567890              the number that `fedtune status DIR` shows""",
+        "fedtune stop DIR/server RUN_DIR  end it after its round, with a result",
     ),
 )
 def follow(
@@ -143,6 +145,7 @@ def follow(
         """\
 fedtune stop DIR/server RUN_DIR            the folder of the run, if it is on this machine
 fedtune stop DIR/server 1234567890 --now   the number that `fedtune status` shows""",
+        "fedtune submit DIR/server resume=RUN_DIR  go on with a run that ended at once",
     ),
 )
 def stop(
@@ -174,6 +177,9 @@ def stop(
     help=help_text(
         "Asks a running server for its sites, what they publish of their budgets, and its runs.",
         "fedtune status DIR/server",
+        """\
+fedtune submit DIR/server data=files ...  run over the sites
+fedtune follow RUN_DIR  look at one that was detached""",
     ),
 )
 def status(folder: ServerFolder, json: Json = False) -> None:
