@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import distributions
 from typing import Any
 
 import yaml
+from packaging.specifiers import SpecifierSet
 
 import fedtune
 from tests.support.pages import ROOT
@@ -52,3 +54,17 @@ def test_a_source_archive_has_what_its_readers_need() -> None:
     included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     assert all((ROOT / path.lstrip("/")).exists() for path in included)
     assert {"/docs", "/examples", "/SECURITY.md", "/CITATION.cff", "/mkdocs.yml"} <= set(included)
+
+
+def test_every_pin_takes_the_oldest_python_that_is_promised() -> None:
+    """Debian 12 has 3.11.2: a pin that asks for 3.11.5 makes scripts/setup fail there."""
+    (oldest,) = re.findall(r"[\d.]+", PROJECT["project"]["requires-python"])
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    checked = 0
+    for found in distributions():
+        if found.version == pins.get(found.metadata["Name"].lower().replace("_", "-")):
+            asked = found.metadata["Requires-Python"] or ""
+            assert SpecifierSet(asked).contains(f"{oldest}.0"), (found.metadata["Name"], asked)
+            checked += 1
+    assert checked > 20
