@@ -4,6 +4,9 @@
 SuperLink; it stays the only way to run a simulation from Python, so its warning is silenced and the
 call kept in this file. `flwr run .` works as well (`fedtune.federation.server.app`).
 
+Ray may run on several machines (`RAY_ADDRESS` names a cluster). A node's ledger lies on the machine that
+started the run, so a worker on another refuses private data (`fedtune.engines.machine`).
+
 Differences from engine `local`: workers load the model each (about 300 MB a worker, and 10 to 15 s to
 start), so it pays from about a hundred nodes or several machines on. The seconds of training are what
 the nodes report, coarsely, and FLOPs are unknown. A client that hangs is given up inside its worker, which
@@ -17,6 +20,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import platform
 import threading
 import warnings
 from pathlib import Path
@@ -27,6 +31,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.engines.local import ClientThread
+from fedtune.engines.machine import refusal_elsewhere, stays_here
 from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
 from fedtune.federation.flower import error_answer, quiet
 
@@ -42,16 +47,32 @@ _thread: ClientThread | None = None  # this process's, if it is one of Ray's
 
 
 class ConfiguredClientApp(ClientApp):
-    """fedtune's ClientApp with a run config; a simulation started from Python cannot give one otherwise."""
+    """fedtune's ClientApp with a run config; a simulation started from Python cannot give one otherwise.
 
-    def __init__(self, run_config: dict[str, Any], environment: dict[str, str], timeout: float) -> None:
+    Args:
+        run_config: of the run.
+        environment: what a worker is told beyond what it inherits.
+        timeout: seconds for a message.
+        machine: the one where the ledgers lie; None: any may answer.
+    """
+
+    def __init__(
+        self,
+        run_config: dict[str, Any],
+        environment: dict[str, str],
+        timeout: float,
+        machine: str | None = None,
+    ) -> None:
         super().__init__()
         self._run_config = run_config
         self._environment = environment
         self._timeout = timeout
+        self._machine = machine
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Hands message and Context to `fedtune.federation.client.app.app`, which a worker imports itself."""
+        if self._machine is not None and (elsewhere := refusal_elsewhere(self._machine)) is not None:
+            return error_answer(message, f"{elsewhere} Nothing was charged.")
         os.environ.update(self._environment)
         from fedtune.federation.client.app import app
         from fedtune.federation.resources import forget
@@ -124,6 +145,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
         environment,
         config.federation.round_timeout,
+        platform.node() if stays_here(config) else None,
     )
     cores = os.cpu_count() or 1
     backend: dict[str, Any] = {

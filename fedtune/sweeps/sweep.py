@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from fedtune.config.convert import value_text
 from fedtune.config.files import save
 from fedtune.config.launch import Job, JobFailure, launch
+from fedtune.engines.machine import refusal_elsewhere, stays_here
 from fedtune.errors import CheckpointError, ConfigError, LedgerError, RecordError
 from fedtune.federation import run_folder
-from fedtune.privacy.mechanisms.registry import adds_noise
 from fedtune.privacy.publication import error_in_public, publish
 from fedtune.report.collect import FAILURE_NAME, SWEEP_NAME
 from fedtune.runs import record
@@ -271,13 +271,8 @@ class Sweep:
 
     def _refuse_other_machine(self, config: Config) -> None:
         """A launcher may send a run to another machine, and the ledgers lie on this one."""
-        if platform.node() == self.machine or config.data.public or not adds_noise(config.privacy.trust):
-            return
-        raise LedgerError(
-            f"This run was sent to the machine {platform.node()}, and the ledgers that know what this data "
-            f"has spent lie on {self.machine}; SQLite cannot share them over a network. Make the runs on one "
-            "machine (hydra/launcher=joblib), or set data.public=true if the data's owner declared it public."
-        )
+        if stays_here(config) and (elsewhere := refusal_elsewhere(self.machine)) is not None:
+            raise LedgerError(elsewhere)
 
     def _finished(self, folder: Path) -> dict[str, Any] | None:
         """The record of a run that an earlier session finished."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +83,33 @@ def test_what_a_worker_does_with_a_message(monkeypatch: pytest.MonkeyPatch) -> N
     assert "did not answer in 0.5 s" in (send(hang=True).error.reason or "")
     assert context.state["n"]["hung"] is False
     assert send(hang=False).has_content()
+
+
+def test_a_worker_on_another_machine_answers_for_public_data_only(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ledger would be another: each machine would count for itself what the data has spent."""
+    made: list[ConfiguredClientApp] = []
+
+    def simulation(server_app: Any, client_app: ConfiguredClientApp, *args: Any, **options: Any) -> None:
+        made.append(client_app)
+
+    monkeypatch.setattr("flwr.simulation.run_simulation", simulation)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    public = private(tiny(engine__name="ray"))
+    public.data.public = True
+    for config in (private(tiny(engine__name="ray")), public, tiny(engine__name="ray")):
+        with pytest.raises(KeyboardInterrupt):  # no result
+            engines.run(config, tmp_path)
+    monkeypatch.setattr(platform, "node", lambda: "elsewhere")
+    inner = ClientApp()
+    inner.train()(lambda message, context: Message(message.content, reply_to=message))
+    monkeypatch.setattr("fedtune.federation.client.app.app", inner)
+    context = Context(1, 7, {"partition-id": 3}, RecordDict(), {})
+    with task_identity(1):
+        answers = [app(Message(RecordDict(), 7, "train"), context) for app in made]
+    assert [answer.has_error() for answer in answers] == [True, False, False]
+    assert "sent to the machine elsewhere" in str(answers[0].error.reason)
 
 
 # Ray's workers import torch before they answer, which takes its time on a machine that has other work.
