@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import sys
 import time
 from collections import Counter
@@ -20,6 +22,9 @@ def main() -> int:
     parser.add_argument(
         "--mutant", choices=sorted(MUTANTS), help="with a fault in fedtune, which must be found"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end after so many, with what was tried"
+    )
     parser.add_argument("--keep-going", action="store_true", help="do not end at the first seed that fails")
     options = parser.parse_args()
     with MUTANTS[options.mutant]() if options.mutant else nullcontext():
@@ -29,12 +34,16 @@ def main() -> int:
             print("\n".join(outcome.trace))
             print(outcome.problem or f"nothing wrong (digest {outcome.digest})")
             return 1 if outcome.problem else 0
-        return many(range(options.first, options.first + options.seeds), options.keep_going)
+        seeds = range(options.first, options.first + options.seeds)
+        return many(seeds, options.keep_going, 60.0 * options.minutes)
 
 
-def many(seeds: range, keep_going: bool) -> int:
-    """Tries all; prints which failed, and what happened in all of them."""
+def many(seeds: range, keep_going: bool, most_seconds: float) -> int:
+    """Tries all, or as many as fit into the time; prints which failed, and what happened in all of them."""
     ends, failures, failed, began = Counter[str](), Counter[str](), 0, time.monotonic()
+    # What the libraries made stays, and is not looked through again and again.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
     for number, seed in enumerate(seeds, 1):
         outcome = simulate(seed)
         ends[f"{outcome.scenario}: {outcome.end or 'FAILED'}"] += 1
@@ -45,6 +54,8 @@ def many(seeds: range, keep_going: bool) -> int:
             print(f"    scripts/simulate --seed {seed}", flush=True)
             if not keep_going:
                 break
+        if time.monotonic() - began > most_seconds:
+            break
         if number % 500 == 0:
             print(
                 f"{number} seeds, {failed} failed, {time.monotonic() - began:.0f} s",
@@ -53,7 +64,8 @@ def many(seeds: range, keep_going: bool) -> int:
             )
     seconds = time.monotonic() - began
     tried = sum(ends.values())
-    print(f"{tried} seeds in {seconds:.0f} s ({1000 * seconds / tried:.0f} ms each), {failed} failed")
+    each = f"{1000 * seconds / tried:.0f} ms each, {1000 * time.process_time() / tried:.0f} of the processor"
+    print(f"{tried} seeds from {seeds.start} on in {seconds:.0f} s ({each}), {failed} failed")
     for name, counted in (("ended", ends), ("failures", failures)):
         print(f"{name}: " + ", ".join(f"{what} {count}" for what, count in sorted(counted.items())))
     return 1 if failed else 0

@@ -18,6 +18,7 @@ passes, each write there raises it again.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -83,11 +84,17 @@ class Machine:
         self.off = True  # what is written meanwhile is no write of fedtune's
         for key in [key for key in ledger._opened if key[0].startswith(f"{self.folder}/")]:
             ledger._opened.pop(key).close()
+        self.forget()
         if self._died == "power":
             self._files.cut(cut)
             for database in self._databases.values():
                 database.cut(cut)
         self._died, self.off = "", False
+
+    def forget(self) -> None:
+        """Closes connections to its databases that nobody uses."""
+        for database in self._databases.values():
+            database.forget()
 
     # --- what the patched functions do
 
@@ -182,6 +189,21 @@ class _Database:
     def __init__(self, path: str) -> None:
         self.path = path
         self._synced: dict[str, bytes] | None = None
+        self._spare: dict[str, list[sqlite3.Connection]] = {}  # by address
+
+    def opened(self, address: str, connect: Callable[[], sqlite3.Connection]) -> sqlite3.Connection:
+        """A connection that was let go of, or another: to open one costs as much as to use it."""
+        spare = self._spare.get(address)
+        return spare.pop() if spare else connect()
+
+    def let_go(self, address: str, raw: sqlite3.Connection) -> None:
+        self._spare.setdefault(address, []).append(raw)
+
+    def forget(self) -> None:
+        """Closes what was let go of: its files are another's now."""
+        for raw in (raw for spare in self._spare.values() for raw in spare):
+            raw.close()
+        self._spare = {}
 
     def committed(self, synchronous: int) -> None:
         """A transaction has ended; SQLite has synced its log if it is told to (FULL, or more)."""
@@ -207,25 +229,33 @@ class _Database:
             Path(file).chmod(0o600)
 
 
+@functools.cache
+def _written_by(sql: str) -> str:
+    """The verb of a statement that writes; "" for one that does not."""
+    verb = " ".join(sql.split()[:2]).upper()
+    if verb == "BEGIN IMMEDIATE":
+        return "BEGIN"
+    writes = verb.startswith(("INSERT", "CREATE", "COMMIT", "PRAGMA JOURNAL")) or "checkpoint" in sql
+    return verb.split()[0] if writes else ""
+
+
 class _Connection:
     """An SQLite connection whose writes are points of its machine."""
 
-    def __init__(self, raw: sqlite3.Connection, machine: Machine, path: str) -> None:
-        self._raw, self._machine, self._database = raw, machine, machine.database(path)
+    def __init__(self, machine: Machine, path: str, address: str, connect: Callable[[], Any]) -> None:
+        self._machine, self._database, self._address = machine, machine.database(path), address
+        self._raw = self._database.opened(address, connect)
 
     @property
     def in_transaction(self) -> bool:
         return self._raw.in_transaction
 
     def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        verb = " ".join(sql.split()[:2]).upper()
-        machine = self._machine
-        if verb == "BEGIN IMMEDIATE":
-            machine.point("sql BEGIN", _LOCKED)
-        elif verb.startswith(("INSERT", "CREATE", "COMMIT", "PRAGMA JOURNAL")) or "checkpoint" in sql:
-            machine.point(f"sql {verb.split()[0]}", _FULL)
+        what, machine = _written_by(sql), self._machine
+        if what:
+            machine.point(f"sql {what}", _LOCKED if what == "BEGIN" else _FULL)
         cursor = self._raw.execute(sql, *values)
-        if verb == "COMMIT":
+        if what == "COMMIT":
             self._database.committed(self._synchronous())
             machine.point("sql COMMITTED", _FULL)  # SQLite may say so of what is there all the same
         elif "checkpoint" in sql:
@@ -233,7 +263,10 @@ class _Connection:
         return cursor
 
     def close(self) -> None:
-        self._raw.close()
+        if self._raw.in_transaction or self._machine.off:
+            self._raw.close()
+        else:
+            self._database.let_go(self._address, self._raw)
 
     def _synchronous(self) -> int:
         return int(self._raw.execute("PRAGMA synchronous").fetchone()[0])
@@ -332,9 +365,9 @@ class Disks:
         def connected(address: str, **options: Any) -> Any:
             from urllib.parse import unquote, urlparse
 
-            raw = real.connect(address, **options)
-            machine, text = self._of(unquote(urlparse(address).path))
-            return raw if machine is None else _Connection(raw, machine, text)
+            connect = functools.partial(real.connect, address, **options)
+            machine, text = self._of(unquote(urlparse(str(address)).path))
+            return connect() if machine is None else _Connection(machine, text, address, connect)
 
         from fedtune.privacy.ledger import chain
 
@@ -349,6 +382,8 @@ class Disks:
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(os, name, function))
             stack.enter_context(mock.patch.object(chain, "sqlite3", shim))
+            for machine in self.machines.values():
+                stack.callback(machine.forget)
             yield
 
 
