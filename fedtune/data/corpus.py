@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedtune.privacy.ledger.identity import Identity, mark_of
+from fedtune.privacy.ledger.identity import Identity, marks_of
 
 __all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of", "offsets_of", "take_tokens"]
 
@@ -91,8 +91,8 @@ def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
 
 
 def _identity(marks: ByteArray, units: StrArray | None, source: str) -> Identity:
-    """Records by their `marks` [n, 32] and persons by their names [n], as a ledger takes them; private."""
-    return Identity(marks, None if units is None else np.unique(units).tolist(), source)
+    """Records by their `marks` [n, k, 32] and persons by their names [n], as a ledger takes them; private."""
+    return Identity(marks.reshape(-1, 32), None if units is None else np.unique(units).tolist(), source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,16 +176,14 @@ class Corpus:
 
     @cached_property
     def marks(self) -> ByteArray:
-        """What a ledger knows each record by, before it is keyed: uint8 [n, 32], in record order; private.
+        """What a ledger knows each record by, before it is keyed: uint8 [n, k, 32], in their order; private.
 
-        Unlike `digests` they are of normalised texts (`privacy.identity.mark_of`).
+        Unlike `digests` they are of normalised texts (`privacy.ledger.identity.marks_of`).
         """
         if self.part_of is not None:
             whole, rows = self.part_of
             return whole.marks[rows]
-        pairs = self.pairs or (None,) * len(self.texts)
-        joined = b"".join(mark_of(record) for record in zip(self.texts, pairs, strict=True))
-        return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 32)
+        return marks_of(self.texts, self.pairs)
 
     @property
     def identity(self) -> Identity:
@@ -211,7 +209,7 @@ class TokenizedCorpus:
         input_ids: int32 [t], special tokens included, each record cut to a public length; may be
             memory-mapped and read-only.
         offsets: int64 [n + 1]; record i is `input_ids[offsets[i]:offsets[i + 1]]`.
-        digests: uint8 [n, 32], private, as in `Corpus`; so are `marks`.
+        digests: uint8 [n, 32], private, as in `Corpus`; so are `marks`, uint8 [n, k, 32] or [n, 32].
         source: the fingerprint of the whole corpus.
         pad_id: the tokenizer's padding token.
         window: tokens of a window at most, where a record may have several (`fedtune.data.windows`); None:

@@ -200,7 +200,7 @@ class Account:
         return _finest(uses) if uses else None
 
     def seen(self, run: str | None = None) -> tuple[int, int]:
-        """How many of its records were used before (by other runs than `run`), and how many it has."""
+        """How many of its texts were used before (by other runs than `run`), and how many it has."""
         records = self.keys[0]
         touched = np.zeros(len(records.sizes), dtype=np.bool_)
         for _, charged in self.charged_runs(records, but=run):

@@ -290,9 +290,9 @@ class Allowance:
             f"node '{node}' refuses {what}: it would raise epsilon from {now:.4g} to {then:.4g}, over its "
             f"budget of {limit:g} at delta {delta:g} for '{dataset}'."
         )
-        seen, records = account.seen(request.run)
+        seen, texts = account.seen(request.run)
         if seen:
-            text += f" {seen} of its {records} records were used before."
+            text += f" {seen} of its {texts} texts were used before."
         if len(after) > 1 and self._closes(after[0].planned, budget):
             return BudgetExhausted(f"{text} {_NO_FOLLOWER} {_SPENT}")
         if len(after) > 1 and now >= limit:

@@ -1,9 +1,11 @@
 """How a ledger knows records and persons again: keyed hashes that only its own node can make.
 
 A data set's name, its file and its columns change from export to export; what was spent belongs to the
-records and persons in it. So each record is known by its text (and pair), each person by their value in the
-unit column. Both are normalised first (`normalised`), so that a new export with other capitals, spaces or
-look-alike characters is known again.
+records and persons in it. So each record is known by its text, each person by their value in the unit column.
+Of a pair of texts both are known, together and each by itself, so that naming a second column is no fresh
+budget (a text that most records share, as a question put to all, tells of none of them). All are normalised
+first (`normalised`), so that a new export with other capitals, spaces or look-alike characters is known
+again.
 
 Whoever guesses a text can test an unkeyed hash of it, so a ledger stores a keyed one: HMAC-SHA256 with a
 secret of the node's, records and persons in separate domains. It is cut to 8 bytes: of ten million keys two
@@ -27,6 +29,7 @@ import hmac
 import secrets
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +50,7 @@ __all__ = [
     "keyed",
     "make_secret",
     "mark_of",
+    "marks_of",
     "normalised",
     "read_secret",
 ]
@@ -79,12 +83,33 @@ def mark_of(parts: Iterable[str | None]) -> bytes:
     return mark.digest()
 
 
+def marks_of(texts: Sequence[str], pairs: Sequence[str] | None) -> ByteArray:
+    """What n records are known by: uint8 [n, 1, 32], of pairs [n, 3, 32]; private."""
+    if pairs is None:
+        return _stacked([[mark_of((text, None))] for text in texts], 1)
+    joint = [mark_of(record) for record in zip(texts, pairs, strict=True)]
+    columns = [[mark_of((text, None)) for text in column] for column in (texts, pairs)]
+    shared = {mark for marks in columns for mark, count in Counter(marks).items() if 2 * count > len(texts)}
+    return _stacked(
+        [
+            [both, *(both if one in shared else one for one in alone)]
+            for both, *alone in zip(joint, *columns, strict=True)
+        ],
+        3,
+    )
+
+
+def _stacked(marks: Sequence[Sequence[bytes]], each: int) -> ByteArray:
+    joined = b"".join(mark for of_record in marks for mark in of_record)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, each, 32)
+
+
 @dataclass(frozen=True, eq=False)
 class Identity:
     """Whose data a release touches, before it is keyed. Private, and never stored or sent.
 
     Attributes:
-        records: `mark_of` each record, uint8 [n, 32].
+        records: marks of all records, uint8 [m, 32].
         persons: their names, each once or more often; None where the data names nobody.
         fingerprint: unkeyed SHA-256 of the data, by which ledgers of version 0.1 know it.
     """

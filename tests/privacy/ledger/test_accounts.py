@@ -200,7 +200,7 @@ def test_pitfall_33_a_monthly_export_starts_at_what_its_persons_have_spent(
         ledger.check_run(dataset="2026-02", fingerprint=february, node="clinic", run="run-2", plans=[plan])
     text = " ".join(str(refusal.value).split())
     assert "over its budget of 8 at delta 1e-05 for '2026-02'" in text
-    assert "180 of its 200 records were used before" in text
+    assert "180 of its 200 texts were used before" in text
     assert not refusal.value.public  # the owner's alone
     assert text.endswith("or raise privacy.noise_multiplier."), "a smaller run fits"
     # Those who are new have all of their budget.

@@ -181,7 +181,7 @@ def refusal(held: Account, what: str, steps: Mapping[Term, int], plan: Any = Non
 def test_a_refusal_says_why_none_may_follow_only_where_one_was_admitted_whole() -> None:
     one = ("old", "record", [True], TINY)
     text = refusal(account(one, plans={"old": [WHOLE]}), "training", TINY)
-    assert "5 of its 5 records were used before. Its first run was admitted as a whole" in text
+    assert "5 of its 5 texts were used before. Its first run was admitted as a whole" in text
     text = refusal(account(one, plans={"old": [TINY]}), "training", {STEP: 9000})
     assert "lets no other follow" not in text
     more = {term: count + 1 for term, count in WHOLE.items()}

@@ -22,6 +22,7 @@ from fedtune.privacy.ledger.identity import (
     keyed,
     make_secret,
     mark_of,
+    marks_of,
     normalised,
     read_secret,
 )
@@ -59,6 +60,25 @@ def test_different_records_have_different_marks(
     one: tuple[str, str | None], other: tuple[str, str | None]
 ) -> None:
     assert mark_of(one) != mark_of(other)
+
+
+def test_33_a_second_text_is_no_fresh_budget() -> None:
+    """The same visits, with another column named as the second text, or as the first."""
+    texts, others = [f"visit {i}" for i in range(20)], [f"plan {i // 2}" for i in range(20)]
+
+    def keys(first: list[str], second: list[str] | None) -> set[int]:
+        marks = marks_of(first, second)
+        assert marks.shape == (20, 1 if second is None else 3, 32)
+        return set(keyed(Identity(marks.reshape(-1, 32), None, "f"), SECRET).records.tolist())
+
+    single, pairs, swapped = keys(texts, None), keys(texts, others), keys(others, texts)
+    assert single < pairs and len(single & swapped) == 20 and len(pairs & swapped) == 30
+    assert len(keys(others, None) & pairs) == 10
+    assert keys(texts, ["HOW was it?"] * 20) >= single
+    # A question that is put to all tells of none: other patients' answers are other data.
+    question, new = ["how was it?"] * 20, [f"answer {i}" for i in range(20)]
+    assert not keys(texts, question) & keys(new, question)
+    assert mark_of(("visit 0", "plan 0")) in marks_of(texts, others).tobytes()  # as ledgers of before knew it
 
 
 def test_keys_follow_from_content_alone() -> None:
