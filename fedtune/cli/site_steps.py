@@ -33,7 +33,12 @@ def back_up(
         lines = [f"the books of site {site.site} are as they were on {done.made}; their head is {done.head}"]
         if done.aside is not None:
             lines.append(f"what was there before is in {done.aside}")
-        if done.forgotten:
+        if done.forgotten is None:
+            lines.append(
+                "What was released since then is not known here, and was not counted: if it was anything, "
+                "lower budget.epsilon in node.yaml by what it cost (the records of the runs say it)"
+            )
+        elif done.forgotten:
             lines.append(f"{done.forgotten} releases are forgotten; the audit log says so")
         lines.append(
             "If the server, which may know longer books, does not let this site in, its operator does: "

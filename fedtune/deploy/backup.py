@@ -130,11 +130,16 @@ def _packed(site: SiteSettings, contents: dict[str, bytes], head: str) -> bytes:
 
 @dataclass(frozen=True)
 class Restored:
-    """What `restore` did. `aside`: where what was there before lies; None if nothing was."""
+    """What `restore` did.
+
+    Attributes:
+        forgotten: releases that were known here and are not any more; None: nothing here could say.
+        aside: where what was there before lies; None if nothing was.
+    """
 
     head: str
     made: str
-    forgotten: int
+    forgotten: int | None
     aside: Path | None
 
 
@@ -230,20 +235,23 @@ def _problems(books: Books) -> list[str]:
         ledger.close()
 
 
-def _known_since(here: Books, saved: Books, head: str) -> int:
-    """Releases of which the books `here`, whole or not, tell and the backup does not.
+def _known_since(here: Books, saved: Books, head: str) -> int | None:
+    """Releases of which the books `here`, whole or not, tell and the backup does not; None if they tell of
+    nothing at all: they are gone, or cannot be read.
 
     Raises:
         LedgerError: the books here are whole and go on from the backup: there is nothing to restore.
     """
-    if not here.ledger.exists() and not here.log.path.exists():
-        return 0
     if here.ledger.exists() and not _problems(here) and not here.against(head):
         raise LedgerError(
             f"The books of this site are whole and know all that the backup knows (theirs is head "
             f"{here.head()}, the backup's {head}): there is nothing to restore, and nothing was changed."
         )
-    return max(sum((count(here) - count(saved)).values()) for count in (_releases, _logged))
+    told = [count(here) for count in (_releases, _logged)]
+    if not any(told):
+        return None
+    known = (count(saved) for count in (_releases, _logged))
+    return max(sum((one - other).values()) for one, other in zip(told, known, strict=True))
 
 
 def _releases(books: Books) -> Counter[tuple[object, ...]]:

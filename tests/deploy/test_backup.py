@@ -119,13 +119,20 @@ def test_a_new_machine_takes_the_place_of_a_lost_one_and_the_server_notices(
     shutil.rmtree(site.root / "state")
     Path(site.settings.key).unlink()
     done = restore(site.settings, saved)  # nothing here knows of the second round
-    assert done.aside is None and done.forgotten == 0
+    assert done.aside is None and done.forgotten is None  # which is not none
     assert Path(site.settings.key).read_text() == "the key of this node"
-    assert len(started_again(site).releases()) == 1
+    assert len(started_again(site).releases()) == 1 and site.log()[-1]["forgotten"] is None
     heads.note("clinic-1", books_of(site.settings).head())
     assert "went back" in str(heads.refusal("clinic-1"))
     heads.accept("clinic-1")
     assert heads.refusal("clinic-1") is None
+
+
+def test_what_nobody_can_read_is_not_counted_as_nothing(site: Site, saved: Path) -> None:
+    Path(site.settings.ledger).write_bytes(b"not SQLite any more")
+    Path(site.settings.audit_log).write_bytes(b"nor a log\n")
+    done = restore(site.settings, saved)
+    assert done.forgotten is None and done.aside is not None
 
 
 def test_a_restore_that_dies_in_between_leaves_a_site_that_does_not_start(
