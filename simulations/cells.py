@@ -106,7 +106,9 @@ def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """What two runs must share to be the same run: all but where files are, when it was looked at, and what
     it is priced by."""
     shared = {key: value for key, value in config.items() if key not in ("output", "resume", "pricing")}
+    public = shared.get("public") or {}  # an earlier version had none
     return shared | {
+        "public": {**public, "path": public.get("path") and Path(public["path"]).name},
         # What nobody gave is as many as public texts need, which for those of the studies is 64.
         "data": {**shared["data"], "path": None, "max_length": shared["data"]["max_length"] or _LENGTH},
         "federation": {**shared["federation"], "evaluate_every": None},
@@ -115,7 +117,10 @@ def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write(finished: dict[str, Any], path: Path) -> None:
     """A study's copy of a record: small, a line for each section, without what no study reads."""
-    finished["config"]["output"] = finished["config"]["data"]["path"] = None  # it says nothing to others
+    config = finished["config"]
+    config["output"] = config["data"]["path"] = None  # it says nothing to others
+    if config["public"]["path"]:
+        config["public"]["path"] = Path(config["public"]["path"]).name
     finished["privacy"].pop("ledger", None)
     sections = (
         f"{json.dumps(name)}: {json.dumps(finished[name], separators=(',', ':'))}" for name in finished
@@ -129,7 +134,8 @@ def _differences(one: Any, other: Any, name: str = "") -> list[str]:
 
     A setting that one of them does not know, as an earlier version's record, is off there (false or null).
     """
-    if isinstance(one, dict) and isinstance(other, dict):
+    if isinstance(one, dict) or isinstance(other, dict):
+        one, other = one or {}, other or {}  # a group of settings that one of them does not know
         found = [_differences(one.get(key), other.get(key), f"{name}.{key}") for key in {**one, **other}]
         return list(itertools.chain.from_iterable(found))
     off = not one and not other and (one is None or other is None)

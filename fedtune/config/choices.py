@@ -69,6 +69,7 @@ def check_together(config: Config) -> None:
     federation = config.federation
     _check_evaluation(config)
     _check_windows(config.data)
+    _check_public(config)
     kind = _mechanism(config)
     _check_strategy(config)
     kind.check_settings(config)
@@ -104,6 +105,23 @@ def _check_windows(data: DataConfig) -> None:
             f"data.long_text=window cuts one text into windows, and data.text_pair={data.text_pair} brings a "
             "second one, which every window would need. Use data.long_text=cut.",
             setting="data.long_text",
+        )
+
+
+def _check_public(config: Config) -> None:
+    public = config.public
+    for column in ("text", "text_pair", "label"):
+        if public.path is None and (name := getattr(public, column)) is not None:
+            raise ConfigError(
+                f"public.{column}={name} names a column of the file of public texts, and public.path names "
+                f"none. Name it, or leave public.{column} out.",
+                setting=f"public.{column}",
+            )
+    if public.text_pair is not None and config.data.text_pair is None:
+        raise ConfigError(
+            f"public.text_pair={public.text_pair} brings a second text, and the run's texts have none "
+            "(data.text_pair). Leave it out.",
+            setting="public.text_pair",
         )
 
 

@@ -178,7 +178,7 @@ def chosen(config: Config) -> dict[str, Any]:
         values = _HEAD | {
             "train.learning_rate": rate,
             "train.head_learning_rate": rate,
-            "train.damped": train.start != "zero",
+            "train.damped": train.start != "zero" or config.public.path is not None,
             "train.centre": config.model.normalize and rounds >= _CENTRE_FROM,
             "federation.num_rounds": rounds,
         }
@@ -244,6 +244,7 @@ def in_words(config: Config) -> str:
             f"{train.sample_rate:g}, {train.optimizer} at {train.learning_rate:g}, averaged by "
             f"{federation.strategy}"
         )
+    how += ", from a start on public texts" if config.public.path is not None else ""
     own += [
         name
         for name, value in chosen(config).items()

@@ -36,6 +36,7 @@ __all__ = [
     "PartitionConfig",
     "PricingConfig",
     "PrivacyConfig",
+    "PublicConfig",
     "Source",
     "Strategy",
     "TrackerConfig",
@@ -198,6 +199,20 @@ class DataConfig(Group):
     def windows(self) -> int:
         """Pieces of that length that are seen of a text at most."""
         return self.max_windows if self.long_text == "window" else 1
+
+
+@dataclass
+class PublicConfig(Group):
+    """Labelled texts that are public, on which the server trains first."""
+
+    path: Text | None = setting(
+        None,
+        "file of labelled texts, which whoever names it here declares public: the server trains on them "
+        "before the first round, and epsilon does not cover them; null: none",
+    )
+    text: Text | None = setting(None, "its column that holds the text; null: as data.text")
+    text_pair: Text | None = setting(None, "its column of a second text; null: as data.text_pair")
+    label: Text | None = setting(None, "its column that holds the label; null: as data.label")
 
 
 @dataclass
@@ -459,6 +474,7 @@ class Config(Group):
     device: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "what computes")
     output: Text | None = setting(None, "run folder; filled in from hydra.run.dir")
     data: DataConfig = field(default_factory=DataConfig)
+    public: PublicConfig = field(default_factory=PublicConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

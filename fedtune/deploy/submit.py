@@ -71,7 +71,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         FedtuneError: as `fedtune.federation.server.loop.run_rounds`.
     """
     from fedtune.config.convert import changes_to_json
-    from fedtune.config.schema import TrackerConfig
+    from fedtune.config.schema import PublicConfig, TrackerConfig
     from fedtune.federation.events import Observers, SafeObserver, StoppingObserver
     from fedtune.federation.run_folder import lock_folder
     from fedtune.federation.server.checkpoint import has_checkpoint
@@ -82,13 +82,15 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
             "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
         )
     server = Server.of(Path(config.engine.server))
-    # Without what is the operator's own: folders, the tracker.
+    # Without what is the operator's own: folders, the tracker, the public file. No node needs that one: what
+    # it taught is in the adapter that they are asked to train.
     sent = dataclasses.replace(
         config,
         output=None,
         resume=None,
         engine=dataclasses.replace(config.engine, server=None),
         tracker=TrackerConfig(),
+        public=PublicConfig(),
     )
     with lock_folder(run_dir):
         pass  # not in use: what its last run left at the server may be stopped

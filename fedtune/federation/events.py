@@ -125,6 +125,8 @@ class FederationResult:
         attempt: how often the run was started (1: never resumed).
         ended_early: why the run has fewer rounds than it was asked for; None if it has them all.
         notices: what a person should know (a broken checkpoint that was passed over, an idle node).
+        public_start: which public texts the adapter began with (`digest`, `texts`), and how accurate it was
+            then; None: with none.
     """
 
     run: str
@@ -147,6 +149,7 @@ class FederationResult:
     answers: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unusable: list[Dropped] = field(default_factory=list)
+    public_start: dict[str, Any] | None = None
 
 
 StopRule = Callable[[RoundSummary], str | None]

@@ -28,7 +28,9 @@ from fedtune.config.schema import AdapterConfig, Config
 from fedtune.errors import ModelError
 
 if TYPE_CHECKING:
+    from fedtune.data.corpus import TokenizedCorpus
     from fedtune.data.prepare import PreparedData
+    from fedtune.data.public_texts import PublicTexts
     from fedtune.models.classifier import AdaptedModel
     from fedtune.models.frozen_outputs import Progress
     from fedtune.privacy.plan import PrivacyPlan
@@ -99,6 +101,7 @@ class RunResources:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._start: NDArray[np.float32] | None = None
 
     @functools.cached_property
     def prepared(self) -> PreparedData:
@@ -116,6 +119,25 @@ class RunResources:
 
             return prepare_deployed(self.config, tokenizer, tokenizer_id)
         return prepare(self.config, tokenizer, tokenizer_id)
+
+    @functools.cached_property
+    def public_texts(self) -> PublicTexts | None:
+        """What the server trains on first; None where `public.path` names nothing.
+
+        Raises:
+            DataError, ModelError, ResourceError: as `prepared`, or `read_public`.
+        """
+        if self.config.public.path is None:
+            return None
+        from fedtune.data.public_texts import read_public
+        from fedtune.models.encoder import load_tokenizer
+
+        tokenizer, tokenizer_id = load_tokenizer(self.config.model)
+        prepared = self.prepared
+        return read_public(
+            self.config, prepared.label_names, tokenizer, tokenizer_id,
+            private=prepared.train, test=prepared.test,
+        )  # fmt: skip
 
     @functools.cached_property
     def _key(self) -> str:
@@ -224,16 +246,52 @@ class RunResources:
         with self.using_model() as model:
             return model.digest
 
-    def initial(self) -> np.ndarray:
-        """The adapter that a run starts from, float32 [P]: the same for the same configuration."""
-        with self.using_model() as model:
-            if self.config.train.start != "names":
-                return np.array(model.initial, dtype=np.float32)
-            from fedtune.models.encoder import load_tokenizer
-            from fedtune.models.name_start import start_by_names
+    def initial(self, progress: Progress | None = None) -> np.ndarray:
+        """The adapter that a run starts from, float32 [P]: the same for the same configuration and public
+        texts; made once. `progress(done, all)` counts public texts.
 
-            model.set_vector(model.initial)
-            return start_by_names(model, load_tokenizer(self.config.model)[0])
+        Raises:
+            DataError, ModelError, ResourceError: as `public_texts`.
+        """
+        if self._start is None:
+            texts = self.public_texts
+            with self.using_model() as model:
+                start = self._before_any_text(model)
+                self._start = start if texts is None else self._taught(model, start, texts.tokens, progress)
+        return self._start.copy()
+
+    def _before_any_text(self, model: AdaptedModel) -> NDArray[np.float32]:
+        if self.config.train.start != "names":
+            return np.array(model.initial, dtype=np.float32)
+        from fedtune.models.encoder import load_tokenizer
+        from fedtune.models.name_start import start_by_names
+
+        model.set_vector(model.initial)
+        return start_by_names(model, load_tokenizer(self.config.model)[0])
+
+    def _taught(
+        self,
+        model: AdaptedModel,
+        start: NDArray[np.float32],
+        texts: TokenizedCorpus,
+        progress: Progress | None,
+    ) -> NDArray[np.float32]:
+        """`start` [P] after training on public `texts`: the head, and the rest too unless the first rounds
+        train the head alone, on the encoder as it is."""
+        from fedtune.training.public_start import train_head, train_inside
+
+        config, inside = self.config, self.config.adapter.name != "head"
+        part: Any = model.head if inside else slice(None)
+        bare = self._bare_head() if inside else model
+        start[part] = train_head(bare, texts, start[part], config.train, progress)
+        if inside and not self._head_first:
+            start = train_inside(model, texts, start, config.train, config.seed, progress)
+        return start
+
+    def public_facts(self) -> dict[str, Any]:
+        """Which public texts the start was trained on; only asked where there are some."""
+        texts = self.public_texts
+        return {} if texts is None else texts.facts()
 
     def head(self) -> np.ndarray:
         """Which of the adapter's numbers are the classifier's, bool [P]."""
@@ -285,6 +343,10 @@ def _key_of(config: Config) -> str:
 
         # A node runs for months: a file that was replaced must be read again, and then refused.
         relevant.append({"engine": "deployment", "files": state_of(Path(config.data.path))})
+    if config.public.path is not None:
+        from fedtune.data.sources.files import state_of
+
+        relevant.append({"public": asdict(config.public), "files": state_of(Path(config.public.path))})
     evaluation = config.federation.evaluation
     relevant.append(
         {"held out": config.federation.evaluation_share if evaluation == "private" else evaluation}

@@ -97,6 +97,8 @@ _TIME = local("how long it took depends on what was drawn")
 _USED = local("what it took of the machine depends on what was drawn")
 _KEY = public("fresh randomness, or made of it alone")
 
+_START = public("of a file that was declared public, and of a test that the server may make without noise")
+
 _PLACE: Fields = {"version": _NAME, "run": _NAME, "round": _COUNT, "attempt": _COUNT}
 _ANSWER: Fields = {
     **_PLACE,
@@ -143,6 +145,7 @@ _DATA: Fields = {
     "declared_sizes": public("declared by the owners, or a count that was noised and charged"),
     "test_records": public("of a public test split"),
     "notes": local("what was found while reading the records"),
+    "public_start": _START,
 }
 _FEDERATION: Fields = {
     **dict.fromkeys(("nodes", "rounds", "cohort_size"), _COUNT),
@@ -304,6 +307,7 @@ SINKS: Mapping[str, Fields] = {
         "flops": _USED,
         "notices": _FEDERATION["notices"],
         "ended_early": _REASON,
+        "public_start": _START,
     },
     "history": {
         "run": _NAME,

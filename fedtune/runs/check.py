@@ -86,9 +86,9 @@ def check(config: Config) -> dict[str, Any]:
 
     config, said = with_length(resolved(config))
     resources = run_resources(config)
-    data = resources.prepared
+    data, texts = resources.prepared, resources.public_texts
     with resources.using_model() as model:
-        digest, notes = model.digest, [*said, *data.notes, *model.notes]
+        digest, notes = model.digest, [*said, *data.notes, *(texts.notes if texts else ()), *model.notes]
     plan = plan_of(config, data)
     train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
     return {
@@ -98,6 +98,7 @@ def check(config: Config) -> dict[str, Any]:
             "public": data.public,
             "train": _facts(train, data.train, config),
             "test": _facts(test, data.test, config) if test.num_records else None,
+            "public start": None if texts is None else _facts(texts.corpus, texts.tokens, config),
             "sample": [
                 {"text": text[:_SAMPLE_LETTERS], "label": train.label_names[label]}
                 for text, label in zip(train.texts[:_SAMPLE], train.labels[:_SAMPLE], strict=False)
@@ -171,7 +172,7 @@ def in_text(found: Mapping[str, Any]) -> str:
         else (f"into at most {model['windows']} windows of {model['max_length']}")
     )
     lines = [("data", data["name"] + (f", {data['path']}" if data["path"] else ""))]
-    for split in ("train", "test"):
+    for split in ("train", "test", "public start"):
         if (facts := data[split]) is None:
             continue
         repeated = f", {facts['repeated']} of them repeated" if facts["repeated"] else ""

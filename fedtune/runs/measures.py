@@ -264,8 +264,13 @@ def noise_line(result: FederationResult, numbers: int) -> str | None:
     )
 
 
-def data_facts(config: Config, data: PreparedData, result: FederationResult) -> dict[str, Any]:
-    """What was trained and tested on, in public numbers: the sizes that nodes told, never the real ones."""
+def data_facts(
+    config: Config, data: PreparedData, result: FederationResult, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What was trained and tested on, in public numbers: the sizes that nodes told, never the real ones.
+
+    `notes`: of the public texts that were trained on first.
+    """
     return {
         "name": config.data.name,
         "source": config.data.source,
@@ -275,7 +280,8 @@ def data_facts(config: Config, data: PreparedData, result: FederationResult) -> 
         "declared_sizes": {node.name: node.declared_size for node in result.nodes},
         "test_records": data.test.num_records if config.federation.evaluation == "public" else 0,
         "only_site": config.data.only_site,
-        "notes": list(data.notes),
+        "notes": [*data.notes, *notes],
+        "public_start": result.public_start,
     }
 
 

@@ -22,6 +22,7 @@ import datetime
 import errno
 import shlex
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 
     from fedtune.config.schema import Config, ModelConfig
     from fedtune.cost.meter import Meter
-    from fedtune.data.prepare import PreparedData
     from fedtune.federation.events import FederationResult, Observer, RoundSummary, StopRule
+    from fedtune.federation.resources import RunResources
     from fedtune.federation.server.evaluation import NodesEvaluation
     from fedtune.models.classifier import AdaptedModel
     from fedtune.runs.display import Display
@@ -164,19 +165,24 @@ def _work(
         save_config(config, run_dir)
     resources = run_resources(config)
     data = resources.prepared  # here rather than in the engine, so that the display says what takes the time
+    begins = config.resume is None
     view.working("calibrating the noise")
-    if config.resume is None:
+    if begins:
         # A run that no noise or no number of nodes allows is refused before minutes go into frozen layers.
         plan_of(config, data)
     view.working("loading the encoder")
+    texts = resources.public_texts if begins else None  # else the checkpoint has what they taught
     with resources.using_model() as model:
-        view.notes([*said, *data.notes, *model.notes])  # before anything is charged
+        view.notes([*said, *data.notes, *(texts.notes if texts else ()), *model.notes])  # before any charge
 
     def warming(done: int, total: int) -> None:
         view.counting("frozen layers, once and kept", done, total)
 
     # Before the rounds: no node's deadline then waits for it, and one can see what takes the time.
     resources.warm(warming)
+    if texts is not None:
+        view.working(f"training on {texts.corpus.num_records:,} public texts")
+        resources.initial(partial(view.counting, "public texts"))
     view.working("asking the nodes")
     observer: Observer = Observers(_ForOwner(view, run_dir), tracker)
     if stop_rule is not None:
@@ -228,7 +234,7 @@ def finish(
     with resources.using_model() as model:
         made = _record(
             config,
-            resources.prepared,
+            resources,
             model,
             result,
             evaluation,
@@ -251,7 +257,7 @@ def finish(
 
 def _record(
     config: Config,
-    data: PreparedData,
+    resources: RunResources,
     model: AdaptedModel,
     result: FederationResult,
     evaluation: Evaluation | NodesEvaluation | None,
@@ -265,6 +271,7 @@ def _record(
     from fedtune.models.encoder import computes_in
     from fedtune.runs import measures
 
+    data, texts = resources.prepared, resources.public_texts if config.resume is None else None
     parts = {run_folder.PERSONAL: run_folder.PERSONAL} if own_parts and data.public else {}
     energy = measures.energy_of_run(meter.energy, result.attempt)
     cost = meter.cost(
@@ -298,7 +305,7 @@ def _record(
         result=result,
         nodes=measures.node_privacy(data.shards, result),
         metrics=measures.metrics(evaluation, data.test, config.federation.evaluation, own_parts),
-        data=measures.data_facts(config, data, result),
+        data=measures.data_facts(config, data, result, texts.notes if texts else ()),
         cost=cost,
         energy=energy,
         money=price(config.pricing, cost, records=measures.bought_records(result)),

@@ -55,7 +55,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 # Settings that name folders of this machine.
-_FOLDERS = ("output", "resume", "data.path", "engine.server", "tracker.folder")
+_FOLDERS = ("output", "resume", "data.path", "public.path", "engine.server", "tracker.folder")
 _SECTIONS = ("run", "federation", "privacy", "metrics", "cost")
 _ROUND = (
     *("accuracy", "accuracy_error", "loss", "epsilon", "bytes_up", "bytes_down", "seconds"),

@@ -1,8 +1,9 @@
 """Raw columns of a table -> a checked Corpus; every complaint about the data's content is made here.
 
 Both `hub` and `files` end here, so that the same mistake gets the same words whatever the format.
-Messages name columns, counts and row numbers, never a text, a person or a label's value: an error may
-be shown to the server. Rows are numbered from 1, the header not counted.
+Messages name columns, counts and row numbers, never a text, a person or a label's value (but of a public
+table, the labels that nobody knows): an error may be shown to the server. Rows are numbered from 1, the
+header not counted.
 
 Decisions. A record without text (empty, blank or null) is dropped, and a note counts it: dropping looks
 at that record alone, so privacy is not touched. A record without a label or without a person is refused:
@@ -66,10 +67,11 @@ class Columns:
     text_pair: str | None = None
     unit: str | None = None
     site: str | None = None
+    group: str = "data"
 
     @classmethod
-    def of(cls, data: DataConfig) -> Columns:
-        """As the settings name them.
+    def of(cls, data: DataConfig, group: str = "data") -> Columns:
+        """As the settings name them; `group`: of which settings messages speak.
 
         Raises:
             DataError: the label is the text or the person itself.
@@ -79,10 +81,10 @@ class Columns:
         for setting, column in (("text", text), ("unit", others[1])):
             if column == label:
                 raise DataError(
-                    f"data.label and data.{setting} both name column {label!r}: what is to be told is then "
-                    "what it is told from. Name the column that holds the labels in data.label."
+                    f"{group}.label and {group}.{setting} both name column {label!r}: what is to be told is "
+                    f"then what it is told from. Name the column that holds the labels in {group}.label."
                 )
-        return cls(str(text), str(label), *others)
+        return cls(str(text), str(label), *others, group)
 
     def used(self) -> dict[str, str]:
         """Setting -> column name, of those that are set."""
@@ -102,25 +104,29 @@ class Table:
         columns: name -> n values.
         class_names: the label names that the source itself declares, if any.
         notes: what was decided while reading.
+        group: of the settings that name its columns, for messages: `data`, or `public`.
     """
 
     where: str
     columns: dict[str, Sequence[Any]]
     class_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    group: str = "data"
 
 
-def missing_column(where: str, setting: str, column: str, existing: Sequence[str]) -> DataError:
+def missing_column(
+    where: str, setting: str, column: str, existing: Sequence[str], group: str = "data"
+) -> DataError:
     """The error for a column that is not there: which exist, and which is nearest."""
     nearest = difflib.get_close_matches(column.lower(), [name.lower() for name in existing], n=1, cutoff=0.6)
     hint = next((name for name in existing if nearest and name.lower() == nearest[0]), None)
     did_you_mean = (
-        f" Did you mean data.{setting}={value_text(hint)}?"
+        f" Did you mean {group}.{setting}={value_text(hint)}?"
         if hint
-        else f" Set data.{setting} to one of them."
+        else f" Set {group}.{setting} to one of them."
     )
     return DataError(
-        f"{where} has no column {column!r} (data.{setting}); its columns are: "
+        f"{where} has no column {column!r} ({group}.{setting}); its columns are: "
         f"{_named(existing)}.{did_you_mean}"
     )
 
@@ -164,6 +170,18 @@ def _rows(indices: Iterable[int]) -> str:
     shown = [str(i + 1) for i in indices]
     more = f" and {len(shown) - SHOWN_ROWS} more" if len(shown) > SHOWN_ROWS else ""
     return ("row " if len(shown) == 1 else "rows ") + ", ".join(shown[:SHOWN_ROWS]) + more
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return ", ".join(names[:SHOWN_COLUMNS]) + more
+
+
+def _values(table: Table, column: str, rows: Iterable[int]) -> str:
+    """The labels at `rows`, where the table is public: else no message names one."""
+    if table.group != "public":
+        return ""
+    return f": {_few(sorted({_label(table.columns[column][i])[:SHOWN_LETTERS] for i in rows}))}"
 
 
 def derive_labels(table: Table, column: str) -> tuple[str, ...]:
@@ -225,7 +243,7 @@ def build_corpus(
     existing = list(table.columns)
     for setting, column in columns.used().items():
         if column not in table.columns:
-            raise missing_column(table.where, setting, column, existing)
+            raise missing_column(table.where, setting, column, existing, table.group)
     if not len(table.columns[columns.text]):
         raise DataError(f"{table.where} holds no records. Name a file or split that has some.")
     texts, empty = _texts(table, columns.text, "text")
@@ -238,7 +256,7 @@ def build_corpus(
     if not keep:
         raise DataError(
             f"All {len(texts)} texts in column {columns.text!r} of {table.where} are empty. "
-            "Name the column that holds the texts in data.text."
+            f"Name the column that holds the texts in {table.group}.text."
         )
     notes = [*table.notes, *notes]
     if empty:
@@ -281,7 +299,8 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
         kinds = sorted({type(table.columns[column][i]).__name__ for i in wrong})
         raise DataError(
             f"Column {column!r} of {table.where} holds {' and '.join(kinds)} instead of text in {len(wrong)} "
-            f"records ({_rows(wrong)}). Name the column that holds the texts in data.{setting}."
+            f"records ({_rows(wrong)}). Name the column that holds the texts in "
+            f"{table.group}.{setting}."
         )
     if half:
         raise _half_characters(table, column, half)
@@ -311,9 +330,9 @@ def _refuse_kinds(table: Table, column: str, setting: str, rows: Iterable[int]) 
         what = "one label, which is a text or a number" if setting == "label" else "one name"
         several = " Several labels a record (multi-label) are not supported." if setting == "label" else ""
         raise DataError(
-            f"Column {column!r} of {table.where} (data.{setting}) holds a {' and a '.join(kinds)} in "
-            f"{len(wrong)} records ({_rows(wrong)}), and each record has {what}.{several} Give each record "
-            f"one, or name another column in data.{setting}."
+            f"Column {column!r} of {table.where} ({table.group}.{setting}) holds a {' and a '.join(kinds)} "
+            f"in {len(wrong)} records ({_rows(wrong)}), and each record has {what}.{several} Give each record "
+            f"one, or name another column in {table.group}.{setting}."
         )
     if half:
         raise _half_characters(table, column, half)
@@ -331,8 +350,8 @@ def _labels(
     if len(names) < 2:
         raise DataError(
             f"{table.where} has {'one class only' if names else 'no labels'} in column {column!r}; a"
-            " classifier needs two or more. Name another column in data.label, or declare all labels in"
-            " data.labels."
+            f" classifier needs two or more. Name another column in {table.group}.label, or declare all"
+            " labels in data.labels."
         )
     # Another spelling will do where only one label can be meant.
     folded: dict[str, int] = {}
@@ -368,9 +387,9 @@ def _labels(
             )
         raise DataError(
             f"{len(unknown)} of {len(values)} records of {table.where} have a label in column {column!r} that"
-            f" is not in the label set of {len(names)} ({_rows(unknown)}). "
+            f" is not in the label set of {len(names)} ({_rows(unknown)}{_values(table, column, unknown)}). "
             + (
-                f"The model has {', '.join(names)}: correct them, or name another column in data.label."
+                f"The model has {_few(names)}: correct them, or name another column in {table.group}.label."
                 if fixed
                 else "Correct them, or declare all labels in data.labels."
             )
@@ -378,8 +397,8 @@ def _labels(
     if not part and len(np.unique(labels)) < 2:
         raise DataError(
             f"{table.where} has one class only in column {column!r}: all {len(keep)} records carry the same"
-            " label. A classifier needs two or more; name another column in data.label, or add records of"
-            " another class."
+            f" label. A classifier needs two or more; name another column in {table.group}.label, or add"
+            " records of another class."
         )
     return labels, respelt
 
@@ -394,7 +413,7 @@ def _names(table: Table, column: str | None, setting: str, keep: list[int]) -> S
         what = "which person they belong to" if setting == "unit" else "which site they come from"
         raise DataError(
             f"{len(missing)} of {len(values)} records of {table.where} do not say {what}: column {column!r}"
-            f" (data.{setting}) is empty in {_rows(missing)}. Fill it or remove these records; fedtune does"
-            " not guess."
+            f" ({table.group}.{setting}) is empty in {_rows(missing)}. Fill it or remove these records; fedtune"
+            " does not guess."
         )
     return np.array([_key(values[i]) for i in keep])

@@ -27,7 +27,7 @@ from fedtune.data.sources.decoding import bare_name, is_workbook, read_bytes, re
 from fedtune.data.sources.delimited import read_delimited
 from fedtune.errors import DataError, ResourceError
 
-__all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table", "state_of"]
+__all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table", "readable", "state_of"]
 
 LABEL_FILES = ("categories.json", "labels.txt")
 
@@ -68,12 +68,7 @@ def find_split(config: DataConfig, setting: str) -> Path:
     root = _root(config)
     splits = list_splits(config)
     if split in splits:
-        path = splits[split]
-        if _ending(path) not in READERS:
-            raise DataError(
-                f"data.path is {path}, whose ending is not known. fedtune reads {', '.join(READERS)}."
-            )
-        return path
+        return readable(splits[split], "data.path")
     if root.is_file():
         raise DataError(
             f"data.path names one file, {root}, which has no split {split!r} (data.{setting}). Let data.path"
@@ -84,6 +79,15 @@ def find_split(config: DataConfig, setting: str) -> Path:
         f"{', '.join(path.name for path in splits.values()) or 'no data file'}. fedtune reads "
         f"{split}{f' or {split}'.join(READERS)}; set data.{setting} to a split that is there."
     )
+
+
+def readable(path: Path, setting: str) -> Path:
+    """`path`, if its ending is one that is read; `setting` named it. Raises `DataError` if not."""
+    if _ending(path) not in READERS:
+        raise DataError(
+            f"{setting} is {path}, whose ending is not known. fedtune reads {', '.join(READERS)}."
+        )
+    return path
 
 
 def _ending(path: Path) -> str:
@@ -134,10 +138,10 @@ def read_table(path: Path, columns: Columns) -> Table:
     for setting, column in columns.used().items():
         if header.count(column) > 1:
             raise DataError(
-                f"{path} has {header.count(column)} columns named {column!r} (data.{setting}); fedtune does"
-                " not guess which. Rename them."
+                f"{path} has {header.count(column)} columns named {column!r} ({columns.group}.{setting});"
+                " fedtune does not guess which. Rename them."
             )
-    return Table(where=str(path), columns=values, notes=notes)
+    return Table(where=str(path), columns=values, notes=notes, group=columns.group)
 
 
 Read = tuple[list[str], dict[str, Any], tuple[str, ...]]  # header, values by column, notes

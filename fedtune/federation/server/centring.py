@@ -3,10 +3,11 @@
 A head sees a text from the centre of all texts (`fedtune.models.classifier.Centring`). The centre is their
 mean, which is private, so a round of its own asks for it: each unit contributes where its texts lie in place
 of a gradient, clipped, noised and charged as one (`PrivacyPlan.centres`). What the server does with it is
-post-processing: it shrinks the noised mean by how much of its length is noise (James and Stein 1961, the
-positive part), to zero where that is all of it, and writes it into the adapter. Where that round came to
-nothing the centre stays at zero, and the head sees what it would see without. In other rounds nodes put
-nothing on the centre's numbers, which then hold noise and are left out: the optimizer does not see them.
+post-processing: it moves the centre to the noised mean, but for how much of the way is noise (James and Stein
+1961, the positive part), not at all where that is all of it. Before that it is at zero, where the head sees
+what it would see without, or, after public texts, at their mean; and there it stays if the round comes to
+nothing. In other rounds nodes put nothing on the centre's numbers, which then hold noise and are left out:
+the optimizer does not see them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def next_adapter(
     mean = -aggregate[adapter.size - centre :].astype(np.float64) / plan.clipping.whole
     noise_std = plan.mechanism.noise_on_average(plan, sizes) / plan.clipping.whole
     following = adapter.copy()
-    following[adapter.size - centre :] = shrunk(mean, noise_std)
+    before = adapter[adapter.size - centre :].astype(np.float64)
+    following[adapter.size - centre :] = before + shrunk(mean - before, noise_std)
     return following
 
 

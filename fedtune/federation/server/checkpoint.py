@@ -24,7 +24,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ FORMAT = 1
 KEEP = 2
 _AWAY = 0  # no node's id: of one that is not connected
 _PLAIN = ("exhausted", "seconds", "train_seconds", "flops", "ended_early")  # JSON values as they are
+_START = "start.ckpt"  # the adapter that a run on public texts began with: the file may be gone later
 # Settings that a resumed run may change: they decide where and how long, not what is computed or promised.
 _MAY_CHANGE = ("resume", "output", "device", "engine", "pricing", "tracker")
 
@@ -65,6 +66,7 @@ class RunState:
     optimizer: ServerOptimizer
     attempt: int
     encoder: str  # the digest of what the adapter trains on
+    start: np.ndarray  # where the adapter began
     round: int = 0
     nodes: list[NodeInfo] = field(default_factory=list)
     history: list[RoundSummary] = field(default_factory=list)
@@ -81,6 +83,7 @@ class RunState:
     notices: list[str] = field(default_factory=list)
     ended_early: str | None = None
     correlated: CorrelatedRounds | None = None  # dp_ftrl
+    public_start: dict[str, Any] | None = None  # which public texts the start was trained on
 
     def save(self, run_dir: Path, config: Config) -> None:
         """Checkpoints the state after `round`."""
@@ -103,14 +106,25 @@ class RunState:
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
             **{name: getattr(self, name) for name in _PLAIN},
             "notices": self.notices,
+            "public_start": self.public_start,
         }
         meta, own = publish("checkpoint", meta, public_data=config.data.public)
         run_folder.update_local(run_dir, checkpoint={"run": self.run, "meta": own} if own else {})
         save(run_dir, Checkpoint(self.run, self.round, self.adapter, self.optimizer.state_dict(), meta))
 
+    def save_start(self, run_dir: Path) -> None:
+        """Keeps where the adapter began, so that a resumed run needs nothing to make it again.
+
+        Raises:
+            ResourceError: it cannot be written.
+        """
+        _write(_folder(run_dir) / _START, Checkpoint(self.run, 0, self.start))
+
     @classmethod
-    def restore(cls, run_dir: Path, config: Config, attempt: int) -> RunState:
-        """The state to go on from.
+    def restore(
+        cls, run_dir: Path, config: Config, attempt: int, initial: Callable[[], np.ndarray]
+    ) -> RunState:
+        """The state to go on from. `initial` makes the start of a run whose folder does not keep it.
 
         Raises:
             CheckpointError: it is another run's or unreadable.
@@ -128,6 +142,7 @@ class RunState:
                 optimizer=optimizer,
                 attempt=attempt,
                 encoder=meta["encoder"],
+                start=_start(run_dir, initial),
                 round=saved.round,
                 nodes=[NodeInfo(str(name), _AWAY, int(size)) for name, size in meta["nodes"]],
                 history=[RoundSummary.from_json(summary) for summary in meta["history"]],
@@ -140,6 +155,7 @@ class RunState:
                 if meta["evaluation"] is None
                 else NodesEvaluation.from_json(meta["evaluation"]),
                 notices=[*meta["notices"], *notices],
+                public_start=meta.get("public_start"),
                 **{name: meta[name] for name in _PLAIN},
             )
             if state.plan.root() is not None:
@@ -302,7 +318,16 @@ class RunState:
             attempt=self.attempt,
             ended_early=self.ended_early,
             notices=self.notices,
+            public_start=self.public_start,
         )
+
+
+def _start(run_dir: Path, initial: Callable[[], np.ndarray]) -> np.ndarray:
+    """Where the run's adapter began, as its folder keeps it; else made again."""
+    try:
+        return _read(_folder(run_dir) / _START).adapter
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        return initial()
 
 
 def _with_local(saved: Checkpoint, run_dir: Path) -> dict[str, Any]:
@@ -321,7 +346,8 @@ def _same_config(saved: dict[str, Any], config: Config) -> None:
     now = json.loads(json.dumps(asdict(config)))
 
     def differences(a: Any, b: Any, prefix: str) -> list[str]:
-        if isinstance(a, dict) and isinstance(b, dict):
+        if isinstance(a, dict) or isinstance(b, dict):
+            a, b = a or {}, b or {}  # an earlier version had no such group
             return [
                 d
                 for key in sorted({*a, *b})
@@ -372,6 +398,16 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         ResourceError: it cannot be written; the one before is intact.
     """
+    folder = _folder(run_dir)
+    path = folder / f"round-{checkpoint.round:06d}.ckpt"
+    _write(path, checkpoint)
+    for old in [*_files(run_dir)[KEEP:], *folder.glob(".round-*.tmp")]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def _write(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes one file, durably. Raises `ResourceError` if it cannot."""
     meta = {"run": checkpoint.run, "round": checkpoint.round, "meta": checkpoint.meta}
     buffer = io.BytesIO()
     arrays = {f"optimizer.{name}": value for name, value in checkpoint.optimizer.items()}
@@ -384,12 +420,7 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     )
     payload = buffer.getvalue()
     header = {"format": FORMAT, "length": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
-    folder = _folder(run_dir)
-    path = folder / f"round-{checkpoint.round:06d}.ckpt"
     write_durably(path, json.dumps(header).encode() + b"\n" + payload)
-    for old in [*_files(run_dir)[KEEP:], *folder.glob(".round-*.tmp")]:
-        old.unlink(missing_ok=True)
-    return path
 
 
 def _read(path: Path) -> Checkpoint:

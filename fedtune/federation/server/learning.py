@@ -32,8 +32,8 @@ def most_void(state: RunState, dynamic: bool) -> int:
     return 1
 
 
-def check_learned(state: RunState, start: np.ndarray, config: Config) -> None:
-    """Checks that a run whose rounds are over has moved its adapter from its `start`, float32 [P].
+def check_learned(state: RunState, config: Config) -> None:
+    """Checks that a run whose rounds are over has moved its adapter from where it began.
 
     Raises:
         FederationError: it has not; with the reasons of its last round.
@@ -46,6 +46,7 @@ def check_learned(state: RunState, start: np.ndarray, config: Config) -> None:
             f"federation.min_updates={config.federation.min_updates} usable updates, and what they released "
             f"stays charged. {reasons}"
         )
+    start = state.start
     moved = float(np.abs(state.optimizer.result(state.adapter) - start).max(initial=0.0))
     if moved <= LEAST_MOVE * max(1.0, float(np.abs(start).max(initial=0.0))):
         raise FederationError(

@@ -40,7 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedtune.config.choices import resolved
+from fedtune.config.choices import resolved, tests_openly
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError
 from fedtune.federation.events import (
@@ -82,6 +82,10 @@ class ServerSide(Protocol):
 
     def initial(self) -> np.ndarray:
         """The adapter that a run starts from, float32 [P]."""
+
+    def public_facts(self) -> dict[str, Any]:
+        """Which public texts that adapter was trained on, fit for JSON; asked where `public.path` names
+        some."""
 
     def head(self) -> np.ndarray:
         """Which of the adapter's numbers are the classifier's, bool [P]; only asked where the plan tells them
@@ -225,9 +229,7 @@ def _rounds(
         last = state.round == num_rounds or state.ended_early is not None
         too_many = void_rounds >= most_void(state, setting.dynamic) and state.ended_early is None
         if last and not too_many:
-            check_learned(
-                state, setting.server_side.initial(), config
-            )  # before a charge for telling how good nothing is
+            check_learned(state, config)  # before a charge for telling how good nothing is
         evaluation = None
         if not too_many and evaluator.due(state.round, last):
             evaluation = _evaluate(setting, evaluator, state, roster)
@@ -242,7 +244,7 @@ def _rounds(
             raise too_many_void_rounds(void_rounds, outcome, config, setting.run_dir, state.round)
 
     # 9. Evaluate the last state, unless that is known, and hand over the result.
-    check_learned(state, setting.server_side.initial(), config)
+    check_learned(state, config)
     if evaluation is None and evaluator.due(state.round, last=True):
         evaluation = _evaluate(setting, evaluator, state, roster)
         state.save(setting.run_dir, config)
@@ -290,12 +292,15 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
             stop=setting.stop, deadline=dynamic, observer=setting.observer,
         )  # fmt: skip
         adapter, optimizer = server_side.initial(), server_optimizer(config)
-        state = RunState(run, plan, adapter, optimizer, attempt, server_side.digest(), nodes=nodes)
+        state = RunState(run, plan, adapter, optimizer, attempt, server_side.digest(), adapter, nodes=nodes)
+        if config.public.path is not None:
+            state.public_start = _public_start(config, server_side, adapter)
+            state.save_start(run_dir)
         if plan.root() is not None:
             state.correlated = CorrelatedRounds.start(run_dir, state.run, plan, adapter.size)
         state.save(run_dir, config)
     else:
-        state = RunState.restore(run_dir, config, attempt)
+        state = RunState.restore(run_dir, config, attempt, server_side.initial)
         if state.encoder != server_side.digest():
             raise CheckpointError(
                 f"The run in {run_dir} began with another encoder than {config.model.name!r} is now: the "
@@ -308,9 +313,10 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
     state.dropped += unknown + refused
     sizes = {node.name: node.declared_size for node in state.nodes}
     if (share := setting.damping(state.plan, sizes, state.adapter)) < 1.0:
+        knows = "the classes' names" if config.public.path is None else "public texts"
         state.notices.append(
             f"Noise is so heavy for so many classes that a step takes {share:g} of the rate: the result is "
-            "close to the start by the classes' names. With train.damped=false it takes all of it."
+            f"close to the start by {knows}. With train.damped=false it takes all of it."
         )
     for notice in state.notices:
         _log.warning("%s", notice)
@@ -328,6 +334,12 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         stop=setting.stop,
     )
     return state, roster
+
+
+def _public_start(config: Config, server_side: ServerSide, start: np.ndarray) -> dict[str, Any]:
+    """What a record says of a start on public texts; with its accuracy, where the server tests."""
+    accuracy = server_side.evaluate(start).accuracy if tests_openly(config) else None
+    return {**server_side.public_facts(), "accuracy": accuracy}
 
 
 def _agreed_again(

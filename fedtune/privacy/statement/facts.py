@@ -17,7 +17,7 @@ audited, bounds, violated} or null), `privacy.cautions` (a list of texts, from t
 `privacy.max_colluders`, `privacy.epsilon_towards_nodes` and `privacy.epsilon_towards_server` (trust
 distributed),
 `privacy.adaptive_clipping` (trust central), `privacy.matrix` ({num_rounds, bands, min_separation} of dp_ftrl,
-or null), `data.name`.
+or null), `data.name`, `data.public_start` (null, or which public texts the model learnt from first).
 What a record lacks is stated as unknown, never made up.
 """
 

@@ -58,6 +58,8 @@ def outline(
     what = f"{kind} ({coded(name)})" if name else kind
     holders = "one node holds" if nodes == 1 else f"{nodes} nodes hold"
     trained = f"A text classifier was trained on {what} that {holders}"
+    if start := _public_start(record):
+        trained += f" (after {start['texts']:,} public texts, which nothing protects)"
     if absent:
         trained += f" (and without {few([coded(one) for one in absent])}, which took no part)"
     if not was_trained(privacy):
@@ -191,6 +193,7 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         "length, who takes part.",
         *([] if privacy.get("evaluation") and epsilon is not None else [unnoised]),
         "The pretrained encoder: what it has learnt from its own training data.",
+        *_start_not_covered(record),
         "Choice of settings. If this run was picked among several because its result was good, the choice "
         "itself leaks (Papernot and Steinke 2022), and this run's epsilon alone understates: the tables of "
         "other uses below count all runs that the ledgers know.",
@@ -229,6 +232,24 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
         )
     lines.append(f"Floating-point arithmetic: {kind.arithmetic}")
     return lines
+
+
+def _public_start(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the model learnt from before the nodes' texts; None if it was nothing."""
+    found: Mapping[str, Any] | None = (record.get("data") or {}).get("public_start")
+    return found
+
+
+def _start_not_covered(record: Mapping[str, Any]) -> list[str]:
+    start = _public_start(record)
+    if start is None:
+        return []
+    return [
+        f"What the model started from: {start['texts']:,} labelled texts that whoever started the run "
+        f"declared public (SHA-256 of their file: {start['digest'][:16]}). The server learnt from them before "
+        "the first round, without noise. A node's text is protected as it is said here, unless it is in that "
+        "file too."
+    ]
 
 
 def _times(epsilon: float) -> str:

@@ -346,7 +346,7 @@ def test_what_is_kept_of_answers_does_not_say_who_answered_first(monkeypatch: py
             monkeypatch.setattr(module, "exchange", lambda *_, came=came, **__: iter(came))
             monkeypatch.setattr(module, "make_messages", lambda *_, **__: [])
         adapter = np.zeros(3, np.float32)
-        state = RunState("r", plan, adapter, cast(Any, None), 1, "fake", nodes=nodes)
+        state = RunState("r", plan, adapter, cast(Any, None), 1, "fake", adapter, nodes=nodes)
         ask = cast(Any, SimpleNamespace(run="r", round=1, attempt=1, plan=plan, nodes=nodes, timeout=1.0,
                                         stop=None, deadline=False, adapter=adapter))  # fmt: skip
         outcome = evaluation.NodesEvaluator(plan, 1).evaluate(grid, ask, [], NullObserver())
