@@ -69,6 +69,17 @@ def make_data(folder: Path, n: int = 160) -> Path:
     return folder
 
 
+def make_public(path: Path, n: int = 40) -> Path:
+    """A file of `n` labelled texts, none of which is in `make_data`."""
+    with path.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["text", "label"])
+        for i in range(n):
+            word = (GOOD if i % 2 else BAD)[i // 2 % 5]
+            writer.writerow([f"public{i} {OTHER[i % 10]} {word}", "positive" if i % 2 else "negative"])
+    return path
+
+
 def make_config(model: Path, data: Path, **changes: Any) -> Config:
     """A complete configuration; `changes` are `section__field=value` or top-level fields.
 

@@ -331,8 +331,8 @@ def _refuse_kinds(table: Table, column: str, setting: str, rows: Iterable[int]) 
         several = " Several labels a record (multi-label) are not supported." if setting == "label" else ""
         raise DataError(
             f"Column {column!r} of {table.where} ({table.group}.{setting}) holds a {' and a '.join(kinds)} "
-            f"in {len(wrong)} records ({_rows(wrong)}), and each record has {what}.{several} Give each record "
-            f"one, or name another column in {table.group}.{setting}."
+            f"in {len(wrong)} records ({_rows(wrong)}), and each record has {what}.{several} Give each "
+            f"record one, or name another column in {table.group}.{setting}."
         )
     if half:
         raise _half_characters(table, column, half)
@@ -413,7 +413,7 @@ def _names(table: Table, column: str | None, setting: str, keep: list[int]) -> S
         what = "which person they belong to" if setting == "unit" else "which site they come from"
         raise DataError(
             f"{len(missing)} of {len(values)} records of {table.where} do not say {what}: column {column!r}"
-            f" ({table.group}.{setting}) is empty in {_rows(missing)}. Fill it or remove these records; fedtune"
-            " does not guess."
+            f" ({table.group}.{setting}) is empty in {_rows(missing)}. Fill it or remove these records;"
+            " fedtune does not guess."
         )
     return np.array([_key(values[i]) for i in keep])

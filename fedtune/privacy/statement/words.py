@@ -246,9 +246,9 @@ def _start_not_covered(record: Mapping[str, Any]) -> list[str]:
         return []
     return [
         f"What the model started from: {start['texts']:,} labelled texts that whoever started the run "
-        f"declared public (SHA-256 of their file: {start['digest'][:16]}). The server learnt from them before "
-        "the first round, without noise. A node's text is protected as it is said here, unless it is in that "
-        "file too."
+        f"declared public (SHA-256 of their file: {start['digest'][:16]}). The server learnt from them "
+        "before the first round, without noise. A node's text is protected as it is said here, unless it is "
+        "in that file too."
     ]
 
 
