@@ -74,7 +74,7 @@ def train_head(
         loss = functional.cross_entropy(model.base.classifier(inputs), labels)
         for parameter, at in zip(parameters, before, strict=True):
             loss = loss + _PULL * (parameter - at).square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return _checked(model)
 
@@ -120,7 +120,7 @@ def train_inside(
             logits = model.logits(arguments, train.precision, None)[: len(records)]
             wanted = torch.from_numpy(texts.labels[records]).to(model.device)
             loss = functional.cross_entropy(logits, wanted, reduction="sum") / len(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         optimizer.step()
         if progress is not None:
             progress(min(n, (step + 1) * n // steps), n)

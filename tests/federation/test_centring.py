@@ -287,12 +287,19 @@ def test_the_server_makes_a_centre_of_the_first_aggregate() -> None:
     mean = np.array([0.3, -0.4, 0.1])
     noise = plan.mechanism.noise_on_average(plan, {"a": 1000, "b": 1000}) / 0.5
     aggregate = np.concatenate([np.full(4, 9.0), -0.5 * mean])
-    before = np.arange(7, dtype=np.float32)
+    before = np.array([0, 1, 2, 3, 0, 0, 0], dtype=np.float32)
     sizes = {"a": 1000, "b": 1000}
     first = next_adapter(optimizer, before, aggregate, plan, 1, sizes, 3)
     np.testing.assert_allclose(first[4:], mean * (1 - 3 * noise**2 / 0.26), rtol=1e-6)
     np.testing.assert_array_equal(first[:4], before[:4])
     assert optimizer.state_dict() == {}  # it begins with the next
+    # A centre that public texts have set is moved by what is not noise of the way to the private one.
+    known = np.concatenate([before[:4], mean + np.array([0.1, 0.0, 0.0])]).astype(np.float32)
+    nearer = next_adapter(optimizer, known, aggregate, plan, 1, sizes, 3)
+    moved = 0.1 * (1 - 3 * noise**2 / 0.01)
+    np.testing.assert_allclose(nearer[4:], mean + np.array([0.1 - moved, 0.0, 0.0]), rtol=1e-5)
+    there = np.concatenate([before[:4], mean + np.array([0.5 * noise, 0.0, 0.0])]).astype(np.float32)
+    assert next_adapter(optimizer, there, aggregate, plan, 1, sizes, 3).tobytes() == there.tobytes()
     second = next_adapter(optimizer, first, aggregate, plan, 2, sizes, 3)
     np.testing.assert_allclose(second[:4] - first[:4], 0.1, rtol=1e-5)
     np.testing.assert_array_equal(second[4:], first[4:])

@@ -77,14 +77,14 @@ class Columns:
             DataError: the label is the text or the person itself.
         """
         named = (data.text, data.label, data.text_pair, data.unit, data.site)
-        text, label, *others = (name.strip() if name else None for name in named)
-        for setting, column in (("text", text), ("unit", others[1])):
+        text, label, pair, unit, site = (name.strip() if name else None for name in named)
+        for setting, column in (("text", text), ("unit", unit)):
             if column == label:
                 raise DataError(
                     f"{group}.label and {group}.{setting} both name column {label!r}: what is to be told is "
                     f"then what it is told from. Name the column that holds the labels in {group}.label."
                 )
-        return cls(str(text), str(label), *others, group)
+        return cls(str(text), str(label), pair, unit, site, group)
 
     def used(self) -> dict[str, str]:
         """Setting -> column name, of those that are set."""

@@ -6,7 +6,7 @@ r"""What is a start on public texts worth? Some of the training texts are taken 
 
 FOLDER holds banking77, clinc150 and sms_spam, each with train.csv and test.csv. A cell has a number of public
 texts a class (0: none), which the seed chooses. What remains of train.csv, without the texts that are among
-the public ones too, is federated: the same with and without the start, so that the two differ in nothing else.
+the public ones too, is federated: the same with and without the start, so that nothing else differs.
 `weak`: the public texts are labelled by the class whose name is nearest, as the frozen encoder sees both, and
 not by a person. No setting of training is given.
 """
