@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOTE",
     "RunLost",
+    "as_told",
     "report_statement",
     "run",
     "run_number_in",
@@ -71,7 +72,6 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         FedtuneError: as `fedtune.federation.server.loop.run_rounds`.
     """
     from fedtune.config.convert import changes_to_json
-    from fedtune.config.schema import PublicConfig, TrackerConfig
     from fedtune.federation.events import Observers, SafeObserver, StoppingObserver
     from fedtune.federation.run_folder import lock_folder
     from fedtune.federation.server.checkpoint import has_checkpoint
@@ -82,21 +82,11 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
             "engine.name=deployment needs engine.server=FOLDER; `fedtune submit FOLDER` sets both."
         )
     server = Server.of(Path(config.engine.server))
-    # Without what is the operator's own: folders, the tracker, the public file. No node needs that one: what
-    # it taught is in the adapter that they are asked to train.
-    sent = dataclasses.replace(
-        config,
-        output=None,
-        resume=None,
-        engine=dataclasses.replace(config.engine, server=None),
-        tracker=TrackerConfig(),
-        public=PublicConfig(),
-    )
     with lock_folder(run_dir):
         pass  # not in use: what its last run left at the server may be stopped
     for _ in range(_MAX_RUNS):
         try:
-            with submitted_run(server, changes_to_json(sent), run_dir, SafeObserver(observer)) as (
+            with submitted_run(server, changes_to_json(as_told(config)), run_dir, SafeObserver(observer)) as (
                 grid,
                 lost,
             ):
@@ -120,6 +110,22 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
     raise FederationError(
         f"The server {server.address} ended the run {_MAX_RUNS} times. Finished rounds are saved; when its "
         "own log has said why, go on with `fedtune submit DIR resume=RUN_DIR`."
+    )
+
+
+def as_told(config: Config) -> Config:
+    """What server and nodes are told of `config`: not what is the operator's own (folders, the tracker, the
+    file of public texts). No node needs that file: what it taught is in the adapter that nodes are sent.
+    """
+    from fedtune.config.schema import PublicConfig, TrackerConfig
+
+    return dataclasses.replace(
+        config,
+        output=None,
+        resume=None,
+        engine=dataclasses.replace(config.engine, server=None),
+        tracker=TrackerConfig(),
+        public=PublicConfig(),
     )
 
 

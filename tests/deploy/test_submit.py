@@ -28,6 +28,8 @@ from flwr.proto.runtime_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
+from fedtune.config.convert import changes_to_json, config_from_json
+from fedtune.config.loader import load
 from fedtune.deploy import client, message_loop, submit
 from fedtune.deploy.client import Server, status
 from fedtune.deploy.provision import provision
@@ -91,6 +93,17 @@ def number(run_dir: Path) -> str:
 def stop(running: Running, run: str) -> None:
     with running.server.client(ControlHttpClient) as control:
         control.StopRun(StopRunRequest(run_id=int(run)))
+
+
+def test_nodes_are_told_the_run_and_not_where_its_operator_has_what() -> None:
+    words = ["privacy.epsilon=2", "adapter=head"]
+    config = load(
+        [*words, "public.path=/mine/public.csv", "public.label=mood", "tracker.folder=/mine/tracks"]
+    )
+    text = changes_to_json(submit.as_told(config))
+    assert "mine" not in text and "mood" not in text
+    plain = load(words)
+    assert config_from_json(text) == plain and plain.train.damped  # as a start by names is
 
 
 @pytest.mark.slow
