@@ -97,8 +97,6 @@ _TIME = local("how long it took depends on what was drawn")
 _USED = local("what it took of the machine depends on what was drawn")
 _KEY = public("fresh randomness, or made of it alone")
 
-_START = public("of a file that was declared public, and of a test that the server may make without noise")
-
 _PLACE: Fields = {"version": _NAME, "run": _NAME, "round": _COUNT, "attempt": _COUNT}
 _ANSWER: Fields = {
     **_PLACE,
@@ -145,7 +143,7 @@ _DATA: Fields = {
     "declared_sizes": public("declared by the owners, or a count that was noised and charged"),
     "test_records": public("of a public test split"),
     "notes": local("what was found while reading the records"),
-    "public_start": _START,
+    "public_start": _QUALITY,
 }
 _FEDERATION: Fields = {
     **dict.fromkeys(("nodes", "rounds", "cohort_size"), _COUNT),
@@ -184,11 +182,9 @@ _METRICS: Fields = {
     **dict.fromkeys(("accuracy", "precision_macro", "recall_macro", "f1_macro", "loss"), _QUALITY),
     **dict.fromkeys(("per_site", "personal", "evaluation"), _QUALITY),
     "chance": public("one over the number of declared labels"),
-    "majority_rate": public("of a public test split"),
-    "num_records": public("of a public test split"),
+    **dict.fromkeys(("majority_rate", "num_records"), public("of a public test split")),
     **_below("by_round.*", _ROUND),
-    "by_round.*.seconds": _TIME,
-    "by_round.*.train_seconds": _TIME,
+    **dict.fromkeys(("by_round.*.seconds", "by_round.*.train_seconds"), _TIME),
 }
 _COST: Fields = {
     **dict.fromkeys(("seconds", "train_seconds"), _TIME),
@@ -307,7 +303,7 @@ SINKS: Mapping[str, Fields] = {
         "flops": _USED,
         "notices": _FEDERATION["notices"],
         "ended_early": _REASON,
-        "public_start": _START,
+        "public_start": _DATA["public_start"],
     },
     "history": {
         "run": _NAME,
