@@ -143,7 +143,7 @@ _DATA: Fields = {
     "declared_sizes": public("declared by the owners, or a count that was noised and charged"),
     "test_records": public("of a public test split"),
     "notes": local("what was found while reading the records"),
-    "public_start": _QUALITY,
+    "public_start": public("of a file that was declared public; its accuracy as that of the run"),
 }
 _FEDERATION: Fields = {
     **dict.fromkeys(("nodes", "rounds", "cohort_size"), _COUNT),
