@@ -28,6 +28,7 @@ HEAD_NORM = (
 # What an accountant can still tell apart. Below, nobody is protected; above, nothing is learnt.
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 1e6
 _MOST_STEPS = 10**9
+_LEAST_NORM = 1e-20  # far below it the parts of a gradient are too small for float32, and round up beyond it
 _MOST_APART = 1000.0  # of max_grad_norm to head_norm, and back: the head is scaled by it, and so is its noise
 _MOST_COUNT = 10**18
 
@@ -155,6 +156,12 @@ def validate(plan: PrivacyPlan) -> None:
             setting="privacy.noise_multiplier",
         )
     _validate_extent(plan)
+    if norm < _LEAST_NORM:
+        raise PrivacyError(
+            f"privacy.max_grad_norm is {norm:g}, and must be at least {_LEAST_NORM:g}: what is clipped to "
+            "less is rounded, and no bound any more.",
+            setting="privacy.max_grad_norm",
+        )
     if math.isinf(norm):
         raise PrivacyError(
             "privacy.max_grad_norm must be finite: without a bound no noise is enough.",

@@ -16,7 +16,7 @@ from torch import nn
 
 from fedtune.config.schema import TrainConfig
 from fedtune.data.corpus import Shard
-from fedtune.errors import PreflightError
+from fedtune.errors import PreflightError, PrivacyError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
 from fedtune.models.merged_layers import MergedLayers
@@ -587,6 +587,15 @@ def test_a_person_whose_texts_pull_against_one_another_adds_at_most_a_tiny_clip(
         model.set_vector(np.append(np.zeros(model.num_parameters - 2), [step * 1e-10, -step * 1e-10]))
         added = np.linalg.norm(compute(model, shard, [0, 1], plan, [0, 0]))
         assert added <= plan.max_grad_norm * (1 + 1e-6)
+
+
+def test_at_the_smallest_norm_that_a_plan_may_have_a_unit_is_still_clipped() -> None:
+    """In float32 what is clipped to 1e-43 is rounded to twice of that, and a server chooses the norm."""
+    for numbers in (1, 200, 5000, 74_000):
+        (total,) = clip_and_sum([torch.ones(1, numbers)], make_plan(max_grad_norm=1e-20), [False])
+        assert np.linalg.norm(total.double().numpy()) <= 1e-20 * (1 + 1e-5)
+    with pytest.raises(PrivacyError, match=r"max_grad_norm is 1e-43, and must be at least 1e-20"):
+        make_plan(max_grad_norm=1e-43)
 
 
 def test_hooks_are_set_up_where_they_are_needed(

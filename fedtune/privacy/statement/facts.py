@@ -287,8 +287,8 @@ def _guarantee(facts: Mapping[str, Any]) -> list[str]:
         return [*lines, "Epsilon: none. There is no guarantee; formally, epsilon is infinite."]
     lines += [
         f"**Epsilon {accounting['epsilon']:.4g} at delta {accounting['delta']:.3g}**, "
-        f"{accounting['kind']} ({accounting['accountant']}); the largest over all nodes, since their data is "
-        "disjoint. It is that of one run whose plan was fixed before its first release.",
+        f"{accounting['kind']} ({accounting['accountant']}); the largest over all nodes, each for its own "
+        "data. It is that of one run whose plan was fixed before its first release.",
         f"By Renyi DP, a looser method and independent code: epsilon {_shown(accounting['epsilon_rdp'])}.",
         f"As zero-concentrated DP: rho {_shown(accounting['zcdp_rho'])} ({accounting['zcdp_is']}). As "
         f"Gaussian DP: mu {_shown(accounting['gdp_mu'])} ({accounting['gdp_is']}).",
