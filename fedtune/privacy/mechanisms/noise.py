@@ -99,11 +99,11 @@ class Entropy:
         return self._generators[purpose].integers(0, 2**64, size=count, dtype=np.uint64)
 
     def bernoulli(self, size: int, probability: float) -> npt.NDArray[np.bool_]:
-        """bool [size], each True with `probability` (to within 2^-53), independent of the others."""
+        """bool [size], each True with `probability`, or up to 2^-53 less and never more, independently."""
         if not 0.0 <= probability <= 1.0:
             raise ValueError(f"probability must lie in [0, 1], not {probability}")
         words = self.words(size, "sampling")
-        drawn: npt.NDArray[np.bool_] = (words >> np.uint64(11)) < np.uint64(math.ceil(probability * 2.0**53))
+        drawn: npt.NDArray[np.bool_] = (words >> np.uint64(11)) < np.uint64(math.floor(probability * 2.0**53))
         return drawn
 
     def permutation(self, size: int) -> IntArray:

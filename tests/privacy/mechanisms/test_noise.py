@@ -140,10 +140,13 @@ def test_gaussians_are_those_of_box_muller_on_the_words_that_were_read(
 
 
 def test_an_event_is_drawn_up_to_its_probability_and_not_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 0.3 lies half way between two multiples of 2^-53: the event is the larger of the two intervals.
-    last = math.floor(0.3 * 2**53)
-    Tape(monkeypatch, special=tuple(k << 11 for k in (0, last, last + 1)))
+    # 0.3 lies half way between two multiples of 2^-53: the event is the smaller of the two intervals, for
+    # whoever is drawn more often than is accounted is protected less.
+    first = math.floor(0.3 * 2**53)
+    Tape(monkeypatch, special=tuple(k << 11 for k in (0, first - 1, first)))
     assert Entropy.system().bernoulli(3, 0.3).tolist() == [True, True, False]
+    Tape(monkeypatch, special=(0,))  # 1e-20 is far below one word in 2^53
+    assert not Entropy.system().bernoulli(1, 1e-20).any()
     # A multiple of 2^-53: exactly as many words as the probability says, the low 11 bits do not count.
     Tape(monkeypatch, special=((2**51 << 11) - 1, 2**51 << 11))
     assert Entropy.system().bernoulli(2, 0.25).tolist() == [True, False]
