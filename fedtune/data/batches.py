@@ -23,7 +23,7 @@ import numpy.typing as npt
 from fedtune.data.corpus import Int64Array, TokenizedCorpus
 from fedtune.data.windows import Windows
 
-__all__ = ["MicroBatch", "micro_batches", "pad"]
+__all__ = ["LENGTH_STEP", "MicroBatch", "micro_batches", "pad"]
 
 LENGTH_STEP = 8
 LEAST_ROWS = 8

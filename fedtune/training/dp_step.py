@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtune.data.batches import MicroBatch
+from fedtune.data.batches import LENGTH_STEP, MicroBatch
 from fedtune.errors import PreflightError
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features
@@ -51,6 +51,7 @@ _Result = TypeVar("_Result")
 _ROWS = 4096  # of a head's batch at once
 _PAIRED = 1024  # of them where records of one unit are paired, of whole units
 _BLOCK = 1 << 25  # numbers of units' summed gradients in memory at once; bounds it, and changes nothing else
+_MOST_AT_ONCE = 1 << 27  # numbers of a micro-batch's gradients; so are these
 
 
 def clip_and_sum(gradients: Sequence[Tensor], plan: PrivacyPlan, heads: Sequence[bool]) -> list[Tensor]:
@@ -104,7 +105,10 @@ def _of_micro_batches(
         gradients += [torch.zeros(batch.rows, p.numel(), device=model.device) for p in model.centre.values()]
         return then(batch.records, [g[: len(rows)] for g in gradients])
 
-    batches = features.batches(records, micro_batch_tokens)
+    # Each row has a gradient of its own. Bounded by the model, or memory would grow with how many texts are
+    # short, and a server that asks for much at once could see where a node runs out of it.
+    most = LENGTH_STEP * max(1, _MOST_AT_ONCE // model.num_parameters)
+    batches = features.batches(records, min(micro_batch_tokens, most))
     return model.each("train", work, batches, layers)
 
 

@@ -598,6 +598,26 @@ def test_at_the_smallest_norm_that_a_plan_may_have_a_unit_is_still_clipped() -> 
         make_plan(max_grad_norm=1e-43)
 
 
+def test_memory_does_not_grow_with_how_many_texts_are_short(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that asks for much at once would see where a node runs out of it."""
+    model, shard, rows = load(tiny_bert), make_shard(), list[int]()
+    real = dp_step.example_gradients
+
+    def noting(*about: Any) -> list[torch.Tensor]:
+        rows.append(len(about[2]))
+        return real(*about)
+
+    monkeypatch.setattr(dp_step, "example_gradients", noting)
+    whole = compute(model, shard, list(range(12)), make_plan())
+    assert max(rows) > 2
+    rows.clear()
+    monkeypatch.setattr(dp_step, "_MOST_AT_ONCE", 2 * model.num_parameters)
+    assert near(compute(model, shard, list(range(12)), make_plan()), whole)
+    assert max(rows) <= 2
+
+
 def test_hooks_are_set_up_where_they_are_needed(
     tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
