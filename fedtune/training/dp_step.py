@@ -163,7 +163,10 @@ def _head_sum(
             error -= label_smoothing / classes
             error[np.arange(len(rows)), features.corpus.labels[rows]] -= 1.0 - label_smoothing
             squares = np.square(error).sum(1) * (np.square(inputs).sum(1) + 1.0)
-            if whose is not None:
+            if whose is not None and len(rows) > _PAIRED:  # of one unit, whose pairs would fill the memory
+                whole = error.T @ inputs
+                squares = np.square(whole).sum(keepdims=True).ravel() + np.square(error.sum(0)).sum()
+            elif whose is not None:
                 products = (error @ error.T) * (inputs @ inputs.T + 1.0)
                 products = np.where(whose[:, None] == whose, products, 0.0)
                 # Where a unit's records pull against one another little is left of large products but their

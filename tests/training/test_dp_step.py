@@ -498,7 +498,7 @@ def by_hooks(
 
 
 @pytest.mark.parametrize("clip", [0.05, 1.0, 1e6])
-@pytest.mark.parametrize(("rows", "smoothing"), [(5, 0.0), (4096, 0.2)])
+@pytest.mark.parametrize(("rows", "smoothing"), [(3, 0.0), (5, 0.0), (4096, 0.2)])
 @pytest.mark.parametrize("persons", [None, 3])
 def test_a_heads_closed_form_is_the_sum_of_opacus_gradients(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, clip: float, rows: int, smoothing: float,
