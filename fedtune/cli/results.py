@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -110,13 +111,18 @@ def predict(
         columns = (column or "text", pair_column or own.columns[1])
     elif file is not None:
         columns = columns_of(run_dir, column, pair_column)
-    asked: list[Asked] = [] if file is None else read_texts(file, *columns)
+    asked: list[Asked] = []
     for text in given:
         asked += _lines_of(sys.stdin) if text == "-" else [text]
+    records = iter(asked) if file is None else read_texts(file, *columns)
+    first = list(itertools.islice(records, 1))  # a file that cannot be read is said before a model is loaded
     model: Model | ExportedModel = own or api.load(run_dir, site=site)
     # Of lines and files each has an answer, a blank one too; a blank word on the command line is a mistake.
-    by_line = file is not None or "-" in given
-    found = answers(model, asked, progress("texts", len(asked))) if by_line else model.predict(asked)
+    if file is not None or "-" in given:
+        advance = progress("texts", None if file is not None else len(asked))
+        found = answers(model, itertools.chain(first, records), advance)
+    else:
+        found = iter(model.predict(asked))
     if output is not None:
         count = write_answers(output, columns, found)
         print(f"{count:,} answers in {output}", file=sys.stderr)

@@ -113,17 +113,16 @@ def answering(name: str, json: bool) -> Callable[[dict[str, Any], str], None]:
     return say
 
 
-def progress(what: str, whole: int) -> Callable[[int], None]:
-    """Says on a terminal, beside the output, how many of `whole` are done; elsewhere nothing."""
+def progress(what: str, whole: int | None) -> Callable[[int], None]:
+    """Says on a terminal, beside the output, how many of `whole` are done (None: nobody knows how many there
+    are); elsewhere nothing."""
 
     def advance(done: int) -> None:
         if sys.stderr.isatty():
-            print(
-                f"\r{done:,} of {whole:,} {what}",
-                end="\n" if done >= whole else "",
-                file=sys.stderr,
-                flush=True,
-            )
+            of = "" if whole is None else f" of {whole:,}"
+            # What comes next, of which nobody knows whether it is the last, is written over it.
+            end = "\r" if whole is None else "\n" if done >= whole else ""
+            print(f"\r{done:,}{of} {what}", end=end, file=sys.stderr, flush=True)
 
     return advance
 

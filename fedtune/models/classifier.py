@@ -52,6 +52,7 @@ __all__ = [
     "load_base",
     "load_model",
     "load_saved",
+    "read_adapter",
     "read_saved",
 ]
 
@@ -429,11 +430,11 @@ def read_saved(folder: str | Path) -> tuple[ModelConfig, tuple[str, ...]]:
     Raises:
         ModelError: `folder` holds no adapter that fedtune saved.
     """
-    saved = _saved(folder)
+    saved = read_adapter(folder)
     return saved["model"], saved["label_names"]
 
 
-def _saved(folder: str | Path) -> dict[str, Any]:
+def read_adapter(folder: str | Path) -> dict[str, Any]:
     """What `AdaptedModel.save` wrote beside the adapter. Raises `ModelError` if there is none."""
     path = Path(folder) / _BASE
     try:
@@ -463,7 +464,7 @@ def load_base(folder: str | Path, device: str = "auto") -> EncoderClassifier:
         ModelError: `folder` holds no adapter that fedtune saved, or its encoder is not the one that it was
             trained on.
     """
-    saved = _saved(folder)
+    saved = read_adapter(folder)
     model: ModelConfig = saved["model"]
     encoder = load_encoder(model, select_device(device), pairs=saved["pairs"])
     if saved["digest"] not in ("", encoder.digest):

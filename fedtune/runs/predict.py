@@ -206,16 +206,22 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
     folder, finished = record.run_folder(path), record.read(path)
     adapter = adapter_of(folder, finished, site)
     from fedtune.config.schema import DataConfig
-    from fedtune.models.classifier import load_saved, read_saved
-    from fedtune.models.encoder import load_tokenizer
+    from fedtune.models.plain import load_plain
 
-    module = load_saved(adapter, device)
-    tokenizer, _ = load_tokenizer(read_saved(adapter)[0])
+    module, tokenizer = load_plain(adapter, device) or _long_way(adapter, device)
     known = finished["config"]["data"]
     # Records of earlier versions lack the last two.
     seen = {name: known[name] for name in ("max_length", "long_text", "max_windows") if name in known}
     columns = known.get("text") or "text", known.get("text_pair")
     return Model(folder, finished["data"]["labels"], module, tokenizer, DataConfig(**seen), columns)
+
+
+def _long_way(adapter: Path, device: str) -> tuple[Any, Any]:
+    """The model and its tokenizer as transformers and PEFT make them."""
+    from fedtune.models.classifier import load_saved, read_saved
+    from fedtune.models.encoder import load_tokenizer
+
+    return load_saved(adapter, device), load_tokenizer(read_saved(adapter)[0])[0]
 
 
 def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = None) -> Path:
@@ -322,29 +328,36 @@ def _whole(asked: Asked) -> bool:
     return all(text.strip() for text in (asked if isinstance(asked, tuple) else (asked,)))
 
 
-def read_texts(path: Path, column: str, pair: str | None = None) -> list[Asked]:
-    """The texts in a column of a file, one a record, or pairs of two columns; what is no text is blank.
+def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Asked]:
+    """The texts in a column of a file, one a record as they are read, or pairs of two columns.
+
+    What is no text is blank.
 
     Raises:
-        DataError: there is no such file or column, or it cannot be read.
+        DataError: there is no such file or column, or it cannot be read; wherever that is met in reading on.
         ResourceError: it may not be read.
     """
     from fedtune.config.schema import DataConfig
-    from fedtune.data.sources.columns import Columns
-    from fedtune.data.sources.files import find_split, read_table
+    from fedtune.data.sources.files import find_split, open_records
 
     file = find_split(DataConfig(path=str(path)), "train_split")
-    table = read_table(file, Columns(text=column, label=column, text_pair=pair))
-    found = []
-    for name, option in ((column, "--column"), (pair, "--pair-column")):
-        if name is not None and name not in table.columns:
-            raise DataError(
-                f"{file} has no column {name!r}; its columns are: "
-                f"{', '.join(map(repr, table.columns))[:300]}. Name the one that holds the texts by {option}."
-            )
-        if name is not None:
-            found.append([value if isinstance(value, str) else "" for value in table.columns[name]])
-    return list(found[0] if pair is None else zip(*found, strict=True))
+    asked = {"--column": column.strip()} | ({} if pair is None else {"--pair-column": pair.strip()})
+
+    def refuse_missing(header: Sequence[str]) -> None:
+        for option, name in asked.items():
+            if name not in header:
+                raise DataError(
+                    f"{file} has no column {name!r}; its columns are: "
+                    f"{', '.join(map(repr, header))[:300]}. Name the one that holds the texts by {option}."
+                )
+
+    with open_records(file, asked) as found:
+        if found.complete:
+            refuse_missing(found.header)
+        for row in found.rows:
+            texts = [value if isinstance(value, str) else "" for value in row]
+            yield texts[0] if pair is None else (texts[0], texts[-1])
+        refuse_missing(found.header)
 
 
 def write_answers(path: Path, columns: tuple[str, str | None], found: Iterable[Prediction]) -> int:

@@ -287,13 +287,30 @@ def test_a_node_that_is_told_to_leave_loses_nothing_that_it_was_charged(federati
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+def test_a_site_that_refuses_is_named_and_the_run_is_partial(federation: Federation) -> None:
+    folder = federation.root / "partial"
+    more = [*PRIVATE, "federation.num_rounds=6", "seed=4", f"hydra.run.dir={folder}"]
+    status = federation.run("partial", "submit", federation.server, *federation.settings("public", *more))
+    assert status == 3, federation.log("partial")[-3000:]
+    assert "Partial (exit status 3): clinic-3 took no part." in federation.log("partial")
+    made = record(folder)
+    (absent,) = made["federation"]["left_out"]
+    assert absent["node"] == "clinic-3" and "6 rounds are more than the permitted 5" in absent["reason"]
+    charged = check_books(federation, made["run"]["id"], most=6)
+    assert charged == {"clinic-1": 6, "clinic-2": 6, "clinic-3": 0}
+    statement = (folder / "statement.md").read_text()
+    assert any("clinic-3" in line and "took no part" in line for line in statement.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_run_that_no_site_permits_fails_with_the_reason(federation: Federation) -> None:
-    more = [*PRIVATE, "federation.num_rounds=6", "seed=1"]
+    more = [*PRIVATE, "federation.num_rounds=7", "seed=1"]
     before = [len(federation.site_state(site)[1].releases()) for site in SITES]
     status = federation.run("refused", "submit", federation.server, *federation.settings("public", *more))
     assert status == 1
-    assert "6 rounds are more than the permitted 5" in " ".join(federation.log("refused").split())
+    assert "7 rounds are more than the permitted 6" in " ".join(federation.log("refused").split())
     for site, count in zip(SITES, before, strict=True):
         log, ledger = federation.site_state(site)
         assert len(ledger.releases()) == count
-        assert log.entries()[-1]["event"] == "refused" and "6 rounds" in log.entries()[-1]["reason"]
+        assert log.entries()[-1]["event"] == "refused" and "7 rounds" in log.entries()[-1]["reason"]

@@ -9,33 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedtune.config.schema import AdapterConfig, ModelConfig
+from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models import standalone
 from fedtune.models.adapters import ADAPTERS
-from fedtune.models.classifier import load_model, load_saved
+from fedtune.models.classifier import load_saved
 from fedtune.models.onnx_files import write_fp32, write_int8
 from fedtune.models.quantization import dequantize, quantize, stored_bytes
 from fedtune.serving.classifier import onnx_forward
-
-
-def saved(
-    base: Path,
-    folder: Path,
-    adapter: str,
-    quantization: str = "none",
-    normalize: bool = True,
-    pooling: str = "mean",
-) -> Path:
-    """An adapter folder with random numbers in every parameter, the centre too."""
-    config = ModelConfig(name=str(base), quantization=quantization, normalize=normalize, pooling=pooling)
-    model = load_model(
-        config, AdapterConfig(name=adapter, rank=2), 3, 0, "cpu", ("a", "b", "c"), centred=normalize
-    )
-    noise = np.random.default_rng(1).normal(0, 0.2, model.num_parameters).astype(np.float32)
-    model.set_vector(model.get_vector() + noise)
-    model.save(folder)
-    return folder
+from tests.support.tiny_federation import save_adapter
 
 
 def batch(rows: int = 4, length: int = 9) -> dict[str, torch.Tensor]:
@@ -57,7 +39,7 @@ def logits(model: Any) -> np.ndarray:
 def test_merged_and_bare_adapters_say_the_same(
     families: dict[str, Path], tmp_path: Path, family: str, adapter: str
 ) -> None:
-    folder = saved(families[family], tmp_path / "adapter", adapter)
+    folder = save_adapter(families[family], tmp_path / "adapter", adapter)
     expected = logits(load_saved(folder, "cpu"))
     np.testing.assert_allclose(logits(standalone.merged(folder)), expected, atol=2e-5)
     (tmp_path / "bare").mkdir()
@@ -73,11 +55,11 @@ def test_merged_and_bare_adapters_say_the_same(
 def test_a_compressed_base_is_expanded_to_what_it_stands_for(
     tiny_bert: Path, tmp_path: Path, quantization: str, adapter: str
 ) -> None:
-    folder = saved(tiny_bert, tmp_path / "adapter", adapter, quantization)
+    folder = save_adapter(tiny_bert, tmp_path / "adapter", adapter, quantization)
     merged = standalone.merged(folder)
     np.testing.assert_allclose(logits(merged), logits(load_saved(folder, "cpu")), atol=2e-5)
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
-    plain = saved(tiny_bert, tmp_path / "plain", adapter)
+    plain = save_adapter(tiny_bert, tmp_path / "plain", adapter)
     assert (
         np.abs(logits(merged) - logits(standalone.merged(plain))).max() > 1e-4
     )  # and not to the base itself
@@ -85,14 +67,14 @@ def test_a_compressed_base_is_expanded_to_what_it_stands_for(
 
 @pytest.mark.parametrize(("normalize", "pooling"), [(False, "mean"), (True, "cls"), (False, "cls")])
 def test_other_ways_to_a_texts_vector(tiny_bert: Path, tmp_path: Path, normalize: bool, pooling: str) -> None:
-    folder = saved(tiny_bert, tmp_path / "adapter", "lora", normalize=normalize, pooling=pooling)
+    folder = save_adapter(tiny_bert, tmp_path / "adapter", "lora", normalize=normalize, pooling=pooling)
     merged = standalone.merged(folder)
     np.testing.assert_allclose(logits(merged), logits(load_saved(folder, "cpu")), atol=2e-5)
     assert hasattr(merged, "centring") is normalize
 
 
 def test_a_saved_model_is_read_again(tiny_bert: Path, tmp_path: Path) -> None:
-    model = standalone.merged(saved(tiny_bert, tmp_path / "adapter", "lora"))
+    model = standalone.merged(save_adapter(tiny_bert, tmp_path / "adapter", "lora"))
     model.save_pretrained(tmp_path / "hf")
     assert np.array_equal(logits(standalone.load_merged(tmp_path / "hf")), logits(model))
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"} and model.config.label2id["c"] == 2
@@ -103,7 +85,7 @@ def test_a_saved_model_is_read_again(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_loss_where_labels_are_given(tiny_bert: Path, tmp_path: Path) -> None:
-    model = standalone.merged(saved(tiny_bert, tmp_path / "adapter", "head"))
+    model = standalone.merged(save_adapter(tiny_bert, tmp_path / "adapter", "head"))
     labels = torch.tensor([0, 1, 2, 0])
     found = model(**batch(), labels=labels)
     assert found.loss.item() == pytest.approx(torch.nn.functional.cross_entropy(found.logits, labels).item())
@@ -133,7 +115,7 @@ def onnx_files(families: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     found = {}
     for family, inputs in (("bert", ("input_ids", "token_type_ids", "attention_mask")),
                            ("roberta", ("input_ids", "attention_mask"))):  # fmt: skip
-        folder = saved(families[family], tmp_path_factory.mktemp(family), "lora")
+        folder = save_adapter(families[family], tmp_path_factory.mktemp(family), "lora")
         write_fp32(standalone.merged(folder), inputs, folder / "model.onnx")
         write_int8(folder / "model.onnx", folder / "int8.onnx")
         found[family] = folder

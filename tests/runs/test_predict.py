@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
+import itertools
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +23,7 @@ from fedtune.data.sources.load import load_corpus
 from fedtune.errors import DataError, ModelError, RecordError
 from fedtune.export.export import export
 from fedtune.runs import record as records
-from fedtune.runs.predict import Model, Prediction, load, show
+from fedtune.runs.predict import _CHUNK, Model, Prediction, answers, load, read_texts, show
 from fedtune.runs.run import run
 from tests.support import tiny_federation as tiny
 from tests.support.golden import Golden
@@ -287,3 +290,60 @@ def test_a_column_that_a_file_lacks_is_named_with_those_it_has(
         main(["predict", str(run_dir), "--input", str(tmp_path / "new.csv")])
     assert left.value.code == 1
     assert "has no column 'text'; its columns are: 'note', 'who'" in capsys.readouterr().err
+
+
+def test_a_run_answers_without_the_libraries_that_train(run_dir: Path) -> None:
+    """Their imports took most of the time that a prediction takes."""
+    code = (
+        "import sys\n"
+        "from fedtune.cli.app import main\n"
+        "try:\n"
+        f"    main(['predict', {str(run_dir)!r}, 'the film was good', '--json'])\n"
+        "except SystemExit as left:\n"
+        "    print(left.code, *sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    status, *modules = done.stderr.split()
+    heavy = {"transformers", "peft", "flwr", "opacus", "datasets", "accelerate", "pandas", "sklearn", "scipy"}
+    assert status == "0" and "torch" in modules and not heavy & set(modules)
+    (one,) = json.loads(done.stdout)
+    (wanted,) = predict(run_dir, ["the film was good"])
+    assert one["label"] == wanted.label and one["probability"] == pytest.approx(wanted.probability, abs=1e-6)
+
+
+LAST = {"csv": b"a,b,c,d\n", "jsonl": b"{\n", "tsv": b"a\tb\tc\td\n", "csv.gz": b""}
+
+
+@pytest.mark.parametrize("ending", [*LAST, "parquet"])
+def test_a_file_is_answered_as_it_is_read(run_dir: Path, tmp_path: Path, ending: str) -> None:
+    """What is wrong with its end is met after the answers to its beginning, and leaves no file."""
+    path, rows = tmp_path / f"new.{ending}", 3 * _CHUNK
+    if ending == "parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({"text": [f"good {i}" for i in range(rows)], "who": ["a"] * rows})
+        pq.write_table(table, path, row_group_size=_CHUNK, compression="none", use_dictionary=False)
+        start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+        content = bytearray(path.read_bytes())
+        content[start : start + 40] = b"\xff" * 40
+    elif ending == "jsonl":
+        content = b"".join(b'{"text": "good %d", "who": "a"}\n' % i for i in range(rows)) + LAST[ending]
+    else:
+        by = b"\t" if ending == "tsv" else b","
+        content = (
+            b"text%bwho\n" % by + b"".join(b"good %d%ba\n" % (i, by) for i in range(rows)) + LAST[ending]
+        )
+        content = gzip.compress(content)[:-20] if ending == "csv.gz" else content
+    path.write_bytes(content)
+    said = list[int]()
+    found = answers(load(run_dir, device="cpu"), read_texts(path, "text"), said.append)
+    assert [one.text for one in itertools.islice(found, _CHUNK)] == [f"good {i}" for i in range(_CHUNK)]
+    with pytest.raises(DataError):
+        list(found)
+    assert said[0] == _CHUNK
+    with pytest.raises(SystemExit) as left:
+        main(
+            ["predict", str(run_dir), "--input", str(path), "--output", str(tmp_path / "out" / "answers.csv")]
+        )
+    assert left.value.code == 1 and not list((tmp_path / "out").iterdir())

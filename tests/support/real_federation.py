@@ -84,7 +84,7 @@ class Federation:
             # Public, so that the run without noise is permitted and the budget refuses nothing.
             node["data"] |= {"labels": ["negative", "positive"], "public": True}
             node["permit"] |= {"trust": ["local", "distributed", "none"], "models": [str(self.model)]}
-            node["permit"]["max_rounds"] = 5
+            node["permit"]["max_rounds"] = 5 if site == SITES[-1] else 6
             node["limits"]["threads"] = 1
             path.write_text(yaml.safe_dump(node))
             enrol(self.server, make_key(read_site(path))[0])

@@ -52,6 +52,29 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def save_adapter(
+    base: Path | str,
+    folder: Path,
+    adapter: str,
+    quantization: str = "none",
+    normalize: bool = True,
+    pooling: str = "mean",
+) -> Path:
+    """An adapter folder with random numbers in every parameter, the centre too."""
+    import numpy as np
+
+    from fedtune.models.classifier import load_model
+
+    config = ModelConfig(name=str(base), quantization=quantization, normalize=normalize, pooling=pooling)
+    model = load_model(
+        config, AdapterConfig(name=adapter, rank=2), 3, 0, "cpu", ("a", "b", "c"), centred=normalize
+    )
+    noise = np.random.default_rng(1).normal(0, 0.2, model.num_parameters).astype(np.float32)
+    model.set_vector(model.get_vector() + noise)
+    model.save(folder)
+    return folder
+
+
 def make_data(folder: Path, n: int = 160) -> Path:
     """train.csv and test.csv (a quarter of all) with text, label and site; one word decides the label."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Bytes of a file -> text, whatever a spreadsheet or an export made of them.
+"""Bytes of a file -> text as it is read on, whatever a spreadsheet or an export made of them.
 
 UTF-8 with or without a byte order mark, UTF-16 and UTF-32 with one or recognised by their zero bytes, and any
 of these compressed by gzip, bzip2 or xz, or alone in a ZIP archive. What is something else by its first bytes
@@ -16,19 +16,17 @@ import lzma
 import shlex
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from fedtune.errors import DataError
 
-__all__ = ["bare_name", "is_workbook", "read_bytes", "read_text"]
+__all__ = ["bare_name", "is_workbook", "open_bytes", "open_text", "read_text"]
 
 _ZIP = b"PK\x03\x04"
-_UNPACKED: dict[bytes, tuple[str, Callable[[bytes], bytes]]] = {
-    b"\x1f\x8b": ("gzip", gzip.decompress),
-    b"BZh": ("bzip2", bz2.decompress),
-    b"\xfd7zXZ": ("xz", lzma.decompress),
-}
+_WORKBOOK = b"xl/workbook"
 _ENDINGS = (".gz", ".bz2", ".xz", ".zip")  # of a compressed file, after that of what is in it
 _SAVE = "Open it where it was made, and save it as CSV UTF-8."
 _UNPACK = "Unpack it first."
@@ -56,6 +54,7 @@ _MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
 _LOOKED_AT = 4096  # bytes, for an encoding without a mark
+_CHUNK = 1 << 16  # bytes that are read at once
 
 
 def bare_name(path: Path) -> Path:
@@ -63,84 +62,155 @@ def bare_name(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() in _ENDINGS else path
 
 
-def read_bytes(path: Path) -> bytes:
+@contextmanager
+def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """The content of a file, unpacked where it is compressed; of a ZIP archive that of its only file.
 
     Raises:
-        DataError: its compression is damaged or cut off.
+        DataError: its compression is damaged or cut off; wherever that is met in reading.
         OSError: it cannot be read.
     """
-    content = path.read_bytes()
-    name, unpack = next(
-        (how for mark, how in _UNPACKED.items() if content.startswith(mark)), ("ZIP", _only_file)
-    )
-    if name == "ZIP" and (not content.startswith(_ZIP) or is_workbook(content)):
-        return content
-    try:
-        return unpack(content)
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, *_DAMAGED) as error:
-        raise DataError(
-            f"{path} is compressed by {name}, and damaged or cut off ({str(error).rstrip('.')}). Copy it "
-            "again."
-        ) from error
+    with ExitStack() as opened:
+        file: io.BufferedReader = opened.enter_context(path.open("rb", buffering=_CHUNK))
+        head = file.peek(len(_ZIP))
+        unpack = next((how for mark, how in _UNPACKED.items() if head.startswith(mark)), None)
+        if unpack is not None:
+            with _damage_named(path, unpack[0]):
+                inner = unpack[1](file)
+            if inner is None:
+                file.seek(0)
+            else:
+                file = opened.enter_context(io.BufferedReader(_Unpacked(path, unpack[0], inner), _CHUNK))
+        yield file
+
+
+class _Unpacked(io.RawIOBase):
+    """What is in a compressed file, as it is read on."""
+
+    def __init__(self, path: Path, how: str, inner: IO[bytes]) -> None:
+        self.path, self.how, self.inner = path, how, inner
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with _damage_named(self.path, self.how):
+            content = self.inner.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 _DAMAGED = (zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
-def _only_file(content: bytes) -> bytes:
-    """The only file of a ZIP archive; the archive itself if it has several, or is locked by a password."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # Macs add a folder of their own.
-        files = [
-            one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX")
-        ]
-        return archive.read(files[0]) if len(files) == 1 and not files[0].flag_bits & 1 else content
+@contextmanager
+def _damage_named(path: Path, how: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, *_DAMAGED) as error:
+        raise DataError(
+            f"{path} is compressed by {how}, and damaged or cut off ({str(error).rstrip('.')}). Copy it "
+            "again."
+        ) from error
 
 
-def is_workbook(content: bytes) -> bool:
-    """Is this a workbook of Excel (.xlsx)?"""
-    return content.startswith(_ZIP) and b"xl/workbook" in content
+def _only_file(file: io.BufferedReader) -> IO[bytes] | None:
+    """The only file of a ZIP archive; None if it has several, is locked by a password, or is a workbook."""
+    if _of_workbook(file):
+        return None
+    archive = zipfile.ZipFile(file)
+    # Macs add a folder of their own.
+    files = [
+        one for one in archive.infolist() if not one.is_dir() and not one.filename.startswith("__MACOSX")
+    ]
+    return archive.open(files[0]) if len(files) == 1 and not files[0].flag_bits & 1 else None
 
 
-def read_text(path: Path, content: bytes | None = None) -> str:
+_UNPACKED: dict[bytes, tuple[str, Callable[[Any], IO[bytes] | None]]] = {
+    b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
+    b"BZh": ("bzip2", bz2.BZ2File),
+    b"\xfd7zXZ": ("xz", lzma.LZMAFile),
+    _ZIP: ("ZIP", _only_file),
+}
+
+
+def is_workbook(path: Path) -> bool:
+    """Is this a workbook of Excel (.xlsx)? Raises as `open_bytes`."""
+    with open_bytes(path) as file:
+        return file.peek(len(_ZIP)).startswith(_ZIP) and _of_workbook(file)
+
+
+def _of_workbook(file: io.BufferedReader) -> bool:
+    """Does an archive name what a workbook has? Reads it to where that stands, mostly its end."""
+    before = b""
+    while chunk := file.read(_CHUNK):
+        if _WORKBOOK in before + chunk:
+            return True
+        before = chunk[-len(_WORKBOOK) :]
+    return False
+
+
+@contextmanager
+def open_text(path: Path, newline: str = "") -> Iterator[io.TextIOWrapper]:
     """The text of a file, without a byte order mark; line ends as they are.
 
     Args:
-        path: names it in messages.
-        content: what is in it; None: it is read.
+        newline: which ends a line is read to, as of `open`: empty, any of the three.
 
     Raises:
-        DataError: it is no text, or in an encoding that cannot be told.
+        DataError: it is no text, or in an encoding that cannot be told; wherever that is met in reading.
         OSError: it cannot be read.
     """
-    if content is None:
-        content = read_bytes(path)
-    if is_workbook(content):
-        raise DataError(f"{path} is a workbook of Excel (.xlsx) by its content. {_SAVE}")
-    for mark, what, way in _KINDS:
-        if content.startswith(mark):
-            raise DataError(f"{path} is {what}, by its content. {way}")
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), None) or _unmarked(content)
-    try:
-        text = content.decode(encoding)
-    except UnicodeDecodeError as error:
-        if encoding != "utf-8":
+    with open_bytes(path) as file:
+        head = file.peek(_LOOKED_AT)
+        if head.startswith(_ZIP) and is_workbook(path):
+            raise DataError(f"{path} is a workbook of Excel (.xlsx) by its content. {_SAVE}")
+        for mark, what, way in _KINDS:
+            if head.startswith(mark):
+                raise DataError(f"{path} is {what}, by its content. {way}")
+        encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _unmarked(head)
+        if head.decode(encoding, "ignore")[:200].lstrip().lower().startswith(("<!doctype html", "<html")):
             raise DataError(
-                f"{path} is {encoding.upper()[:6]} text that is damaged at byte {error.start}. Save it as "
-                "UTF-8."
-            ) from error
-        quoted = shlex.quote(str(path))
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8; if a Windows program of "
-            f"Western Europe wrote it: `iconv -f WINDOWS-1252 -t UTF-8 {quoted} > "
-            f"utf8{bare_name(path).suffix}`."
-        ) from error
-    if text[:200].lstrip().lower().startswith(("<!doctype html", "<html")):
-        raise DataError(
-            f"{path} is a web page (HTML), as of a download that needs a login. Download it again."
+                f"{path} is a web page (HTML), as of a download that needs a login. Download it again."
+            )
+        try:
+            yield io.TextIOWrapper(file, encoding, newline=newline)
+        except UnicodeDecodeError as error:
+            raise _no_text(path, encoding.removesuffix("-sig")) from error
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a file. Raises as `open_text`."""
+    with open_text(path) as text:
+        return text.read()
+
+
+def _no_text(path: Path, encoding: str) -> DataError:
+    at = _first_wrong_byte(path, encoding)
+    if encoding != "utf-8":
+        return DataError(
+            f"{path} is {encoding.upper()[:6]} text that is damaged at byte {at}. Save it as UTF-8."
         )
-    return text
+    return DataError(
+        f"{path} is not UTF-8 text (byte {at}). Save it as UTF-8; if a Windows program of Western Europe "
+        f"wrote it: `iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > utf8{bare_name(path).suffix}`."
+    )
+
+
+def _first_wrong_byte(path: Path, encoding: str) -> int:
+    """Where a file, unpacked, ends to be text in `encoding`; in reading on, an error names no place."""
+    decoder, done = codecs.getincrementaldecoder(encoding)(), 0
+    with open_bytes(path) as file:
+        while True:
+            chunk = file.read(_CHUNK)
+            waiting = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                return done - waiting + error.start
+            if not chunk:
+                return done
+            done += len(chunk)
 
 
 def _unmarked(content: bytes) -> str:

@@ -12,34 +12,35 @@ lines each of which looks like a record of its own, the file is refused, with th
 from __future__ import annotations
 
 import csv
-import io
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.data.sources.decoding import open_text
 from fedtune.errors import DataError
 
-__all__ = ["Delimited", "read_delimited"]
+__all__ = ["Delimited", "open_delimited"]
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_DECLARED = re.compile(r"sep=(.)\r?$", re.IGNORECASE)
+_DECLARED = re.compile(r"sep=(.)", re.IGNORECASE)
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
 @dataclass(frozen=True)
 class Delimited:
-    """A file's header and rows; every row has as many fields as the header.
+    """A file that is being read.
 
     Attributes:
         header: names of columns, without blanks around them.
-        rows: fields as they are written.
-        notes: what was decided while reading.
+        rows: fields as they are written, as many as the header has; reading on raises as `open_delimited`.
+        notes: what was decided.
     """
 
     header: list[str]
-    rows: list[list[str]]
+    rows: Iterator[list[str]]
     notes: tuple[str, ...] = ()
 
 
@@ -50,53 +51,70 @@ class _Row:
     fields: list[str]
 
 
-def read_delimited(path: Path, text: str, delimiter: str, used: Collection[str], label: str) -> Delimited:
-    """The rows of a file.
+@contextmanager
+def open_delimited(
+    path: Path, delimiter: str, used: Collection[str], label: str | None = None
+) -> Iterator[Delimited]:
+    """The rows of a file, one at a time.
 
     Args:
-        path: names it in messages.
-        text: what is in it.
+        path: of the file.
         delimiter: that its ending promises.
         used: names of the columns in use.
-        label: the one among them that holds labels.
+        label: the one among them that holds labels, by which a quote that swallows rows is noticed.
 
     Raises:
         DataError: it is empty, a row has another number of fields, or a quote is not where one may be.
     """
-    notes: list[str] = []
-    skipped = 0
-    first, _, rest = text.partition("\n")
-    if (declared := _DECLARED.fullmatch(first)) is not None:
-        chosen, text, skipped = declared[1], rest, 1
-    else:
-        chosen = _delimiter(text, delimiter, used)
-    if chosen != delimiter:
-        notes.append(
-            f"{path.name} has {_DELIMITERS.get(chosen, repr(chosen))} between its fields; it was read so."
-        )
-    rows = _without_quotes(text) if chosen == "\t" else None
-    if rows is None:
-        rows = list(_quoted(path, text, chosen, skipped))
-    if not rows:
-        raise DataError(f"{path} is empty. Name a file that holds records.")
-    header = [name.strip().strip("\ufeff\u200b") for name in rows[0].fields]
-    # A row of blanks alone is what a spreadsheet leaves below its table.
-    rows = [row for row in rows[1:] if any(field.strip() for field in row.fields)]
-    for number, row in enumerate(rows, start=1):
+    with open_text(path) as text:
+        declared = _DECLARED.fullmatch(text.readline().rstrip("\r\n"))
+    chosen = _delimiter(path, delimiter, used) if declared is None else declared[1]
+    skipped = 0 if declared is None else 1
+    named = _DELIMITERS.get(chosen, repr(chosen))
+    notes = () if chosen == delimiter else (f"{path.name} has {named} between its fields; it was read so.",)
+    bare = chosen == "\t" and _has_bare_quotes(path, skipped)
+    with open_text(path, "\n" if bare else "") as text:
+        for _ in range(skipped):
+            text.readline()
+        rows = _bare(text) if bare else _quoted(path, text, chosen, skipped)
+        first = next(rows, None)
+        if first is None:
+            raise DataError(f"{path} is empty. Name a file that holds records.")
+        header = [name.strip().strip("\ufeff\u200b") for name in first.fields]
+        yield Delimited(header, _checked(path, rows, header, chosen, label, skipped), notes)
+
+
+def _checked(
+    path: Path, rows: Iterator[_Row], header: list[str], delimiter: str, label: str | None, skipped: int
+) -> Iterator[list[str]]:
+    """The fields of `rows`; raises `DataError` at the first that are too few or too many, and at the end for
+    rows that were swallowed."""
+    at = header.index(label) if label is not None and label in header else None
+    number, labels, long = 0, set[str](), list[tuple[int, int]]()
+    for row in rows:
+        # A row of blanks alone is what a spreadsheet leaves below its table.
+        if not any(field.strip() for field in row.fields):
+            continue
+        number += 1
         if len(row.fields) != len(header):
             raise DataError(
                 f"Row {number} of {path} (line {row.first + skipped}) has {len(row.fields)} fields, the "
                 f"header {len(header)}. Put quotes around texts that hold "
-                f"{_DELIMITERS.get(chosen, repr(chosen))} or line ends."
+                f"{_DELIMITERS.get(delimiter, repr(delimiter))} or line ends."
             )
-    if label in header:
-        _refuse_swallowed(path, text, chosen, rows, len(header), header.index(label), skipped)
-    return Delimited(header, [row.fields for row in rows], tuple(notes))
+        if at is not None and row.last > row.first:
+            long.append((row.first, row.last))
+        elif at is not None:
+            labels.add(row.fields[at].strip())
+        yield row.fields
+    if at is not None and long:
+        _refuse_swallowed(path, delimiter, long, len(header), at, labels, skipped)
 
 
-def _delimiter(text: str, expected: str, used: Collection[str]) -> str:
+def _delimiter(path: Path, expected: str, used: Collection[str]) -> str:
     """`expected`, unless another one makes the columns in use of the header, or it makes one name of it."""
-    line = text.lstrip("\r\n").partition("\n")[0].strip()
+    with open_text(path) as text:
+        line = next((line for line in text if line.strip("\r\n")), "").strip()
     names = {
         delimiter: [name.strip(' \t"\ufeff') for name in line.split(delimiter)]
         for delimiter in (expected, *_DELIMITERS)
@@ -107,20 +125,40 @@ def _delimiter(text: str, expected: str, used: Collection[str]) -> str:
     return expected if len(names[expected]) > 1 else max(names, key=lambda delimiter: len(names[delimiter]))
 
 
-def _without_quotes(text: str) -> list[_Row] | None:
-    """The rows of a TSV in which a quote is a quote; None: it has quoting, as CSV."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    rows = [_Row(n, n, line.split("\t")) for n, line in enumerate(lines, start=1) if line.strip()]
-    quotes = [field for row in rows for field in row.fields if '"' in field]
-    if not quotes or "\r" in "".join(lines) or len({len(row.fields) for row in rows}) > 1:
-        return None
-    return None if all(_QUOTED.fullmatch(field) for field in quotes) else rows
+def _has_bare_quotes(path: Path, skipped: int) -> bool:
+    """Is in a TSV a quote a quote? False: it has quoting, as CSV, or no quotes."""
+    width, quotes, all_whole = None, False, True
+    with open_text(path, "\n") as text:
+        for number, line in enumerate(text):
+            line = _without_end(line)
+            if "\r" in line:
+                return False
+            if number < skipped or not line.strip():
+                continue
+            fields = line.split("\t")
+            if width not in (None, len(fields)):
+                return False
+            width = len(fields)
+            if '"' in line:
+                quotes = True
+                all_whole &= all(_QUOTED.fullmatch(field) for field in fields if '"' in field)
+    return quotes and not all_whole
 
 
-def _quoted(path: Path, text: str, delimiter: str, skipped: int) -> Iterator[_Row]:
+def _bare(text: Iterable[str]) -> Iterator[_Row]:
+    for number, line in enumerate(text, start=1):
+        if line.strip():
+            yield _Row(number, number, _without_end(line).split("\t"))
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _quoted(path: Path, text: Iterable[str], delimiter: str, skipped: int) -> Iterator[_Row]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # Line ends are kept, because a quoted text may hold its own; str.splitlines would also cut at U+2028.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # Line ends are kept, because a quoted text may hold its own.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
     last = 0
     while True:
         try:
@@ -141,18 +179,27 @@ def _quoted(path: Path, text: str, delimiter: str, skipped: int) -> Iterator[_Ro
 
 
 def _refuse_swallowed(
-    path: Path, text: str, delimiter: str, rows: Sequence[_Row], width: int, label: int, skipped: int
+    path: Path,
+    delimiter: str,
+    long: Sequence[tuple[int, int]],
+    width: int,
+    label: int,
+    labels: Collection[str],
+    skipped: int,
 ) -> None:
-    """Refuses rows of several lines each of which is a record by itself, with a label that others have "
-    "too."""
-    long = [row for row in rows if row.last > row.first]
-    labels = {row.fields[label].strip() for row in rows if row.last == row.first}
-    lines = re.split(r"\r\n|\r|\n", text) if long else []
-    for row in long:
-        alone = [line.split(delimiter) for line in lines[row.first - 1 : row.last]]
+    """Refuses rows of several lines (`long`, first and last) each of which is a record by itself, with a
+    label that others have too."""
+    wanted = {number for first, last in long for number in range(first, last + 1)}
+    with open_text(path) as text:
+        numbered = enumerate(text, start=1 - skipped)
+        lines = {
+            number: line.rstrip("\r\n").split(delimiter) for number, line in numbered if number in wanted
+        }
+    for first, last in long:
+        alone = [lines[number] for number in range(first, last + 1)]
         if all(len(one) == width and one[label].strip().strip('"') in labels for one in alone):
             raise DataError(
-                f"Lines {row.first + skipped} to {row.last + skipped} of {path} are one record, since a "
+                f"Lines {first + skipped} to {last + skipped} of {path} are one record, since a "
                 "quote opens in the first of them and closes in the last, and yet each looks like a record "
                 'of its own. Write a quote that belongs to a text twice ("") and quote that text as a '
                 "whole, or take the quote out."

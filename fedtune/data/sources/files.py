@@ -17,19 +17,32 @@ from __future__ import annotations
 import importlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.columns import Columns, Table
-from fedtune.data.sources.decoding import bare_name, is_workbook, read_bytes, read_text
-from fedtune.data.sources.delimited import read_delimited
+from fedtune.data.sources.decoding import bare_name, is_workbook, open_bytes, open_text, read_text
+from fedtune.data.sources.delimited import open_delimited
 from fedtune.errors import DataError, ResourceError
 
-__all__ = ["LABEL_FILES", "beside", "find_split", "list_splits", "read_table", "readable", "state_of"]
+__all__ = [
+    "LABEL_FILES",
+    "Records",
+    "beside",
+    "find_split",
+    "list_splits",
+    "open_records",
+    "read_table",
+    "readable",
+    "state_of",
+]
 
 LABEL_FILES = ("categories.json", "labels.txt")
+_BATCH = 1024  # rows of a Parquet file that are in memory as Python's own values at once
 
 
 def _root(config: DataConfig) -> Path:
@@ -40,6 +53,8 @@ def _root(config: DataConfig) -> Path:
     path = Path(config.path).expanduser()
     if not path.exists():
         raise DataError(f"data.path is {path}, and there is no such file or folder. Name one that exists.")
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(f"data.path is {path}, a pipe or device, which can be read once only. Name a file.")
     return path
 
 
@@ -123,52 +138,99 @@ def beside(path: Path) -> tuple[str, ...] | None:
     return None
 
 
+@dataclass
+class Records:
+    """A file of records that is being read.
+
+    Attributes:
+        header: names of its columns, without blanks around them; of JSON, those of the records so far.
+        rows: of each record what it has in the columns in use, in their order; None where it lacks one.
+        notes: what was decided.
+        complete: no more names come into the header.
+    """
+
+    header: list[str]
+    rows: Iterator[tuple[Any, ...]]
+    notes: tuple[str, ...] = ()
+    complete: bool = True
+
+
+@contextmanager
+def open_records(path: Path, used: Mapping[str, str], label: str | None = None) -> Iterator[Records]:
+    """Opens a file whose records are then read one by one, in bounded memory: of JSON if each has its line.
+
+    Args:
+        path: of the file.
+        used: the columns in use, by the setting or option that names each.
+        label: the one among them that holds labels.
+
+    Raises:
+        DataError: the file is empty, malformed, no text, or has a column in use twice; wherever that is met
+            in reading on.
+        ResourceError: it may not be read.
+    """
+
+    def refuse_twice(header: Sequence[str]) -> None:
+        for setting, column in used.items():
+            if header.count(column) > 1:
+                raise DataError(
+                    f"{path} has {header.count(column)} columns named {column!r} ({setting}); fedtune "
+                    "does not guess which. Rename them."
+                )
+
+    try:
+        with READERS[_ending(path)](path, tuple(dict.fromkeys(used.values())), label) as found:
+            refuse_twice(found.header)
+            yield found
+            refuse_twice(found.header)
+    except PermissionError as error:
+        raise ResourceError(f"{path} may not be read: {error.strerror}. Change its permissions.") from error
+
+
 def read_table(path: Path, columns: Columns) -> Table:
     """Reads the columns in use; columns that are not there are left for `build_corpus` to name.
 
     Raises:
-        DataError: the file is empty, malformed, no text, or has a column in use twice.
-        ResourceError: it may not be read.
+        DataError, ResourceError: as `open_records`.
     """
-    notes: tuple[str, ...] = ()
-    try:
-        header, values, notes = READERS[_ending(path)](path, columns)
-    except PermissionError as error:
-        raise ResourceError(f"{path} may not be read: {error.strerror}. Change its permissions.") from error
-    for setting, column in columns.used().items():
-        if header.count(column) > 1:
-            raise DataError(
-                f"{path} has {header.count(column)} columns named {column!r} ({columns.group}.{setting});"
-                " fedtune does not guess which. Rename them."
-            )
-    return Table(where=str(path), columns=values, notes=notes, group=columns.group)
-
-
-Read = tuple[list[str], dict[str, Any], tuple[str, ...]]  # header, values by column, notes
+    used = {f"{columns.group}.{setting}": column for setting, column in columns.used().items()}
+    with open_records(path, used, columns.label) as found:
+        rows = list(found.rows)
+    values: dict[str, list[Any]] = {name: [] for name in found.header}
+    for at, name in enumerate(dict.fromkeys(used.values())):
+        if name in values:
+            values[name] = [row[at] for row in rows]
+    return Table(where=str(path), columns=values, notes=found.notes, group=columns.group)
 
 
 def _empty(path: Path) -> DataError:
     return DataError(f"{path} is empty. Name a file that holds records.")
 
 
-def _delimited(delimiter: str) -> Callable[[Path, Columns], Read]:
-    def read(path: Path, columns: Columns) -> Read:
-        content = read_bytes(path)
-        if is_workbook(content):
-            return _workbook(path, columns)
-        used = list(columns.used().values())
-        found = read_delimited(path, read_text(path, content), delimiter, used, columns.label)
-        values: dict[str, list[str]] = {name: [] for name in found.header}
-        for column in used:
-            if column in found.header:
-                at = found.header.index(column)
-                values[column] = [row[at] for row in found.rows]
-        return found.header, values, found.notes
+def _picked(
+    header: Sequence[str], rows: Iterable[Sequence[Any]], used: Sequence[str]
+) -> Iterator[tuple[Any, ...]]:
+    """Of rows of fields those in the columns `used`; None where a row has none."""
+    places = [header.index(name) if name in header else len(header) for name in used]
+    for row in rows:
+        yield tuple(row[at] if at < len(row) else None for at in places)
+
+
+def _delimited(delimiter: str) -> Reader:
+    @contextmanager
+    def read(path: Path, used: Sequence[str], label: str | None) -> Iterator[Records]:
+        if is_workbook(path):
+            with _workbook(path, used, label) as records:
+                yield records
+            return
+        with open_delimited(path, delimiter, used, label) as found:
+            yield Records(found.header, _picked(found.header, found.rows, used), found.notes)
 
     return read
 
 
-def _workbook(path: Path, columns: Columns) -> Read:
+@contextmanager
+def _workbook(path: Path, used: Sequence[str], label: str | None) -> Iterator[Records]:
     """The first sheet of a workbook of Excel, whose first row is the header."""
     try:
         openpyxl = importlib.import_module("openpyxl")  # nobody needs it who has no workbook
@@ -177,95 +239,119 @@ def _workbook(path: Path, columns: Columns) -> Read:
             f"{path} is a workbook of Excel, by its content, and reading one needs openpyxl: pip install "
             "openpyxl. Or open it in Excel and save it as CSV UTF-8."
         ) from error
+    with open_bytes(path) as file:
+        rows = _sheet(path, openpyxl, file.read())
+        first = next(rows, None)
+        if first is None:
+            raise _empty(path)
+        header = ["" if cell is None else str(cell).strip() for cell in first]
+        notes = (f"{path.name} is a workbook of Excel: its first sheet was read.",)
+        yield Records(header, _picked(header, rows, used), notes)
+
+
+def _sheet(path: Path, openpyxl: Any, content: bytes) -> Iterator[tuple[Any, ...]]:
+    """The rows of a workbook's first sheet, blank ones left out."""
     try:
-        sheet = openpyxl.load_workbook(
-            io.BytesIO(read_bytes(path)), read_only=True, data_only=True
-        ).worksheets[0]
-        rows = [
-            row for row in sheet.iter_rows(values_only=True) if any(cell not in (None, "") for cell in row)
-        ]
+        sheet = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True).worksheets[0]
+        for row in sheet.iter_rows(values_only=True):
+            if any(cell not in (None, "") for cell in row):
+                yield row
     except Exception as error:  # the library raises what it likes
         raise DataError(
             f"{path} is a workbook of Excel that cannot be read. Open it in Excel and save it as CSV UTF-8."
         ) from error
-    if not rows:
-        raise _empty(path)
-    header = ["" if cell is None else str(cell).strip() for cell in rows[0]]
-    values: dict[str, Any] = {name: [] for name in header}
-    for name in columns.used().values():
-        if name in header:
-            values[name] = [row[header.index(name)] for row in rows[1:]]
-    return header, values, (f"{path.name} is a workbook of Excel: its first sheet was read.",)
 
 
-def _json(path: Path, columns: Columns) -> Read:
-    """JSONL, one object a line; or a JSON array of objects."""
-    wanted = list(columns.used().values())
-    header: dict[str, None] = {}
-    records: list[dict[str, Any]] = []
-    repeated: list[str] = []
+@contextmanager
+def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Records]:
+    """JSONL, one object a line; or a JSON array of objects, which is read whole."""
+    header, known, repeated = list[str](), set[str](), set[str]()
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name.strip() for name, _ in items]
         record = dict(zip(names, (value for _, value in items), strict=True))
         if len(record) < len(items):
-            repeated.extend({name for name in names if names.count(name) > 1} & set(wanted))
+            repeated.update({name for name in names if names.count(name) > 1} & set(used))
         return record
 
-    def parsed(text: str, where: str, expected: str) -> Any:
+    def parsed(content: str, where: str, expected: str) -> Any:
         try:
-            return json.loads(text, object_pairs_hook=unique)
+            return json.loads(content, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON: {str(error).rstrip('.')}. {expected}") from error
 
-    text, each = read_text(path), "Each line is one JSON object."
-    if text.lstrip().startswith("["):
-        listed = parsed(text, str(path), "It begins as an array of objects, and should end as one.")
-        found = [(f"Element {number} of {path}", one) for number, one in enumerate(listed, start=1)]
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        found = [
-            (f"Line {number} of {path}", parsed(line, f"Line {number} of {path}", each))
-            for number, line in lines
-            if line.strip()
-        ]
-    for where, record in found:
-        if not isinstance(record, dict):
-            raise DataError(f'{where} is not a JSON object. Each is one, such as {{"text": ...}}.')
-        header.update(dict.fromkeys(record))
-        records.append({name: record.get(name) for name in wanted})
-    if not records:
-        raise _empty(path)
-    values = {name: [record[name] for record in records] if name in wanted else [] for name in header}
-    return [*header, *set(repeated)], values, ()
+    def placed(text: TextIO) -> Iterator[tuple[str, Any]]:
+        written = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
+        for place, (number, line) in enumerate(written):
+            if place == 0 and line.lstrip().startswith("["):
+                expected = "It begins as an array of objects, and should end as one."
+                listed = parsed(line + text.read(), str(path), expected)
+                yield from ((f"Element {n} of {path}", one) for n, one in enumerate(listed, start=1))
+                return
+            where = f"Line {number} of {path}"
+            yield where, parsed(line, where, "Each line is one JSON object.")
+
+    def rows(text: TextIO) -> Iterator[tuple[Any, ...]]:
+        empty = True
+        for where, record in placed(text):
+            if not isinstance(record, dict):
+                raise DataError(f'{where} is not a JSON object. Each is one, such as {{"text": ...}}.')
+            header.extend(name for name in record if name not in known)
+            known.update(record)
+            empty = False
+            yield tuple(record.get(name) for name in used)
+        if empty:
+            raise _empty(path)
+        header.extend(repeated)
+
+    with open_text(path, "\n") as text:
+        yield Records(header, rows(text), complete=False)
 
 
-def _parquet(path: Path, columns: Columns) -> Read:
+@contextmanager
+def _parquet(path: Path, used: Sequence[str], label: str | None) -> Iterator[Records]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    @contextmanager
+    def named() -> Iterator[None]:
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise DataError(f"{path} is not a readable Parquet file: {reason}. Write it anew.") from error
+
+    def values(column: Any) -> Any:
+        dictionary = pa.types.is_dictionary(column.type)
+        return (column.cast(column.type.value_type) if dictionary else column).to_pylist()
+
+    def rows(batches: Iterator[Any], places: Mapping[str, int]) -> Iterator[tuple[Any, ...]]:
+        while True:
+            with named():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                columns = [
+                    values(batch.column(places[name])) if name in places else [None] * batch.num_rows
+                    for name in used
+                ]
+            yield from zip(*columns, strict=True)
+
     if path.stat().st_size == 0:
         raise _empty(path)
-    try:
-        with pq.ParquetFile(path) as file:
+    with ExitStack() as opened:
+        with named():
+            file = opened.enter_context(pq.ParquetFile(path))
             names = list(file.schema_arrow.names)
             header = [name.strip() for name in names]
-            used = columns.used().values()
             wanted = [name for name in names if name.strip() in used and header.count(name.strip()) == 1]
-            table = file.read(columns=wanted)
-            values: dict[str, Iterable[Any]] = {name: [] for name in header}
-            for name in wanted:
-                column = table.column(name)
-                if pa.types.is_dictionary(column.type):
-                    column = column.cast(column.type.value_type)
-                values[name.strip()] = column.to_pylist()
-    except (pa.ArrowException, OSError, ValueError, OverflowError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(f"{path} is not a readable Parquet file: {reason}. Write it anew.") from error
-    return header, values, ()
+            batches = file.iter_batches(batch_size=_BATCH, columns=wanted)
+        yield Records(header, rows(batches, {name.strip(): at for at, name in enumerate(wanted)}))
 
 
-READERS: dict[str, Callable[[Path, Columns], Read]] = {
+# Opens a file: its path, the columns in use, and that of labels.
+Reader = Callable[[Path, Sequence[str], str | None], AbstractContextManager[Records]]
+READERS: dict[str, Reader] = {
     ".csv": _delimited(","),
     ".tsv": _delimited("\t"),
     ".jsonl": _json,
