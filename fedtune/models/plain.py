@@ -2,8 +2,9 @@
 
 For encoders of BERT's make in a folder on this machine, asked about single texts on the processor, which are
 most. The encoder is written out here with the names that transformers gives its weights, the tokenizer is
-that of tokenizer.json by the `tokenizers` library, and an adapter is what PEFT makes of it. Everything else
-about the model is what training uses (`EncoderStack`, `EncoderClassifier`, `quantize`).
+that of tokenizer.json by the `tokenizers` library, and an adapter is what PEFT makes of it. A compressed
+base is expanded to the numbers that it stands for, once: that takes the memory of a plain one, and no
+bitsandbytes. The rest is what training uses (`EncoderStack`, `EncoderClassifier`).
 
 It cannot be another model: the digest of encoder and tokenizer, which training noted beside the adapter, is
 made anew of what was loaded here, and compared. Whatever is not as expected, `load_plain` gives nothing, and
@@ -27,8 +28,9 @@ from torch.nn import functional
 
 from fedtune.config.schema import ModelConfig
 from fedtune.models.classifier import EncoderClassifier, read_adapter
-from fedtune.models.encoder import EncoderStack, model_location, select_device, stacked
+from fedtune.models.encoder import EncoderStack, model_location, select_device
 from fedtune.models.families import FAMILIES
+from fedtune.models.quantization import as_stored
 from fedtune.models.soundness import digest_of
 
 __all__ = ["PlainTokenizer", "load_plain"]
@@ -66,13 +68,25 @@ class _Config:
     layer_norm_eps: float
 
 
+def _linear(inner: int, outer: int) -> nn.Linear:
+    """A linear layer whose numbers are to be loaded: torch's random start takes longer than that."""
+    layer = nn.Linear(1, 1)
+    layer.in_features, layer.out_features = inner, outer
+    layer.weight, layer.bias = nn.Parameter(torch.empty(outer, inner)), nn.Parameter(torch.empty(outer))
+    return layer
+
+
+def _table(rows: int, width: int, padding: int | None = None) -> nn.Embedding:
+    return nn.Embedding(rows, width, padding_idx=padding, _weight=torch.empty(rows, width))
+
+
 class _Embeddings(nn.Module):
     def __init__(self, config: _Config) -> None:
         super().__init__()
         width, padding = config.hidden_size, config.pad_token_id
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=padding)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.word_embeddings = _table(config.vocab_size, width, padding)
+        self.position_embeddings = _table(config.max_position_embeddings, width)
+        self.token_type_embeddings = _table(config.type_vocab_size, width)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.padding = padding if FAMILIES[config.model_type].from_padding else None
 
@@ -93,7 +107,7 @@ class _SelfAttention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.size = width // config.num_attention_heads
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.query, self.key, self.value = (_linear(width, width) for _ in range(3))
 
     def forward(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """[b, s, d] with the bias [b, 1, 1, s] on scores -> [b, s, d]."""
@@ -109,7 +123,7 @@ class _SelfAttention(nn.Module):
 class _Output(nn.Module):
     def __init__(self, inner: int, config: _Config) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.hidden_size)
+        self.dense = _linear(inner, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, inner: Tensor, before: Tensor) -> Tensor:
@@ -122,7 +136,7 @@ class _Layer(nn.Module):
         super().__init__()
         within = _SelfAttention(config)
         self.attention = nn.ModuleDict({"self": within, "output": _Output(config.hidden_size, config)})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.intermediate = nn.ModuleDict({"dense": _linear(config.hidden_size, config.intermediate_size)})
         self.output = _Output(config.intermediate_size, config)
 
     def forward(self, hidden: Tensor, bias: Tensor | None) -> Tensor:
@@ -197,14 +211,15 @@ def load_plain(folder: Path, device: str = "auto") -> tuple[nn.Module, PlainToke
     Raises:
         ResourceError: there is no such device.
     """
-    on = select_device(device)
+    if select_device(device).type != "cpu":
+        return None
     try:
-        return _loaded(folder, on) if on.type == "cpu" else None
+        return _loaded(folder)
     except Exception:  # whatever is wrong, the long way knows how to say it
         return None
 
 
-def _loaded(folder: Path, device: torch.device) -> tuple[nn.Module, PlainTokenizer]:
+def _loaded(folder: Path) -> tuple[nn.Module, PlainTokenizer]:
     saved = read_adapter(folder)
     model: ModelConfig = saved["model"]
     place = Path(model_location(model.name))
@@ -212,11 +227,13 @@ def _loaded(folder: Path, device: torch.device) -> tuple[nn.Module, PlainTokeniz
         raise _Differs
     tokenizer = PlainTokenizer(place / "tokenizer.json")
     encoder = _encoder(place)
-    digest = digest_of(encoder, tokenizer.id)
-    if digest != saved["digest"]:
+    if digest_of(encoder, tokenizer.id) != saved["digest"]:
         raise _Differs
-    stack = stacked(EncoderStack(encoder), model.quantization, device)
-    classifier = EncoderClassifier(stack, len(saved["label_names"]), model.pooling, normalize=model.normalize)
+    for layer in encoder.modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
+            layer.weight.data = as_stored(layer, model.quantization)
+    stack, labels = EncoderStack(encoder), saved["label_names"]
+    classifier = EncoderClassifier(stack, len(labels), model.pooling, normalize=model.normalize)
     _adapt(classifier, folder)
     return classifier.train(False).requires_grad_(False), tokenizer
 
@@ -230,10 +247,8 @@ def _encoder(folder: Path) -> _Encoder:
     if described["model_type"] not in _KINDS or not as_bert or "hidden_act" not in described:
         raise _Differs
     sizes = {key: int(described[key]) for key in _SIZES}
-    with torch.device("meta"):
-        encoder = _Encoder(
-            _Config(described["model_type"], **sizes, layer_norm_eps=float(described["layer_norm_eps"]))
-        )
+    config = _Config(described["model_type"], **sizes, layer_norm_eps=float(described["layer_norm_eps"]))
+    encoder = _Encoder(config)
     wanted = set(encoder.state_dict())
     found = {}
     for key, value in load_file(folder / "model.safetensors").items():

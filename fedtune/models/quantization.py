@@ -6,10 +6,11 @@ product. Activations stay in floating point, so no example's result depends on t
 its batch; LLM.int8()'s activation quantization with outlier columns (Dettmers et al. 2022) has just
 that dependence, which would break per-example sensitivity, and is not used.
 
-The integers come from bitsandbytes' own quantizers. The layers are ours, and subclasses of
-`torch.nn.Linear` and `torch.nn.Embedding`, for two reasons: PEFT wraps them like plain layers, so an
-adapter trained on any quantization loads on any other; and bitsandbytes' 8-bit backward gives a bias
-gradient of the wrong shape for sequences, which `bitfit` needs.
+The integers are those of bitsandbytes; the two lines of torch that make those of int8 stand here, for that
+library takes two seconds to import. The layers are ours, and subclasses of `torch.nn.Linear` and
+`torch.nn.Embedding`, for two reasons: PEFT wraps them like plain layers, so an adapter trained on any
+quantization loads on any other; and bitsandbytes' 8-bit backward gives a bias gradient of the wrong shape for
+sequences, which `bitfit` needs.
 
 What it does not do: 8- or 4-bit arithmetic. It saves memory, not time.
 """
@@ -29,6 +30,7 @@ __all__ = [
     "Int8Linear",
     "NF4Embedding",
     "NF4Linear",
+    "as_stored",
     "dequantize",
     "quantize",
     "stored_bytes",
@@ -37,15 +39,45 @@ __all__ = [
 
 QUANTIZATIONS = ("none", "int8", "nf4")
 _BLOCK = 64  # weights that share one nf4 scale; QLoRA's choice
+_NF4 = (  # QLoRA, appendix E
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric per-row quantization of `weight` [n, m] to int8 [n, m] and scale float32 [n]."""
-    import bitsandbytes.functional as bnb
+    """Symmetric per-row quantization of `weight` [n, m] to int8 [n, m] and scale float32 [n].
 
-    integers, absmax, _ = bnb.int8_vectorwise_quant(weight.detach().to(torch.float16))
-    # A row of zeros has absmax 0; its integers are 0 as well, so any finite scale is right.
-    return integers.to(torch.int8), absmax.to(torch.float32) / 127.0
+    As bitsandbytes' `int8_vectorwise_quant` on a processor, rounding to float16 before included.
+    """
+    halves = weight.detach().to(torch.float16)
+    largest = halves.abs().amax(1).to(torch.float32)
+    # A row of zeros has integers 0, whatever it is multiplied by.
+    steps = 127.0 / torch.where(largest > 0, largest, 1.0)
+    return torch.round(halves * steps[:, None]).to(torch.int8), largest / 127.0
+
+
+def as_stored(layer: nn.Linear | nn.Embedding, quantization: str) -> Tensor:
+    """What the weight of a plain layer becomes by `quantize`, in float32: the numbers that are computed with.
+
+    In torch alone, for whoever wants the numbers and not the memory.
+    """
+    weight = layer.weight.detach()
+    if quantization == "none":
+        return weight
+    if quantization == "int8" or (isinstance(layer, nn.Embedding) and layer.embedding_dim % _BLOCK):
+        integers, scale = _to_int8(weight)
+        return integers.to(torch.float32) * scale[:, None]
+    numbers, code = weight.to(torch.float32).reshape(-1), torch.tensor(_NF4)
+    missing = -len(numbers) % _BLOCK
+    blocks = nn.functional.pad(numbers, (0, missing)).view(-1, _BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    shares = blocks * (1.0 / largest.clamp(min=1e-38))
+    if missing:
+        shares[-1] = blocks[-1] / largest[-1].clamp(min=1e-38)
+    nearest = torch.bucketize(shares.clamp(-1, 1), (code[:-1] + code[1:]) / 2)
+    return (code[nearest] * largest).view(-1)[: len(numbers)].view_as(weight)
 
 
 class _NF4Store:

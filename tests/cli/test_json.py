@@ -100,6 +100,31 @@ def test_runs(world: dict[str, Path], answer: Any) -> None:
     assert kept["over"] == []
 
 
+def test_a_site_that_refuses_is_named_wherever_its_runs_are_told_of(
+    world: dict[str, Path], answer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*given: str, status: int) -> str:
+        with pytest.raises(SystemExit) as left:
+            main(list(given))
+        found = capsys.readouterr()
+        assert left.value.code == status, found.err
+        return found.out + found.err
+
+    answer("budget set", "budget", "set", "--node", "site-1", "--epsilon", "0.01", "--delta", "1e-5")
+    alone = said("run", *words(world), "hydra.run.dir=one", status=3)
+    assert "Partial (exit status 3): site-1 took no part." in alone and "left out" in alone
+    sweep = said("run", "-m", *words(world), "seed=1,2", "hydra.sweep.dir=sweep", status=3)
+    assert sweep.count("without site-1, which took no part") == 2 and "site-1 took no part" in sweep
+    statement = said("statement", "sweep/0", status=0)
+    assert any("site-1" in line and "(took no part)" in line for line in statement.splitlines())
+    report = answer("report", "report", "sweep")
+    assert "site-1 took no part in 2 of 2 runs" in report["groups"][0]["advice"]
+    assert "site-1 took no part" in said("report", "sweep", status=0)
+    assert "site-1" in Path(report["page"]).read_text() and ",site-1," in Path(report["csv"]).read_text()
+    (node,) = answer("budget show", "budget", "show", "--node", "site-1")
+    assert node["releases"] == 0
+
+
 def test_what_a_run_says(run_dir: Path, answer: Any) -> None:
     assert answer("statement", "statement", str(run_dir))["private"] is True
     (one,) = answer("predict", "predict", str(run_dir), "good film")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fedtune.errors import ModelError
 from fedtune.models.quantization import (
+    QUANTIZATIONS,
     Int8Embedding,
     Int8Linear,
     NF4Embedding,
     NF4Linear,
+    as_stored,
+    dequantize,
     quantize,
     stored_bytes,
 )
@@ -96,3 +101,27 @@ def test_unknown_name_is_refused(layers: nn.Module, golden: Golden) -> None:
     with pytest.raises(ModelError) as raised:
         quantize(layers, "int4")
     golden(raised)
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(192, 40), nn.Linear(50, 33), nn.Embedding(30, 128), nn.Embedding(9, 40)]
+)
+def test_what_is_stored_can_be_told_without_storing_it(
+    quantization: str, layer: nn.Linear | nn.Embedding
+) -> None:
+    layer.weight.data[3] = 0.0
+    wanted = as_stored(layer, quantization)
+    stored = quantize(nn.ModuleDict({"one": copy.deepcopy(layer)}), quantization)
+    found = dequantize(stored)["one"]  # type: ignore[index]
+    assert torch.equal(found.weight.detach(), wanted)
+
+
+def test_integers_are_those_of_bitsandbytes() -> None:
+    import bitsandbytes.functional as bnb
+
+    layer = nn.Linear(96, 50)
+    integers, largest, _ = bnb.int8_vectorwise_quant(layer.weight.detach().to(torch.float16))
+    stored = Int8Linear(layer)
+    assert torch.equal(stored.weight, integers)
+    assert torch.equal(stored.scale, largest.to(torch.float32) / 127.0)

@@ -49,6 +49,7 @@ from fedtune.report.page import page_data
 from fedtune.runs import audit as audits
 from fedtune.runs import record as records
 from fedtune.runs import summary
+from fedtune.runs.predict import read_texts
 from fedtune.sweeps.options import read_sweep
 from fedtune.sweeps.progress import SweepProgress
 from tests.support.tiny_federation import make_data, make_model, without_codecarbon
@@ -56,11 +57,11 @@ from tests.support.tiny_federation import make_data, make_model, without_codecar
 LONG = int(os.environ.get("FEDTUNE_FUZZ", "0"))
 
 
-def search(share: float = 1.0) -> Callable[[Any], Any]:
-    """How many inputs are drawn: of a long search so many, of a session's a few."""
+def search(share: float, short: int) -> Callable[[Any], Any]:
+    """How many inputs are drawn: of a long search this share, of a session's so many."""
     kept = DirectoryBasedExampleDatabase(Path(os.environ.get("FEDTUNE_FUZZ_SEEDS", ".fuzz")))
     return settings(
-        max_examples=max(1, int((LONG or 80) * share)),
+        max_examples=max(1, round(LONG * share)) if LONG else short,
         derandomize=not LONG,
         database=kept if LONG else None,
         deadline=20_000 if LONG else None,
@@ -220,7 +221,7 @@ def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
     return content
 
 
-@search()
+@search(0.3, 80)
 @given(
     name=st.sampled_from(
         ["train.csv", "train.tsv", "train.jsonl", "train.json", "train.csv.gz", "train.parquet"]
@@ -239,7 +240,7 @@ def test_any_file_is_read_or_refused(
     _read_or_refused(tmp_path_factory.getbasetemp() / "fuzz-files", name, content, labels, site)
 
 
-@search()
+@search(0.2, 80)
 @given(
     content=columns_of_parquet(),
     labels=st.sampled_from([None, None, ["label0", "label1"], ["0", "1"]]),
@@ -256,6 +257,9 @@ def _read_or_refused(folder: Path, name: str, content: bytes, labels: Any, site:
     folder.mkdir()
     (folder / name).write_bytes(content)
     config = DataConfig(source="files", path=str(folder), name="mine", labels=labels, site=site)
+    asked = None
+    with suppress(FedtuneError):
+        asked = list(read_texts(folder / name, "text"))
     try:
         corpus, _ = load_corpus(config, 0, testing=False)
     except FedtuneError as error:
@@ -263,6 +267,7 @@ def _read_or_refused(folder: Path, name: str, content: bytes, labels: Any, site:
         assert text.strip() and len(text) < 2000 + len(str(folder))
         return
     assert corpus.num_records and len(corpus.label_names) >= 2
+    assert asked is not None and len(asked) >= corpus.num_records  # each row of such a file has an answer
     for text in (
         *corpus.texts,
         *corpus.label_names,
@@ -329,7 +334,7 @@ NAMES = [
 ]
 
 
-@search()
+@search(0.2, 80)
 @given(
     st.lists(
         st.tuples(
@@ -367,7 +372,7 @@ ASKED = [
 ]  # fmt: skip
 
 
-@search(0.02)
+@search(0.01, 1)
 @given(
     asked=st.lists(st.sampled_from(ASKED), min_size=1, max_size=3, unique_by=lambda w: w.partition("=")[0])
 )
@@ -458,7 +463,7 @@ def _readers(folder: Path) -> list[Callable[[], Any]]:
     ]
 
 
-@search(0.25)
+@search(0.15, 20)
 @given(
     st.sampled_from(
         ["record.json", "record.json", "record.json", "local.json", "sweep.json", "fedtune.json"]
@@ -539,7 +544,7 @@ WORTH: list[Any] = [
 ]
 
 
-@search(0.25)
+@search(0.14, 20)
 @given(
     st.sampled_from(FILES),
     st.sampled_from(["remove", "empty", "cut", "flip", "pointer", "setting", "prefix", "drop"]),

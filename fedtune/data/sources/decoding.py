@@ -30,21 +30,31 @@ _WORKBOOK = b"xl/workbook"
 _ENDINGS = (".gz", ".bz2", ".xz", ".zip")  # of a compressed file, after that of what is in it
 _SAVE = "Open it where it was made, and save it as CSV UTF-8."
 _UNPACK = "Unpack it first."
-_KINDS = (  # first bytes, what it is, the way out
+_WRITE = "Write its table as CSV or Parquet."
+_KINDS = (  # place, bytes there, what it is, the way out
     (
+        0,
         b"version https://git-lfs",
         "a Git LFS pointer in place of the file",
         "Run `git lfs pull` in its folder.",
     ),
-    (_ZIP, "a ZIP archive of several files", "Unpack it, and name its folder."),
-    (b"\xd0\xcf\x11\xe0", "a workbook or document of old Office (.xls)", _SAVE),
-    (b"PAR1", "a Parquet file", "Let its name end in .parquet."),
-    (b"ARROW1", "an Arrow file", "Write it as Parquet."),
-    (b"\x28\xb5\x2f\xfd", "compressed by Zstandard", _UNPACK),
-    (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
-    (b"%PDF", "a PDF document", "Copy its texts into a CSV file."),
-    (b"{\\rtf", "a rich text document", _SAVE),
-    (b"SQLite format 3", "an SQLite database", "Write its table as CSV or Parquet."),
+    (30, b"mimetypeapplication/vnd.oasis", "a spreadsheet or document of OpenDocument (.ods)", _SAVE),
+    (30, b"[Content_Types].xml", "a document of Office (.docx)", _SAVE),
+    (0, _ZIP, "a ZIP archive of several files", "Unpack it, and name its folder."),
+    (257, b"ustar", "a tar archive", "Unpack it (tar -xf), and name its folder."),
+    (0, b"\xd0\xcf\x11\xe0", "a workbook or document of old Office (.xls)", _SAVE),
+    (0, b"PAR1", "a Parquet file", "Let its name end in .parquet."),
+    (0, b"ARROW1", "an Arrow file", "Write it as Parquet."),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by Zstandard", _UNPACK),
+    (0, b"\x1f\x8b", "compressed by gzip twice", _UNPACK),
+    (0, b"7z\xbc\xaf", "a 7z archive", _UNPACK),
+    (0, b"%PDF", "a PDF document", "Copy its texts into a CSV file."),
+    (0, b"{\\rtf", "a rich text document", _SAVE),
+    (0, b"SQLite format 3", "an SQLite database", _WRITE),
+    (0, b"\x89HDF", "an HDF5 file", _WRITE),
+    (0, b"\x80\x04\x95", "a pickle of Python's", _WRITE),
+    (0, b"\x80\x05\x95", "a pickle of Python's", _WRITE),
+    (0, b"<?xml", "XML", _SAVE),
 )
 _MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -165,8 +175,8 @@ def open_text(path: Path, newline: str = "") -> Iterator[io.TextIOWrapper]:
         head = file.peek(_LOOKED_AT)
         if head.startswith(_ZIP) and is_workbook(path):
             raise DataError(f"{path} is a workbook of Excel (.xlsx) by its content. {_SAVE}")
-        for mark, what, way in _KINDS:
-            if head.startswith(mark):
+        for place, mark, what, way in _KINDS:
+            if head.startswith(mark, place):
                 raise DataError(f"{path} is {what}, by its content. {way}")
         encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _unmarked(head)
         if head.decode(encoding, "ignore")[:200].lstrip().lower().startswith(("<!doctype html", "<html")):
@@ -176,7 +186,7 @@ def open_text(path: Path, newline: str = "") -> Iterator[io.TextIOWrapper]:
         try:
             yield io.TextIOWrapper(file, encoding, newline=newline)
         except UnicodeDecodeError as error:
-            raise _no_text(path, encoding.removesuffix("-sig")) from error
+            raise _no_text(path, encoding.removesuffix("-sig"), binary=b"\x00" in head) from error
 
 
 def read_text(path: Path) -> str:
@@ -185,8 +195,10 @@ def read_text(path: Path) -> str:
         return text.read()
 
 
-def _no_text(path: Path, encoding: str) -> DataError:
+def _no_text(path: Path, encoding: str, *, binary: bool) -> DataError:
     at = _first_wrong_byte(path, encoding)
+    if binary and encoding == "utf-8":
+        return DataError(f"{path} is no text but binary data (byte {at}). {_WRITE}")
     if encoding != "utf-8":
         return DataError(
             f"{path} is {encoding.upper()[:6]} text that is damaged at byte {at}. Save it as UTF-8."
