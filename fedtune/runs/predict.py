@@ -338,10 +338,13 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
         ResourceError: it may not be read.
     """
     from fedtune.config.schema import DataConfig
+    from fedtune.data.sources.columns import column_name
     from fedtune.data.sources.files import find_split, open_records
 
     file = find_split(DataConfig(path=str(path)), "train_split")
-    asked = {"--column": column.strip()} | ({} if pair is None else {"--pair-column": pair.strip()})
+    asked = {"--column": column_name(column)}
+    if pair is not None:
+        asked["--pair-column"] = column_name(pair)
 
     def refuse_missing(header: Sequence[str]) -> None:
         for option, name in asked.items():

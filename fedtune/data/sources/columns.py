@@ -29,7 +29,7 @@ from fedtune.config.schema import DataConfig
 from fedtune.data.corpus import Corpus, StrArray
 from fedtune.errors import DataError
 
-__all__ = ["Columns", "Table", "build_corpus", "derive_labels", "missing_column"]
+__all__ = ["Columns", "Table", "build_corpus", "column_name", "derive_labels", "missing_column"]
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_LETTERS = 5, 20, 40
 # A label set taken from the data has no more labels than this, or on average this many records of each: a
@@ -38,6 +38,9 @@ MOST_LABELS, RECORDS_A_LABEL = 20, 10
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))\.0+")
+_NARROW = {0xFF01 + at: 0x21 + at for at in range(94)}  # letters of full width -> ASCII's
+# Several labels in one text, as of a list or an array that a program wrote into a CSV.
+_SEVERAL = re.compile(r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\{.*:.*\}", re.DOTALL)
 _LOST = frozenset(  # how programs write a value that is missing; as a class it must be declared
     {
         "nan",
@@ -56,6 +59,11 @@ _LOST = frozenset(  # how programs write a value that is missing; as a class it 
         "#REF!",
     }
 )
+
+
+def column_name(written: str) -> str:
+    """A column's name without what nobody sees in a header: blanks around it, line ends, marks."""
+    return " ".join(written.strip().strip("\ufeff\u200b").split())
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Columns:
             DataError: the label is the text or the person itself.
         """
         named = (data.text, data.label, data.text_pair, data.unit, data.site)
-        text, label, pair, unit, site = (name.strip() if name else None for name in named)
+        text, label, pair, unit, site = (column_name(name) if name else None for name in named)
         for setting, column in (("text", text), ("unit", unit)):
             if column == label:
                 raise DataError(
@@ -118,12 +126,18 @@ def missing_column(
     where: str, setting: str, column: str, existing: Sequence[str], group: str = "data"
 ) -> DataError:
     """The error for a column that is not there: which exist, and which is nearest."""
+    if len(existing) == 1 and existing[0].lower() != column.lower():
+        return DataError(
+            f"{where} has no column {column!r} ({group}.{setting}) but one only, {_named(existing)}. Between "
+            "the columns of a CSV commas, semicolons, tabs and bars are recognised, and what a line sep=: "
+            "above them names."
+        )
     nearest = difflib.get_close_matches(column.lower(), [name.lower() for name in existing], n=1, cutoff=0.6)
     hint = next((name for name in existing if nearest and name.lower() == nearest[0]), None)
     did_you_mean = (
         f" Did you mean {group}.{setting}={value_text(hint)}?"
         if hint
-        else f" Set {group}.{setting} to one of them."
+        else f" Set {group}.{setting} to one of them; or write a line with names first, if that is a record."
     )
     return DataError(
         f"{where} has no column {column!r} ({group}.{setting}); its columns are: "
@@ -158,7 +172,9 @@ def _label(value: Any) -> str:
 
 
 def _folded(label: str) -> str:
-    return " ".join(label.casefold().split())
+    """What a label is without what nobody sees: capitals, blanks, letters without width, full width."""
+    letters = (letter for letter in label.translate(_NARROW) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(letters).casefold().split())
 
 
 def _is_half(text: str) -> bool:
@@ -199,6 +215,16 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             f"{len(lost)} of {len(values)} records of {table.where} have a label in column {column!r} that "
             f"is how programs write a missing value ({_rows(lost)}). Label or remove them; or, if it is a "
             "class, declare all labels in data.labels."
+        )
+    several = [
+        i for i, value in enumerate(values) if isinstance(value, str) and _SEVERAL.fullmatch(value.strip())
+    ]
+    if several:
+        raise DataError(
+            f"{len(several)} of {len(values)} records of {table.where} have a label in column {column!r} "
+            f"that is a list or a mapping, written as text ({_rows(several)}). Several labels a record "
+            "(multi-label) are not supported. Give each record one; or, if such a text is a class, declare "
+            "all labels in labels.txt beside the data, one a line."
         )
     # One of several spellings, whichever is first in the alphabet.
     spelt = {_folded(name): name for name in sorted(set(keys) - {""}, reverse=True)}

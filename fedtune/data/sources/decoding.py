@@ -63,6 +63,10 @@ _MARKS = (  # the longer first: UTF-32's begins as UTF-16's does
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 )
+_PAGE = ("<!doctype html", "<html", "<table", "<!--")
+_CONTROL = bytes(
+    sorted({*range(9), *range(14, 26), *range(28, 32)})
+)  # that no text has, but for ^Z at an end
 _LOOKED_AT = 4096  # bytes, for an encoding without a mark
 _CHUNK = 1 << 16  # bytes that are read at once
 
@@ -179,14 +183,16 @@ def open_text(path: Path, newline: str = "") -> Iterator[io.TextIOWrapper]:
             if head.startswith(mark, place):
                 raise DataError(f"{path} is {what}, by its content. {way}")
         encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _unmarked(head)
-        if head.decode(encoding, "ignore")[:200].lstrip().lower().startswith(("<!doctype html", "<html")):
+        if head.decode(encoding, "ignore")[:200].lstrip().lower().startswith(_PAGE):
             raise DataError(
                 f"{path} is a web page (HTML), as of a download that needs a login. Download it again."
             )
         try:
             yield io.TextIOWrapper(file, encoding, newline=newline)
         except UnicodeDecodeError as error:
-            raise _no_text(path, encoding.removesuffix("-sig"), binary=b"\x00" in head) from error
+            raise _no_text(
+                path, encoding.removesuffix("-sig"), binary=len(head.translate(None, _CONTROL)) < len(head)
+            ) from error
 
 
 def read_text(path: Path) -> str:
@@ -226,8 +232,12 @@ def _first_wrong_byte(path: Path, encoding: str) -> int:
 
 
 def _unmarked(content: bytes) -> str:
-    """The encoding of a text without a byte order mark: the zero bytes of Western letters tell UTF-16."""
-    head = content[: _LOOKED_AT - _LOOKED_AT % 2]
+    """The encoding of a text without a byte order mark: zero bytes of Western letters tell UTF-16 and 32."""
+    head = content[:_LOOKED_AT]
+    places = [head[place::4].count(0) for place in range(4)]
+    for least, mark in ((min(places[1:]), "utf-32-le"), (min(places[:3]), "utf-32-be")):
+        if least > 0.2 * len(head):
+            return mark
     zeros = head[::2].count(0), head[1::2].count(0)
     if max(zeros) > 0.2 * len(head) and min(zeros) < 0.2 * max(zeros):
         return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"

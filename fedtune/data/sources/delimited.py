@@ -19,13 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedtune.data.sources.columns import column_name
 from fedtune.data.sources.decoding import open_text
 from fedtune.errors import DataError
 
 __all__ = ["Delimited", "open_delimited"]
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-_DECLARED = re.compile(r"sep=(.)", re.IGNORECASE)
+_DECLARED = re.compile(r'"?sep ?= ?(.)"?', re.IGNORECASE)
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 
@@ -77,10 +78,10 @@ def open_delimited(
         for _ in range(skipped):
             text.readline()
         rows = _bare(text) if bare else _quoted(path, text, chosen, skipped)
-        first = next(rows, None)
+        first = next((row for row in rows if not _is_blank(row)), None)
         if first is None:
             raise DataError(f"{path} is empty. Name a file that holds records.")
-        header = [name.strip().strip("\ufeff\u200b") for name in first.fields]
+        header = [column_name(name) for name in first.fields]
         yield Delimited(header, _checked(path, rows, header, chosen, label, skipped), notes)
 
 
@@ -92,10 +93,16 @@ def _checked(
     at = header.index(label) if label is not None and label in header else None
     number, labels, long = 0, set[str](), list[tuple[int, int]]()
     for row in rows:
-        # A row of blanks alone is what a spreadsheet leaves below its table.
-        if not any(field.strip() for field in row.fields):
+        if _is_blank(row):
             continue
         number += 1
+        while len(row.fields) > len(header) and not row.fields[-1].strip():
+            row.fields.pop()  # a delimiter at the end of each line, but of the header's
+        if len(header) == 1 and number == 1 < len(row.fields):
+            raise DataError(
+                f"The first line of {path} that is not blank is no header: it names one column, and the next "
+                f"has {len(row.fields)} fields. Take out what stands above the line with the columns' names."
+            )
         if len(row.fields) != len(header):
             raise DataError(
                 f"Row {number} of {path} (line {row.first + skipped}) has {len(row.fields)} fields, the "
@@ -111,12 +118,19 @@ def _checked(
         _refuse_swallowed(path, delimiter, long, len(header), at, labels, skipped)
 
 
+def _is_blank(row: _Row) -> bool:
+    """Is it of blanks alone, as a spreadsheet leaves below its table, or a mark of the file's end?"""
+    return not any(field.strip().strip("\x00\x1a") for field in row.fields)
+
+
 def _delimiter(path: Path, expected: str, used: Collection[str]) -> str:
     """`expected`, unless another one makes the columns in use of the header, or it makes one name of it."""
     with open_text(path) as text:
-        line = next((line for line in text if line.strip("\r\n")), "").strip()
+        line = next((line for line in text if line.strip()), "").strip()
+    if line.startswith(("{", "[")):
+        raise DataError(f"{path} is JSON, by its content. Let its name end in .jsonl.")
     names = {
-        delimiter: [name.strip(' \t"\ufeff') for name in line.split(delimiter)]
+        delimiter: [column_name(name.strip(' \t"\ufeff')) for name in line.split(delimiter)]
         for delimiter in (expected, *_DELIMITERS)
     }
     fitting = [delimiter for delimiter, found in names.items() if set(used) <= set(found)]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedtune.config.schema import DataConfig
-from fedtune.data.sources.columns import Columns, Table
+from fedtune.data.sources.columns import Columns, Table, column_name
 from fedtune.data.sources.decoding import bare_name, is_workbook, open_bytes, open_text, read_text
 from fedtune.data.sources.delimited import open_delimited
 from fedtune.errors import DataError, ResourceError
@@ -244,7 +244,7 @@ def _workbook(path: Path, used: Sequence[str], label: str | None) -> Iterator[Re
         first = next(rows, None)
         if first is None:
             raise _empty(path)
-        header = ["" if cell is None else str(cell).strip() for cell in first]
+        header = ["" if cell is None else column_name(str(cell)) for cell in first]
         notes = (f"{path.name} is a workbook of Excel: its first sheet was read.",)
         yield Records(header, _picked(header, rows, used), notes)
 
@@ -268,7 +268,7 @@ def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Record
     header, known, repeated = list[str](), set[str](), set[str]()
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name.strip() for name, _ in items]
+        names = [column_name(name) for name, _ in items]
         record = dict(zip(names, (value for _, value in items), strict=True))
         if len(record) < len(items):
             repeated.update({name for name in names if names.count(name) > 1} & set(used))
@@ -304,7 +304,7 @@ def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Record
             raise _empty(path)
         header.extend(repeated)
 
-    with open_text(path, "\n") as text:
+    with open_text(path) as text:
         yield Records(header, rows(text), complete=False)
 
 
@@ -343,10 +343,13 @@ def _parquet(path: Path, used: Sequence[str], label: str | None) -> Iterator[Rec
         with named():
             file = opened.enter_context(pq.ParquetFile(path))
             names = list(file.schema_arrow.names)
-            header = [name.strip() for name in names]
-            wanted = [name for name in names if name.strip() in used and header.count(name.strip()) == 1]
+            header = [column_name(name) for name in names]
+            wanted = [
+                name for name, plain in zip(names, header, strict=True)
+                if plain in used and header.count(plain) == 1
+            ]  # fmt: skip
             batches = file.iter_batches(batch_size=_BATCH, columns=wanted)
-        yield Records(header, rows(batches, {name.strip(): at for at, name in enumerate(wanted)}))
+        yield Records(header, rows(batches, {column_name(name): at for at, name in enumerate(wanted)}))
 
 
 # Opens a file: its path, the columns in use, and that of labels.

@@ -70,9 +70,19 @@ def refused(path: Path, **settings: Any) -> str:
         table(header=(" text ", "label ", " site")).encode(),
         (table() + "   \n\n,,\n").encode(),
         table(end="\r").encode(),
+        table().encode("utf-32-le"),
+        table().encode("utf-32-be"),
+        ('"sep=;"\r\n' + table(";", end="\r\n")).encode(),
+        ("sep=^\n" + table("^")).encode(),
+        ("\n  \n" + table()).encode(),
+        table(end=",\n").replace("site,", "site", 1).encode(),
+        (table() + "\x1a").encode(),
+        table(header=("\ufefftext", "label\u200b", '"site\n"')).encode(),
     ],
     ids=["utf-16", "utf-16-be", "utf-16-le bare", "utf-16-be bare", "utf-32", "gzip", "gzip utf-16",
-         "semicolons", "sep line", "tabs", "bars", "header blanks", "blank rows below", "old Mac"],
+         "semicolons", "sep line", "tabs", "bars", "header blanks", "blank rows below", "old Mac",
+         "utf-32-le bare", "utf-32-be bare", "sep quoted", "sep of its own", "blank rows above",
+         "delimiter at the end", "end of file", "marks in the header"],
 )  # fmt: skip
 def test_a_csv_is_read_whatever_wrote_it(tmp_path: Path, content: bytes) -> None:
     corpus = whole(written(tmp_path, "train.csv", content), site="site")
@@ -135,6 +145,20 @@ def workbook() -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
         (gzip.compress(table().encode())[:-20], "damaged or cut off"),
+        (gzip.compress(gzip.compress(table().encode())), "compressed by gzip twice"),
+        (gzip.compress(b"train.csv".ljust(257, b"\0") + b"ustar"), "is a tar archive"),
+        (
+            b"PK\x03\x04".ljust(30, b"\0") + b"mimetypeapplication/vnd.oasis.opendocument",
+            "damaged or cut off",
+        ),
+        (zipped(**{"[Content_Types].xml": b"", "word/document.xml": b""}), "document of Office"),
+        (zipped(mimetype=b"application/vnd.oasis.opendocument.spreadsheet", a=b""), "OpenDocument"),
+        (b"\x93NUMPY\x01\x00", "binary data (byte 0)"),
+        (json.dumps([dict(zip(HEADER, row, strict=True)) for row in ROWS]).encode(), "JSON, by its content"),
+        (labelled("a", "b").encode(), "name end in .jsonl"),
+        (b"<table><tr><td>text", "web page"),
+        (b"# exported\n" + table().encode(), "no header: it names one column, and the next has 3 fields"),
+        (table("~").encode(), "has no column 'label' (data.label) but one only, text~label~site"),
         ("text,label\ncaf\xe9,a\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8"),
     ],
 )
@@ -166,6 +190,16 @@ def test_a_label_that_is_several_is_refused(tmp_path: Path, label: Any) -> None:
     assert "in 10 records (rows 3, 6, 9, 12, 15 and 5 more)" in text and "multi-label" in text
 
 
+@pytest.mark.parametrize("label", ["['sad', 'angry']", '["sad"]', "[0 1]", "[]", "{'a': 1}"])
+def test_a_label_that_is_several_written_as_text_is_refused_unless_declared(
+    tmp_path: Path, label: str
+) -> None:
+    text = refused(written(tmp_path, "train.jsonl", labelled("a", "b", label)))
+    assert "in 10 records" not in text and "10 of 30 records" in text and "multi-label" in text
+    written(tmp_path, "labels.txt", f"a\nb\n{label}\n")
+    assert whole(tmp_path).label_names == ("a", "b", label)
+
+
 @pytest.mark.parametrize("column", ["text", "label", "site"])
 def test_half_a_character_is_refused_with_its_row(tmp_path: Path, column: str) -> None:
     lines = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
@@ -189,6 +223,9 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path, column: str) -
         (("9" * 5000, "1"), ("1", "9" * 5000)),
         ((True, False), ("False", "True")),
         (("007", "7"), ("007", "7")),
+        (("yes", "yes\u200b", "no", "y\u00ades"), ("no", "yes")),
+        (("1", "\uff11", "2"), ("1", "2")),
+        (("[a]", "[b]"), ("[a]", "[b]")),
     ],
 )  # fmt: skip
 def test_spellings_of_one_label_are_one_class(tmp_path: Path, labels: Any, classes: tuple[str, ...]) -> None:
