@@ -147,11 +147,14 @@ def _parse(parser: OverridesParser, text: str) -> Override:
         hint = f" Did you mean '{guess}=...'?" if guess else ""
         raise ConfigError(f"{text!r} is no setting: settings are written name=value.{hint}")
     setting = settings().get(key.lstrip("+"))
-    if setting is not None and setting.kind is list and (words := _listed(raw)) is not None:
-        return parser.parse_override(f"{key}=[{','.join(map(_quoted, words))}]")
+    listed = _listed(raw) if setting is not None and setting.kind is list else None
+    if listed is not None and not any(mark in raw.strip()[1:-1] for mark in "[]{}'\"\\"):
+        return _of_texts(parser, key, listed)
     try:
         override: Override = parser.parse_override(text)
     except (HydraException, ValueError, RecursionError) as error:  # of an int that is too long
+        if listed is not None:
+            return _of_texts(parser, key, listed)  # [l'été,hiver]: the quote belongs to the word
         if setting is None or setting.kind is not str:
             shown = text if len(text) <= 200 else f"{text[:200]}..."
             raise ConfigError(
@@ -242,14 +245,16 @@ def _plain(override: Override) -> Any:
 
 
 def _listed(raw: str) -> list[str] | None:
-    """The texts of a list as it was typed (`[très,C#]`); None: it is quoted, nested, or no list."""
-    inner = raw.strip()
-    if not (inner.startswith("[") and inner.endswith("]")):
+    """The texts of a list as it was typed (`[très,C#]`), if nothing in it is grammar; None: it is no list."""
+    whole = raw.strip()
+    if not (whole.startswith("[") and whole.endswith("]") and whole[1:-1].strip()) or "${" in whole:
         return None
-    inner = inner[1:-1]
-    if not inner.strip() or any(mark in inner for mark in "[]{}'\"\\") or "${" in inner:
-        return None
-    return [word.strip() for word in inner.split(",")]
+    return [word.strip() for word in whole[1:-1].split(",")]
+
+
+def _of_texts(parser: OverridesParser, key: str, words: Sequence[str]) -> Override:
+    made: Override = parser.parse_override(f"{key}=[{','.join(map(_quoted, words))}]")
+    return made
 
 
 def _quoted(raw: str) -> str:

@@ -194,6 +194,9 @@ def test_experiment_with_and_without_plus() -> None:
         ("[very good,not so good!]", ["very good", "not so good!"]),
         ("[50%,(none)]", ["50%", "(none)"]),
         ("['a,b',c]", ["a,b", "c"]),
+        ("[l'été,hiver]", ["l'été", "hiver"]),
+        ('[6",a[1]]', ['6"', "a[1]"]),
+        ("[{a},b]", ["{a}", "b"]),
     ],
 )
 def test_labels_work_as_they_are_typed(typed: str, labels: list[str]) -> None:
