@@ -9,6 +9,7 @@ Errors of Hydra, OmegaConf and YAML come out as `ConfigError`, one paragraph.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,13 +65,12 @@ def load(overrides: Sequence[str] = (), extra_dirs: Sequence[Path] = ()) -> Conf
     with groups of the user's own, searched after `conf/`.
     Raises `ConfigError`; with `resume=FOLDER`, `CheckpointError` if that folder holds no configuration.
     """
+    places = [search_path(extra_dirs)] if extra_dirs else []
     checked = check_overrides(overrides, extra_dirs=extra_dirs)
     if checked.resume is not None:
         return _resumed(checked.resume)
     register_schema()
-    arguments = list(checked.arguments)
-    if extra_dirs:
-        arguments.append(search_path(extra_dirs))
+    arguments = [*checked.arguments, *places]
     with started_hydra(), hydra_errors():
         composed = compose("config", overrides=arguments)
     return from_hydra(composed, checked.keys)
@@ -116,11 +116,19 @@ def from_hydra(composed: DictConfig, named: Iterable[str]) -> Config:
     for group in ("experiment", "sweep"):
         # A page of these groups sets other groups' settings; without its first line Hydra puts them here.
         if isinstance(page := values.pop(group, None), dict):
+            has = f"has settings ({', '.join(map(str, page))}) that would be ignored" if page else "is empty"
             raise ConfigError(
-                f"A page of {group}/ has settings ({', '.join(map(str, page))}) that would be ignored: its "
+                f"A page of {group}/ {has}: its "
                 f"first line must be '# @package _global_'. Add that line to the page of {group}=NAME.",
                 setting=group,
             )
+    if flat := next((name for name in map(str, values) if "." in name), None):
+        group, _, name = flat.partition(".")
+        raise ConfigError(
+            f"A page has the setting {flat} in one name, and pages are nested: write '{group}:', and below "
+            f"it, further in, '{name}: VALUE'.",
+            setting=flat,
+        )
     privacy = values.get("privacy")
     if isinstance(privacy, dict):
         from fedtune.privacy.mechanisms.registry import adds_noise  # late: `fedtune.config` is light
@@ -191,6 +199,11 @@ def _refuse_hidden(folder: Path) -> None:
         pages = sorted((folder / group).glob("*")) if (folder / group).is_dir() else []
         for page in pages:
             shipped = conf_dir() / group / page.name
+            if page.is_file() and page.read_bytes()[:3] == codecs.BOM_UTF8:
+                raise ConfigError(
+                    f"{page} begins with a byte order mark, which hides its first line. Save it as UTF-8 "
+                    "without one (BOM)."
+                )
             if page.suffix == ".yml":
                 raise ConfigError(f"{page} is not read, since pages end in .yaml: name it {page.stem}.yaml.")
             if page.suffix == ".yaml" and shipped.is_file() and shipped.read_bytes() != page.read_bytes():
@@ -212,6 +225,11 @@ def hydra_errors() -> Iterator[None]:
         if key is not None and "not in" in message and str(key) not in settings():
             raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
         raise ConfigError(f"The configuration cannot be composed: {message}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"The configuration cannot be composed: a page is not UTF-8 text (byte {error.start}). Save it "
+            "as UTF-8."
+        ) from error
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's own; others are bugs
             raise

@@ -244,3 +244,25 @@ def test_an_own_page_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path) -
     page(tmp_path, "pricing/other.yml", "device_hour: 9\n")
     with pytest.raises(ConfigError, match="name it other.yaml"):
         load([], own)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"# @package _global_\ntrain.learning_rate: 0.5\n", "write 'train:', and below it, further in"),
+        (b"\xef\xbb\xbf# @package _global_\ntrain:\n  learning_rate: 0.5\n", "byte order mark"),
+        (b"# @package _global_ \xe9\n", "not UTF-8 text \\(byte 20\\)"),
+        (b"", "A page of experiment/ is empty"),
+    ],
+)
+def test_what_no_page_can_mean_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    own = page(tmp_path, "experiment/mine.yaml", "")
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        load(["experiment=mine"], own)
+
+
+def test_a_page_that_ends_in_yml_is_named_where_it_is_asked_for(tmp_path: Path) -> None:
+    own = page(tmp_path, "experiment/mine.yml", "# @package _global_\n")
+    with pytest.raises(ConfigError, match=r"name it mine\.yaml"):
+        load(["experiment=mine"], own)
