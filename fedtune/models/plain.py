@@ -231,6 +231,9 @@ def _loaded(folder: Path) -> tuple[nn.Module, PlainTokenizer]:
         raise _Differs
     for layer in encoder.modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
+            # bitsandbytes reads such rows' blocks in another way than it made them.
+            if model.quantization == "nf4" and isinstance(layer, nn.Linear) and layer.in_features % 64:
+                raise _Differs
             layer.weight.data = as_stored(layer, model.quantization)
     stack, labels = EncoderStack(encoder), saved["label_names"]
     classifier = EncoderClassifier(stack, len(labels), model.pooling, normalize=model.normalize)
@@ -268,7 +271,12 @@ def _adapt(classifier: EncoderClassifier, folder: Path) -> None:
     if settings["peft_type"] != "LORA" or any(settings.get(key) for key in odd):
         raise _Differs
     found = load_file(folder / "adapter_model.safetensors")
-    weights = {name.removeprefix("base_model.model."): value for name, value in found.items()}
+    # With the biases PEFT saves those of the head that it has replaced, and of the new one once more.
+    weights = {
+        name.removeprefix("base_model.model."): value
+        for name, value in found.items()
+        if ".original_module." not in name and ".modules_to_save." not in name
+    }
     scale = settings["lora_alpha"] / settings["r"]
     own = dict(classifier.named_parameters())
     for name in [name for name in weights if name.endswith(".lora_A.weight")]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedtune.config.schema import ModelConfig
@@ -16,7 +18,6 @@ from fedtune.models.adapters import ADAPTERS
 from fedtune.models.classifier import load_saved
 from fedtune.models.encoder import load_tokenizer
 from fedtune.models.plain import load_plain
-from fedtune.models.quantization import QUANTIZATIONS
 from tests.support.tiny_federation import save_adapter
 
 TEXTS = ["the film was good", "An AWFUL day [SEP] so sad \u00e9\u4e2d", "and " * 40, "[MASK] xyz", " it "]
@@ -43,11 +44,11 @@ def same(folder: Path, base: Path | str) -> None:
     ids = encoded(short, TEXTS, None, 20)
     wanted = logits(load_saved(folder, "cpu"), ids)
     assert wanted.std(0).min() > 1e-3, "the texts must differ, for something to be compared"
-    assert torch.allclose(logits(model, ids), wanted, atol=1e-6)
+    assert torch.allclose(logits(model, ids), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_each_adapter_and_quantization(
     tiny_bert: Path, tmp_path: Path, adapter: str, quantization: str
 ) -> None:
@@ -59,9 +60,10 @@ def test_each_family_of_its_make(families: dict[str, Path], tmp_path: Path, fami
     same(save_adapter(families[family], tmp_path, "lora", pooling="cls"), families[family])
 
 
-def test_the_default_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("adapter", "quantization"), [("ffa_lora", "int8"), ("lora", "nf4")])
+def test_the_default_model(tmp_path: Path, adapter: str, quantization: str) -> None:
     base = "embedded:minilm"
-    same(save_adapter(base, tmp_path, "ffa_lora", "int8"), base)
+    same(save_adapter(base, tmp_path, adapter, quantization), base)
 
 
 def spoilt(path: Path, **changes: Any) -> None:
@@ -69,16 +71,14 @@ def spoilt(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["digest", "pairs", "adapter", "config", "weights", "no tokenizer", "family"]
+    "what", ["digest", "pairs", "adapter", "config", "weights", "no tokenizer", "family", "narrow"]
 )
 def test_what_is_not_as_expected_is_for_the_long_way(
     families: dict[str, Path], tiny_bert: Path, tmp_path: Path, what: str
 ) -> None:
-    import shutil
-
     base = Path(shutil.copytree(families["distilbert"] if what == "family" else tiny_bert, tmp_path / "base"))
-    folder = save_adapter(base, tmp_path / "adapter", "lora")
-    assert (load_plain(folder, "cpu") is None) == (what == "family")
+    folder = save_adapter(base, tmp_path / "adapter", "lora", "nf4" if what == "narrow" else "none")
+    assert (load_plain(folder, "cpu") is None) == (what in ("family", "narrow"))
     if what in ("digest", "pairs"):
         spoilt(folder / "fedtune.json", **{what: True if what == "pairs" else "0" * 64})
     elif what == "adapter":
@@ -88,7 +88,7 @@ def test_what_is_not_as_expected_is_for_the_long_way(
     elif what == "no tokenizer":
         (base / "tokenizer.json").unlink()
     elif what == "weights":
-        content = bytearray((base / "model.safetensors").read_bytes())
-        content[-1] ^= 1
-        (base / "model.safetensors").write_bytes(content)
+        weights = load_file(base / "model.safetensors")
+        weights["encoder.layer.1.output.dense.bias"][-1] += 1e-6
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     assert load_plain(folder, "cpu") is None
