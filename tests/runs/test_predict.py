@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -330,10 +331,9 @@ def test_a_file_is_answered_as_it_is_read(run_dir: Path, tmp_path: Path, ending:
     elif ending == "jsonl":
         content = b"".join(b'{"text": "good %d", "who": "a"}\n' % i for i in range(rows)) + LAST[ending]
     else:
-        by = b"\t" if ending == "tsv" else b","
-        content = (
-            b"text%bwho\n" % by + b"".join(b"good %d%ba\n" % (i, by) for i in range(rows)) + LAST[ending]
-        )
+        by = "\t" if ending == "tsv" else ","
+        table = [f"good {i}{by}{hashlib.sha256(bytes(i)).hexdigest()}\n" for i in range(rows)]
+        content = f"text{by}who\n{''.join(table)}".encode() + LAST[ending]
         content = gzip.compress(content)[:-20] if ending == "csv.gz" else content
     path.write_bytes(content)
     said = list[int]()
