@@ -284,7 +284,9 @@ def _adapt(classifier: EncoderClassifier, folder: Path) -> None:
         a, b = weights.pop(name), weights.pop(f"{place}.lora_B.weight")
         parent, _, child = place.rpartition(".")
         linear = classifier.get_submodule(place)
-        if (a.shape[1], b.shape[0]) != (linear.in_features, linear.out_features):
+        if not isinstance(linear, nn.Linear) or a.shape[1] != linear.in_features:
+            raise _Differs
+        if b.shape[0] != linear.out_features:
             raise _Differs
         setattr(classifier.get_submodule(parent), child, _LowRank(linear, a, b, scale))
     for name, value in weights.items():  # head, centre, biases

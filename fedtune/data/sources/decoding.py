@@ -85,7 +85,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
         OSError: it cannot be read.
     """
     with ExitStack() as opened:
-        file: io.BufferedReader = opened.enter_context(path.open("rb", buffering=_CHUNK))
+        file = opened.enter_context(io.BufferedReader(path.open("rb", buffering=0), _CHUNK))
         head = file.peek(len(_ZIP))
         unpack = next((how for mark, how in _UNPACKED.items() if head.startswith(mark)), None)
         if unpack is not None:
@@ -140,7 +140,7 @@ def _only_file(file: io.BufferedReader) -> IO[bytes] | None:
     return archive.open(files[0]) if len(files) == 1 and not files[0].flag_bits & 1 else None
 
 
-_UNPACKED: dict[bytes, tuple[str, Callable[[Any], IO[bytes] | None]]] = {
+_UNPACKED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"\x1f\x8b": ("gzip", lambda file: gzip.GzipFile(fileobj=file)),
     b"BZh": ("bzip2", bz2.BZ2File),
     b"\xfd7zXZ": ("xz", lzma.LZMAFile),

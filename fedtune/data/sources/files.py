@@ -196,7 +196,7 @@ def read_table(path: Path, columns: Columns) -> Table:
     used = {f"{columns.group}.{setting}": column for setting, column in columns.used().items()}
     with open_records(path, used, columns.label) as found:
         rows = list(found.rows)
-    values: dict[str, list[Any]] = {name: [] for name in found.header}
+    values: dict[str, Sequence[Any]] = {name: [] for name in found.header}
     for at, name in enumerate(dict.fromkeys(used.values())):
         if name in values:
             values[name] = [row[at] for row in rows]
