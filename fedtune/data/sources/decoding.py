@@ -85,7 +85,8 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
         OSError: it cannot be read.
     """
     with ExitStack() as opened:
-        file = opened.enter_context(io.BufferedReader(path.open("rb", buffering=0), _CHUNK))
+        raw: io.RawIOBase = opened.enter_context(path.open("rb", buffering=0))
+        file = opened.enter_context(io.BufferedReader(raw, _CHUNK))
         head = file.peek(len(_ZIP))
         unpack = next((how for mark, how in _UNPACKED.items() if head.startswith(mark)), None)
         if unpack is not None:
