@@ -77,7 +77,7 @@ def bare_name(path: Path) -> Path:
 
 
 @contextmanager
-def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """The content of a file, unpacked where it is compressed; of a ZIP archive that of its only file.
 
     Raises:
@@ -86,7 +86,7 @@ def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
     """
     with ExitStack() as opened:
         raw: io.RawIOBase = opened.enter_context(path.open("rb", buffering=0))
-        file = opened.enter_context(io.BufferedReader(raw, _CHUNK))
+        file: io.BufferedReader[Any] = opened.enter_context(io.BufferedReader(raw, _CHUNK))
         head = file.peek(len(_ZIP))
         unpack = next((how for mark, how in _UNPACKED.items() if head.startswith(mark)), None)
         if unpack is not None:
@@ -129,7 +129,7 @@ def _damage_named(path: Path, how: str) -> Iterator[None]:
         ) from error
 
 
-def _only_file(file: io.BufferedReader) -> IO[bytes] | None:
+def _only_file(file: io.BufferedReader[Any]) -> IO[bytes] | None:
     """The only file of a ZIP archive; None if it has several, is locked by a password, or is a workbook."""
     if _of_workbook(file):
         return None
@@ -155,7 +155,7 @@ def is_workbook(path: Path) -> bool:
         return file.peek(len(_ZIP)).startswith(_ZIP) and _of_workbook(file)
 
 
-def _of_workbook(file: io.BufferedReader) -> bool:
+def _of_workbook(file: io.BufferedReader[Any]) -> bool:
     """Does an archive name what a workbook has? Reads it to where that stands, mostly its end."""
     before = b""
     while chunk := file.read(_CHUNK):
