@@ -247,7 +247,8 @@ You are asked for a key's fingerprint before its owner is let in: have it read t
 `--revoke` revokes: while a file in `nodes/` is missing or broken, its site is not let in, and when it is
 back, the site is too.
 The certificate expires: `fedtune provision FEDERATION.yaml -o DIR --renew` makes another, and a running
-server takes it up. Server and sites warn from 30 days before.
+server takes it up. Server and sites warn from 30 days before. Another authority takes the place of this one
+in three steps, in which no site is locked out: `--rotate announce`, `--rotate switch`, `--rotate retire`.
 """
 
 _NODE_YAML = """\

@@ -46,6 +46,8 @@ class Replays:
         """
         now = _now()
         with self._lock:
+            if (self._floor - now).total_seconds() > signing.AHEAD:
+                self._floor = now  # this machine's clock was set back: it begins anew
             if when <= self._floor:
                 seconds = (self._floor - when).total_seconds()
                 raise ResourceError(

@@ -72,6 +72,14 @@ def test_a_restart_lets_nothing_in_twice(tmp_path: Path, clock: Clock) -> None:
         Replays(tmp_path).is_first(b"alice", clock.now)
 
 
+def test_a_server_whose_clock_is_set_back_locks_nobody_out(tmp_path: Path, clock: Clock) -> None:
+    clock.after(3600)  # it began an hour ahead
+    seen = Replays(tmp_path)
+    with pytest.raises(ResourceError, match="signed 0 s before"):  # the first one; its sender asks again
+        seen.is_first(b"alice", clock.after(1))
+    assert seen.is_first(b"alice", clock.after(2)) and not seen.is_first(b"alice", clock.now)
+
+
 def test_clocks_that_are_right_write_nothing_and_one_that_is_ahead_needs_a_disk(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
