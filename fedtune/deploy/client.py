@@ -263,8 +263,9 @@ def patient_retries(address: str, observer: Observer | None = None) -> Any:
     def give_up(error: Exception) -> bool:
         if isinstance(error, httpx.HTTPStatusError):
             return error.response.status_code not in (502, 503, 504)
-        # Not for a server that dies in the middle of a handshake, but for one that is another.
-        return "certificate" in str(error).lower()
+        # Not for a server that dies in the middle of a handshake, or whose certificate expired and will be
+        # renewed, but for one that is another.
+        return "certificate" in str(error).lower() and "expired" not in str(error).lower()
 
     return flower.RetryInvoker(
         wait_gen_factory=lambda: flower.exponential(max_delay=_LONGEST_PAUSE),

@@ -335,3 +335,21 @@ def test_what_is_no_ended_run_is_an_error_with_a_way_out(
     with pytest.raises(FederationError, match=r"ObjectPushError.*resume=RUN_DIR"):
         submitted(server, push_one)
     assert server.asked.count("PushMessages") > message_loop.UPLOAD_SECONDS
+
+
+def test_a_run_waits_for_a_certificate_that_is_renewed_and_for_no_other_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    failed = "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: "
+    answers = iter([httpx.ConnectError(f"{failed}certificate has expired (_ssl.c:1006)")] * 2)
+
+    def ask() -> str:
+        if (error := next(answers, None)) is not None:
+            raise error
+        return "answered"
+
+    assert client.patient_retries("server").invoke(ask) == "answered"
+    answers = iter([httpx.ConnectError(f"{failed}self-signed certificate in certificate chain")])
+    with pytest.raises(httpx.ConnectError):
+        client.patient_retries("server").invoke(ask)
