@@ -17,10 +17,11 @@ A run folder that was wound back (a copy, a backup) would begin rounds anew with
 do not know of the first time, and take back noise that was taken back before: those whose updates that noise
 covers would be published twice under it. So the last round that was begun stands in two other places too, and
 a folder that knows less is refused (`check_newest`): in fedtune's state folder on this machine
-(`rounds/RUN.json`, written before `rounds.json`), and in the nodes' ledgers, which tell it when the run is
-proposed to them again. What may still slip through is a folder that was wound back, on another machine, while
-every node that knows better is away; their ledgers refuse a second participation within `min_separation`
-rounds, and a round that any node refuses so is discarded whole
+(`rounds/RUN.json`, written before the first message too, and after `rounds.json`: the folder of a process
+that died between the two knows more, and does not look wound back), and in the nodes' ledgers, which tell it
+when the run is proposed to them again. What may still slip through is a folder that was wound back, on
+another machine, while every node that knows better is away; their ledgers refuse a second participation
+within `min_separation` rounds, and a round that any node refuses so is discarded whole
 (`fedtune.federation.server.rounds.CentralRound`).
 """
 
@@ -136,9 +137,9 @@ class CorrelatedRounds:
             ResourceError: it cannot be written.
         """
         self.last_asked |= {node.name: round for node in cohort}
-        write_durably(self._machine_file, json.dumps({"round": round}).encode())
         values = {"run": self._run, "round": round, "asked": self.last_asked}
         write_durably(self._rounds_file, json.dumps(values).encode())
+        write_durably(self._machine_file, json.dumps({"round": round}).encode())
         self.round = round
 
     def save_noise(self) -> None:

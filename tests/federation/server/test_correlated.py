@@ -16,7 +16,7 @@ from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.errors import CheckpointError, SeparationError
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.messages import Consent, RoundReply, RoundRequest
-from fedtune.federation.server import agreement, checkpoint, loop
+from fedtune.federation.server import agreement, checkpoint, correlated, loop
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.privacy.mechanisms.matrix import BandedRoot
 from tests.privacy.mechanisms.test_matrix import dense, ftrl
@@ -188,6 +188,29 @@ def test_a_folder_restored_from_a_backup_of_any_phase_is_refused(
     with pytest.raises(CheckpointError, match=r"was wound back.*this machine of round 5.*newest copy"):
         run(tmp_path / "b", nodes, resume=tmp_path / "b")
     assert nodes.asked == asked, "nobody was asked"
+    assert run(tmp_path / "a", nodes, resume=tmp_path / "a").history[-1].round == ROUNDS
+
+
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_run_that_died_while_it_noted_a_round_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    """Its folder is not one that was wound back (seed 731 of the simulator: the run was lost)."""
+    nodes, real = Nodes(), correlated.write_durably
+    notes: list[Path] = []
+
+    def dies(path: Path, content: bytes, **options: Any) -> None:
+        if path.suffix == ".json" and b'"round": 3' in content:
+            notes.append(path)
+            if len(notes) == written + 1:
+                raise KeyboardInterrupt
+        real(path, content, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(correlated, "write_durably", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "a", nodes)
+    assert all(round < 3 for _, round in nodes.asked), "nobody was asked for that round"
     assert run(tmp_path / "a", nodes, resume=tmp_path / "a").history[-1].round == ROUNDS
 
 
