@@ -26,8 +26,9 @@ def made_up(model: AdaptedModel, lengths: Sequence[int], window: int | None = No
     encoder, chance, sizes = model.base.encoder, np.random.default_rng(0), np.asarray(lengths, dtype=np.int64)
     offsets, classes = offsets_of(sizes), model.base.num_labels
     special = {encoder.pad_token_id, encoder.separator}
-    words = np.array([token for token in range(encoder.config.vocab_size) if token not in special])
-    ids = chance.choice(words, int(offsets[-1])).astype(np.int32)
+    words = [token for token in range(encoder.config.vocab_size) if token not in special]
+    few = chance.choice(words, 5)  # so that they recur within a text
+    ids = chance.choice(few, int(offsets[-1])).astype(np.int32)
     if encoder.separator is not None:  # of pairs: the second begins in the middle
         ids[offsets[:-1] + sizes // 2] = encoder.separator
     corpus = TokenizedCorpus(
