@@ -278,6 +278,7 @@ budget: # over everything that this data is ever used for
 permit:
   trust: [local, distributed] # mechanisms: local | distributed | central | none
   models: ["embedded:minilm"] # as NAME, or NAME@REVISION for a revision of a hub's model
+  pickle: false # true: a model's weights may come as a pickle, which is read by a reader that runs none of it
   adapters: [lora, ffa_lora, bitfit, head]
   max_rank: 64 # of the two matrices of lora and ffa_lora
   max_length: 512 # tokens that texts are cut to

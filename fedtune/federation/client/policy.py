@@ -92,6 +92,7 @@ class Permit(Group):
 
     trust: Trusts = ("local", "distributed")
     models: Words = ("embedded:minilm",)
+    pickle: bool = setting(False, "weights may be read from a pickle, by a reader that runs no code of it")
     adapters: Adapters = ADAPTERS
     max_rank: int = setting(64, "of the two matrices of lora and ffa_lora", ge=1)
     max_length: int = setting(512, "tokens that are seen of a text, in all of its windows", ge=4)
@@ -286,6 +287,8 @@ class SiteSettings(Group):
         if (model if revision is None else f"{model}@{revision}") not in permit.models:
             named = repr(model) if revision is None else f"{model!r} of revision {revision!r}"
             yield f"model {named} is not among the permitted {', '.join(permit.models)}"
+        if asked.model.pickle and not permit.pickle:
+            yield "model.pickle=true has weights read from a pickle, which is not permitted (permit.pickle)"
         if asked.adapter.name not in permit.adapters:
             yield f"adapter {asked.adapter.name} is not among the permitted {', '.join(permit.adapters)}"
         windows = asked.data.windows

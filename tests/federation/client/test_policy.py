@@ -57,6 +57,7 @@ def test_a_permitted_run_passes() -> None:
     [
         (lambda c: setattr(c.data, "name", "other"), "data 'other'.*offers 'visits'"),
         (lambda c: setattr(c.model, "name", "bert-large"), "model 'bert-large' is not among"),
+        (lambda c: setattr(c.model, "pickle", True), "model.pickle=true has weights read from a pickle"),
         (lambda c: setattr(c.adapter, "name", "everything"), "adapter everything"),
         (
             lambda c: vars(c.privacy).update(trust="central", unit="client"),
