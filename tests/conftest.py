@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -37,9 +38,14 @@ os.environ.update(
 # Models of tests are tiny: threads cost more than they bring, and the cores are busy with other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Subprocesses of tests find the package that is tested, installed or not, from any folder.
+# Subprocesses of tests find the package that is tested, installed or not, from any folder; and no codecarbon,
+# which takes seconds to start in each of them and in each run here.
+NO_ENERGY = Path(__file__).parent / "support" / "no_energy"
 _PACKAGE = str(Path(fedtune.__file__).resolve().parent.parent)
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE, os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(NO_ENERGY), _PACKAGE, os.environ.get("PYTHONPATH")])
+)
+sys.modules["codecarbon"] = None  # type: ignore[assignment]
 
 # The same examples in every session, so that a change is what makes a test fail; no clock, for it is shared.
 # HYPOTHESIS_PROFILE=search draws others, and more of them.
@@ -122,34 +128,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def finished(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """(run folder, what was printed) of one finished private run."""
-    from fedtune.cost import meter
     from fedtune.runs.run import run
 
     folder, output = tmp_path_factory.mktemp("runs") / "first", io.StringIO()
     config = tiny.private(tiny.make_config(world["model"], world["data"], output=str(folder)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            meter.importlib.util, "find_spec", tiny.without_codecarbon(meter.importlib.util.find_spec)
-        )
-        run(config, console=Console(file=output, width=80, highlight=False))
+    run(config, console=Console(file=output, width=80, highlight=False))
     return folder, output.getvalue()
 
 
 @pytest.fixture(scope="session")
 def run_dir(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished private run, with so little noise that its model says both labels."""
-    from fedtune.cost import meter
     from fedtune.runs.run import run
 
     folder = tmp_path_factory.mktemp("runs") / "trained"
     config = tiny.make_config(
         world["model"], world["data"], output=str(folder), federation__num_rounds=12, train__learning_rate=0.3
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            meter.importlib.util, "find_spec", tiny.without_codecarbon(meter.importlib.util.find_spec)
-        )
-        run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
+    run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
     return folder
 
 

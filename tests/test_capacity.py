@@ -37,6 +37,7 @@ def test_batches_carry_a_load_that_single_texts_cannot() -> None:
     assert overloaded.max() > 10 and np.percentile(batched, 99) < 0.1
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_record_gives() -> None:
     """If this fails, run `scripts/bench capacity`."""
     record = json.loads((ROOT / "simulations" / "speed" / "records" / "serving.json").read_text())

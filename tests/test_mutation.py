@@ -94,6 +94,7 @@ def test_what_runs_at_import_is_told_from_what_runs_in_a_function() -> None:
     assert inner.outermost == ("A.f", 4) and inner.where == "A.f.g" and list(inner.lines) == [6]
 
 
+@pytest.mark.slow
 def test_every_survivor_is_of_a_function_that_exists() -> None:
     root = Path(__file__).parents[1]
     groups = yaml.safe_load((root / "simulations" / "mutation" / "survivors.yaml").read_text())

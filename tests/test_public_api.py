@@ -111,6 +111,7 @@ def test_a_class_is_documented_with_its_attributes(name: str) -> None:
                 assert getattr(member, "__doc__", None), f"{name}.{attribute} has no docstring"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FUNCTIONS, "Model"])
 def test_the_examples_in_the_docstrings_are_true(
     name: str, tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -223,6 +224,7 @@ def test_a_folder_without_a_run(tmp_path: Path) -> None:
         _ = nothing.epsilon
 
 
+@pytest.mark.slow
 def test_progress_is_shown_unless_it_is_not_wanted(
     tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +259,7 @@ def test_overrides_that_mean_nothing(words: tuple[str, ...], match: str, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     tiny: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +327,7 @@ def test_a_frontier_shows_and_draws_itself(trials: fedtune.SweepResult) -> None:
     assert trials._repr_html_() == page
 
 
+@pytest.mark.slow
 def test_a_sweep_is_resumed_and_opened(trials: fedtune.SweepResult) -> None:
     again = fedtune.sweep({}, f"sweep.resume={trials.path}", progress=False)
     assert again.path == trials.path and len(again.runs) == 4
@@ -335,6 +339,7 @@ def test_an_empty_sweep_has_no_frontier(tmp_path: Path) -> None:
     assert "no record.json" in fedtune.SweepResult(tmp_path)._repr_html_()
 
 
+@pytest.mark.slow
 def test_a_failed_run_does_not_end_a_sweep(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,7 @@ def started(folder: Path, *words: str, program: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "launcher"), [("slurm", "submitit_slurm"), ("ray", "ray")])
 def test_it_asks_for_settings_that_exist(how: str, launcher: str, tmp_path: Path) -> None:
     from dataclasses import fields

@@ -76,6 +76,7 @@ def randomized_response(rng: np.random.Generator, canaries: int, epsilon: float)
     return int(rng.binomial(canaries, 1.0 / (1.0 + math.exp(-epsilon))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.5, 2.0])
 def test_randomized_response_is_bounded_and_nearly_reached(epsilon: float) -> None:
     rng = np.random.default_rng(1)
@@ -154,6 +155,7 @@ def test_equal_spreads_are_the_gaussian_mechanism(noise: float, delta: float) ->
     assert epsilon_of_gaussians(0.0, noise, 1.0, noise, delta) == pytest.approx(expected, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.6, 0.9999, 1.5])
 def test_unequal_spreads_against_numerical_integration(spread: float) -> None:
     delta, mean = 1e-4, 0.8

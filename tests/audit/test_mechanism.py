@@ -23,6 +23,7 @@ def audited(plan: PrivacyPlan, canaries: int = 6000, claimed: float | None = Non
     )
 
 
+@pytest.mark.slow
 def test_no_bound_exceeds_the_claim_of_the_right_mechanism_over_20_seeds() -> None:
     found = [audited(plans.local(seed=seed), canaries=3000) for seed in range(20)]
     assert not any(result.violated or result.understated for result in found)
@@ -32,12 +33,14 @@ def test_no_bound_exceeds_the_claim_of_the_right_mechanism_over_20_seeds() -> No
     assert np.median([result.best.epsilon_lower for result in found]) > 0.35 * claim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [plans.distributed, plans.central, lambda: plans.local(**DEFAULT)])
 def test_the_other_right_mechanisms_are_acquitted_too(make: object) -> None:
     result = audited(make(), canaries=4000)
     assert 0.2 * result.claimed < result.best.epsilon_lower <= result.claimed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [plans.HalfNoise, plans.NoClipping, plans.HeadNotNoised, plans.NoiseInTheFirstStepOnly],
@@ -47,6 +50,7 @@ def test_each_broken_mechanism_is_exposed(kind: type[PrivacyPlan]) -> None:
     assert result.violated, result.bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [plans.HalfNoise, plans.NoClipping, plans.HeadNotNoised])
 def test_a_trusted_server_that_is_broken_is_exposed(kind: type[PrivacyPlan]) -> None:
     result = audited(plans.mutated(plans.central(), kind), canaries=4000)
@@ -159,6 +163,7 @@ def test_one_shot_estimate_is_near_the_claim_and_sees_half_noise() -> None:
     assert wrong > 1.6 * plan.epsilon()
 
 
+@pytest.mark.slow
 def test_adaptive_clipping_is_audited_with_its_moving_norm() -> None:
     plan = plans.central(adaptive_clipping=True, quantile_noise=50.0)
     result = audited(plan, canaries=2000)

@@ -160,6 +160,7 @@ def test_no_private_record_is_trained_on_and_no_ledger_is_written(
     assert list(state_dir().rglob("*.sqlite")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["local", "distributed", "central"])
 def test_training_as_it_should_be_is_acquitted(config: Any, trust: str) -> None:
     changes: dict[str, Any] = {"trust": trust}

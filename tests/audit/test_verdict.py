@@ -32,6 +32,7 @@ def all_bounds(scores: dict[str, np.ndarray], included: np.ndarray, confidence: 
     ]
 
 
+@pytest.mark.slow
 def test_no_bound_exceeds_the_truth_and_the_curve_comes_near() -> None:
     rng = np.random.default_rng(0)
     found = np.array([all_bounds(*draw(rng, 8000)) for _ in range(20)])
@@ -60,6 +61,7 @@ def test_limit_is_the_gaussian_trade_off_curve() -> None:
     assert (limit(TERMS, rates) >= expected - 1e-9).all()  # never below: the claim is the accountant's bound
 
 
+@pytest.mark.slow
 def test_attack_and_threshold_are_chosen_without_looking_at_what_is_tested() -> None:
     """Twenty worthless attacks: the best of them on the same data would convict."""
     rng = np.random.default_rng(2)

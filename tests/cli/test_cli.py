@@ -109,6 +109,7 @@ def test_help_names_every_command_with_examples(capsys: pytest.CaptureFixture[st
     assert "Examples:" in text and "fedtune run privacy.epsilon=2" in text
 
 
+@pytest.mark.slow
 def test_h_is_help(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["-h"], ["run", "-h"], ["budget", "show", "-h"]):
         assert call(*words) == 0
@@ -175,6 +176,7 @@ def test_a_run_leaves_the_warnings_of_fedtune_on(runs: list[Config]) -> None:
     assert not logger.disabled and logger.propagate and logger.isEnabledFor(logging.WARNING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -189,6 +191,7 @@ def test_sweep(arguments: tuple[str, ...], runs: list[Config], capsys: pytest.Ca
     assert "seed=2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failed_run_of_a_sweep(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "-m", "seed=1,666,2") == 1
     assert [config.seed for config in runs] == [1, 666, 2], "the others still run"
@@ -207,6 +210,7 @@ def test_show_config(runs: list[Config], capsys: pytest.CaptureFixture[str], tmp
     assert runs == [] and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_hydras_name_for_it(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "--show-config", "seed=3") == 0
     shown = capsys.readouterr().out
@@ -284,6 +288,7 @@ def test_full_disk_is_no_bug(fake: Callable[..., None], capsys: pytest.CaptureFi
     assert "No space left" in one_paragraph(capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("run", "seed=668"), ("run", "-m", "seed=668,1")])
 def test_interrupt_says_how_to_go_on(
     arguments: tuple[str, ...], runs: list[Config], capsys: pytest.CaptureFixture[str]
@@ -293,6 +298,7 @@ def test_interrupt_says_how_to_go_on(
     assert "resume=here" in one_paragraph(capsys)
 
 
+@pytest.mark.slow
 def test_closed_pipe() -> None:
     """`fedtune run --help | head -1` ends quietly."""
     done = subprocess.run(
@@ -308,6 +314,7 @@ def test_closed_pipe() -> None:
     assert done.returncode in (0, cli.BROKEN_PIPE)  # 0: all was written before head left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "closed", "status"),
     [
@@ -476,6 +483,7 @@ def completed(*words: str, shell: str = "bash") -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_shell_is_offered_commands_and_settings() -> None:
     assert completed("pre") == ["predict"]
     assert completed("run", "privacy.eps") == ["privacy.epsilon="]

@@ -19,7 +19,6 @@ from fedtune.errors import DataError
 from fedtune.runs.record import Result
 from fedtune.serving.model import ExportedModel
 from tests.support.synthetic import write_grid
-from tests.support.tiny_federation import without_codecarbon
 
 SCHEMAS: dict[str, Any] = json.loads((resources.files("fedtune.cli") / "answers.json").read_text())
 GO_ON = {"serve", "follow"}  # have no answer: they go on until they are stopped
@@ -32,10 +31,7 @@ def check(name: str, value: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.cost import meter
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(meter.importlib.util, "find_spec", without_codecarbon(meter.importlib.util.find_spec))
 
 
 @pytest.fixture
@@ -83,6 +79,7 @@ def test_every_command_has_it() -> None:
     assert {name for name, _ in leaves(command())} - GO_ON <= set(SCHEMAS["$defs"])
 
 
+@pytest.mark.slow
 def test_runs(world: dict[str, Path], answer: Any) -> None:
     made = answer("run", "run", *words(world), "hydra.run.dir=one")
     assert made["epsilon"] <= 8 and Path(made["run_dir"], "record.json").is_file()
@@ -102,6 +99,7 @@ def test_runs(world: dict[str, Path], answer: Any) -> None:
     assert kept["over"] == []
 
 
+@pytest.mark.slow
 def test_a_site_that_refuses_is_named_wherever_its_runs_are_told_of(
     world: dict[str, Path], answer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +136,7 @@ def test_a_site_that_refuses_is_named_wherever_its_runs_are_told_of(
     assert "site-1" in Path(report["page"]).read_text() and ",site-1," in Path(report["csv"]).read_text()
 
 
+@pytest.mark.slow
 def test_what_a_run_says(run_dir: Path, answer: Any) -> None:
     assert answer("statement", "statement", str(run_dir))["private"] is True
     (one,) = answer("predict", "predict", str(run_dir), "good film")
@@ -145,6 +144,7 @@ def test_what_a_run_says(run_dir: Path, answer: Any) -> None:
     assert answer("audit", "audit", str(run_dir), "--canaries", "40")["violated"] is False
 
 
+@pytest.mark.slow
 def test_reports_and_plans(tmp_path: Path, answer: Any) -> None:
     write_grid(tmp_path / "grid", seeds=2, epsilon=[1.0, 8.0])
     made = answer("report", "report", str(tmp_path / "grid"))
@@ -153,6 +153,7 @@ def test_reports_and_plans(tmp_path: Path, answer: Any) -> None:
     assert answer("plan", "plan", str(tmp_path / "grid"), "--accuracy", "0.99")[0]["relaxations"]
 
 
+@pytest.mark.slow
 def test_exported_models(exported: Path, world: dict[str, Path], answer: Any) -> None:
     about = json.loads((exported / "export.json").read_text())
     check("export", {"folder": str(exported), **about})
@@ -167,6 +168,7 @@ def test_exported_models(exported: Path, world: dict[str, Path], answer: Any) ->
     assert answer("key", "key", "clinic-1", "--keys", "keys.txt")["name"] == "clinic-1"
 
 
+@pytest.mark.slow
 def test_compressed_models(tmp_path: Path, answer: Any) -> None:
     measured = {
         "texts_per_second": 100.0, "accuracy": 0.8, "difference": 0.0, "difference_error": 0.01,
@@ -184,6 +186,7 @@ def test_compressed_models(tmp_path: Path, answer: Any) -> None:
     assert answer("advise", "compress", "--advise", "small", "--within", "1")["chosen"]
 
 
+@pytest.mark.slow
 def test_a_real_federation(tmp_path: Path, world: dict[str, Path], answer: Any) -> None:
     Path("federation.yaml").write_text("name: wards\nserver: 127.0.0.1:9443\nsites: [east, west]\n")
     assert answer("provision", "provision", "federation.yaml", "-o", "wards")["new"]

@@ -76,6 +76,7 @@ def test_what_must_give(folder: Path) -> None:
     assert all(len(way["limits"]) > 1 for way in both["must_give"]) and both["must_give"]
 
 
+@pytest.mark.slow
 def test_money_is_that_of_the_price_book(folder: Path) -> None:
     book = load(["pricing=edge"]).pricing
     answer = advise([folder], Limits(within=2), ["pricing=edge"])

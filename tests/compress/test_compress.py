@@ -57,6 +57,7 @@ def copied(run_dir: Path, tmp_path: Path) -> Callable[[], Path]:
     return lambda: Path(shutil.copytree(run_dir, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole_and_evaluated_as_it_says(
     student: Path, about: dict[str, Any], world: dict[str, Path]
 ) -> None:
@@ -110,6 +111,7 @@ def test_the_card_says_what_was_done_and_why_it_costs_no_privacy(
     assert page.count("## How right it is") == 1
 
 
+@pytest.mark.slow
 def test_a_pruned_model_is_smaller_and_runs_without_fedtune(run_dir: Path, tmp_path: Path) -> None:
     from tests.export.test_export import TEXTS
     from tests.support.cards import code_of, without_fedtune
@@ -131,6 +133,7 @@ def test_a_pruned_model_is_smaller_and_runs_without_fedtune(run_dir: Path, tmp_p
     assert said == [model.labels[i] for i in logits.argmax(1)]
 
 
+@pytest.mark.slow
 def test_half_of_the_weights_are_zero_and_stay_so(run_dir: Path, tmp_path: Path) -> None:
     folder = compress(run_dir, ["compress=sparse", *QUICK], tmp_path / "sparse")
     model = load_merged(folder)
@@ -142,6 +145,7 @@ def test_half_of_the_weights_are_zero_and_stay_so(run_dir: Path, tmp_path: Path)
     assert about["steps"][0]["loss"] > 0 and "50%" in about["steps"][0]["what"]
 
 
+@pytest.mark.slow
 def test_a_base_becomes_a_smaller_one_that_a_run_trains_on(world: dict[str, Path], tmp_path: Path) -> None:
     from rich.console import Console
 
@@ -163,6 +167,7 @@ def test_a_base_becomes_a_smaller_one_that_a_run_trains_on(world: dict[str, Path
     assert (tmp_path / "run" / "record.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_smaller_encoder_learns(run_dir: Path, world: dict[str, Path], tmp_path: Path) -> None:
     base = load_pretrained(module.ModelConfig(name=str(world["model"])))
     small = cut(base, Kept.all_of([0], anatomy(base)))
@@ -174,6 +179,7 @@ def test_a_smaller_encoder_learns(run_dir: Path, world: dict[str, Path], tmp_pat
     assert about["settings"]["distill"]["student"] == "small" and about["steps"][0]["layers"] == 1
 
 
+@pytest.mark.slow
 def test_what_a_student_learns_is_what_the_teacher_says(run_dir: Path) -> None:
     from fedtune.models.standalone import merged
 
@@ -365,6 +371,7 @@ def test_a_model_of_nan_is_refused(
     golden(raised)
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*rest: Any) -> None:
         raise KeyboardInterrupt

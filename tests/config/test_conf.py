@@ -105,6 +105,7 @@ def test_schema_defaults_are_those_of_conf() -> None:
     assert composed_values == schema_values
 
 
+@pytest.mark.slow
 def test_prices_say_where_and_when() -> None:
     for name in group_options("pricing"):
         pricing = load([f"pricing={name}"]).pricing
@@ -113,6 +114,7 @@ def test_prices_say_where_and_when() -> None:
         assert len(pricing.date) == len("2026-11-21")
 
 
+@pytest.mark.slow
 def test_page_names_are_what_they_set() -> None:
     for group in ("adapter", "partition", "engine"):
         for name in set(group_options(group)) - {"auto"}:

@@ -105,6 +105,7 @@ def test_a_killed_holder_releases_its_lock(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     path, order = tmp_path / "lock", []
 

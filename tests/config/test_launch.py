@@ -63,6 +63,7 @@ def test_default_run_folder(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == [], "Hydra leaves nothing of its own"
 
 
+@pytest.mark.slow
 def test_same_config_as_load() -> None:
     recorder = Recorder()
     start(recorder, "privacy.noise_multiplier=2", "adapter=head", "experiment=smoke")
@@ -82,6 +83,7 @@ def test_wrong_config_makes_no_folder(tmp_path: Path, override: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_sweep(tmp_path: Path) -> None:
     recorder = Recorder()
     failures = start(recorder, "privacy.epsilon=1,2", "seed=0,1", "hydra.sweep.dir=sweep", multirun=True)
@@ -99,6 +101,7 @@ def test_sweep(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_sweep_of_noise_and_epsilon_in_turn() -> None:
     recorder = Recorder()
     start(recorder, "privacy.noise_multiplier=1,2", multirun=True)
@@ -108,12 +111,14 @@ def test_sweep_of_noise_and_epsilon_in_turn() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_sweep_page() -> None:
     recorder = Recorder()
     start(recorder, "sweep=epsilon")
     assert [job.config.privacy.epsilon for job in recorder.jobs] == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 def test_one_failed_job_does_not_stop_the_others() -> None:
     recorder = Recorder(fail_at=1)
     failures = start(recorder, "seed=0,1,2", multirun=True)
@@ -123,6 +128,7 @@ def test_one_failed_job_does_not_stop_the_others() -> None:
     assert job is recorder.jobs[1] and isinstance(error, DataError)
 
 
+@pytest.mark.slow
 def test_a_job_whose_settings_do_not_fit_together_is_a_failure() -> None:
     recorder = Recorder()
     failures = start(recorder, "privacy.trust=local,none", "privacy.epsilon=2", multirun=True)
@@ -156,6 +162,7 @@ def test_resume(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"], "no new run folder"
 
 
+@pytest.mark.slow
 def test_two_launches_in_one_process() -> None:
     recorder = Recorder()
     start(recorder, "seed=1")
@@ -173,6 +180,7 @@ class Everything:
         raise RuntimeError("a bug of ours")
 
 
+@pytest.mark.slow
 def test_a_bug_is_not_blamed_on_the_launcher() -> None:
     recorder = Recorder()
     watcher: Any = Everything()
@@ -180,6 +188,7 @@ def test_a_bug_is_not_blamed_on_the_launcher() -> None:
         launch(["seed=1,2"], recorder, on_failure=recorder.on_failure, multirun=True, watcher=watcher)
 
 
+@pytest.mark.slow
 def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None:
     composed: list[list[str]] = []
     compose = ConfigLoaderImpl.load_sweep_config
@@ -200,6 +209,7 @@ def test_a_sweep_composes_each_job_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(composed) == [["seed=1"], ["seed=2"], ["seed=3"]]
 
 
+@pytest.mark.slow
 def test_a_sweep_in_batches_numbers_its_runs_on() -> None:
     recorder = Recorder()
     start(recorder, "seed=1,2,3", "hydra.sweeper.max_batch_size=2", multirun=True)

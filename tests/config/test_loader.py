@@ -12,6 +12,7 @@ from fedtune.errors import CheckpointError, ConfigError
 from tests.support.golden import Golden
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_config() -> None:
     config = load(["privacy.epsilon=2", "adapter=ffa_lora", "model.quantization=nf4", "federation.nodes=10"])
     assert config.privacy.epsilon == 2.0 and isinstance(config.privacy.epsilon, float)
@@ -32,6 +33,7 @@ def test_noise_multiplier_and_epsilon_contradict_each_other(golden: Golden) -> N
     golden(raised)
 
 
+@pytest.mark.slow
 def test_privacy_needs_one_of_them(golden: Golden) -> None:
     with pytest.raises(ConfigError) as raised:
         load(["privacy.epsilon=null"])

@@ -176,6 +176,7 @@ def test_paths_arrive_as_typed(path: str) -> None:
         assert load([f"data.path={path}"]).data.path == path
 
 
+@pytest.mark.slow
 def test_experiment_with_and_without_plus() -> None:
     assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
     assert load(["experiment=null"]) == load()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fedtune.config.convert import from_dict, settings, value_text
 from fedtune.config.loader import defaults, load
 from fedtune.config.pages import GROUPS, default_options, group_options, groups_text, settings_text
@@ -16,6 +18,7 @@ def test_groups_and_options() -> None:
     assert "*minilm" in text and "*opinions" in text and "*local" in text
 
 
+@pytest.mark.slow
 def test_marked_defaults_are_the_defaults() -> None:
     chosen = [f"{group}={name}" for group, name in default_options().items() if name is not None]
     assert set(default_options()) == set(GROUPS)

@@ -46,6 +46,7 @@ def test_nothing_is_left_open(trust: str, adapter: str, compute: str) -> None:
     assert filled(config) is config  # once is enough: a node that fills in again changes nothing
 
 
+@pytest.mark.slow
 def test_what_is_given_stays_and_is_named() -> None:
     config = load(["train.learning_rate=0.5", "federation.num_rounds=7"])
     assert (config.train.learning_rate, config.federation.num_rounds) == (0.5, 7)
@@ -55,6 +56,7 @@ def test_what_is_given_stays_and_is_named() -> None:
     assert "given" not in in_words(load([]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
@@ -78,6 +80,7 @@ def test_the_adapter_is_said_with_the_reason(overrides: list[str], why: str) -> 
     assert given.startswith("bitfit, ") and given.endswith("given, not by the recipe: adapter")
 
 
+@pytest.mark.slow
 def test_where_nothing_is_clipped_no_norm_is_named() -> None:
     assert "clipped at 0.9" in in_words(load(["adapter=head"]))
     assert "clipped" not in in_words(load(["adapter=head", "privacy=none"]))
@@ -86,6 +89,7 @@ def test_where_nothing_is_clipped_no_norm_is_named() -> None:
     assert raised.value.setting == "privacy.head_norm"
 
 
+@pytest.mark.slow
 def test_inside_the_encoder_where_the_data_is_known_to_be_large() -> None:
     files = ["data=files", "data.name=x", "data.path=x"]
     assert load([]).adapter.name == "ffa_lora"
@@ -112,6 +116,7 @@ def test_without_noise_every_linear_layer_has_both_matrices() -> None:
     assert "given, not by the recipe: adapter.target_modules" in in_words(given)
 
 
+@pytest.mark.slow
 def test_batches_inside_the_encoder_follow_from_the_declared_size() -> None:
     inside = ["data=files", "data.name=x", "data.path=x", "adapter=ffa_lora"]
     assert load([*inside, "data.declared_size=50000"]).train.sample_rate == 0.02
@@ -119,6 +124,7 @@ def test_batches_inside_the_encoder_follow_from_the_declared_size() -> None:
     assert load(inside).train.sample_rate == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2, 5, 45, 200])
 def test_the_head_comes_first_and_leaves_rounds_for_the_rest(rounds: int) -> None:
     config = load(["adapter=lora", f"federation.num_rounds={rounds}"])
@@ -127,6 +133,7 @@ def test_the_head_comes_first_and_leaves_rounds_for_the_rest(rounds: int) -> Non
     assert load(["adapter=lora"]).train.head_rounds == 40
 
 
+@pytest.mark.slow
 def test_a_head_that_starts_by_names_is_kept_from_losing_them_in_noise() -> None:
     assert load(["adapter=head"]).train.damped is True
     assert load(["adapter=head", "train.start=zero"]).train.damped is False
@@ -135,6 +142,7 @@ def test_a_head_that_starts_by_names_is_kept_from_losing_them_in_noise() -> None
     assert load(["adapter=head", "privacy=central"]).train.damped is False
 
 
+@pytest.mark.slow
 def test_a_heads_rate_grows_with_few_rounds_and_falls_with_many() -> None:
     rates = [
         load(["adapter=head", f"federation.num_rounds={rounds}"]).train.learning_rate
@@ -218,6 +226,7 @@ def test_a_configuration_of_json_is_filled_in() -> None:
     assert from_dict({}) == resolved(Config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["local", "distributed", "none"])
 def test_a_head_has_its_texts_centred_where_there_are_rounds_for_it(trust: str) -> None:
     def centre(*overrides: str) -> bool | None:

@@ -139,6 +139,7 @@ def changes(source: str) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_nothing_in_the_package_changes_a_config() -> None:
     """A configuration is made once; whoever needs another makes one, by dataclasses.replace."""
     found = {

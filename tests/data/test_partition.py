@@ -97,6 +97,7 @@ def test_a_small_alpha_is_drawn_again_until_no_node_is_empty() -> None:
         assert min(shard.data.num_records for shard in shards) >= 1
 
 
+@pytest.mark.slow
 def test_a_hopeless_alpha_is_said(golden: Golden) -> None:
     with pytest.raises(PartitionError) as raised:
         make_shards(make_tokens(num_records=60), dirichlet(0.001), 20, 0)

@@ -133,6 +133,7 @@ def test_a_length_that_the_encoder_cannot_take_is_refused(
     golden(raised)
 
 
+@pytest.mark.slow
 def test_several_processes_may_tokenise_at_once(home: Path) -> None:
     code = (
         "from tests.data.conftest import WordTokenizer, make_corpus\n"

@@ -81,6 +81,7 @@ def test_a_folder_that_is_gone_for_four_seconds_suspends_and_comes_back(
     assert books.let_in() == set(SITES) and revoked(books.folder) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_key_under_another_sites_name_lets_nobody_in_by_that_name(books: Books, renamed: bool) -> None:
     """A file that was copied: what the server keeps of clinic-1's books would go under the other name."""
@@ -122,6 +123,7 @@ def test_a_broken_file_keeps_no_other_site_from_being_revoked(books: Books) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["whole", "broken", "missing"])
 def test_revoking_is_for_good_whatever_has_become_of_the_file(books: Books, how: str) -> None:
     path = books.folder / "nodes" / "clinic-1.pub"

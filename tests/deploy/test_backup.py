@@ -183,6 +183,7 @@ def test_what_is_no_backup_of_this_site_is_refused(how: str, site: Site, saved: 
     assert not (site.root / "state").exists() and not (tmp_path.parent / "stolen").exists()
 
 
+@pytest.mark.slow
 def test_the_commands(site: Site, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {
         "federation": "trial", "site": "clinic-1", "server": "127.0.0.1:9", "ca": "ca.crt", "key": "node.key",

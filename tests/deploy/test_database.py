@@ -53,6 +53,7 @@ def test_a_damaged_one_says_what_to_do(how: str, tmp_path: Path) -> None:
         check_database(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_server_does_not_start_with_it_and_a_new_one_knows_the_sites(
     tmp_path: Path, golden: Golden
 ) -> None:

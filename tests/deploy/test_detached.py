@@ -51,6 +51,7 @@ def started_as(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(detached, "_LOOK_SECONDS", 0.05)
 
 
+@pytest.mark.slow
 def test_a_record_of_before_is_not_the_success_of_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_record_of_before_is_not_the_success_of_a_resumed_run(
     assert not follow(folder, lambda text: (folder / "go-on").touch())
 
 
+@pytest.mark.slow
 def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     started_as(STARTS, folder, monkeypatch)
@@ -81,6 +83,7 @@ def test_a_detached_run_is_followed_to_its_end(tmp_path: Path, monkeypatch: pyte
     assert follow(folder, seen.append), "again, when it has long ended"
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_for_its_turn_is_said_to_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_bodies_wait_for_room_and_one_sender_has_half_of_it() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_body_that_pauses_or_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def read(parts: list[bytes], pause: float) -> bytes:
         bodies = Bodies()
@@ -163,6 +164,7 @@ def beats(real: Real, site: str) -> int:
     return status
 
 
+@pytest.mark.slow
 def test_a_node_is_served_while_others_hold_connections(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     """All from one address. Without room made for it, the node would wait until the others give up."""
     monkeypatch.setattr(door, "UNPROVEN_PER_ADDRESS", 16)
@@ -208,6 +210,7 @@ def test_a_server_that_hangs_up_is_worth_another_try(tmp_path: Path) -> None:
             check_server(address, tmp_path / "ca.crt")
 
 
+@pytest.mark.slow
 def test_a_client_that_says_nothing_is_let_go(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "HEADER_SECONDS", 0.3)
     with crowd(("127.0.0.1", real.port), idle=1, greeted=1) as held:

@@ -94,6 +94,7 @@ def test_the_image_holds_what_was_installed_and_runs_as_nobody_special(path: Pat
             assert words.count("pip install") == words.count("--no-cache-dir")
 
 
+@pytest.mark.slow
 def test_the_healthcheck_fails_while_nothing_answers(tmp_path: Path) -> None:
     from fedtune.monitoring.endpoint import endpoint, watched
 

@@ -87,6 +87,7 @@ def test_a_clock_that_is_a_little_behind_is_fine(real: Real, monkeypatch: pytest
     join.check_in(real.site("clinic-1"), real.keys["clinic-1"], print)
 
 
+@pytest.mark.slow
 def test_two_nodes_with_one_key(real: Real) -> None:
     node_id = real.node_id("clinic-1")
     assert real.state.activate_node(node_id, 30.0)
@@ -170,6 +171,7 @@ def test_a_suspended_site_is_told_why_and_may_ask_again(real: Real) -> None:
     assert join.suspension(site, key, books_of(site)) is None
 
 
+@pytest.mark.slow
 def test_a_node_whose_books_went_back_is_not_let_in_until_the_operator_says_so(
     real: Real, tmp_path: Path
 ) -> None:
@@ -355,6 +357,7 @@ def test_a_wrong_operators_token_is_named(real: Real, tmp_path: Path) -> None:
         status(copy)
 
 
+@pytest.mark.slow
 def test_a_site_publishes_its_budget_only_if_its_owner_says_so(real: Real, tmp_path: Path) -> None:
     from fedtune.deploy.client import status
     from fedtune.deploy.node import publish_changes

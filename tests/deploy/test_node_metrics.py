@@ -33,6 +33,7 @@ def busy() -> NodeActivity:
     return activity
 
 
+@pytest.mark.slow
 def test_of_private_data_no_time_and_no_budget_are_told(tmp_path: Path) -> None:
     activity = busy()
     page = told(activity, tmp_path)
@@ -58,6 +59,7 @@ def test_a_server_makes_no_lines_with_kinds_of_its_own() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_health(tmp_path: Path) -> None:
     activity = NodeActivity()
     with monitor("0", settings(tmp_path, limits={"message_seconds": 50.0}), activity, bool) as address:

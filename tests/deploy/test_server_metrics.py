@@ -46,6 +46,7 @@ def pass_through(counted: Counted, *paths: str) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_all_that_is_declared_is_told_and_nothing_of_a_strangers_path(tmp_path: Path) -> None:
     counted, view = Counted(behind, server._SIDES), make_view(tmp_path)
     pass_through(counted, "/v1/fleet/pull-messages", "/v1/fleet/pull-messages", "/v1/control/start-run")
@@ -78,6 +79,7 @@ def test_all_that_is_declared_is_told_and_nothing_of_a_strangers_path(tmp_path: 
     assert "41.5" not in page and "process_resident_memory_bytes" in page
 
 
+@pytest.mark.slow
 def test_health_follows_the_loop_that_serves_everybody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +114,7 @@ def test_health_follows_the_loop_that_serves_everybody(
         thread.join(20)
 
 
+@pytest.mark.slow
 def test_without_its_database_it_lives_and_is_not_ready(tmp_path: Path) -> None:
     view = make_view(tmp_path)
     with monitor("0", view, Counted(behind, {})) as address:
@@ -126,6 +129,7 @@ def test_without_its_database_it_lives_and_is_not_ready(tmp_path: Path) -> None:
         assert httpx.get(f"http://{address}/metrics").status_code == 503
 
 
+@pytest.mark.slow
 def test_what_the_page_asks_for(tmp_path: Path) -> None:
     with monitor("0", make_view(tmp_path), Counted(behind, {})) as address:
         status = httpx.get(f"http://{address}/status.json").json()

@@ -32,6 +32,7 @@ def url(tmp_path: Path) -> Iterator[str]:
 OPEN = "document.querySelectorAll('#runs summary')[{}].click()"
 
 
+@pytest.mark.slow
 def test_names_and_statements_are_text_whatever_is_in_them(tab: Tab, url: str) -> None:
     tab.complaints.clear()
     tab.look(1400, "light")
@@ -56,6 +57,7 @@ def test_names_and_statements_are_text_whatever_is_in_them(tab: Tab, url: str) -
     assert tab.complaints == []  # no script, style or place was refused, and nothing failed
 
 
+@pytest.mark.slow
 def test_it_follows_a_run_and_keeps_open_what_is_open(tab: Tab, tmp_path: Path) -> None:
     view = make_view(tmp_path)
     sites = view.admission

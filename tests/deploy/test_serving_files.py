@@ -95,6 +95,7 @@ def test_compose_and_dockerfile_agree_with_the_service() -> None:
     assert all(sent(name, ignored) for name in copied)
 
 
+@pytest.mark.slow
 def test_what_the_image_installs_is_pinned_and_is_enough(exported: Path) -> None:
     pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open()}
     assert [name for name in REQUIRED if name not in pins] == []

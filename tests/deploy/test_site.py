@@ -67,6 +67,7 @@ def command(*words: object) -> int:
     return int(done.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_what_a_run_would_do_and_does_none_of_it(
     node: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_the_proof_shows_what_left_and_fails_when_a_book_was_changed(
     assert "audit log: line 2 does not follow line 1: one of them was replaced" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_only_a_node_that_starts_sets_the_budget(
     tmp_path: Path, model: Path, node: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +244,7 @@ def test_the_proof_says_all_that_is_wrong_with_damaged_books(
     assert "ledger: The privacy ledger" in said and "audit log: line 2 is no entry" in said
 
 
+@pytest.mark.slow
 def test_books_of_which_one_was_wound_back_keep_the_node_from_starting(
     node: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +354,7 @@ def test_a_limit_of_nothing_is_refused(name: str, limit: float, tmp_path: Path) 
         settings(tmp_path, limits={name: limit})
 
 
+@pytest.mark.slow
 def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
     site = settings(tmp_path, limits={"threads": 1, "memory_gb": 0.5})
     code = (
@@ -371,6 +375,7 @@ def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [500_000_000, "1", True]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_nodes_terminal_is_not_for_the_worker(tmp_path: Path) -> None:
     """A terminal sends it to both: the node ends the worker, and nothing is printed."""
     code = (
@@ -412,6 +417,7 @@ channel.receive(connection)
 """
 
 
+@pytest.mark.slow
 def test_nobody_but_the_nodes_own_worker_is_listened_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

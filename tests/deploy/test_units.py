@@ -87,6 +87,7 @@ def test_systemd_finds_little_that_a_unit_could_still_do(name: str, tmp_path: Pa
     assert exposure(loose) > 2.5
 
 
+@pytest.mark.slow
 def test_the_server_needs_no_memory_that_is_both_written_and_run(tmp_path: Path) -> None:
     """Its unit says MemoryDenyWriteExecute; the kernel can be told the same of one process."""
     program = (

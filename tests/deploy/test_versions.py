@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.real_federation import REPOSITORY, SITES, Federation, record
+from tests.support.real_federation import NO_ENERGY, REPOSITORY, SITES, Federation, record
 from tests.support.tiny_federation import one_thread
 
 
@@ -62,7 +62,7 @@ def test_sites_of_the_version_before_and_after_take_part(federation: Federation,
     def submitted(name: str, code: Path, *more: str) -> int:
         words = [*federation.settings("public", "privacy.epsilon=8", "privacy.delta=1e-3", *more)]
         words += ["federation.num_rounds=1", f"hydra.run.dir={federation.root / name}"]
-        federation.start(name, "submit", federation.server, *words, PYTHONPATH=str(code))
+        federation.start(name, "submit", federation.server, *words, PYTHONPATH=f"{NO_ENERGY}:{code}")
         return federation.processes[name].wait(600)
 
     for name, code in (("now", REPOSITORY), ("later", after)):

@@ -171,6 +171,7 @@ def test_a_worker_that_ends_before_it_is_ready_is_told_with_its_status(
         worker.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_never_ready_is_given_up_and_the_node_lives_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_worker_that_is_never_ready_is_given_up_and_the_node_lives_meanwhile(
         worker.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_killed_and_the_next_message_has_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

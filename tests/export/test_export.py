@@ -68,6 +68,7 @@ def test_the_folder_is_whole_and_its_sums_are_those_of_sha256sum(exported: Path)
     assert [path.name for path in exported.parent.iterdir()] == [exported.name]  # nothing left beside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1, 2], ids=["pipeline", "logits", "onnxruntime"])
 def test_the_lines_of_the_card_give_the_runs_labels_without_fedtune(
     exported: Path, run_dir: Path, tmp_path: Path, number: int
@@ -82,6 +83,7 @@ def test_the_lines_of_the_card_give_the_runs_labels_without_fedtune(
         assert [one["score"] for one in said] == pytest.approx(scores, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_adapters_card_load_it_onto_its_base(
     exported: Path, run_dir: Path, world: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -238,6 +240,7 @@ def copied(run_dir: Path, tmp_path: Path) -> Callable[[], Path]:
     return lambda: Path(shutil.copytree(run_dir, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_format_alone_has_what_it_needs(run_dir: Path, tmp_path: Path) -> None:
     folder = export.export(run_dir, tmp_path / "model", ["onnx-int8"])
     assert not (folder / PATHS["onnx"]).exists() and not (folder / PATHS["hf"]).exists()

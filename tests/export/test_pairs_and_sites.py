@@ -93,6 +93,7 @@ def test_the_second_text_is_another_segment(of_pairs: Path, pair_run: Path) -> N
     assert np.abs(flat - model.forward(ids, np.ones_like(ids))).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2], ids=["logits", "onnxruntime"])
 def test_the_lines_of_the_card_ask_about_a_pair_without_fedtune(
     of_pairs: Path, pair_run: Path, tmp_path: Path, number: int
@@ -145,6 +146,7 @@ def test_a_file_of_pairs_to_check_with_has_two_texts_a_line(pair_run: Path, tmp_
 # --- a site's own model --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_site_s_own_model_is_exported_and_its_card_says_whose_it_is(run_dir: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -93,6 +93,7 @@ def test_a_run_without_noise_is_what_is_written_out_here(
     np.testing.assert_array_equal(result.adapter, adapters[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["none", "local"])
 def test_a_run_that_was_stopped_after_the_centre_ends_as_the_other(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str
@@ -356,6 +357,7 @@ def test_a_plan_that_cannot_set_a_centre_is_refused(changes: dict[str, int]) -> 
         local_plan(**(right | changes))
 
 
+@pytest.mark.slow
 def test_the_statement_says_what_left_in_round_one(tiny: Make, tmp_path: Path) -> None:
     from fedtune.privacy.statement.facts import statement_markdown
     from fedtune.runs.run import run as whole_run

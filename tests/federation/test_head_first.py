@@ -44,6 +44,7 @@ def with_trust(tiny: Make, trust: str, **changes: Any) -> Config:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "bitfit"])
 @pytest.mark.parametrize("strategy", ["fedsgd", "fedavg"])
 def test_the_first_rounds_are_those_of_a_head_alone_bit_for_bit(

@@ -128,6 +128,7 @@ def test_without_noise_both_parts_move_as_the_formulas_say(tiny: Make, tmp_path:
         assert np.abs(d.mean).max() > 0.05  # of which the tolerance is little
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["head", "lora"])
 def test_one_site_by_itself_trains_as_it_would_with_the_whole_rate(
     tiny: Make, tmp_path: Path, adapter: str
@@ -179,6 +180,7 @@ def test_what_is_a_sites_own_is_in_no_message_and_no_file_of_the_server(
         assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 def test_the_account_is_the_same_with_and_without(tiny: Make, tmp_path: Path) -> None:
     results = []
     for which in ("none", "head"):
@@ -200,6 +202,7 @@ class Stops(Watcher):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny: Make, tmp_path: Path) -> None:
     config = personal(tiny)
     whole, _ = run(config, tmp_path / "whole")
@@ -236,6 +239,7 @@ def test_it_moves_once_for_each_release(tiny: Make, tmp_path: Path) -> None:
     assert (kept(asked, tmp_path).steps, asked.charged()) == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["none", "head"])
 def test_where_noise_is_heavy_all_steps_are_a_tenth(tiny: Make, tmp_path: Path, which: str) -> None:
     """Of the common part and of each site's own; and the run says so."""
@@ -258,6 +262,7 @@ def test_where_noise_is_heavy_all_steps_are_a_tenth(tiny: Make, tmp_path: Path, 
     assert [len(texts) for texts in notices] == [1, 0]
 
 
+@pytest.mark.slow
 def test_a_node_that_was_given_up_does_not_move_it_late(
     tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +353,7 @@ def test_a_site_keeps_it_beside_its_ledger_under_a_name_that_is_one(tiny: Make, 
     assert place_of_part(personal(tiny, train__personalize="none"), context, site, "../x", "site-0") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 2, 3])
 @pytest.mark.parametrize("personalize", ["none", "adapter"])
 def test_a_run_that_stops_about_the_end_of_the_heads_rounds_ends_as_if_it_had_not(

@@ -169,6 +169,7 @@ def said(config: Config, run_dir: Path) -> list[dict[str, object]]:
     return sorted(found, key=lambda one: (str(one["record"]), str(one["node"]), str(one.get("round"))))
 
 
+@pytest.mark.slow
 def test_of_other_data_only_the_noised_counts_differ(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

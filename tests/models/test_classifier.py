@@ -110,6 +110,7 @@ def test_saved_adapter_gives_the_same_predictions(
     assert not torch.allclose(before, want, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_what_is_trained() -> None:
     expected = {
         "lora": {"lora_A", "lora_B", "classifier"},
@@ -144,6 +145,7 @@ def test_vector_is_the_parameters(tiny_bert: Path, golden: Golden) -> None:
     golden(raised)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(ADAPTERS))
 def test_law_unpacking_what_was_packed_gives_it_back(tiny_bert: Path, seed: int, name: str) -> None:
@@ -289,6 +291,7 @@ def test_a_kept_model_is_handed_out_at_its_start(tiny_bert: Path) -> None:
     assert np.array_equal(model.get_vector(), model.initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantization", "most"), [("int8", 0.30), ("nf4", 0.20)])
 def test_embedded_model_is_as_small_as_claimed(quantization: str, most: float) -> None:
     full = load(MINILM, name="head").encoder_bytes

@@ -93,6 +93,7 @@ def test_all_linear_is_each_of_them(families: dict[str, Path], family: str) -> N
     assert every.num_parameters > load(families[family], name="lora").num_parameters
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near() -> None:
     model = load(Path("embedded:minilm"), name="lora")
     model.set_vector(model.initial + np.random.default_rng(1).normal(0, 0.02, model.num_parameters))

@@ -125,6 +125,7 @@ def test_threads_and_gradients_are_the_callers() -> None:
     assert fresh == [8]
 
 
+@pytest.mark.slow
 def test_the_clipped_sum_is_the_same_number_each_time_and_near_that_of_one_thread(tiny_bert: object) -> None:
     from tests.training.test_dp_step import compute, load, make_plan, make_shard
 

@@ -101,6 +101,7 @@ def test_what_does_nothing_matters_least(tiny_bert: Path, tmp_path: Path) -> Non
     assert 3 not in choose(units, 0.02)[1] and 0 not in choose(heads, 0.25)[1]
 
 
+@pytest.mark.slow
 def test_importance_is_the_second_order_of_how_far_answers_move(tiny_bert: Path, tmp_path: Path) -> None:
     """Half of it, times the square of a small step of the mask, is the divergence."""
     model = classifier(tiny_bert, tmp_path / "adapter").double()

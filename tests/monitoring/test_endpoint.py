@@ -68,11 +68,13 @@ def test_a_page_that_is_open_in_a_browser_here_cannot_read_it_by_a_name_of_its_o
         assert ask(address, "/metrics", Host=right)[0] == 200
 
 
+@pytest.mark.slow
 def test_on_another_address_any_name_may_be_asked_for() -> None:
     with endpoint("0.0.0.0:0", {"/": lambda _: Page(b"hello")}) as made:
         assert ask(f"127.0.0.1:{made.rpartition(':')[2]}", "/", Host="server-0.fedtune")[0] == 200
 
 
+@pytest.mark.slow
 def test_silent_connections_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(at._Handler, "timeout", 1.5)
     before = threading.active_count()
@@ -88,6 +90,7 @@ def test_silent_connections_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> N
         assert ask(made, "/") == (200, b"hello")
 
 
+@pytest.mark.slow
 def test_connections_that_go_on_slowly_for_ever_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(at, "_SECONDS", 0.5)
     monkeypatch.setattr(at, "_AT_ONCE", 1)
@@ -120,6 +123,7 @@ def test_no_address(text: str) -> None:
         parse_listen(text)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_said() -> None:
     with (
         endpoint("0", {}) as made,

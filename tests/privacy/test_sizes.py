@@ -38,6 +38,7 @@ def likelihood(told: np.ndarray, scale: float) -> float:
     return 2 * min(stats.chi2.cdf(statistic, told.size), stats.chi2.sf(statistic, told.size))
 
 
+@pytest.mark.slow
 def test_a_count_has_the_noise_that_it_is_charged_for() -> None:
     plan = sizing()
     told = np.array([plan.told(10_000, Entropy.system()) for _ in range(600)], dtype=np.float64)
@@ -55,6 +56,7 @@ def test_one_unit_more_moves_the_count_by_one() -> None:
     assert [one - told[0] for one in told] == [0, 1, 7]
 
 
+@pytest.mark.slow
 def test_a_size_is_never_told_below_one() -> None:
     assert {sizing().told(0, Entropy.system()) for _ in range(60)} >= {1}
     assert all(sizing().told(2, Entropy.system()) >= 1 for _ in range(60))

@@ -25,11 +25,11 @@ Change = Callable[[list[Row]], list[Row]]
 # (trust, unit): every mechanism with every unit that it protects.
 CASES = [
     ("local", "record"),
-    ("local", "person"),
-    ("distributed", "record"),
     ("distributed", "person"),
-    ("central", "client"),
-    ("none", "record"),
+    pytest.param("local", "person", marks=pytest.mark.slow),
+    pytest.param("distributed", "record", marks=pytest.mark.slow),
+    pytest.param("central", "client", marks=pytest.mark.slow),
+    pytest.param("none", "record", marks=pytest.mark.slow),
 ]
 
 
@@ -37,18 +37,6 @@ CASES = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_federation.one_thread()
     return tiny_federation.make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedtune.cost import meter
-
-    find = meter.importlib.util.find_spec
-
-    def without(name: str, *rest: object) -> object:
-        return None if name == "codecarbon" else find(name, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(meter.importlib.util, "find_spec", without)
 
 
 def settings(model: Path, root: Path, trust: str, unit: str) -> Config:
@@ -116,6 +104,7 @@ def test_two_data_sets_leave_the_same_bytes(
     compare(model, tmp_path, monkeypatch, trust, unit, *changes[unit])
 
 
+@pytest.mark.slow
 def test_a_record_whose_gradient_is_nan_does_not_show(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +129,7 @@ def test_a_record_whose_gradient_is_nan_does_not_show(
         assert differences(whole, other) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["nan", "huge", "fails"])
 def test_pitfall_39_an_update_that_a_trusted_server_cannot_use_does_not_show(
     how: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +160,7 @@ def test_pitfall_39_an_update_that_a_trusted_server_cannot_use_does_not_show(
     assert "site-2" in other.local and "unusable" in other.local
 
 
+@pytest.mark.slow
 def test_the_texts_of_failures_stay_with_the_owner(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +215,10 @@ LEAKS = {
 }
 
 
-@pytest.mark.parametrize("leak", LEAKS)
+@pytest.mark.parametrize(
+    "leak",
+    [pytest.param(leak, marks=[] if LEAKS[leak][0] == "reply" else pytest.mark.slow) for leak in LEAKS],
+)
 def test_the_comparison_finds_a_leak(
     leak: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +244,7 @@ def _differ(config: Config, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bo
     return differences(one, other) != []
 
 
+@pytest.mark.slow
 def test_the_comparison_finds_a_digest(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unsalted digest in a field that is rightly public (PITFALLS 31)."""
     from fedtune.runs import measures

@@ -35,7 +35,6 @@ from fedtune.config.files import state_dir
 from fedtune.config.loader import load
 from fedtune.config.pages import GROUPS
 from fedtune.config.schema import DataConfig, ModelConfig
-from fedtune.cost import meter
 from fedtune.data.sources.load import load_corpus
 from fedtune.errors import ConfigError, FedtuneError
 from fedtune.export.card import data_card
@@ -52,7 +51,7 @@ from fedtune.runs import summary
 from fedtune.runs.predict import read_texts
 from fedtune.sweeps.options import read_sweep
 from fedtune.sweeps.progress import SweepProgress
-from tests.support.tiny_federation import make_data, make_model, without_codecarbon
+from tests.support.tiny_federation import make_data, make_model
 
 LONG = int(os.environ.get("FEDTUNE_FUZZ", "0"))
 
@@ -398,7 +397,6 @@ def test_a_refused_run_has_charged_nobody(
     kept = [word for word in words if word.partition("=")[0] not in names]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDTUNE_HOME", str(home))
-        patch.setattr(meter.importlib.util, "find_spec", without_codecarbon(meter.importlib.util.find_spec))
         refusal = _refusal(lambda: fedtune.run(*kept, *asked, output=root / "run", progress=False))
         charged = sum(sum(one.state().releases.values()) for one in ledgers_in(state_dir() / "ledgers"))
     assert refusal is None or (refusal.strip() and "\n" not in refusal)

@@ -59,6 +59,7 @@ def test_what_cannot_be_priced(tmp_path: Path, golden: Golden) -> None:
     assert "has no tasks" in adoption_text(adoption([folder], ["pricing=free"]))
 
 
+@pytest.mark.slow
 def test_the_report_finds_them_and_assumes_nothing_where_there_are_none(tmp_path: Path) -> None:
     nothing = serving_numbers([tmp_path], [])
     assert set(nothing) == {"text"} and "not known here, and nothing is assumed" in nothing["text"]

@@ -154,6 +154,7 @@ def test_texts_from_records_cannot_end_the_script(tmp_path: Path) -> None:
     assert evil in numbers(tmp_path / "report.html")["groups"][0]["name"]
 
 
+@pytest.mark.slow
 def test_other_prices(tmp_path: Path) -> None:
     write(tmp_path / "0", make_record())
     before = numbers(write_report([tmp_path]).page)
@@ -181,6 +182,7 @@ def test_nothing_to_report(tmp_path: Path, golden: Golden) -> None:
 CASES = "one run, no privacy, no accuracy, no price, no rounds, no sites, two data sets, private selection, search"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.split(", "))
 def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None:
     first, second = make_record(), make_record(seed=1)
@@ -225,6 +227,7 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
         assert ("a search chose these" in seen["value"]) is (case == "search")
 
 
+@pytest.mark.slow
 def test_a_cost_that_is_equal_for_all_is_no_trade_off(tmp_path: Path) -> None:
     first, second = make_record(), make_record(epsilon=2.0)
     for record, more in ((first, 0), (second, 9)):
@@ -278,6 +281,7 @@ def test_both_a_light_and_a_dark_page_have_every_colour_and_charts_have_no_other
     assert not re.findall(r"#[0-9a-fA-F]{3,8}\b", charts.replace("#fedtune", "")), "a colour of its own"
 
 
+@pytest.mark.slow
 def test_one_configuration_has_no_adoption_to_show(tmp_path: Path, made: Report) -> None:
     write(tmp_path / "0", make_record())
     write(tmp_path / "1", make_record(seed=1))
@@ -300,6 +304,7 @@ def test_reproducible_noise_is_shown(tmp_path: Path) -> None:
 # --- size and time -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_records(tmp_path: Path) -> None:
     axes: dict[str, list[Any]] = {
         "epsilon": [0.5, 1.0, 2.0, 4.0, 8.0],
@@ -554,6 +559,7 @@ def test_on_paper_charts_are_drawn_for_a_sheet(seen: Any) -> None:
     assert value["onPaper"] == "690" != value["onScreen"] == value["onScreenAgain"]
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(made: Report) -> None:
     if BROWSER is None:
         pytest.skip("no chromium on this machine")
@@ -573,6 +579,7 @@ def test_missing_price_of_one_run(tmp_path: Path) -> None:
     assert "money" not in numbers(made.page)["points"][0]["cost"]
 
 
+@pytest.mark.slow
 def test_a_thousand_configurations_stay_light(tmp_path: Path) -> None:
     """What makes a page scroll smoothly: few elements, however many points."""
     if BROWSER is None:

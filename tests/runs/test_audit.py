@@ -29,6 +29,7 @@ def change(folder: Path, **values: Any) -> None:
     record.write(made, folder / record.RECORD_NAME)
 
 
+@pytest.mark.slow
 def test_bound_goes_into_record_statement_and_figure(folder: Path) -> None:
     output = io.StringIO()
     before = record.read(folder)
@@ -71,6 +72,7 @@ def leave(*arguments: str) -> int:
     return left.value.code
 
 
+@pytest.mark.slow
 def test_a_claim_that_does_not_stand_leaves_loudly_after_it_is_written(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_a_claim_that_does_not_stand_leaves_loudly_after_it_is_written(
     assert len(streams.err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_claim_below_the_accountants_own_number_is_refused_even_if_no_attack_shows_it(
     folder: Path, golden: Golden
 ) -> None:
@@ -100,6 +103,7 @@ def test_a_claim_below_the_accountants_own_number_is_refused_even_if_no_attack_s
     golden(raised)
 
 
+@pytest.mark.slow
 def test_less_noise_than_the_plans_is_convicted_by_the_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +115,7 @@ def test_less_noise_than_the_plans_is_convicted_by_the_command(
     assert "THE GUARANTEE DOES NOT HOLD" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_model_is_audited_by_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert leave("audit", str(folder), "--model", "--canaries", "100") == 0
     printed = " ".join(capsys.readouterr().out.split())
@@ -147,6 +152,7 @@ def test_a_record_with_another_name_is_refused_before_time_is_spent(folder: Path
     golden(raised)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_claim_is_measured_and_not_convicted(folder: Path) -> None:
     made = record.read(folder)
     made["privacy"].update(trust="none", noise_multiplier=0.0, epsilon=None, delta=None)

@@ -60,6 +60,7 @@ def test_a_length_follows_from_public_texts_alone(
     assert found["model"]["max_length"] == 8 and not any("was chosen" in note for note in found["cautions"])
 
 
+@pytest.mark.slow
 def test_both_commands_say_it(world: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["data=files", f"data.path={world['data']}", f"model.name={world['model']}", "data.max_length=16"]
     for command in (["data", "check", *words, "--json"], ["run", "--dry-run", *words]):

@@ -21,6 +21,7 @@ from fedtune.runs.run import run
 from tests.support import tiny_federation as tiny
 
 
+@pytest.mark.slow
 def test_a_whole_run_says_and_charges_what_it_did(world: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     config = tiny.make_config(

@@ -28,6 +28,7 @@ def study(monkeypatch: pytest.MonkeyPatch, report: ModuleType) -> ModuleType:
     return import_script(FOLDER, "study", monkeypatch)
 
 
+@pytest.mark.slow
 def test_every_run_of_the_study_is_a_valid_configuration(study: ModuleType) -> None:
     from fedtune.config.loader import load
 
@@ -72,6 +73,7 @@ def simple(arrangement: str, privacy: str, seed: int, site: str) -> float:
     return value - (0.1 if privacy == "epsilon8" else 0.0)
 
 
+@pytest.mark.slow
 def test_table_and_sentences_are_made_from_the_records(
     report: ModuleType, record: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -138,6 +140,7 @@ def small(world: dict[str, Path], tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_other_settings_refused(
     study: ModuleType, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

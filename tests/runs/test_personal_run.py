@@ -94,6 +94,7 @@ def test_of_private_data_the_models_of_sites_are_measured_and_not_saved(
     golden(raised)
 
 
+@pytest.mark.slow
 def test_nodes_answer_about_the_model_that_they_use(world: dict[str, Path], tmp_path: Path) -> None:
     folder, table = made(world, tmp_path, federation__evaluation="private", federation__evaluation_share=0.3)
     metrics = read(folder)["metrics"]

@@ -47,6 +47,7 @@ def test_a_text_has_a_label_and_probabilities_that_sum_to_one(finished: tuple[Pa
     json.dumps([asdict(one) for one in found])
 
 
+@pytest.mark.slow
 def test_long_texts_are_seen_in_windows_as_in_the_run(
     world: dict[str, Path], fedtune_home: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_one_text_is_no_list_of_texts(finished: tuple[Path, str]) -> None:
         load(finished[0], device="cpu").predict("what a film")
 
 
+@pytest.mark.slow
 def test_pairs_are_asked_as_they_were_trained_on(
     world: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_what_is_printed_names_epsilon_with_all_that_belongs_to_it(finished: tup
         assert words in printed
 
 
+@pytest.mark.slow
 def test_without_privacy_epsilon_is_null_and_the_run_learns(world: dict[str, Path], tmp_path: Path) -> None:
     settings = {"train__learning_rate": 0.03, "train__local_steps": 6, "train__sample_rate": 0.6}
     settings |= {"federation__num_rounds": 5, "partition__name": "iid"}
@@ -129,6 +130,7 @@ class StopAfter:
         monkeypatch.setattr(checkpoint, "save", save)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_can_be_resumed(
     world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,12 +261,14 @@ def test_an_epsilon_that_no_noise_meets_is_refused_before_the_encoder_runs(
     golden(raised)
 
 
+@pytest.mark.slow
 def test_a_run_that_can_only_have_learnt_noise_says_so(world: dict[str, Path], tmp_path: Path) -> None:
     run(tiny.private(config(world, tmp_path / "run"), epsilon=0.05), console=quiet())
     said = [text for text in records.read(tmp_path / "run")["privacy"]["cautions"] if "as long as" in text]
     assert len(said) == 1 and "from about epsilon" in said[0]
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_and_no_noise_are_the_same(world: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
@@ -282,6 +286,7 @@ def test_the_record_is_plain_json(finished: tuple[Path, str]) -> None:
     json.loads(text)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_up_has_a_record_and_its_ledgers_charges(
     world: dict[str, Path], tmp_path: Path
 ) -> None:

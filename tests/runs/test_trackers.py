@@ -204,6 +204,7 @@ def everything_written(folder: Path) -> bytes:
     return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ_BACK)
 def test_a_tracker_has_the_numbers_of_the_record(
     name: str, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -242,6 +243,7 @@ def test_a_tracker_has_the_numbers_of_the_record(
         assert private.encode() not in written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ_BACK)
 def test_a_resumed_run_goes_on_where_it_was(
     name: str, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -304,6 +306,7 @@ def tracked(world: dict[str, Path], folder: Path) -> Config:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_tracker(world: dict[str, Path], tmp_path: Path, memory: type[Memory]) -> None:
     folder = tmp_path / "run"
     made = records.read(run(tracked(world, folder), console=Console(file=io.StringIO())))

@@ -24,6 +24,7 @@ def report(study: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_script(FOLDER, "report", monkeypatch)
 
 
+@pytest.mark.slow
 def test_every_run_takes_48_steps_and_promises_what_its_name_says(study: ModuleType) -> None:
     from fedtune.config.loader import load
 

@@ -50,6 +50,7 @@ def test_a_file_by_any_name_with_columns_by_any_name(exported: Path, tmp_path: P
     assert found["per_site"] == {} and found["data"] == "new.tsv"
 
 
+@pytest.mark.slow
 def test_it_is_kept_as_json_and_picture(exported: Path, world: dict[str, Path], tmp_path: Path) -> None:
     found = evaluate(exported, world["data"] / "test.csv", ["data.site=site"])
     first, second = keep(found, tmp_path / "new")
@@ -59,6 +60,7 @@ def test_it_is_kept_as_json_and_picture(exported: Path, world: dict[str, Path], 
     assert second.read_bytes().startswith(b"\x89PNG") and len(second.read_bytes()) > 10_000
 
 
+@pytest.mark.slow
 def test_a_label_that_looks_like_a_formula_is_drawn_as_it_is(exported: Path, world: dict[str, Path]) -> None:
     found = evaluate(exported, world["data"] / "test.csv")
     one, other = found["per_class"].values()
@@ -83,6 +85,7 @@ def test_a_label_that_the_model_does_not_have(exported: Path, tmp_path: Path, go
     golden(raised)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated(
     exported: Path, world: dict[str, Path], tmp_path: Path, golden: Golden
 ) -> None:
@@ -105,6 +108,7 @@ def test_what_cannot_be_evaluated(
         evaluate(exported, tmp_path / "empty.csv")
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_the_way_out_is_said(
     exported: Path, world: dict[str, Path], monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:

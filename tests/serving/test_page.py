@@ -53,6 +53,7 @@ TYPE = "document.getElementById('{}').value = {}"
 SHOWN = "!document.getElementById('{}').hidden"
 
 
+@pytest.mark.slow
 def test_it_classifies_and_explains(tab: Tab, address: tuple[str, str]) -> None:
     url, key = address
     tab.complaints.clear()
@@ -79,6 +80,7 @@ def test_it_classifies_and_explains(tab: Tab, address: tuple[str, str]) -> None:
     assert [one for one in tab.complaints if "401" not in one] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_it_can_be_read_on_a_telephone_and_at_night(

@@ -49,6 +49,7 @@ def releases() -> int:
     return len(simulation_ledger(state_dir() / "ledgers").releases())
 
 
+@pytest.mark.slow
 def test_it_tells_about_what_is_true_and_the_ledger_has_it(
     exported: Path, visits: Path, fedtune_home: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_it_tells_about_what_is_true_and_the_ledger_has_it(
         assert words in text
 
 
+@pytest.mark.slow
 def test_two_of_them_compose_and_the_second_is_refused_over_a_budget(exported: Path, visits: Path) -> None:
     ledger = simulation_ledger(state_dir() / "ledgers")
     ledger.set_budget(PrivacyBudget(1.5, 1e-6, None), dataset="visits")
@@ -105,6 +107,7 @@ def test_it_is_charged_before_the_model_is_asked(
     assert not left.committed  # and counts all the same
 
 
+@pytest.mark.slow
 def test_what_leaves_was_noised_and_only_the_plan_saw_the_texts(
     exported: Path, visits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +123,7 @@ def test_what_leaves_was_noised_and_only_the_plan_saw_the_texts(
     assert "For you alone: " in printed(second)
 
 
+@pytest.mark.slow
 def test_what_is_said_of_a_text_does_not_depend_on_the_others(
     exported: Path, visits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +156,7 @@ def test_what_is_said_of_a_text_does_not_depend_on_the_others(
     assert len(set(whole)) == 2 and np.array_equal(whole[1:], less)
 
 
+@pytest.mark.slow
 def test_what_it_does_not_take_costs_nothing(exported: Path, visits: Path, tmp_path: Path) -> None:
     for words, error in ((["data.site=site"], ConfigError), (["data.unit=nobody"], DataError)):
         with pytest.raises(error):
@@ -170,6 +175,7 @@ def command(*words: object) -> int:
     return int(done.value.code or 0)
 
 
+@pytest.mark.slow
 def test_on_the_command_line_as_a_program_and_with_delta_alone(
     exported: Path, visits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +203,7 @@ def node(visits: Path, world: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "node.yaml"
 
 
+@pytest.mark.slow
 def test_a_real_site_s_ledger_is_charged_and_its_audit_log_says_so(
     exported: Path, visits: Path, node: Path
 ) -> None:

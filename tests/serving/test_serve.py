@@ -51,6 +51,7 @@ def process(exported: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     started.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_when_what_was_accepted_is_answered(
     process: tuple[subprocess.Popen[str], str], number: signal.Signals
@@ -126,6 +127,7 @@ def test_restarts_under_load_lose_nothing_that_was_accepted(
     assert good == answered and answered > 10 * restarts, (good, broken)
 
 
+@pytest.mark.slow
 def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_signal_as_soon_as_the_address_is_told_is_not_forgotten(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def accepts_poisson(sizes: FloatArray, counts: FloatArray, rate: float) -> bool:
     return bool(low <= np.sum((counts - expected) ** 2) / spread <= high)
 
 
+@pytest.mark.slow
 def test_other_samplers_are_rejected() -> None:
     rng = np.random.default_rng(1)
     units, draws, rate = 500, 4000, 0.05
@@ -151,6 +152,7 @@ def test_other_samplers_are_rejected() -> None:
         assert drawn.dtype == np.int64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("honest", [3, 2])
 def test_distributed_shares_add_up_to_the_plans_noise(honest: int) -> None:
     from tests.support.plans import distributed_plan

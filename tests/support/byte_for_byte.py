@@ -156,7 +156,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     from fedtune.privacy.mechanisms.counts import SizePlan
     from fedtune.privacy.plan import PrivacyPlan
     from fedtune.report import page
-    from fedtune.runs import run, trackers
+    from fedtune.runs import environment, run, trackers
 
     sent: list[bytes] = []
     deliver, empty_run = local.LocalGrid._deliver, local.empty_run
@@ -195,6 +195,7 @@ def constants(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
         patch.setattr(secagg_crypto, "new_key_pair", key_pair)
         patch.setattr(secagg_crypto, "secrets", SimpleNamespace(randbelow=lambda limit: next(numbers)))
         patch.setattr(secure_aggregation, "secrets", SimpleNamespace(token_bytes=key))
+        patch.setattr(environment, "commit", lambda: ("0" * 40, False))  # of whoever edits meanwhile
         patch.setattr(run, "datetime", Clock)
         patch.setattr(page, "datetime", Clock)
         patch.setitem(trackers.WRITERS, "tensorboard", KeptTracker)

@@ -33,6 +33,7 @@ from tests.support.tiny_federation import BAD, GOOD, OTHER, make_model
 
 SITES = ("clinic-1", "clinic-2", "clinic-3")
 REPOSITORY = Path(__file__).parents[2]
+NO_ENERGY = Path(__file__).parent / "no_energy"
 UNLUCKY = Path(__file__).parent / "unlucky"  # what may happen to a worker, see there
 
 
@@ -51,7 +52,7 @@ class Federation:
         self.root = root
         self.environment = {
             **os.environ, "FEDTUNE_HOME": str(root / "home"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY),
+            "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": f"{NO_ENERGY}:{REPOSITORY}",
         }  # fmt: skip
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.began: dict[str, int] = {}  # where in its log a process that was started again began

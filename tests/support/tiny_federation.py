@@ -141,8 +141,3 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def without_codecarbon(find_spec: Any) -> Any:
-    """`importlib.util.find_spec` that does not find codecarbon, which takes seconds to start."""
-    return lambda name, *rest: None if name == "codecarbon" else find_spec(name, *rest)

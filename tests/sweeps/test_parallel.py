@@ -113,6 +113,7 @@ def test_a_search_with_two_workers_judges_in_them(tmp_path: Path) -> None:
     assert [len(trial.intermediate_values) for trial in trials] == [6] * 4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_sent_away_from_the_ledgers_is_refused() -> None:
     away = Sweep(SweepOptions(), [], lambda *_: Path(), str, print, print, machine="elsewhere")
     private = load(["data=files", "data.path=x", "data.name=x"])
@@ -141,6 +142,7 @@ def test_a_launcher_that_is_not_installed(
         check_overrides([f"hydra/launcher={launcher}", "seed=1,2"], multirun=True)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_cannot_start_says_so_in_a_paragraph(
     monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:

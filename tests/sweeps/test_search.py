@@ -75,6 +75,7 @@ def trials() -> list[Any]:
     return optuna.load_study(study_name=STUDY_NAME, storage=storage(Path("sweep") / STUDY_FILE)).get_trials()
 
 
+@pytest.mark.slow
 def test_a_search_makes_its_trials_and_says_what_they_cost_together() -> None:
     trainer = Trainer()
     assert trainer.sweep(*SEARCH, RATES, "sweep.trials=5", "sweep.pruner=none", "privacy.epsilon=2") == []
@@ -92,6 +93,7 @@ def test_a_search_makes_its_trials_and_says_what_they_cost_together() -> None:
     assert float(last.split("epsilon ")[1].split(" ")[0]) > 1.8 * alone
 
 
+@pytest.mark.slow
 def test_several_objectives() -> None:
     trainer = Trainer()
     words = [RATES, "privacy.epsilon=0.5,2,8", "sweep.trials=6", "sweep.objectives=accuracy,epsilon,bytes"]
@@ -111,6 +113,7 @@ def test_several_objectives() -> None:
     assert any("not beaten in everything by another" in line for line in trainer.said)
 
 
+@pytest.mark.slow
 def test_after_a_kill_what_was_under_way_is_finished_and_nothing_is_run_twice() -> None:
     def killed(count: int) -> None:
         if count == 2:
@@ -137,6 +140,7 @@ def test_after_a_kill_what_was_under_way_is_finished_and_nothing_is_run_twice() 
     assert [Path(config.output or "").name for config in more.configs] == ["5", "6"]
 
 
+@pytest.mark.slow
 def test_a_record_of_which_the_study_has_not_heard_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedtune.sweeps.search import Search
 
@@ -153,6 +157,7 @@ def test_a_record_of_which_the_study_has_not_heard_is_not_made_again(monkeypatch
     assert len(again.configs) == 1 and [trial.state.name for trial in trials()] == ["COMPLETE"] * 2
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_a_failed_trial_and_a_resumed_search_makes_another() -> None:
     def broken(count: int) -> None:
         if count == 1 and not Path("mended").exists():
@@ -169,6 +174,7 @@ def test_a_failed_run_is_a_failed_trial_and_a_resumed_search_makes_another() -> 
     assert [Path(config.output or "").name for config in again.configs] == ["3"]
 
 
+@pytest.mark.slow
 def test_nothing_is_tried_twice() -> None:
     trainer = Trainer()
     trainer.sweep(
@@ -179,6 +185,7 @@ def test_nothing_is_tried_twice() -> None:
     assert any("there is nothing that was not tried" in line for line in trainer.said)
 
 
+@pytest.mark.slow
 def test_bad_trials_are_given_up_recorded_and_counted() -> None:
     trainer = Trainer()
     rates = "train.learning_rate=0.01,0.011,0.012,0.013,0.5,0.6,0.7,0.8"
@@ -201,6 +208,7 @@ def test_bad_trials_are_given_up_recorded_and_counted() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_judge_says_why() -> None:
     trainer = Trainer()
     trainer.sweep(
@@ -241,6 +249,7 @@ def _spoil(what: str) -> None:
     Path("sweep/sweep.json").write_text(json.dumps(kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -313,6 +322,7 @@ def test_without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
         Trainer().sweep(*SEARCH, RATES)
 
 
+@pytest.mark.slow
 def test_a_trial_without_the_objective_fails_and_is_charged() -> None:
     trainer = Trainer()
     trainer.sweep(*SEARCH, "privacy=local,none", "sweep.objectives=accuracy,epsilon", "sweep.trials=2")
@@ -320,6 +330,7 @@ def test_a_trial_without_the_objective_fails_and_is_charged() -> None:
     assert any("has no epsilon" in line and "charged all the same" in line for line in trainer.warned)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_made_and_is_no_trial_is_not_made_again_by_a_resumed_search() -> None:
     """It was paid for, though its record lacks the number (here epsilon; elsewhere noise hides accuracy)."""
     Trainer().sweep(*SEARCH, "privacy=none", RATES, "sweep.objectives=accuracy,epsilon", "sweep.trials=2")

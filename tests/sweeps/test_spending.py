@@ -85,6 +85,7 @@ def test_a_search_is_priced_at_its_dearest(base: Any) -> None:
     assert "at most" in spending_text([found] * 3, most=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_says_its_price_before_its_first_run_and_a_resumed_one_what_is_left(
     world: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -94,6 +94,7 @@ def test_equals_one_example_at_a_time(tiny_bert: Path, adapter: dict[str, object
     assert near(got, reference(model, shard, [[r] for r in range(12)], clip), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_equals_one_at_a_time_when_quantized(tiny_bert: Path, quantization: str) -> None:
     for name in ("lora", "bitfit"):
@@ -618,6 +619,7 @@ def test_memory_does_not_grow_with_how_many_texts_are_short(
     assert max(rows) <= 2
 
 
+@pytest.mark.slow
 def test_hooks_are_set_up_where_they_are_needed(
     tiny_bert: Path, train: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_fedprox_pulls_to_the_start(tiny_bert: Path, train: TrainConfig) -> None
     assert np.linalg.norm(held) < 0.8 * np.linalg.norm(free)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tiny_bert: Path, train: TrainConfig) -> None:
     from fedtune.training.evaluation import evaluate
 

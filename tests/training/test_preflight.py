@@ -111,6 +111,7 @@ def test_a_wrong_gradient_sampler(
         check(model, make_shard().data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["query.lora_A", "query.lora_B", "classifier"])
 def test_a_wrong_gradient_of_one_part_at_the_real_start(
     part: str, either: str, monkeypatch: pytest.MonkeyPatch

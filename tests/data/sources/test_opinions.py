@@ -128,6 +128,7 @@ def test_no_network_says_how_to_provide_the_file(home: Path, monkeypatch: pytest
     assert not list((home / "cache" / "opinions").iterdir())
 
 
+@pytest.mark.slow
 def test_pip_that_hangs_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
     monkeypatch.delenv("FEDTUNE_OPINIONS", raising=False)
     monkeypatch.setattr(opinions, "PIP_TIMEOUT_SECONDS", 0.2)

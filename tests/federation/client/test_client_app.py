@@ -305,6 +305,7 @@ def test_a_ledger_error_is_a_refusal(tiny: Make, monkeypatch: pytest.MonkeyPatch
     assert (reply.update, reply.refusal, reply.releases) == (None, "LedgerError", 0)
 
 
+@pytest.mark.slow
 def test_answers_can_be_held_back_to_a_fixed_time(tiny: Make) -> None:
     import time
 

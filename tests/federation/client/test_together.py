@@ -247,6 +247,7 @@ def test_what_is_never_run_is_forgotten(config: Config, tmp_path: Path) -> None:
     assert [one.committed for one in sorted(shown(), key=lambda one: one.node)] == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_what_is_asked_before_a_run_is_answered_from_one_look_at_the_ledger(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

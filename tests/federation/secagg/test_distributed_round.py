@@ -154,6 +154,7 @@ def test_the_aggregate_is_the_noised_sum_over_the_expected_batch(tiny: Make, vec
     assert (outcome.aggregate == again.aggregate).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_a_round_is_the_step_that_pooled_data_would_take(tiny: Make) -> None:
     """With everybody sampled and next to no noise: the gradient over the union of all shards."""
     from fedtune.training.dp_step import clipped_sum
@@ -203,6 +204,7 @@ def test_one_dropout_in_any_exchange_is_recovered(tiny: Make, vectors, phase: st
         assert f"'{phase}'" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_more_dropouts_than_planned_void_the_round_and_are_charged(tiny: Make, vectors, phase: str) -> None:
     bench = Bench(distributed(tiny()), SIZE)
@@ -217,6 +219,7 @@ def test_more_dropouts_than_planned_void_the_round_and_are_charged(tiny: Make, v
     assert bench.charged() == {f"site-{i}": touched for i in range(4)}
 
 
+@pytest.mark.slow
 def test_nodes_that_are_missing_from_the_start_count_as_dropouts(tiny: Make, vectors) -> None:
     bench = Bench(distributed(tiny()), SIZE)
     expect_sum(bench, bench.round(nodes=bench.nodes[:3]), vectors, ["site-0", "site-1", "site-2"])
@@ -358,6 +361,7 @@ def test_a_node_that_lost_its_memory_is_a_dropout(tiny: Make, vectors) -> None:
     assert "has no keys for attempt 1" in outcome.dropped[0][1]
 
 
+@pytest.mark.slow
 def test_a_server_that_asks_with_too_few_survivors_gets_no_shares(tiny: Make, vectors) -> None:
     """A sum of two nodes has the noise of two, which is less than the plan's."""
     bench = Bench(distributed(tiny()), SIZE)

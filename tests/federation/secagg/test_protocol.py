@@ -63,6 +63,7 @@ class Exchange:
 # --- the sum ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 4, 5])
 def test_the_sum_is_exact_for_every_pattern_of_dropouts(n):
     """Every node leaves in any phase or never: exact sum, or a refusal exactly where the rules ask for

@@ -93,6 +93,7 @@ def test_a_run_that_fits_exactly_runs_to_its_end_within_the_budget(config: Confi
         assert 3.0 < spent <= 4.0
 
 
+@pytest.mark.slow
 def test_one_who_cannot_pay_is_left_out_with_its_reason_and_the_others_go_on(
     config: Config, tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_one_who_cannot_pay_is_left_out_with_its_reason_and_the_others_go_on(
     assert any(name == poor and status.startswith("refused: ") for name, status in watcher.clients)
 
 
+@pytest.mark.slow
 def test_shared_noise_is_shared_out_anew_over_those_who_agree(config: Config, tmp_path: Path) -> None:
     config.privacy.trust = "distributed"
     spend(config, 1, 3)
@@ -135,6 +137,7 @@ class Stops(Watcher):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_path: Path) -> None:
     allow(config, 4.0)
     with pytest.raises(KeyboardInterrupt):
@@ -151,6 +154,7 @@ def test_a_run_that_goes_on_is_asked_again_for_what_is_left(config: Config, tmp_
     assert charged(config) == [3, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_who_refuses_to_go_on_has_a_part_in_what_it_trained_before(config: Config, tmp_path: Path) -> None:
     allow(config, 4.0)
     with pytest.raises(KeyboardInterrupt):

@@ -101,6 +101,7 @@ def mean(round: int, *nodes: int) -> np.ndarray:
     return total / len(nodes)
 
 
+@pytest.mark.slow
 def test_a_round_goes_on_at_its_deadline_and_a_late_update_is_dropped_and_charged(tmp_path: Path) -> None:
     grid, watcher = Field(), Watcher()
     grid.seconds = {(2, 1): 2.4, (0, 2): 1.2, (1, 2): 1.2}  # in round 2 the others wait for its late answer
@@ -115,6 +116,7 @@ def test_a_round_goes_on_at_its_deadline_and_a_late_update_is_dropped_and_charge
     assert watcher.waits == []
 
 
+@pytest.mark.slow
 def test_a_node_that_never_answers_is_charged_once_and_not_asked_while_its_question_is_open(
     tmp_path: Path,
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_node_that_never_answers_is_charged_once_and_not_asked_while_its_quest
     assert result.releases == {"node-0": 4, "node-1": 4, "node-2": 1}
 
 
+@pytest.mark.slow
 def test_the_deadline_is_counted_from_the_question_only_where_nodes_work_side_by_side(tmp_path: Path) -> None:
     times = {(0, 1): 0.3, (1, 1): 0.7, (2, 1): 1.1}  # no pause longer than 0.4 s, and 1.1 s in all
     for config, used in ((real(num_rounds=1, round_timeout=0.9), 2), (fake_config(num_rounds=1), 3)):
@@ -200,6 +203,7 @@ def test_a_run_waits_for_its_first_nodes(tmp_path: Path) -> None:
     assert watcher.waits[-1] == ""
 
 
+@pytest.mark.slow
 def test_a_node_that_said_late_who_it_is_takes_part_when_it_has(tmp_path: Path) -> None:
     """It is connected and stays so: nobody would ask it again when it comes back, for it never goes."""
     grid = Field()
@@ -220,6 +224,7 @@ def test_a_node_that_could_not_is_asked_again_while_a_round_waits(
         assert [node.name for node in roster.wait_for(3, [], 1)] == ["node-0", "node-1", "node-2"]
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_late_takes_part_from_the_next_round(tmp_path: Path) -> None:
     grid = Field()
     grid.away = {2}

@@ -259,6 +259,7 @@ def test_a_run_without_noise_finds_the_accuracy_of_what_is_held_out(tiny: Make, 
     assert not found.missing
 
 
+@pytest.mark.slow
 def test_a_private_run_stays_within_its_target_with_the_answers_in_it(tiny: Make, tmp_path: Path) -> None:
     config = asking(private(tiny(federation__num_rounds=2), epsilon=8.0), answers=2)
     result = run(config, tmp_path / "run")

@@ -398,6 +398,7 @@ def test_two_nodes_with_one_name_are_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_server_waits_for_nodes_that_connect_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +421,7 @@ def test_the_server_waits_for_nodes_that_connect_late(
         assert notices == []
 
 
+@pytest.mark.slow
 def test_the_server_goes_on_without_nodes_that_never_connect() -> None:
     from fedtune.federation.server import cohort
     from tests.support import fake_federation

@@ -69,6 +69,7 @@ def wait_for(child: subprocess.Popen[str], line: str) -> None:
     pytest.fail(f"the child ended before {line!r}: {child.stderr.read()[-2000:]}")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -135,6 +136,7 @@ class Stops:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", ["none", "local, reproducible", "local"])
 def test_a_resumed_run_ends_as_an_uninterrupted_one_where_no_noise_is_secret(
     trust: str, tiny: Callable[..., Config], tmp_path: Path

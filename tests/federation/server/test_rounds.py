@@ -95,6 +95,7 @@ def test_what_a_client_raises_does_not_quote_private_text(tmp_path: Path) -> Non
     assert "Jane" not in str(result)
 
 
+@pytest.mark.slow
 def test_a_node_that_hung_can_answer_in_the_next_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_central_server_clips_every_update_and_divides_by_a_public_constant() 
     np.testing.assert_allclose(outcome.aggregate, sum(clipped) / 4, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_central_server_adds_the_plans_noise_and_not_another_scale() -> None:
     plan = _central(2.0)
     clean = _round(CentralRound(), _central(1e-6)).aggregate
@@ -231,6 +233,7 @@ def test_an_adaptive_norm_moves_and_is_handed_to_the_next_round() -> None:
     assert outcome.next_plan.noise_multiplier == plan.noise_multiplier
 
 
+@pytest.mark.slow
 def test_a_grid_that_never_answers_is_given_up() -> None:
     class Silent(LocalGrid):
         def pull_messages(self, message_ids):  # type: ignore[no-untyped-def]

@@ -40,6 +40,7 @@ def start(config: Config, monkeypatch: pytest.MonkeyPatch, nodes: int = 4, **run
         grid.close()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files_and_calls_who_finishes_it(
     tiny: Callable[..., Config],
     tmp_path: Path,
@@ -86,6 +87,7 @@ def test_a_finish_that_does_not_exist_is_an_error_that_loses_nothing(
     assert (tmp_path / "history.json").is_file()
 
 
+@pytest.mark.slow
 def test_without_an_output_the_run_is_kept_below_the_state_folder(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, fedtune_home: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ def test_composition_knows_no_order_and_no_privacy_wins(parts, random) -> None: 
         assert compose_terms(compose_terms(*parts[:half]), compose_terms(*parts[half:])) == whole
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(few, few)
 def test_all_costs_more_than_a_part_and_less_than_the_parts_one_by_one(
@@ -47,6 +49,7 @@ def test_all_costs_more_than_a_part_and_less_than_the_parts_one_by_one(
     assert epsilon <= epsilon_rdp_of_terms(both, DELTA) * (1.0 + GRID)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(rates, noises, st.integers(1, 60), st.sampled_from([1e-7, 1e-5, 1e-3]))
 def test_epsilon_grows_with_rate_steps_and_less_noise_and_falls_with_delta(
@@ -97,6 +100,7 @@ def test_the_filter_admits_a_beginning_and_a_part_of_what_it_admits(
         assert admits(less, epsilon, DELTA, fixed=fixed)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(added, st.integers(2, 60), st.floats(0.2, 6.0))
 def test_a_run_that_closes_its_account_is_admitted_in_every_part_and_lets_no_other_follow(

@@ -150,6 +150,7 @@ def test_an_unusable_cache_costs_time_only(tmp_path: Path, monkeypatch: pytest.M
     assert 0.98 * 8.0 <= epsilon_of_terms({Term(1.0, sigma): 3}, 1e-4) <= 8.0
 
 
+@pytest.mark.slow
 def test_two_processes_may_fill_one_cache_at_once(tmp_path: Path) -> None:
     code = (
         "from fedtune.privacy.accounting.calibration import noise_multiplier_for as f; "

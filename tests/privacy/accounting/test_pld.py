@@ -68,6 +68,7 @@ def test_no_probability_gets_lost(mix: list[tuple[Step, int]]) -> None:
         assert 1.0 - 1e-10 <= total <= 1.0 + 1e-6
 
 
+@pytest.mark.slow
 def test_the_window_holds_all_but_the_tail() -> None:
     probs = step_distribution((0.05, 1.0, False), INTERVAL)._pmf_remove.to_dense_pmf()._probs
     low, high = losses._window([(probs, 60)])
@@ -78,6 +79,7 @@ def test_the_window_holds_all_but_the_tail() -> None:
     assert high - low < len(whole) / 3  # and it is worth having
 
 
+@pytest.mark.slow
 def test_many_different_runs_are_composed_at_once(pld_points: Points) -> None:
     terms = {Term(0.05, 1.0 + i / 50): 60 for i in range(12)}
     epsilon = epsilon_of_terms(terms, 1e-5)

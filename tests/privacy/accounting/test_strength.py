@@ -31,6 +31,7 @@ def test_without_sampling_it_is_the_gaussian_trade_off_function(mu: float) -> No
     assert exact <= curve.advantage() <= 1.01 * exact
 
 
+@pytest.mark.slow
 def test_the_best_attack_on_sampled_steps_is_below_the_curve_and_near_it() -> None:
     """The likelihood ratio of every output, over many runs: no other attack finds more (Neyman, Pearson)."""
     random, rate, noise, steps, runs = np.random.default_rng(1), 0.3, 1.0, 20, 200_000

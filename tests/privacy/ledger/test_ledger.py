@@ -782,6 +782,7 @@ except LedgerError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 20_000, 60_000])
 def test_a_full_disk_is_a_refusal_and_loses_nothing(path: Path, limit: int) -> None:
     out = subprocess.run(
@@ -795,6 +796,7 @@ def test_a_full_disk_is_a_refusal_and_loses_nothing(path: Path, limit: int) -> N
     reserve(fresh(path), local_plan(num_rounds=5000))  # with room again, it goes on
 
 
+@pytest.mark.slow
 def test_a_read_only_file_is_a_refusal(used: Path) -> None:
     code = """
 import os, sys
@@ -833,6 +835,7 @@ def test_a_folder_that_cannot_be_made_is_a_refusal(tmp_path: Path, golden: Golde
 # --- speed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("short_runs", [True, False])  # or one run of 10,000 releases
 def test_a_reservation_is_as_much_work_after_10000_as_after_100(
     path: Path, monkeypatch: pytest.MonkeyPatch, short_runs: bool
@@ -925,6 +928,7 @@ def test_each_row_of_a_run_is_read_once_for_all_of_its_nodes(
     assert shown == ledger.rounds(run="run-1", node="n0")
 
 
+@pytest.mark.slow
 def test_a_new_node_is_as_much_work_beside_1000_as_beside_100(path: Path, monkeypatch: Any) -> None:
     """Each looked through the keys of all others: a run of n nodes took n squared."""
     plan = local_plan(num_rounds=4)

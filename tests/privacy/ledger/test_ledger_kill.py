@@ -179,6 +179,7 @@ def test_a_kill_while_a_large_set_is_registered_leaves_all_of_it_or_nothing(tmp_
     assert path.with_suffix(".key").read_bytes() == secret
 
 
+@pytest.mark.slow
 def test_the_witness_would_convict_a_ledger_that_forgets(tmp_path: Path) -> None:
     path, witness = tmp_path / "clinic.sqlite", tmp_path / "witness"
     busy = kill_at_random(path, witness, 8, seed=3)

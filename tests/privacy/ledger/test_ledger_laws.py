@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -42,6 +43,7 @@ def problems(path: Path) -> list[str]:
     return result
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(written)
 def test_what_was_appended_is_read_again_and_whole(contents: list[Any]) -> None:
@@ -55,6 +57,7 @@ def test_what_was_appended_is_read_again_and_whole(contents: list[Any]) -> None:
         chain.close()
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(written, st.data())
 def test_any_changed_byte_of_a_row_is_found(contents: list[Any], data: st.DataObject) -> None:

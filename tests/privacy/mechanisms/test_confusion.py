@@ -44,6 +44,7 @@ def by_hand(plan: ConfusionPlan, labels: np.ndarray, said: np.ndarray, persons: 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["record", "person"])
 @given(records())
 def test_it_is_what_one_counts_by_hand(unit: str, columns: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
