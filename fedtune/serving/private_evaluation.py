@@ -117,12 +117,13 @@ def evaluate_private(
         from fedtune.deploy.site import books_of
 
         books_of(site).append("released", message="fedtune evaluate", run=run, asked={"epsilon": epsilon})
+    told = rates(cells, plan.noise_std, bundle.labels)
     found = {
         "model": bundle.about["run"],
         "format": name,
         "data": corpus.name,
-        "privacy": _privacy(plan),
-        **rates(cells, plan.noise_std, bundle.labels),
+        "privacy": _privacy(plan, told["units"]),
+        **told,
     }
     spent = ledger.epsilon(dataset=corpus.name, fingerprint=corpus.identity, delta=delta)
     published, _ = publish("private_evaluation", found, public_data=False)
@@ -189,7 +190,14 @@ def _answers(
     return corpus.labels, said, persons
 
 
-def _privacy(plan: ConfusionPlan) -> dict[str, Any]:
+def _privacy(plan: ConfusionPlan, units: float) -> dict[str, Any]:
+    """What was promised; `units`: how many there are, noised."""
+    caution = None
+    if plan.delta * units >= 1.0:
+        caution = (
+            f"delta {plan.delta:.2g} is not below one over the about {units:,.0f} {plan.unit}s: by the "
+            "promise alone somebody's texts might be told outright. Give a smaller --delta."
+        )
     return {
         "epsilon": plan.epsilon(),
         "delta": plan.delta,
@@ -199,6 +207,7 @@ def _privacy(plan: ConfusionPlan) -> dict[str, Any]:
         "sensitivity": f"one vote a {plan.unit} (L2, over all {plan.classes**2} cells together)",
         "noise_multiplier": plan.noise_multiplier,
         "noise_std": plan.noise_std,
+        "caution": caution,
     }
 
 
@@ -236,6 +245,8 @@ def show(told: Told, console: Console | None = None) -> None:
         f"Guarantee: epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:.2g}, "
         f"{privacy['adjacency']}; {privacy['sensitivity']}. It was charged before the texts were used.",
     ]
+    if privacy["caution"]:
+        lines.append(f"Caution: {privacy['caution']}")
     if found["hidden"]:
         lines.append(
             f"The noise hides a rate of {len(found['hidden'])} of {len(classes)} classes; means are over the "

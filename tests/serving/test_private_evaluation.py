@@ -19,10 +19,10 @@ from fedtune.deploy.site import check_books, open_ledger, read_site
 from fedtune.errors import BudgetExhausted, ConfigError, DataError
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.simulation import simulation_ledger
-from fedtune.privacy.mechanisms.confusion import ConfusionPlan
+from fedtune.privacy.mechanisms.confusion import ConfusionPlan, rates
 from fedtune.serving.classifier import Classifier
 from fedtune.serving.evaluation import evaluate
-from fedtune.serving.private_evaluation import Told, evaluate_private, show
+from fedtune.serving.private_evaluation import Told, _plan, _privacy, evaluate_private, show
 
 
 @pytest.fixture
@@ -78,6 +78,16 @@ def test_it_tells_about_what_is_true_and_the_ledger_has_it(
         "persons of files",
     ):
         assert words in text
+
+
+@pytest.mark.parametrize(("units", "said"), [(100.0, False), (200.0, True)])
+def test_a_delta_that_so_few_persons_do_not_bear_is_said(units: float, said: bool) -> None:
+    """How many there are is known when it is too late to refuse: from the noised counts."""
+    plan = _plan(1.0, 0.009, "person", 2)
+    cells = np.array([[90.0, 10.0], [20.0, 80.0]]) * units / 200
+    found = {"data": "visits", "format": "hf", "privacy": _privacy(plan, units)}
+    told = Told(found | rates(cells, plan.noise_std, ("no", "yes")), (), (1.0, 0.009))
+    assert ("Caution: delta 0.009 is not below one over the about 200 persons" in printed(told)) == said
 
 
 @pytest.mark.slow
