@@ -102,6 +102,8 @@ def predict(
         raise click.UsageError("Missing TEXT: give one or more, '-' for lines, or a file by --input.")
     if file is not None and given:
         raise ConfigError("Give texts, or a file of texts by --input, not both.")
+    if file is not None and output is not None and file.expanduser().resolve() == output.resolve():
+        raise ConfigError(f"--output names {file}, which --input reads, and would replace it. Name another.")
     own = ExportedModel(run_dir) if (run_dir / EXPORT_NAME).is_file() else None
     if own is not None and (site is not None or (pair_column is not None and own.columns[1] is None)):
         what = "no sites" if site is not None else "no pairs"
@@ -134,8 +136,10 @@ def predict(
 
 def _lines_of(stream: TextIO) -> list[str]:
     """The lines of a stream, as many as it has line ends; one that is not UTF-8 has U+FFFD in its place."""
+    from fedtune.data.sources.decoding import text_of
+
     raw = getattr(stream, "buffer", None)
-    text = stream.read() if raw is None else raw.read().decode("utf-8-sig", "replace")
+    text = stream.read() if raw is None else text_of(raw.read())
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines[:-1] if not lines[-1] else lines
 

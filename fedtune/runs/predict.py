@@ -334,14 +334,18 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
     What is no text is blank.
 
     Raises:
-        DataError: there is no such file or column, or it cannot be read; wherever that is met in reading on.
+        DataError: there is no such file or column, it cannot be read, or holds no text at all; wherever that
+            is met in reading on.
         ResourceError: it may not be read.
     """
-    from fedtune.config.schema import DataConfig
     from fedtune.data.sources.columns import column_name
-    from fedtune.data.sources.files import find_split, open_records
+    from fedtune.data.sources.files import open_records, readable
 
-    file = find_split(DataConfig(path=str(path)), "train_split")
+    file = path.expanduser()
+    if not file.is_file():
+        what = "a folder" if file.is_dir() else "a pipe or device" if file.exists() else "no file"
+        raise DataError(f"--input is {path}, which is {what}. Name a file of texts.")
+    readable(file, "--input")
     asked = {"--column": column_name(column)}
     if pair is not None:
         asked["--pair-column"] = column_name(pair)
@@ -357,10 +361,17 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
     with open_records(file, asked) as found:
         if found.complete:
             refuse_missing(found.header)
+        others = set[str]()
         for row in found.rows:
+            others.add("" if isinstance(row[0], str) else type(row[0]).__name__)
             texts = [value if isinstance(value, str) else "" for value in row]
             yield texts[0] if pair is None else (texts[0], texts[-1])
         refuse_missing(found.header)
+        if others and "" not in others and others != {"NoneType"}:
+            raise DataError(
+                f"Column {asked['--column']!r} of {file} holds no text: its values are "
+                f"{' and '.join(sorted(others - {'NoneType'}))}. Name the one with the texts by --column."
+            )
 
 
 def write_answers(path: Path, columns: tuple[str, str | None], found: Iterable[Prediction]) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -267,6 +268,15 @@ def test_each_line_has_an_answer_whatever_is_in_it(
     assert answers[3]["text"] == "a\ufffdb\u2028c\x0bd\ufffde"
 
 
+def test_what_a_pipe_of_windows_sends_is_lines_too(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("good\r\nsad\r\n".encode("utf-16"))))
+    with pytest.raises(SystemExit):
+        main(["predict", str(run_dir), "-", "--json"])
+    assert [one["text"] for one in json.loads(capsys.readouterr().out)] == ["good", "sad"]
+
+
 def test_the_table_stays_a_table_whatever_is_in_a_text() -> None:
     text = shown([Prediction("a\nb\x1b[31m\u2028c", "x", 0.5, {"x": 0.5}), Prediction("", None, None, {})])
     assert len(text.splitlines()) == 3 and "\x1b" not in text
@@ -283,6 +293,30 @@ def test_a_file_is_answered_with_a_file_row_by_row(run_dir: Path, tmp_path: Path
     assert rows[0] == ["note", "label", "probability"]
     assert [row[0] for row in rows[1:]] == ["good; film", "", "sad day"]
     assert rows[2][1:] == ["", ""] and rows[1][1] in ("negative", "positive")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("new.jsonl", '{"text": 1}\n{"text": [2]}\n', "holds no text: its values are int and list"),
+        ("new.txt", "good\n", "--input is .*new.txt, whose ending is not known"),
+        ("new.csv", "", "is empty"),
+        ("new.csv", "text\ngood\n", "which --input reads, and would replace it"),
+        ("", "", "which is a folder"),
+    ],
+)
+def test_a_file_that_cannot_be_asked_about_is_named(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, words: str
+) -> None:
+    path, output = tmp_path / name, tmp_path / "out.csv"
+    if name:
+        path.write_text(content)
+    if content.startswith("text"):
+        output = path
+    with pytest.raises(SystemExit) as left:
+        main(["predict", str(run_dir), "--input", str(path), "--output", str(output)])
+    assert left.value.code in (1, 2) and re.search(words, " ".join(capsys.readouterr().err.split()))
+    assert not output.exists() or output.read_text() == content
 
 
 def test_a_column_that_a_file_lacks_is_named_with_those_it_has(

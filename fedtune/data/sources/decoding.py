@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from fedtune.errors import DataError
 
-__all__ = ["bare_name", "is_workbook", "open_bytes", "open_text", "read_text"]
+__all__ = ["bare_name", "is_workbook", "open_bytes", "open_text", "read_text", "text_of"]
 
 _ZIP = b"PK\x03\x04"
 _WORKBOOK = b"xl/workbook"
@@ -200,6 +200,13 @@ def read_text(path: Path) -> str:
     """The whole text of a file. Raises as `open_text`."""
     with open_text(path) as text:
         return text.read()
+
+
+def text_of(content: bytes) -> str:
+    """What a pipe sent, by its mark or as UTF-8; U+FFFD where it is not."""
+    return content.decode(
+        next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8"), "replace"
+    )
 
 
 def _no_text(path: Path, encoding: str, *, binary: bool) -> DataError:
