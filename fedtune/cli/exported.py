@@ -110,13 +110,13 @@ def export(
         "Accuracy, rates and F1 of each class, the confusion matrix, the calibration error and the best "
         "threshold, of an exported model on labelled texts, and by site where the data names sites. "
         "Without noise: figures of private texts stay with their owner. With --epsilon, of private texts: "
-        "accuracy, rates, F1 and confusion matrix from noised counts, which the ledger is charged for "
-        "first and which may be handed on.",
+        "the same from noised counts, which the ledger is charged for first and which may be handed on.",
         """\
 fedtune evaluate MODEL_DIR test.csv
 fedtune evaluate MODEL_DIR FOLDER data.text=review data.label=stars
 fedtune evaluate MODEL_DIR test.csv -o FOLDER   with a picture
 fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 data.unit=patient
+fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 data.site=ward --sites north,south
 fedtune evaluate MODEL_DIR visits.csv --epsilon 0.5 --node node.yaml""",
         "fedtune serve MODEL_DIR  as an HTTP service",
     ),
@@ -149,6 +149,10 @@ def evaluate(
         Path | None,
         option("A real site's node.yaml: its ledger is charged (default: of simulations).", metavar="FILE"),
     ] = None,
+    sites: Annotated[
+        str | None,
+        option("With --epsilon: public names in the column data.site, with commas.", metavar="NAMES"),
+    ] = None,
     json: Json = False,
 ) -> None:
     from fedtune.errors import ConfigError
@@ -162,10 +166,12 @@ def evaluate(
     if epsilon is not None:
         from fedtune.serving import private_evaluation
 
+        named = [name.strip() for name in (sites or "").split(",") if name.strip()]
         told = private_evaluation.evaluate_private(
-            model_dir, data, settings or [], wanted, epsilon=epsilon, delta=delta, node=node, advance=advance
-        )
-        paths = [] if output is None else [evaluation.keep_json(told.found, output)]
+            model_dir, data, settings or [], wanted, epsilon=epsilon, delta=delta, node=node, sites=named,
+            advance=advance,
+        )  # fmt: skip
+        paths = [] if output is None else evaluation.keep(told.found, output, mode=0o666)
         if json:
             print_json("evaluate --epsilon", told.found)
             return
@@ -173,8 +179,10 @@ def evaluate(
         for path in paths:
             print(path)
         return
-    if delta is not None or node is not None:
-        raise ConfigError("--delta and --node are for private texts: say with --epsilon what they may cost.")
+    if delta is not None or node is not None or sites is not None:
+        raise ConfigError(
+            "--delta, --node and --sites are for private texts: say with --epsilon what they may cost."
+        )
     found = evaluation.evaluate(model_dir, data, settings or [], wanted, advance=advance)
     paths = [] if output is None else evaluation.keep(found, output)
     if json:

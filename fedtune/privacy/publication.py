@@ -320,11 +320,7 @@ SINKS: Mapping[str, Fields] = {
         "steps": _COUNT,
         "adapter": local("the site's own: made of its charged releases, and still nobody else's"),
     },
-    "failure": {
-        "error": _REASON,
-        "overrides": _SETTING,
-        "when": public("when it was noted"),
-    },
+    "failure": {"error": _REASON, "overrides": _SETTING, "when": public("when it was noted")},
     # An exported model. Its check is of public texts, or of texts of which whoever exports publishes figures.
     "export": {
         **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs", "site"), _NAME),
@@ -339,7 +335,10 @@ SINKS: Mapping[str, Fields] = {
         **dict.fromkeys(("model", "format", "data"), _NAME),
         "privacy": _PLAN,
         **dict.fromkeys(("units", "accuracy", "precision_macro", "recall_macro", "f1_macro"), _QUALITY),
-        **dict.fromkeys(("per_class", "hidden", "confusion"), charged("of a noised confusion matrix alone")),
+        **dict.fromkeys(
+            ["per_class", "hidden", "confusion", "calibration_error", "calibration", "threshold", "per_site"],
+            charged("of noised counts alone, all of one release"),
+        ),
     },
     # A compressed model: made of the released one and of texts that are public or nobody's.
     "compression": {
@@ -348,9 +347,7 @@ SINKS: Mapping[str, Fields] = {
         **dict.fromkeys(("base", "settings"), _SETTING),
         "texts": public("what it learnt from and was measured on, in words, and how many there were"),
         "processor": public("whose speeds these are"),
-        **dict.fromkeys(
-            ("original", "steps", "formats"), public("sizes, and figures and speeds of public texts")
-        ),
+        **dict.fromkeys(("original", "steps", "formats"), public("sizes; speeds, figures of public texts")),
     },
     # --- what observers of a run get while it goes on ---
     "round": {**_ROUND, "delta": _PLAN},

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from fedtune.runs.predict import Asked
 
-__all__ = ["asked_of", "draw", "evaluate", "keep", "keep_json", "labelled_texts", "show"]
+__all__ = ["asked_of", "draw", "evaluate", "keep", "labelled_texts", "show"]
 
 _SETTINGS = ("data.text", "data.text_pair", "data.label", "data.site", "data.test_split")
 
@@ -133,28 +133,19 @@ def asked_of(corpus: Corpus) -> Sequence[Asked]:
     return corpus.texts if corpus.pairs is None else list(zip(corpus.texts, corpus.pairs, strict=True))
 
 
-def keep(found: Mapping[str, Any], folder: Path) -> list[Path]:
+def keep(found: Mapping[str, Any], folder: Path, *, mode: int = 0o600) -> list[Path]:
     """Writes evaluation.json and evaluation.png into `folder`; returns their paths.
 
-    Both are readable by their owner alone: they tell exactly about texts that may be private.
+    Both are readable as `mode` and the umask say: by their owner alone, unless what they tell was noised, for
+    else they tell exactly about texts that may be private.
 
     Raises:
         ResourceError: they cannot be written.
     """
-    path = keep_json(found, folder, mode=0o600)
-    save(folder / "evaluation.png", draw(found), mode=0o600)
-    return [path, folder / "evaluation.png"]
-
-
-def keep_json(found: Mapping[str, Any], folder: Path, *, mode: int = 0o666) -> Path:
-    """Writes evaluation.json, readable as `mode` and the umask say, into `folder`; returns its path.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
     text = json.dumps(dict(found), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     save(folder / "evaluation.json", text.encode(), mode=mode)
-    return folder / "evaluation.json"
+    save(folder / "evaluation.png", draw(found), mode=mode)
+    return [folder / "evaluation.json", folder / "evaluation.png"]
 
 
 def show(found: Mapping[str, Any], console: Console | None = None) -> None:
@@ -208,12 +199,13 @@ def _fill(axes: Sequence[Axes], found: Mapping[str, Any]) -> None:
     names = [name.replace("$", r"\$") for name in found["per_class"]]
     confusion = np.array(found["confusion"])
     left, right = axes
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    whole = np.maximum(confusion.sum(1, keepdims=True), 1)
+    shares = np.clip(confusion / whole, 0, 1)  # of noised cells some are below 0
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 12:  # more would not be legible
         for row, column in np.ndindex(confusion.shape):
             color = "white" if shares[row, column] > 0.6 else "black"
-            left.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center", color=color)
+            left.text(column, row, f"{confusion[row, column]:,.0f}", ha="center", va="center", color=color)
         left.set_xticks(range(len(names)), names, rotation=30, ha="right")
         left.set_yticks(range(len(names)), names)
     left.set(xlabel="what was said", ylabel="label")
@@ -221,8 +213,14 @@ def _fill(axes: Sequence[Axes], found: Mapping[str, Any]) -> None:
     left.spines[["top", "right"]].set_visible(True)  # of a matrix
     bins = found["calibration"]
     right.plot([0, 1], [0, 1], color="#999999", ls=":", lw=1, label="as it should be")
-    right.plot(
-        [one["probability"] for one in bins], [one["right"] for one in bins], "o-", color=COLORS[0], ms=4
+    right.errorbar(
+        [one["probability"] for one in bins],
+        [one["right"] for one in bins],
+        [one.get("standard_error", 0.0) for one in bins],
+        fmt="o-",
+        color=COLORS[0],
+        ms=4,
+        capsize=2,
     )
     right.set(
         xlim=(0, 1),

@@ -3,14 +3,15 @@ noise and charged.
 
     1  the model and the texts are opened and checked; nothing has been computed from both
     2  the release is reserved in the ledger, durably, or refused with the numbers
-    3  the model is asked, the confusion matrix counted and noised (`fedtune.privacy.mechanisms.confusion`)
+    3  the model is asked, and what it says counted and noised (`fedtune.privacy.mechanisms.confusion`)
     4  the release is committed; a real site's audit log gets its line
 
-The ledger is that of a real site (its `node.yaml`, which also says which column is which and what delta is),
-else the one of simulations on this machine, which knows the texts and persons that earlier runs were charged
-for. The unit is a person where the data names persons, else a record. What is returned holds nothing that was
-not noised: whoever has it may publish it. What was decided while the texts were read (dropped rows) and what
-the ledger says of all other uses are the owner's alone, and come apart (`Told`).
+All figures are computed from those counts (`fedtune.serving.private_measures`). The ledger is that of a real
+site (its `node.yaml`, which also says which column is which and what delta is), else the one of simulations
+on this machine, which knows the texts and persons that earlier runs were charged for. The unit is a person
+where the data names persons, else a record. What is returned holds nothing that was not noised: whoever has
+it may publish it. What was decided while the texts were read (dropped rows) and what the ledger says of all
+other uses are the owner's alone, and come apart (`Told`).
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from rich.text import Text
 
 from fedtune.errors import CalibrationError, ConfigError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
-from fedtune.privacy.mechanisms.confusion import ConfusionPlan, rates
-from fedtune.privacy.mechanisms.counts import DELTA
+from fedtune.privacy.mechanisms.confusion import ConfusionPlan, Votes
+from fedtune.privacy.mechanisms.counts import CLEAR, DELTA
 from fedtune.privacy.publication import publish
 from fedtune.serving.bundle import Bundle
-from fedtune.serving.classifier import Classifier
+from fedtune.serving.classifier import Classifier, probabilities
 from fedtune.serving.evaluation import asked_of, labelled_texts
+from fedtune.serving.private_measures import private_measures
 
 if TYPE_CHECKING:
     from fedtune.data.corpus import Corpus
@@ -44,7 +46,15 @@ __all__ = ["Told", "evaluate_private", "show"]
 
 # With a delta of 1/n a mechanism may publish one of n people outright; how many there are is not public here.
 _MOST_DELTA = 0.01
-_SETTINGS = ("data.name", "data.text", "data.text_pair", "data.label", "data.unit", "data.test_split")
+_SETTINGS = (
+    "data.name",
+    "data.text",
+    "data.text_pair",
+    "data.label",
+    "data.unit",
+    "data.site",
+    "data.test_split",
+)
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,10 @@ def evaluate_private(
     epsilon: float,
     delta: float | None = None,
     node: Path | None = None,
+    sites: Sequence[str] = (),
     advance: Callable[[int, int], None] = lambda done, whole: None,
 ) -> Told:
-    """Releases a noised confusion matrix of the exported model in `model_dir` on the private texts of `data`.
+    """Releases noised counts of how right the model in `model_dir` is on the private texts of `data`.
 
     Args:
         model_dir: the exported folder.
@@ -83,12 +94,15 @@ def evaluate_private(
         epsilon: what this release may cost by itself, above 0.
         delta: that epsilon belongs to; None: the owner's budget's, else 1e-6. Never from the texts.
         node: a real site's node.yaml; None: the ledger of this machine's simulations.
+        sites: names in the column `data.site` to be told about, which are public; texts of others count for
+            no site.
         advance: is told how many of the texts are done.
 
     Raises:
         BudgetExhausted: the owner's budget does not allow it; nothing was computed or charged.
         LedgerError: the ledger cannot be used; nothing was computed.
-        CalibrationError: no noise meets epsilon.
+        CalibrationError: no noise meets epsilon; or, of a size that its owner declared, it would hide even
+            the accuracy. Nothing was charged.
         ModelError, ConfigError, DataError: as `fedtune.serving.evaluation.evaluate`; nothing was charged.
     """
     site = None if node is None else _site(node)
@@ -97,6 +111,7 @@ def evaluate_private(
             f"{node} says whose each text is and what the data is called, since its budget is for those: "
             "leave data.unit and data.name out, or change them there."
         )
+    _check_sites(words, sites)
     bundle = Bundle.open(model_dir)
     name = bundle.chosen(wanted)
     corpus = labelled_texts(data, [*_words_of(site), *words], bundle, _SETTINGS)
@@ -105,19 +120,22 @@ def evaluate_private(
     if delta is None:
         budget = ledger.budget(dataset=corpus.name)
         delta = DELTA if budget is None else budget.delta
-    plan = _plan(epsilon, delta, "record" if corpus.units is None else "person", len(bundle.labels))
+    unit = "record" if corpus.units is None else "person"
+    plan = _plan(epsilon, delta, unit, len(bundle.labels), len(sites))
+    if site is not None:
+        _check_size(site.data.declared_size, plan, epsilon)
     run, whose = uuid.uuid4().hex, "evaluate" if site is None else site.site
     reservation = ledger.reserve(
         dataset=corpus.name, fingerprint=corpus.identity, node=whose, run=run, round=0, plan=plan
     )
     # From here on the texts are used, whatever becomes of it.
-    cells = plan.answer(*_answers(model, corpus, advance), plan.entropy(whose))
+    cells = plan.answer(_votes(model, corpus, sites, advance), plan.entropy(whose))
     ledger.commit(reservation)
     if site is not None:
         from fedtune.deploy.site import books_of
 
         books_of(site).append("released", message="fedtune evaluate", run=run, asked={"epsilon": epsilon})
-    told = rates(cells, plan.noise_std, bundle.labels)
+    told = private_measures(cells, plan, bundle.labels, sites)
     found = {
         "model": bundle.about["run"],
         "format": name,
@@ -159,7 +177,29 @@ def _ledger(site: SiteSettings | None) -> PrivacyLedger:
     return simulation_ledger(state_dir() / "ledgers")
 
 
-def _plan(epsilon: float, delta: float, unit: str, classes: int) -> ConfusionPlan:
+def _check_sites(words: Sequence[str], sites: Sequence[str]) -> None:
+    """Refuses sites without their column, and a column without them: which there are has to be public."""
+    if bool(sites) != any(word.startswith("data.site=") for word in words) or len(set(sites)) < len(sites):
+        raise ConfigError(
+            "To be told about sites, name the column and the sites: data.site=COLUMN --sites north,south. "
+            "Their names are not taken from the private texts, and have to be public; each is named once."
+        )
+
+
+def _check_size(declared: int | None, plan: ConfusionPlan, epsilon: float) -> None:
+    """Refuses, before anything is charged, what the noise would hide by the size that the owner declared."""
+    least = CLEAR * plan.noise_of("confusion") * plan.classes  # the sum of all cells of the matrix
+    if declared is not None and declared < least:
+        raise CalibrationError(
+            f"The site declares {declared:,} {plan.unit}s, and at --epsilon {epsilon:g} the noise hides the "
+            f"accuracy of fewer than {least:,.0f} (four standard deviations of a matrix of {plan.classes} "
+            f"classes). Nothing was charged. Ask with a larger --epsilon, or leave it: fedtune evaluate "
+            "without --epsilon tells the owner everything, and costs nothing while it stays there.",
+            setting="--epsilon",
+        )
+
+
+def _plan(epsilon: float, delta: float, unit: str, classes: int, sites: int) -> ConfusionPlan:
     for name, value, most in (("--epsilon", epsilon, np.inf), ("--delta", delta, _MOST_DELTA)):
         if not 0 < value < most:
             raise ConfigError(f"{name} {value:g} promises nothing: give a number above 0 and below {most:g}.")
@@ -170,24 +210,32 @@ def _plan(epsilon: float, delta: float, unit: str, classes: int) -> ConfusionPla
             f"No noise of a confusion matrix meets --epsilon {epsilon:g} at --delta {delta:g}. {error}",
             setting="--epsilon",
         ) from error
-    return ConfusionPlan(trust="local", unit=unit, noise_multiplier=noise, delta=delta, classes=classes)
+    return ConfusionPlan(
+        trust="local", unit=unit, noise_multiplier=noise, delta=delta, classes=classes, sites=sites
+    )
 
 
-def _answers(
-    model: Classifier, corpus: Corpus, advance: Callable[[int, int], None]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Labels, what the model says, and whose each text is, all int64 [n].
+def _votes(
+    model: Classifier, corpus: Corpus, sites: Sequence[str], advance: Callable[[int, int], None]
+) -> Votes:
+    """What the model says of each text.
 
-    What is said of a text must follow from that text alone, or one person more or less would move the votes
-    of others, and the sensitivity would not hold. In a batch it nearly does: the other texts set its shape,
-    which kernels round by. So each text is asked by itself.
+    It must follow from that text alone, or one person more or less would move the votes of others, and the
+    sensitivity would not hold. In a batch it nearly does: the other texts set its shape, which kernels round
+    by. So each text is asked by itself.
     """
-    said = np.zeros(corpus.num_records, dtype=np.int64)
+    rows = np.zeros((corpus.num_records, len(model.labels)), dtype=np.float32)
     for row, ids in enumerate(model.encode(asked_of(corpus))):
-        said[row] = model.logits([ids])[0].argmax()
+        rows[row] = model.logits([ids])[0]
         advance(row + 1, corpus.num_records)
+    said = rows.argmax(1).astype(np.int64)
+    sure = probabilities(rows).astype(np.float64)
     persons = None if corpus.units is None else np.unique(corpus.units, return_inverse=True)[1]
-    return corpus.labels, said, persons
+    places = None
+    if sites and corpus.sites is not None:
+        known = {name: place for place, name in enumerate(sites)}
+        places = np.array([known.get(str(one), -1) for one in corpus.sites], dtype=np.int64)
+    return Votes(corpus.labels, said, sure[:, 1] if sure.shape[1] == 2 else sure.max(1), persons, places)
 
 
 def _privacy(plan: ConfusionPlan, units: float) -> dict[str, Any]:
@@ -203,10 +251,10 @@ def _privacy(plan: ConfusionPlan, units: float) -> dict[str, Any]:
         "delta": plan.delta,
         "unit": plan.unit,
         "adjacency": f"add or remove one {plan.unit}",
-        "mechanism": "a confusion matrix with exact discrete Gaussian noise in every cell, once",
-        "sensitivity": f"one vote a {plan.unit} (L2, over all {plan.classes**2} cells together)",
+        "mechanism": "histograms of one vote with exact discrete Gaussian noise in every cell, once",
+        "sensitivity": f"one vote a {plan.unit} (L2, over all cells together)",
         "noise_multiplier": plan.noise_multiplier,
-        "noise_std": plan.noise_std,
+        "noise_std": {part: plan.noise_of(part) for part in plan.shapes},
         "caution": caution,
     }
 
@@ -238,10 +286,21 @@ def show(told: Told, console: Console | None = None) -> None:
             matrix.add_row(Text(name), *(f"{cell:,.0f}" for cell in row))
         console.print()
         console.print(matrix)
+    if found["per_site"]:
+        of_sites = Table(box=None, padding=(0, 2), header_style="dim")
+        of_sites.add_column("site", overflow="fold")
+        for head in (f"{unit}s", "accuracy"):
+            of_sites.add_column(head, justify="right")
+        for name, one in found["per_site"].items():
+            of_sites.add_row(Text(name), f"{one['units']:,.0f}", _shown(one["accuracy"], percent=True))
+        console.print()
+        console.print(of_sites)
     console.print()
     lines = [
-        f"Every number is from noised counts (standard deviation {privacy['noise_std']:.3g} {unit}s a "
-        "cell, so a cell may be below 0). ± is one standard error; - is hidden by the noise.",
+        *_on_probabilities(found),
+        "Every number is from noised counts (standard deviation "
+        f"{privacy['noise_std']['confusion']:.3g} {unit}s a cell of the matrix, so a cell may be below 0). "
+        "± is one standard error; - is hidden by the noise.",
         f"Guarantee: epsilon {privacy['epsilon']:.3g} at delta {privacy['delta']:.2g}, "
         f"{privacy['adjacency']}; {privacy['sensitivity']}. It was charged before the texts were used.",
     ]
@@ -258,6 +317,26 @@ def show(told: Told, console: Console | None = None) -> None:
         console.print(Text(line))
     for note in told.notes:
         console.print(Text(f"For you alone: {note}", style="yellow"))
+
+
+def _on_probabilities(found: Mapping[str, Any]) -> list[str]:
+    """Calibration error and threshold, or what hides them."""
+    error, best = found["calibration_error"], found["threshold"]
+    lines = [
+        f"Calibration error {error['value']:.3f}, which the noise moved by {error['noise']:.3f} at most (98 "
+        "times in 100)."
+        if error is not None
+        else "The calibration error is not told: the noise could have moved it by more than 0.05, which is "
+        "as much as it often is. It takes more texts, or a larger --epsilon."
+    ]
+    if best is not None:
+        second = list(found["per_class"])[1]
+        lines.append(
+            f"Saying {second!r} from a probability of {best['probability']:.2f} on gives macro F1 "
+            f"{best['f1_macro']:.3f} ± {best['standard_error']:.3f}; from 0.5 on, "
+            f"{best['f1_macro_at_half']:.3f}."
+        )
+    return lines
 
 
 def _shown(rate: Mapping[str, float] | None, *, percent: bool = False) -> str:

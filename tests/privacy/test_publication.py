@@ -172,7 +172,10 @@ CHARGED: dict[str, str] = {
     "history": "rounds.*.accuracy rounds.*.accuracy_error rounds.*.loss",
     "round": "accuracy accuracy_error loss",
     "server_metrics": "fedtune_server_run_accuracy",
-    "private_evaluation": ("units accuracy precision_macro recall_macro f1_macro per_class hidden confusion"),
+    "private_evaluation": (
+        "units accuracy precision_macro recall_macro f1_macro per_class hidden confusion calibration_error "
+        "calibration threshold per_site"
+    ),
 }
 
 PUBLIC: dict[str, str] = {

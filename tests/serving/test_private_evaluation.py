@@ -16,13 +16,14 @@ from rich.console import Console
 from fedtune.cli.app import main
 from fedtune.config.files import state_dir
 from fedtune.deploy.site import check_books, open_ledger, read_site
-from fedtune.errors import BudgetExhausted, ConfigError, DataError
+from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError, DataError
 from fedtune.privacy.ledger.budget import PrivacyBudget
 from fedtune.privacy.ledger.simulation import simulation_ledger
-from fedtune.privacy.mechanisms.confusion import ConfusionPlan, rates
+from fedtune.privacy.mechanisms.confusion import ConfusionPlan, Votes
 from fedtune.serving.classifier import Classifier
-from fedtune.serving.evaluation import evaluate
+from fedtune.serving.evaluation import evaluate, keep
 from fedtune.serving.private_evaluation import Told, _plan, _privacy, evaluate_private, show
+from fedtune.serving.private_measures import private_measures
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_it_tells_about_what_is_true_and_the_ledger_has_it(
     # Everybody has four texts, so that a person's share is a text's: the rates are nearly the same.
     accuracy = found["accuracy"]
     assert abs(accuracy["value"] - true["accuracy"]) < 5 * accuracy["standard_error"]
-    noise = privacy["noise_std"]
+    noise = privacy["noise_std"]["confusion"]
     assert np.abs(np.array(found["confusion"]) - np.array(true["confusion"]) / 4).max() < 6 * noise
     assert found["units"] == pytest.approx(100, abs=6 * 2 * noise) and found["units"] != 100
     (release,) = simulation_ledger(state_dir() / "ledgers").releases()
@@ -83,11 +84,47 @@ def test_it_tells_about_what_is_true_and_the_ledger_has_it(
 @pytest.mark.parametrize(("units", "said"), [(100.0, False), (200.0, True)])
 def test_a_delta_that_so_few_persons_do_not_bear_is_said(units: float, said: bool) -> None:
     """How many there are is known when it is too late to refuse: from the noised counts."""
-    plan = _plan(1.0, 0.009, "person", 2)
-    cells = np.array([[90.0, 10.0], [20.0, 80.0]]) * units / 200
+    plan = _plan(1.0, 0.009, "person", 2, 0)
+    cells = {part: np.zeros(shape) for part, shape in plan.shapes.items()}
+    cells["confusion"] = np.array([[90.0, 10.0], [20.0, 80.0]]) * units / 200
     found = {"data": "visits", "format": "hf", "privacy": _privacy(plan, units)}
-    told = Told(found | rates(cells, plan.noise_std, ("no", "yes")), (), (1.0, 0.009))
+    told = Told(found | private_measures(cells, plan, ("no", "yes"), ()), (), (1.0, 0.009))
     assert ("Caution: delta 0.009 is not below one over the about 200 persons" in printed(told)) == said
+
+
+@pytest.mark.slow
+def test_calibration_threshold_and_sites_come_from_the_same_release(
+    exported: Path, visits: Path, tmp_path: Path
+) -> None:
+    rows = visits.read_text().splitlines()
+    sites = [f"{row},{'north' if i % 2 else 'west'}" for i, row in enumerate(rows[1:])]
+    visits.write_text("\n".join([rows[0] + ",ward", *sites]) + "\n")
+    words, named = ["data.site=ward"], ["north", "south"]
+    told = evaluate_private(exported, visits, words, "hf", epsilon=20.0, sites=named)
+    found, true = told.found, evaluate(exported, visits, words, "hf")
+    assert releases() == 1 and told.total[0] <= 20.5
+    error = found["calibration_error"]
+    assert abs(error["value"] - true["calibration_error"]) <= 3 * error["noise"] + 0.02  # other bins
+    best = found["threshold"]
+    assert abs(best["f1_macro"] - true["threshold"]["f1_macro"]) < 6 * best["standard_error"] + 0.02
+    north, noise = found["per_site"]["north"], found["privacy"]["noise_std"]["sites"]
+    assert north["units"] == pytest.approx(200, abs=6 * 1.5 * noise)
+    assert abs(north["accuracy"]["value"] - true["per_site"]["north"]["accuracy"]) < (
+        6 * north["accuracy"]["standard_error"]
+    )
+    assert "west" not in json.dumps(found)  # only what was named
+    assert abs(found["per_site"]["south"]["units"]) < 6 * 1.5 * noise  # and nobody is there
+    text = printed(told)
+    for shown in ("Calibration error", "macro F1", "north", "which the noise moved by"):
+        assert shown in text
+    assert [path.name for path in keep(found, tmp_path / "out")] == ["evaluation.json", "evaluation.png"]
+    assert (tmp_path / "out" / "evaluation.png").stat().st_size > 10_000
+
+
+def test_what_the_noise_hides_is_said_in_words(exported: Path, visits: Path) -> None:
+    told = evaluate_private(exported, visits, [], "hf", epsilon=0.01)
+    assert told.found["calibration_error"] is None
+    assert "The calibration error is not told" in printed(told)
 
 
 @pytest.mark.slow
@@ -122,12 +159,14 @@ def test_what_leaves_was_noised_and_only_the_plan_saw_the_texts(
     exported: Path, visits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the mechanism's answer held still, other texts leave the same words."""
-    fixed = lambda *args: np.array([[90.0, 10.0], [20.0, 80.0]])  # noqa: E731
+    still = {"confusion": np.array([[90.0, 10.0], [20.0, 80.0]]), "sites": np.array([[90.0, 10.0]])}
+    fixed = lambda *args: {**still, "bins": np.full((2, 20), 5.0), "offsets": np.zeros(20)}  # noqa: E731
     monkeypatch.setattr(ConfusionPlan, "answer", fixed)
-    first = evaluate_private(exported, visits, ["data.name=a"], epsilon=1.0).found
+    words = ["data.name=a", "data.site=patient"]
+    first = evaluate_private(exported, visits, words, epsilon=1.0, sites=["p0-1"]).found
     rows = visits.read_text().splitlines()
     visits.write_text("\n".join([*rows[:50], *rows[60:90], ",positive,p"]) + "\n")
-    second = evaluate_private(exported, visits, ["data.name=a"], epsilon=1.0)
+    second = evaluate_private(exported, visits, words, epsilon=1.0, sites=["p0-1"])
     assert second.found == first
     assert second.notes and "dropped" in second.notes[0]
     assert "For you alone: " in printed(second)
@@ -152,9 +191,9 @@ def test_what_is_said_of_a_text_does_not_depend_on_the_others(
 
     seen: list[np.ndarray] = []
 
-    def answer(self: ConfusionPlan, labels: np.ndarray, said: np.ndarray, *rest: object) -> np.ndarray:
-        seen.append(said)
-        return np.ones((2, 2))
+    def answer(self: ConfusionPlan, votes: Votes, entropy: object) -> dict[str, np.ndarray]:
+        seen.append(votes.said)
+        return {part: np.ones(shape) for part, shape in self.shapes.items()}
 
     monkeypatch.setattr(Classifier, "open", rounding)
     monkeypatch.setattr(ConfusionPlan, "answer", answer)
@@ -168,9 +207,12 @@ def test_what_is_said_of_a_text_does_not_depend_on_the_others(
 
 @pytest.mark.slow
 def test_what_it_does_not_take_costs_nothing(exported: Path, visits: Path, tmp_path: Path) -> None:
-    for words, error in ((["data.site=site"], ConfigError), (["data.unit=nobody"], DataError)):
+    for words, error in ((["data.public=true"], ConfigError), (["data.unit=nobody"], DataError)):
         with pytest.raises(error):
             evaluate_private(exported, visits, words, epsilon=1.0)
+    for words, sites in ((["data.site=patient"], []), ([], ["a"]), (["data.site=patient"], ["a", "a"])):
+        with pytest.raises(ConfigError, match=r"--sites north,south"):
+            evaluate_private(exported, visits, words, epsilon=1.0, sites=sites)
     for epsilon, delta in ((0.0, None), (-1.0, None), (float("nan"), None), (1.0, 0.01), (1.0, 0.0)):
         with pytest.raises(ConfigError, match="promises nothing"):
             evaluate_private(exported, visits, [], epsilon=epsilon, delta=delta)
@@ -194,8 +236,11 @@ def test_on_the_command_line_as_a_program_and_with_delta_alone(
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert "notes" not in found and "total" not in found
-    assert command("evaluate", exported, visits, "--delta", 1e-5) == 2
-    assert "--epsilon" in capsys.readouterr().err
+    for option in (("--delta", 1e-5), ("--sites", "a")):
+        assert command("evaluate", exported, visits, *option) == 2
+        assert "--epsilon" in capsys.readouterr().err
+    assert command(*private, "data.site=patient", "--sites", "p0-1, p0-2", "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["per_site"]) == ["p0-1", "p0-2"]
 
 
 @pytest.fixture
@@ -231,6 +276,8 @@ def test_a_real_site_s_ledger_is_charged_and_its_audit_log_says_so(
     assert (last["event"], last["message"]) == ("released", "fedtune evaluate")
     with pytest.raises(BudgetExhausted, match="over its\\s+budget of 2"):
         evaluate_private(exported, visits, [], "hf", epsilon=1.9, node=node)
+    with pytest.raises(CalibrationError, match=r"declares 500 persons.*hides the\s+accuracy of fewer than"):
+        evaluate_private(exported, visits, [], "hf", epsilon=0.005, node=node)
     for word in ("data.unit=null", "data.name=other"):
         with pytest.raises(ConfigError, match="leave data.unit and data.name out"):
             evaluate_private(exported, visits, [word], "hf", epsilon=0.1, node=node)

@@ -1,153 +1,161 @@
-"""A noised confusion matrix: how an exported model does on private texts, released once and charged.
+"""Noised counts of what an exported model says on private texts, released once and charged.
 
-`fedtune.serving.private_evaluation` asks for it. Every cell (label, what was said) counts units, and all
-rates (accuracy, precision, recall and F1 of each class, their means) are computed from the noised cells
-alone, which is post-processing and costs no more.
+`fedtune.serving.private_evaluation` asks for them. One release has four parts, each a histogram of the same
+votes, and everything that is told (`fedtune.serving.private_measures`) is computed from them alone, which is
+post-processing and costs no more:
 
-The mechanism. A unit's vote is cut into `scale` equal steps. A record puts all of it into one cell; a
-person's vote is shared out over the cells of their texts in equal parts, however many texts they have, so
-that nobody weighs more than one. Adding or removing one unit therefore changes the c x c cells by a vector v
->= 0 whose entries add up to `scale`, and |v|_2 <= |v|_1 = scale, with equality where a unit lies in one cell:
-one vote is the L2 sensitivity of the whole matrix, whatever the number of classes. Each cell gets exact
-discrete Gaussian noise of standard deviation 2^24 steps, and `scale` is chosen so that 2^24 is at least
-`noise_multiplier` times the sensitivity. To the accountant that is one Gaussian of that multiplier, once:
-steps 4 and 5 of the argument in `fedtune.privacy.mechanisms.discrete`, with one share, r = 4 and d = c^2,
-hold with a slack below 1e-136 a cell.
+    confusion [c, c]   a row a label, a column what was said
+    bins [2, 20]       of two classes: a row a label, a column how probable the second class is;
+                       of more: a row wrong or right, a column how probable what was said is
+    offsets [20]       how far those probabilities are from the middles of their bins, in half widths, summed
+    sites [s, 2]       of each site that was named: right, wrong
 
-More classes cost no privacy and much accuracy: a row's sum has the noise of c cells. Where a denominator is
-not four standard deviations of its noise a rate says nothing, and is None.
+The mechanism. A unit's vote of a part is cut into equal steps, `steps` of that part, where the squares of
+the parts' steps add up to at most `scale` squared (`SHARES` says how the budget is divided; a part has noise
+of `noise_multiplier` over the root of its share). A record puts all of its vote into one cell; a person's
+vote is shared out over the cells of their texts in equal parts, however many texts they have, so that nobody
+weighs more than one; offsets lie within -1 and 1 and are multiplied with what the text weighs. So adding or
+removing one unit changes a part by a vector v with |v|_2 <= |v|_1 <= steps, and all parts together, in L2, by
+at most
 
-Shapes: n texts, c classes.
+    sqrt(sum over parts of steps^2) <= scale
+
+which a unit in one cell of each part reaches, but for offsets: one vote is the L2 sensitivity of the release,
+whatever the number of classes, bins and sites. Which sites there are is public, or it would be a release of
+its own; a text of another site has no vote in that part. Each cell gets exact discrete Gaussian noise of
+standard deviation 2^24 steps, and `scale` is chosen so that 2^24 is at least `noise_multiplier` times the
+sensitivity. To the accountant that is one Gaussian of that multiplier, once: steps 4 and 5 of the argument in
+`fedtune.privacy.mechanisms.discrete`, with one share, r = 4 and d the number of cells, hold with a slack
+below 1e-136 a cell.
+
+Shapes: n texts, c classes, s sites.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.mechanisms.counts import CountPlan, estimate
+from fedtune.privacy.mechanisms.counts import STD, CountPlan
 from fedtune.privacy.mechanisms.noise import MAX_LOG2_STD, Entropy, discrete_gaussian
 
-__all__ = ["ConfusionPlan", "rates"]
+__all__ = ["BINS", "ConfusionPlan", "Votes"]
+
+BINS = 20  # of equal width, over the probabilities from 0 to 1
+# Of the squared budget. Rates hang on the first; an offset is multiplied with half of a bin's width, so that
+# its noise hardly shows.
+SHARES: Mapping[str, float] = {"confusion": 2.0, "bins": 1.0, "offsets": 1 / 16, "sites": 1.0}
 
 Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Votes:
+    """What each text says; each entry must follow from its own text alone.
+
+    Attributes:
+        labels: int64 [n], each in [0, c); n may be 0.
+        said: int64 [n], as `labels`.
+        probability: float64 [n], in [0, 1]: of two classes that of the second, else that of what was said.
+        persons: int64 [n], whose each text is (needed for unit=person, else ignored).
+        sites: int64 [n], the place of each text's site among those that were named, -1: of none; None: no
+            site was named.
+    """
+
+    labels: Int64Array
+    said: Int64Array
+    probability: FloatArray
+    persons: Int64Array | None = None
+    sites: Int64Array | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfusionPlan(CountPlan):
-    """One noised confusion matrix of `classes` classes; the other fields as of every count."""
+    """One noised release about `classes` classes and `sites` named sites; the other fields as of every
+    count."""
 
     purpose: ClassVar[str] = "confusion"
 
     classes: int
+    sites: int = 0
 
-    def totals(self, labels: Int64Array, said: Int64Array, persons: Int64Array | None) -> Int64Array:
-        """The matrix without noise, in steps: int64 [c, c], a row a label, a column what was said.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each part that is released."""
+        found: dict[str, tuple[int, ...]] = {
+            "confusion": (self.classes, self.classes), "bins": (2, BINS), "offsets": (BINS,),
+        }  # fmt: skip
+        return {**found, "sites": (self.sites, 2)} if self.sites else found
 
-        Args:
-            labels: int64 [n], each in [0, c); n may be 0.
-            said: int64 [n], as `labels`; each must follow from its own text alone.
-            persons: int64 [n], whose each text is (needed for unit=person, else ignored).
+    def steps(self, part: str) -> int:
+        """Into how many steps a unit's vote of `part` is cut."""
+        whole = sum(SHARES[one] for one in self.shapes)
+        return math.floor(self.scale * math.sqrt(SHARES[part] / whole) * (1.0 - 1e-12))
 
-        Returns:
-            Its sum is `scale` times the number of units, exactly.
+    def noise_of(self, part: str) -> float:
+        """Standard deviation of the noise in each cell of `part`, in units; 0.0 without privacy."""
+        return STD / self.steps(part) if self.is_private() else 0.0
+
+    def totals(self, votes: Votes) -> dict[str, Int64Array]:
+        """The parts without noise, in steps.
 
         Raises:
             PrivacyError: persons are protected, and it is not known whose each text is.
         """
-        cells = labels * self.classes + said
-        if self.unit != "person":
-            weights = np.full(len(cells), self.scale, dtype=np.int64)
-        elif persons is None or len(persons) != len(cells):
-            raise PrivacyError("Persons are protected, and it is not known whose each record is.")
-        else:
-            # A person's k-th of t texts weighs floor((k + 1) scale / t) - floor(k scale / t): whole steps
-            # that add up to the scale.
-            order = np.argsort(persons, kind="stable")
-            cells = cells[order]
-            _, starts, texts = np.unique(persons[order], return_index=True, return_counts=True)
-            place = np.arange(len(cells)) - np.repeat(starts, texts)
-            of_person = np.repeat(texts, texts)
-            weights = (place + 1) * self.scale // of_person - place * self.scale // of_person
-        found = np.zeros(self.classes**2, dtype=np.int64)
-        np.add.at(found, cells, weights)
-        return found.reshape(self.classes, self.classes)
+        places = np.minimum((votes.probability * BINS).astype(np.int64), BINS - 1)
+        within = np.clip(2.0 * (votes.probability * BINS - places) - 1.0, -1.0, 1.0)
+        row = votes.labels if self.classes == 2 else (votes.labels == votes.said).astype(np.int64)
+        cells = {
+            "confusion": votes.labels * self.classes + votes.said,
+            "bins": row * BINS + places,
+            "offsets": places,
+        }
+        if self.sites and votes.sites is not None:
+            cells["sites"] = votes.sites * 2 + (votes.labels != votes.said)
+        found = {part: np.zeros(shape, dtype=np.int64) for part, shape in self.shapes.items()}
+        for part, place in cells.items():
+            weights = self._weights(self.steps(part), len(place), votes.persons)
+            if part == "offsets":
+                weights = np.trunc(weights * within).astype(np.int64)
+            there = place >= 0
+            np.add.at(found[part].reshape(-1), place[there], weights[there])
+        return found
 
-    def answer(
-        self, labels: Int64Array, said: Int64Array, persons: Int64Array | None, entropy: Entropy
-    ) -> FloatArray:
-        """The noised matrix in units, float64 [c, c]; cells may be negative. Arguments as of `totals`.
+    def _weights(self, steps: int, texts: int, persons: Int64Array | None) -> Int64Array:
+        """What each text weighs: whole steps, which add up to `steps` for each unit."""
+        if self.unit != "person":
+            return np.full(texts, steps, dtype=np.int64)
+        if persons is None or len(persons) != texts:
+            raise PrivacyError("Persons are protected, and it is not known whose each record is.")
+        # A person's k-th of t texts weighs floor((k + 1) steps / t) - floor(k steps / t).
+        order = np.argsort(persons, kind="stable")
+        _, starts, counts = np.unique(persons[order], return_index=True, return_counts=True)
+        place = np.arange(texts) - np.repeat(starts, counts)
+        of_person = np.repeat(counts, counts)
+        weights = np.empty(texts, dtype=np.int64)
+        weights[order] = (place + 1) * steps // of_person - place * steps // of_person
+        return weights
+
+    def answer(self, votes: Votes, entropy: Entropy) -> dict[str, FloatArray]:
+        """The noised parts in units; cells may be negative.
 
         Guarantee: one Gaussian of `noise_multiplier` in terms of one unit added or removed, which is what
-        `terms(1)` accounts for. The caller must have reserved that in the ledger before it computed `said`.
+        `terms(1)` accounts for. The caller must have reserved that in the ledger before it asked the model.
         """
-        total = self.totals(labels, said, persons)
+        totals = self.totals(votes)
+        whole = np.concatenate([total.reshape(-1) for total in totals.values()])
         if self.is_private():
-            noise = discrete_gaussian(self.classes**2, MAX_LOG2_STD, entropy)
-            total = total + noise.reshape(total.shape)
-        return total / self.scale
-
-
-def rates(cells: FloatArray, noise_std: float, names: Sequence[str]) -> dict[str, Any]:
-    """What a noised confusion matrix says, as JSON values.
-
-    Args:
-        cells: float64 [c, c], in units, each with noise of standard deviation `noise_std`.
-        names: of the c classes.
-
-    Returns:
-        units, accuracy; precision_macro, recall_macro, f1_macro, over the classes whose rate is told;
-        `per_class` ({units, precision, recall, f1} by name), where each rate is None or {value,
-        standard_error}; `hidden`, the classes of which some rate is not told; `confusion`, the cells.
-    """
-    classes = len(names)
-    right, there, said = np.diagonal(cells), cells.sum(axis=1), cells.sum(axis=0)
-    others = classes - 1
-    per_class: dict[str, dict[str, Any]] = {}
-    for place, name in enumerate(names):
-        hits = float(right[place])
-        twice, misses = 2 * hits, float(there[place] + said[place]) - 2 * hits
-        per_class[name] = {
-            "units": float(there[place]),
-            "precision": _rate(hits, float(said[place]) - hits, noise_std, (1, others)),
-            "recall": _rate(hits, float(there[place]) - hits, noise_std, (1, others)),
-            # 2 hits / (2 hits + misses): the hits' noise counts twice. The factor for the finite number of
-            # units, whose hits enter twice too, is 2 - F1 (delta method).
-            "f1": _rate(twice, misses, noise_std, (4, 2 * others), doubled=True),
+            whole = whole + discrete_gaussian(whole.size, MAX_LOG2_STD, entropy)
+        ends = np.cumsum([total.size for total in totals.values()])
+        cells = np.split(whole, ends[:-1])
+        return {
+            part: one.reshape(self.shapes[part]) / self.steps(part)
+            for part, one in zip(totals, cells, strict=True)
         }
-    told = {
-        rate: [one[rate]["value"] for one in per_class.values() if one[rate] is not None]
-        for rate in ("precision", "recall", "f1")
-    }
-    whole = float(cells.sum())
-    hits = float(right.sum())
-    return {
-        "units": whole,
-        "accuracy": _rate(hits, whole - hits, noise_std, (classes, classes * others)),
-        **{f"{rate}_macro": float(np.mean(values)) if values else None for rate, values in told.items()},
-        "per_class": per_class,
-        "hidden": [
-            name
-            for name, one in per_class.items()
-            if any(one[rate] is None for rate in ("precision", "recall", "f1"))
-        ],
-        "confusion": cells.tolist(),
-    }
-
-
-def _rate(
-    part: float, rest: float, noise_std: float, cells: tuple[int, int], *, doubled: bool = False
-) -> dict[str, float] | None:
-    """part / (part + rest) and its standard error; None where noise hides it. `cells`: as of `estimate`."""
-    found = estimate(part, rest, 1, noise_std, cells)
-    if found.accuracy is None or found.standard_error is None:
-        return None
-    error = found.standard_error * (math.sqrt(2.0 - found.accuracy) if doubled else 1.0)
-    return {"value": found.accuracy, "standard_error": error}

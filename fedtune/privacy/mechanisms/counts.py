@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from fedtune.config.schema import Config
 
 __all__ = [
+    "CLEAR",
     "DELTA",
     "SIZE_NOISE",
+    "STD",
     "CountPlan",
     "Estimate",
     "EvaluationPlan",
@@ -78,8 +80,8 @@ SIZE_NOISE = 20.0  # standard deviation in units; epsilon 0.16 at delta 1e-5 by 
 DELTA = 1e-6  # by default, where no size is known when the noise is chosen: below n^-1.1 up to 285,000 units
 DEFAULT_PART = 0.25  # of privacy.epsilon: Gaussians compose by squares, so training hardly feels it
 _PLAUSIBLE = 5.0  # standard deviations: the noise is larger once in three million counts
-_STD = 2**MAX_LOG2_STD  # of the noise, in steps; a power of two, as exact sampling wants it
-_CLEAR = 4.0  # a count below so many standard deviations of its noise says nothing
+STD = 2**MAX_LOG2_STD  # of the noise, in steps; a power of two, as exact sampling wants it
+CLEAR = 4.0  # a count below so many standard deviations of its noise says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +127,12 @@ class CountPlan:
     @property
     def scale(self) -> int:
         """Steps that one unit's vote has: the L2 sensitivity of what is counted."""
-        return steps_of_one(self.noise_multiplier) if self.is_private() else _STD
+        return steps_of_one(self.noise_multiplier) if self.is_private() else STD
 
     @property
     def noise_std(self) -> float:
         """Standard deviation of the noise in each cell, in units; 0.0 without privacy."""
-        return _STD / self.scale if self.is_private() else 0.0
+        return STD / self.scale if self.is_private() else 0.0
 
     def entropy(self, node: str, round: int = 0, attempt: int = 0) -> Entropy:
         """Randomness of one count, never that of a training round; see `PrivacyPlan.entropy`."""
@@ -284,7 +286,7 @@ def estimate(
     """
     units = right + wrong
     noise = noise_std * math.sqrt(answers)
-    if units <= 0.0 or units < _CLEAR * noise * math.sqrt(sum(cells)):
+    if units <= 0.0 or units < CLEAR * noise * math.sqrt(sum(cells)):
         return Estimate(None, None, units)
     share = min(max(right / units, 0.0), 1.0)
     middle = (share * units + 2.0) / (units + 4.0)

@@ -1,4 +1,4 @@
-"""The noised confusion matrix: its sensitivity, its noise, what it costs, and what is made of it."""
+"""The noised counts of a private evaluation: their sensitivity, their noise, and what they cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.errors import PrivacyError
-from fedtune.privacy.mechanisms.confusion import ConfusionPlan, rates
+from fedtune.privacy.mechanisms.confusion import BINS, ConfusionPlan, Votes
 from fedtune.privacy.mechanisms.counts import EvaluationPlan
 from fedtune.privacy.mechanisms.noise import Entropy
 
@@ -26,91 +26,150 @@ def plan_of(**changes: object) -> ConfusionPlan:
 
 
 @st.composite
-def records(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def records(draw: st.DrawFn) -> Votes:
     n = draw(st.integers(1, 25))
-    column = lambda most: np.array(  # noqa: E731
-        draw(st.lists(st.integers(0, most), min_size=n, max_size=n)), dtype=np.int64
+    column = lambda most, least=0: np.array(  # noqa: E731
+        draw(st.lists(st.integers(least, most), min_size=n, max_size=n)), dtype=np.int64
     )
-    return column(2), column(2), column(5)
+    sure = np.array(draw(st.lists(st.floats(0.0, 1.0), min_size=n, max_size=n)))
+    return Votes(column(1), column(1), sure, column(5), column(1, -1))
 
 
-def by_hand(plan: ConfusionPlan, labels: np.ndarray, said: np.ndarray, persons: np.ndarray) -> np.ndarray:
-    """The matrix in units, one unit and one text after the other, in fractions."""
-    found = np.zeros((plan.classes, plan.classes))
-    for person in np.unique(persons) if plan.unit == "person" else np.arange(len(labels)):
-        rows = np.flatnonzero(persons == person) if plan.unit == "person" else np.array([person])
-        for row in rows:
-            found[labels[row], said[row]] += 1 / len(rows)
+def part_of(votes: Votes, rows: np.ndarray) -> Votes:
+    values = {name: value[rows] for name, value in vars(votes).items() if value is not None}
+    return Votes(**values)
+
+
+def by_hand(plan: ConfusionPlan, votes: Votes) -> dict[str, np.ndarray]:
+    """The parts in units, one unit and one text after the other."""
+    found = {part: np.zeros(shape) for part, shape in plan.shapes.items()}
+    assert votes.persons is not None and votes.sites is not None
+    owners = votes.persons if plan.unit == "person" else np.arange(len(votes.labels))
+    for row, (label, said, sure, site) in enumerate(
+        zip(votes.labels, votes.said, votes.probability, votes.sites, strict=True)
+    ):
+        weight = 1 / np.sum(owners == owners[row])
+        place = min(int(sure * BINS), BINS - 1)
+        found["confusion"][label, said] += weight
+        found["bins"][label if plan.classes == 2 else int(label == said), place] += weight
+        found["offsets"][place] += weight * (sure - (place + 0.5) / BINS) * 2 * BINS
+        if site >= 0:
+            found["sites"][site, int(label != said)] += weight
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("unit", ["record", "person"])
 @given(records())
-def test_it_is_what_one_counts_by_hand(unit: str, columns: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
-    plan = plan_of(unit=unit)
-    totals = plan.totals(*columns)
-    assert np.allclose(totals / plan.scale, by_hand(plan, *columns), atol=1e-5)
-    units = len(np.unique(columns[2])) if unit == "person" else len(columns[0])
-    assert totals.sum() == units * plan.scale  # not a step is lost
+def test_it_is_what_one_counts_by_hand(unit: str, classes: int, votes: Votes) -> None:
+    plan = plan_of(unit=unit, classes=classes, sites=2)
+    totals, hand = plan.totals(votes), by_hand(plan, votes)
+    assert set(totals) == set(hand) == {"confusion", "bins", "offsets", "sites"}
+    for part, total in totals.items():
+        assert np.allclose(total / plan.steps(part), hand[part], atol=1e-4), part
+    units = len(np.unique(votes.persons)) if unit == "person" else len(votes.labels)
+    for part in ("confusion", "bins"):
+        assert totals[part].sum() == units * plan.steps(part)  # not a step is lost
 
 
-def moved(plan: ConfusionPlan, columns: tuple[np.ndarray, np.ndarray, np.ndarray]) -> float:
-    """By how much taking any one unit away moves the whole matrix, in L2, as measured."""
-    whole = plan.totals(*columns)
-    units = columns[2] if plan.unit == "person" else np.arange(len(columns[0]))
-    without = (plan.totals(*(column[units != one] for column in columns)) for one in np.unique(units))
-    return max(float(np.linalg.norm(whole - other)) for other in without)
+def moved(plan: ConfusionPlan, votes: Votes) -> float:
+    """By how much taking any one unit away moves all that is released, in L2, as measured."""
+
+    def whole(votes: Votes) -> np.ndarray:
+        return np.concatenate([one.reshape(-1) for one in plan.totals(votes).values()])
+
+    units = np.asarray(votes.persons if plan.unit == "person" else np.arange(len(votes.labels)))
+    without = (whole(part_of(votes, units != one)) for one in np.unique(units))
+    return max(float(np.linalg.norm(whole(votes) - other)) for other in without)
 
 
 @pytest.mark.parametrize("unit", ["record", "person"])
 @given(records())
-def test_one_unit_moves_the_matrix_by_one_vote_at_most(
-    unit: str, columns: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> None:
-    plan = plan_of(unit=unit)
-    assert moved(plan, columns) <= plan.scale
+def test_one_unit_moves_everything_together_by_one_vote_at_most(unit: str, votes: Votes) -> None:
+    for sites in (0, 2):
+        plan = plan_of(unit=unit, classes=2, sites=sites)
+        assert moved(plan, votes) <= plan.scale
 
 
-def test_a_unit_in_one_cell_reaches_the_sensitivity() -> None:
+def alone(texts: int, probability: float = 1.0) -> Votes:
+    """One person, all of whose texts lie in one cell of each part."""
+    one = np.ones(texts, dtype=np.int64)
+    return Votes(one, one, np.full(texts, probability), 7 * one, 0 * one)
+
+
+def test_a_unit_in_one_cell_of_each_part_reaches_the_sensitivity() -> None:
     """So the bound is no smaller than it must be: a third of it less would be a broken promise."""
-    plan = plan_of()
-    one = (np.array([1, 1, 1]), np.array([2, 2, 2]), np.array([7, 7, 7]))
-    assert moved(plan, one) == plan.scale
+    plan = plan_of(classes=2, sites=1)
+    assert (1 - 1e-5) * plan.scale <= moved(plan, alone(3)) <= plan.scale
+    steps = [plan.steps(part) for part in plan.shapes]
+    assert sum(one**2 for one in steps) <= plan.scale**2
 
 
 def test_mutant_a_person_whose_texts_all_count_is_caught() -> None:
     class Unclipped(ConfusionPlan):
         """Counts texts and calls them persons."""
 
-        def totals(self, labels: np.ndarray, said: np.ndarray, persons: np.ndarray | None) -> np.ndarray:
-            return dataclasses.replace(plan_of(), unit="record").totals(labels, said, None)
+        def _weights(self, steps: int, texts: int, persons: np.ndarray | None) -> np.ndarray:
+            return np.full(texts, steps, dtype=np.int64)
 
-    many = (np.ones(50, dtype=np.int64), np.ones(50, dtype=np.int64), np.zeros(50, dtype=np.int64))
-    assert moved(plan_of(), many) <= plan_of().scale
-    assert moved(Unclipped(**dataclasses.asdict(plan_of())), many) > 10 * plan_of().scale
+    assert moved(plan_of(classes=2), alone(50)) <= plan_of().scale
+    assert moved(Unclipped(**dataclasses.asdict(plan_of(classes=2))), alone(50)) > 10 * plan_of().scale
+
+
+@pytest.mark.parametrize("sites", [0, 1])
+def test_mutant_every_part_with_the_whole_budget_is_caught(sites: int) -> None:
+    class Whole(ConfusionPlan):
+        """Forgets that the parts are one release."""
+
+        def steps(self, part: str) -> int:
+            return self.scale
+
+    plan = plan_of(classes=2, sites=sites)
+    assert moved(plan, alone(1)) <= plan.scale
+    assert moved(Whole(**dataclasses.asdict(plan)), alone(1)) > 1.7 * plan.scale
+
+
+def test_mutant_offsets_in_bins_instead_of_half_widths_are_caught() -> None:
+    """An offset of 1 is the most that fits its steps: multiplied by 20 it would not."""
+
+    class Far(ConfusionPlan):
+        def totals(self, votes: Votes) -> dict[str, np.ndarray]:
+            found = super().totals(votes)
+            return {**found, "offsets": found["offsets"] * BINS}
+
+    plan = plan_of(classes=2)
+    assert moved(Far(**dataclasses.asdict(plan)), alone(1)) > 1.5 * plan.scale
 
 
 def test_persons_must_be_known_where_they_are_protected() -> None:
+    zero = np.array([0])
     with pytest.raises(PrivacyError, match="not known whose"):
-        plan_of().totals(np.array([0]), np.array([0]), None)
+        plan_of().totals(Votes(zero, zero, np.array([0.5])))
 
 
 # --- noise and cost ------------------------------------------------------------------------------
 
 
-def spread(plan: ConfusionPlan) -> float:
-    """Standard deviation of the noise in matrices about nobody, over the sensitivity: 900 cells."""
-    nobody, entropy = np.zeros(0, dtype=np.int64), Entropy.reproducible(1, "test", 0, 0)
-    cells = np.array([plan.answer(nobody, nobody, nobody, entropy) for _ in range(100)])
-    return float(cells.std())
+NOBODY = Votes(*(np.zeros(0, dtype=np.int64) for _ in range(2)), np.zeros(0), np.zeros(0, dtype=np.int64))
 
 
-def test_the_noise_is_what_is_accounted_in_every_cell_and_two_thirds_of_it_is_noticed() -> None:
-    plan = plan_of()
+def spread(plan: ConfusionPlan) -> dict[str, float]:
+    """Of each part, the standard deviation of what is added to nobody: 900 cells or more."""
+    entropy = Entropy.reproducible(1, "test", 0, 0)
+    drawn = [plan.answer(NOBODY, entropy) for _ in range(100)]
+    return {part: float(np.array([one[part] for one in drawn]).std()) for part in plan.shapes}
+
+
+def test_the_noise_is_what_is_accounted_in_every_part_and_two_thirds_of_it_is_noticed() -> None:
+    plan = plan_of(sites=5)
     tolerance = 5.0 / math.sqrt(2 * 900)
-    assert abs(spread(plan) / plan.noise_multiplier - 1.0) < tolerance
-    assert plan.noise_std == pytest.approx(plan.noise_multiplier, rel=1e-3)
+    found = spread(plan)
+    for part, value in found.items():
+        assert abs(value / plan.noise_of(part) - 1.0) < tolerance
+    # Together they are one Gaussian of the plan's multiplier: precisions add up.
+    whole = sum(1 / plan.noise_of(part) ** 2 for part in plan.shapes) ** -0.5
+    assert whole == pytest.approx(plan.noise_multiplier, rel=1e-3) and whole >= plan.noise_multiplier
 
     class Little(ConfusionPlan):
         @property
@@ -118,16 +177,16 @@ def test_the_noise_is_what_is_accounted_in_every_cell_and_two_thirds_of_it_is_no
             return super().scale * 3 // 2
 
     mutant = Little(**dataclasses.asdict(plan))
-    assert abs(spread(mutant) / plan.noise_multiplier - 1.0) > tolerance
+    assert abs(spread(mutant)["confusion"] / plan.noise_of("confusion") - 1.0) > tolerance
 
 
 def test_each_cell_has_noise_of_its_own_and_it_is_the_system_s() -> None:
     plan = plan_of()
     assert not plan.entropy("n").is_reproducible
-    nobody = np.zeros(0, dtype=np.int64)
-    cells = plan.answer(nobody, nobody, nobody, plan.entropy("n"))
-    assert len(np.unique(cells)) == 9
-    assert not np.array_equal(cells, plan.answer(nobody, nobody, nobody, plan.entropy("n")))
+    cells = plan.answer(NOBODY, plan.entropy("n"))
+    assert len(np.unique(np.concatenate([one.reshape(-1) for one in cells.values()]))) == 9 + 3 * BINS
+    again = plan.answer(NOBODY, plan.entropy("n"))
+    assert not np.array_equal(cells["confusion"], again["confusion"])
 
 
 @pytest.mark.parametrize("noise", [0.7, 4.0, 20.0])
@@ -147,18 +206,28 @@ def test_epsilon_is_that_of_the_closed_form(noise: float) -> None:
 
 def test_what_is_observed_is_no_likelier_without_a_unit_than_epsilon_allows() -> None:
     """Independent of the accountant: the privacy loss of matrices with and without a person, drawn."""
-    plan = plan_of(noise_multiplier=1.0, classes=2)
+    plan = plan_of(noise_multiplier=1.0, classes=2, sites=1)
     labels, said, persons = np.array([0, 0, 1]), np.array([0, 1, 1]), np.array([1, 1, 2])
-    whole, entropy = plan.totals(labels, said, persons) / plan.scale, Entropy.reproducible(2, "test", 0, 0)
-    less = plan.totals(labels[2:], said[2:], persons[2:]) / plan.scale
-    drawn = np.array([plan.answer(labels, said, persons, entropy) for _ in range(4000)])
-    apart = lambda centre: ((drawn - centre) ** 2).sum(axis=(1, 2)) / (2 * plan.noise_std**2)  # noqa: E731
+    votes = Votes(labels, said, np.array([0.0, 0.6, 1.0]), persons, 0 * labels)
+
+    def flat(parts: dict[str, np.ndarray]) -> np.ndarray:
+        """In steps, in all of which the noise is the same."""
+        whole = np.concatenate([plan.steps(part) * one.reshape(-1) for part, one in parts.items()])
+        return whole / plan.scale
+
+    def exact(votes: Votes) -> np.ndarray:
+        return flat({part: one / plan.steps(part) for part, one in plan.totals(votes).items()})
+
+    whole, less = exact(votes), exact(part_of(votes, np.array([2])))
+    entropy = Entropy.reproducible(2, "test", 0, 0)
+    drawn = np.array([flat(plan.answer(votes, entropy)) for _ in range(400)])
+    apart = lambda centre: ((drawn - centre) ** 2).sum(axis=1) / (2 * plan.noise_std**2)  # noqa: E731
     loss = apart(less) - apart(whole)
     # Of a Gaussian with |whole - less| = mu standard deviations it is normal with mean mu^2 / 2.
     mu = float(np.linalg.norm(whole - less)) / plan.noise_std
-    assert mu <= 1.0 / plan.noise_multiplier * (1 + 1e-3)
-    assert loss.mean() == pytest.approx(mu**2 / 2, abs=5 * mu / math.sqrt(4000))
-    assert (loss > plan.epsilon()).mean() <= 10 * DELTA + 1e-9
+    assert 0.6 < mu <= 1.0 / plan.noise_multiplier * (1 + 1e-3)
+    assert loss.mean() == pytest.approx(mu**2 / 2, abs=5 * mu / math.sqrt(400))
+    assert (loss > plan.epsilon()).sum() == 0  # one in a hundred thousand would be
 
 
 def test_right_and_wrong_are_the_two_counts_of_a_run_s_evaluation() -> None:
@@ -166,58 +235,8 @@ def test_right_and_wrong_are_the_two_counts_of_a_run_s_evaluation() -> None:
     chance = np.random.default_rng(0)
     labels, said, persons = (chance.integers(0, top, 200) for top in (3, 3, 20))
     plan = plan_of()
-    totals = plan.totals(labels, said, persons)
+    totals = plan.totals(Votes(labels, said, np.zeros(200), persons))["confusion"]
     two = EvaluationPlan(trust="local", unit="person", share=0.2, noise_multiplier=4.0, delta=DELTA)
     right = int(two.votes(labels == said, persons).sum(axis=0)[0])
-    assert abs(int(np.trace(totals)) - right) <= 20 * 9  # a step of rounding a person and cell
-
-
-# --- rates ---------------------------------------------------------------------------------------
-
-EXACT = np.array([[80.0, 15.0, 5.0], [10.0, 60.0, 0.0], [2.0, 8.0, 20.0]])
-
-
-def test_without_noise_they_are_the_rates_that_everybody_knows() -> None:
-    from fedtune.serving.measures import measure
-
-    labels = np.repeat(np.repeat(np.arange(3), 3), EXACT.ravel().astype(int))
-    said = np.repeat(np.tile(np.arange(3), 3), EXACT.ravel().astype(int))
-    known = measure(np.eye(3, dtype=np.float32)[said], labels, ["a", "b", "c"])
-    found = rates(EXACT, 0.0, ["a", "b", "c"])
-    assert found["accuracy"]["value"] == pytest.approx(known["accuracy"])
-    for name in ("precision_macro", "recall_macro", "f1_macro"):
-        assert found[name] == pytest.approx(known[name])
-    for name, one in known["per_class"].items():
-        for rate in ("precision", "recall", "f1"):
-            assert found["per_class"][name][rate]["value"] == pytest.approx(one[rate])
-    assert found["confusion"] == EXACT.tolist() and found["hidden"] == []
-
-
-def test_the_standard_errors_are_those_of_drawn_matrices() -> None:
-    """Units are drawn anew and noised anew, 4,000 times; what is said may be larger, by a fifth."""
-    chance, noise, size = np.random.default_rng(1), 8.0, 20
-    drawn = chance.multinomial(int(EXACT.sum()) * size, EXACT.ravel() / EXACT.sum(), 4000).reshape(-1, 3, 3)
-    noised = drawn + chance.normal(0.0, noise, drawn.shape)
-    said = rates(EXACT * size, noise, ["a", "b", "c"])
-    made = [rates(one, noise, ["a", "b", "c"]) for one in noised]
-    pairs = [(said["accuracy"], [one["accuracy"] for one in made])]
-    for name in "abc":
-        for rate in ("precision", "recall", "f1"):
-            pairs.append((said["per_class"][name][rate], [one["per_class"][name][rate] for one in made]))
-    for one, others in pairs:
-        values = np.array([other["value"] for other in others])
-        assert values.mean() == pytest.approx(one["value"], abs=0.01)
-        assert 0.93 * values.std() <= one["standard_error"] <= 1.2 * values.std()
-
-
-def test_what_the_noise_hides_is_not_told_and_the_means_are_of_the_others() -> None:
-    cells = np.array([[9000.0, 10.0, -3.0], [20.0, 7000.0, 4.0], [-8.0, 2.0, 1.0]])
-    found = rates(cells, 10.0, ["a", "b", "rare"])
-    rare = found["per_class"]["rare"]
-    assert rare["precision"] is rare["recall"] is rare["f1"] is None
-    assert found["hidden"] == ["rare"]
-    assert found["f1_macro"] == pytest.approx(
-        np.mean([found["per_class"][name]["f1"]["value"] for name in "ab"])
-    )
-    nothing = rates(np.zeros((2, 2)), 10.0, ["a", "b"])
-    assert nothing["accuracy"] is None and nothing["f1_macro"] is None
+    # A step of rounding a person and cell.
+    assert np.trace(totals) / plan.steps("confusion") == pytest.approx(right / two.scale, abs=180 / two.scale)
