@@ -32,7 +32,7 @@ from fedtune.compress.card import compressed_card, encoder_card
 from fedtune.compress.measure import memory_of, speeds
 from fedtune.compress.steps import Lesson, State
 from fedtune.compress.texts import POST_PROCESSING, Texts, altered, texts_for, texts_of_file
-from fedtune.compress.transfer import Advance
+from fedtune.compress.transfer import Advance, Inputs
 from fedtune.config.compression import Compression, load
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ConfigError, ModelError
@@ -173,21 +173,23 @@ def _classifier(
     original: Any = standalone.merged(subject.adapter)
     tokenizer = read_tokenizer(folder, subject.max_length)
     pad = int(original.config.encoder.pad_token_id or 0)
+    separator = standalone.separator(subject.adapter) if checks.of_pairs(made) else None
+    asking = Inputs(pad, separator)
     ids = [one.ids for one in tokenizer.encode_batch(list(texts.measure))]
 
     def asked(forward: Forward) -> Classifier:
         return Classifier(subject.labels, tokenizer, forward, pad)
 
-    models = {ORIGINAL: asked(torch_forward(original))}
+    models = {ORIGINAL: asked(torch_forward(original, separator))}
     said = {ORIGINAL: models[ORIGINAL].logits(ids)}
     if not np.isfinite(said[ORIGINAL]).all():
         raise ModelError(
             "The run's own model says NaN of public texts, so that there is nothing to learn from it. Run "
             "again with a lower train.learning_rate."
         )
-    states = _changed(original, tokenizer, texts, settings, subject.labels, pad, say, advance)
+    states = _changed(original, tokenizer, texts, settings, subject.labels, asking, say, advance)
     for name, state in states.items():
-        models[name] = asked(torch_forward(state.model))
+        models[name] = asked(torch_forward(state.model, separator))
         said[name] = models[name].logits(ids)
     last: Any = list(states.values())[-1].model if states else original
     compressed = list(said.values())[-1]
@@ -195,7 +197,7 @@ def _classifier(
     formats: dict[str, Any] = {}
     for name in ("hf", "onnx", *(_FORMATS[one] for one in settings.quantize if "quantize" in settings.steps)):
         say(f"writing and checking {name}")
-        models[name] = asked(write_format(name, folder, last, inputs, settings.threads))
+        models[name] = asked(write_format(name, folder, last, inputs, settings.threads, separator))
         said[name] = models[name].logits(ids)
         formats[name] = figures_of(name, folder, compressed, said[name], texts.labels)
     say("measuring what each costs to ask")
@@ -203,13 +205,14 @@ def _classifier(
     found = {name: {**_right(said[ORIGINAL], said[name], texts.labels), **told[name]} for name in models}
     for name in formats:
         path = folder if name == "hf" else folder / PATHS[name]
-        found[name]["memory_bytes"] = memory_of(path, ids, pad, len(subject.labels), settings.threads)
+        found[name]["memory_bytes"] = memory_of(path, ids, asking, len(subject.labels), settings.threads)
         found[name]["bytes"] = formats[name]["bytes"]
     description = _description(subject, settings, texts, original, states, found, list(formats))
     said_of_it = describe(
         made, subject.base, subject.labels, pad, inputs, formats,
         checks.CheckTexts(texts.measure, texts.measured_on, texts.labels, texts.sites), compressed,
     )  # fmt: skip
+    said_of_it |= {"pairs": checks.of_pairs(made), "separator": separator}
     say("writing the cards")
     write_words(folder, made, said_of_it)
     (folder / "README.md").write_text(
@@ -240,7 +243,7 @@ def _base(folder: Path, subject: _Subject, settings: Compression, say: Say, adva
         return Classifier(width, tokenizer, surgery.states_forward(model), pad)
 
     models = {ORIGINAL: asked(original)}
-    states = _changed(original, tokenizer, texts, settings, (), pad, say, advance)
+    states = _changed(original, tokenizer, texts, settings, (), Inputs(pad), say, advance)
     for name, state in states.items():
         models[name] = asked(state.model)
     last: Any = list(states.values())[-1].model
@@ -264,7 +267,7 @@ def _changed(
     texts: Texts,
     settings: Compression,
     labels: Sequence[str],
-    pad: int,
+    inputs: Inputs,
     say: Say,
     advance: Advance,
 ) -> dict[str, State]:
@@ -273,7 +276,7 @@ def _changed(
     mask = next((word for word in ("[MASK]", "<mask>") if word in vocabulary), "")
     more = [*texts.learn, *altered(texts.learn, settings.transfer.augment, mask, settings.seed)]
     ids = [one.ids for one in tokenizer.encode_batch(more)]
-    lesson = Lesson(original, vocabulary, ids[: len(texts.learn)], ids, pad)
+    lesson = Lesson(original, vocabulary, ids[: len(texts.learn)], ids, inputs)
     count = anatomy(original).layers if set(settings.steps) - {"quantize"} else 1
     state = State(original, tuple(range(count)), count - 1)
     found: dict[str, State] = {}

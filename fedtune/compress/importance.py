@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedtune.compress.transfer import forward, padded
+from fedtune.compress.transfer import Inputs, forward
 from fedtune.models.modeling_fedtune import layers_of
 from fedtune.models.surgery import Anatomy, anatomy, encoder_of, masked
 
@@ -37,7 +37,7 @@ _DRAWS = 4  # of y, for each text
 
 
 def importance(
-    model: nn.Module, ids: Sequence[Sequence[int]], pad: int, seed: int
+    model: nn.Module, ids: Sequence[Sequence[int]], inputs: Inputs, seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of each layer, the information of its heads and of its units, on the texts `ids`."""
     whole = anatomy(model)
@@ -47,9 +47,8 @@ def importance(
     model.eval().requires_grad_(False)
     for start in range(0, len(ids), _ROWS):
         part = ids[start : start + _ROWS]
-        tokens, mask = padded(part, pad)
         with masked(model, len(part)) as (of_heads, of_units):
-            logits, states = forward(model, tokens, mask, [] if _says(model) else [whole.layers - 1])
+            logits, states = forward(model, inputs.batch(part), [] if _says(model) else [whole.layers - 1])
             for draw in range(_DRAWS):
                 score = _score(logits, states, chance)
                 last = draw == _DRAWS - 1
@@ -98,17 +97,19 @@ def choose(found: Sequence[Tensor], share: float, *, even: bool = False) -> tupl
     )
 
 
-def least_layers(model: nn.Module, count: int, ids: Sequence[Sequence[int]], pad: int) -> tuple[int, ...]:
+def least_layers(
+    model: nn.Module, count: int, ids: Sequence[Sequence[int]], inputs: Inputs
+) -> tuple[int, ...]:
     """The layers that stay when the `count` least important go."""
     whole: Anatomy = anatomy(model)
     stay = list(range(whole.layers))
     with torch.inference_mode():
-        wanted = _answers(model, ids, pad)
+        wanted = _answers(model, ids, inputs)
         for _ in range(count):
             moved = {}
             for layer in stay:
                 with _only(model, [one for one in stay if one != layer]):
-                    moved[layer] = _distance(model, wanted, _answers(model, ids, pad))
+                    moved[layer] = _distance(model, wanted, _answers(model, ids, inputs))
             stay.remove(min(moved, key=lambda one: moved[one]))
     return tuple(stay)
 
@@ -126,12 +127,12 @@ def _only(model: nn.Module, layers: Sequence[int]) -> Iterator[None]:
         body.layer = before
 
 
-def _answers(model: nn.Module, ids: Sequence[Sequence[int]], pad: int) -> Tensor:
+def _answers(model: nn.Module, ids: Sequence[Sequence[int]], inputs: Inputs) -> Tensor:
     """Log-probabilities [b, c]; of a bare encoder the mean token states [b, d]."""
     last = [] if _says(model) else [len(layers_of(encoder_of(model))) - 1]
     found = []
     for start in range(0, len(ids), _ROWS):
-        logits, states = forward(model, *padded(ids[start : start + _ROWS], pad), last)
+        logits, states = forward(model, inputs.batch(ids[start : start + _ROWS]), last)
         if logits is not None:
             found.append(logits.log_softmax(-1))
         elif states is not None:

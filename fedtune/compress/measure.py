@@ -13,11 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedtune.compress.transfer import Inputs
 from fedtune.errors import ResourceError
 from fedtune.serving.classifier import Classifier, Forward, onnx_forward, torch_forward
 
@@ -77,7 +79,9 @@ def speeds(
     return found
 
 
-def memory_of(path: Path, ids: Sequence[Sequence[int]], pad: int, classes: int, threads: int) -> int | None:
+def memory_of(
+    path: Path, ids: Sequence[Sequence[int]], inputs: Inputs, classes: int, threads: int
+) -> int | None:
     """Bytes that a process held at most which opened the model `path` and asked it about `ids`; None where
     the system does not tell.
 
@@ -87,7 +91,9 @@ def memory_of(path: Path, ids: Sequence[Sequence[int]], pad: int, classes: int, 
     Raises:
         ResourceError: the process failed.
     """
-    asked = {"ids": [list(one) for one in ids[:_ALONE]], "pad": pad, "classes": classes, "threads": threads}
+    asked = {
+        "ids": [list(one) for one in ids[:_ALONE]], "classes": classes, "threads": threads, **asdict(inputs),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "fedtune.compress.measure", str(path)],
         input=json.dumps(asked),
@@ -123,9 +129,9 @@ def main(path: Path, asked: Mapping[str, Any]) -> None:
         from fedtune.models.standalone import load_merged
 
         torch.set_num_threads(asked["threads"])
-        forward = torch_forward(load_merged(path))
+        forward = torch_forward(load_merged(path), asked["separator"])
     else:
-        forward = onnx_forward(path, asked["threads"])
+        forward = onnx_forward(path, asked["threads"], asked["separator"])
     labels = tuple(map(str, range(asked["classes"])))
     Classifier(labels, None, forward, asked["pad"]).logits(asked["ids"])
     print(json.dumps(_largest()))

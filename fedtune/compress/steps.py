@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from fedtune.compress.importance import choose, importance, least_layers
-from fedtune.compress.transfer import Advance, Teacher, forward, learn
+from fedtune.compress.transfer import Advance, Inputs, Teacher, forward, learn
 from fedtune.config.compression import Compression
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError
@@ -44,14 +44,17 @@ class Lesson:
         vocabulary: of its tokenizer.
         ids: of the texts as they are.
         more: of the texts and of their altered copies.
-        pad: the token that fills up.
+        inputs: how they become what a model is asked.
+        told: what the original said of `more`, by the layers that were asked about: two steps that compare
+            the same ones ask once.
     """
 
     original: nn.Module
     vocabulary: dict[str, int]
     ids: Sequence[Sequence[int]]
     more: Sequence[Sequence[int]]
-    pad: int
+    inputs: Inputs
+    told: dict[tuple[int, ...], Teacher] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,10 @@ def prune(state: State, lesson: Lesson, settings: Compression, advance: Advance)
     some = list(lesson.ids[:_ASKED])
     model, places = state.model, state.places
     if wanted.layers:
-        stay = least_layers(model, wanted.layers, some, lesson.pad)
+        stay = least_layers(model, wanted.layers, some, lesson.inputs)
         model, places = cut(model, Kept.all_of(stay, whole)), tuple(places[layer] for layer in stay)
     if wanted.heads or wanted.units:
-        heads, units = importance(model, some, lesson.pad, settings.seed)
+        heads, units = importance(model, some, lesson.inputs, settings.seed)
         even = encoder_of(model) is model  # whose configuration has one number for all layers
         model = cut(
             model,
@@ -241,7 +244,10 @@ def _learnt(
     def part(begin: int, scale: float) -> Advance:
         return lambda done, whole: advance(round(begin + scale * done), ask + count)
 
-    teacher = Teacher.ask(lesson.original, lesson.more, compared, lesson.pad, part(0, 1.0))
+    teacher = lesson.told.get(tuple(compared))
+    if teacher is None:
+        teacher = Teacher.ask(lesson.original, lesson.more, compared, lesson.inputs, part(0, 1.0))
+        lesson.told[tuple(compared)] = teacher
     own = list(range(len(state.places))) if compared else []
     loss = learn(
         state.model,
@@ -249,7 +255,7 @@ def _learnt(
         own,
         settings.transfer,
         settings.seed,
-        lesson.pad,
+        lesson.inputs,
         part(ask, 1.0),
         embeddings=embeddings,
     )
@@ -262,7 +268,8 @@ def states_forward(model: nn.Module) -> Forward:
 
     def run(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            _, states = forward(model, torch.from_numpy(ids), torch.from_numpy(mask), last)
+            batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+            _, states = forward(model, batch, last)
         assert states is not None
         found: NDArray[np.float32] = states[:, 0].numpy()
         return found

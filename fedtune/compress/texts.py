@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from fedtune.data.sources.load import hold_out
 from fedtune.errors import ConfigError, DataError
-from fedtune.export.checks import lines_of, own_texts, plain, public_test_split
+from fedtune.export.checks import asked_in, lines_of, of_pairs, own_texts, parts, plain, public_test_split
+from fedtune.runs.predict import Asked
+from fedtune.serving.evaluation import asked_of
 
 __all__ = ["POST_PROCESSING", "Texts", "altered", "texts_for", "texts_of_file"]
 
@@ -41,18 +43,18 @@ class Texts:
     """What is learnt from, and measured on.
 
     Attributes:
-        learn: texts without labels.
+        learn: texts, or pairs of them, without labels.
         learn_from: what they are, in words.
-        measure: texts.
+        measure: texts, or pairs.
         measured_on: what they are, in words.
         labels: int64 [n], of the measured ones; None where nobody knows them.
         sites: str [n], of the measured ones, where they are known.
         notes: what was decided, and must not go unsaid.
     """
 
-    learn: tuple[str, ...]
+    learn: tuple[Asked, ...]
     learn_from: str
-    measure: tuple[str, ...]
+    measure: tuple[Asked, ...]
     measured_on: str
     labels: NDArray[np.int64] | None
     sites: NDArray[np.str_] | None
@@ -63,7 +65,8 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
     """The texts of a compression of the run with this `record`.
 
     Args:
-        named: a file of texts to learn from, one a line; None: `share` of the public test split's persons.
+        named: a file of texts to learn from, one a line (of pairs: two, with a tab between); None: `share` of
+            the public test split's persons.
 
     Raises:
         DataError: the file is missing, empty, no text, or has private texts of the run; or the run has no
@@ -82,14 +85,14 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
         where = "the run's public test split"
         return _checked(
             Texts(
-                learn.texts, f"{share:.0%} of {where}, by persons", measure.texts,
+                tuple(asked_of(learn)), f"{share:.0%} of {where}, by persons", tuple(asked_of(measure)),
                 f"the rest of {where}, which nothing was learnt from", measure.labels, measure.sites,
             )
         )  # fmt: skip
-    lines = lines_of(Path(named).expanduser())
-    notes = _own_texts(record, lines)
-    measured = {plain(text) for text in public.texts}
-    learn_lines = tuple(line for line in lines if plain(line) not in measured)
+    lines = asked_in(Path(named).expanduser(), of_pairs(record))
+    notes = _own_texts(record, [text for one in lines for text in parts(one)])
+    measured = {tuple(map(plain, parts(one))) for one in asked_of(public)}
+    learn_lines = tuple(one for one in lines if tuple(map(plain, parts(one))) not in measured)
     if len(learn_lines) < len(lines):
         notes.append(
             f"{len(lines) - len(learn_lines):,} of the {len(lines):,} texts of {Path(named).name} are in the "
@@ -97,7 +100,8 @@ def texts_for(record: Mapping[str, Any], named: str | None, share: float, seed: 
         )
     return _checked(
         Texts(
-            learn_lines, f"{Path(named).name}, which was named as public or unlabelled", public.texts,
+            learn_lines, f"{Path(named).name}, which was named as public or unlabelled",
+            tuple(asked_of(public)),
             "the run's public test split", public.labels, public.sites, tuple(notes),
         )
     )  # fmt: skip
@@ -165,29 +169,31 @@ def _own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> list[str]:
     ]
 
 
-def altered(texts: Sequence[str], copies: int, mask: str, seed: int) -> list[str]:
+def altered(texts: Sequence[Asked], copies: int, mask: str, seed: int) -> list[Asked]:
     """`copies` altered copies of each text, for a teacher to say what it thinks of them (Tang et al. 2019,
     4.3).
 
     Of each copy a word in ten is masked, another in ten is one of another text; of a copy in four a part of
     one to five words is left alone. (They replace words by others of the same part of speech; there is no
-    tagger here.)
+    tagger here.) Of a pair both texts are altered, each by itself.
     """
     chance = random.Random(seed)
-    words = [word for text in texts for word in text.split()]
-    made = []
-    for text in texts:
-        for _ in range(copies):
-            own = text.split()
-            if len(own) > 1 and chance.random() < 0.25:
-                size = chance.randint(1, min(5, len(own)))
-                start = chance.randint(0, len(own) - size)
-                own = own[start : start + size]
-            else:
-                own = [
-                    mask if draw < 0.1 else chance.choice(words) if draw < 0.2 else word
-                    for word in own
-                    for draw in (chance.random(),)
-                ]
-            made.append(" ".join(own))
-    return made
+    words = [word for one in texts for text in parts(one) for word in text.split()]
+
+    def copy(text: str) -> str:
+        own = text.split()
+        if len(own) > 1 and chance.random() < 0.25:
+            size = chance.randint(1, min(5, len(own)))
+            start = chance.randint(0, len(own) - size)
+            return " ".join(own[start : start + size])
+        return " ".join(
+            mask if draw < 0.1 else chance.choice(words) if draw < 0.2 else word
+            for word in own
+            for draw in (chance.random(),)
+        )
+
+    return [
+        (copy(one[0]), copy(one[1])) if isinstance(one, tuple) else copy(one)
+        for one in texts
+        for _ in range(copies)
+    ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,41 @@ from fedtune.errors import ModelError
 from fedtune.models.encoder import autocast
 from fedtune.models.modeling_fedtune import layers_of
 from fedtune.models.surgery import encoder_of
-from fedtune.serving.classifier import token_batches
+from fedtune.serving.classifier import segments, token_batches
 
-__all__ = ["Advance", "Teacher", "learn", "padded", "pooled_states"]
+__all__ = ["Advance", "Inputs", "Teacher", "forward", "learn", "pooled_states"]
 
 Advance = Callable[[int, int], None]  # (steps done, steps in all)
 _CPU = torch.device("cpu")
 _TOKENS = 4096  # of a batch that the teacher is asked about
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """How token ids become what a model is asked.
+
+    Attributes:
+        pad: the token that fills up.
+        separator: of a model of pairs, as of `fedtune.serving.classifier.segments`; else None.
+    """
+
+    pad: int
+    separator: int | None = None
+
+    def batch(self, ids: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Token ids [b, s], their mask and, of pairs, their segments; s is rounded up to a multiple of 8, so
+        that shapes are few."""
+        longest = -(-max(len(one) for one in ids) // 8) * 8
+        tokens = torch.full((len(ids), longest), self.pad, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, one in enumerate(ids):
+            tokens[row, : len(one)] = torch.tensor(one)
+            mask[row, : len(one)] = 1
+        found = {"input_ids": tokens, "attention_mask": mask}
+        if self.separator is not None:
+            parts = segments(tokens.numpy(), mask.numpy(), self.separator)
+            found["token_type_ids"] = torch.from_numpy(parts)
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,16 +81,20 @@ class Teacher:
     @classmethod
     @torch.inference_mode()
     def ask(
-        cls, model: nn.Module, ids: Sequence[Sequence[int]], layers: Sequence[int], pad: int, advance: Advance
+        cls,
+        model: nn.Module,
+        ids: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        inputs: Inputs,
+        advance: Advance,
     ) -> Teacher:
         """What `model` says of `ids`; `layers`: after which of its layers to keep the state."""
         logits: Tensor | None = None
         states: Tensor | None = None
         done = 0
         for rows in token_batches([len(one) for one in ids], _TOKENS):
-            tokens, mask = padded([ids[row] for row in rows], pad)
             with autocast(_CPU, "auto"):
-                said, found = forward(model, tokens, mask, layers)
+                said, found = forward(model, inputs.batch([ids[row] for row in rows]), layers)
             if said is not None:
                 logits = torch.zeros(len(ids), said.shape[1]) if logits is None else logits
                 logits[rows] = said
@@ -74,17 +106,6 @@ class Teacher:
         return cls(ids, logits, states)
 
 
-def padded(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids [b, s] and their mask [b, s], s rounded up to a multiple of 8: shapes are few."""
-    longest = -(-max(len(one) for one in ids) // 8) * 8
-    tokens = torch.full((len(ids), longest), pad, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, one in enumerate(ids):
-        tokens[row, : len(one)] = torch.tensor(one)
-        mask[row, : len(one)] = 1
-    return tokens, mask
-
-
 def pooled_states(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Token states [b, s, d] after l layers -> their means over a text's tokens, at length one, [b, l, d]."""
     weights = mask.float()[..., None]
@@ -93,9 +114,10 @@ def pooled_states(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
 
 
 def forward(
-    model: Any, tokens: Tensor, mask: Tensor, layers: Sequence[int]
+    model: Any, batch: Mapping[str, Tensor], layers: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Logits [b, c] (None of a bare encoder), and pooled states [b, l, d] after `layers` (None: of none)."""
+    """Of a `batch` as `Inputs` makes it: logits [b, c] (None of a bare encoder), and pooled states [b, l, d]
+    after `layers` (None: of none)."""
     kept: dict[int, Tensor] = {}
     hooks = []
     stack = layers_of(encoder_of(model))
@@ -106,11 +128,11 @@ def forward(
 
         hooks.append(stack[layer].register_forward_hook(keep))
     try:
-        found = model(input_ids=tokens, attention_mask=mask)
+        found = model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
-    states = pooled_states([kept[layer] for layer in layers], mask) if layers else None
+    states = pooled_states([kept[one] for one in layers], batch["attention_mask"]) if layers else None
     logits = getattr(found, "logits", None)
     return None if logits is None else logits.float(), states
 
@@ -121,7 +143,7 @@ def learn(
     layers: Sequence[int],
     settings: Transfer,
     seed: int,
-    pad: int,
+    inputs: Inputs,
     advance: Advance,
     *,
     embeddings: bool = False,
@@ -130,8 +152,9 @@ def learn(
 
     Args:
         layers: of the student, after which its states are compared with the teacher's, in the teacher's
-        order. pad: the token that fills up. advance: is told of each step. embeddings: whether they learn
-        too.
+            order.
+        advance: is told of each step.
+        embeddings: whether they learn too.
 
     Returns:
         The mean loss of the last epoch; NaN without one.
@@ -155,9 +178,8 @@ def learn(
     for _ in range(settings.epochs):
         losses = []
         for rows in _batches(teacher.ids, settings.batch, chance):
-            tokens, mask = padded([teacher.ids[row] for row in rows], pad)
             with autocast(_CPU, "auto"):
-                logits, states = forward(student, tokens, mask, compared)
+                logits, states = forward(student, inputs.batch([teacher.ids[row] for row in rows]), compared)
             loss = _loss(teacher, rows, logits, states, settings)
             if not torch.isfinite(loss):
                 raise ModelError(

@@ -28,11 +28,13 @@ __all__ = [
     "TOLERANCE",
     "CheckTexts",
     "agreement",
+    "asked_in",
     "calibration_texts",
     "check_texts_of",
     "lines_of",
     "of_pairs",
     "own_texts",
+    "parts",
     "plain",
     "public_test_split",
     "refuse_if_wrong",
@@ -79,7 +81,7 @@ def check_texts_of(
     """
     pairs = of_pairs(record)
     if named is not None:
-        return CheckTexts(_asked(named, pairs), "texts that were given for the check")
+        return CheckTexts(asked_in(named, pairs), "texts that were given for the check")
     try:
         public = public_test_split(record)
     except (FedtuneError, OSError) as error:
@@ -105,8 +107,13 @@ def of_pairs(record: Mapping[str, Any]) -> bool:
     return bool(record["config"]["data"].get("text_pair"))
 
 
-def _asked(path: Path, pairs: bool) -> tuple[Asked, ...]:
-    """The lines of a file, each a text; with `pairs` each of them two, with a tab between."""
+def asked_in(path: Path, pairs: bool) -> tuple[Asked, ...]:
+    """The lines of a file, each a text; with `pairs` each of them two, with a tab between.
+
+    Raises:
+        DataError: there are none, a line is no pair, or the file is no text in UTF-8.
+        ResourceError: it cannot be read.
+    """
     lines = lines_of(path)
     if not pairs:
         return tuple(lines)
@@ -182,8 +189,8 @@ def calibration_texts(record: Mapping[str, Any], named: Path | None) -> tuple[li
         ResourceError: the file cannot be read.
     """
     if named is not None:
-        lines = list(_asked(named, of_pairs(record)))
-        shared, _ = own_texts(record, [text for one in lines for text in _parts(one)])
+        lines = list(asked_in(named, of_pairs(record)))
+        shared, _ = own_texts(record, [text for one in lines for text in parts(one)])
         if shared and record["privacy"].get("data_public") is not True:
             raise DataError(
                 f"{shared:,} of the texts in the {len(lines):,} lines of {named.name} are private training "
@@ -208,11 +215,12 @@ def calibration_texts(record: Mapping[str, Any], named: Path | None) -> tuple[li
 def own_texts(record: Mapping[str, Any], lines: Sequence[str]) -> tuple[int, bool]:
     """How many of `lines` are training texts of the run; and whether those could be read here to compare."""
     train = _training_data(record)
-    own = set() if train is None else {plain(text) for one in asked_of(train) for text in _parts(one)}
+    own = set() if train is None else {plain(text) for one in asked_of(train) for text in parts(one)}
     return sum(plain(line) in own for line in lines), train is not None
 
 
-def _parts(asked: Asked) -> tuple[str, ...]:
+def parts(asked: Asked) -> tuple[str, ...]:
+    """The text, or both of a pair."""
     return asked if isinstance(asked, tuple) else (asked,)
 
 

@@ -87,7 +87,7 @@ def export(
     """
     _check(formats, calibrate)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
-    predict.refuse_pieces(folder, made, "an export", pairs=True)
+    predict.refuse_pieces(folder, made, "an export")
     adapter = predict.adapter_of(folder, made, site)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)

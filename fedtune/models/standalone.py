@@ -34,6 +34,7 @@ __all__ = [
     "save_adapter",
     "save_config",
     "save_tokenizer",
+    "separator",
     "write_config",
 ]
 
@@ -130,6 +131,18 @@ def save_tokenizer(adapter: Path, folder: Path, max_length: int) -> list[str]:
             "export needs. Convert it with transformers' AutoTokenizer, and name its folder by model.name."
         )
     return list(tokenizer.model_input_names)
+
+
+def separator(adapter: Path) -> int | None:
+    """The token after which a pair's second text is another segment, of the model with this adapter; None
+    where it has no segments.
+
+    Raises:
+        ModelError, ResourceError: as `merged`.
+    """
+    trained: Any = load_saved(adapter, "cpu")
+    found: int | None = trained.get_base_model().encoder.separator
+    return found
 
 
 def save_adapter(adapter: Path, folder: Path) -> None:

@@ -239,16 +239,9 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
     return adapter
 
 
-def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str, *, pairs: bool = False) -> None:
-    """Raises `DataError` for a run on pairs of texts, or on windows of long ones, where `what` takes one text
-    (`pairs`: or two) in one piece."""
+def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str) -> None:
+    """Raises `DataError` for a run on windows of long texts, where `what` takes a text in one piece."""
     data = finished["config"]["data"]
-    if (pair := data.get("text_pair")) and not pairs:
-        raise DataError(
-            f"The run in {folder} was trained on pairs of texts (data.text_pair={pair}), and {what} takes "
-            "one text at a time: what it said of one alone would mean nothing. fedtune predict takes pairs, "
-            "by --input FILE with both columns."
-        )
     if data.get("long_text", "cut") != "cut":
         raise DataError(
             f"The run in {folder} sees up to {data['max_windows']} windows of {data['max_length']} tokens "

@@ -2,6 +2,7 @@
 
     POST /predict   {"text": "..."} or {"texts": ["...", ...]} -> the label and the probability of each label
     POST /explain   {"text": "..."} -> which words speak for the label (`fedtune.serving.explain`)
+                    of a model of pairs: {"text": "...", "text_pair": "..."}, {"pairs": [["...", "..."], ...]}
     GET  /model     export.json, the model card and the privacy statement;   /models   what is served
     GET  /healthz   the process lives;   /readyz   it accepts requests;   /metrics   for Prometheus
     GET  /          a page to try it
@@ -39,6 +40,7 @@ from pydantic import BaseModel
 
 from fedtune import __version__
 from fedtune.monitoring.pages import load_page
+from fedtune.runs.predict import Asked
 from fedtune.serving.batcher import Batcher, Busy
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier, probabilities
@@ -50,6 +52,8 @@ from fedtune.serving.questions import (
     Question,
     Rates,
     Refused,
+    characters,
+    check_kind,
     described,
     read_body,
     read_question,
@@ -101,7 +105,7 @@ class Word(BaseModel):
 
 
 class Explanation(BaseModel):
-    """The answer of /explain."""
+    """The answer of /explain. `pair_read` and `pair_words`: of a pair's second text."""
 
     model: str
     label: str
@@ -109,6 +113,8 @@ class Explanation(BaseModel):
     method: str
     read: int
     words: list[Word]
+    pair_read: int | None = None
+    pair_words: list[Word] | None = None
 
 
 class Detail(BaseModel):
@@ -167,11 +173,12 @@ class _Service:
 
     async def question(
         self, request: Request, asked: _Asked, *, explain: bool = False
-    ) -> tuple[str, Served, Question, list[str]]:
+    ) -> tuple[str, Served, Question, list[Asked]]:
         """(the model's name, the model, the question, its texts), from a client that may ask."""
         self._admit(request, asked)  # before anything of a stranger's is read
         question, texts = read_question(await read_body(request, self.limits), self.limits, explain=explain)
         name, served = self.chosen(question.model)
+        check_kind(name, served.bundle.pairs, texts)
         asked.model = name
         return name, served, question, texts
 
@@ -198,7 +205,7 @@ class _Service:
         """What /predict answers."""
         name, served, _, texts = await self.question(request, asked)
         self._take(asked, len(texts))  # before the work of tokenizing them
-        if sum(map(len, texts)) <= _AT_ONCE:
+        if characters(texts) <= _AT_ONCE:
             ids = served.model.encode(texts)
         else:
             ids = await asyncio.get_running_loop().run_in_executor(None, served.model.encode, texts)
@@ -224,18 +231,18 @@ class _Service:
         logits = await self.logits(asked, name, parts.ids)
         said = probabilities(logits[:1])[0]
         label = int(said.argmax()) if question.label is None else labels.index(question.label)
-        words = [
-            {"start": start, "end": end, "weight": round(weight, 4)}
-            for (start, end), weight in zip(parts.spans, weights(logits, label), strict=True)
-        ]
-        return {
+        words: list[list[dict[str, Any]]] = [[] for _ in parts.ends]
+        for of, (start, end), weight in zip(parts.texts, parts.spans, weights(logits, label), strict=True):
+            words[of].append({"start": start, "end": end, "weight": round(weight, 4)})
+        found = {
             "model": name,
             "label": labels[label],
             "probability": float(said[label]),
             "method": METHOD,
-            "read": parts.end,
-            "words": words,
+            "read": parts.ends[0],
+            "words": words[0],
         }
+        return found if len(words) == 1 else {**found, "pair_read": parts.ends[1], "pair_words": words[1]}
 
     async def answer(
         self, request: Request, work: Callable[[Request, _Asked], Awaitable[dict[str, Any]]]
@@ -305,9 +312,10 @@ def make_app(
     app.state.batcher = service.batcher
 
     labels = {name: served.model.labels for name, served in models.items()}
+    of_pairs = [name for name, served in models.items() if served.bundle.pairs]
 
     def described_as(explain: bool) -> dict[str, Any]:
-        schema = described(limits, labels, explain=explain)
+        schema = described(limits, labels, of_pairs, explain=explain)
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         return {"requestBody": body} | ({} if keys is None else {"security": [{"key": []}]})
 
@@ -342,6 +350,7 @@ def _add_pages(app: FastAPI, service: _Service) -> None:
                 {
                     "name": name,
                     "labels": served.model.labels,
+                    "pairs": served.bundle.pairs,
                     "run": served.bundle.about["run"],
                     "format": served.format,
                 }

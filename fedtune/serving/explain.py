@@ -5,7 +5,8 @@ The model is asked about the text, and about the text without each of its words,
 by how much the log-odds of the label fall without it: above 0 it speaks for the label, below 0 against it.
 Log-odds, because probabilities near 0 and 1 hide differences; add up weights only as a rough guide, for words
 act together and each is left out alone. Texts of more words than `Limits.parts` are cut into so many parts of
-neighbouring words, so that an explanation never costs more than that many texts.
+neighbouring words, so that an explanation never costs more than that many texts; of a pair each text gets its
+share of them.
 
 What this is not: a reason. It tells what the model's answer to this text hangs on, not what is true of the
 text.
@@ -21,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.runs.predict import Asked
+
 __all__ = ["METHOD", "Cut", "cut", "weights"]
 
 METHOD = (
@@ -31,36 +34,58 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Cut:
-    """A text, cut into parts.
+    """A text, or a pair, cut into parts.
 
     Attributes:
-        spans: (start, end) of each part in the text, in characters; v parts.
-        ids: v + 1 lists of token ids: the whole text, and the text without each part.
-        end: how many characters of the text the model reads.
+        spans: (start, end) of each part in its text, in characters; v parts.
+        texts: which text each part is of: 0, or 1 for the second of a pair.
+        ids: v + 1 lists of token ids: all of it, and it without each part.
+        ends: how many characters of each text the model reads.
     """
 
     spans: list[tuple[int, int]]
+    texts: list[int]
     ids: list[list[int]]
-    end: int
+    ends: list[int]
 
 
-def cut(tokenizer: Any, text: str, parts: int) -> Cut:
-    """Cuts `text` at its words, into at most `parts` parts of about equally many words.
+def cut(tokenizer: Any, asked: Asked, parts: int) -> Cut:
+    """Cuts `asked` at its words, into at most `parts` parts of about equally many words.
 
     Args:
         tokenizer: of the `tokenizers` library; it cuts to the model's length.
+        parts: 2 or more.
     """
-    encoded = tokenizer.encode(text)
-    words: dict[int, list[int]] = {}  # places of the tokens of each word
-    for place, word in enumerate(encoded.word_ids):
+    both = asked if isinstance(asked, tuple) else (asked,)
+    encoded = tokenizer.encode(*both)
+    words: list[dict[int, list[int]]] = [{} for _ in both]  # of each text, the places of each word's tokens
+    for place, (text, word) in enumerate(zip(encoded.sequence_ids, encoded.word_ids, strict=True)):
         if word is not None and not encoded.special_tokens_mask[place]:
-            words.setdefault(word, []).append(place)
-    groups = [list(chain(*group)) for group in _split(list(words.values()), parts)]
-    spans = [(encoded.offsets[group[0]][0], encoded.offsets[group[-1]][1]) for group in groups]
-    without = [
-        [token for place, token in enumerate(encoded.ids) if place not in set(group)] for group in groups
+            words[text or 0].setdefault(word, []).append(place)
+    most = _shares([len(one) for one in words], parts)
+    groups = [
+        (text, list(chain(*group)))
+        for text, own in enumerate(words)
+        for group in _split(list(own.values()), most[text])
     ]
-    return Cut(spans, [encoded.ids, *without], spans[-1][1] if spans else 0)
+    spans = [(encoded.offsets[group[0]][0], encoded.offsets[group[-1]][1]) for _, group in groups]
+    without = [
+        [token for place, token in enumerate(encoded.ids) if place not in set(group)] for _, group in groups
+    ]
+    texts = [text for text, _ in groups]
+    ends = [
+        max((end for (_, end), of in zip(spans, texts, strict=True) if of == text), default=0)
+        for text in range(len(both))
+    ]
+    return Cut(spans, texts, [encoded.ids, *without], ends)
+
+
+def _shares(counts: Sequence[int], parts: int) -> list[int]:
+    """Into how many parts each text is cut at most, by its words."""
+    if len(counts) == 1 or sum(counts) <= parts:
+        return [parts] * len(counts)
+    first = min(max(round(parts * counts[0] / sum(counts)), 1), parts - 1)
+    return [first, parts - first]
 
 
 def _split(words: Sequence[list[int]], parts: int) -> list[Sequence[list[int]]]:

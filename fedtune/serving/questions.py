@@ -10,18 +10,28 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
 from fedtune.errors import DataError
-from fedtune.runs.predict import check_texts
+from fedtune.runs.predict import Asked, check_texts
 
-__all__ = ["Limits", "Question", "Rates", "Refused", "described", "read_body", "read_question"]
+__all__ = [
+    "Limits",
+    "Question",
+    "Rates",
+    "Refused",
+    "characters",
+    "check_kind",
+    "described",
+    "read_body",
+    "read_question",
+]
 
 _CLIENTS = 10_000  # whose rate is remembered at once
 
@@ -31,8 +41,8 @@ class Limits:
     """What one request, and one client, may ask.
 
     Attributes:
-        texts: in one request.
-        characters: of one text.
+        texts: in one request; of a model of pairs: pairs.
+        characters: of one text, or of each of a pair.
         body: bytes of one request.
         body_seconds: that a body may take to come.
         waiting: tokens in the queue.
@@ -51,11 +61,14 @@ class Limits:
 
 
 class Question(BaseModel):
-    """The body of a request: `text`, or `texts`; of which model; and, of an explanation, which label."""
+    """The body of a request: `text`, or `texts`; of a model of pairs `text` and `text_pair`, or `pairs`; of
+    which model; and, of an explanation, which label."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     text: str | None = None
+    text_pair: str | None = None
     texts: list[str] | None = None
+    pairs: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
     model: str | None = None
     label: str | None = None
 
@@ -113,11 +126,11 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def read_question(body: bytes, limits: Limits, *, explain: bool = False) -> tuple[Question, list[str]]:
-    """The question in `body`, and its texts.
+def read_question(body: bytes, limits: Limits, *, explain: bool = False) -> tuple[Question, list[Asked]]:
+    """The question in `body`, and its texts, or pairs of them.
 
     Args:
-        explain: it asks for an explanation: `text` alone, and it may name a `label`.
+        explain: it asks for an explanation: of one text, or pair, and it may name a `label`.
 
     Raises:
         Refused: it is no JSON (400), or no question within `limits` (422).
@@ -130,19 +143,44 @@ def read_question(body: bytes, limits: Limits, *, explain: bool = False) -> tupl
         status = 400 if first["type"] == "json_invalid" else 422
         raise Refused(status, f"{where + ': ' if where else ''}{first['msg']}.") from None
     if explain and question.text is None:
-        raise Refused(422, 'Give "text": one text is explained at a time.')
-    if (question.text is None) == (question.texts is None):
-        raise Refused(422, 'Give "text", or "texts": one of the two.')
+        raise Refused(422, 'Give "text": one text, or one pair, is explained at a time.')
+    given = [name for name in ("text", "texts", "pairs") if getattr(question, name) is not None]
+    if len(given) != 1:
+        raise Refused(422, 'Give "text", or "texts" (of a model of pairs "pairs"): one of the two.')
+    if question.text_pair is not None and question.text is None:
+        raise Refused(422, 'A "text_pair" is the second text beside "text"; several go into "pairs".')
     if not explain and question.label is not None:
         raise Refused(422, 'A "label" is for /explain; /predict answers with the probability of every label.')
-    texts = [question.text] if question.text is not None else question.texts or []
-    _check(texts, limits)
-    return question, texts
+    asked: list[Asked] = [*(question.texts or []), *((one[0], one[1]) for one in question.pairs or [])]
+    if question.text is not None:
+        asked = [question.text if question.text_pair is None else (question.text, question.text_pair)]
+    _check(asked, limits)
+    return question, asked
 
 
-def _check(texts: Sequence[str], limits: Limits) -> None:
-    if len(texts) > limits.texts:
-        raise Refused(422, f"{len(texts)} texts; a request may have {limits.texts}. Send them in parts.")
+def check_kind(name: str, pairs: bool, asked: Sequence[Asked]) -> None:
+    """Raises `Refused` if single texts are asked of a model of `pairs`, or the other way round."""
+    if pairs and not isinstance(asked[0], tuple):
+        raise Refused(
+            422,
+            f"The model {name} was trained on pairs of texts, and what it said of one alone would mean "
+            'nothing: give "text" and "text_pair", or "pairs": [["first", "second"], ...].',
+        )
+    if not pairs and isinstance(asked[0], tuple):
+        raise Refused(422, f'The model {name} takes single texts: give "text", or "texts".')
+
+
+def characters(asked: Sequence[Asked]) -> int:
+    """Of all texts together."""
+    return sum(len(one) if isinstance(one, str) else sum(map(len, one)) for one in asked)
+
+
+def _check(asked: Sequence[Asked], limits: Limits) -> None:
+    pairs = bool(asked) and isinstance(asked[0], tuple)
+    what = "pairs" if pairs else "texts"
+    if len(asked) > limits.texts:
+        raise Refused(422, f"{len(asked)} {what}; a request may have {limits.texts}. Send them in parts.")
+    texts = [text for one in asked for text in (one if isinstance(one, tuple) else (one,))]
     for number, text in enumerate(texts, start=1):
         if len(text) > limits.characters:
             raise Refused(
@@ -158,28 +196,37 @@ def _check(texts: Sequence[str], limits: Limits) -> None:
         ) from None
 
 
-def described(limits: Limits, models: Mapping[str, Sequence[str]], *, explain: bool) -> dict[str, Any]:
+def described(
+    limits: Limits, models: Mapping[str, Sequence[str]], of_pairs: Collection[str], *, explain: bool
+) -> dict[str, Any]:
     """The JSON schema of a question for the OpenAPI page: what `read_question` accepts, and nothing else.
 
     Args:
         models: the labels of each model that is served.
+        of_pairs: which of them take pairs of texts.
     """
     # Python's blanks, of which other readers of a pattern's \s do not know the last five.
     seen = r"[^\s\u001c-\u001f\u0085]"
     text = {"type": "string", "minLength": 1, "maxLength": limits.characters, "pattern": seen}
-    texts = {"type": "array", "items": text, "minItems": 1, "maxItems": limits.texts}
-    model = {"model": {"type": "string", "enum": list(models)}}
-    label = {"label": {"type": "string", "enum": sorted(set().union(*models.values()))}}
+    pair = {"type": "array", "items": text, "minItems": 2, "maxItems": 2}
 
-    def one(name: str, value: dict[str, Any], **more: Any) -> dict[str, Any]:
-        required = [name] if len(models) == 1 else [name, "model"]
+    def some(item: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "array", "items": item, "minItems": 1, "maxItems": limits.texts}
+
+    def one(names: list[str], asked: dict[str, Any]) -> dict[str, Any]:
+        label = {"label": {"type": "string", "enum": sorted(set().union(*(models[name] for name in names)))}}
         return {
             "type": "object",
-            "properties": {name: value, **model, **more},
-            "required": required,
+            "properties": {**asked, "model": {"type": "string", "enum": names}, **(label if explain else {})},
+            "required": [*asked, *(["model"] if len(models) > 1 else [])],
             "additionalProperties": False,
         }
 
-    if explain:
-        return one("text", text, **label)
-    return {"oneOf": [one("text", text), one("texts", texts)]}
+    singles = [name for name in models if name not in of_pairs]
+    pairs = [name for name in models if name in of_pairs]
+    forms = [one(singles, {"text": text})] if singles else []
+    forms += [one(pairs, {"text": text, "text_pair": text})] if pairs else []
+    if not explain:
+        forms += [one(singles, {"texts": some(text)})] if singles else []
+        forms += [one(pairs, {"pairs": some(pair)})] if pairs else []
+    return forms[0] if len(forms) == 1 else {"oneOf": forms}

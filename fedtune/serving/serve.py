@@ -114,12 +114,6 @@ def _open(model_dirs: Sequence[str], wanted: str | None, threads: int) -> Mappin
                 f"own: fedtune serve first={bundles[name].folder} second={folder}"
             )
         bundles[name] = bundle
-    for name, bundle in bundles.items():
-        if bundle.pairs:
-            raise ConfigError(
-                f"The model {name!r} in {bundle.folder} was trained on pairs of texts, and a request of this "
-                "service has single ones. Ask it in Python, as its README.md shows."
-            )
     found = Classifier.open_all(list(bundles.values()), wanted, threads)
     return {
         name: Served(bundle, model, bundle.chosen(wanted))

@@ -8,7 +8,8 @@ r"""How much cheaper can a fine-tuned model be asked, for how much accuracy? The
 Cells: `fedtune compress` of the run in several ways (fine-tune, then compress), and `small_base`: the base
 encoder is distilled first, on the same public texts, and the run then done again on it (compress, then
 fine-tune). All are measured on the part of the public test split that no cell learns from. A finished cell is
-kept as `records/NAME-seedN.json` (its compression.json) and skipped the next time.
+kept as `records/NAME-seedN.json` (its compression.json) and skipped the next time; of `small_base` also the
+base and each round of its run are kept, so that it can be done in parts.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _on_small_base(run: Path, work: Path, seed: int) -> Path:
     from fedtune.compress.compress import compress
     from fedtune.compress.texts import texts_for
     from fedtune.config.convert import from_dict
+    from fedtune.config.loader import load
     from fedtune.runs import record
     from fedtune.runs.run import run as federate
 
@@ -83,10 +85,17 @@ def _on_small_base(run: Path, work: Path, seed: int) -> Path:
         work.mkdir(parents=True, exist_ok=True)
         learn = texts_for(made, None, 0.5, seed).learn
         texts = work / "public.txt"
-        texts.write_text("\n".join(" ".join(text.split()) for text in learn) + "\n", encoding="utf-8")
+        texts.write_text(
+            "\n".join(" ".join(text.split()) for text in learn if isinstance(text, str)) + "\n",
+            encoding="utf-8",
+        )
         words = [f"distill.layers={BASE_LAYERS}", f"texts={texts}", f"seed={seed}"]
         compress("embedded:minilm", words, work / "base", say=lambda line: print(f"  {line}", flush=True))
-    if not (work / "run" / "record.json").exists():
+    if (work / "run" / "record.json").exists():
+        return work / "run"
+    if (work / "run" / "checkpoint").exists():
+        federate(load([f"resume={work / 'run'}"]))
+    else:
         config = from_dict(dict(made["config"]))
         config.model = replace(config.model, name=str(work / "base"))
         config.adapter = replace(config.adapter, layers=None)  # there may be fewer than the run adapted

@@ -15,7 +15,7 @@ import torch
 from fedtune.compress import compress as module
 from fedtune.compress.compress import RECORD_NAME, compress
 from fedtune.compress.texts import altered, texts_for, texts_of_file
-from fedtune.compress.transfer import Teacher, learn
+from fedtune.compress.transfer import Inputs, Teacher, learn
 from fedtune.config.compression import Transfer
 from fedtune.errors import ConfigError, DataError, FedtuneError, ModelError, RecordError
 from fedtune.export import checks
@@ -186,11 +186,11 @@ def test_what_a_student_learns_is_what_the_teacher_says(run_dir: Path) -> None:
     teacher = merged(run_dir / "adapter")
     ids = [[2, 5 + i % 18, 7 + i % 15, 3] for i in range(40)]
     small = cut(teacher, Kept.all_of([0], anatomy(teacher)))
-    told = Teacher.ask(teacher, ids, [1], 0, lambda done, whole: None)
+    told = Teacher.ask(teacher, ids, [1], Inputs(0), lambda done, whole: None)
     quick = Transfer(epochs=1, learning_rate=3e-3, batch=8)
     many = Transfer(epochs=12, learning_rate=3e-3, batch=8)
-    first = learn(small, told, [0], quick, 0, 0, lambda done, whole: None)
-    last = learn(small, told, [0], many, 0, 0, lambda done, whole: None)
+    first = learn(small, told, [0], quick, 0, Inputs(0), lambda done, whole: None)
+    last = learn(small, told, [0], many, 0, Inputs(0), lambda done, whole: None)
     assert last < 0.6 * first
     frozen = {name for name, p in teacher.named_parameters() if "embeddings." in name}
     assert all(torch.equal(small.state_dict()[name], teacher.state_dict()[name]) for name in frozen)
@@ -393,6 +393,6 @@ def test_memory_is_that_of_a_process_of_its_own(student: Path) -> None:
     from fedtune.compress.measure import memory_of
 
     ids = [[2, 5, 12, 13, 3]] * 4
-    small = memory_of(student / PATHS["onnx-int8"], ids, 0, 2, 1)
-    large = memory_of(student, ids, 0, 2, 1)
+    small = memory_of(student / PATHS["onnx-int8"], ids, Inputs(0), 2, 1)
+    large = memory_of(student, ids, Inputs(0), 2, 1)
     assert small is not None and large is not None and 1e7 < small < large  # torch alone is larger

@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from rich.console import Console
 
 from fedtune.cli.app import main
 from fedtune.errors import ConfigError, DataError, RecordError
 from fedtune.export import export
 from fedtune.runs.predict import load
+from fedtune.serving.app import Served, make_app
 from fedtune.serving.bundle import EXPORT_NAME, Bundle
 from fedtune.serving.classifier import Classifier, segments
 from fedtune.serving.evaluation import evaluate
 from fedtune.serving.model import ExportedModel
-from fedtune.serving.serve import serve
+from fedtune.serving.questions import Limits
 from tests.support import tiny_federation as tiny
 from tests.support.cards import code_of, without_fedtune
 
@@ -130,8 +134,6 @@ def test_pairs_are_evaluated_and_single_texts_are_refused(
     assert left.value.code == 0
     with (tmp_path / "said.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 40
-    with pytest.raises(ConfigError, match="trained on pairs of texts"):
-        serve([str(of_pairs)], "127.0.0.1", 0)
 
 
 def test_a_file_of_pairs_to_check_with_has_two_texts_a_line(pair_run: Path, tmp_path: Path) -> None:
@@ -141,6 +143,156 @@ def test_a_file_of_pairs_to_check_with_has_two_texts_a_line(pair_run: Path, tmp_
     (tmp_path / "lines.txt").write_text("a good film\tan awful day\none alone\n")
     with pytest.raises(DataError, match=r"Line 2 of lines\.txt is no pair"):
         export.export(pair_run, tmp_path / "other", ["hf"], texts=tmp_path / "lines.txt")
+
+
+# --- a service of pairs --------------------------------------------------------------------------
+
+
+def served(folder: Path) -> Served:
+    bundle = Bundle.open(folder)
+    return Served(bundle, Classifier.open(bundle, "onnx", threads=1), "onnx")
+
+
+@pytest.fixture(scope="module")
+def client(of_pairs: Path) -> Iterator[TestClient]:
+    with TestClient(make_app({"mood": served(of_pairs)})) as opened:
+        yield opened
+
+
+def test_a_service_says_of_pairs_what_the_run_says(client: TestClient, pair_run: Path) -> None:
+    found = client.post("/predict", json={"pairs": PAIRS}).json()["predictions"]
+    said = said_of(pair_run)
+    np.testing.assert_allclose([list(one["probabilities"].values()) for one in found], said, atol=1e-5)
+    first, second = PAIRS[0]
+    (alone,) = client.post("/predict", json={"text": first, "text_pair": second}).json()["predictions"]
+    assert list(alone["probabilities"].values()) == pytest.approx(said[0], abs=1e-5)
+    (turned,) = client.post("/predict", json={"text": second, "text_pair": first}).json()["predictions"]
+    assert abs(turned["probability"] - alone["probability"]) > 1e-4  # which is which matters
+    assert client.get("/models").json()["models"][0]["pairs"] is True
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"text": "one"}, '"text" and "text_pair"'),
+        ({"texts": ["one"]}, '"pairs"'),
+        ({"pairs": [["one"]]}, "pairs.0: "),
+        ({"pairs": [["one", "two", "three"]]}, "pairs.0: "),
+        ({"pairs": [["one", 2]]}, "pairs.0.1: "),
+        ({"pairs": []}, "no text"),
+        ({"pairs": [["one", " "]]}, "Text 2 of 2 is empty"),
+        ({"pairs": [["one", "a" * 20_001]]}, "20001 characters"),
+        ({"pairs": [["one", "two"]] * 257}, "257 pairs; a request may have 256"),
+        ({"text_pair": "two"}, "one of the two"),
+        ({"texts": ["one"], "text_pair": "two"}, 'beside "text"'),
+        ({"text": "one", "pairs": [["one", "two"]]}, "one of the two"),
+    ],
+)
+def test_what_is_no_question_about_pairs(client: TestClient, body: dict[str, Any], words: str) -> None:
+    response = client.post("/predict", json=body)
+    assert response.status_code == 422 and words in response.json()["detail"]
+
+
+def test_a_model_of_single_texts_beside_it_refuses_pairs_and_the_page_says_which(
+    of_pairs: Path, exported: Path
+) -> None:
+    with TestClient(make_app({"mood": served(of_pairs), "film": served(exported)})) as client:
+        refused = client.post("/predict", json={"pairs": PAIRS, "model": "film"})
+        assert refused.status_code == 422 and "takes single texts" in refused.json()["detail"]
+        assert client.post("/predict", json={"text": "good", "model": "film"}).status_code == 200
+        paths = client.get("/openapi.json").json()["paths"]
+
+    def forms(path: str) -> list[tuple[set[str], list[str]]]:
+        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        return [(set(one["required"]), one["properties"]["model"]["enum"]) for one in schema["oneOf"]]
+
+    assert forms("/explain") == [({"text", "model"}, ["film"]), ({"text", "text_pair", "model"}, ["mood"])]
+    assert forms("/predict")[2:] == [({"texts", "model"}, ["film"]), ({"pairs", "model"}, ["mood"])]
+
+
+def test_an_explanation_leaves_out_words_of_both_texts(client: TestClient, of_pairs: Path) -> None:
+    first, second = "Good food,  an awful film\U0001f600", "a sad day"
+    found = client.post("/explain", json={"text": first, "text_pair": second}).json()
+    for text, words, read in ((first, "words", "read"), (second, "pair_words", "pair_read")):
+        spans = [text[one["start"] : one["end"]] for one in found[words]]
+        assert "".join(spans) == "".join(text.split()) and found[read] == len(text)
+
+    def odds(pair: tuple[str, str]) -> float:
+        (one,) = client.post("/predict", json={"pairs": [pair]}).json()["predictions"]
+        probability = one["probabilities"][found["label"]]
+        return float(np.log(probability / (1 - probability)))
+
+    whole = odds((first, second))
+    for one in found["pair_words"]:
+        without = second[: one["start"]] + " " + second[one["end"] :]
+        assert one["weight"] == pytest.approx(whole - odds((first, without)), abs=2e-3)
+    for one in found["words"]:
+        without = first[: one["start"]] + " " + first[one["end"] :]
+        assert one["weight"] == pytest.approx(whole - odds((without, second)), abs=2e-3)
+    with TestClient(make_app({"mood": served(of_pairs)}, Limits(parts=4))) as other:
+        short = other.post("/explain", json={"text": "good " * 300, "text_pair": second}).json()
+    assert len(short["words"]) == 3 and len(short["pair_words"]) == 1  # no part is of both
+
+
+# --- smaller models of pairs ---------------------------------------------------------------------
+
+
+def test_a_run_on_pairs_is_compressed_and_says_of_pairs_what_its_card_says(
+    pair_run: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedtune.compress import compress as module
+
+    monkeypatch.setattr(module, "memory_of", lambda *rest: 1)
+    words = [
+        "steps=[prune,distill,quantize]", "prune.units=0.25", "prune.heads=0", "distill.layers=1",
+        "transfer.augment=1", "transfer.epochs=1", "transfer.batch=8",
+    ]  # fmt: skip
+    folder = module.compress(pair_run, words, tmp_path / "small")
+    about = json.loads((folder / module.RECORD_NAME).read_text())
+    assert about["texts"]["num_learn"] == 20 and about["texts"]["num_measured"] == 20
+    # What was measured is the run's own model on pairs, with their segments.
+    said = evaluate(folder, pair_data, ["data.text_pair=second"], "onnx")
+    assert said["num_records"] == 40
+    hf, onnx = (Classifier.open(Bundle.open(folder), name, threads=1) for name in ("hf", "onnx"))
+    ids = hf.encode(PAIRS)
+    np.testing.assert_allclose(hf.logits(ids), onnx.logits(ids), atol=1e-4)
+    bundle = Bundle.open(folder)
+    assert bundle.pairs and bundle.separator == Bundle.open(folder).about["separator"] is not None
+    assert about["original"]["accuracy"] == pytest.approx(measured_by_the_run(pair_run, 0.5))
+    (tmp_path / "lines.txt").write_text("one alone\n" * 9)
+    with pytest.raises(DataError, match=r"Line 1 of lines\.txt is no pair"):
+        module.compress(pair_run, [f"texts={tmp_path / 'lines.txt'}"], tmp_path / "other")
+
+
+def measured_by_the_run(run: Path, share: float) -> float:
+    """How right the run's own model is on what a compression measures on."""
+    from fedtune.compress.texts import texts_for
+    from fedtune.runs import record
+
+    texts = texts_for(record.read(run), None, share, 0)
+    model = load(run, device="cpu")
+    assert texts.labels is not None and isinstance(texts.measure[0], tuple)
+    found = [model.labels.index(str(one.label)) for one in model.predict(texts.measure)]
+    return float(np.mean(np.array(found) == texts.labels))
+
+
+def test_private_pairs_are_not_learnt_from(pair_run: Path, pair_data: Path, tmp_path: Path) -> None:
+    from fedtune.compress.compress import compress
+
+    rows = list(csv.DictReader((pair_data / "train.csv").open()))[:12]
+    (tmp_path / "own.txt").write_text("".join(f"{one['text']}\tsome other\n" for one in rows))
+    with pytest.raises(DataError, match="private training texts of this run"):
+        compress(pair_run, [f"texts={tmp_path / 'own.txt'}"], tmp_path / "small")
+
+
+def test_altered_pairs_stay_pairs() -> None:
+    from fedtune.compress.texts import altered
+
+    made = altered(PAIRS, 5, "[MASK]", 0)
+    assert len(made) == 15 and all(isinstance(one, tuple) and all(one) for one in made)
+    assert {word for one in made for word in one[1].split()} - {"[MASK]"} <= {
+        word for pair in PAIRS for text in pair for word in text.split()
+    }
 
 
 # --- a site's own model --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedtune.compress.importance import choose, importance, least_layers
+from fedtune.compress.transfer import Inputs
 from fedtune.config.schema import AdapterConfig, ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models import standalone
@@ -95,7 +96,7 @@ def test_what_does_nothing_matters_least(tiny_bert: Path, tmp_path: Path) -> Non
         size = anatomy(model).head_size
         layer.attention.output.dense.weight[:, :size] = 0  # its first head neither
     ids = [row[mask.bool()].tolist() for row, mask in zip(IDS, MASK, strict=True)]
-    heads, units = importance(model, ids, 0, seed=0)
+    heads, units = importance(model, ids, Inputs(0), seed=0)
     assert units[1].argmin() == 3 and units[1][3] == 0 and heads[1][0] == 0
     assert all((one > 0).all() for one in (heads[0], units[0], heads[1][1:]))
     assert 3 not in choose(units, 0.02)[1] and 0 not in choose(heads, 0.25)[1]
@@ -110,7 +111,7 @@ def test_importance_is_the_second_order_of_how_far_answers_move(tiny_bert: Path,
 
     module_draws, module._DRAWS = module._DRAWS, 400
     try:
-        _, units = importance(model, ids, 0, seed=0)
+        _, units = importance(model, ids, Inputs(0), seed=0)
     finally:
         module._DRAWS = module_draws
     unit = int(units[1].argmax())
@@ -139,5 +140,5 @@ def test_the_layer_that_changes_least_goes_first(tiny_bert: Path, tmp_path: Path
     for layer in (0, 1):
         after = logits(cut(model, Kept.all_of([1 - layer], anatomy(model)))).log_softmax(-1)
         moved.append(float((before.exp() * (before - after)).sum()))
-    assert least_layers(model, 1, ids, 0) == (1 - moved.index(min(moved)),)
+    assert least_layers(model, 1, ids, Inputs(0)) == (1 - moved.index(min(moved)),)
     assert anatomy(model).layers == 2

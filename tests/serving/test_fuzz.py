@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,9 @@ def test_every_answer_is_as_described(exported: Path, tmp_path: Path) -> None:
     model = Served(bundle, Classifier.open(bundle, "onnx", threads=1), "onnx")
     # Few characters, so that texts beyond the limit are among what is tried.
     limits = Limits(texts=4, characters=200)
-    app = make_app({"film": model, "mood": model}, limits, keys=Keys.open(path))
+    about = {**bundle.about, "pairs": True}
+    of_pairs = replace(model, bundle=replace(bundle, about=about))
+    app = make_app({"film": model, "mood": of_pairs}, limits, keys=Keys.open(path))
     seen: set[str] = set()
 
     with TestClient(app):  # it opens the queue

@@ -5,6 +5,7 @@ Needs Chromium (Debian: `apt-get install chromium`), and is skipped where there 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -37,7 +38,8 @@ def address(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     bundle, path = Bundle.open(exported), tmp_path_factory.mktemp("keys") / "keys"
     served = Served(bundle, Classifier.open(bundle, "onnx", threads=1), "onnx")
     key = make_key(path, "browser")
-    app = make_app({"film": served, "mood": served}, Limits(rate=50), keys=Keys.open(path))
+    models = {"film": served, "mood": of_pairs(served)}
+    app = make_app(models, Limits(rate=50), keys=Keys.open(path))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -46,6 +48,12 @@ def address(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/", key
     server.should_exit = True
     thread.join(20)
+
+
+def of_pairs(served: Served) -> Served:
+    """The same model, as one that takes two texts."""
+    about = {**served.bundle.about, "pairs": True}
+    return dataclasses.replace(served, bundle=dataclasses.replace(served.bundle, about=about))
 
 
 ABOUT = "Labels: negative, positive"
@@ -78,6 +86,28 @@ def test_it_classifies_and_explains(tab: Tab, address: tuple[str, str]) -> None:
     tab.wait_for("document.querySelector('#statement pre').textContent.startsWith('# Privacy statement')")
     # The browser said nothing but that the first request had no key: no script, style or place was refused.
     assert [one for one in tab.complaints if "401" not in one] == []
+
+
+@pytest.mark.slow
+def test_a_model_of_pairs_gets_a_second_text_and_explains_both(tab: Tab, address: tuple[str, str]) -> None:
+    url, key = address
+    tab.open(url, ABOUT)
+    assert not tab.value(SHOWN.format("second"))
+    tab.value(TYPE.format("model", "'mood'"))
+    tab.value("document.getElementById('model').dispatchEvent(new Event('change'))")
+    tab.wait_for(SHOWN.format("second"))
+    for name, value in (("text", "'an awful film'"), ("pair", "'so nice food'"), ("key", json.dumps(key))):
+        tab.value(TYPE.format(name, value))
+    tab.value("document.getElementById('why').click()")
+    tab.wait_for(SHOWN.format("explanation"))
+    for part, text, count in (("words", "an awful film", 3), ("others", "so nice food", 3)):
+        assert tab.value(f"document.getElementById('{part}').textContent") == text
+        assert tab.value(f"document.querySelectorAll('#{part} mark').length") == count
+    tab.value(TYPE.format("model", "'film'"))
+    tab.value("document.getElementById('model').dispatchEvent(new Event('change'))")
+    tab.value("document.getElementById('why').click()")
+    tab.wait_for(f"!({SHOWN.format('others')})")
+    assert not tab.value(SHOWN.format("second"))
 
 
 @pytest.mark.slow
