@@ -40,6 +40,7 @@ BENCHMARKS = {
     "calibration": calibration.calibration,
     "report": report.report,
     "serving": serving.serving,
+    "soak": serving.soak,
     "capacity": capacity.capacity,
 }
 

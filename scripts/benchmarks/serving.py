@@ -4,6 +4,8 @@ wrk (Debian: `apt-get install wrk`) asks over loopback, each server in turn, wit
 texts, one a request over 64 connections as fast as they are answered, and then at 70 percent of what was
 reached so, by chance. What onnxruntime does alone is measured in this process: batches of as many texts as
 the service's own batches had, tokenized beforehand, by as many threads as the service has workers.
+
+`soak` asks for ten minutes at 70 percent of the top, and looks at what the service's process holds meanwhile.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from fedtune.serving.classifier import Classifier
 from scripts.benchmarks.common import ratios_of, write
 
 SECONDS, ROUNDS, CONNECTIONS, FORMAT = 2, 3, 64, "onnx-int8"
+SOAK, LOOK = 600, 10  # seconds: of a soak, and from one look at memory to the next
 _SIZES = (1, 4, 16, 32)  # texts of a batch
 _LOAD = Path(__file__).with_name("serve.lua")
 _STOCK = """
@@ -71,8 +74,8 @@ def serving() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = _model(Path(folder))
         texts = _texts(Path(folder))
-        own = stack.enter_context(_server(_fedtune(model, 18431), 18431))
-        stock = stack.enter_context(_server([sys.executable, "-c", _STOCK, str(model), "18433"], 18433))
+        own, _ = stack.enter_context(_server(_fedtune(model, 18431), 18431))
+        stock, _ = stack.enter_context(_server([sys.executable, "-c", _STOCK, str(model), "18433"], 18433))
         found: dict[str, list[dict[str, Any]]] = {"stock": [], FORMAT: []}
         alone, sizes = [], []
         for _ in range(ROUNDS):
@@ -110,6 +113,38 @@ def serving() -> None:
     )
 
 
+def soak() -> None:
+    """Ten minutes at 70 percent of the top: requests lost, how long one waits, and what the process holds."""
+    if shutil.which("wrk") is None:
+        raise SystemExit("scripts/bench soak needs wrk: apt-get install wrk")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        model, texts = _model(Path(folder)), _texts(Path(folder))
+        own, process = stack.enter_context(_server(_fedtune(model, 18435), 18435))
+        _ask(own, texts)  # shapes are seen
+        top = statistics.median(_speed(_ask(own, texts)) for _ in range(ROUNDS))
+        held: list[float] = []
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(_ask, own, texts, rate=0.7 * top, seconds=SOAK)
+            while not asked.done():
+                time.sleep(LOOK)
+                held.append(round(psutil.Process(process).memory_info().rss / 1e6, 1))
+        found = asked.result()
+        answered = _counted(own)[0]
+    write(
+        "soak",
+        {
+            "question": f"{SOAK} s at 70 percent of the top: requests lost, p99 over p50, and megabytes that "
+            f"the service's process holds, every {LOOK} s",
+            "top_texts_a_second": round(top, 1),
+            **found,
+            "texts_answered_in_all": answered,
+            "p99_over_p50": round(found["p99_ms"] / found["p50_ms"], 2),
+            "megabytes": held,
+            "target": "failed 0, p99_over_p50 below 4, megabytes flat",
+        },
+    )
+
+
 def _model(folder: Path) -> Path:
     """An exported model: the one in FEDTUNE_BENCH_MODEL, or one that is made here in a hurry."""
     if named := os.environ.get("FEDTUNE_BENCH_MODEL"):
@@ -138,8 +173,8 @@ def _fedtune(model: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def _server(command: list[str], port: int) -> Iterator[str]:
-    """The address of a server that runs while this lasts."""
+def _server(command: list[str], port: int) -> Iterator[tuple[str, int]]:
+    """(address, process id) of a server that runs while this lasts."""
     address = f"http://127.0.0.1:{port}"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -151,7 +186,7 @@ def _server(command: list[str], port: int) -> Iterator[str]:
                 time.sleep(0.2)
         if above := _above():
             os.sched_setscheduler(process.pid, os.SCHED_RR, os.sched_param(above))
-        yield address
+        yield address, process.pid
     finally:
         process.terminate()
         process.wait(30)

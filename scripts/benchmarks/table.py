@@ -39,6 +39,12 @@ def _figure(record: dict[str, Any]) -> str:
             if program.startswith("pfl, same")
         )
         return f"{ours} (a round of pfl with the same clipping and noise: {peers})"
+    if "texts_answered_in_all" in record:
+        held = record["megabytes"]
+        return (
+            f"{record['requests']:,} requests, {record['failed']} lost; p99 {record['p99_over_p50']}x p50; "
+            f"{held[0]:.0f} MB after a look, {held[-1]:.0f} MB at the end, {max(held):.0f} MB at most"
+        )
     if "adapters" in record:
         return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
     if "commands" in record:
