@@ -33,7 +33,10 @@ __all__ = ["LEAST_SHARE", "Batcher", "Busy"]
 
 Logits = NDArray[np.float32]
 Ask = Callable[[Sequence[Sequence[int]]], Logits]
-LEAST_SHARE = 128  # tokens of a batch, below which it costs more a token
+# Tokens of a batch, below which its own cost (of about seven) shows. Twice as many answer no more in all, and
+# whoever comes behind such a batch waits for it: of two workers at 70 percent of their top, 99 of 100 were
+# answered within 4.6 times the median then, and within 3.9 so (simulated, texts of 5 to 64 tokens).
+LEAST_SHARE = 64
 _LONGEST_WAIT = 60  # seconds, that a client is told at most
 
 
