@@ -3,21 +3,26 @@ r"""How much cheaper can a fine-tuned model be asked, for how much accuracy? The
 
     python simulations/cheaper/study.py --run RUN_DIR     of a finished default run, with its seed
     python simulations/cheaper/study.py --run RUN_DIR --only int8,student2
+    python simulations/cheaper/study.py --run RUN_DIR --speeds    of all models that there are, in turn
     python simulations/cheaper/study.py --report          table and figure from the records there are
 
 Cells: `fedtune compress` of the run in several ways (fine-tune, then compress), and `small_base`: the base
 encoder is distilled first, on the same public texts, and the run then done again on it (compress, then
 fine-tune). All are measured on the part of the public test split that no cell learns from. A finished cell is
 kept as `records/NAME-seedN.json` (its compression.json) and skipped the next time; of `small_base` also the
-base and each round of its run are kept, so that it can be done in parts.
+base and each round of its run are kept, so that it can be done in parts. Cells are made at different times,
+and the machine may be busy in some: so speeds are taken once more of all of them, in one process in turn,
+each by its best round, and kept as `records/speeds-seedN.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +40,12 @@ CELLS: dict[str, list[str]] = {
     "smallest": ["compress=smallest"],
     "sparse": ["compress=sparse", "transfer.epochs=1"],
 }
+TIMED, TIMES = 300, 5  # texts whose time is taken, and how often
 BASE = "small_base"
 BASE_LAYERS = 3
 SHOWN = {
     "original": "PyTorch",
-    "prune": "PyTorch",
-    "distill": "PyTorch",
+    "hf": "PyTorch",
     "onnx": "ONNX",
     "onnx-int8": "ONNX, int8",
     "onnx-int8-weights": "ONNX, weights in int8",
@@ -104,39 +109,85 @@ def _on_small_base(run: Path, work: Path, seed: int) -> Path:
     return work / "run"
 
 
+def time_again(run: Path, work: Path, records: Path) -> None:
+    """Seconds of the run's own model and of every model in `work` for the same texts, one thread, best of the
+    rounds; as records/speeds-seedN.json."""
+    import torch
+
+    from fedtune.export.checks import public_test_split
+    from fedtune.export.export import processor
+    from fedtune.models.standalone import merged
+    from fedtune.runs import record
+    from fedtune.serving.bundle import Bundle
+    from fedtune.serving.classifier import Classifier, torch_forward
+
+    torch.set_num_threads(1)
+    made = record.read(run)
+    seed, public = int(made["config"]["seed"]), public_test_split(made)
+    assert public is not None
+    models: dict[str, Classifier] = {}
+    for folder in sorted(work.glob(f"*-seed{seed}/export.json")):
+        bundle = Bundle.open(folder.parent)
+        cell = folder.parent.name.removesuffix(f"-seed{seed}")
+        for name in bundle.about["formats"]:
+            models[f"{cell}/{name}"] = Classifier.open(bundle, name, threads=1)
+    anyone = next(iter(models.values()))
+    own = Classifier(anyone.labels, anyone.tokenizer, torch_forward(merged(run / "adapter")), anyone.pad_id)
+    models = {"original": own, **models}
+    ids = own.encode(public.texts[:: max(1, len(public.texts) // TIMED)][:TIMED])
+    best = dict.fromkeys(models, math.inf)
+    for _ in range(1 + TIMES):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.logits(ids)
+            best[name] = min(best[name], time.perf_counter() - start)
+    kept = {"processor": processor(), "texts": len(ids), "rounds": TIMES, "seconds": best}
+    path = records / f"speeds-seed{seed}.json"
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
 def rows_of(records: Path) -> list[dict[str, Any]]:
-    """What the records say: cell, seed, what was asked, and its figures; speeds beside the run's model."""
-    found = []
+    """What the records say: cell, seed, what was asked, and its figures; speeds and points beside the run's
+    own model. What has no speed, as a model between two steps, is left out."""
     kept = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(records.glob("*.json"))
     }
-    for stem, one in kept.items():
-        cell, _, seed = stem.rpartition("-seed")
-        base = kept.get(f"int8-seed{seed}", {}).get("original", {}).get("accuracy")
-        # A run on a smaller base is beside its own model there, which has the layers of the student of three.
-        times, beside = 1.0, one["original"]["accuracy"]
-        if cell == BASE:
-            twin = kept.get(f"student{BASE_LAYERS}-seed{seed}")
-            if twin is None or base is None:
+    found = []
+    for cell in (*CELLS, BASE):
+        for stem, one in kept.items():
+            name, _, seed = stem.rpartition("-seed")
+            if name != cell or f"speeds-seed{seed}" not in kept or f"int8-seed{seed}" not in kept:
                 continue
-            times, beside = twin["steps"][0]["ratio"], base
-        parts = {
-            "original": one["original"],
-            **{step["step"]: step for step in one["steps"]},
-            **one["formats"],
-        }
-        for part, figures in parts.items():
-            if part == "hf" or (part == "original" and cell not in ("int8", BASE)):
-                continue
-            found.append(
-                {
-                    "cell": cell, "seed": int(seed), "part": part, "bytes": figures["bytes"], "ratio": times
-                    * figures["ratio"], "accuracy": figures["accuracy"], "points": 100 *
-                    (figures["accuracy"] - beside), "error": 100 * figures["difference_error"], "p99":
-                    figures["p99_ms"], "memory": figures.get("memory_bytes"),
-                }
-            )  # fmt: skip
+            seconds = kept[f"speeds-seed{seed}"]["seconds"]
+            beside = kept[f"int8-seed{seed}"]["original"]
+            parts = {**one["formats"], **({"original": one["original"]} if cell == "int8" else {})}
+            for part in sorted(parts, key=list(SHOWN).index):
+                own = seconds.get("original" if part == "original" else f"{cell}/{part}")
+                if own is None or (cell == "int8" and part == "hf"):
+                    continue
+                figures = parts[part]
+                found.append(
+                    {
+                        "cell": cell, "seed": int(seed), "part": part, "bytes": figures["bytes"],
+                        "ratio": seconds["original"] / own, "accuracy": figures["accuracy"],
+                        "points": 100 * (figures["accuracy"] - beside["accuracy"]),
+                        "error": _error(cell, figures, beside, one["texts"]["num_measured"]),
+                    }
+                )  # fmt: skip
     return found
+
+
+def _error(cell: str, figures: dict[str, Any], beside: dict[str, Any], texts: int) -> float:
+    """The standard error of the points, in points.
+
+    A run that was done again is another model: how often it differs from the first on the same text is in no
+    record, so its error is that of two accuracies on `texts` texts which have nothing to do with one another,
+    and larger than it is.
+    """
+    if cell != BASE:
+        return 100 * float(figures["difference_error"])
+    spread = sum(one["accuracy"] * (1 - one["accuracy"]) for one in (figures, beside))
+    return 100 * math.sqrt(spread / texts)
 
 
 def table(records: Path) -> str:
@@ -169,8 +220,9 @@ def draw(records: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     rows = rows_of(records)
-    markers = {"original": "o", "prune": "o", "distill": "o", "onnx": "s", "onnx-int8": "D"}
+    markers = {"original": "o", "hf": "o", "onnx": "s", "onnx-int8": "D"}
     for color, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
+        parts = [row["part"] for row in rows if row["cell"] == cell]
         for part, marker in markers.items():
             alike = [row for row in rows if row["cell"] == cell and row["part"] == part]
             if not alike:
@@ -178,7 +230,7 @@ def draw(records: Path, path: Path) -> None:
             x = 1 / statistics.fmean(row["ratio"] for row in alike)
             y = statistics.fmean(row["points"] for row in alike)
             axes.plot(x, y, marker, color=f"C{color}", ms=7)
-            if part == "onnx-int8":
+            if part == "onnx-int8" or (part == "onnx" and "int8" not in "".join(parts)):
                 axes.annotate(
                     cell, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=9, color=f"C{color}"
                 )
@@ -203,13 +255,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join([*CELLS, BASE]), metavar="NAME,NAME", help="cells")
     parser.add_argument("--records", type=Path, default=HERE / "records", help="where the records are kept")
     parser.add_argument("--work", type=Path, default=Path("outputs") / "cheaper", help="the models")
+    parser.add_argument("--speeds", action="store_true", help="take the speeds of all models in --work again")
     parser.add_argument("--report", action="store_true", help="run nothing; make table and figure")
     options = parser.parse_args(arguments)
     if not options.report:
         if options.run is None:
             parser.error("name a finished run: --run RUN_DIR")
-        for name in known(options.only, [*CELLS, BASE]):
-            run_cell(name, options.run, options.work, options.records)
+        if options.speeds:
+            time_again(options.run, options.work, options.records)
+        else:
+            for name in known(options.only, [*CELLS, BASE]):
+                run_cell(name, options.run, options.work, options.records)
     if options.records == HERE / "records":
         draw(options.records, HERE / "figure.png")
     print(f"\n{table(options.records)}")
