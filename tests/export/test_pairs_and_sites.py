@@ -237,6 +237,7 @@ def test_an_explanation_leaves_out_words_of_both_texts(client: TestClient, of_pa
 # --- smaller models of pairs ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_on_pairs_is_compressed_and_says_of_pairs_what_its_card_says(
     pair_run: Path, pair_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +277,7 @@ def measured_by_the_run(run: Path, share: float) -> float:
     return float(np.mean(np.array(found) == texts.labels))
 
 
+@pytest.mark.slow
 def test_private_pairs_are_not_learnt_from(pair_run: Path, pair_data: Path, tmp_path: Path) -> None:
     from fedtune.compress.compress import compress
 

@@ -29,6 +29,7 @@ def test_without_noise_they_are_the_rates_that_everybody_knows() -> None:
     assert found["confusion"] == EXACT.tolist() and found["hidden"] == []
 
 
+@pytest.mark.slow
 def test_the_standard_errors_are_those_of_drawn_matrices() -> None:
     """Units are drawn anew and noised anew, 4,000 times; what is said may be larger, by a fifth."""
     chance, noise, size = np.random.default_rng(1), 8.0, 20

@@ -161,6 +161,7 @@ def spread(plan: ConfusionPlan) -> dict[str, float]:
     return {part: float(np.array([one[part] for one in drawn]).std()) for part in plan.shapes}
 
 
+@pytest.mark.slow
 def test_the_noise_is_what_is_accounted_in_every_part_and_two_thirds_of_it_is_noticed() -> None:
     plan = plan_of(sites=5)
     tolerance = 5.0 / math.sqrt(2 * 900)
@@ -204,6 +205,7 @@ def test_epsilon_is_that_of_the_closed_form(noise: float) -> None:
     assert delta_at(epsilon) <= DELTA < delta_at(0.99 * epsilon)
 
 
+@pytest.mark.slow
 def test_what_is_observed_is_no_likelier_without_a_unit_than_epsilon_allows() -> None:
     """Independent of the accountant: the privacy loss of matrices with and without a person, drawn."""
     plan = plan_of(noise_multiplier=1.0, classes=2, sites=1)
