@@ -139,6 +139,7 @@ def least_budget(plan: PrivacyPlan, releases: int, delta: float) -> float:
     return high
 
 
+@pytest.mark.slow
 def test_40_two_runs_that_fit_one_by_one_do_not_starve_one_another(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
