@@ -21,6 +21,7 @@ WHAT = {
     "sms_spam_50": "sms_spam, 50 equal nodes",
     "opinions": "opinions, 2 classes, 4 natural sites",
 }
+_COLUMNS = 3  # panels in a row of the figure
 _COLORS = {"local": "#1f5fa8", "distributed": "#b5651d", "none": "#4a4a4a"}
 _NAMES = {
     "local": "local: nobody is trusted",
@@ -88,10 +89,15 @@ def draw(values: Values, path: Path) -> None:
         for corpus in CORPORA
     }
     shown = [corpus for corpus in CORPORA if best[corpus] is not None]
-    figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(3.1 * len(shown), 3.6), layout="constrained", squeeze=False
+    # Few panels a row, so that the numbers can be read where a page is 800 pixels wide.
+    rows = math.ceil(len(shown) / _COLUMNS)
+    figure, grid = pyplot.subplots(
+        rows, _COLUMNS, figsize=(3.1 * _COLUMNS, 3.1 * rows), layout="constrained", squeeze=False
     )
-    for panel, corpus in zip(panels[0], shown, strict=True):
+    panels = [panel for row in grid for panel in row]
+    for panel in panels[len(shown) :]:
+        panel.axis("off")
+    for panel, corpus in zip(panels, shown, strict=False):
         adapter = best[corpus] or ""
         if adapter != "head" and all((corpus, "head", t, e) in values for t in TRUSTS for e in EPSILONS):
             for trust in TRUSTS:
@@ -125,13 +131,14 @@ def draw(values: Values, path: Path) -> None:
                 panel.annotate(
                     f"{mean:.1f}", (epsilon, mean), xytext=(0, 7 if above else -13),
                     textcoords="offset points",
-                    ha="center", fontsize=8, color=_COLORS[trust],
+                    ha="center", fontsize=9, color=_COLORS[trust],
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
                 )  # fmt: skip
         if (corpus, adapter, "none", None) in values:
             limit = 100 * statistics.fmean(values[corpus, adapter, "none", None])
             panel.axhline(limit, color=_COLORS["none"], linestyle="--", linewidth=1, label=_NAMES["none"])
         what, _, how = WHAT[corpus].partition(", ")
-        panel.set_title(f"{what}, {adapter}\n{how}", fontsize=9)
+        panel.set_title(f"{what}, {adapter}\n{how}", fontsize=10)
         panel.set_xscale("log")
         panel.set_xticks(EPSILONS, [str(e) for e in EPSILONS])
         panel.minorticks_off()
@@ -143,9 +150,13 @@ def draw(values: Values, path: Path) -> None:
         panel.grid(alpha=0.25)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    panels[0][0].set_ylabel("test accuracy, percent")
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    for row in grid:
+        row[0].set_ylabel("test accuracy, percent")
+    handles, labels = panels[0].get_legend_handles_labels()
+    if len(panels) > len(shown):
+        panels[-1].legend(handles, labels, loc="center", frameon=False, fontsize=10)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
