@@ -130,6 +130,8 @@ def page(record: Mapping[str, Any]) -> str:
     lines = [
         "# How many machines",
         "",
+        "*Time: 2 minutes to read.*",
+        "",
         "Made by `scripts/bench capacity` from `simulations/speed/records/serving.json`: a simulation with "
         "measured service times, not a measurement of many machines. `tests/test_capacity.py` holds it to "
         "that record.",
