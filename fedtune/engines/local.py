@@ -4,8 +4,8 @@ One Context a node, one worker thread, one message at a time: torch already uses
 client, and one model serves all. Messages are copied in both directions, so that no node can reach into
 another's message or the server's; their bytes are counted as Flower would serialize them.
 A message is run when its answer is pulled, so a few megabytes of adapters at most are on their way at once.
-What can be done for many before the first of them is run is done `ahead`: charges, in one durable write, and
-answers that need the ledger.
+What can be done for many before the first of them is run is done `ahead`: charges, in one durable write,
+answers that need the ledger, and the training of small heads.
 
 A client that hangs is given up after `timeout` seconds: its thread is told to end at its next Python
 instruction, its late answer goes nowhere, and the next client gets a new thread and, through
@@ -16,7 +16,6 @@ What it does not do: run clients side by side, or in processes of their own; eng
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import dataclasses
 import itertools
@@ -40,6 +39,7 @@ from fedtune.federation.flower import (
     SERVER_NODE_ID,
     Run,
     copied,
+    copied_records,
     empty_run,
     error_answer,
     set_message_id,
@@ -115,12 +115,15 @@ class Ahead:
         kinds: of messages for which it is done.
         most: messages, all of one kind and each of another node.
         before: called with them, each with its node's Context.
+        at_hand: whether all that takes time was done for a message, as its node gets it: then it is run
+            without a thread that could be given up, which takes longer than the rest.
         after: called when no message waits any more; with the ids of those that will not be run, at the end.
     """
 
     kinds: Collection[str]
     most: int
     before: Callable[[Sequence[tuple[Message, Context]]], None]
+    at_hand: Callable[[Message, Context], bool]
     after: Callable[[Iterable[str]], None]
 
 
@@ -283,7 +286,7 @@ class LocalGrid(Grid):
             run_id=self.run_id,
             node_id=node_id,
             node_config=dict(self._nodes[node_id]),
-            state=copy.deepcopy(self._states[node_id]),
+            state=copied_records(self._states[node_id]),
             run_config=dict(self._run_config),
         )
         return copied(message), context
@@ -304,8 +307,15 @@ class LocalGrid(Grid):
         ready = self._ready.pop(message.metadata.message_id, None)
         received, context = self._received(message) if ready is None else ready
         node_id = message.metadata.dst_node_id
+
+        def run() -> Message:
+            return copied(self._app(received, context))
+
         try:
-            answer = self._client_thread().run(lambda: copied(self._app(received, context)), self._timeout)
+            if ready is not None and self._ahead is not None and self._ahead.at_hand(received, context):
+                answer = run()
+            else:
+                answer = self._client_thread().run(run, self._timeout)
             # A client that was given up may still be writing to its own copy; that copy is not kept.
             self._states[node_id] = context.state
         except TimeoutError:
@@ -346,7 +356,7 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         {"fedtune": to_json(dataclasses.replace(config, output=str(run_dir)))},
         timeout=config.federation.round_timeout,
         on_abandoned=forget,
-        ahead=Ahead(together.KINDS, together.MOST, together.prepare, together.settle),
+        ahead=Ahead(together.KINDS, together.MOST, together.prepare, together.at_hand, together.settle),
     )
     try:
         with task_identity(grid.run_id):

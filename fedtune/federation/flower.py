@@ -14,9 +14,8 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 # Flower and Ray report home by default; a privacy tool does not, unless its user asks for it.
@@ -27,7 +26,7 @@ for _name, _value in (
 ):
     os.environ.setdefault(_name, _value)
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict  # noqa: E402
+from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
 from flwr.app.message.message import make_message  # noqa: E402
 from flwr.common.serde import (  # noqa: E402
     context_from_proto,
@@ -44,6 +43,7 @@ __all__ = [
     "SERVER_NODE_ID",
     "Run",
     "act_as",
+    "config_record",
     "copied",
     "copied_records",
     "deserialize",
@@ -60,6 +60,8 @@ __all__ = [
 ]
 
 SERVER_NODE_ID = 1
+_EMPTY = ConfigRecord()
+_SCALARS = frozenset({bool, int, float, str, bytes})
 _CLIENT_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 _WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # how its simulation (vce_api) reports a lost worker
 
@@ -109,14 +111,26 @@ def copied_records(content: RecordDict) -> RecordDict:
 
     The arrays' bytes are shared, which is safe because they are immutable.
     """
-    own = RecordDict()
-    for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            own[name] = ArrayRecord({key: replace(array) for key, array in record.items()})
-        else:
-            values: Any = {key: list(v) if isinstance(v, list) else v for key, v in record.items()}
-            own[name] = type(record)(values)
+    own = content.copy()
+    for name, record in own.items():
+        own.__dict__["_data"][name] = mine = record.copy()
+        values = mine.__dict__["_data"]
+        for key, value in values.items():
+            if isinstance(value, Array):
+                values[key] = copy.copy(value)
+            elif isinstance(value, list):
+                values[key] = list(value)
     return own
+
+
+def config_record(values: Mapping[str, Any]) -> ConfigRecord:
+    """`ConfigRecord(values)`, at a tenth of the time where all values are scalars: Flower's own check makes a
+    type anew for each."""
+    if any(type(key) is not str or type(value) not in _SCALARS for key, value in values.items()):
+        return ConfigRecord(dict(values))
+    record = _EMPTY.copy()
+    record.__dict__["_data"].update(values)
+    return record
 
 
 def copied(message: Message) -> Message:

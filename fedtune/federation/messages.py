@@ -37,6 +37,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from fedtune.errors import FederationError, FedtuneError, UpdateRejected
+from fedtune.federation.flower import config_record
 from fedtune.federation.protocol import PROTOCOL
 from fedtune.federation.vectors import array_record, read_vector
 from fedtune.privacy.plan import PrivacyPlan
@@ -97,7 +98,7 @@ def coarse_seconds(seconds: float) -> float:
 
 def publishable_record(sink: str, values: Mapping[str, Any], *, public_data: bool = False) -> ConfigRecord:
     """A ConfigRecord of what may leave of `values` (`fedtune.privacy.publication`)."""
-    return ConfigRecord(publish(sink, values, public_data=public_data)[0])
+    return config_record(publish(sink, values, public_data=public_data)[0])
 
 
 @dataclass(frozen=True)

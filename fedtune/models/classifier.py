@@ -235,16 +235,18 @@ class AdaptedModel:
         """Which of the packed adapter's numbers are the classifier's, bool [P]."""
         return np.repeat(self.heads, [p.numel() for p in self.packed.values()])
 
-    def head_inputs(self, pooled: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """`EncoderClassifier.scaled` of `pooled` [b, d], by numpy and in float64, at the adapter as it is.
+    def head_inputs(
+        self, pooled: NDArray[np.floating[Any]], centre: NDArray[np.floating[Any]] | None = None
+    ) -> NDArray[np.float64]:
+        """`EncoderClassifier.scaled` of `pooled` [b, d], by numpy (torch takes longer to begin), in float64.
 
-        For a few rows torch takes longer to begin than this takes.
+        `centre`: one a row, [b, d]; None: the adapter's as it is.
         """
         vectors = pooled.astype(np.float64)
         if not self.base.normalize:
             return vectors
         if self.centre:
-            centre = self.get_vector()[-self.centre_size :].astype(np.float64)
+            centre = self.get_vector()[-self.centre_size :] if centre is None else centre
             vectors -= np.sqrt(np.square(vectors).sum(1, keepdims=True)) * centre
         vectors *= LENGTH / np.maximum(np.sqrt(np.square(vectors).sum(1, keepdims=True)), 1e-12)
         return vectors

@@ -5,7 +5,8 @@ here, in one page:
 
     1. the drawn units' records are cut into micro-batches of like length
     2. each example's gradient, of the summed loss (so no example's gradient depends on b); of a head on
-       outputs that are kept, each unit's norm and its part of the sum in closed form (`_head_sum`)
+       outputs that are kept, each unit's norm and its part of the sum in closed form (`head_sums`, which
+       takes several nodes at once)
     3. gradients of one unit's records are added up, then scaled to an L2 norm of at most
        `plan.max_grad_norm` over all trainable parameters at once (Abadi et al. 2016, Algorithm 1); or head
        and rest each by itself, so that the squares add up to that of this norm (`fedtune.privacy.clipping`)
@@ -30,6 +31,7 @@ Shapes: b rows of a micro-batch, u units in it, P trainable parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -45,7 +47,7 @@ from fedtune.models.merged_layers import MergedLayers
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.training.example_gradients import example_gradients
 
-__all__ = ["clip_and_sum", "clipped_sum"]
+__all__ = ["Drawn", "clip_and_sum", "clipped_sum", "head_sums"]
 
 _Result = TypeVar("_Result")
 _ROWS = 4096  # of a head's batch at once
@@ -131,15 +133,44 @@ def _blocks(
         first = last
 
 
-def _head_sum(
+@dataclass(frozen=True)
+class Drawn:
+    """What a node drew for a step: `records` [m] of its `features`, and the unit of each (None: its own)."""
+
+    features: Features
+    records: NDArray[np.int64]
+    units: NDArray[np.int64] | None
+
+
+def _stacks(
+    drawn: Sequence[Drawn],
+) -> Iterator[tuple[list[int], list[NDArray[np.int64]], NDArray[np.int64] | None]]:
+    """What is worked on at once: nodes, the positions that are taken of each one's records, and the unit of
+    each record; None where each is its own. Records that must be paired are of one node."""
+    nodes, taken = list[int](), list[NDArray[np.int64]]()
+    for node, one in enumerate(drawn):
+        for positions, whose in _blocks(one.units, len(one.records)):
+            if whose is not None:
+                yield [node], [positions], whose
+                continue
+            if nodes and sum(map(len, taken)) + len(positions) > _ROWS:
+                yield nodes, taken, None
+                nodes, taken = [], []
+            nodes.append(node)
+            taken.append(positions)
+    if nodes:
+        yield nodes, taken, None
+
+
+def head_sums(
     model: AdaptedModel,
-    features: Features,
-    records: NDArray[np.int64],
-    units: NDArray[np.int64] | None,
+    adapters: NDArray[np.float32],
+    drawn: Sequence[Drawn],
     plan: PrivacyPlan,
     label_smoothing: float,
 ) -> NDArray[np.float64]:
-    """`clipped_sum` of a head alone, in closed form.
+    """`clipped_sum` of heads alone, in closed form, float64 [k, P]: of k nodes, each at its own of `adapters`
+    [k, P]. A node's sum does not depend on which others are there, to the last bit.
 
     A record of features x [d] whose softmax is off by e [c] has the gradient e x^T (weight) and e (bias), so
     its squared norm is |e|^2 (|x|^2 + 1). Of two records the product is (e . e') (x . x' + 1); a unit's
@@ -148,22 +179,34 @@ def _head_sum(
     written out.
     """
     classes, width = model.parameters[_head_parameters(model)[0]].shape
-    adapter = model.get_vector().astype(np.float64)
-    weight = adapter[: classes * width].reshape(classes, width)
-    bias = adapter[classes * width : classes * (width + 1)]
-    total = np.zeros(model.num_parameters, dtype=np.float64)
+    numbers = adapters.astype(np.float64)
+    weights = numbers[:, : classes * width].reshape(-1, classes, width)
+    biases = numbers[:, classes * width : classes * (width + 1)]
+    centres = numbers[:, -model.centre_size :] if model.centre_size else None
+    totals = np.zeros(numbers.shape, dtype=np.float64)
     (group,) = plan.clipping.groups(model.heads)
-    for positions, whose in _blocks(units, len(records)):
-        rows = records[positions]
+    for nodes, taken, whose in _stacks(drawn):
+        rows = [drawn[node].records[positions] for node, positions in zip(nodes, taken, strict=True)]
+        seen = [drawn[node].features for node in nodes]
+        labels = np.concatenate([one.corpus.labels[mine] for one, mine in zip(seen, rows, strict=True)])
+        counts, count = [len(mine) for mine in rows], len(labels)
+        ends = np.cumsum(counts)
+        spans = [(node, slice(end - size, end)) for node, end, size in zip(nodes, ends, counts, strict=True)]
         with np.errstate(invalid="ignore", over="ignore"):  # of a record that is broken
             # In float64: thousands that pull one way would lose one of them by 4e-4 of C. By numpy, which
             # takes one thread for a few rows: torch's wait for one another longer than they compute.
-            inputs = model.head_inputs(features.vectors(rows))
-            error = _softmax(inputs @ weight.T + bias)
+            inputs = model.head_inputs(
+                np.concatenate([one.vectors(mine) for one, mine in zip(seen, rows, strict=True)]),
+                None if centres is None else np.repeat(centres[nodes], counts, axis=0),
+            )
+            logits = np.repeat(biases[nodes], counts, axis=0)
+            for node, span in spans:
+                logits[span] += inputs[span] @ weights[node].T
+            error = _softmax(logits)
             error -= label_smoothing / classes
-            error[np.arange(len(rows)), features.corpus.labels[rows]] -= 1.0 - label_smoothing
+            error[np.arange(count), labels] -= 1.0 - label_smoothing
             squares = np.square(error).sum(1) * (np.square(inputs).sum(1) + 1.0)
-            if whose is not None and len(rows) > _PAIRED:  # of one unit, whose pairs would fill the memory
+            if whose is not None and count > _PAIRED:  # of one unit, whose pairs would fill the memory
                 whole = error.T @ inputs
                 squares = np.square(whole).sum(keepdims=True).ravel() + np.square(error.sum(0)).sum()
             elif whose is not None:
@@ -173,9 +216,9 @@ def _head_sum(
                 # rounding, which must not pass for a norm of 0: at most so many units in the last place of
                 # the square of what they would come to side by side.
                 most = np.square(np.bincount(whose, np.sqrt(squares)))
-                rounding = (classes + width + 2 * len(rows)) * np.finfo(np.float64).eps * most
+                rounding = (classes + width + 2 * count) * np.finfo(np.float64).eps * most
                 squares = np.maximum(np.bincount(whose, products.sum(1)), 0.0) + rounding
-                model.flops.total += 2 * len(rows) ** 2 * (classes + width)
+                model.flops.total += 2 * count**2 * (classes + width)
             norms = np.sqrt(squares)
         factors, broken = group.factor * plan.clip_factors(norms, group.most), ~np.isfinite(norms)
         if whose is not None:
@@ -183,10 +226,11 @@ def _head_sum(
         if broken.any():  # 0 x NaN is NaN: the factor alone would let it through
             error[broken], inputs[broken] = 0.0, 0.0
         error *= factors[:, None]
-        model.flops.total += 4 * len(rows) * classes * width
-        total[: weight.size] += (error.T @ inputs).ravel()
-        total[weight.size : weight.size + classes] += error.sum(0)
-    return total
+        model.flops.total += 4 * count * classes * width
+        for node, span in spans:
+            totals[node, : classes * width] += (error[span].T @ inputs[span]).ravel()
+            totals[node, classes * width : classes * (width + 1)] += error[span].sum(0)
+    return totals
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -265,7 +309,8 @@ def clipped_sum(
     if centre:
         return _centre_sum(model, features, records, units, plan)
     if features.pooled:
-        return _head_sum(model, features, records, units, plan, label_smoothing)
+        one = Drawn(features, records, units)
+        return head_sums(model, model.get_vector()[None], [one], plan, label_smoothing)[0]
     total = torch.zeros(model.num_parameters, dtype=torch.float64)
     layers = model.merged_layers(precision) if len(records) else None
     options = (micro_batch_tokens, precision, label_smoothing, layers)

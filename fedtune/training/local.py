@@ -9,12 +9,15 @@ with it (momentum, Adam, weight decay, FedProx' pull to the round's start) is po
 
 Where the plan's unit is the client, or its trust is distributed, the noise is added elsewhere;
 `train_locally` then leaves it out, and `fedtune.federation` must add it.
+
+The steps of one node and those of several that train heads (`train_together`) are the same lines: arrays have
+a row a node.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +28,25 @@ from torch.optim.sgd import sgd
 
 from fedtune.config.schema import DataConfig, TrainConfig
 from fedtune.data.corpus import Shard
-from fedtune.errors import ConfigError, UpdateRejected
+from fedtune.errors import ConfigError, PreflightError, UpdateRejected
 from fedtune.models.classifier import AdaptedModel
 from fedtune.models.frozen_outputs import Features, Progress
 from fedtune.privacy.mechanisms.noise import Entropy
 from fedtune.privacy.plan import PrivacyPlan
-from fedtune.training.dp_step import clipped_sum
+from fedtune.training.dp_step import Drawn, clipped_sum, head_sums
 from fedtune.training.example_gradients import hooks_for
 from fedtune.training.made_up import made_up
 from fedtune.training.preflight import preflight
 
-__all__ = ["LocalResult", "Sgd", "ShardView", "flops_of_record", "make_optimizer", "train_locally"]
+__all__ = [
+    "LocalResult",
+    "Sgd",
+    "ShardView",
+    "flops_of_record",
+    "make_optimizer",
+    "train_locally",
+    "train_together",
+]
 
 
 @dataclass(frozen=True)
@@ -196,42 +207,129 @@ def train_locally(
         PreflightError: model, plan, sampler and accountant disagree; nothing was trained.
         UpdateRejected: training diverged.
     """
+    views = None if view is None else [view]
+    (result,) = _train(
+        model, [shard], plan, start[None], train, round, repetition, gradients, part, progress, views, observe
+    )
+    if isinstance(result, UpdateRejected):
+        raise result
+    return result
+
+
+def train_together(
+    model: AdaptedModel,
+    shards: Sequence[Shard],
+    plan: PrivacyPlan,
+    starts: NDArray[np.float32],
+    train: TrainConfig,
+    *,
+    round: int,
+    gradients: bool = False,
+    part: NDArray[np.bool_] | None = None,
+) -> list[LocalResult | UpdateRejected]:
+    """`train_locally` of k nodes that train heads on kept outputs, each from its own of `starts` [k, P].
+
+    All take a step at the same time, so that what a step costs beside its arithmetic is paid once. What a
+    node gets, and its guarantee, are those of `train_locally`, whoever the others are; and so is its error.
+
+    Raises:
+        PreflightError: as `train_locally`, or it is not heads that this round trains; nobody was trained.
+    """
+    if plan.centres(round) or model.first_layer < model.num_layers:
+        raise PreflightError("Nodes train together in rounds that train heads on kept outputs alone.")
+    return _train(model, shards, plan, starts, train, round, 0, gradients, part)
+
+
+def _train(
+    model: AdaptedModel,
+    shards: Sequence[Shard],
+    plan: PrivacyPlan,
+    starts: NDArray[np.float32],
+    train: TrainConfig,
+    round: int,
+    repetition: int,
+    gradients: bool,
+    part: NDArray[np.bool_] | None,
+    progress: Progress | None = None,
+    views: Sequence[ShardView] | None = None,
+    observe: Callable[[NDArray[np.float64]], None] | None = None,
+) -> list[LocalResult | UpdateRejected]:
+    """The steps of k nodes: of one, or of several as `train_together`."""
     mine: Any = slice(None) if part is None else part
     head = model.head if part is None else part
-    model.set_vector(start[mine])
-    view = ShardView(model, shard, plan.unit, train, progress) if view is None else view
-    entropy = plan.entropy(shard.node, round, repetition)
-    theta = torch.nn.Parameter(model.theta, requires_grad=True)  # shares its storage with the model
+    alone, size = len(shards) == 1, starts.shape[1]
+    model.set_vector(starts[0, mine])
+    if views is None:
+        views = [ShardView(model, shard, plan.unit, train, progress) for shard in shards]
+    entropies = [plan.entropy(shard.node, round, repetition) for shard in shards]
+    # That of one node shares its storage with the model.
+    adapters = model.theta[None] if alone else torch.from_numpy(starts[:, mine].copy()).to(model.device)
+    theta = torch.nn.Parameter(adapters, requires_grad=True)
     # Under FedSGD the step is the server's: a rate of 1 from `start` would lose the gradient's low digits.
     optimizer = None if gradients else make_optimizer(theta, train)
-    update: NDArray[np.float32] = np.zeros_like(start)
-    anchor = model.theta.clone()
+    updates: NDArray[np.float32] = np.zeros_like(starts)
+    anchor = adapters.clone()
     began, flops = time.perf_counter(), model.flops.total
-    with hooks_for(model, view.features):
-        preflight(model, view.features, plan, theta, train)
+    with hooks_for(model, views[0].features):
+        # Nothing of it is about their data, so it holds for all of them.
+        preflight(model, views[0].features, plan, theta if alone else model.theta, train)
         for _ in range(plan.local_steps):
-            drawn = plan.sample(view.num_units, entropy)
-            total = np.zeros(len(start))
-            total[mine] = view.clipped_sum(drawn, plan, entropy, round)
-            gradient = plan.average(total + plan.noise(len(start), entropy))
+            totals = np.zeros((len(shards), size))
+            totals[:, mine] = _sums(model, adapters, views, plan, entropies, train, round)
+            averages = plan.average(totals + _noises(plan, size, entropies))
             if observe is not None:
-                observe(gradient)
-            gradient = plan.clipping.undone(gradient, head, alone=part is not None)[mine]
+                observe(averages[0])
+            averages = plan.clipping.undone(averages, head, alone=part is not None)[:, mine]
             if optimizer is None:
-                update[mine] = -gradient.astype(np.float32)
+                updates[:, mine] = -averages.astype(np.float32)
                 continue
-            theta.grad = torch.from_numpy(gradient.astype(np.float32)).to(model.device)
+            theta.grad = torch.from_numpy(averages.astype(np.float32)).to(model.device)
             if train.proximal_mu:
                 theta.grad += train.proximal_mu * (theta.detach() - anchor)
             optimizer.step()
     if optimizer is not None:
-        update[mine] = model.get_vector() - start[mine]
-    if not np.isfinite(update).all():
-        raise UpdateRejected(
+        updates[:, mine] = adapters.cpu().numpy() - starts[:, mine]
+    seconds, flops = (time.perf_counter() - began) / len(shards), model.flops.total - flops
+    finite = [bool(np.isfinite(update).all()) for update in updates]
+    return [
+        LocalResult(update, plan.local_steps, seconds, flops // len(shards))
+        if is_finite
+        else UpdateRejected(
             f"Training at node {shard.node!r} diverged in round {round}: the adapter is no longer finite. "
             f"Lower train.learning_rate, which is {train.learning_rate}."
         )
-    return LocalResult(update, plan.local_steps, time.perf_counter() - began, model.flops.total - flops)
+        for shard, update, is_finite in zip(shards, updates, finite, strict=True)
+    ]
+
+
+def _sums(
+    model: AdaptedModel,
+    adapters: torch.Tensor,
+    views: Sequence[ShardView],
+    plan: PrivacyPlan,
+    entropies: Sequence[Entropy],
+    train: TrainConfig,
+    round: int,
+) -> NDArray[np.float64]:
+    """Each node's clipped sum over units that it draws anew, at its own of `adapters` [k, n]; as these."""
+    drawn = [plan.sample(view.num_units, entropy) for view, entropy in zip(views, entropies, strict=True)]
+    if len(views) == 1:
+        return views[0].clipped_sum(drawn[0], plan, entropies[0], round)[None]
+    records = [
+        Drawn(view.features, *view.records_of(units, plan.records_per_unit, entropy))
+        for view, units, entropy in zip(views, drawn, entropies, strict=True)
+    ]
+    return head_sums(model, adapters.cpu().numpy(), records, plan, train.label_smoothing or 0.0)
+
+
+def _noises(plan: PrivacyPlan, size: int, entropies: Sequence[Entropy]) -> NDArray[np.float64]:
+    """The plan's noise for the sum of each node, from its own of `entropies` [k], float64 [k, size].
+
+    System entropy has no state: one draw of all of it is k draws.
+    """
+    if any(entropy.is_reproducible for entropy in entropies):
+        return np.stack([plan.noise(size, entropy) for entropy in entropies])
+    return plan.noise(len(entropies) * size, entropies[0]).reshape(len(entropies), size)
 
 
 def flops_of_record(model: AdaptedModel, plan: PrivacyPlan, data: DataConfig, train: TrainConfig) -> float:

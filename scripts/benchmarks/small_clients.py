@@ -83,7 +83,8 @@ class _Parts:
         self._within: set[str] = set()
         for name in ("reserve_all", "commit_all", "check_run", "rounds", "budget"):
             setattr(PrivacyLedger, name, self._timed("books", getattr(PrivacyLedger, name)))
-        local.train_locally = self._timed("training", local.train_locally)
+        for name in ("train_locally", "train_together"):
+            setattr(local, name, self._timed("training", getattr(local, name)))
         PrivacyPlan.noise = self._timed("noise", PrivacyPlan.noise)  # type: ignore[method-assign]
 
     def _timed(self, part: str, work: Any) -> Any:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from fedtune.config.schema import Config
 from fedtune.engines.local import LocalGrid
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.flower import (
+    config_record,
     copied,
     deserialize,
     error_answer,
@@ -117,6 +119,20 @@ def test_a_copy_is_what_flowers_own_serialization_would_give() -> None:
     assert question.content["c"]["l"] == [1, 2] and question.content["c"]["s"] == "é"
     assert not question.metadata.message_id
     assert question.content["a"]["x"].numpy().shape == (2, 3) and "loss" in question.content["m"]
+
+
+@pytest.mark.parametrize("wrong", [{"x": None}, {"x": [1, "a"]}, {3: 1}, {"x": np.float64(1.0), "y": {}}])
+def test_a_record_is_filled_as_flower_fills_it(wrong: dict[Any, Any]) -> None:
+    values = {"i": -(2**62), "f": 0.1, "s": "é", "b": b"\0\xff", "t": True}
+    for right in ({}, values, values | {"l": [1, 2]}, {"x": np.float64(0.5)}):
+        mine, theirs = config_record(right), ConfigRecord(right)  # type: ignore[arg-type]
+        assert mine == theirs and dict(mine) == right and mine.object_id == theirs.object_id
+        mine["more"] = 1
+        assert "more" not in config_record({}) and "more" not in right
+        with pytest.raises(TypeError):
+            mine["more"] = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        config_record(wrong)
 
 
 def test_bytes_are_those_of_the_serialized_messages() -> None:

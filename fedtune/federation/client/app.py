@@ -10,7 +10,8 @@ It reads its message and its Context and nothing else. The server proposes; the 
    (`fedtune.federation.personal`), the gradient is taken with it, and it moves, before the commit.
 
 Steps 2 to 4 are `fedtune.federation.client.release.reserve_release`; nodes of a simulation that one process
-runs go through them together (`fedtune.federation.client.together`). All of this happens for every message,
+runs go through them together, and those that train small heads through step 5
+(`fedtune.federation.client.together`). All of this happens for every message,
 from the beginning: there is no state of round 1 that a restart, or a node that joins late, could go on
 without (PITFALLS 3). `propose` asks in advance, and without any charge, whether all rounds of the run would
 be permitted. `evaluate` goes the same way as `train`: only after the charge is the held-out part of the shard
@@ -33,7 +34,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedtune.errors import FederationError
+from fedtune.errors import FederationError, UpdateRejected
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import (
     delay_answer,
@@ -49,6 +50,7 @@ from fedtune.federation.client.release import (
     finished_reply,
     reserve_release,
 )
+from fedtune.federation.client.together import Charged
 from fedtune.federation.flower import error_answer
 from fedtune.federation.messages import (
     EvaluationReply,
@@ -102,12 +104,12 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(
-    message: Message, context: Context, reply: Callable[[RoundRequest, Context, Release | None], RecordDict]
+    message: Message, context: Context, reply: Callable[[RoundRequest, Context, Charged | None], RecordDict]
 ) -> Message:
     """`reply` to a request, which must not raise, after the delay that the node's owner asks for."""
     arrived = time.monotonic()
     if (ahead := together.charged(message)) is not None:
-        content = reply(ahead.request, context, ahead.release)
+        content = reply(ahead.request, context, ahead)
     else:
         try:
             request = RoundRequest.from_records(message.content)
@@ -118,17 +120,30 @@ def _answer(
     return Message(content, reply_to=message)
 
 
-def _training_reply(request: RoundRequest, context: Context, release: Release | None) -> RecordDict:
-    """`release`: what the node was charged already, together with others."""
+def _training_reply(request: RoundRequest, context: Context, ahead: Charged | None) -> RecordDict:
+    """`ahead`: what was done for the node already, together with others."""
+    release = None if ahead is None else ahead.release
     try:
         release = release or reserve_release(request, context)
-        update, seconds = _train(release, request)
+        update, seconds = _trained(ahead) or _train(release, request)
         together.end(release)
     except Exception as error:
         # Where there is a reservation, it stays: reserved counts as released, whatever became of it.
         return failure_reply(request, context, release, error).to_records()
     reply = finished_reply(request, release, seconds, update)
     return reply.to_records(public_data=release.config.data.public)
+
+
+def _trained(ahead: Charged | None) -> tuple[np.ndarray, float] | None:
+    """As `_train`, of a node that trained together with others; None: it did not."""
+    from fedtune.federation.resources import training_usage
+
+    if ahead is None or ahead.trained is None:
+        return None
+    if isinstance(ahead.trained, UpdateRejected):
+        raise ahead.trained
+    training_usage.add(ahead.trained.seconds, ahead.trained.flops)
+    return ahead.trained.update, ahead.trained.seconds
 
 
 def _train(release: Release, request: RoundRequest) -> tuple[np.ndarray, float]:
@@ -182,9 +197,10 @@ def _keep(release: Release, own: PersonalPart, adapter: np.ndarray | None) -> No
         _log.warning("The site's own model could not be kept in %s.", own.folder, exc_info=True)
 
 
-def _evaluation_reply(request: RoundRequest, context: Context, release: Release | None) -> RecordDict:
-    """`release` as in `_training_reply`."""
+def _evaluation_reply(request: RoundRequest, context: Context, ahead: Charged | None) -> RecordDict:
+    """`ahead` as in `_training_reply`."""
     asked: dict[str, Any] = {"run": request.run, "round": request.round, "attempt": request.attempt}
+    release = None if ahead is None else ahead.release
     try:
         release = release or reserve_release(request, context, evaluation=True)
         counts = _noised_counts(release, request)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "delay_answer",
+    "delays_answer",
     "ledger_at_once",
     "node_config",
     "node_label",
@@ -184,8 +185,15 @@ def public_reason(error: Exception, node: str, context: Context | None = None, r
     return published
 
 
-def delay_answer(context: Context, arrived: float) -> None:
-    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
+def delays_answer(context: Context) -> float:
+    """After how many seconds the node's owner asks to answer (`answer-after`); 0.0: as soon as it can."""
     hold = context.node_config.get("answer-after")
     if isinstance(hold, (int, float)) and not isinstance(hold, bool) and math.isfinite(hold):
+        return float(hold)
+    return 0.0
+
+
+def delay_answer(context: Context, arrived: float) -> None:
+    """Sleeps until `answer-after` seconds after `arrived` (monotonic), where the node's owner asks for it."""
+    if hold := delays_answer(context):
         time.sleep(max(0.0, hold - (time.monotonic() - arrived)))

@@ -33,6 +33,7 @@ from fedtune.federation.client.node_context import (
     site_settings,
 )
 from fedtune.federation.client.policy import check_plan
+from fedtune.federation.flower import config_record
 from fedtune.federation.messages import RoundReply, RoundRequest, coarse_seconds
 from fedtune.federation.personal import place_of_part
 from fedtune.federation.sizes import tell_size
@@ -104,7 +105,7 @@ class ReleaseCounter:
         """Remembers a release that is now reserved, with the parameters that it is accounted by."""
         self.releases, self.last = releases, (request.attempt, request.round)
         plan = request.plan
-        self._state[self._name] = ConfigRecord(
+        self._state[self._name] = config_record(
             {
                 "run": self.run,
                 "attempt": request.attempt,

@@ -11,44 +11,55 @@ then. So all of them have paid when the first begins. Where a run ends in the mi
 had not begun are charged too: the ledger may show more than was released, never less. That releases came to
 their end is noted for many at once too (`settle`); one that was not noted counts all the same.
 
+Nodes that were charged so, and train small heads by the same plan, then train together
+(`fedtune.training.local.train_together`): by the same lines as alone, each on its own data with its own
+noise. Whoever fails there fails alone, and what is found waits for its node's message.
+
 **A question** before the run (`fedtune.federation.client.questions`) is answered, and the answer kept until
 its message is run. Whoever fails, or must be charged first (for a size that it tells), is asked again then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 
-from fedtune.errors import LedgerError, PrivacyError
-from fedtune.federation.client.node_context import ledger_at_once
+from fedtune.errors import LedgerError, PrivacyError, UpdateRejected
+from fedtune.federation.client.node_context import delays_answer, ledger_at_once
 from fedtune.federation.client.questions import ANSWERS
 from fedtune.federation.client.release import Asked, Release, ask_for_release
 from fedtune.federation.messages import RoundRequest
 
 if TYPE_CHECKING:
     from fedtune.privacy.ledger.ledger import PrivacyLedger, Reservation
+    from fedtune.privacy.plan import PrivacyPlan
+    from fedtune.training.local import LocalResult
 
-__all__ = ["KINDS", "MOST", "Charged", "answered", "charged", "end", "prepare", "settle"]
+__all__ = ["KINDS", "MOST", "Charged", "answered", "at_hand", "charged", "end", "prepare", "settle"]
 
 MOST = 64  # nodes that are asked at once, and so charged at most for a round that they did not begin
 CHARGED = {"train": False, "query.evaluate": True}  # what asks for a release; whether for an answer
 KINDS = frozenset({*CHARGED, *ANSWERS})  # of messages
+_SMALL = 1 << 20  # of `_size`: some milliseconds of training, which group and round are not kept waiting for
 
 _log = logging.getLogger("fedtune.node")
 
 
 @dataclass(frozen=True)
 class Charged:
-    """A request and the release that it was charged."""
+    """A request, the release that it was charged, and what its node's training with others gave."""
 
     request: RoundRequest
     release: Release
+    trained: LocalResult | UpdateRejected | None = None
 
 
 _waiting: dict[str, Charged] = {}  # by message
@@ -64,7 +75,10 @@ def prepare(messages: Sequence[tuple[Message, Context]]) -> None:
     """
     kind = messages[0][0].metadata.message_type
     if kind in CHARGED:
-        _charge(messages, evaluation=CHARGED[kind])
+        charged = _charge(messages, evaluation=CHARGED[kind])
+        _waiting.update(charged)
+        if not CHARGED[kind]:
+            _train(charged)
         return
     with ledger_at_once(messages[0][1]):
         for message, context in messages:
@@ -76,7 +90,8 @@ def prepare(messages: Sequence[tuple[Message, Context]]) -> None:
                 _answers[message.metadata.message_id] = answer
 
 
-def _charge(messages: Sequence[tuple[Message, Context]], *, evaluation: bool) -> None:
+def _charge(messages: Sequence[tuple[Message, Context]], *, evaluation: bool) -> dict[str, Charged]:
+    """Those that could be charged, by message."""
     ready: dict[PrivacyLedger, list[tuple[str, Asked]]] = defaultdict(list)
     with ledger_at_once(messages[0][1]):
         for message, context in messages:
@@ -87,11 +102,63 @@ def _charge(messages: Sequence[tuple[Message, Context]], *, evaluation: bool) ->
                 _log.debug("A node is not charged ahead: %s", error)
                 continue
             ready[asked.own.ledger].append((message.metadata.message_id, asked))
+    charged = {}
     for ledger, wanted in ready.items():
         answers = ledger.reserve_all([asked.wanted for _, asked in wanted])
         for (message_id, asked), answer in zip(wanted, answers, strict=True):
             if not isinstance(answer, PrivacyError):
-                _waiting[message_id] = Charged(asked.request, asked.reserved(answer, together=True))
+                charged[message_id] = Charged(asked.request, asked.reserved(answer, together=True))
+    return charged
+
+
+def _size(one: Charged) -> float:
+    """Numbers that a node's steps go through, by its plan, not its data; infinite if it must train alone."""
+    release, round = one.release, one.request.round
+    plan = release.training
+    of_head = release.config.adapter.name == "head" or plan.head_alone(round)
+    if not of_head or plan.centres(round) or release.place is not None:
+        return math.inf
+    return plan.local_steps * (plan.expected_batch_size() + 1.0) * one.request.adapter.size
+
+
+def _train(charged: Mapping[str, Charged]) -> None:
+    """Trains those of `charged` together that can be, by plan; the others train when they are run."""
+    from fedtune.federation.resources import run_resources
+    from fedtune.training.local import train_together
+
+    alike: dict[PrivacyPlan, list[str]] = defaultdict(list)
+    for message_id, one in charged.items():
+        if _size(one) <= _SMALL:
+            alike[one.release.training].append(message_id)
+    for plan, ids in alike.items():
+        group = [charged[message_id] for message_id in ids]
+        config, round = group[0].release.config, group[0].request.round
+        if len(group) == 1 or any((o.release.config, o.request.round) != (config, round) for o in group):
+            continue
+        try:
+            with run_resources(config).training_model(plan, round) as (model, part):
+                results = train_together(
+                    model,
+                    [one.release.shard for one in group],
+                    plan,
+                    np.stack([one.request.adapter for one in group]),
+                    config.train,
+                    round=round,
+                    gradients=config.federation.strategy == "fedsgd",
+                    part=part,
+                )
+        except Exception as error:  # each meets it by itself, and says so then
+            _log.debug("Nodes do not train together: %s", error)
+            continue
+        for message_id, one, result in zip(ids, group, results, strict=True):
+            _waiting[message_id] = dataclasses.replace(one, trained=result)
+
+
+def at_hand(message: Message, context: Context) -> bool:
+    """Whether `prepare` found what this message asks for, so that it is answered without work or delay."""
+    message_id = message.metadata.message_id
+    trained = message_id in _waiting and _waiting[message_id].trained is not None
+    return (trained or message_id in _answers) and not delays_answer(context)
 
 
 def answered(message: Message) -> RecordDict | None:

@@ -235,7 +235,8 @@ def _rounds(
             evaluation = _evaluate(setting, evaluator, state, roster)
             summary.accuracy, summary.loss = evaluation.accuracy, evaluation.loss
         clock.stamp(state, summary)
-        state.save(setting.run_dir, config)
+        if evaluation is not None:  # else all of it is saved
+            state.save(setting.run_dir, config)
         stop_reason = observer.on_round(summary)
         if stop_reason is not None and not last:
             state.ended_early = stop_reason

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 
 from fedtune import engines
 from fedtune.config.convert import to_json
-from fedtune.config.schema import Config
+from fedtune.config.schema import AdapterConfig, Config
+from fedtune.engines.local import ClientThread
 from fedtune.errors import FederationError, LedgerError
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import node_ledger
@@ -295,3 +297,186 @@ def test_a_budget_that_does_not_reach_refuses_the_run_in_the_same_words(
     monkeypatch.setattr(together, "MOST", 1)
     assert fast == refused("alone") and "0 of 4 nodes agreed" in fast and "BudgetExhausted" in fast
     assert shown() == []
+
+
+# --- nodes that train together ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heads(config: Config) -> Config:
+    """The same federation, where each node takes steps of a head, which it may do together with others."""
+    config.adapter = AdapterConfig(name="head")
+    return config
+
+
+Groups = list[tuple[int, list[str]]]
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
+    """(round, nodes) of every group that trains together."""
+    seen: Groups = []
+    real = local.train_together
+
+    def train(model: Any, shards: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append((options["round"], [shard.node for shard in shards]))
+        return real(model, shards, *arguments, **options)
+
+    monkeypatch.setattr(local, "train_together", train)
+    return seen
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
+def test_nodes_that_train_together_end_where_they_do_alone(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups, strategy: str
+) -> None:
+    heads.federation.strategy = strategy  # type: ignore[assignment]
+    if strategy == "fedsgd":
+        heads.train.local_steps = 1
+    fast = engines.run(heads, tmp_path / "together")
+    assert groups == [(round, NODES) for round in (1, 2)]
+    monkeypatch.setattr(together, "MOST", 1)
+    slow = engines.run(heads, tmp_path / "alone")
+    assert len(groups) == 2
+    assert np.abs(fast.adapter).max() > 1e-3
+    np.testing.assert_allclose(fast.adapter, slow.adapter, rtol=1e-5, atol=1e-7)
+    assert fast.flops is not None and slow.flops is not None and 0 <= slow.flops - fast.flops < 2 * len(NODES)
+    assert fast.train_seconds > 0 and fast.bytes_up == slow.bytes_up
+    of_one, of_other = same(shown(), fast.run), same(shown(), slow.run)
+    assert of_one == of_other and len(of_one) == 8 and all(one[-1] for one in of_one)
+
+
+def test_all_have_paid_on_the_disk_when_they_begin_together(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, seen = local.train_together, []
+
+    def train(model: Any, shards: Any, *arguments: Any, **options: Any) -> Any:
+        paid = {one.node for one in shown() if one.round == options["round"] and not one.committed}
+        seen.append((options["round"], {shard.node for shard in shards} <= paid))
+        return trained(model, shards, *arguments, **options)
+
+    monkeypatch.setattr(local, "train_together", train)
+    engines.run(heads, tmp_path / "run")
+    assert seen == [(1, True), (2, True)]
+
+
+def test_a_kill_while_they_train_together_leaves_all_charged(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node_ledger()
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(
+                local, "train_together", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+            )
+            engines.run(heads, tmp_path / "run")
+        finally:
+            os._exit(1)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    releases = shown()
+    assert {one.node for one in releases} == set(NODES) and not any(one.committed for one in releases)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_who_diverges_among_others_is_dropped_alone(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = local.train_together
+
+    def train(model: Any, shards: Any, plan: Any, starts: Any, *arguments: Any, **options: Any) -> Any:
+        if options["round"] == 2:
+            starts[1, 0] = np.inf
+        return trained(model, shards, plan, starts, *arguments, **options)
+
+    monkeypatch.setattr(local, "train_together", train)
+    result = engines.run(heads, tmp_path / "run")
+    assert [(lost.node, lost.round) for lost in result.dropped] == [(NODES[1], 2)]
+    assert "UpdateRejected" in result.dropped[0].reason
+    assert [summary.updates for summary in result.history] == [4, 3]
+    # It has trained, and is charged like the others; that it came to its end is not noted.
+    ended = {(node, round): committed for node, round, *_, committed in same(shown(), result.run)}
+    assert ended == {(node, round): (node, round) != (NODES[1], 2) for node in NODES for round in (1, 2)}
+
+
+@pytest.mark.parametrize("broken", ["fails", pytest.param("hangs", marks=pytest.mark.slow)])
+def test_who_cannot_train_together_trains_alone_for_the_same_charge(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    heads.federation.round_timeout = 2.0
+
+    def train(*_: object, **__: object) -> None:
+        while broken == "hangs":
+            time.sleep(0.01)
+        raise MemoryError
+
+    whole = engines.run(dataclasses.replace(heads), tmp_path / "whole")
+    monkeypatch.setattr(local, "train_together", train)
+    heads.federation.num_rounds = 1
+    result = engines.run(heads, tmp_path / "run")
+    assert result.dropped == [] and result.history[0].updates == 4
+    releases = same(shown(), result.run)
+    assert len(releases) == 4 and all(one[-1] for one in releases)
+    assert not together._waiting and whole.adapter.shape == result.adapter.shape
+
+
+def test_who_refuses_is_not_trained_with_the_others(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups
+) -> None:
+    real = ReleaseCounter.check
+
+    def check(self: ReleaseCounter, request: Any, node: str, in_ledger: int) -> None:
+        real(self, request, node, in_ledger + (-9 if node == NODES[1] and request.round == 2 else 0))
+
+    monkeypatch.setattr(ReleaseCounter, "check", check)
+    result = engines.run(heads, tmp_path / "run")
+    assert groups == [(1, NODES), (2, [NODES[0], *NODES[2:]])]
+    assert [(lost.node, lost.round) for lost in result.dropped] == [(NODES[1], 2)]
+    paid = Counter(node for node, *_ in same(shown(), result.run))
+    assert paid == {node: 1 if node == NODES[1] else 2 for node in NODES}
+
+
+@pytest.mark.parametrize("why", ["large", "another size", "no head", "a centre's round"])
+def test_who_is_not_like_the_others_trains_alone(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: Groups, why: str
+) -> None:
+    heads.federation.num_rounds = 1
+    expected: Groups = []
+    if why == "large":
+        monkeypatch.setattr(together, "_SMALL", 100)
+    if why == "another size":
+        real = together._charge
+
+        def charge(*arguments: Any, **options: Any) -> dict[str, together.Charged]:
+            charged = real(*arguments, **options)
+            for message, one in charged.items():
+                if one.release.shard.node == NODES[2]:
+                    plan = dataclasses.replace(one.release.training, declared_size=77)
+                    release = dataclasses.replace(one.release, training=plan)
+                    charged[message] = dataclasses.replace(one, release=release)
+            return charged
+
+        monkeypatch.setattr(together, "_charge", charge)
+        expected = [(1, [NODES[0], NODES[1], NODES[3]])]
+    if why == "no head":
+        heads.adapter = AdapterConfig(name="lora", rank=2, alpha=4.0)
+    if why == "a centre's round":
+        heads.train.centre, heads.train.local_steps, heads.federation.strategy = True, 1, "fedsgd"
+        heads.federation.num_rounds, expected = 2, [(2, NODES)]
+    result = engines.run(heads, tmp_path / "run")
+    assert groups == expected and result.history[0].updates == 4
+
+
+def test_what_was_found_ahead_is_answered_without_a_thread(
+    heads: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    real = ClientThread.run
+    monkeypatch.setattr(ClientThread, "run", lambda self, *rest: calls.append(rest) or real(self, *rest))
+    engines.run(heads, tmp_path / "run")
+    assert len(calls) == 4  # hello, propose, and each round, of all nodes
+    calls.clear()
+    monkeypatch.setattr(together, "delays_answer", lambda context: 0.01)  # it may have to be given up
+    engines.run(heads, tmp_path / "delayed")
+    assert len(calls) == 4 + 4 * len(NODES)
