@@ -17,6 +17,7 @@ import json
 import posixpath
 import re
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -161,11 +162,9 @@ def _all_commands(group: Any, prefix: str = "fedtune") -> Iterator[tuple[str, An
 
 def _of_command(item: Any) -> str:
     text = (item.help or item.short_help or "").replace(r"\[", "[")
-    about, _, examples = text.partition("\b\nExamples:\n")
-    parts = [_plain(" ".join(about.split()))]
-    if examples:
-        lines = examples.rstrip().splitlines()
-        parts.append("```text\n" + "\n".join(line.removeprefix("  ") for line in lines) + "\n```")
+    about, _, shown = text.partition("\b\nExamples:\n")
+    examples, _, then = shown.partition("\nNext:\n")
+    parts = [_plain(" ".join(about.split())), _as_typed(examples), "Often next:", _as_typed(then)]
     rows = [
         f"| {_names(parameter)} | {_cell(getattr(parameter, 'help', None) or '')} |"
         for parameter in item.params
@@ -174,6 +173,10 @@ def _of_command(item: Any) -> str:
     if rows:
         parts.append("| argument or option | what it is |\n|---|---|\n" + "\n".join(rows))
     return "\n\n".join(parts)
+
+
+def _as_typed(lines: str) -> str:
+    return f"```text\n{textwrap.dedent(lines).strip()}\n```"
 
 
 def _names(parameter: Any) -> str:

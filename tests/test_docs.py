@@ -1,4 +1,4 @@
-"""What docs/ says of the code is true: its tables and links are compared with it."""
+"""What README and docs/ say of the code is true: tables and links are compared with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import pytest
 from fedtune.config.convert import settings
 from fedtune.config.pages import GROUPS
 from fedtune.privacy.publication import EXPOSED, SINKS
+from tests.support.pages import PAGES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
 PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 
 

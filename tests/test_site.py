@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.browser import browser_tab, contrast, needs_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = re.findall(
@@ -50,6 +56,30 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
             assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag), f"{page}: {tag}"
     for style in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    """Where the site is served."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@needs_chromium
+def test_it_is_read_on_a_phone_and_in_the_dark(address: str, tmp_path: Path) -> None:
+    with browser_tab(tmp_path / "profile") as tab:
+        for page in ("", "start/", "own-data/", "compare/", "reference/commands/"):
+            for width, scheme, named in ((390, "dark", "slate"), (1400, "light", "default")):
+                tab.look(width, scheme)
+                tab.call("Page.navigate", url="about:blank")
+                tab.call("Page.navigate", url=f"{address}/{page}")
+                tab.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
+                tab.wait_for(f"document.body.getAttribute('data-md-color-scheme') === '{named}'")
+                assert tab.value("document.documentElement.scrollWidth") <= width, (page, width)
+                assert contrast(tab, "article p") >= 4.5, (page, scheme)
 
 
 def searched(words: str, index: Any) -> list[str]:
