@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         options.jobs, options.again, options.alive, options.only, options.enough, options.tests, LEFT_OUT
     )
     run = MutationRun(chosen, sources, state, how)
-    command = ["-q", "-s", "-p", "no:cacheprovider", "-k", LEFT_OUT, *options.tests]
+    command = ["-q", "-s", "-p", "no:cacheprovider", "-m", "", "-k", LEFT_OUT, *options.tests]
     status = int(pytest.main(command, plugins=[run]))
     if status not in (0, 5):
         return status

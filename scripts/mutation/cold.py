@@ -115,7 +115,18 @@ def _child(request: dict[str, Any], answer: int, folder: str) -> None:
     tempfile.tempdir = None
     sys.meta_path.insert(0, _Finder(request["module"], request["path"], request["mutant"]))
     first = _First()
-    options = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:randomly", f"--basetemp={folder}/pytest"]
+    options = [
+        "-x",
+        "-q",
+        "-s",
+        "-m",
+        "",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        f"--basetemp={folder}/pytest",
+    ]
     status = int(pytest.main([*options, *request["tests"]], plugins=[first]))
     if status == 4 and not first.failed:
         # A test's name may hold the number that was changed: then it is not found, which proves nothing.

@@ -122,7 +122,7 @@ class MutationRun:
             "collected": len(self.items),
             "used": len(self.seconds),
             "left_out": (
-                f"tests of speed (-k {self.options.left_out!r}) and those marked slow; {slow} of over "
+                f"tests of speed (-k {self.options.left_out!r}); {slow} of over "
                 f"{_LONGEST:.0f} s, {skipped} skipped; at most {self.options.enough:g} s of tests a mutant, "
                 "its own module's first"
             ),
