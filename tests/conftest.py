@@ -70,15 +70,19 @@ else:
 _homes = itertools.count()  # `mktemp` looks through all folders that there are, for each test
 
 
-@pytest.fixture(autouse=True)
-def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
-    home = tmp_path_factory.getbasetemp() / "homes" / str(next(_homes))
+def _new_home(factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = factory.getbasetemp() / "homes" / str(next(_homes))
     home.mkdir(mode=0o700, parents=True)
     (home / "state").mkdir(mode=0o700)
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
     monkeypatch.setenv("FEDTUNE_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
+    return _new_home(tmp_path_factory, monkeypatch)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -132,7 +136,9 @@ def finished(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
     folder, output = tmp_path_factory.mktemp("runs") / "first", io.StringIO()
     config = tiny.private(tiny.make_config(world["model"], world["data"], output=str(folder)))
-    run(config, console=Console(file=output, width=80, highlight=False))
+    with pytest.MonkeyPatch.context() as patch:  # where no other run has used the data before
+        _new_home(tmp_path_factory, patch)
+        run(config, console=Console(file=output, width=80, highlight=False))
     return folder, output.getvalue()
 
 
@@ -145,7 +151,9 @@ def run_dir(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     config = tiny.make_config(
         world["model"], world["data"], output=str(folder), federation__num_rounds=12, train__learning_rate=0.3
     )
-    run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        _new_home(tmp_path_factory, patch)
+        run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
     return folder
 
 
