@@ -44,6 +44,7 @@ from fedtune.models.merged_layers import MergedLayers, Seen
 from fedtune.models.pooling import of_texts
 from fedtune.models.quantization import stored_bytes
 from fedtune.models.side_by_side import side_by_side
+from fedtune.models.soundness import computation_of
 
 __all__ = [
     "LENGTH",
@@ -67,7 +68,8 @@ _DIGESTS: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDict
 
 
 def _digest_below(encoder: EncoderStack, pooling: str, first_layer: int) -> str:
-    digest = hashlib.sha256(f"{pooling}|{encoder.separator}".encode())
+    how = f"{pooling}|{encoder.separator}{computation_of(encoder.config)}"
+    digest = hashlib.sha256(how.encode())
     for name, parameter in encoder.named_parameters():
         place = name.split(".")
         if place[0] == "layer" and int(place[1]) >= first_layer:

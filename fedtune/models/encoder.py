@@ -165,6 +165,11 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
                 f"run. Name an encoder of these families: {', '.join(FAMILIES)}."
             ) from error
         cause = f" ({text[:300]})" if text and not any(word in text for word in _UNSAFE) else ""
+        if loader.__name__ == "AutoTokenizer" and Path(location).is_dir():
+            raise ModelError(
+                f"The tokenizer of the model {config.name!r} cannot be read: tokenizer.json or what is "
+                f"beside it is cut off or damaged.{cause} Copy it again from where the model is from."
+            ) from error
         raise ModelError(
             f"The model {config.name!r} could not be loaded. model.name takes a hub name such as "
             f"google-bert/bert-base-uncased, or a folder with config.json and weights.{cause}"

@@ -66,6 +66,7 @@ class _Config:
     type_vocab_size: int
     pad_token_id: int
     layer_norm_eps: float
+    hidden_act: str = "gelu"
 
 
 def _linear(inner: int, outer: int) -> nn.Linear:

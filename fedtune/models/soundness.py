@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.models.families import FAMILIES
@@ -35,6 +35,7 @@ __all__ = [
     "check_tokenizer",
     "check_vocabulary",
     "check_weights",
+    "computation_of",
     "digest_of",
     "prefix_of",
 ]
@@ -55,6 +56,15 @@ _SIZES = {  # the largest of each that is believed
     "embedding_size": 20_000,
     "num_hidden_groups": 500,
 }
+# What is computed with the weights follows from these settings too. As of a plain BERT they are not named.
+_COMPUTED: dict[str, Any] = {
+    "model_type": "bert", "num_attention_heads": 12, "hidden_act": "gelu", "layer_norm_eps": 1e-12,
+    "pad_token_id": 0, "activation": None, "hidden_activation": None, "norm_eps": None,
+    "num_hidden_groups": None, "inner_group_num": None, "local_attention": None,
+    "global_attn_every_n_layers": None, "relative_attention": None, "max_relative_positions": None,
+    "position_buckets": None, "pos_att_type": None, "share_att_key": None, "norm_rel_ebd": None,
+    "conv_act": None,
+}  # fmt: skip
 # What belongs to the encoder itself, whatever is in front of it; heads of other tasks do not.
 _BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layers?)\.\w")
 _SHOWN = 3  # names of weights in a message
@@ -260,16 +270,22 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Checks that no weight is NaN or infinite.
+    """Checks that no weight is NaN or infinite, and that words have embeddings at all.
 
     Raises:
-        ModelError: some are; with their names.
+        ModelError: some are, with their names; or all embeddings are zero.
     """
     wrong = [key for key, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
     if wrong:
         raise ModelError(
             f"The model {name!r} holds NaN or infinity in {len(wrong)} of its weights: {_named(wrong)}. It "
             "was saved after a training that failed, or damaged. Take another copy of it."
+        )
+    table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    if not bool(table.any()):
+        raise ModelError(
+            f"The model {name!r} has zeros for all of its embeddings of words, so that all texts are the "
+            "same to it: its file was made and never filled. Take another copy of it."
         )
 
 
@@ -304,12 +320,21 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
         )
 
 
+def computation_of(config: Any) -> str:
+    """What of a configuration changes what is computed with the same weights; empty of a plain BERT."""
+    found = {key: getattr(config, key, None) for key in _COMPUTED}
+    told = {key: worth for key, worth in found.items() if worth not in (None, _COMPUTED[key])}
+    if "num_hidden_groups" in told:  # weights are shared, and do not tell how often they are used
+        told["num_hidden_layers"] = config.num_hidden_layers
+    return json.dumps(told, sort_keys=True) if told else ""
+
+
 def digest_of(model: nn.Module, tokenizer_id: str) -> str:
     """SHA-256 of the encoder as it was loaded, before it is compressed, and of its tokenizer: 64 hex digits.
 
-    The same on every machine for the same weights, wherever they lie.
+    The same on every machine for the same weights and the same computation, wherever they lie.
     """
-    digest = hashlib.sha256(f"fedtune encoder 1|{tokenizer_id}".encode())
+    digest = hashlib.sha256(f"fedtune encoder 1|{tokenizer_id}{computation_of(model.config)}".encode())
     for key, value in sorted(model.named_parameters()):
         if not _of_pooler(key):
             digest.update(f"|{key}{list(value.shape)}|".encode())
@@ -365,6 +390,18 @@ def _shards(folder: Path, files: Mapping[str, Path], name: str) -> list[Path]:
     return [files[file] for file in named]
 
 
+def _refuse_integers(entries: Mapping[str, Any], name: str) -> None:
+    """Refuses weights that are whole numbers, for their scale is unknown; places and segments are."""
+    named = (key for key, entry in entries.items() if str(entry.get("dtype", "F")).startswith(("I", "U")))
+    whole = [key for key in named if _BODY.search(key) and not key.endswith("_ids")]
+    if whole:
+        raise ModelError(
+            f"The model {name!r} is stored compressed: {len(whole)} of its weights are whole numbers "
+            f"({_named(whole)}). Name the model that it was made from: fedtune compresses by itself, as "
+            "model.quantization says."
+        )
+
+
 def _check_safetensors(path: Path, name: str) -> None:
     """Checks that a file is as long as its header says."""
     size = path.stat().st_size
@@ -377,6 +414,7 @@ def _check_safetensors(path: Path, name: str) -> None:
         ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
         asked = 8 + length + max(ends, default=0)
         if asked == size:
+            _refuse_integers(entries, name)
             return
         what = f"has {size} bytes, and its header speaks of {asked}: it is not whole"
     except (ValueError, RecursionError, LookupError, AttributeError, TypeError):

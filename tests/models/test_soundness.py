@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, RobertaConfig
 
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError
 from fedtune.models.classifier import load_base
 from fedtune.models.encoder import EncoderStack, load_encoder, load_tokenizer
+from fedtune.models.soundness import computation_of
 from tests.models.test_classifier import load as load_adapted
 
 Weights = dict[str, torch.Tensor]
@@ -108,6 +110,38 @@ def test_heads_of_other_tasks_and_the_pooler_do_not_matter(tiny_bert: Path, fold
 
     change_weights(folder, other_task)
     assert opened(folder).digest == opened(tiny_bert).digest
+
+
+@pytest.mark.parametrize(
+    "changed", [{"hidden_act": "relu"}, {"num_attention_heads": 4}, {"layer_norm_eps": 1e-5}]
+)
+def test_what_is_computed_otherwise_with_the_same_weights_has_another_digest(
+    tiny_bert: Path, folder: Path, changed: dict[str, Any]
+) -> None:
+    change_config(folder, **changed)
+    assert opened(folder).digest != opened(tiny_bert).digest
+    one, other = load_adapted(folder, layers=1), load_adapted(tiny_bert, layers=1)
+    assert one.frozen_digest != other.frozen_digest
+
+
+def test_a_plain_berts_digest_is_of_its_weights_and_tokenizer_alone() -> None:
+    assert computation_of(BertConfig()) == "" and computation_of(RobertaConfig()) != ""
+
+
+def test_whole_numbers_are_no_weights(folder: Path) -> None:
+    change_weights(folder, lambda weights: {name: held.to(torch.int8) for name, held in weights.items()})
+    assert "is stored compressed: 37 of its weights are whole numbers" in refusal(folder)
+
+
+def test_a_table_that_was_never_filled(folder: Path) -> None:
+    change_weights(folder, lambda weights: {name: torch.zeros_like(held) for name, held in weights.items()})
+    assert "zeros for all of its embeddings of words" in refusal(folder)
+
+
+def test_a_tokenizer_that_is_cut_off_is_named_as_such(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_bytes(path.read_bytes()[:200])
+    assert "The tokenizer of the model" in refusal(folder) and "tokenizer.json or what is" in refusal(folder)
 
 
 def test_a_size_that_does_not_fit_is_named_with_both(folder: Path) -> None:
