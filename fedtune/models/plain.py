@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class _Config:
     type_vocab_size: int
     pad_token_id: int
     layer_norm_eps: float
-    hidden_act: str = "gelu"
+    hidden_act: str = field(default="gelu", init=False)
 
 
 def _linear(inner: int, outer: int) -> nn.Linear:
