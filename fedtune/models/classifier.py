@@ -68,11 +68,9 @@ _DIGESTS: WeakKeyDictionary[nn.Module, dict[tuple[str, int], str]] = WeakKeyDict
 
 
 def _digest_below(encoder: EncoderStack, pooling: str, first_layer: int) -> str:
-    how = f"{pooling}|{encoder.separator}{computation_of(encoder.config)}"
-    digest = hashlib.sha256(how.encode())
+    digest = hashlib.sha256(f"{pooling}|{encoder.separator}{computation_of(encoder.config)}".encode())
     for name, parameter in encoder.named_parameters():
-        place = name.split(".")
-        if place[0] == "layer" and int(place[1]) >= first_layer:
+        if name.startswith("layer.") and int(name.split(".")[1]) >= first_layer:
             continue
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
