@@ -142,10 +142,10 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
     if own:
         table.add_column("with its own part", justify="right")
     for site, row in metrics["per_site"].items():
-        count = row.get("units") if noised else row["num_records"]
-        cells = [_count(count), _share(row["accuracy"], row.get("standard_error"))]
+        count = row.get("units" if noised else "num_records")
+        cells = [_count(count), _share(row.get("accuracy"), row.get("standard_error"))]
         table.add_row(Text(site), *cells, *([_own(row.get("personal"))] if own else []))
-    count = evaluation["units"] if noised else metrics["num_records"]
+    count = evaluation.get("units") if noised else metrics.get("num_records")
     common = metrics["accuracy"] if evaluation.get("model") != "personal" else None
     cells = [_count(count), _share(common, evaluation.get("standard_error"))]
     table.add_row("all", *cells, *([_own(metrics["personal"])] if own else []), style="bold")
@@ -161,7 +161,7 @@ def _sites(metrics: Mapping[str, Any]) -> RenderableType:
 
 def _own(quality: Mapping[str, Any] | None) -> str:
     """Accuracy with a site's own part; '-' where it is not known."""
-    return "-" if quality is None else _share(quality["accuracy"], quality.get("standard_error"))
+    return "-" if quality is None else _share(quality.get("accuracy"), quality.get("standard_error"))
 
 
 def _noise_line(evaluation: Mapping[str, Any]) -> str:
@@ -264,7 +264,7 @@ def money_line(cost: Mapping[str, Any]) -> str:
         return "not priced"
     book = f"prices '{pricing['name']}'" + (f" of {pricing['date']}" if pricing.get("date") else "")
     parts = [
-        f"{name} {_amount(money[name])}"
+        f"{name} {_amount(money.get(name))}"
         for name in ("compute", "network", "energy", "data")
         if money.get(name) != 0
     ]
