@@ -139,6 +139,12 @@ class RunResources:
             private=prepared.train, test=prepared.test,
         )  # fmt: skip
 
+    @property
+    def public_notes(self) -> tuple[str, ...]:
+        """What was found in the public texts, if they were read: at the end of a run the file may be gone."""
+        texts: PublicTexts | None = vars(self).get("public_texts")
+        return () if texts is None else texts.notes
+
     @functools.cached_property
     def _key(self) -> str:
         config = self.config

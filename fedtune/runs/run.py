@@ -271,7 +271,7 @@ def _record(
     from fedtune.models.encoder import computes_in
     from fedtune.runs import measures
 
-    data, texts = resources.prepared, resources.public_texts if config.resume is None else None
+    data = resources.prepared
     parts = {run_folder.PERSONAL: run_folder.PERSONAL} if own_parts and data.public else {}
     energy = measures.energy_of_run(meter.energy, result.attempt)
     cost = meter.cost(
@@ -305,7 +305,7 @@ def _record(
         result=result,
         nodes=measures.node_privacy(data.shards, result),
         metrics=measures.metrics(evaluation, data.test, config.federation.evaluation, own_parts),
-        data=measures.data_facts(config, data, result, texts.notes if texts else ()),
+        data=measures.data_facts(config, data, result, resources.public_notes),
         cost=cost,
         energy=energy,
         money=price(config.pricing, cost, records=measures.bought_records(result)),

@@ -124,12 +124,13 @@ def test_a_run_goes_on_without_the_file(
 def test_record_and_statement_say_so(tiny: Make, tmp_path: Path, public: Path) -> None:
     config = config_of(tiny, public, "head", "local", federation__num_rounds=2)
     config.output = str(tmp_path / "run")
-    run.run(config)
+    resources, digest = RunResources(config), hashlib.sha256(public.read_bytes()).hexdigest()
+    accuracy = resources.evaluate(resources.initial()).accuracy
+    run.run(config, stop_rule=lambda summary: public.unlink(missing_ok=True))  # type: ignore[func-returns-value]
+    assert not public.exists()
     kept = record.read(tmp_path / "run")
     start = kept["data"]["public_start"]
-    assert start["texts"] == 40 and start["digest"] == hashlib.sha256(public.read_bytes()).hexdigest()
-    resources = RunResources(config)
-    assert start["accuracy"] == resources.evaluate(resources.initial()).accuracy
+    assert start == {"texts": 40, "digest": digest, "accuracy": accuracy}
     assert "from a start on public texts" in kept["federation"]["recipe"]
     statement = (tmp_path / "run" / "statement.md").read_text(encoding="utf-8")
     assert "(after 40 public texts, which nothing protects)" in statement

@@ -32,7 +32,7 @@ from simulations.private_accuracy.study import DATA  # noqa: E402
 
 TRUSTS, EPSILONS, SEEDS = ("local", "distributed"), (1, 8), (0, 1)
 CORPORA = {"banking77": "category", "clinc150": "intent", "sms_spam": "label"}  # and the column of labels
-_MOST_TAKEN = 20  # texts a class: what remains to be federated is the same for every cell of a corpus
+TAKEN = (1, 5, 20)  # public texts a class; what remains without 20 is federated, whatever the cell takes
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def make(source: Path, made: Path, label: str, taken: list[int], seed: int) -> None:
+def make(source: Path, made: Path, label: str, seed: int) -> None:
     """train.csv without the public texts, test.csv as it is, and `public/publicN.csv`, `public/weakN.csv`."""
     rows, test = _read(source / "train.csv"), _read(source / "test.csv")
     chance, by_class = random.Random(seed), dict[str, list[dict[str, str]]]()
@@ -104,13 +104,13 @@ def make(source: Path, made: Path, label: str, taken: list[int], seed: int) -> N
     for row in chance.sample(rows, len(rows)):
         if _plain(row["text"]) not in tested:
             by_class.setdefault(row[label], []).append(row)
-    public = {name: of[:_MOST_TAKEN] for name, of in sorted(by_class.items())}
+    public = {name: of[: TAKEN[-1]] for name, of in sorted(by_class.items())}
     gone = {_plain(row["text"]) for of in public.values() for row in of}
     _write(made / "train.csv", [row for row in rows if _plain(row["text"]) not in gone])
     _write(made / "test.csv", test)
     names = sorted(public)
     (made / "labels.txt").write_text("\n".join(names), encoding="utf-8")
-    for count in taken:
+    for count in TAKEN:
         some = [row for of in public.values() for row in of[:count]]
         _write(made / "public" / f"public{count}.csv", some)
         guessed = nearest_names([row["text"] for row in some], names)
@@ -161,7 +161,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
         taken = list(map(int, options.taken.split(",")))
         made = options.work / f"{corpus}-seed{seed}"
         if not made.exists():
-            make(options.corpora / corpus, made, CORPORA[corpus], [one for one in taken if one], seed)
+            make(options.corpora / corpus, made, CORPORA[corpus], seed)
         for count, trust, epsilon in itertools.product(taken, TRUSTS, map(int, options.epsilons.split(","))):
             for weak in (False, True) if count and options.weak else (False,):
                 if count and not (made / "public" / f"{'weak' if weak else 'public'}{count}.csv").exists():
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--corpora", type=Path, help="folder of banking77, clinc150 and sms_spam")
     parser.add_argument("--only", default=",".join(CORPORA), metavar="NAME,NAME", help="corpora")
-    parser.add_argument("--taken", default="0,1,5", metavar="N,N", help="public texts a class")
+    parser.add_argument("--taken", default="0,1,5,20", metavar="N,N", help="public texts a class")
     parser.add_argument("--epsilons", default=",".join(map(str, EPSILONS)), metavar="N,N", help="epsilons")
     parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), metavar="N,N", help="default: 0,1")
     parser.add_argument("--weak", action="store_true", help="with labels by names too")
@@ -214,13 +214,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("outputs") / "public_start", help="data, run folders"
     )
+    parser.add_argument("--max-runs", type=int, metavar="N", help="stop after so many")
     parser.add_argument("--report", action="store_true", help="run nothing; make the table")
     parser.add_argument("overrides", nargs="*", help="name=value, for every run")
     options = parser.parse_args(arguments)
     known(options.only, list(CORPORA))
     if not options.report:
         options.work = options.work.absolute()
-        run_all(cells(options), options.records, options.work / "runs", options.overrides)
+        run_all(cells(options), options.records, options.work / "runs", options.overrides, options.max_runs)
     print(f"\n{table(options.records)}")
     return 0
 
