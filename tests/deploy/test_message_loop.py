@@ -86,13 +86,13 @@ class Server:
             raise EOFError
         return self.script.pop(0)
 
-    def talk(self, tmp_path: Path, answer: Any) -> list[str]:
+    def talk(self, tmp_path: Path, answer: Any, outdated: Any = lambda: False) -> list[str]:
         (tmp_path / "ca.crt").write_bytes(b"")
         state = SimpleNamespace(set_node_id=lambda node: self.did.append(f"joined {node}"))
         run_message_loop(
             state, None, server="localhost:1", authority=tmp_path / "ca.crt",
             key=SimpleNamespace(public_key=lambda: None), node_config={}, guard=lambda opened: opened,
-            answer=answer, leaving=self.leaving, say=pytest.fail,
+            answer=answer, leaving=self.leaving, say=pytest.fail, outdated=outdated,
         )  # fmt: skip
         return self.did
 
@@ -108,6 +108,21 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
 
     assert server.talk(tmp_path, answer) == [
         "joined 7", "asked", "asked", "answered", "pushed by what sends it again", "asked",
+    ]  # fmt: skip
+
+
+def test_a_connection_that_is_outdated_ends_when_what_was_begun_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where other authorities vouch for the server from now on."""
+    server, old = Server(monkeypatch, [None, 5, 6]), []
+
+    def answer() -> bool:
+        old.append(True)
+        return True
+
+    assert server.talk(tmp_path, answer, lambda: bool(old)) == [
+        "joined 7", "asked", "asked", "pushed by what sends it again",
     ]  # fmt: skip
 
 
