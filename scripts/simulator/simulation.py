@@ -93,6 +93,11 @@ class _Site:
         self._busy_until = 0.0
 
     @property
+    def free(self) -> bool:
+        """It is up, and has no work of before."""
+        return self.up and self._busy_until <= self.world.clock.now
+
+    @property
     def heard(self) -> float:
         """When the server last heard of it."""
         return self.world.clock.now if self.up else self._gone
@@ -361,7 +366,7 @@ class _Simulation:
         resume = str(self.run_dir) if has_checkpoint(self.run_dir) else None
         self.log(f"start {self.attempts}: " + ("the run goes on" if resume else "the run begins"))
         self.serving = True
-        undisturbed = self.calm and all(site.up for site in self.sites)
+        undisturbed = self.calm and all(site.free for site in self.sites)
         try:
             result = run_rounds(
                 SimulatedGrid(self.link, run),

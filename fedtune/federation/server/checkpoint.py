@@ -25,6 +25,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -401,8 +402,9 @@ def save(run_dir: Path, checkpoint: Checkpoint) -> Path:
     folder = _folder(run_dir)
     path = folder / f"round-{checkpoint.round:06d}.ckpt"
     _write(path, checkpoint)
-    for old in [*_files(run_dir)[KEEP:], *folder.glob(".round-*.tmp")]:
-        old.unlink(missing_ok=True)
+    with suppress(OSError):  # they are in nobody's way, and the next round removes them
+        for old in [*_files(run_dir)[KEEP:], *folder.glob(".round-*.tmp")]:
+            old.unlink(missing_ok=True)
     return path
 
 

@@ -36,7 +36,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.config.files import state_dir
-from fedtune.errors import CheckpointError
+from fedtune.errors import CheckpointError, ResourceError
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.run_folder import write_durably
 from fedtune.privacy.mechanisms.matrix import CorrelatedNoise
@@ -68,7 +68,7 @@ class CorrelatedRounds:
             ResourceError: they cannot be written.
         """
         rounds = cls(run_dir, run, plan, size)
-        rounds._noise_file.unlink(missing_ok=True)
+        rounds._forget_noise()
         rounds.begin(0, [])
         return rounds
 
@@ -157,8 +157,17 @@ class CorrelatedRounds:
         self._saved_round = self.noise.round
 
     def finish(self) -> None:
-        """Forgets the noise: no round is to come."""
-        self._noise_file.unlink(missing_ok=True)
+        """Forgets the noise: no round is to come. Raises ResourceError if it cannot be removed."""
+        self._forget_noise()
+
+    def _forget_noise(self) -> None:
+        try:
+            self._noise_file.unlink(missing_ok=True)
+        except OSError as error:
+            raise ResourceError(
+                f"{self._noise_file}, the noise of a run's last rounds, cannot be removed: {error.strerror}. "
+                "Make its folder writable, and go on with `fedtune run resume=RUN_DIR`."
+            ) from error
 
     def _begun(self) -> int:
         """The last round of this run that was begun on this machine; 0 if it knows of none."""

@@ -111,6 +111,25 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     assert files(tmp_path) == ["round-000001.ckpt"]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seed 2652 of the simulator: the disk failed after the new one was written, and a raw OSError rose."""
+
+    unlink = Path.unlink
+
+    def refuses(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".ckpt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        unlink(path, missing_ok)
+
+    for number in range(3):
+        save(tmp_path, at(number))
+    monkeypatch.setattr(Path, "unlink", refuses)
+    save(tmp_path, at(3))
+    assert load_latest(tmp_path)[0].round == 3
+
+
 def test_left_over_temporary_files_are_removed(tmp_path: Path) -> None:
     save(tmp_path, at(1))
     (tmp_path / "checkpoint" / ".round-000002.ckpt.77.tmp").write_bytes(b"half a chec")

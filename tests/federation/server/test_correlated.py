@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from fedtune.config.schema import Config, PrivacyConfig
-from fedtune.errors import CheckpointError, SeparationError
+from fedtune.errors import CheckpointError, ResourceError, SeparationError
 from fedtune.federation.events import NodeInfo
 from fedtune.federation.messages import Consent, RoundReply, RoundRequest
 from fedtune.federation.server import agreement, checkpoint, correlated, loop
@@ -189,6 +190,15 @@ def test_a_folder_restored_from_a_backup_of_any_phase_is_refused(
         run(tmp_path / "b", nodes, resume=tmp_path / "b")
     assert nodes.asked == asked, "nobody was asked"
     assert run(tmp_path / "a", nodes, resume=tmp_path / "a").history[-1].round == ROUNDS
+
+
+def test_noise_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(ResourceError, match=r"noise.secret.*cannot be removed: Read-only.*resume=RUN_DIR"):
+        CorrelatedRounds.start(tmp_path, "run", ftrl(), SIZE)
 
 
 @pytest.mark.parametrize("written", [0, 1])
