@@ -70,8 +70,8 @@ else:
 _homes = itertools.count()  # `mktemp` looks through all folders that there are, for each test
 
 
-def _new_home(factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    home = factory.getbasetemp() / "homes" / str(next(_homes))
+def _new_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = folder / "homes" / str(next(_homes))
     home.mkdir(mode=0o700, parents=True)
     (home / "state").mkdir(mode=0o700)
     (home / "cache").symlink_to(_HOME / "cache", target_is_directory=True)
@@ -82,7 +82,7 @@ def _new_home(factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture(autouse=True)
 def fedtune_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh FEDTUNE_HOME: no test sees another's ledgers; the cache is the session's."""
-    return _new_home(tmp_path_factory, monkeypatch)
+    return _new_home(tmp_path_factory.getbasetemp(), monkeypatch)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,10 +96,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, object, object]:
-    """What several tests share is the same whichever of them comes first."""
+    """What several tests share is the same whichever comes first: its draws, and ledgers that are empty."""
     if fixturedef.scope == "function":
         return (yield)
-    with repeatable(f"{fixturedef.baseid} {fixturedef.argname}"):
+    with repeatable(f"{fixturedef.baseid} {fixturedef.argname}"), pytest.MonkeyPatch.context() as patch:
+        _new_home(_HOME, patch)
         return (yield)
 
 
@@ -136,9 +137,7 @@ def finished(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 
     folder, output = tmp_path_factory.mktemp("runs") / "first", io.StringIO()
     config = tiny.private(tiny.make_config(world["model"], world["data"], output=str(folder)))
-    with pytest.MonkeyPatch.context() as patch:  # where no other run has used the data before
-        _new_home(tmp_path_factory, patch)
-        run(config, console=Console(file=output, width=80, highlight=False))
+    run(config, console=Console(file=output, width=80, highlight=False))
     return folder, output.getvalue()
 
 
@@ -151,9 +150,7 @@ def run_dir(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     config = tiny.make_config(
         world["model"], world["data"], output=str(folder), federation__num_rounds=12, train__learning_rate=0.3
     )
-    with pytest.MonkeyPatch.context() as patch:
-        _new_home(tmp_path_factory, patch)
-        run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
+    run(tiny.private(config, epsilon=500.0), console=Console(quiet=True))
     return folder
 
 
