@@ -11,8 +11,8 @@ encoder is distilled first, on the same public texts, and the run then done agai
 fine-tune). All are measured on the part of the public test split that no cell learns from. A finished cell is
 kept as `records/NAME-seedN.json` (its compression.json) and skipped the next time; of `small_base` also the
 base and each round of its run are kept, so that it can be done in parts. Cells are made at different times,
-and the machine may be busy in some: so speeds are taken once more of all of them, in one process in turn,
-each by its best round, and kept as `records/speeds-seedN.json`.
+and the machine may be busy in some: so speeds are taken once more of all of them, in one process in turn, by
+the processor's seconds of each one's best round, and kept as `records/speeds-seedN.json`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CELLS: dict[str, list[str]] = {
     "smallest": ["compress=smallest"],
     "sparse": ["compress=sparse", "transfer.epochs=1"],
 }
-TIMED, TIMES = 300, 5  # texts whose time is taken, and how often
+TIMED, TIMES = 60, 5  # texts whose time is taken, and how often
 BASE = "small_base"
 BASE_LAYERS = 3
 SHOWN = {
@@ -110,8 +110,8 @@ def _on_small_base(run: Path, work: Path, seed: int) -> Path:
 
 
 def time_again(run: Path, work: Path, records: Path) -> None:
-    """Seconds of the run's own model and of every model in `work` for the same texts, one thread, best of the
-    rounds; as records/speeds-seedN.json."""
+    """Processor seconds that the run's own model and every model in `work` take for the same texts, with one
+    thread, best of the rounds; as records/speeds-seedN.json."""
     import torch
 
     from fedtune.export.checks import public_test_split
@@ -136,11 +136,11 @@ def time_again(run: Path, work: Path, records: Path) -> None:
     models = {"original": own, **models}
     ids = own.encode(public.texts[:: max(1, len(public.texts) // TIMED)][:TIMED])
     best = dict.fromkeys(models, math.inf)
-    for _ in range(1 + TIMES):
+    for _ in range(TIMES):
         for name, model in models.items():
-            start = time.perf_counter()
+            start = time.process_time()
             model.logits(ids)
-            best[name] = min(best[name], time.perf_counter() - start)
+            best[name] = min(best[name], time.process_time() - start)
     kept = {"processor": processor(), "texts": len(ids), "rounds": TIMES, "seconds": best}
     path = records / f"speeds-seed{seed}.json"
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
