@@ -310,7 +310,7 @@ delta: the numbers are not comparable, and the last row is not a rank among the 
 
 **Distributed's epsilon is towards the other nodes**, who see most: each knows its own share of the noise, a
 quarter of the variance here, and can take it off. So its noise is 15 percent more than the pool's at the same
-epsilon.
+epsilon; the multiplier below is that of what remains.
 
 ![accuracy by epsilon](figure.png)
 
