@@ -56,6 +56,10 @@ _ON_NODES: dict[str, Any] = {
     "federation.weighting": "uniform",
 }
 
+# Where the server adds noise to each average of whole updates: fewer averages, each of more steps, for the
+# noise of one is the same however far its nodes went.
+_FEW_AVERAGES: dict[str, Any] = {"train.local_steps": 8, "federation.num_rounds": 6}
+
 # One step a round: the head alone, on outputs that are computed once. Every unit is in every step: sampling
 # would save computing, of which there is next to none, and noise on a mean is smallest without it. One rate
 # does for every epsilon, size and trust model: the second moment that it is divided by is that of the noise.
@@ -171,7 +175,7 @@ def chosen(config: Config) -> dict[str, Any]:
         by_nodes = (train.local_steps or 1) > 1 or train.proximal_mu > 0.0
         strategy = "fedavg" if by_nodes and "fedavg" in kind.strategies else kind.strategies[0]
     if strategy != "fedsgd":
-        values = dict(_ON_NODES)
+        values = _ON_NODES | (_FEW_AVERAGES if kind.is_private and not kind.clips_gradients else {})
     elif config.adapter.name == "head":
         rounds = config.federation.num_rounds or _HEAD_ROUNDS[train.compute]
         rate = round(min(_HEAD_RATE * (100.0 / rounds) ** 0.75, _FEW_STEPS * rounds), 6)

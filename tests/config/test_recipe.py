@@ -26,7 +26,8 @@ def test_one_gradient_a_round_and_one_optimizer_for_the_run(trust: str) -> None:
 
 def test_under_a_trusted_server_nodes_train() -> None:
     config = load(["privacy=central"])
-    assert (config.federation.strategy, config.train.local_steps) == ("fedavg", 4)
+    assert (config.federation.strategy, config.train.local_steps) == ("fedavg", 8)
+    assert config.federation.num_rounds == 6
     assert (config.train.schedule, config.train.averaging) == ("constant", 0.0)
 
 
