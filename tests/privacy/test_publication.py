@@ -194,7 +194,7 @@ PUBLIC: dict[str, str] = {
     "record": (
         "schema run.id run.versions run.commit run.dirty run.engine run.started run.seed run.hardware "
         "run.status run.attempt config data.name data.source data.only_site data.public data.labels "
-        "data.labels_declared data.declared_sizes data.test_records federation.nodes "
+        "data.labels_declared data.declared_sizes data.test_records data.public_start federation.nodes "
         "federation.rounds federation.cohort_size federation.node_names federation.recipe "
         "federation.dropped federation.left_out federation.void_rounds "
         "federation.ended_early federation.notices privacy.unit privacy.adjacency privacy.trust "
@@ -216,7 +216,7 @@ PUBLIC: dict[str, str] = {
     "checkpoint": (
         "config encoder plan strategy attempt nodes history.*.round history.*.num_rounds history.*.epsilon "
         "history.*.bytes_up history.*.bytes_down history.*.dropped history.*.updates history.*.void "
-        "dropped releases answers exhausted notices ended_early trained"
+        "dropped releases answers exhausted notices ended_early trained public_start"
     ),
     "history": (
         "run epsilon delta releases ended_early notices rounds.*.round rounds.*.num_rounds "

@@ -40,7 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedtune.config.choices import resolved, tests_openly
+from fedtune.config.choices import resolved
 from fedtune.config.schema import Config
 from fedtune.errors import AggregationAborted, CheckpointError
 from fedtune.federation.events import (
@@ -338,8 +338,9 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
 
 
 def _public_start(config: Config, server_side: ServerSide, start: np.ndarray) -> dict[str, Any]:
-    """What a record says of a start on public texts; with its accuracy, where the server tests."""
-    accuracy = server_side.evaluate(start).accuracy if tests_openly(config) else None
+    """What a record says of a start on public texts; with its accuracy, where there is a public test."""
+    public_test = config.federation.evaluation == "public"
+    accuracy = server_side.evaluate(start).accuracy if public_test else None
     return {**server_side.public_facts(), "accuracy": accuracy}
 
 
