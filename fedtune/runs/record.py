@@ -222,12 +222,24 @@ def validate(record: Any, name: str = "record") -> None:
             missing += [f"{section}.{key}" for key in keys if key not in part]
     if missing:
         raise RecordError(f"{name} is not a whole record: it lacks {', '.join(missing)}. Run it again.")
-    if (found := problem_in("record", record) or _odd_setting(record["config"])) is not None:
+    found = problem_in("record", record) or _odd_promise(record["privacy"]) or _odd_setting(record["config"])
+    if found is not None:
         raise RecordError(
             f"{name} is damaged, or somebody edited it: {found}. Nothing of it is used. Copy it again from "
             "where it came from; if its run folder still has a checkpoint, 'fedtune run resume=RUN_DIR' "
             "writes it again."
         )
+
+
+def _odd_promise(privacy: Mapping[str, Any]) -> str | None:
+    """An epsilon that belongs to no delta."""
+    for place, one in (
+        ("privacy", privacy),
+        *((f"privacy.per_node[{i}]", e) for i, e in enumerate(privacy["per_node"])),
+    ):
+        if one["epsilon"] is not None and one["delta"] is None:
+            return f"{place}.epsilon is {one['epsilon']!r}, and there is no {place}.delta that it belongs to"
+    return None
 
 
 _KINDS: dict[type, type | tuple[type, ...]] = {

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,7 +37,7 @@ from fedtune.config.loader import load
 from fedtune.config.pages import GROUPS
 from fedtune.config.schema import DataConfig, ModelConfig
 from fedtune.data.sources.load import load_corpus
-from fedtune.errors import ConfigError, FedtuneError
+from fedtune.errors import ConfigError, FedtuneError, RecordError
 from fedtune.export.card import data_card
 from fedtune.models.classifier import load_saved
 from fedtune.models.encoder import _tokenizer, load_encoder
@@ -499,6 +500,15 @@ def test_any_inner_field_is_read_or_refused(
     for read in readers if len(readers) < 3 else readers[at % 3 :: 3]:
         refusal = _refusal(read)
         assert refusal is None or (refusal.strip() and len(refusal) < 1500 + 8 * len(str(folder)))
+
+
+@pytest.mark.parametrize("where", ["privacy", "privacy.per_node[0]"])
+def test_an_epsilon_without_a_delta_is_no_promise(record: dict[str, Any], tmp_path: Path, where: str) -> None:
+    part = record["privacy"] if where == "privacy" else record["privacy"]["per_node"][0]
+    part["delta"] = None
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(RecordError, match="there is no " + re.escape(where) + r"\.delta that it belongs to"):
+        records.read(tmp_path)
 
 
 def test_amounts_and_counts_that_a_record_lacks_are_unknown(record: dict[str, Any], tmp_path: Path) -> None:
