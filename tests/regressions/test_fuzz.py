@@ -65,7 +65,7 @@ def search(share: float, short: int) -> Callable[[Any], Any]:
         max_examples=max(1, round(LONG * share)) if LONG else short,
         derandomize=not LONG,
         database=kept if LONG else None,
-        deadline=20_000 if LONG else None,
+        deadline=120_000 if LONG else None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
@@ -404,7 +404,9 @@ def test_a_refused_run_has_charged_nobody(
     assert refusal is None or (refusal.strip() and "\n" not in refusal)
     # What a round released before it failed is charged, and left a checkpoint after round 0.
     began = any((root / "run" / "checkpoint").glob("round-00000[1-9].ckpt"))
-    assert refusal is None or began or not charged, f"charged for nothing: {refusal}"
+    # A step that is too large is known when it was made: its round is charged, and that is said.
+    said = refusal is not None and "The round is charged" in refusal
+    assert refusal is None or began or said or not charged, f"charged for nothing: {refusal}"
 
 
 def _refusal(call: Callable[[], Any]) -> str | None:
