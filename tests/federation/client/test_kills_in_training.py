@@ -15,6 +15,7 @@ from fedtune.config.convert import to_json
 from fedtune.config.schema import Config, PrivacyConfig
 from fedtune.federation.client.node_context import node_ledger
 from fedtune.privacy.accounting.epsilon import Term
+from tests.support.killed_trainings import ENOUGH
 from tests.support.ledgers import charged
 
 REPOSITORY = Path(__file__).parents[3]
@@ -42,11 +43,9 @@ def test_kills_in_real_trainings_leave_nothing_uncharged(
     seed: int, tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
     found = killed(tiny(), tmp_path, 55, seed)
-    assert (found["kills"], found["forgotten"]) == (55, 0)
-    assert found["in training"] >= 15  # else they were killed where nothing is at stake
-    assert found["left"] >= 15
-    # Nearly all of those: a few were killed when the release was committed and its answer not yet written.
-    assert found["unfinished"] >= 15
+    assert found["kills"] >= 55 and found["forgotten"] == 0
+    # Else they were killed where nothing is at stake.
+    assert all(found[what] >= least for what, least in ENOUGH), found
     # What is composed is all of it, unfinished releases too, and the books go on.
     ledger = node_ledger()
     releases = ledger.releases()

@@ -22,9 +22,10 @@ from fedtune.federation.server.checkpoint import load_latest
 from tests.support.tiny_federation import private
 
 REPOSITORY = Path(__file__).parents[3]
-# Tells what it does on standard output, so that the test can kill it at a chosen moment.
+# Tells what it does on standard output, and stays where it has told its last argument, to be killed there.
 CHILD = """
 import sys
+import time
 from pathlib import Path
 from tests.support.fake_federation import Watcher
 from tests.support.tiny_federation import one_thread
@@ -34,7 +35,10 @@ from fedtune.config.convert import config_from_json
 
 class Teller(Watcher):
     def on_client(self, node, status):
-        print(len(self.rounds) + 1, node, status.split(":")[0], flush=True)
+        told = f"{len(self.rounds) + 1} {node} {status.split(':')[0]}"
+        print(told, flush=True)
+        if told == sys.argv[3]:
+            time.sleep(600)
     def on_round(self, summary):
         super().on_round(summary)
 
@@ -46,9 +50,9 @@ except KeyboardInterrupt as error:
 """
 
 
-def start(config: Config, run_dir: Path) -> subprocess.Popen[str]:
+def start(config: Config, run_dir: Path, stays: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, to_json(config), str(run_dir)],
+        [sys.executable, "-c", CHILD, to_json(config), str(run_dir), stays],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -75,8 +79,9 @@ def test_a_run_goes_on_after_kill_9_with_its_accounting_intact(
 ) -> None:
     config = private(tiny(federation__num_rounds=4))
     run_dir = tmp_path / "run"
-    child = start(config, run_dir)
-    wait_for(child, "2 site-1 answered")  # in the middle of round 2
+    moment = "2 site-1 answered"  # in the middle of round 2
+    child = start(config, run_dir, moment)
+    wait_for(child, moment)
     child.send_signal(signal.SIGKILL)
     child.wait()
 
