@@ -119,7 +119,7 @@ def _write(finished: dict[str, Any], path: Path) -> None:
     """A study's copy of a record: small, a line for each section, without what no study reads."""
     config = finished["config"]
     config["output"] = config["data"]["path"] = None  # it says nothing to others
-    if config["public"]["path"]:
+    if config.get("public", {}).get("path"):  # records of before have no such group
         config["public"]["path"] = Path(config["public"]["path"]).name
     finished["privacy"].pop("ledger", None)
     sections = (
