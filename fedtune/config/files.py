@@ -105,13 +105,17 @@ def save(path: Path, content: bytes, *, mode: int = 0o666) -> None:
 def being_written(path: Path) -> Iterator[IO[str]]:
     """A text file for a person that appears as `path` when the block ends; not at all if it raises.
 
+    Only its owner can read it: what is written so may be private texts.
+
     Raises:
         ResourceError: the file cannot be written; with the way out.
     """
     beside = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("w", encoding="utf-8", newline="") as file:
+        beside.unlink(missing_ok=True)  # of a process that died, and may have had another mode
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
             yield file
         beside.replace(path)
     except OSError as error:
@@ -119,7 +123,8 @@ def being_written(path: Path) -> Iterator[IO[str]]:
             f"Cannot write {path}: {error.strerror or error}. Choose another place with --output."
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # also where there is no such folder, since a file has its name
+            beside.unlink()
 
 
 def create_whole(path: Path, content: bytes, *, mode: int = 0o600) -> None:

@@ -127,6 +127,7 @@ def _limit(site: SiteSettings) -> None:
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(site.limits.threads)
     _skip_unused_libraries()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a worker that crashes leaves no texts on the disk
     if site.limits.memory_gb is not None:
         limit = int(site.limits.memory_gb * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

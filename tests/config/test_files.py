@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config.files import cache_dir, create_whole, lock_file, replace_whole, state_dir
+from fedtune.config.files import being_written, cache_dir, create_whole, lock_file, replace_whole, state_dir
 from fedtune.errors import ResourceError
 from tests.support.golden import Golden
 
@@ -64,6 +64,20 @@ def test_a_file_that_is_there_is_not_created_again(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         create_whole(tmp_path / "key", b"two")
     assert (tmp_path / "key").read_bytes() == b"one"
+
+
+def test_what_is_written_for_a_person_is_for_nobody_else_and_there_whole_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "new" / "answers.csv"
+    with being_written(path) as file:
+        file.write("text,label\n")
+    with pytest.raises(KeyError), being_written(path):
+        raise KeyError
+    assert path.read_text() == "text,label\n" and path.stat().st_mode & 0o777 == 0o600
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(ResourceError, match="Cannot write"), being_written(path / "below a file"):
+        pass
 
 
 def test_threads_that_write_one_file_at_once_do_not_meet(tmp_path: Path) -> None:

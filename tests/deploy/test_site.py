@@ -367,12 +367,12 @@ def test_a_worker_is_held_to_its_owners_limits(tmp_path: Path) -> None:
         "except MemoryError:\n"
         "    taken = None\n"
         "print(json.dumps([resource.getrlimit(resource.RLIMIT_DATA)[1], os.environ['OMP_NUM_THREADS'],\n"
-        "                  taken is None]))\n"
+        "                  taken is None, resource.getrlimit(resource.RLIMIT_CORE)]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, site.to_json()], check=True, capture_output=True, timeout=120
     )
-    assert json.loads(done.stdout) == [500_000_000, "1", True]
+    assert json.loads(done.stdout) == [500_000_000, "1", True, [0, 0]]
 
 
 @pytest.mark.slow
