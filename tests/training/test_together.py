@@ -205,7 +205,7 @@ def test_each_node_has_noise_of_its_own_in_each_step(
     right = all(abs((np.square(one).sum() - size) / math.sqrt(2 * size)) < 4.5 for one in (*of_steps, *moved))
     between = of_steps @ of_steps.T / math.sqrt(size)
     independent = np.abs(between[~np.eye(len(between), dtype=bool)]).max() < 5
-    assert (right and independent) is (not spoilt)
+    assert bool(right and independent) is (not spoilt)
     if not spoilt:
         # Two words a number, and one for each unit that may be drawn.
         assert sum(asked) == count * steps * (2 * size + 4)
