@@ -2,9 +2,9 @@
 
 Whoever names the file declares it public: epsilon says nothing of it. So what is found wrong may be said in
 full, and what is most likely a mistake is refused: texts that are among the run's own private ones, or among
-those that it is tested on. Texts are compared as a ledger knows them again, whatever their capitals, blanks
-and Unicode form (`fedtune.privacy.ledger.identity`). Where the private texts are elsewhere, as in a real
-federation, nobody can compare.
+those that it is tested on. Texts, and pairs as a whole, are compared as a ledger knows them again, whatever
+their capitals, blanks and Unicode form (`fedtune.privacy.ledger.identity`). Where the private texts are
+elsewhere, as in a real federation, nobody can compare.
 
 No text is left out because it is private too: what the model starts from would then tell which ones are.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fedtune.config.schema import Config
-from fedtune.data.corpus import Corpus, TokenizedCorpus
+from fedtune.data.corpus import ByteArray, Corpus, TokenizedCorpus
 from fedtune.data.sources.columns import Columns, build_corpus
 from fedtune.data.sources.files import read_table, readable
 from fedtune.data.tokenize import tokenize
@@ -162,6 +162,15 @@ def _check_apart(
 
 
 def _shared(corpus: Corpus, other: TokenizedCorpus) -> int:
-    """How many of the texts are in `other` too."""
-    known = {row.tobytes() for row in other.marks}
-    return sum(row.tobytes() in known for row in corpus.marks)
+    """How many of the texts are in `other` too: of pairs, both together.
+
+    The first mark is the whole record's. The further ones, of a pair's texts, depend on how common each is in
+    its own corpus.
+    """
+    known = {row.tobytes() for row in _whole(other.marks)}
+    return sum(row.tobytes() in known for row in _whole(corpus.marks))
+
+
+def _whole(marks: ByteArray) -> ByteArray:
+    """Of marks [n, k, 32] or [n, 32] those of the records, [n, 32]."""
+    return marks[:, 0] if marks.ndim == 3 else marks

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -129,7 +129,9 @@ def learn(site: SiteSettings, notice: str) -> str | None:
         values = json.loads(notice)
         pems = [str(one).encode() for one in values["authorities"]]
         told = _authorities(b"".join(pems))
-        new = int(values["number"])
+        new = values["number"]
+        if type(new) is not int or not 0 < new < 10**9:
+            raise ValueError("it has no number")
         if told == before:
             return None
         newest = before[0]
@@ -142,7 +144,16 @@ def learn(site: SiteSettings, notice: str) -> str | None:
             raise ValueError("a certificate in it has expired, or this machine's clock is off")
         signature = base64.b64decode(values["signature"], validate=True)
         _key(newest).verify(signature, _signed(values), ec.ECDSA(hashes.SHA256()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidSignature) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        InvalidSignature,
+        UnsupportedAlgorithm,
+        x509.DuplicateExtension,
+    ) as error:
         raise FederationError(
             f"The server {site.server} tells of authorities in a way that site '{site.site}' does not trust "
             f"({error or 'its signature is wrong'}). Nothing was changed. If the operator has another "

@@ -399,6 +399,11 @@ def data_card(record: Mapping[str, Any]) -> str:
         f"Texts are cut to {config['max_length']} tokens.",
         _testing(record),
     ]
+    if start := data.get("public_start"):
+        lines.append(
+            f"Before that: {start['texts']:,} labelled texts that whoever started the run declared public "
+            f"(SHA-256 of their file: {start['digest'][:16]}). They were learnt from without noise."
+        )
     parts = [
         "# Data card",
         "What the model of this folder was trained on, by what is public of it.",

@@ -164,6 +164,7 @@ def test_a_notice_that_is_not_signed_by_the_newest_authority_is_nothing(made: An
     for change in (
         {"signature": ""}, {"number": 2}, {"federation": "other"}, {"authorities": []},
         {"authorities": [good["authorities"][0] + "x"]}, {"authorities": "x"}, {"number": None},
+        {"number": float("inf"), "authorities": [made[2]["former"].decode()]}, {"number": True},
         {"authorities": [made[2]["evil"].decode(), made[2]["former"].decode()]},
     ):  # fmt: skip
         refuses(made, json.dumps({**good, **change}))

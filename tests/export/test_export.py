@@ -156,6 +156,10 @@ def test_a_data_card_claims_no_more_than_is_so() -> None:
     assert "computed from them but what was noised and charged." in card.data_card(private)
     private["data"]["labels_declared"] = False
     assert "noised and charged and the names of the labels." in card.data_card(private)
+    assert "declared public" not in card.data_card(private)
+    start = {"texts": 1200, "digest": "ab" * 32}
+    begun = {**private, "data": {**private["data"], "public_start": start}}
+    assert "1,200 labelled texts that whoever started the run declared public" in card.data_card(begun)
     known = make_record()
     known["data"]["test_records"], known["metrics"]["evaluation"] = 40, {"data": "public"}
     assert "40 public records that share no person with the training data" in card.data_card(known)

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedtune.config.choices import check_together, resolved
 from fedtune.config.schema import Config, PublicConfig
-from fedtune.data.public_texts import PublicTexts
+from fedtune.data.corpus import Corpus
+from fedtune.data.public_texts import PublicTexts, _shared
 from fedtune.errors import ConfigError, DataError
 from fedtune.federation.resources import RunResources
 from fedtune.runs.check import check, in_text
@@ -124,6 +126,27 @@ def test_a_part_of_the_private_file_is_refused_and_a_chance_meeting_is_told(
     assert len(found.notes) == 1 and "2 of the 200 texts" in found.notes[0]
     public = dataclasses.replace(config, data=dataclasses.replace(config.data, public=True))
     assert "declared public" in read(public, tmp_path / "part.csv").notes[0]
+
+
+def test_pairs_that_share_a_prompt_are_known_again_as_a_whole() -> None:
+    """The prompt is in most of the one corpus, and in few of the other, where it has a mark of its own."""
+    answers = [f"answer {number}" for number in range(20)]
+    public = corpus_of(["prompt"] * 4 + answers[4:10], answers[:10])
+    private = corpus_of(["prompt"] * 20, answers)
+    assert not {row.tobytes() for row in public.marks} & {row.tobytes() for row in private.marks}
+    assert _shared(public, private) == 4  # type: ignore[arg-type]
+    nobody = corpus_of([], [])
+    assert _shared(public, nobody) == _shared(nobody, public) == 0  # type: ignore[arg-type]
+
+
+def corpus_of(texts: list[str], pairs: list[str]) -> Corpus:
+    return Corpus(
+        name="pairs",
+        texts=tuple(texts),
+        labels=np.zeros(len(texts), dtype=np.int64),
+        label_names=("no", "yes"),
+        pairs=tuple(pairs),
+    )
 
 
 def test_what_is_tested_on_is_not_learnt_from(

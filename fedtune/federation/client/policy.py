@@ -28,6 +28,7 @@ from fedtune.config.schema import (
     DataConfig,
     Group,
     PartitionConfig,
+    PublicConfig,
     Source,
     Trust,
     Unit,
@@ -209,6 +210,7 @@ class SiteSettings(Group):
         return dataclasses.replace(
             asked,
             data=data,
+            public=PublicConfig(),  # a file of the submitter's: nothing is looked for here at its path
             partition=PartitionConfig(name="natural"),
             federation=dataclasses.replace(asked.federation, nodes=None),
             engine=dataclasses.replace(asked.engine, name="deployment", server=None),

@@ -151,7 +151,9 @@ def test_the_data_section_is_the_sites_own() -> None:
     config = asked()
     config.data.path, config.data.public, config.data.only_site = "/etc", True, "another"
     config.data.labels = ["no", "yes"]
+    config.public.path = "/etc/shadow"
     own = site().own(config)
+    assert own.public.path is None  # the submitter's own file: not even looked for at a site
     assert (own.data.path, own.data.public, own.data.only_site) == ("/x/data.csv", False, "clinic-1")
     assert own.data.labels == ["no", "yes"] and own.data.declared_size == 1000
     assert config.data.path == "/etc"
