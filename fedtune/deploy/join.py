@@ -331,7 +331,7 @@ def _ask(
             back=text("back", 1000),
             notice=text("authorities", 8000),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FederationError(
             f"The server {site.server} does not answer as fedtune {build()} does (HTTP status {status}): "
             "it is another version, or another program. Ask its operator which fedtune it runs."

@@ -352,7 +352,9 @@ def _key_of(config: Config) -> str:
     if config.public.path is not None:
         from fedtune.data.sources.files import state_of
 
-        relevant.append({"public": asdict(config.public), "files": state_of(Path(config.public.path))})
+        relevant.append(
+            {"public": asdict(config.public), "files": state_of(Path(config.public.path).expanduser())}
+        )
     evaluation = config.federation.evaluation
     relevant.append(
         {"held out": config.federation.evaluation_share if evaluation == "private" else evaluation}
