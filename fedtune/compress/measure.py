@@ -15,13 +15,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedtune.compress.transfer import Inputs
 from fedtune.errors import ResourceError
 from fedtune.serving.classifier import Classifier, Forward, onnx_forward, torch_forward
+
+if TYPE_CHECKING:
+    from fedtune.compress.transfer import Inputs  # needs torch, which must not count where it is not asked
 
 __all__ = ["memory_of", "speeds"]
 

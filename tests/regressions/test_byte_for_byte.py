@@ -251,9 +251,9 @@ def test_the_comparison_finds_a_digest(model: Path, tmp_path: Path, monkeypatch:
 
     facts = measures.data_facts
 
-    def with_digest(config, data, result):  # type: ignore[no-untyped-def]
+    def with_digest(config, data, result, notes):  # type: ignore[no-untyped-def]
         digest = hashlib.sha256(data.train.input_ids.tobytes()).hexdigest()
-        return {**facts(config, data, result), "source": digest[:12]}
+        return {**facts(config, data, result, notes), "source": digest[:12]}
 
     monkeypatch.setattr(measures, "data_facts", with_digest)
     config = settings(model, tmp_path, "local", "record")
