@@ -14,9 +14,12 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-__all__ = ["Cell", "known", "run_all", "run_cell", "script"]
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
+
+__all__ = ["Cell", "differences", "known", "run_all", "run_cell", "script"]
 
 _LENGTH = 64  # tokens, of `data.max_length` in every study
 
@@ -85,9 +88,7 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
     config = load([*cell.overrides(), *extra])
     path = records / f"{cell.name}.json"
     if path.exists():
-        kept = _settings_of(record.read(path)["config"])
-        wanted = _settings_of(record.clean(dataclasses.asdict(config)))
-        if different := _differences(kept, wanted):
+        if different := differences(record.read(path)["config"], config):
             raise RecordError(
                 f"{path} was made with other settings ({', '.join(different)}), and a study "
                 "mixes no settings. Delete it to run it again, or choose another folder with --records."
@@ -102,13 +103,27 @@ def run_cell(cell: Cell, records: Path, work: Path, extra: list[str]) -> bool:
     return True
 
 
+def differences(kept: dict[str, Any], config: Config) -> list[str]:
+    """Dotted names of the settings in which the run of a record's `kept` was not that of `config`."""
+    from fedtune.runs import record
+
+    return _differences(_settings_of(kept), _settings_of(record.clean(dataclasses.asdict(config))))
+
+
 def _settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """What two runs must share to be the same run: all but where files are, when it was looked at, and what
-    it is priced by."""
-    shared = {key: value for key, value in config.items() if key not in ("output", "resume", "pricing")}
-    public = shared.get("public") or {}  # an earlier version had none
+    it is priced by. What an earlier version did not know is as it is where nobody chooses."""
+    from fedtune.config.schema import Config
+    from fedtune.runs import record
+
+    shared = {
+        name: {**unset, **(config.get(name) or {})} if isinstance(unset, dict) else config.get(name, unset)
+        for name, unset in record.clean(dataclasses.asdict(Config())).items()
+        if name not in ("output", "resume", "pricing")
+    }
+    public = shared["public"]
     return shared | {
-        "public": {**public, "path": public.get("path") and Path(public["path"]).name},
+        "public": {**public, "path": public["path"] and Path(public["path"]).name},
         # What nobody gave is as many as public texts need, which for those of the studies is 64.
         "data": {**shared["data"], "path": None, "max_length": shared["data"]["max_length"] or _LENGTH},
         "federation": {**shared["federation"], "evaluate_every": None},
@@ -130,12 +145,8 @@ def _write(finished: dict[str, Any], path: Path) -> None:
 
 
 def _differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Dotted names of the settings in which two configurations differ.
-
-    A setting that one of them does not know, as an earlier version's record, is off there (false or null).
-    """
-    if isinstance(one, dict) or isinstance(other, dict):
-        one, other = one or {}, other or {}  # a group of settings that one of them does not know
+    """Dotted names of the settings in which two configurations differ. Null beside false is off."""
+    if isinstance(one, dict) and isinstance(other, dict):
         found = [_differences(one.get(key), other.get(key), f"{name}.{key}") for key in {**one, **other}]
         return list(itertools.chain.from_iterable(found))
     off = not one and not other and (one is None or other is None)

@@ -80,6 +80,23 @@ def test_the_shipped_table_is_of_the_shipped_records(study: str) -> None:
         assert float(rows[point.id]["epsilon"] or math.inf) == pytest.approx(point.epsilon, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_the_table_of_private_accuracy_is_of_its_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = STUDIES / "private_accuracy"
+    study = import_script(folder, "study", monkeypatch)
+    values, _ = study.table.read(folder / "records")
+    text = study.table.table(values, study.earlier(folder / "records"))
+    assert text in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_cell_with_settings_of_before_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = import_script(STUDIES / "private_accuracy", "study", monkeypatch)
+    values = {("opinions", "head", "local", 8): [0.5], ("opinions", "head", "none", None): [0.5]}
+    text = study.table.table(values, {("opinions", "head", "none", None): ["train.damped"]})
+    assert "| head | local | not run | not run | 50.0 (one seed) | 50.0 (one seed) † |" in text
+    assert text.endswith("opinions head none: `train.damped`.")
+
+
 def test_no_site_loses_by_joining_with_a_part_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = STUDIES / "private_accuracy" / "personal"
     personal = import_script(folder, "study", monkeypatch)
@@ -120,6 +137,7 @@ def test_a_script_of_a_study_ends_in_words(
         ({}, None),
         ({"federation.evaluate_every": 7}, None),
         ({"train.damped": ...}, None),  # of a version that had no such setting
+        ({"data.long_text": ...}, None),
         ({"pricing.serving_load": ...}, None),
         ({"data.max_length": 64}, None),
         ({"data.max_length": 96}, "(data.max_length)"),

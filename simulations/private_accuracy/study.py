@@ -18,15 +18,20 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedtune.config.schema import Config
 
 HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
 sys.path.insert(0, str(HERE))  # whoever loads this script finds its neighbours too
 
+import table  # noqa: E402
 from table import ADAPTERS, CORPORA, EPSILONS, TRUSTS  # noqa: E402
 
-from simulations.cells import run_all, script  # noqa: E402
+from simulations.cells import differences, run_all, script  # noqa: E402
 
 SEEDS = (0, 1, 2)
 _FILES = ("data=files", "data.text=text", "data.test_split=test", "data.test_public=true", "data.public=true")
@@ -83,6 +88,24 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     return found
 
 
+def earlier(records: Path) -> dict[table.Key, list[str]]:
+    """By cell: the settings in which one of its records is not what the recipe, as it is now, would run."""
+    from fedtune.config.loader import load
+    from fedtune.runs import record
+
+    found: dict[table.Key, list[str]] = {}
+    today: dict[table.Key, Config] = {}
+    for path in sorted(records.glob("*.json")):
+        kept, (corpus, adapter, trust, *_) = record.read(path), path.stem.split("-")
+        epsilon = kept["privacy"]["target_epsilon"]
+        key = (corpus, adapter, trust, None if epsilon is None else int(epsilon))
+        if key not in today:
+            today[key] = load(Cell(*key, seed=0, folder=HERE).overrides())
+        if different := differences({**kept["config"], "seed": 0}, today[key]):
+            found[key] = different
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,15 +127,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="run nothing; make table and figure")
     parser.add_argument("overrides", nargs="*", help="name=value, for every run")
     options = parser.parse_args(arguments)
-    import table
-
     if not options.report:
         part, parts = map(int, options.part.split("/"))
         wanted = cells(options)[part - 1 :: parts]
         run_all(wanted, options.records, options.work, options.overrides)
-    print(
-        f"\n{table.write(options.records, HERE if options.records == HERE / 'records' else options.records)}"
-    )
+    place = HERE if options.records == HERE / "records" else options.records
+    print(f"\n{table.write(options.records, place, earlier(options.records))}")
     return 0
 
 

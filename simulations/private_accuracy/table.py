@@ -29,7 +29,8 @@ _NAMES = {
     "none": "without privacy",
 }
 
-Values = dict[tuple[str, str, str, int | None], list[float]]
+Key = tuple[str, str, str, int | None]  # corpus, adapter, trust, epsilon
+Values = dict[Key, list[float]]
 
 
 def read(records: Path) -> tuple[Values, dict[str, str]]:
@@ -59,8 +60,9 @@ def cell(values: list[float] | None) -> str:
     return f"{mean} ± {error:.1f}"
 
 
-def table(values: Values) -> str:
-    """Rows: corpus, adapter, trust. Columns: epsilons, and without privacy."""
+def table(values: Values, earlier: dict[Key, list[str]]) -> str:
+    """Rows: corpus, adapter, trust. Columns: epsilons, and without privacy. Marked: what is in `earlier`, the
+    cells with a record that was made with settings which the recipe does not choose any more."""
     heads = " | ".join(f"epsilon {epsilon}" for epsilon in EPSILONS)
     lines = [
         f"| corpus | adapter | trust | {heads} | none |",
@@ -71,9 +73,17 @@ def table(values: Values) -> str:
             if not any(key[:2] == (corpus, adapter) for key in values):
                 continue
             for trust in TRUSTS:
-                row = [cell(values.get((corpus, adapter, trust, epsilon))) for epsilon in EPSILONS]
-                row.append(cell(values.get((corpus, adapter, "none", None))))
+                keys: list[Key] = [(corpus, adapter, trust, epsilon) for epsilon in EPSILONS]
+                keys.append((corpus, adapter, "none", None))
+                row = [cell(values.get(key)) + (" †" if key in earlier else "") for key in keys]
                 lines.append(f"| {WHAT[corpus]} | {adapter} | {trust} | {' | '.join(row)} |")
+    if earlier:
+        by_settings: dict[str, list[str]] = {}
+        for (corpus, adapter, trust, epsilon), settings in earlier.items():
+            which = f"{corpus} {adapter} {trust}" + (f" {epsilon}" if epsilon is not None else "")
+            by_settings.setdefault(", ".join(f"`{name}`" for name in settings), []).append(which)
+        marked = "; ".join(f"{', '.join(cells)}: {settings}" for settings, cells in by_settings.items())
+        lines += ["", f"† with a record that was made before the recipe changed. {marked}."]
     return "\n".join(lines)
 
 
@@ -161,7 +171,7 @@ def draw(values: Values, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(records: Path, folder: Path) -> Path:
+def write(records: Path, folder: Path, earlier: dict[Key, list[str]]) -> Path:
     """Writes figure.png, and the table into README.md between its marks."""
     values, recipes = read(records)
     if not values:
@@ -177,5 +187,5 @@ def write(records: Path, folder: Path) -> Path:
         for adapter in ADAPTERS
         if adapter in recipes
     )
-    readme.write_text(f"{head}{begin}\n{table(values)}\n\n{how}\n{end}{tail}")
+    readme.write_text(f"{head}{begin}\n{table(values, earlier)}\n\n{how}\n{end}{tail}")
     return readme
