@@ -369,16 +369,16 @@ class Admission:
     def _note_joins(self, online: set[str]) -> None:
         if self._trail is not None:
             for site in sorted(online - self._online):
-                self._trail.note("site joined", site, site=site)
+                self._trail.by_site("site joined", site)
             for site in sorted(self._online - online):
-                self._trail.note("site left", site, site=site)
+                self._trail.by_site("site left", site)
         self._online = online
 
     def note_trust(self, site: str, trusted: object) -> None:
         """Keeps which authorities a site says that it trusts. Raises OSError."""
         told = self.authorities.note(site, trusted)
         if told is not None and self._trail is not None:
-            self._trail.note("site trusts", site, site=site, fingerprint=" and ".join(told))
+            self._trail.by_site("site trusts", site, fingerprint=" and ".join(told))
 
     def changed(self, *, enrol: str, revoke: str, by: str) -> tuple[int, dict[str, Any]]:
         """Enrols or revokes a site as an operator asks over the network: (HTTP status, answer)."""

@@ -50,7 +50,7 @@ NOTICE = "authorities.json"  # in a server folder: what it tells
 _LEARNED = "authorities.pem"
 _PURPOSE = b"fedtune-authorities:"
 _MOST = 2
-_HEAD = re.compile(rb"notice (\d{1,9}) of the authority in the ca\.crt with SHA-256 ([0-9a-f]{64})\n")
+_HEAD = re.compile(rb"notice (\d{1,9}) of the authority in the ca\.crt with SHA-256 ([0-9a-f]{64})")
 
 
 def read_authorities(path: Path) -> list[x509.Certificate]:
@@ -102,7 +102,11 @@ def make_notice(federation: str, number: int, authorities: Sequence[bytes], sign
 
 
 def trusted(site: SiteSettings) -> Path:
-    """The file with the authorities that a site trusts: its `ca.crt`, or what it learned since."""
+    """The file with the authorities that a site trusts: its `ca.crt`, or what it learned since.
+
+    Raises:
+        ConfigError: what it learned cannot be read; its `ca.crt` may name an authority that was retired.
+    """
     learned = _learned_file(site)
     return learned if _number(learned, Path(site.ca)) is not None else Path(site.ca)
 
@@ -119,12 +123,11 @@ def learn(site: SiteSettings, notice: str) -> str | None:
 
     Raises:
         FederationError: it is not to be trusted; nothing was changed.
-        ConfigError: the site's `ca.crt` cannot be read.
+        ConfigError: the site's `ca.crt`, or what it learned before, cannot be read.
         ResourceError: it cannot be written down; nothing was changed.
     """
-    path = trusted(site)
-    before = read_authorities(path)
-    number = _number(path, Path(site.ca)) or 0
+    before = read_authorities(trusted(site))
+    number = _number(_learned_file(site), Path(site.ca)) or 0
     try:
         values = json.loads(notice)
         pems = [str(one).encode() for one in values["authorities"]]
@@ -182,14 +185,35 @@ def _learned_file(site: SiteSettings) -> Path:
 
 
 def _number(learned: Path, ca: Path) -> int | None:
-    """Of the last notice that was taken up; None if none was since `ca` is as it is."""
+    """Of the last notice that was taken up; None if none was since `ca` is as it is. Raises ConfigError."""
     try:
-        with learned.open("rb") as file:
-            head = _HEAD.fullmatch(file.readline(200))
-        known = head is not None and head[2].decode() == hashlib.sha256(ca.read_bytes()).hexdigest()
-    except OSError:
+        head, _, content = learned.read_bytes().partition(b"\n")
+    except FileNotFoundError:
         return None
-    return int(head[1]) if head is not None and known else None
+    except OSError as error:
+        raise _unreadable(learned, error.strerror or error) from error
+    try:
+        digest = hashlib.sha256(ca.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{ca} holds no certificate of an authority ({error}).") from error
+    if (found := _HEAD.fullmatch(head)) is None:
+        raise _unreadable(learned, "its first line is not fedtune's")
+    if found[2].decode() != digest:
+        return None
+    try:
+        _authorities(content)
+    except ValueError as error:
+        raise _unreadable(learned, error) from error
+    return int(found[1])
+
+
+def _unreadable(learned: Path, why: object) -> ConfigError:
+    return ConfigError(
+        f"{learned} cannot be read ({why}), and it says which authorities this site trusts now; its ca.crt "
+        "may name one that was retired since. Restore the file from a backup of state/, or mend its mode. If "
+        "there is no backup, ask the operator for a new archive, by another way, put its ca.crt and "
+        "archive.sig beside node.yaml, and move this file away."
+    )
 
 
 def _authorities(content: bytes) -> list[x509.Certificate]:

@@ -44,6 +44,7 @@ __all__ = [
     "Connections",
     "DoorServer",
     "HeaderDeadline",
+    "bounded",
     "give_memory_back",
     "most_connections",
 ]
@@ -266,8 +267,12 @@ class HeaderDeadline(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+        if self._deadline is None and self.is_idle():
             self._expect()
+
+    def is_idle(self) -> bool:
+        """Whether it waits for a request, or for the rest of its headers."""
+        return self.cycle is None or self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
         """See httptools."""
@@ -286,6 +291,30 @@ class HeaderDeadline(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def bounded(most: int) -> type[HeaderDeadline]:
+    """A protocol of which a server has `most` connections at once, for one that asks for no credential first.
+
+    One more takes the place of the oldest that waits for a request of its client's. Where all are in the
+    middle of one, who comes is turned away: what was accepted is answered.
+    """
+    held: dict[HeaderDeadline, None] = {}  # oldest first
+
+    class Bounded(HeaderDeadline):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            held[self] = None
+            if len(held) > most:
+                gone = next((one for one in held if one.is_idle() and one is not self), self)
+                del held[gone]
+                gone.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            held.pop(self, None)
+            super().connection_lost(exc)
+
+    return Bounded
 
 
 class DoorServer(uvicorn.Server):

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedtune.deploy.client import Server
+from fedtune.deploy.progress import checked_round
 from fedtune.deploy.runs import RUN_HEADER
 from fedtune.deploy.server import AFTER_HEADER, FOLLOW_PATH
-from fedtune.errors import ResourceError
+from fedtune.errors import FederationError, ResourceError
 from fedtune.privacy.publication import one_line
 
 __all__ = ["follow_run"]
@@ -38,7 +39,7 @@ def follow_run(
 
     Raises:
         ConfigError: the server knows no such run.
-        FederationError: it refuses the request.
+        FederationError: it refuses the request, or answers in another way than fedtune's.
     """
     after, away, last = 0, False, _LAST_SECONDS
     while True:
@@ -51,16 +52,22 @@ def follow_run(
             pause(_ASK_SECONDS)
             continue
         away = False
-        for summary in found["rounds"]:
+        try:
+            rounds, ended = [checked_round(one) for one in found["rounds"]], found["ended"] is True
+            asked = ("state", "by", "statement")
+            state, by, statement = (str(found[name] or "") for name in asked)
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            raise FederationError(
+                f"The server {server.address} tells of run {run} in a way that this fedtune does not know "
+                f"({type(error).__name__}); is it of the same version?"
+            ) from error
+        for summary in rounds:
             show(_line(summary))
-            after = max(after, int(summary["round"]))
-        ended = found["ended"] is True
-        if ended and (found["statement"] or last <= 0):
-            state, by = one_line(str(found["state"])), one_line(str(found["by"]))
-            if found["statement"]:
-                lines = str(found["statement"]).splitlines()
-                show("\n".join(one_line(line, keep_blanks=True) for line in lines))
-            show(f"run {run}{f' of {by}' if by else ''}: {state}")
+            after = max(after, summary["round"])
+        if ended and (statement or last <= 0):
+            if statement:
+                show("\n".join(one_line(line, keep_blanks=True) for line in statement.splitlines()))
+            show(one_line(f"run {run}{f' of {by}' if by else ''}: {state}"))
             return state == "completed"
         last -= _ASK_SECONDS if ended else 0.0
         pause(_ASK_SECONDS)

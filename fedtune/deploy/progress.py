@@ -26,7 +26,7 @@ from fedtune.privacy.publication import publish
 if TYPE_CHECKING:
     from fedtune.federation.events import FederationResult, RoundSummary
 
-__all__ = ["MAX_REPORT", "PATH", "Progress", "Reporter", "report_of_rounds"]
+__all__ = ["MAX_REPORT", "PATH", "Progress", "Reporter", "checked_round", "report_of_rounds"]
 
 PATH = "/v1/fedtune/progress"
 MAX_REPORT = 2**20  # bytes
@@ -115,10 +115,11 @@ def _checked(values: Any) -> dict[str, Any]:
     statement = values.get("statement", "")
     if not isinstance(statement, str):
         raise ValueError("no statement")
-    return {"run": values["run"], "rounds": list(map(_checked_round, rounds)), "statement": statement}
+    return {"run": values["run"], "rounds": list(map(checked_round, rounds)), "statement": statement}
 
 
-def _checked_round(values: Any) -> dict[str, Any]:
+def checked_round(values: Any) -> dict[str, Any]:
+    """A round with the fields that it may have, each of its own kind. Raises ValueError and the like."""
     if not isinstance(values, dict):
         raise ValueError("no round")
     numbers = {name: values.get(name) for name in _NUMBERS}

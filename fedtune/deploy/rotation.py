@@ -63,7 +63,14 @@ class Held:
             held = cls(folder, trusted, int(values["serving"]), int(values["notices"]))
             if not 1 <= len(trusted) <= 2 or held.serving not in trusted:
                 raise ValueError("it names no authority that signs")
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if later := sorted(one.parent.name for one in folder.glob("*/ca.key")):
+                raise ConfigError(
+                    f"{path} is missing, and {folder / later[-1]} is a later authority: nobody knows any "
+                    "more which ones the sites trust. Restore it from a backup of the folder. If there is "
+                    "none, make a new federation folder with the same sites, as docs/administrator.md says "
+                    "of a stolen key."
+                ) from error
             return cls(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
@@ -118,6 +125,7 @@ def advance(held: Held, step: str, name: str, server: Path, without: Sequence[st
     if step == "announce":
         number = max(held.trusted) + 1
         folder = held.place(number)
+        held.write()  # so that from now on the file is missed
         folder.mkdir(mode=0o700, exist_ok=True)
         if not (folder / "ca.key").exists():  # else it was made, and told to nobody: its step was interrupted
             certificates.make_authority(folder, name)

@@ -5,8 +5,9 @@ node's audit log, `fedtune.federation.client.audit_log`), so that a line which w
 out shows. It has enrolments and revocations, runs that were started, stopped and ended, joins and leaves of
 sites, restores that were accepted, and what was refused (401, 403, 429). Refusals of one kind from one
 address are counted, and written once a minute, and so are all that come from more addresses than a minute
-has lines for: a flood of them must not fill the disk. It holds no text, no label and no number of a site's
-data.
+has lines for: a flood of them must not fill the disk. For the same reason an enrolled site has some lines an
+hour for what it does itself, as joins and leaves, and what is more is counted. It holds no text, no label and
+no number of a site's data.
 
 A trail that was cut at its end looks whole. Against that its head is kept elsewhere: by whoever files what
 `fedtune server DIR --trail` prints (`--against HEAD`), by each operator, whose `fedtune status` remembers the
@@ -33,6 +34,7 @@ __all__ = ["Trail", "seen_head"]
 _SECONDS = 60.0  # between two lines of one kind of refusal
 _KINDS = 1000  # of refusals that are counted apart, at most
 _LINES = 60  # about refusals in a minute
+_SITE_SECONDS, _SITE_LINES = 3600.0, 60  # lines in an hour about what one site does itself
 _SHORT = 24  # hex digits of a head's hash
 _HEAD = re.compile(rf"([0-9]{{1,18}})-([0-9a-f]{{{_SHORT}}})")
 _SEEN = "trail-head"  # in an operator's folder
@@ -52,6 +54,7 @@ class Trail:
         self._lock, self._failed = threading.Lock(), False
         self._refusals: dict[tuple[str, ...], list[float]] = {}  # [when it was last written, times since]
         self._minute, self._lines, self._untold = -math.inf, 0, 0  # since when, lines since, refusals since
+        self._sites: dict[str, tuple[float, int]] = {}  # since when, and how often, a site did something
 
     def note(self, event: str, who: str, result: str = "done", **values: Any) -> None:
         """Adds a line, durably."""
@@ -62,6 +65,27 @@ class Trail:
             if not self._failed:
                 self._say(f"the audit trail {self._log.path} cannot be written: {error.__cause__ or error}")
             self._failed = True
+
+    def by_site(self, event: str, site: str, **values: Any) -> None:
+        """Notes what a site did by itself, and did not have to ask for: it may do so again and again."""
+        now = time.monotonic()
+        with self._lock:
+            since, times = self._sites.get(site, (now, 0))
+            untold = 0
+            if now - since >= _SITE_SECONDS:
+                untold, since, times = max(0, times - _SITE_LINES), now, 0
+            self._sites[site] = (since, times + 1)
+        if untold:
+            self.note(
+                "site changes",
+                site,
+                "many",
+                site=site,
+                times=untold,
+                reason="more than an hour has lines for",
+            )
+        if times < _SITE_LINES:
+            self.note(event, site, site=site, **values)
 
     def refused(self, who: str, address: str, path: str, status: int, reason: str) -> None:
         """Notes what was refused: the first time at once, then how often in each minute."""

@@ -2,7 +2,8 @@
 
 Each folder is checked (`Bundle.open`), each model is loaded and asked once before the port opens. SIGTERM and
 Ctrl-C close the port; what was accepted is answered, for `GRACE` seconds at most, and the process ends with
-status 0. A connection that takes too long to say what it wants is closed (`fedtune.deploy.door`).
+status 0. A connection that takes too long to say what it wants is closed, and so is the oldest one that wants
+nothing where the process has descriptors for no more (`fedtune.deploy.door`).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def serve(
     _require()
     import uvicorn
 
-    from fedtune.deploy.door import HeaderDeadline
+    from fedtune.deploy.door import bounded, most_connections
     from fedtune.serving.app import make_app
     from fedtune.serving.keys import Keys
     from fedtune.serving.questions import Limits
@@ -80,7 +81,7 @@ def serve(
     app = make_app(models, limits, keys=known, workers=workers or os.cpu_count() or 1)
     config = uvicorn.Config(
         app,
-        http=HeaderDeadline,
+        http=bounded(most_connections()),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=GRACE,

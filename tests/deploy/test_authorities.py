@@ -207,9 +207,17 @@ def test_a_torn_or_foreign_file_is_not_trusted(made: Any) -> None:
     learn(site, notice(made, 1, "new former", "former"))
     learned = trusted(site)
     whole = learned.read_bytes()
-    for content in (b"", whole[:40], whole.replace(b"notice 1", b"notice x"), crt["evil"]):
+    # Nor is its ca.crt, which may name an authority that was retired since.
+    for content in (b"", whole[:40], whole[:300], whole.replace(b"notice 1", b"notice x"), crt["evil"]):
         learned.write_bytes(content)
-        assert trusted(site) == Path(site.ca)
+        with pytest.raises(ConfigError, match="retired since.*move this file away"):
+            trusted(site)
+    learned.unlink()
+    learned.mkdir()  # root may read any file
+    with pytest.raises(ConfigError, match="retired since"):
+        trusted(site)
+    learned.rmdir()
+    assert trusted(site) == Path(site.ca)  # nothing was learned
     learned.write_bytes(whole)
     assert trusted(site) == learned
     ssl.create_default_context(cafile=str(learned))  # as the node's own requests do, and Flower's
@@ -253,8 +261,9 @@ def test_steps_come_in_their_order_and_an_interrupted_one_is_finished(
     def dies(*args: object) -> None:
         raise OSError(28, "No space left on device", "there")
 
+    write = rotation.Held.write
     with monkeypatch.context() as patch:  # a full disk when the step is written down, and after it
-        patch.setattr(rotation.Held, "write", dies)
+        patch.setattr(rotation.Held, "write", lambda held: dies() if held.notices else write(held))
         assert call("--rotate", "announce")[0] != 0
     assert not (server / rotation.NOTICE).exists()
     made = (authority / "2" / "ca.key").read_bytes()
@@ -272,6 +281,11 @@ def test_steps_come_in_their_order_and_an_interrupted_one_is_finished(
     assert certificates.is_issued_by(server / "server.crt", authority / "2" / "ca.crt")
     (authority / "ca.key").unlink()  # as the last step says
     assert call()[0] == 0
+    (authority / rotation._FILE).rename(tmp_path / "lost")
+    for words in ((), ("--rotate", "announce"), ("--renew",)):
+        status, said = call(*words)
+        assert status == 2 and "authority/2 is a later authority" in "".join(said.split("\n"))
+    assert (server / "server.crt").read_bytes() and not (authority / rotation._FILE).exists()
     (authority / rotation._FILE).write_text('{"trusted": [2')
     status, said = call()
     assert status == 2 and "which authorities the sites trust" in " ".join(said.split())

@@ -15,7 +15,7 @@ from fedtune.cli.app import main
 from fedtune.deploy import certificates, join, server, submit
 from fedtune.deploy import operators as people
 from fedtune.deploy import trail as trails
-from fedtune.deploy.admission import check_fingerprint
+from fedtune.deploy.admission import Admission, check_fingerprint
 from fedtune.deploy.client import Server, status
 from fedtune.deploy.following import follow_run
 from fedtune.deploy.operator_key import operator_line
@@ -359,6 +359,43 @@ def test_a_run_is_followed_from_another_machine_by_who_may_read(
         follow_run(stranger, number, shown.append)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rounds": 7}, {"rounds": [7]}, {"rounds": [{}]}, {"rounds": None}, {"accuracy": "1\x1b[2J"},
+        {"round": "1"}, {"round": 1.5}, {"accuracy": [1]}, {"dropped": 3}, {"dropped": [["a"]]},
+        {"updates": "x"}, {"updates": float("inf")}, {"loss": float("nan")}, {"num_rounds": None},
+        {"dropped": [{}]},
+    ],
+)  # fmt: skip
+def test_who_follows_a_server_that_tells_what_is_no_round_is_told_so(
+    real: Real, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    (first,) = report_of_rounds("7", rounds(number=1, done=1))["rounds"]
+    about = {"ended": False, "statement": "", "state": "running", "by": "bob"}
+    told = {**about, "rounds": [{**first, **change}]} if "rounds" not in change else {**about, **change}
+    monkeypatch.setattr(Server, "ask", lambda *args, **options: told)
+    with pytest.raises(FederationError, match="is it of the same version"):
+        follow_run(Server.of(real.folder), "7", pytest.fail, pytest.fail)
+    for left_out in ("rounds", "ended", "statement"):
+        told = {name: value for name, value in {**about, "rounds": []}.items() if name != left_out}
+        with pytest.raises(FederationError, match="is it of the same version"):
+            follow_run(Server.of(real.folder), "7", pytest.fail, pytest.fail)
+
+
+def test_what_a_server_tells_of_a_run_moves_no_cursor(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first,) = report_of_rounds("7", rounds(number=1, done=1))["rounds"]
+    told = {
+        "rounds": [{**first, "dropped": [["a\x1b[2J", "b\r\nc"]]}], "ended": True, "state": "comp\x1b[1m",
+        "by": "bob\x9b2J", "statement": "one\x1b[2J\ntwo\r",
+    }  # fmt: skip
+    monkeypatch.setattr(Server, "ask", lambda *args, **options: told)
+    shown: list[str] = []
+    follow_run(Server.of(real.folder), "7", shown.append, lambda seconds: None)
+    assert len(shown) == 3 and all(part.isprintable() for line in shown for part in line.split("\n"))
+    assert shown[1] == "one?[2J\ntwo"
+
+
 def test_who_follows_waits_for_a_server_that_is_away(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = iter(
         [ResourceError("The server does not answer."), ResourceError("The server does not answer."),
@@ -413,6 +450,26 @@ def test_a_flood_from_many_addresses_has_few_lines_too(
     trail.refused("?", "10.0.0.1", "/x", 403, "no")
     text, whole = trail.text()
     assert whole and "many" in text and "times 2940" in text and text.count("10.0.0.1") == 1
+
+
+def test_a_site_that_comes_and_goes_and_says_new_things_does_not_fill_the_trail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trails.time, "monotonic", clock)
+    trail = Trail(tmp_path)
+    admission = Admission(None, tmp_path, print, trail=trail)
+    for number in range(100):
+        admission.note_trust("mallory", [f"{number:032x}"])
+        admission._note_joins({"mallory"} if number % 2 else set())
+    admission._note_joins({"mallory", "clinic-1"})
+    trail.note("run started", "mallory", run="7")
+    lines = (tmp_path / "trail.jsonl").read_text().splitlines()
+    assert len(lines) == 60 + 2  # of mallory's; and clinic-1 and the run
+    clock.now += 3601
+    admission._note_joins(set())
+    text, whole = trail.text(last=3)
+    assert whole and "times 139" in text and text.count("site left") == 2
 
 
 def test_a_trail_that_cannot_be_written_is_said_once_and_the_server_goes_on(
