@@ -4,15 +4,17 @@ Nothing is decided here: each command is one call into the layers below, and all
 their command is called, so that `fedtune --help` costs no more than typer and rich.
 
 Exit status: 0 it did what was asked; 1 it could not; 2 the command or its configuration is wrong; 3 a run
-finished without a site that should have taken part; 70 a bug of fedtune's; 130 interrupted by Ctrl-C; 141 the
-reader of a pipe went away.
+finished without a site that should have taken part; 70 a bug of fedtune's; 130 interrupted by Ctrl-C or
+SIGTERM; 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
@@ -61,7 +63,7 @@ fedtune run --help  lists every setting""",
 )
 EPILOG = (
     "Exit status: 0 done, 1 failed, 2 wrong usage, 3 partial (a run finished without a site that refused or "
-    "sent nothing), 70 a bug, 130 interrupted."
+    "sent nothing), 70 a bug, 130 interrupted (Ctrl-C, SIGTERM)."
 )
 
 # click itself says what an unknown command may have meant; with typer's answer it would stand there twice.
@@ -116,6 +118,10 @@ def command() -> click.Group:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point of the console script; leaves with one of the exit statuses above."""
     _prepare_streams()
+    if threading.current_thread() is threading.main_thread():
+        # A batch system's time limit or `kill`: as Ctrl-C, so that a run says how to go on. The commands that
+        # serve have their own (`fedtune.deploy.leaving`, `fedtune.serving.serve`).
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # wherever it stands
     given = [argument for argument in given if argument != "--debug"]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -296,6 +297,22 @@ def test_interrupt_says_how_to_go_on(
     assert call(*arguments) == 130
     assert len(runs) == 1, "Ctrl-C ends a sweep, not one run of it"
     assert "resume=here" in one_paragraph(capsys)
+
+
+def test_sigterm_is_as_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch system's time limit ends a run so that it says how to go on."""
+
+    def dispatch(given: list[str], debug: bool) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    try:
+        assert call("run") == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "Interrupted" in one_paragraph(capsys)
 
 
 @pytest.mark.slow
