@@ -23,7 +23,7 @@ import numpy as np
 
 from fedtune.serving.batcher import LEAST_SHARE
 from fedtune.serving.classifier import BATCH_TOKENS
-from scripts.benchmarks.common import OUTPUT
+from scripts.benchmarks.common import RECORDS
 
 __all__ = ["capacity", "page", "simulate"]
 
@@ -169,6 +169,6 @@ def page(record: Mapping[str, Any]) -> str:
 
 def capacity() -> None:
     """Writes docs/capacity.md."""
-    record = json.loads((OUTPUT / "records" / "serving.json").read_text())
+    record = json.loads((RECORDS / "serving.json").read_text())
     _PAGE.write_text(page(record))
     print(_PAGE.read_text())

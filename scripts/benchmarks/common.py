@@ -18,13 +18,14 @@ from fedtune.config.schema import AdapterConfig, Config, ModelConfig
 from fedtune.data.corpus import Shard, TokenizedCorpus
 from fedtune.data.prepare import PreparedData, prepare
 from fedtune.models.classifier import AdaptedModel, load_model
-from fedtune.models.encoder import load_tokenizer
+from fedtune.models.encoder import fast_bf16, load_tokenizer
 from fedtune.privacy.mechanisms.local import Local
 from fedtune.privacy.mechanisms.none import NoPrivacy
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.runs.environment import hardware
 
 OUTPUT = Path(__file__).resolve().parents[2] / "simulations" / "speed"
+RECORDS = OUTPUT / "records"
 NOISE_MULTIPLIER, CLIP = 0.8, 1.0
 
 
@@ -106,10 +107,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def folder_of_records() -> Path:
+    """Where records of such a processor go: `records/`, or `records/avx2` and the like without fast bf16."""
+    return RECORDS if fast_bf16("cpu") else RECORDS / torch.backends.cpu.get_cpu_capability().lower()
+
+
 def write(name: str, result: dict[str, Any]) -> None:
     """Keeps one benchmark's record, and prints it."""
     record = {"benchmark": name, "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **result}
     record["machine"] = machine()
-    (OUTPUT / "records").mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "records" / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    folder = folder_of_records()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2), flush=True)

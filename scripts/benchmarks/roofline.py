@@ -27,7 +27,16 @@ from fedtune.models.frozen_outputs import FeatureStore, _compute, _digests
 from fedtune.training.dp_step import clipped_sum
 from fedtune.training.example_gradients import hooks_for
 from fedtune.training.local import ShardView
-from scripts.benchmarks.common import OUTPUT, plan_for, pooled, seconds, take, write
+from scripts.benchmarks.common import (
+    OUTPUT,
+    RECORDS,
+    folder_of_records,
+    plan_for,
+    pooled,
+    seconds,
+    take,
+    write,
+)
 
 __all__ = ["draw", "roofline"]
 
@@ -185,7 +194,8 @@ def roofline(repeats: int = 7) -> None:
         "target": "frozen pass at least 0.6 of the product rate",
     }
     write("roofline", record)
-    draw(record, OUTPUT / "roofline.png")
+    if folder_of_records() == RECORDS:
+        draw(record, OUTPUT / "roofline.png")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scripts.benchmarks.common import OUTPUT
+from scripts.benchmarks.common import OUTPUT, RECORDS
 
 _HEAD = """# Speed
 
 Made by `scripts/bench` from the files in `records/`, which hold every single measurement. Each figure is a
-ratio of two things measured in turn in one run, because machines differ and are noisy. Where the time of many
-small clients goes: [clients.md](clients.md); and that of a private step: [step.md](step.md).
+ratio of two things measured in turn in one run, because machines differ and are noisy. Processors that
+multiply in bf16 quickly have theirs in `records/` itself, others in a folder named after their instructions.
+Where the time of many small clients goes: [clients.md](clients.md); and that of a private step:
+[step.md](step.md).
 
 | question | measured | target | processor |
 |---|---|---|---|
@@ -94,8 +96,10 @@ def _figure(record: dict[str, Any]) -> str:
 def write_table() -> None:
     """Writes the table of all records that are there."""
     rows = []
-    for path in sorted((OUTPUT / "records").glob("*.json")):
+    for path in sorted(RECORDS.rglob("*.json"), key=lambda path: (path.stem, path.parent != RECORDS)):
         record = json.loads(path.read_text())
         where = f"{record['machine']['processor']}, {record['machine']['cores']} cores"
+        if path.parent != RECORDS:
+            where += f", {record['machine']['instructions']} without bf16"
         rows.append(f"| {record['question']} | {_figure(record)} | {record['target']} | {where} |")
     (OUTPUT / "README.md").write_text(_HEAD + "\n".join(rows) + "\n")
