@@ -147,7 +147,9 @@ def _subject(source: Path | str, words: Sequence[str]) -> _Subject:
         base = ModelConfig(name=str(source))
         return _Subject(None, base, None, (), 128, None)
     made, folder = record.read(path), record.run_folder(path)
-    predict.refuse_pieces(folder, made, "a compressed model")
+    predict.refuse_pieces(
+        folder, made, "a compressed model", f"Export it as it is: fedtune export {folder} --format hf."
+    )
     adapter = predict.adapter_of(folder, made)
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
     base, labels = read_saved(adapter)

@@ -21,7 +21,7 @@ from fedtune.data.corpus import Corpus, Int32Array, TokenizedCorpus, offsets_of,
 from fedtune.data.windows import in_windows
 from fedtune.errors import DataError
 
-__all__ = ["encoded", "tokenize"]
+__all__ = ["encoded", "special_tokens", "tokenize"]
 
 CHUNK = 4096  # texts handed to the tokenizer at once; bounds memory, not speed
 
@@ -100,16 +100,17 @@ def encoded(
     )["input_ids"]
     if windows == 1 or all(len(one) <= max_length for one in ids):
         return ids
-    before = _special_before(tokenizer)
-    return [in_windows(one, before, special - before, max_length) for one in ids]
+    before, after = special_tokens(tokenizer)
+    return [in_windows(one, before, after, max_length) for one in ids]
 
 
-def _special_before(tokenizer: Any) -> int:
-    """How many special tokens stand before a text."""
+def special_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many special tokens stand before a text, and how many after it."""
     options = {"truncation": True, "max_length": 8}
     (whole,) = tokenizer(["a"], None, **options)["input_ids"]
     (bare,) = tokenizer(["a"], None, **options, add_special_tokens=False)["input_ids"]
-    return next(i for i in range(len(whole)) if list(whole[i : i + len(bare)]) == list(bare))
+    before = next(i for i in range(len(whole)) if list(whole[i : i + len(bare)]) == list(bare))
+    return before, len(whole) - len(bare) - before
 
 
 def _encode(corpus: Corpus, tokenizer: Any, max_length: int, windows: int) -> tuple[Int32Array, Int32Array]:

@@ -141,7 +141,7 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
     one, some, pair = _EXAMPLES[bool(about.get("pairs"))]
     parts = [
         f"Put the folder's place for `FOLDER`. Texts are cut to {about['max_length']} tokens, as in "
-        "training: `truncation=True` does that."
+        "training: `truncation=True` does that." + _windows(about)
     ]
     if "hf" in about["formats"]:
         parts += [
@@ -198,6 +198,16 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _windows(about: Mapping[str, Any]) -> str:
+    """Of a model that sees a long text in windows."""
+    if "window" not in about:
+        return ""
+    return (
+        f" The model cuts one longer than {about['window']} tokens into windows of no more than that, as "
+        "even as they can be, and takes the mean of their vectors."
+    )
+
+
 def adapter_card(about: Mapping[str, Any]) -> str:
     """README.md beside the bare adapter."""
     base = about["base"]
@@ -227,7 +237,7 @@ def adapter_card(about: Mapping[str, Any]) -> str:
         f"Where no hub can be reached: the Python package `{package}` holds the base, in its folder `model`."
         if package
         else "",
-        "The tokenizer is the base's, cut to " + str(about["max_length"]) + " tokens.",
+        "The tokenizer is the base's, cut to " + str(about["max_length"]) + " tokens." + _windows(about),
         (
             f"It was trained on that base compressed to {base['quantization']}, and the lines above take "
             "it as it is published. So logits differ a little: on "
@@ -396,7 +406,9 @@ def data_card(record: Mapping[str, Any]) -> str:
             " (declared)." if data.get("labels_declared") else " (taken from the records; see the statement)."
         ),
         f"Unit of privacy: {privacy['unit']}; {privacy['adjacency']}.",
-        f"Texts are cut to {config['max_length']} tokens.",
+        f"Texts are cut to {config['max_length']} tokens."
+        if config.get("long_text", "cut") == "cut"
+        else f"Texts are seen in up to {config['max_windows']} windows of {config['max_length']} tokens.",
         _testing(record),
     ]
     if start := data.get("public_start"):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from fedtune import __version__
 from fedtune.config.schema import ModelConfig
+from fedtune.data.windows import in_windows
 from fedtune.errors import ConfigError, ResourceError
 from fedtune.export import card, checks
 from fedtune.privacy.publication import publish
@@ -81,13 +82,16 @@ def export(
     Raises:
         ConfigError: a format is unknown, what it takes is not installed, or the folder is there already.
         RecordError, DataError: as `fedtune.load`; the texts to check with are missing or no pairs, or the run
-            saw long texts in windows.
+            saw long texts in windows, and a format cannot.
         ModelError: the base cannot be loaded, or what was made is not what was trained.
         ResourceError: the folder cannot be written.
     """
     _check(formats, calibrate)
     made, folder = record.read(run_dir), record.run_folder(run_dir)
-    predict.refuse_pieces(folder, made, "an export")
+    if any(name.startswith("onnx") for name in formats):
+        predict.refuse_pieces(
+            folder, made, "an ONNX file", f"Export it for transformers: fedtune export {folder} --format hf."
+        )
     adapter = predict.adapter_of(folder, made, site)
     target = (folder / "export" if output is None else output).expanduser()
     published, _ = publish("record", made, public_data=made["privacy"].get("data_public") is True)
@@ -149,11 +153,16 @@ def _write(
     from fedtune.models.classifier import load_saved, read_saved
 
     base, labels = read_saved(adapter)
-    max_length = int(made["config"]["data"]["max_length"])
+    seen = predict.seen_of(made)
+    window = standalone.window_of(adapter, seen)
+    max_length = seen.longest
+    if window is not None:
+        special = window["before"] + window["after"]
+        max_length = seen.windows * (seen.longest - special) + special
     say("merging the adapter into its base")
     inputs = standalone.save_tokenizer(adapter, folder, max_length)
-    standalone.save_config(adapter, folder)
-    model = standalone.merged(adapter)
+    standalone.save_config(adapter, folder, window)
+    model = standalone.merged(adapter, window)
     tokenizer = read_tokenizer(folder, max_length)
     asked = checks.check_texts_of(made, named, tokenizer.get_vocab(), site)
     ids = [one.ids for one in tokenizer.encode_batch(list(asked.texts))]
@@ -165,12 +174,12 @@ def _write(
         return Classifier(labels, tokenizer, forward, pad_id).logits(ids)
 
     say(f"asking the original about {len(ids)} texts: {asked.source}")
-    original = logits_of(torch_forward(trained))
+    original = logits_of(torch_forward(trained) if window is None else _windows_forward(trained, **window))
     about = {}
     for name in formats:
         say(f"writing and checking {name}")
         if name == "adapter":
-            forward = _adapter(folder, adapter, separator)
+            forward = _adapter(folder, adapter, separator, window)
         elif name == "onnx-int8-static" and calibrated is not None:
             forward = _static(folder, model, inputs, tokenizer.encode_batch(calibrated[0]), pad_id, separator)
         else:
@@ -183,6 +192,8 @@ def _write(
     say("writing the cards")
     description = describe(made, base, labels, pad_id, inputs, about, asked, original)
     description |= {"pairs": checks.of_pairs(made), "separator": separator, "site": site}
+    if window is not None:
+        description |= {"max_length": max_length, "window": seen.longest}
     write_words(folder, made, description)
     write_sums(folder)
 
@@ -241,7 +252,19 @@ def figures_of(
     return {"file": PATHS[name], "bytes": (folder / PATHS[name]).stat().st_size, **figures}
 
 
-def _adapter(folder: Path, adapter: Path, separator: int | None) -> Any:
+def _windows_forward(trained: Any, tokens: int, before: int, after: int) -> Forward:
+    """What asks the run's own model about texts in windows, cut as they were in training."""
+
+    def forward(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = [row[seen > 0].tolist() for row, seen in zip(ids, mask, strict=True)]
+        cut = [in_windows(row, before, after, tokens) for row in rows]
+        logits: NDArray[np.float32] = predict.logits_of(trained, cut, tokens).numpy()
+        return logits
+
+    return forward
+
+
+def _adapter(folder: Path, adapter: Path, separator: int | None, window: dict[str, int] | None) -> Any:
     """Writes the adapter alone; what asks it, on its base as published."""
     from fedtune.models import standalone
     from fedtune.models.classifier import read_saved
@@ -249,7 +272,7 @@ def _adapter(folder: Path, adapter: Path, separator: int | None) -> Any:
     there = (folder / PATHS["adapter"]).parent
     there.mkdir()
     standalone.save_adapter(adapter, there)
-    standalone.save_config(adapter, there)
+    standalone.save_config(adapter, there, window)
     (folder / PATHS["adapter"]).chmod((there / "config.json").stat().st_mode)
     return torch_forward(standalone.on_plain_base(there, read_saved(adapter)[0]), separator)
 

@@ -31,6 +31,9 @@ class FedtuneConfig(PreTrainedConfig):
         vector_length: of the vector that the head sees; None: vectors are taken as they are.
         cut: how many `heads` and `units` (of the feed-forward part) each layer has, where some were cut out;
             None: as the encoder's configuration says.
+        window: `tokens` that the encoder sees at once of a text, `before` and `after` of them special ones
+            around it: a longer text is cut into windows, as even as they can be, and its vector is the mean
+            of theirs; None: the encoder sees a text as a whole.
     """
 
     model_type = "fedtune"
@@ -42,6 +45,7 @@ class FedtuneConfig(PreTrainedConfig):
         pooling: str = "mean",
         vector_length: float | None = None,
         cut: dict[str, list[int]] | None = None,
+        window: dict[str, int] | None = None,
         **options: Any,
     ) -> None:
         if isinstance(encoder, dict):
@@ -50,6 +54,7 @@ class FedtuneConfig(PreTrainedConfig):
         self.pooling = pooling
         self.vector_length = vector_length
         self.cut = cut
+        self.window = window
         super().__init__(**options)
 
 
@@ -108,6 +113,13 @@ class FedtuneForSequenceClassification(PreTrainedModel):
             raise ValueError("input_ids are needed")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        text_of = None
+        window = self.config.window
+        if window is not None and int(attention_mask.sum(1).max()) > window["tokens"]:
+            input_ids, attention_mask, text_of = _in_windows(
+                input_ids, attention_mask, **window, pad_id=self.config.encoder.pad_token_id or 0
+            )
+            token_type_ids = None  # of single texts, which are all of the first segment
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None and getattr(self.config.encoder, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
@@ -117,11 +129,35 @@ class FedtuneForSequenceClassification(PreTrainedModel):
         else:
             weights = attention_mask.to(hidden.dtype)[..., None]
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        if text_of is not None:
+            counts = torch.bincount(text_of).to(pooled.dtype)  # [b]
+            pooled = pooled.new_zeros(len(counts), pooled.shape[1]).index_add(0, text_of, pooled)
+            pooled = pooled / counts[:, None]
         if self.config.vector_length is not None:
             pooled = self.centring(pooled)
         logits = self.classifier(pooled)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def _in_windows(
+    ids: Tensor, mask: Tensor, tokens: int, before: int, after: int, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Texts [b, s] -> their windows [w, `tokens` or less], the mask of those, and whose each one is [w].
+
+    A text longer than `tokens` loses the special tokens around it, and each of its windows gets them.
+    """
+    windows, text_of = [], []
+    for text, row in enumerate(ids[number][mask[number].bool()] for number in range(len(ids))):
+        content = row[before : len(row) - after]
+        count = 1 if len(row) <= tokens else -(-len(content) // (tokens - before - after))
+        for part in content.tensor_split(count):  # those with one token more come first
+            windows.append(torch.cat([row[:before], part, row[len(row) - after :]]))
+            text_of.append(text)
+    pad = nn.utils.rnn.pad_sequence
+    seen = pad([torch.ones_like(window) for window in windows], batch_first=True)
+    rows = pad(windows, batch_first=True, padding_value=pad_id)
+    return rows, seen, torch.tensor(text_of, device=ids.device)
 
 
 def layers_of(encoder: Any) -> nn.ModuleList:

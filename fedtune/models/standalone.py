@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedtune.config.quiet import quiet_libraries
-from fedtune.config.schema import ModelConfig
+from fedtune.config.schema import DataConfig, ModelConfig
+from fedtune.data.tokenize import special_tokens
 from fedtune.errors import ModelError
 from fedtune.models import modeling_fedtune
 from fedtune.models.classifier import LENGTH, load_saved, read_saved
@@ -35,6 +36,7 @@ __all__ = [
     "save_config",
     "save_tokenizer",
     "separator",
+    "window_of",
     "write_config",
 ]
 
@@ -42,8 +44,11 @@ MODELING_FILE = "modeling_fedtune.py"
 _WEIGHTS = "adapter_model.safetensors"
 
 
-def merged(adapter: Path) -> FedtuneForSequenceClassification:
+def merged(adapter: Path, window: dict[str, int] | None = None) -> FedtuneForSequenceClassification:
     """The model of a run, on the CPU and in evaluation mode, from its adapter folder.
+
+    Args:
+        window: how it sees long texts, as `window_of` says.
 
     Raises:
         ModelError, ResourceError: as `fedtune.models.classifier.load_saved`.
@@ -52,7 +57,7 @@ def merged(adapter: Path) -> FedtuneForSequenceClassification:
     # PEFT merges into a layer's weight, so the layers must be plain before; merging is exact in float32.
     dequantize(trained.get_base_model().encoder)
     plain = trained.merge_and_unload()
-    model = FedtuneForSequenceClassification(_config(adapter))
+    model = FedtuneForSequenceClassification(_config(adapter, window))
     renamed = family_of(model.config.encoder).name_in_transformers
     weights: dict[str, Tensor] = {renamed(name): value for name, value in plain.state_dict().items()}
     if not plain.normalize:
@@ -97,9 +102,21 @@ def on_plain_base(folder: Path, base: ModelConfig) -> nn.Module:
     return loaded.eval()
 
 
-def save_config(adapter: Path, folder: Path) -> None:
+def window_of(adapter: Path, seen: DataConfig) -> dict[str, int] | None:
+    """`FedtuneConfig.window` of a model that was trained on texts as `seen` says; None: each in one piece.
+
+    Raises:
+        ModelError: as `load_tokenizer`.
+    """
+    if seen.windows == 1:
+        return None
+    before, after = special_tokens(load_tokenizer(read_saved(adapter)[0])[0])
+    return {"tokens": seen.longest, "before": before, "after": after}
+
+
+def save_config(adapter: Path, folder: Path, window: dict[str, int] | None = None) -> None:
     """Writes config.json of the standalone model, and the modelling file that it names."""
-    write_config(_config(adapter), folder)
+    write_config(_config(adapter, window), folder)
 
 
 def write_config(config: FedtuneConfig, folder: Path) -> None:
@@ -162,7 +179,7 @@ def save_adapter(adapter: Path, folder: Path) -> None:
     )
 
 
-def _config(adapter: Path) -> FedtuneConfig:
+def _config(adapter: Path, window: dict[str, int] | None) -> FedtuneConfig:
     settings, labels = read_saved(adapter)
     stem = Path(MODELING_FILE).stem
     model = FedtuneForSequenceClassification.__name__
@@ -170,6 +187,7 @@ def _config(adapter: Path) -> FedtuneConfig:
         encoder=load_encoder_config(settings),
         pooling=settings.pooling,
         vector_length=LENGTH if settings.normalize else None,
+        window=window,
         id2label=dict(enumerate(labels)),
         label2id={label: number for number, label in enumerate(labels)},
         architectures=[model],

@@ -325,7 +325,7 @@ SINKS: Mapping[str, Fields] = {
     "export": {
         **dict.fromkeys(("schema", "fedtune", "run", "labels", "inputs", "site"), _NAME),
         "made": public("the day on which it was exported"),
-        **dict.fromkeys(("max_length", "base", "pad_id", "pairs", "separator"), _SETTING),
+        **dict.fromkeys(("max_length", "window", "base", "pad_id", "pairs", "separator"), _SETTING),
         "formats": public("sizes of files, and figures of public texts"),
         "check": public("which public texts, how many, what was asked of them, and the processor"),
         "quality": public("of a public test split"),

@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "read_texts",
     "refuse_pieces",
+    "seen_of",
     "show",
     "write_answers",
 ]
@@ -148,29 +149,10 @@ class Model:
         return [one[0] for one in asked], [one[1] for one in asked]
 
     def _predict_batch(self, texts: list[str], seconds: list[str] | None) -> list[Prediction]:
-        import torch
-        from torch.nn.utils.rnn import pad_sequence
-
         from fedtune.data.tokenize import encoded
-        from fedtune.data.windows import window_sizes
 
         ids = encoded(self._tokenizer, texts, seconds, self._data.longest, self._data.windows)
-        pieces, text_of = list[list[int]](), list[int]()
-        for number, one in enumerate(ids):
-            start = 0
-            for size in window_sizes(len(one), self._data.longest):
-                pieces.append(one[start : start + size])
-                text_of.append(number)
-                start += size
-        device = next(self._module.parameters()).device
-        rows = [torch.tensor(piece, device=device) for piece in pieces]
-        with torch.no_grad():
-            logits = self._module(
-                input_ids=pad_sequence(rows, batch_first=True),
-                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-                text_of=torch.tensor(text_of, device=device) if len(pieces) > len(texts) else None,
-            )
-            probabilities = logits[: len(texts)].float().softmax(-1).tolist()  # [b, c]
+        probabilities = logits_of(self._module, ids, self._data.longest).softmax(-1).tolist()  # [b, c]
         predictions = []
         pairs: Sequence[str | None] = [None] * len(texts) if seconds is None else seconds
         for text, pair, row in zip(texts, pairs, probabilities, strict=True):
@@ -178,6 +160,40 @@ class Model:
             label = max(by_label, key=by_label.__getitem__)
             predictions.append(Prediction(text, label, by_label[label], by_label, pair))
         return predictions
+
+
+def logits_of(module: Any, ids: Sequence[Sequence[int]], longest: int) -> Any:
+    """What a run's model says of b texts.
+
+    Args:
+        module: the model, an `EncoderClassifier` with its adapter.
+        ids: token ids of each text; of one with several windows, one after the other.
+        longest: tokens of a window, at most.
+
+    Returns:
+        Logits, a float32 tensor [b, c].
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    from fedtune.data.windows import window_sizes
+
+    pieces, text_of = list[Sequence[int]](), list[int]()
+    for number, one in enumerate(ids):
+        start = 0
+        for size in window_sizes(len(one), longest):
+            pieces.append(one[start : start + size])
+            text_of.append(number)
+            start += size
+    device = next(module.parameters()).device
+    rows = [torch.tensor(piece, device=device) for piece in pieces]
+    with torch.no_grad():
+        logits = module(
+            input_ids=pad_sequence(rows, batch_first=True),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            text_of=torch.tensor(text_of, device=device) if len(pieces) > len(ids) else None,
+        )
+    return logits[: len(ids)].float()
 
 
 def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> Model:
@@ -205,15 +221,23 @@ def load(path: Path | str, *, device: str = "auto", site: str | None = None) -> 
     """
     folder, finished = record.run_folder(path), record.read(path)
     adapter = adapter_of(folder, finished, site)
-    from fedtune.config.schema import DataConfig
     from fedtune.models.plain import load_plain
 
     module, tokenizer = load_plain(adapter, device) or _long_way(adapter, device)
     known = finished["config"]["data"]
-    # Records of earlier versions lack the last two.
-    seen = {name: known[name] for name in ("max_length", "long_text", "max_windows") if name in known}
     columns = known.get("text") or "text", known.get("text_pair")
-    return Model(folder, finished["data"]["labels"], module, tokenizer, DataConfig(**seen), columns)
+    return Model(folder, finished["data"]["labels"], module, tokenizer, seen_of(finished), columns)
+
+
+def seen_of(finished: Mapping[str, Any]) -> DataConfig:
+    """How much of a text the finished run saw: its settings of lengths, the others as by default."""
+    from fedtune.config.schema import DataConfig
+
+    known = finished["config"]["data"]
+    # Records of earlier versions lack the last two.
+    return DataConfig(
+        **{name: known[name] for name in ("max_length", "long_text", "max_windows") if name in known}
+    )
 
 
 def _long_way(adapter: Path, device: str) -> tuple[Any, Any]:
@@ -239,15 +263,18 @@ def adapter_of(folder: Path, finished: Mapping[str, Any], site: str | None = Non
     return adapter
 
 
-def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str) -> None:
-    """Raises `DataError` for a run on windows of long texts, where `what` takes a text in one piece."""
+def refuse_pieces(folder: Path, finished: Mapping[str, Any], what: str, instead: str) -> None:
+    """Raises `DataError` for a run on windows of long texts, where `what` takes a text in one piece.
+
+    `instead`: what does not, in a sentence.
+    """
     data = finished["config"]["data"]
     if data.get("long_text", "cut") != "cut":
         raise DataError(
             f"The run in {folder} sees up to {data['max_windows']} windows of {data['max_length']} tokens "
             f"of a text (data.long_text=window), and {what} sees its beginning alone: of long texts it would "
-            "say something else. Ask this run by fedtune predict, or train with data.long_text=cut and as "
-            "large a data.max_length as the encoder takes."
+            f"say something else. {instead} Or train with data.long_text=cut and as large a data.max_length "
+            "as the encoder takes."
         )
 
 

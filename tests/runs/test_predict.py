@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from fedtune.cli.app import main
+from fedtune.compress.compress import compress
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.load import load_corpus
 from fedtune.errors import DataError, ModelError, RecordError
@@ -27,6 +28,8 @@ from fedtune.export.export import export
 from fedtune.runs import record as records
 from fedtune.runs.predict import _CHUNK, Model, Prediction, answers, load, read_texts, show
 from fedtune.runs.run import run
+from fedtune.serving.bundle import Bundle
+from fedtune.serving.classifier import Classifier, probabilities
 from tests.support import tiny_federation as tiny
 from tests.support.golden import Golden
 
@@ -52,7 +55,7 @@ def test_a_text_has_a_label_and_probabilities_that_sum_to_one(finished: tuple[Pa
 def test_long_texts_are_seen_in_windows_as_in_the_run(
     world: dict[str, Path], fedtune_home: Path, tmp_path: Path
 ) -> None:
-    """And an exported model, which would see the first of them alone, is not made."""
+    """And so does an exported model; what would see the first of them alone is not made."""
     config = tiny.make_config(world["model"], world["data"], output=str(tmp_path))
     config.data.max_length, config.data.long_text, config.data.max_windows = 5, "window", 3
     run(config, console=Console(file=io.StringIO()))
@@ -69,8 +72,25 @@ def test_long_texts_are_seen_in_windows_as_in_the_run(
     ]
     long = np.array([len(text.split()) > 3 for text in test.texts])
     assert not np.array(differ)[~long].any() and np.array(differ)[long].mean() > 0.5
-    with pytest.raises(DataError, match=r"3 windows of 5 tokens .* data.long_text=cut"):
+    with pytest.raises(
+        DataError, match=rf"3 windows of 5 tokens .*: fedtune export {tmp_path} --format hf\. "
+    ):
         export(tmp_path)
+    with pytest.raises(
+        DataError, match=rf"3 windows of 5 tokens .*: fedtune export {tmp_path} --format hf\. "
+    ):
+        compress(tmp_path, ["compress=int8"])
+    bundle = Bundle.open(export(tmp_path, formats=["hf", "adapter"]))
+    classifier = Classifier.open(bundle)
+    longer = [*test.texts, "good film " * 20]
+    said = probabilities(classifier.logits(classifier.encode(longer)))[
+        :, list(bundle.labels).index("positive")
+    ]
+    expected = [one.probabilities["positive"] for one in model.predict(longer)]
+    np.testing.assert_allclose(said, expected, atol=1e-5)
+    card = (bundle.folder / "README.md").read_text(encoding="utf-8")
+    assert "cut to 11 tokens" in card and "longer than 5 tokens into windows" in card
+    assert "3 windows of 5 tokens" in (bundle.folder / "DATA.md").read_text(encoding="utf-8")
 
 
 def test_they_do_not_depend_on_what_else_is_asked(finished: tuple[Path, str]) -> None:
