@@ -10,6 +10,8 @@ at that record alone, so privacy is not touched. A record without a label or wit
 nobody but the owner knows what it is. Labels that are one word in two spellings (Unicode forms, capitals,
 blanks, `1` and `1.0`) are one class, and a note says so; one that is a list, a mapping or half a character is
 refused. A label set is taken from the data only where its labels recur: a column of persons is none.
+Persons and sites in two spellings are one, too: two persons taken for one are protected together, one taken
+for two would have half the protection.
 """
 
 from __future__ import annotations
@@ -38,9 +40,15 @@ MOST_LABELS, RECORDS_A_LABEL = 20, 10
 
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))\.0+")
+_NUMBER = re.compile(r"\+?(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")
 _NARROW = {0xFF01 + at: 0x21 + at for at in range(94)}  # letters of full width -> ASCII's
 # Several labels in one text, as of a list or an array that a program wrote into a CSV.
-_SEVERAL = re.compile(r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\{.*:.*\}", re.DOTALL)
+_SEVERAL = re.compile(
+    r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\(\s*(?:['\"].*['\"]\s*,?|[\d.\s+-]+,[\d.,\s+-]*)\s*\)"
+    r"|\{.*:.*\}|\{\s*['\"].*['\"]\s*\}",
+    re.DOTALL,
+)
+_JOINED = re.compile(r"\s*[|;,+&]\s*")  # between several labels that a person wrote into one field
 _LOST = frozenset(  # how programs write a value that is missing; as a class it must be declared
     {
         "nan",
@@ -62,8 +70,9 @@ _LOST = frozenset(  # how programs write a value that is missing; as a class it 
 
 
 def column_name(written: str) -> str:
-    """A column's name without what nobody sees in a header: blanks around it, line ends, marks."""
-    return " ".join(written.strip().strip("\ufeff\u200b").split())
+    """A column's name without what nobody sees in a header: blanks around it, line ends, marks, and which
+    Unicode form it has."""
+    return unicodedata.normalize("NFC", " ".join(written.strip().strip("\ufeff\u200b").split()))
 
 
 @dataclass(frozen=True)
@@ -172,9 +181,25 @@ def _label(value: Any) -> str:
 
 
 def _folded(label: str) -> str:
-    """What a label is without what nobody sees: capitals, blanks, letters without width, full width."""
-    letters = (letter for letter in label.translate(_NARROW) if unicodedata.category(letter) != "Cf")
-    return " ".join("".join(letters).casefold().split())
+    """What a label is without what nobody sees: capitals (Turkish ones too), blanks, letters without width,
+    full width, digits of another script; of a whole number, its value."""
+    if label.isascii():
+        folded = " ".join(label.casefold().split())
+    else:
+        letters = (letter for letter in label.translate(_NARROW) if unicodedata.category(letter) != "Cf")
+        digits = (str(unicodedata.decimal(letter, letter)) for letter in letters)
+        folded = " ".join("".join(digits).casefold().split())
+        folded = folded.replace("i\u0307", "i").replace("\u0131", "i")
+    whole = _NUMBER.fullmatch(folded)
+    return whole[1] if whole else folded
+
+
+def _one_spelling(names: Iterable[str]) -> dict[str, str]:
+    """Each name -> of all its spellings among `names` the one that stands for them: the plain one of a whole
+    number, else whichever is first in the alphabet."""
+    folded = {name: _folded(name) for name in sorted(names, reverse=True)}
+    first = {fold: fold if _INTEGER.fullmatch(fold) else name for name, fold in folded.items()}
+    return {name: first[fold] for name, fold in folded.items()}
 
 
 def _is_half(text: str) -> bool:
@@ -226,9 +251,7 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             "(multi-label) are not supported. Give each record one; or, if such a text is a class, declare "
             "all labels in labels.txt beside the data, one a line."
         )
-    # One of several spellings, whichever is first in the alphabet.
-    spelt = {_folded(name): name for name in sorted(set(keys) - {""}, reverse=True)}
-    names = spelt.values()
+    names = set(_one_spelling(set(keys) - {""}).values())
     if len(names) > MOST_LABELS and len(keys) < RECORDS_A_LABEL * len(names):
         raise DataError(
             f"Column {column!r} of {table.where} (data.label) has {len(names)} different values in "
@@ -291,18 +314,44 @@ def build_corpus(
     if respelt:
         notes.append(
             f"{respelt} of {len(keep)} records of {table.where} have a label that differs from one of the "
-            "label set in capitals, blanks or Unicode form alone; it was taken for that one."
+            "label set in capitals, blanks, Unicode form or the writing of a number alone; it was taken for "
+            "that one."
         )
+    notes += _cautions(table, columns.text, texts, label_names)
+    units, sites = (
+        _names(table, column, setting, keep, notes)
+        for column, setting in ((columns.unit, "unit"), (columns.site, "site"))
+    )
     return Corpus(
         name=name,
         texts=tuple(texts[i] for i in keep),
         pairs=None if pairs is None else tuple(pairs[i] for i in keep),
         labels=labels,
         label_names=tuple(label_names),
-        units=_names(table, columns.unit, "unit", keep),
-        sites=_names(table, columns.site, "site", keep),
+        units=units,
+        sites=sites,
         notes=tuple(notes),
     )
+
+
+def _cautions(table: Table, column: str, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Notes of what is read as it stands, and is perhaps not meant so."""
+    found = []
+    if lost := [i for i, text in enumerate(texts) if text in _LOST]:
+        found.append(
+            f"{len(lost)} of {len(texts)} texts in column {column!r} of {table.where} are how programs write "
+            f"a missing value ({_rows(lost)}), and count as texts. Remove these records if they have none."
+        )
+    known = {_folded(label) for label in labels}
+    joined = [label for label in labels if len(parts := _JOINED.split(label)) > 1
+              and {_folded(part) for part in parts} <= known]  # fmt: skip
+    if joined:
+        found.append(
+            f"{len(joined)} of the {len(labels)} labels of {table.where} are others joined by a sign, as "
+            "several labels of one record are written. Each is a class of its own: several labels a record "
+            "(multi-label) are not supported."
+        )
+    return found
 
 
 def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int]]:
@@ -429,17 +478,32 @@ def _labels(
     return labels, respelt
 
 
-def _names(table: Table, column: str | None, setting: str, keep: list[int]) -> StrArray | None:
+def _names(
+    table: Table, column: str | None, setting: str, keep: list[int], notes: list[str]
+) -> StrArray | None:
+    """Persons or sites, str [n]; a spelling that stands for another adds to `notes`."""
     if column is None:
         return None
     values = table.columns[column]
     _refuse_kinds(table, column, setting, keep)
-    missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) == ""]
+    # NA may be a site, as a part of the world is called.
+    lost = _LOST if setting == "unit" else _LOST - {"NA"}
+    missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) in {"", *lost}]
     if missing:
         what = "which person they belong to" if setting == "unit" else "which site they come from"
         raise DataError(
             f"{len(missing)} of {len(values)} records of {table.where} do not say {what}: column {column!r}"
-            f" ({table.group}.{setting}) is empty in {_rows(missing)}. Fill it or remove these records;"
-            " fedtune does not guess."
+            f" ({table.group}.{setting}) is empty, or how programs write a missing value, in "
+            f"{_rows(missing)}. Fill it or remove these records; fedtune does not guess."
         )
-    return np.array([_key(values[i]) for i in keep])
+    keys = [_key(values[i]) for i in keep]
+    spelt = _one_spelling(set(keys))
+    found = [spelt[key] for key in keys]
+    if respelt := sum(name != key for name, key in zip(found, keys, strict=True)):
+        what = "persons" if setting == "unit" else "sites"
+        notes.append(
+            f"{respelt} of {len(keep)} records of {table.where} have a name in column {column!r} "
+            f"({table.group}.{setting}) that differs from another in capitals, blanks, Unicode form or the "
+            f"writing of a number alone; such {what} were taken for one."
+        )
+    return np.array(found)

@@ -106,6 +106,28 @@ def test_persons_that_are_numbers_are_the_same_whatever_the_format() -> None:
         assert corpus.units is not None and corpus.units.tolist() == ["1", "2", "1", "2"]
 
 
+@pytest.mark.parametrize("setting", ["unit", "site"])
+def test_spellings_of_one_person_or_site_are_one(setting: str) -> None:
+    """A person who counts as two would have half the protection that is promised."""
+    who = ["12", "12.0", "P7", "p7 ", "e\u0301", "\u00e9", "P\u200b7", "\u0661\u0662", "+12"]
+    data = table(text=["a"] * 9, label=["yes", "no", "yes"] * 3, who=who)
+    corpus = build_corpus("made", data, Columns("text", "label", **{setting: "who"}), NAMES)
+    found = corpus.units if setting == "unit" else corpus.sites
+    assert found is not None and found.tolist() == ["12", "12", "P7", "P7", "é", "é", "P7", "12", "12"]
+    assert "5 of 9 records" in corpus.notes[0] and f"data.{setting}" in corpus.notes[0]
+
+
+@pytest.mark.parametrize("lost", ["nan", "NULL", "NA", "<NA>"])
+def test_how_programs_write_a_missing_person_is_none(lost: str) -> None:
+    data = table(who=["p", lost, "q", lost])
+    assert "2 of 4 records" in refusal(data, Columns("text", "label", unit="who"))
+    if lost == "NA":  # North America, Namibia
+        sites = build_corpus("made", data, Columns("text", "label", site="who"), NAMES).sites
+        assert sites is not None and sites.tolist() == ["p", "NA", "q", "NA"]
+    else:
+        assert "2 of 4 records" in refusal(data, Columns("text", "label", site="who"))
+
+
 def test_derived_labels_are_sorted_and_leave_out_the_missing() -> None:
     assert derive_labels(table(label=["b", None, "a", ""]), "label") == ("a", "b")
     assert derive_labels(table(label=[10, 9, -1, math.nan]), "label") == ("-1", "9", "10")

@@ -190,7 +190,9 @@ def test_a_label_that_is_several_is_refused(tmp_path: Path, label: Any) -> None:
     assert "in 10 records (rows 3, 6, 9, 12, 15 and 5 more)" in text and "multi-label" in text
 
 
-@pytest.mark.parametrize("label", ["['sad', 'angry']", '["sad"]', "[0 1]", "[]", "{'a': 1}"])
+@pytest.mark.parametrize(
+    "label", ["['sad', 'angry']", '["sad"]', "[0 1]", "[]", "{'a': 1}", "('sad',)", "(0, 1)", "{'a'}"]
+)
 def test_a_label_that_is_several_written_as_text_is_refused_unless_declared(
     tmp_path: Path, label: str
 ) -> None:
@@ -198,6 +200,24 @@ def test_a_label_that_is_several_written_as_text_is_refused_unless_declared(
     assert "in 10 records" not in text and "10 of 30 records" in text and "multi-label" in text
     written(tmp_path, "labels.txt", f"a\nb\n{label}\n")
     assert whole(tmp_path).label_names == ("a", "b", label)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"text": ["a", "b"], "label": ["x", "y"]},
+        {"text": {"0": "a"}, "label": {"0": "x"}},  # as pandas writes a table unless it is told otherwise
+        {"data": [{"text": "a", "label": "x"}]},
+    ],
+)
+def test_a_table_in_one_object_is_refused_with_the_way_to_write_it(tmp_path: Path, content: Any) -> None:
+    assert "orient='records'" in refused(written(tmp_path, "train.json", json.dumps(content)))
+
+
+def test_a_column_is_found_in_either_unicode_form(tmp_path: Path) -> None:
+    header = "te\u0301xte,label\n"
+    written(tmp_path, "train.csv", header + "".join(f"words {i},{'ab'[i % 2]}\n" for i in range(8)))
+    assert whole(tmp_path, text="t\u00e9xte").num_records == 8
 
 
 @pytest.mark.parametrize("column", ["text", "label", "site"])
@@ -226,6 +246,10 @@ def test_half_a_character_is_refused_with_its_row(tmp_path: Path, column: str) -
         (("yes", "yes\u200b", "no", "y\u00ades"), ("no", "yes")),
         (("1", "\uff11", "2"), ("1", "2")),
         (("[a]", "[b]"), ("[a]", "[b]")),
+        (("(a)", "(b)"), ("(a)", "(b)")),
+        (("1", "+1", "-1", "1.0"), ("-1", "1")),
+        (("1", "\u0661", "2", "\u0662"), ("1", "2")),
+        (("İyi", "iyi", "kırık", "KIRIK"), ("KIRIK", "iyi")),
     ],
 )  # fmt: skip
 def test_spellings_of_one_label_are_one_class(tmp_path: Path, labels: Any, classes: tuple[str, ...]) -> None:
@@ -239,6 +263,20 @@ def test_another_spelling_is_counted_in_a_note(tmp_path: Path) -> None:
         written(tmp_path, "train.jsonl", labelled("urgent", "no", "Urgent")), labels=["no", "urgent"]
     )
     assert corpus.notes[0].startswith("10 of 30 records")
+
+
+def test_labels_that_are_others_joined_are_said(tmp_path: Path) -> None:
+    corpus = whole(written(tmp_path, "train.jsonl", labelled("sad", "angry", "sad|Angry")))
+    assert "1 of the 3 labels" in corpus.notes[0] and "multi-label" in corpus.notes[0]
+    written(tmp_path, "train.jsonl", labelled("r&d", "sales", "law & order"))
+    assert not whole(tmp_path, labels=["r&d", "sales", "law & order"]).notes
+
+
+def test_texts_that_programs_write_for_none_are_said(tmp_path: Path) -> None:
+    rows = [("nan" if i in (3, 5) else f"text {i}", "ab"[i % 2], "s") for i in range(8)]
+    lines = "\n".join(json.dumps(dict(zip(HEADER, row, strict=True))) for row in rows)
+    corpus = whole(written(tmp_path, "train.jsonl", lines))
+    assert corpus.num_records == 8 and "2 of 8 texts" in corpus.notes[0] and "rows 4, 6" in corpus.notes[0]
 
 
 def test_a_label_set_may_tell_spellings_apart(tmp_path: Path) -> None:
