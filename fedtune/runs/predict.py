@@ -358,8 +358,8 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
             is met in reading on.
         ResourceError: it may not be read.
     """
-    from fedtune.data.sources.columns import column_name
     from fedtune.data.sources.files import open_records, readable
+    from fedtune.data.sources.spellings import column_name
 
     file = path.expanduser()
     if not file.is_file():

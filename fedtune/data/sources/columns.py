@@ -17,9 +17,6 @@ for two would have half the protection.
 from __future__ import annotations
 
 import difflib
-import math
-import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,50 +26,26 @@ import numpy as np
 from fedtune.config.convert import value_text
 from fedtune.config.schema import DataConfig
 from fedtune.data.corpus import Corpus, StrArray
+from fedtune.data.sources.spellings import (
+    INTEGER,
+    JOINED,
+    LOST,
+    SEVERAL,
+    as_label,
+    as_text,
+    column_name,
+    folded,
+    is_missing,
+    one_spelling,
+)
 from fedtune.errors import DataError
 
-__all__ = ["Columns", "Table", "build_corpus", "column_name", "derive_labels", "missing_column"]
+__all__ = ["Columns", "Table", "build_corpus", "derive_labels", "missing_column"]
 
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_LETTERS = 5, 20, 40
 # A label set taken from the data has no more labels than this, or on average this many records of each: a
 # column of persons has more and fewer.
 MOST_LABELS, RECORDS_A_LABEL = 20, 10
-
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
-_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))\.0+")
-_NUMBER = re.compile(r"\+?(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")
-_NARROW = {0xFF01 + at: 0x21 + at for at in range(94)}  # letters of full width -> ASCII's
-# Several labels in one text, as of a list or an array that a program wrote into a CSV.
-_SEVERAL = re.compile(
-    r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\(\s*(?:['\"].*['\"]\s*,?|[\d.\s+-]+,[\d.,\s+-]*)\s*\)"
-    r"|\{.*:.*\}|\{\s*['\"].*['\"]\s*\}",
-    re.DOTALL,
-)
-_JOINED = re.compile(r"\s*[|;,+&]\s*")  # between several labels that a person wrote into one field
-_LOST = frozenset(  # how programs write a value that is missing; as a class it must be declared
-    {
-        "nan",
-        "NaN",
-        "NAN",
-        "<NA>",
-        "#N/A",
-        "N/A",
-        "n/a",
-        "NA",
-        "null",
-        "NULL",
-        "None",
-        "NaT",
-        "#NULL!",
-        "#REF!",
-    }
-)
-
-
-def column_name(written: str) -> str:
-    """A column's name without what nobody sees in a header: blanks around it, line ends, marks, and which
-    Unicode form it has."""
-    return unicodedata.normalize("NFC", " ".join(written.strip().strip("\ufeff\u200b").split()))
 
 
 @dataclass(frozen=True)
@@ -162,46 +135,6 @@ def _named(columns: Sequence[str]) -> str:
     return line + (f" and {len(shown) - SHOWN_COLUMNS} more" if len(shown) > SHOWN_COLUMNS else "")
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _key(value: Any) -> str:
-    """A person or site as text: 3, 3.0 and True are what a spreadsheet would show."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return unicodedata.normalize("NFC", str(value).strip())
-
-
-def _label(value: Any) -> str:
-    """A label as text; `1.0`, written by a program that counts missing values as numbers, is 1."""
-    key = _key(value)
-    whole = _WHOLE.fullmatch(key)
-    return whole[1] if whole else key
-
-
-def _folded(label: str) -> str:
-    """What a label is without what nobody sees: capitals (Turkish ones too), blanks, letters without width,
-    full width, digits of another script; of a whole number, its value."""
-    if label.isascii():
-        folded = " ".join(label.casefold().split())
-    else:
-        letters = (letter for letter in label.translate(_NARROW) if unicodedata.category(letter) != "Cf")
-        digits = (str(unicodedata.decimal(letter, letter)) for letter in letters)
-        folded = " ".join("".join(digits).casefold().split())
-        folded = folded.replace("i\u0307", "i").replace("\u0131", "i")
-    whole = _NUMBER.fullmatch(folded)
-    return whole[1] if whole else folded
-
-
-def _one_spelling(names: Iterable[str]) -> dict[str, str]:
-    """Each name -> of all its spellings among `names` the one that stands for them: the plain one of a whole
-    number, else whichever is first in the alphabet."""
-    folded = {name: _folded(name) for name in sorted(names, reverse=True)}
-    first = {fold: fold if _INTEGER.fullmatch(fold) else name for name, fold in folded.items()}
-    return {name: first[fold] for name, fold in folded.items()}
-
-
 def _is_half(text: str) -> bool:
     """Does it hold half a character, which no encoding can write?"""
     return any("\ud800" <= letter <= "\udfff" for letter in text) if not text.isascii() else False
@@ -222,7 +155,7 @@ def _values(table: Table, column: str, rows: Iterable[int]) -> str:
     """The labels at `rows`, where the table is public: else no message names one."""
     if table.group != "public":
         return ""
-    return f": {_few(sorted({_label(table.columns[column][i])[:SHOWN_LETTERS] for i in rows}))}"
+    return f": {_few(sorted({as_label(table.columns[column][i])[:SHOWN_LETTERS] for i in rows}))}"
 
 
 def derive_labels(table: Table, column: str) -> tuple[str, ...]:
@@ -233,8 +166,8 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
     """
     values = table.columns[column]
     _refuse_kinds(table, column, "label", range(len(values)))
-    keys = [_label(value) for value in values if not _is_missing(value)]
-    lost = [i for i, value in enumerate(values) if not _is_missing(value) and _label(value) in _LOST]
+    keys = [as_label(value) for value in values if not is_missing(value)]
+    lost = [i for i, value in enumerate(values) if not is_missing(value) and as_label(value) in LOST]
     if lost:
         raise DataError(
             f"{len(lost)} of {len(values)} records of {table.where} have a label in column {column!r} that "
@@ -242,7 +175,7 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             "class, declare all labels in data.labels."
         )
     several = [
-        i for i, value in enumerate(values) if isinstance(value, str) and _SEVERAL.fullmatch(value.strip())
+        i for i, value in enumerate(values) if isinstance(value, str) and SEVERAL.fullmatch(value.strip())
     ]
     if several:
         raise DataError(
@@ -251,7 +184,7 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             "(multi-label) are not supported. Give each record one; or, if such a text is a class, declare "
             "all labels in labels.txt beside the data, one a line."
         )
-    names = set(_one_spelling(set(keys) - {""}).values())
+    names = set(one_spelling(set(keys) - {""}).values())
     if len(names) > MOST_LABELS and len(keys) < RECORDS_A_LABEL * len(names):
         raise DataError(
             f"Column {column!r} of {table.where} (data.label) has {len(names)} different values in "
@@ -259,7 +192,7 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             "classes. As labels they would be published. Name another column in data.label; or, if they "
             "are classes, declare them in data.labels, or one a line in labels.txt beside the data."
         )
-    if all(_INTEGER.fullmatch(name) for name in names):
+    if all(INTEGER.fullmatch(name) for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 
@@ -337,14 +270,14 @@ def build_corpus(
 def _cautions(table: Table, column: str, texts: Sequence[str], labels: Sequence[str]) -> list[str]:
     """Notes of what is read as it stands, and is perhaps not meant so."""
     found = []
-    if lost := [i for i, text in enumerate(texts) if text in _LOST]:
+    if lost := [i for i, text in enumerate(texts) if text in LOST]:
         found.append(
             f"{len(lost)} of {len(texts)} texts in column {column!r} of {table.where} are how programs write "
             f"a missing value ({_rows(lost)}), and count as texts. Remove these records if they have none."
         )
-    known = {_folded(label) for label in labels}
-    joined = [label for label in labels if len(parts := _JOINED.split(label)) > 1
-              and {_folded(part) for part in parts} <= known]  # fmt: skip
+    known = {folded(label) for label in labels}
+    joined = [label for label in labels if len(parts := JOINED.split(label)) > 1
+              and {folded(part) for part in parts} <= known]  # fmt: skip
     if joined:
         found.append(
             f"{len(joined)} of the {len(labels)} labels of {table.where} are others joined by a sign, as "
@@ -365,7 +298,7 @@ def _texts(table: Table, column: str, setting: str) -> tuple[list[str], list[int
             text = value.strip()
             if _is_half(text):
                 half.append(i)
-        elif not _is_missing(value):
+        elif not is_missing(value):
             wrong.append(i)
         if not text:
             empty.append(i)
@@ -417,7 +350,7 @@ def _labels(
     table: Table, column: str, names: tuple[str, ...], keep: list[int], part: bool, fixed: bool
 ) -> tuple[Any, int]:
     """Positions in the label set, int64 [n], and how many records spell theirs in another way."""
-    index = {_label(label): i for i, label in enumerate(names)}
+    index = {as_label(label): i for i, label in enumerate(names)}
     if len(index) != len(names):
         raise DataError(
             f"The label set of {table.where} names a label twice. Give each label once in data.labels."
@@ -429,24 +362,24 @@ def _labels(
             " labels in data.labels."
         )
     # Another spelling will do where only one label can be meant.
-    folded: dict[str, int] = {}
+    by_form: dict[str, int] = {}
     for label, i in index.items():
-        folded[_folded(label)] = -1 if _folded(label) in folded else i
+        by_form[folded(label)] = -1 if folded(label) in by_form else i
     # Numbers are positions in the label set, unless the labels themselves are numbers.
-    if not any(_INTEGER.fullmatch(name) for name in names):
+    if not any(INTEGER.fullmatch(name) for name in names):
         index.update({str(i): i for i in range(len(names)) if str(i) not in index})
     values = table.columns[column]
     _refuse_kinds(table, column, "label", keep)
     found, respelt = [], 0
     for i in keep:
-        key = "" if _is_missing(values[i]) else _label(values[i])
+        key = "" if is_missing(values[i]) else as_label(values[i])
         place = index.get(key)
         if place is None:
-            place = folded.get(_folded(key), -1)
+            place = by_form.get(folded(key), -1)
             respelt += place >= 0
         found.append(place)
     labels = np.array(found, dtype=np.int64)
-    missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) == ""]
+    missing = [i for i in keep if is_missing(values[i]) or as_text(values[i]) == ""]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(values)} records of {table.where} have no label in column {column!r} "
@@ -454,7 +387,7 @@ def _labels(
         )
     unknown = [keep[i] for i in np.flatnonzero(labels < 0)]
     if unknown:
-        if len(unknown) == len(keep) and all(_key(values[i]) == "-1" for i in unknown):
+        if len(unknown) == len(keep) and all(as_text(values[i]) == "-1" for i in unknown):
             raise DataError(
                 f"{table.where} is unlabelled: every label in column {column!r} is -1, as in hidden test"
                 " sets. Use another split (data.test_split=validation, or null to hold out part of the"
@@ -487,8 +420,8 @@ def _names(
     values = table.columns[column]
     _refuse_kinds(table, column, setting, keep)
     # NA may be a site, as a part of the world is called.
-    lost = _LOST if setting == "unit" else _LOST - {"NA"}
-    missing = [i for i in keep if _is_missing(values[i]) or _key(values[i]) in {"", *lost}]
+    lost = LOST if setting == "unit" else LOST - {"NA"}
+    missing = [i for i in keep if is_missing(values[i]) or as_text(values[i]) in {"", *lost}]
     if missing:
         what = "which person they belong to" if setting == "unit" else "which site they come from"
         raise DataError(
@@ -496,8 +429,8 @@ def _names(
             f" ({table.group}.{setting}) is empty, or how programs write a missing value, in "
             f"{_rows(missing)}. Fill it or remove these records; fedtune does not guess."
         )
-    keys = [_key(values[i]) for i in keep]
-    spelt = _one_spelling(set(keys))
+    keys = [as_text(values[i]) for i in keep]
+    spelt = one_spelling(set(keys))
     found = [spelt[key] for key in keys]
     if respelt := sum(name != key for name, key in zip(found, keys, strict=True)):
         what = "persons" if setting == "unit" else "sites"

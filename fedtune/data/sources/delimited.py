@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.data.sources.columns import column_name
 from fedtune.data.sources.decoding import open_text
+from fedtune.data.sources.spellings import column_name
 from fedtune.errors import DataError
 
 __all__ = ["Delimited", "open_delimited"]

@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedtune.config.schema import DataConfig
-from fedtune.data.sources.columns import Columns, Table, column_name
+from fedtune.data.sources.columns import Columns, Table
 from fedtune.data.sources.decoding import bare_name, is_workbook, open_bytes, open_text, read_text
 from fedtune.data.sources.delimited import open_delimited
+from fedtune.data.sources.spellings import column_name
 from fedtune.errors import DataError, ResourceError
 
 __all__ = [
