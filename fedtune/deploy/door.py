@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import resource
 import socket
 import ssl
@@ -45,7 +44,6 @@ __all__ = [
     "DoorServer",
     "HeaderDeadline",
     "bounded",
-    "give_memory_back",
     "most_connections",
 ]
 
@@ -234,18 +232,6 @@ async def _whole(receive: Any, length: int) -> bytes:
         parts.append(message.get("body", b""))
         more = message.get("more_body", False)
     return b"".join(parts)
-
-
-def give_memory_back() -> None:
-    """Has the C library give large blocks back to the system as soon as they are freed.
-
-    glibc keeps them otherwise: after one large body its threshold rises to that body's size, for good, and
-    each thread has a heap of its own.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
-        library.mallopt(-8, 2)  # M_ARENA_MAX
 
 
 # --- the server ---------------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ from fedtune.deploy.door import (
     BodyTimeout,
     Connections,
     DoorServer,
-    give_memory_back,
     most_connections,
 )
 from fedtune.deploy.join import PublishedBudgets
+from fedtune.deploy.memory import SERVER_BLOCK, give_memory_back
 from fedtune.deploy.operators import Operator, Operators, Right
 from fedtune.deploy.progress import MAX_REPORT, Progress
 from fedtune.deploy.progress import PATH as PROGRESS_PATH
@@ -146,7 +146,7 @@ def run_server(
     listener = _listen(host, port)
     from fedtune.deploy import flower  # late: what is wrong with the folder is known before
 
-    give_memory_back()
+    give_memory_back(SERVER_BLOCK, arenas=2)
     app = flower.superlink_app(folder, host, port)
     state = app.state.linkstate_factory.state()
     admission = Admission(state, folder, say, people, trail)

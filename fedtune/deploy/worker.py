@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedtune.config.build import build
 from fedtune.deploy import channel
+from fedtune.deploy.memory import WORKER_BLOCK, give_memory_back
 from fedtune.monitoring.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main(path: str, *, log_json: bool = False) -> None:
 
     site = SiteSettings.from_json(parts[0].decode())
     _limit(site)
+    give_memory_back(WORKER_BLOCK)
     log_to_stderr("worker", as_json=log_json)
     from fedtune.federation.flower import quiet
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from fedtune.config.schema import TrainConfig
+from fedtune.deploy.memory import WORKER_BLOCK, give_memory_back
 from fedtune.training.dp_step import clipped_sum
 from fedtune.training.example_gradients import hooks_for
 from fedtune.training.local import ShardView, train_locally
@@ -84,6 +85,7 @@ def _main(which: str, folder: str) -> None:
     """One epoch of two private steps; prints this process' peak memory."""
     warnings.simplefilter("ignore")
     if which == "ours":
+        give_memory_back(WORKER_BLOCK)  # as a node's worker does
         _, model, shard, config = pooled("nf4", name=folder)
         small = take(shard, _BASE_EXAMPLES)
         config.train.local_steps, config.train.sample_rate, config.train.optimizer = 2, 0.5, "adam"
