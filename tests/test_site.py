@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.browser import browser_tab, contrast, needs_chromium
+from tests.support.pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = re.findall(
@@ -25,6 +26,7 @@ QUESTIONS = re.findall(
     re.MULTILINE,
 )
 FIRST = 3  # pages that somebody looks at
+WIDEST = 100  # characters that a block has room for, at 1,400 pixels
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,12 @@ def address(site: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_a_command_is_seen_whole_on_a_wide_screen(path: Path) -> None:
+    lines = [line for block in blocks(path) if block.language == "bash" for line in block.text.splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
 
 
 @needs_chromium

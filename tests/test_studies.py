@@ -18,6 +18,7 @@ from fedtune.errors import RecordError
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
 from fedtune.report.frontier import Point, points_of, price_book, varied_settings
+from fedtune.report.tuning import tuning_of
 from tests.support.studies import import_script
 
 STUDIES = Path(__file__).resolve().parents[1] / "simulations"
@@ -66,6 +67,18 @@ def test_accuracy_rises_with_epsilon_within_two_standard_errors(study: str) -> N
 def test_the_frontier_covers_what_was_asked() -> None:
     targets = {run.config["privacy"]["epsilon"] for point in points("privacy_frontier") for run in point.runs}
     assert targets == {0.5, 1.0, 2.0, 4.0, 8.0, None}
+
+
+@pytest.mark.slow
+def test_what_the_frontiers_private_runs_cost_together_is_of_their_records() -> None:
+    runs = [run for point in points("privacy_frontier") for run in point.runs]
+    chosen = next(run for run in runs if math.isfinite(run.epsilon))
+    found = tuning_of(runs, chosen, {})
+    assert found is not None and found.runs == 15
+    pages = (STUDIES / "privacy_frontier" / "README.md", STUDIES.parent / "docs" / "epsilon.md")
+    for page in pages:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert f"cost epsilon {found.epsilon_composed:.1f}" in text, page
 
 
 @pytest.mark.parametrize("study", FRONTIERS)
