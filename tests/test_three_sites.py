@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fedtune.monitoring.endpoint import PORT
 from tests.support.pages import ROOT
 
 EXAMPLE = ROOT / "examples" / "three-sites"
@@ -26,10 +27,14 @@ def test_the_compose_file_starts_what_the_script_makes() -> None:
     found = services()
     assert set(found) == {"setup", "server", "submit", *SITES}
     for site in SITES:
-        assert found[site]["command"] == ["node", "--config", f"/federation/{site}/node.yaml"]
+        words = ["node", "--config", f"/federation/{site}/node.yaml", "--monitor", str(PORT)]
+        assert found[site]["command"] == words
     for name in ("server", "submit", *SITES):
         words = found[name]["command"]
         assert isinstance(words, list) and words[0] in command().commands
+        # The image asks /healthz of this port: who does not listen there is never healthy.
+        assert words[-2:] == ["--monitor", str(PORT)] or found[name]["healthcheck"] == {"disable": True}
+    assert found["setup"]["healthcheck"] == {"disable": True}
     build = found["server"]["build"]
     assert isinstance(build, dict) and (EXAMPLE / build["context"] / build["dockerfile"]).is_file()
 
