@@ -353,7 +353,7 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
     Raises:
         ConfigError: the authority's certificate cannot be read.
         FederationError: the server is not to be trusted, or speaks no TLS; trying again would not help.
-        ResourceError: the server does not answer.
+        ResourceError: the server does not answer, or its certificate has expired.
     """
     connection = https_connection(address, authority, timeout)
     try:
@@ -361,7 +361,9 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
         ends = (connection.sock.getpeercert() or {}).get("notAfter", "")
         return (ssl.cert_time_to_seconds(str(ends)) - time.time()) / 86_400
     except ssl.SSLCertVerificationError as error:
-        raise FederationError(_untrusted(address, authority, error)) from error
+        passes = "expired" in error.verify_message or "not yet valid" in error.verify_message
+        kind = ResourceError if passes else FederationError  # a renewal or a clock that is set right mends it
+        raise kind(_untrusted(address, authority, error)) from error
     except ssl.SSLError as error:
         if error.reason in _FULL:
             raise ResourceError(
@@ -388,14 +390,14 @@ def check_server(address: str, authority: Path, timeout: float = 10.0) -> float:
 
 
 def wait_for_server(address: str, authority: Path, say: Callable[[str], None]) -> float:
-    """`check_server`, repeated until the server answers; logs every minute that it does not."""
+    """`check_server`, repeated while the server may come back; logs every minute that it has not."""
     pause, logged_at = 1.0, -_LOG_EVERY
     while True:
         try:
             return check_server(address, authority)
         except ResourceError as error:
             if time.monotonic() - logged_at >= _LOG_EVERY:
-                say(f"{error} Trying again until it does.")
+                say(f"{error} Trying again.")
                 logged_at = time.monotonic()
             time.sleep(pause)
             pause = min(30.0, 2 * pause)

@@ -31,6 +31,7 @@ import httpx
 
 from fedtune.config.files import replace_whole
 from fedtune.deploy import flower
+from fedtune.deploy.certificates import wait_for_server
 from fedtune.deploy.client import AddedHeaders, Server, patient_retries
 from fedtune.deploy.consent import SUBMITTER, sign_run
 from fedtune.deploy.join import as_enrolled
@@ -94,6 +95,9 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
                 watched = StoppingObserver(told, lambda _: _asked_to_stop(server, run_dir))
                 return run_rounds(grid, config, run_dir, watched, stop=lost)
         except RunLost:
+            waits = SafeObserver(observer).on_wait
+            wait_for_server(server.address, server.folder / "ca.crt", waits)
+            waits("")
             if (by := _stopped_by(server, run_dir)) is not None:
                 raise FederationError(
                     f"The run was stopped at the server {server.address} by {by}. Finished rounds are saved; "

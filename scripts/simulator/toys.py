@@ -97,6 +97,9 @@ class ToyServer:
     def initial(self) -> np.ndarray:
         return np.zeros(SIZE, dtype=np.float32)
 
+    def public_facts(self) -> dict[str, Any]:
+        return {}
+
     def head(self) -> np.ndarray:
         return np.ones(SIZE, dtype=np.bool_)
 

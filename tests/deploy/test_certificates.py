@@ -29,12 +29,8 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def listening(folder: Path | None) -> Iterator[str]:
-    """A server at a free port: with TLS by the certificate in `folder`, or plain."""
+    """A server at a free port: with TLS by the certificate that is in `folder` now, or plain."""
     listener = socket.create_server(("127.0.0.1", 0))
-    context = None
-    if folder is not None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder / "server.crt", folder / "server.key")
 
     def serve() -> None:
         while True:
@@ -43,10 +39,12 @@ def listening(folder: Path | None) -> Iterator[str]:
             except OSError:
                 return
             try:
-                if context is None:
+                if folder is None:
                     connection.recv(1)
                     connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
                 else:
+                    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                    context.load_cert_chain(folder / "server.crt", folder / "server.key")
                     context.wrap_socket(connection, server_side=True).close()
             except OSError:
                 pass
@@ -77,8 +75,24 @@ def test_a_wrong_authority_is_named(folder: Path) -> None:
 
 def test_an_expired_certificate_is_named(folder: Path) -> None:
     certificates.make_server_certificate(folder, folder, ["127.0.0.1"], -2)
-    with listening(folder) as address, pytest.raises(FederationError, match=r"expired.*--renew.*clock"):
+    with listening(folder) as address, pytest.raises(ResourceError, match=r"expired.*--renew.*clock"):
         check_server(address, folder / "ca.crt")
+
+
+def test_a_node_waits_for_a_certificate_that_is_renewed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    certificates.make_server_certificate(folder, folder, ["127.0.0.1"], -2)
+
+    def renews(seconds: float) -> None:
+        certificates.make_server_certificate(folder, folder, ["127.0.0.1"], 9)
+
+    with listening(folder) as address:
+        monkeypatch.setattr(certificates.time, "sleep", renews)
+        assert 8 < certificates.wait_for_server(address, folder / "ca.crt", said.append) < 10
+    (line,) = said
+    assert "has expired" in line and "--renew" in line and line.endswith("Trying again.")
 
 
 def test_a_clock_that_is_behind_the_certificate_is_named(
@@ -89,7 +103,7 @@ def test_a_clock_that_is_behind_the_certificate_is_named(
     certificates.make_server_certificate(folder, folder, ["127.0.0.1"], 9)
     with (
         listening(folder) as address,
-        pytest.raises(FederationError, match="not valid yet: check this machine"),
+        pytest.raises(ResourceError, match="not valid yet: check this machine"),
     ):
         check_server(address, folder / "ca.crt")
     with pytest.raises(

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,38 @@ def test_a_run_that_the_server_has_ended_is_lost_and_does_not_interrupt_the_proc
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_a_run_that_was_lost_waits_for_its_server_before_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may end a run that it cannot hear, and be out of reach itself: its certificate expired."""
+    order: list[str] = []
+
+    @contextmanager
+    def submitted(*about: Any) -> Iterator[Any]:
+        order.append("submitted")
+        if len(order) > 1:
+            raise FederationError("enough")
+        raise RunLost
+        yield
+
+    def waits(address: str, authority: Path, say: Any) -> float:
+        say("its certificate has expired")
+        order.append("waited")
+        return 9.0
+
+    here = Server(tmp_path, "127.0.0.1:9", b"", "token")
+    monkeypatch.setattr(Server, "of", lambda folder: here)
+    monkeypatch.setattr(submit, "submitted_run", submitted)
+    monkeypatch.setattr(submit, "wait_for_server", waits)
+    monkeypatch.setattr(submit, "_stopped_by", lambda *about: order.append("asked"))
+    config, watcher = load([]), Watcher()
+    config.engine.name, config.engine.server = "deployment", str(tmp_path)
+    with pytest.raises(FederationError, match="enough"):
+        submit.run(config, tmp_path / "run", watcher)
+    assert order == ["submitted", "waited", "asked", "submitted"]
+    assert watcher.waits == ["its certificate has expired", ""]
+
+
 def test_what_a_killed_submit_left_at_the_server_is_stopped(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
