@@ -86,7 +86,7 @@ def _detach(folder: Path, overrides: list[str], json: bool) -> None:
     load(settings)  # what is wrong with them is said here
     run_dir = Path(chosen[-1]) if chosen else new_folder()
     process, number = detach(folder.absolute(), settings, run_dir)
-    state = f"run {number} goes on" if number else "the run waits for its turn"
+    state = f"run {number} goes on" if number else "the run has not begun: it loads, or waits for its turn"
     answering("submit --detach", json)(
         {"run_dir": str(run_dir), "process": process, "run": number},
         f"{state}, in process {process}; its folder is {run_dir}\n"
@@ -156,7 +156,13 @@ def stop(
 ) -> None:
     from fedtune.deploy import submit as submission
     from fedtune.deploy.client import Server
+    from fedtune.deploy.detached import end_before_it_begins
 
+    if not run.isdecimal() and end_before_it_begins(Path(run)):
+        answering("stop", json)(
+            {"run": None, "now": now}, f"the run of {run} had not begun, and will not; nothing was charged"
+        )
+        return
     number = run if run.isdecimal() else submission.run_number_in(Path(run) / "checkpoint" / submission.NOTE)
     if number is None:
         raise ConfigError(

@@ -22,7 +22,7 @@ from fedtune.config.files import replace_whole
 from fedtune.deploy.submit import NOTE, run_number_in
 from fedtune.errors import ConfigError, FederationError, ResourceError
 
-__all__ = ["detach", "follow", "new_folder"]
+__all__ = ["detach", "end_before_it_begins", "follow", "new_folder"]
 
 _LOG, _PROCESS = "submit.log", "submit.json"
 _SHOW_SECONDS = 60.0  # to wait for the run to have started, or to wait for its turn
@@ -111,6 +111,20 @@ def follow(run_dir: Path, show: Callable[[str], None]) -> bool:
                 return _succeeded(run_dir)
             else:
                 time.sleep(_LOOK_SECONDS)
+
+
+def end_before_it_begins(run_dir: Path) -> bool:
+    """Ends a detached submit that the server has not given a run yet: it loads, or waits for its turn.
+
+    Returns:
+        False if there is none, or its run began meanwhile: that one is for the server to stop.
+    """
+    process = _process_of(run_dir)
+    if process is None or run_number_in(run_dir / "checkpoint" / NOTE) is not None:
+        return False
+    process.terminate()
+    process.wait()
+    return run_number_in(run_dir / "checkpoint" / NOTE) is None
 
 
 def _succeeded(run_dir: Path) -> bool:

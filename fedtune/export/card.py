@@ -176,6 +176,8 @@ def _loading(about: Mapping[str, Any]) -> list[str]:
         parts += [
             "**onnxruntime**, without torch: `pip install onnxruntime tokenizers`.",
             _code(
+                "import os\n\n"
+                'os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # or it reports to its maker\n'
                 "import numpy as np\n"
                 "import onnxruntime\n"
                 "from tokenizers import Tokenizer\n\n"

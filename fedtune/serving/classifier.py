@@ -8,6 +8,7 @@ up to the last bits of float32 sums.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +252,8 @@ def onnx_session(model: str | bytes, path: Path, threads: int) -> Any:
         ConfigError: onnxruntime is not installed.
         ModelError: it cannot read the model.
     """
+    # It reports home by default; it reads this when it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

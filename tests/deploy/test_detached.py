@@ -9,8 +9,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from fedtune.cli.app import main
 from fedtune.deploy import detached
 from fedtune.deploy.detached import detach, follow
 from fedtune.errors import ConfigError, FederationError
@@ -107,6 +109,23 @@ def test_a_run_that_waits_for_its_turn_is_said_to_wait(
     one.kill()
     looks.join(60)
     assert ended == [False]
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_its_turn_is_ended_as_detach_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    started_as(WAITS, folder, monkeypatch)
+    process, _ = detach(tmp_path, [], folder)
+    assert detached._process_of(folder) is not None
+    with pytest.raises(SystemExit) as ended:
+        main(["stop", str(tmp_path), str(folder)])
+    assert not ended.value.code and "had not begun, and will not" in capsys.readouterr().out
+    assert detached._process_of(folder) is None and not psutil.pid_exists(process)
+    with pytest.raises(SystemExit) as ended:
+        main(["stop", str(tmp_path), str(folder)])
+    assert ended.value.code == 2 and "is no run folder" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,3 +121,25 @@ def test_a_model_that_fails_is_refused_before_it_is_served(
     monkeypatch.setattr(classifier, "onnx_forwards", lambda paths, *rest: [broken for _ in paths])
     with pytest.raises(ModelError, match="cannot be asked: a kernel is missing"):
         Classifier.open(Bundle.open(exported), "onnx")
+
+
+@pytest.mark.slow
+def test_onnxruntime_keeps_no_name_of_this_machine_to_report_by(tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from fedtune.errors import ModelError\n"
+        "from fedtune.serving.classifier import onnx_session\n"
+        "try: onnx_session(b'', Path('none.onnx'), 1)\n"
+        "except ModelError: print('asked')\n"
+    )
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("ORT_", "XDG_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**ours, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "asked\n"
+    # With its reports on it makes an id of the machine there, and asks for its maker's address.
+    assert not (tmp_path / ".cache" / "Microsoft").exists()
