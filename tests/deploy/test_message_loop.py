@@ -46,6 +46,16 @@ def test_a_node_asks_often_after_a_message_and_seldom_when_it_is_idle() -> None:
     assert pace.seconds() == PollInterval.LONGEST
 
 
+def test_a_server_that_is_slow_to_say_that_there_is_nothing_is_asked_less_often() -> None:
+    """Fifty nodes that each asked 0.1 s after every answer took most of a server's time."""
+    clock = Clock()
+    pace = PollInterval(clock)
+    pace.message_came()
+    assert pace.seconds(0.012) == PollInterval.SHORTEST  # as one that has nothing else to do
+    assert pace.seconds(0.5) == pytest.approx(2.0)
+    assert pace.seconds(60.0) == PollInterval.LONGEST
+
+
 def test_the_questions_of_an_idle_minute_are_few() -> None:
     clock = Clock()
     pace = PollInterval(clock)
@@ -109,6 +119,26 @@ def test_a_message_is_answered_and_the_answer_sent_before_anything_else(
     assert server.talk(tmp_path, answer) == [
         "joined 7", "asked", "asked", "answered", "pushed by what sends it again", "asked",
     ]  # fmt: skip
+
+
+def test_the_loop_tells_its_pace_how_long_a_question_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, took, asked = Server(monkeypatch, [None, None]), list[float](), iter([0.7, 0.2, 0.0])
+    pull = flower.pull_message
+
+    def slowly(**by: Any) -> int | None:
+        message_loop.time.sleep(next(asked))
+        return pull(**by)
+
+    def seconds(pace: PollInterval, answer_took: float) -> float:
+        took.append(round(answer_took, 3))
+        return 0.0
+
+    monkeypatch.setattr(flower, "pull_message", slowly)
+    monkeypatch.setattr(PollInterval, "seconds", seconds)
+    server.talk(tmp_path, pytest.fail)
+    assert took == [0.7, 0.2]
 
 
 def test_a_connection_that_is_outdated_ends_when_what_was_begun_is_sent(
