@@ -102,6 +102,7 @@ class Kept:
     environment: dict[str, str]
     wait: float | None = None  # seconds before it is started again; None: it is not
     starts: int = 0
+    began: int = 0  # where in its log this start's lines begin
     process: subprocess.Popen[bytes] | None = None
     ending: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
@@ -114,6 +115,7 @@ class Kept:
             self.thread.start()
 
     def _spawn(self) -> None:
+        self.began = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, cwd=self.log.parent, stdout=log, stderr=log,
@@ -241,7 +243,7 @@ class Federation:
         path = self.root / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until(self, name: str, words: str, seconds: float = 300.0) -> None:
+    def until(self, name: str, words: str, seconds: float = 900.0) -> None:
         """Waits until process `name` has printed `words`."""
         end = time.monotonic() + seconds
         while words not in self.log(name):
@@ -251,8 +253,11 @@ class Federation:
                 raise SystemExit(f"{name} did not say {words!r}:\n{self.log(name)[-3000:]}")
             time.sleep(0.2)
 
-    def start_submit(self, name: str, *overrides: str) -> Kept:
-        """Starts `fedtune submit`, whose run folder is `runs/NAME`, and returns at once."""
+    def start_submit(self, name: str, *overrides: str, strange: Sequence[object] = ()) -> Kept:
+        """Starts `fedtune submit`, whose run folder is `runs/NAME`, and returns at once.
+
+        `strange`: what `strange_submit.py` makes of it.
+        """
         settings = [
             "data=files", "data.name=trial", "data.labels=[negative,positive]",
             "data.test_split=test", "data.test_public=true",
@@ -260,7 +265,8 @@ class Federation:
             "train.precision=fp32", "device=cpu",
             *self.setup.settings, *overrides, f"hydra.run.dir={self.root / 'runs' / name}",
         ]  # fmt: skip
-        return self.start(f"submit-{name}", "submit", self.server, *settings)
+        script = "strange_submit.py" if strange else ""
+        return self.start(f"submit-{name}", *strange, "submit", self.server, *settings, script=script)
 
     def submit(self, name: str, *overrides: str, seconds: float = 3000.0) -> tuple[Path, float]:
         """Runs `fedtune submit` to its end: (run folder, seconds). Exits if the run failed."""

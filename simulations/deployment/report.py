@@ -156,12 +156,72 @@ def far() -> list[str]:
     return lines
 
 
+def many() -> list[str]:
+    """Fifty sites at one server."""
+    one = load("many_50")
+    if one is None:
+        return []
+    megabytes, seconds = one["megabytes_of_the_server"], one["round_seconds"]
+    return [
+        "## Fifty sites",
+        "",
+        f"{one['nodes']} sites with toys for training, threads of one process, at one server: {one['rounds']} rounds, "
+        f"{one['updates']} updates; a round {seconds['median']:.0f} s (median; target: 5 s over the slowest "
+        f"training, which takes no time here). The server's memory: {megabytes['before_any_joined']:.0f} MB before "
+        f"any site joined, {megabytes['all_joined']:.0f} with all, {megabytes['after_round_1']:.0f} after the first "
+        f"round, **{megabytes['largest']:.0f} MB** at most, {megabytes['at_the_end']:.0f} at the end (target: 300 "
+        f"after a day of rounds). {one['server_percent_of_a_core_while_all_are_idle']:.0f} percent of a core while "
+        f"all sites are idle. Load average {one['load_average_before'][0]} before.",
+        "",
+    ]
+
+
+TRIALS = {
+    "certificate": "The certificate expires in a run",
+    "skew": "Clocks are an hour wrong",
+    "read_only": "Folders cannot be written",
+    "oversized": "A question of 300 MiB",
+    "foreign": "Another app than fedtune's",
+    "descriptors": "256 descriptors, 230 half-sent requests",
+    "rotation": "Another authority, with kills",
+}
+
+
+def weather() -> list[str]:
+    """What a federation meets in years."""
+    found = {words: one for name, words in TRIALS.items() if (one := load(f"weather_{name}"))}
+    if not found:
+        return []
+    lines = [
+        "## Weather",
+        "",
+        "| trial | runs: rounds, updates in each, status | tracebacks | books verify |",
+    ]
+    lines.append("|---|---|---:|---|")
+    for words, one in found.items():
+        runs = [
+            f"{name.replace('_', ' ')}: {run['rounds']}, {' '.join(map(str, run['updates_by_round']))}, {run['status']}"
+            if "rounds" in run
+            else f"{name.replace('_', ' ')}: none, {run['status']}"
+            for name, run in one.items()
+            if isinstance(run, dict) and "status" in run
+        ]
+        lines.append(
+            f"| {words} | {'; '.join(runs)} | {len(one['tracebacks'])} | {one['all_books_verify']} |"
+        )
+    lines += ["", "What was said, shortened (`records/weather_*.json` have it all):", ""]
+    for words, one in found.items():
+        lines.append(f"- **{words}.** Load average {one['load_average_before'][0]} before.")
+        lines += [f"    - *{who}*: {text[:330]}" for who, text in one["said"].items()]
+    return [*lines, ""]
+
+
 def main() -> None:
     """Rewrites what is between the marks."""
     page = HERE / "README.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    body = "\n".join([*rounds(), *idle(), *chaos(), *far()])
+    body = "\n".join([*rounds(), *idle(), *chaos(), *far(), *many(), *weather()])
     page.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail}")
 
 
