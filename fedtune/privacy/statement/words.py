@@ -29,6 +29,7 @@ __all__ = [
     "was_trained",
 ]
 
+_SHOWN_LABELS = 20
 UNITS = {
     "record": "one text with its label",
     "person": "all records that share one value of the data's unit column (a person, an author, a review)",
@@ -189,8 +190,8 @@ def not_covered(record: Mapping[str, Any], epsilon: float | None) -> list[str]:
     unnoised = f"Evaluation: {evaluation}. Accuracy and loss in the record are not noised."
     sizes = "" if privacy.get("sizes") else "the declared sizes, "
     lines = [
-        f"What the owners declare public: the name of the data set, the label set, {sizes}the maximum "
-        "length, who takes part.",
+        f"What the owners declare public: the name of the data set, the label set{_labels(record)}, {sizes}"
+        "the maximum length, who takes part.",
         *([] if privacy.get("evaluation") and epsilon is not None else [unnoised]),
         "The pretrained encoder: what it has learnt from its own training data.",
         *_start_not_covered(record),
@@ -276,6 +277,12 @@ def left_out(record: Mapping[str, Any]) -> dict[str, str]:
     released = {str(one["node"]) for one in record["privacy"]["per_node"] if one["releases"]}
     lost = {str(one["node"]): str(one["reason"]) for one in reversed(federation["dropped"])}
     return {node: why for node, why in sorted(lost.items()) if node not in released}
+
+
+def _labels(record: Mapping[str, Any]) -> str:
+    """The labels in brackets, where the record has them; of many, the first."""
+    labels = (record.get("data") or {}).get("labels") or ()
+    return f" ({few(map(coded, labels), _SHOWN_LABELS)})" if labels else ""
 
 
 def few(names: Iterable[str], most: int = 3) -> str:

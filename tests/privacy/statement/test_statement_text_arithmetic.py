@@ -310,6 +310,14 @@ def test_what_is_covered() -> None:
     assert "count, sampling rate" in adaptive[3]
 
 
+def test_the_labels_are_named() -> None:
+    """Whatever they are called, and of many the first."""
+    labelled = record() | {"data": {"labels": ["très", "C`#", "否\n定"]}}
+    assert "the label set (`très`, `C'#`, `否 定`), " in not_covered(labelled, None)[0]
+    many = record() | {"data": {"labels": [str(i) for i in range(25)]}}
+    assert "`19` and 5 more), " in not_covered(many, None)[0]
+
+
 def test_what_is_not_covered() -> None:
     exposed = starts(list(EXPOSED))
     public, unnoised = "What the", "Evaluation: the"
