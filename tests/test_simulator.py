@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from scripts.simulator.mutants import MUTANTS
 from scripts.simulator.simulation import simulate
 
+_FOUND_BY = {"checkpoint-without-sync": 49}  # the first seed that finds it, where that is a late one
 _QUICK = ("charge-after", "ledger-without-sync", "retry-releases-again")
 
 
@@ -38,9 +38,8 @@ def test_a_seed_replays_exactly() -> None:
     "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS]
 )
 def test_a_fault_is_found(name: str) -> None:
+    """Where the simulator was changed another seed may find it, so the others are tried after its own."""
     with MUTANTS[name]():
-        found = next(
-            (seed for seed in itertools.islice(itertools.count(), 200) if simulate(seed).problem), None
-        )
+        found = next((seed for seed in (_FOUND_BY.get(name, 0), *range(200)) if simulate(seed).problem), None)
     assert found is not None
     assert not simulate(found).problem
