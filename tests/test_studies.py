@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import itertools
+import json
 import math
 import re
 import statistics
@@ -100,6 +101,21 @@ def test_the_table_of_private_accuracy_is_of_its_records(monkeypatch: pytest.Mon
     values, _ = study.table.read(folder / "records")
     text = study.table.table(values, study.earlier(folder / "records"))
     assert text in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_head_of_before_its_damping_is_marked_where_that_bites(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    study = import_script(STUDIES / "private_accuracy", "study", monkeypatch)
+    name = "clinc150-head-local-epsilon1-seed0.json"
+    kept = json.loads((STUDIES / "private_accuracy" / "records" / name).read_text(encoding="utf-8"))
+    assert "damped" not in kept["config"]["train"]
+    for factor, marked in ((1.0, False), (1.2, True)):  # 1.53 of 1.7, and more
+        noisier = kept["privacy"] | {"noise_multiplier": factor * kept["privacy"]["noise_multiplier"]}
+        (tmp_path / name).write_text(json.dumps(kept | {"privacy": noisier}), encoding="utf-8")
+        found = study.earlier(tmp_path)
+        assert found == ({("clinc150", "head", "local", 1): ["train.damped"]} if marked else {})
 
 
 def test_a_cell_with_settings_of_before_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ Epsilon is per record (add or remove one), delta the default.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -101,9 +102,26 @@ def earlier(records: Path) -> dict[table.Key, list[str]]:
         key = (corpus, adapter, trust, None if epsilon is None else int(epsilon))
         if key not in today:
             today[key] = load(Cell(*key, seed=0, folder=HERE).overrides())
-        if different := differences({**kept["config"], "seed": 0}, today[key]):
+        different = differences({**kept["config"], "seed": 0}, today[key])
+        if different == ["train.damped"] and not damped(kept, today[key]):
+            continue  # a rule that came later, and says nothing for it: what was computed is the same
+        if different:
             found[key] = different
     return found
+
+
+def damped(kept: dict[str, Any], config: Config) -> bool:
+    """Whether `train.damped` takes less than the whole rate in a run of `config` with the noise of `kept`."""
+    from fedtune.federation.server.optimizers import damping
+    from fedtune.privacy.plan import make_plan
+
+    sizes, noise = kept["data"]["declared_sizes"], kept["privacy"]["noise_multiplier"]
+    if config.privacy.epsilon is not None:
+        privacy = dataclasses.replace(config.privacy, epsilon=None, noise_multiplier=noise)
+        config = dataclasses.replace(config, privacy=privacy)
+    plan = make_plan(config, list(sizes.values()))
+    numbers, classes = kept["cost"]["num_parameters"], len(kept["data"]["labels"])
+    return damping(config.train, plan, sizes, numbers, classes) < 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
