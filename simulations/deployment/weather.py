@@ -134,7 +134,7 @@ def certificate(trial: Trial) -> None:
     federation, out = trial.federation, trial.root / "out"
     federation.start_server()
     federation.start_nodes()
-    federation.start_submit("run", *PRIVATE, "federation.num_rounds=12")
+    federation.start_submit("run", *PRIVATE, "federation.num_rounds=100")
     federation.until("submit-run", "round 2/")
     valid = 40.0
     certificates.make_server_certificate(
@@ -199,7 +199,7 @@ def skew(trial: Trial) -> None:
     for site in (ahead, behind):
         federation.until(site, "joined")
     trial.found["joined_when_clocks_were_right_at_second"] = trial.second()
-    federation.start_submit("jumps", *PRIVATE, "federation.num_rounds=10")
+    federation.start_submit("jumps", *PRIVATE, "federation.num_rounds=60")
     federation.until("submit-jumps", "round 2/")
     put(ahead, "+3600s"), put(behind, "-3600s")
     trial.found["clocks_jumped_at_second"] = trial.second()
@@ -249,7 +249,7 @@ def read_only(trial: Trial) -> None:
         federation.until("submit-node", "round 5/")
     trial.found["run_while_a_nodes_state_was_read_only"] = trial.run("node")
     trial.found["releases_of_that_site"] = {"before": before, "after": federation.books()[site]["releases"]}
-    federation.start_submit("server", *PRIVATE, "federation.num_rounds=8")
+    federation.start_submit("server", *PRIVATE, "federation.num_rounds=20")
     federation.until("submit-server", "round 2/")
     with not_writable(federation.server):
         trial.keep("a server in a run", "server", "cannot be|read-only|Read-only|readonly", 40)
@@ -355,7 +355,7 @@ def rotation(trial: Trial) -> None:
     federation.until("submit-run", "round 2/")
     rotate("--rotate", "switch")
     _killed_in_the_middle(trial, file, out)
-    rotate()
+    rotate("--rotate", "announce")  # again: the key that was made is used, and was told to nobody
     rotate("--rotate", "switch")  # too early: no site has said that it trusts the new one
     federation.processes[trial.sites[0]].kill()
     for site in trial.sites:
