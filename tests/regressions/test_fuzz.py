@@ -513,6 +513,25 @@ def test_an_epsilon_without_a_delta_is_no_promise(record: dict[str, Any], tmp_pa
         records.read(tmp_path)
 
 
+@pytest.mark.parametrize("where", ["privacy", "evaluation"])
+def test_a_unit_that_nobody_knows_protects_nobody(record: dict[str, Any], tmp_path: Path, where: str) -> None:
+    """Found by the search: the picture of the statement met it first, and ended in a KeyError."""
+    part = record["privacy"]
+    if where == "evaluation":
+        part["evaluation"] = {
+            "mechanism": "gaussian",
+            "share": 0.2,
+            "answers": 1,
+            "noise_multiplier": 1.0,
+            "epsilon": 1.0,
+        }
+        part = part["evaluation"]
+    part["unit"] = ""
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(RecordError, match="unit.* 'record' or 'person' or 'client'"):
+        records.read(tmp_path)
+
+
 def test_amounts_and_counts_that_a_record_lacks_are_unknown(record: dict[str, Any], tmp_path: Path) -> None:
     del record["cost"]["money"]["compute"]
     for row in record["metrics"]["per_site"].values():
