@@ -12,9 +12,9 @@ TLS passthrough, and not needed. What the door holds to:
   has `PER_CREDENTIAL`, and one more takes the place of their own oldest.
 - When the process has no descriptors left, who comes is told that the server is full, by an alert of TLS that
   `certificates.check_server` understands.
-- The TLS handshake, and the headers of each request, have `HEADER_SECONDS`. A body is read only after the
-  gate (`server.Gate`) has seen a credential; it may not pause for `PAUSE_SECONDS`, nor come slower than
-  `SLOWEST` bytes a second after its first `GRACE_SECONDS`.
+- The TLS handshake, and the headers of each request, have `HEADER_SECONDS`; headers have `HEADER_BYTES`. A
+  body is read only after the gate (`server.Gate`) has seen a credential; it may not pause for
+  `PAUSE_SECONDS`, nor come slower than `SLOWEST` bytes a second after its first `GRACE_SECONDS`.
 - Bodies that are read at once have `MOST_BYTES` together, half of it from one sender; others wait, unread.
 """
 
@@ -43,11 +43,10 @@ __all__ = [
     "Connections",
     "DoorServer",
     "HeaderDeadline",
-    "bounded",
     "most_connections",
 ]
 
-HEADER_SECONDS = 10.0
+HEADER_SECONDS, HEADER_BYTES = 10.0, 2**16
 PAUSE_SECONDS, GRACE_SECONDS, SLOWEST = 20.0, 30.0, 2**15
 UNPROVEN, UNPROVEN_PER_ADDRESS, PER_CREDENTIAL = 512, 128, 256
 MOST_BYTES, SMALL = 2**26, 2**16  # a small body waits for no other: a heartbeat must not
@@ -238,12 +237,15 @@ async def _whole(receive: Any, length: int) -> bytes:
 
 
 class HeaderDeadline(HttpToolsProtocol):
-    """uvicorn's protocol, which waits for a request's headers no longer than `HEADER_SECONDS`.
+    """uvicorn's protocol, which takes `HEADER_BYTES` of a request's headers, and waits for them
+    `HEADER_SECONDS`.
 
-    uvicorn itself waits for ever, so that a few thousand connections that say nothing would keep others out.
+    uvicorn itself waits for ever, so that a few thousand connections that say nothing would keep others out,
+    and keeps all that comes.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _header_bytes = 0  # so far
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio.Protocol."""
@@ -253,12 +255,11 @@ class HeaderDeadline(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol."""
         super().data_received(data)
-        if self._deadline is None and self.is_idle():
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._expect()
-
-    def is_idle(self) -> bool:
-        """Whether it waits for a request, or for the rest of its headers."""
-        return self.cycle is None or self.cycle.response_complete
+        self._header_bytes = 0 if self._deadline is None else self._header_bytes + len(data)
+        if self._header_bytes > HEADER_BYTES:
+            self.transport.abort()
 
     def on_headers_complete(self) -> None:
         """See httptools."""
@@ -277,30 +278,6 @@ class HeaderDeadline(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-
-
-def bounded(most: int) -> type[HeaderDeadline]:
-    """A protocol of which a server has `most` connections at once, for one that asks for no credential first.
-
-    One more takes the place of the oldest that waits for a request of its client's. Where all are in the
-    middle of one, who comes is turned away: what was accepted is answered.
-    """
-    held: dict[HeaderDeadline, None] = {}  # oldest first
-
-    class Bounded(HeaderDeadline):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            held[self] = None
-            if len(held) > most:
-                gone = next((one for one in held if one.is_idle() and one is not self), self)
-                del held[gone]
-                gone.transport.abort()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            held.pop(self, None)
-            super().connection_lost(exc)
-
-    return Bounded
 
 
 class DoorServer(uvicorn.Server):

@@ -12,8 +12,9 @@ its header, `Authorization: Bearer KEY`; what the service says about itself is o
 
 Refused: 400 no JSON, 401 no key that is known, 404 no such model, 408 a body that takes too long to come, 413
 more bytes than allowed, 422 texts that cannot be classified (empty, too long, too many, half a character),
-429 more texts a second than one client may ask (`Limits.rate`), 503 a full queue or a server that is
-stopping; 429 and 503 with Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged
+429 more texts a second than one client may ask (`Limits.rate`), 503 a full queue, too many bytes of requests
+at once, too many connections (`fedtune.serving.connections`) or a server that is stopping; 429 and 503 with
+Retry-After. Each answer has one sentence in `detail`. Nothing of a text is logged
 or counted: a line of the log is one JSON object with the time, the request's id (which its answer carries as
 X-Request-Id), the path, the status, the client's name where keys are asked for, the model, and how much was
 asked.
@@ -25,11 +26,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +47,7 @@ from fedtune.runs.predict import Asked
 from fedtune.serving.batcher import Batcher, Busy
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier, probabilities
+from fedtune.serving.connections import Connections
 from fedtune.serving.explain import METHOD, cut, weights
 from fedtune.serving.keys import Keys
 from fedtune.serving.metrics import Metrics
@@ -135,6 +139,7 @@ class _Asked:
     model: str | None = None
     texts: int = 0
     tokens: int = 0
+    bytes: int = 0  # that are held of it
 
 
 class _Service:
@@ -144,7 +149,9 @@ class _Service:
         self.models, self.limits, self.keys = models, limits, keys
         asks = {name: served.model.logits for name, served in models.items()}
         self.batcher = Batcher(asks, limits.waiting, workers)
-        self.metrics = Metrics(self.batcher)
+        self.connections = Connections(limits.connections)
+        self.metrics = Metrics(self.batcher, self.connections)
+        self.held = 0  # bytes of all requests
         self.rates = None if limits.rate is None else Rates(limits.rate)
         for name, served in models.items():
             self.metrics.model.labels(name, str(served.bundle.about["run"]), served.format).set(1)
@@ -176,11 +183,21 @@ class _Service:
     ) -> tuple[str, Served, Question, list[Asked]]:
         """(the model's name, the model, the question, its texts), from a client that may ask."""
         self._admit(request, asked)  # before anything of a stranger's is read
-        question, texts = read_question(await read_body(request, self.limits), self.limits, explain=explain)
+        body = await read_body(request, self.limits, partial(self._hold, asked))
+        question, texts = read_question(body, self.limits, explain=explain)
         name, served = self.chosen(question.model)
         check_kind(name, served.bundle.pairs, texts)
         asked.model = name
         return name, served, question, texts
+
+    def _hold(self, asked: _Asked, count: int) -> None:
+        """Counts bytes of a request, until it is answered. `Refused`: there are too many of all."""
+        asked.bytes += count
+        self.held += count
+        if self.held > self.limits.bodies:
+            raise Refused(
+                503, "Too much is being read.", Retry_After=str(math.ceil(self.limits.body_seconds))
+            )
 
     def _take(self, asked: _Asked, texts: int) -> None:
         """Counts texts towards the client's rate. `Refused`: it asks too much now."""
@@ -256,6 +273,8 @@ class _Service:
         except Exception as error:  # its words may quote a text
             _log.error({"id": asked.id, "message": f"a request failed with {type(error).__name__}"})
             response = JSONResponse({"detail": "The model failed; the server's log says how."}, 500)
+        finally:
+            self.held -= asked.bytes
         response.headers["X-Request-Id"] = asked.id
         self._count(asked, response.status_code)
         return response
@@ -309,7 +328,7 @@ def make_app(
         docs_url=None,  # FastAPI's pages fetch their scripts from elsewhere
         redoc_url=None,
     )
-    app.state.batcher = service.batcher
+    app.state.batcher, app.state.connections = service.batcher, service.connections
 
     labels = {name: served.model.labels for name, served in models.items()}
     of_pairs = [name for name, served in models.items() if served.bundle.pairs]

@@ -9,6 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from fedtune.monitoring.metrics import Exposition
 from fedtune.serving.batcher import Batcher
 from fedtune.serving.classifier import BATCH_TOKENS
+from fedtune.serving.connections import Connections
 
 __all__ = ["Metrics"]
 
@@ -19,7 +20,7 @@ _TOKENS = (16, 64, 128, 256, BATCH_TOKENS)
 class Metrics(Exposition):
     """What Prometheus is told; of one app alone."""
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Batcher, connections: Connections) -> None:
         super().__init__()
         known: dict[str, Any] = {"registry": self.registry}
         asked = ["path", "model"]
@@ -45,11 +46,21 @@ class Metrics(Exposition):
             ),
             ("fedtune_workers", "Batches that are being computed.", lambda: batcher.workers),
             ("fedtune_workers_limit", "That are computed at once at most.", lambda: batcher.max_workers),
+            ("fedtune_connections", "Connections that are open.", lambda: len(connections)),
+            (
+                "fedtune_connections_limit",
+                "Beyond which one that waits for its client is closed.",
+                lambda: connections.most,
+            ),
         ):
             Gauge(name, what, **known).set_function(value)
         self.model = Gauge(
             "fedtune_model", "1 for each model that is served.", ["model", "run", "format"], **known
         )
+        turned = Counter(
+            "fedtune_connections_turned", "Connections closed for others, or refused.", ["how"], **known
+        )
+        connections.noted = lambda how: turned.labels(how).inc()
         batcher.seen = self._batch
 
     def _batch(self, texts: int, tokens: int, seconds: float) -> None:

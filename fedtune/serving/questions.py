@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -45,6 +45,8 @@ class Limits:
         characters: of one text, or of each of a pair.
         body: bytes of one request.
         body_seconds: that a body may take to come.
+        bodies: bytes of all requests that are being read or answered.
+        connections: that are open at once.
         waiting: tokens in the queue.
         rate: texts a second of one client (a key; without keys an address), on average over some seconds;
             None: any. An explanation counts as many texts as the model is asked about.
@@ -55,6 +57,8 @@ class Limits:
     characters: int = 20_000
     body: int = 2_000_000
     body_seconds: float = 10.0
+    bodies: int = 64_000_000
+    connections: int = 1024
     waiting: int = 32_768
     rate: float | None = None
     parts: int = 64
@@ -101,8 +105,11 @@ class Rates:
         return math.ceil(short / self.rate) if short > 0 else 0
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: Limits, hold: Callable[[int], None]) -> bytes:
     """The request's body.
+
+    Args:
+        hold: is told of each part how many bytes it has, and may raise `Refused`.
 
     Raises:
         Refused: it has too many bytes (413), takes too long to come (408), or its client went away (499,
@@ -119,6 +126,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 body += part
                 if len(body) > limits.body:
                     raise too_long
+                hold(len(part))
     except TimeoutError:
         raise Refused(408, f"The body did not come within {limits.body_seconds:g} s.") from None
     except ClientDisconnect:

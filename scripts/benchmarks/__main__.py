@@ -41,6 +41,7 @@ BENCHMARKS = {
     "report": report.report,
     "serving": serving.serving,
     "soak": serving.soak,
+    "restarts": serving.restarts,
     "capacity": capacity.capacity,
 }
 

@@ -6,6 +6,8 @@ reached so, by chance. What onnxruntime does alone is measured in this process: 
 the service's own batches had, tokenized beforehand, by as many threads as the service has workers.
 
 `soak` asks for ten minutes at 70 percent of the top, and looks at what the service's process holds meanwhile.
+`restarts` tells the service to stop in the midst of that load, again and again, and compares the answers that
+it gave, by its own log, with those that came back.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,6 +37,7 @@ from scripts.benchmarks.common import ratios_of, write
 
 SECONDS, ROUNDS, CONNECTIONS, FORMAT = 2, 3, 64, "onnx-int8"
 SOAK, LOOK = 600, 10  # seconds: of a soak, and from one look at memory to the next
+RESTARTS, UNTIL = 20, 3  # and the seconds of load before each
 _SIZES = (1, 4, 16, 32)  # texts of a batch
 _LOAD = Path(__file__).with_name("serve.lua")
 _STOCK = """
@@ -69,8 +73,7 @@ uvicorn.run(app, port=port, log_level="warning")
 
 def serving() -> None:
     """Requests a second, the share of what onnxruntime does alone, and how long one waits."""
-    if shutil.which("wrk") is None:
-        raise SystemExit("scripts/bench serving needs wrk: apt-get install wrk")
+    _need_wrk()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = _model(Path(folder))
         texts = _texts(Path(folder))
@@ -115,8 +118,7 @@ def serving() -> None:
 
 def soak() -> None:
     """Ten minutes at 70 percent of the top: requests lost, how long one waits, and what the process holds."""
-    if shutil.which("wrk") is None:
-        raise SystemExit("scripts/bench soak needs wrk: apt-get install wrk")
+    _need_wrk()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model, texts = _model(Path(folder)), _texts(Path(folder))
         own, process = stack.enter_context(_server(_fedtune(model, 18435), 18435))
@@ -143,6 +145,50 @@ def soak() -> None:
             "target": "failed 0, p99_over_p50 below 4, megabytes flat",
         },
     )
+
+
+def restarts() -> None:
+    """Twenty restarts at 70 percent of the top: answers that were given and did not come back."""
+    _need_wrk()
+    given, came, seconds = list[int](), list[int](), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        model, texts, log = _model(Path(folder)), _texts(Path(folder)), Path(folder) / "log"
+        with _server(_fedtune(model, 18436), 18436) as (own, _):
+            _ask(own, texts)  # shapes are seen
+            top = statistics.median(_speed(_ask(own, texts)) for _ in range(ROUNDS))
+        for _ in range(RESTARTS):
+            with _server(_fedtune(model, 18436), 18436, log) as (own, process):
+                asking = subprocess.Popen(
+                    _wrk(own, texts, rate=0.7 * top, seconds=SOAK), stdout=subprocess.PIPE, text=True
+                )
+                time.sleep(UNTIL)
+                told = time.monotonic()
+                os.kill(process, signal.SIGTERM)
+                psutil.wait_procs([psutil.Process(process)], SOAK)
+                seconds.append(round(time.monotonic() - told, 2))
+            asking.send_signal(signal.SIGINT)  # it says what it saw
+            found = json.loads(asking.communicate()[0].splitlines()[-1])
+            came.append(found["requests"] - found["refused"])
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
+            given.append(sum(line.get("status") == 200 for line in lines))
+    write(
+        "restarts",
+        {
+            "question": f"{RESTARTS} times SIGTERM at 70 percent of the top: requests that the service "
+            "answered, by its log, and whose answers did not come back",
+            "top_texts_a_second": round(top, 1),
+            "answered": given,
+            "came_back": came,
+            "lost": sum(given) - sum(came),
+            "seconds_to_stop": seconds,
+            "target": "lost 0",
+        },
+    )
+
+
+def _need_wrk() -> None:
+    if shutil.which("wrk") is None:
+        raise SystemExit("This benchmark needs wrk: apt-get install wrk")
 
 
 def _model(folder: Path) -> Path:
@@ -173,10 +219,11 @@ def _fedtune(model: Path, port: int) -> list[str]:
 
 
 @contextmanager
-def _server(command: list[str], port: int) -> Iterator[tuple[str, int]]:
-    """(address, process id) of a server that runs while this lasts."""
+def _server(command: list[str], port: int, log: Path = Path(os.devnull)) -> Iterator[tuple[str, int]]:
+    """(address, process id) of a server that runs while this lasts, or until it is told to stop."""
     address = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with log.open("w") as lines:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=lines)
     try:
         for _ in range(300):
             try:
@@ -205,14 +252,19 @@ def _ask(
     address: str, texts: Path, *, each: int = 1, rate: float = 0.0, seconds: int = SECONDS
 ) -> dict[str, Any]:
     """What wrk measured."""
-    before = ["chrt", "-r", str(above)] if (above := _above()) else []
-    done = subprocess.run(
-        [*before, "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s", "-s", str(_LOAD),
-         f"{address}/predict", "--", str(texts), str(each), str(rate), str(CONNECTIONS)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = _wrk(address, texts, each=each, rate=rate, seconds=seconds)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {"texts_a_request": each, **found}
+
+
+def _wrk(address: str, texts: Path, *, each: int = 1, rate: float, seconds: int) -> list[str]:
+    """The command: for so many seconds, `each` texts a request."""
+    before = ["chrt", "-r", str(above)] if (above := _above()) else []
+    return [
+        *before, "wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--timeout", "30s", "-s", str(_LOAD),
+        f"{address}/predict", "--", str(texts), str(each), str(rate), str(CONNECTIONS),
+    ]  # fmt: skip
 
 
 def _speed(found: dict[str, Any]) -> float:

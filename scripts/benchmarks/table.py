@@ -47,6 +47,10 @@ def _figure(record: dict[str, Any]) -> str:
             f"{record['requests']:,} requests, {record['failed']} lost; p99 {record['p99_over_p50']}x p50; "
             f"{held[0]:.0f} MB after a look, {held[-1]:.0f} MB at the end, {max(held):.0f} MB at most"
         )
+    if "came_back" in record:
+        stops = record["seconds_to_stop"]
+        lost = f"{record['lost']} of {sum(record['answered']):,}"
+        return f"{lost}; {min(stops)} to {max(stops)} s from SIGTERM to the end"
     if "adapters" in record:
         return "; ".join(f"{name}: {value['ratio_median']}x" for name, value in record["adapters"].items())
     if "commands" in record:

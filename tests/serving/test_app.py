@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -128,6 +129,42 @@ def test_a_body_that_comes_in_parts_is_counted_and_a_slow_one_is_not_waited_for(
     caplog.clear()
     assert asyncio.run(ask([part, {"type": "http.disconnect"}]))[0]["status"] == 499
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_bodies_have_so_many_bytes_together(models: Models) -> None:
+    import asyncio
+
+    app = make_app(models, Limits(bodies=100))
+
+    async def main() -> None:
+        first, sent = asyncio.Event(), list[Any]()
+
+        async def receive() -> dict[str, Any]:
+            if first.is_set():
+                await asyncio.sleep(600)
+            first.set()
+            return {"type": "http.request", "body": b" " * 60, "more_body": True}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/predict", "headers": [], "query_string": b"",
+            "client": ("a", 1), "http_version": "1.1", "scheme": "http", "server": ("b", 2),
+        }  # fmt: skip
+        transport = httpx.ASGITransport(app)
+        async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
+            reading = asyncio.create_task(app(scope, receive, send))
+            await first.wait()
+            body = json.dumps({"text": TEXTS[0]}).encode().ljust(60)
+            refused = await client.post("http://a/predict", content=body)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            for _ in range(3):  # what was answered counts no longer
+                assert (await client.post("http://a/predict", content=body)).status_code == 200
+
+    asyncio.run(main())
 
 
 def test_a_full_queue_is_503_and_what_was_accepted_is_answered(models: Models) -> None:

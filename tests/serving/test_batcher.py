@@ -70,12 +70,12 @@ def test_a_batch_has_few_tokens_and_a_long_request_is_one_by_itself() -> None:
         batcher = Batcher({"m": model}, max_waiting=10 * BATCH_TOKENS)
         batcher.start()
         first = await held(batcher, model)
-        lengths = [BATCH_TOKENS // 2, BATCH_TOKENS // 2, 8, 3 * BATCH_TOKENS, 8]
+        lengths = [BATCH_TOKENS // 2, BATCH_TOKENS // 2, BATCH_TOKENS, 3 * BATCH_TOKENS, 8, 8]
         tasks = [asyncio.create_task(batcher.logits("m", [text(1, length)])) for length in lengths]
         await asyncio.sleep(0.01)
         model.go.set()
         await asyncio.gather(first, *tasks)
-        assert model.seen == [4, BATCH_TOKENS, 8, 3 * BATCH_TOKENS, 8]
+        assert model.seen == [4, BATCH_TOKENS, BATCH_TOKENS, 3 * BATCH_TOKENS, 8 + 8]
         await batcher.stop()
 
     asyncio.run(main())
@@ -204,6 +204,29 @@ def test_a_batch_is_of_one_model_and_nobody_is_overtaken_for_ever() -> None:
         assert found == [[[0, 4]], *([[n, n + 1]] for n in range(5))]
         assert first.seen == [4, 1 + 4] and second.seen == [2 + 3 + 5]
         assert batches == [(1, 4), (2, 5), (3, 10)]
+        await batcher.stop()
+
+    asyncio.run(main())
+
+
+def test_a_batch_has_the_one_that_waits_longest_and_those_of_its_length() -> None:
+    async def main() -> None:
+        model, batches = Model(), list[list[int]]()
+
+        def noting(ids: Sequence[Sequence[int]]) -> np.ndarray:
+            batches.append([len(one) for one in ids])
+            return model(ids)
+
+        batcher = Batcher({"m": noting}, max_waiting=10_000, max_workers=2)
+        batcher.start()
+        held_back = [await held(batcher, model), await held(batcher, model)]
+        lengths = [30, 5, 29, 6, 31, 5, 28]
+        tasks = [asyncio.create_task(batcher.logits("m", [text(1, length)])) for length in lengths]
+        await asyncio.sleep(0.01)
+        model.go.set()
+        await asyncio.gather(*held_back, *tasks)
+        # 134 tokens wait: half of them for the first worker, and the other takes 64 of the rest.
+        assert sorted(map(sorted, batches[2:])) == [[5, 5, 28], [6, 29, 30], [31]]
         await batcher.stop()
 
     asyncio.run(main())

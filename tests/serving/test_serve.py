@@ -181,58 +181,56 @@ def test_a_client_that_says_nothing_or_says_it_slowly_is_not_waited_for(
     asyncio.run(main())
 
 
-def test_connections_that_say_nothing_make_room_and_what_was_accepted_is_answered() -> None:
+def test_an_idle_connection_is_kept_for_longer_than_a_proxy_keeps_it(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[uvicorn.Server] = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: seen.append(server))
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        serve([str(exported)], "127.0.0.1", 0, threads=1)
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert seen[0].config.timeout_keep_alive > 60
+    assert seen[0].config.limit_concurrency is None  # which would refuse /healthz too
+
+
+def test_who_stays_connected_is_told_to_come_no_more_before_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import asyncio
 
-    from fedtune.deploy import door
+    from fedtune.serving import serve as module
 
-    busy = asyncio.Event()
+    monkeypatch.setattr(module, "_GOODBYE", 600.0)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/busy":
-            await busy.wait()
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body"})
 
     async def main() -> None:
-        server = uvicorn.Server(uvicorn.Config(app, http=door.bounded(3), log_config=None, lifespan="off"))
         listener = socket.create_server(("127.0.0.1", 0))
+        where = listener.getsockname()
+        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_keep_alive=600)
+        server = module._server(config, listener)
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started:
             await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*where)
 
-        async def come(path: bytes = b"") -> Any:
-            reader, writer = await asyncio.open_connection(*listener.getsockname())
-            if path:
-                writer.write(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\n\r\n")
-                while len(server.server_state.tasks) < 1 and path == b"/busy":
-                    await asyncio.sleep(0.01)
-            return reader, writer
+        async def ask() -> bytes:
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+            return await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
 
-        async def line(reader: Any) -> bytes:
-            try:
-                return bytes(await asyncio.wait_for(reader.readline(), 60))
-            except ConnectionError:
-                return b""
-
-        busy_one, silent = await come(b"/busy"), [await come() for _ in range(5)]
-        quick = await come(b"/")
-        assert await line(quick[0]) == b"HTTP/1.1 200 OK\r\n"
-        assert [await line(reader) for reader, _ in silent[:4]] == [b""] * 4  # the oldest, not the busy one
-        assert len(server.server_state.connections) == 3
-        two = [await come(b"/busy") for _ in range(2)]  # in the place of the last silent one, and of quick's
-        assert await line(silent[4][0]) == b""
-        while len(server.server_state.tasks) < 3:
-            await asyncio.sleep(0.01)
-        turned_away = await come(b"/")
-        assert await line(turned_away[0]) == b""
-        busy.set()
-        for reader, _ in (busy_one, *two):
-            assert await line(reader) == b"HTTP/1.1 200 OK\r\n"
+        assert b"connection: close" not in await ask()
         server.should_exit = True
-        for _, writer in (busy_one, *silent, quick, *two, turned_away):
-            writer.close()
-        await serving
+        while server.servers[0].is_serving():
+            await asyncio.sleep(0.01)
+        answer = await ask()
+        assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
+        await asyncio.wait_for(serving, 60)  # it waits for nobody else
+        writer.close()
 
     asyncio.run(main())
 
