@@ -1,7 +1,7 @@
 """Image, Compose file and Kubernetes manifests of server and node: what is in them, and what they may do.
 
-Docker and Kubernetes do not run here: `.dockerignore` and Dockerfiles are read by Docker's rules
-(`tests.support.images`), manifests are held to Kubernetes' schemas, offline.
+Docker and Kubernetes do not run in the tests: `simulations/deployment/images.py` asks Docker. Dockerfiles and
+`.dockerignore` are read by its rules (`tests.support.images`), manifests are held to schemas of Kubernetes.
 """
 
 from __future__ import annotations
@@ -93,6 +93,26 @@ def test_the_image_holds_what_was_installed_and_runs_as_nobody_special(path: Pat
         assert name != "ARG" and not (name == "ENV" and any(w in words.upper() for w in ("TOKEN", "SECRET")))
         if "pip install" in words:
             assert words.count("pip install") == words.count("--no-cache-dir")
+
+
+def test_the_images_that_were_built_hold_no_more_and_may_do_no_more() -> None:
+    record = json.loads((ROOT / "simulations" / "deployment" / "records" / "images.json").read_text())
+    roots = "grpc/_cython/_credentials/roots.pem"  # public authorities
+    for name, torch in (("fedtune", True), ("fedtune-serve", False)):
+        made = record["images"][name]
+        assert made["user"] == USER and made["on_the_base"] and made["layers_over_the_base"] == 2
+        assert all(path.endswith(roots) for path in made["unwanted"])
+        assert made["a_hardened_container"] == {
+            "uid": int(USER),
+            "capabilities": "0" * 16,
+            "no_new_privileges": True,
+            "torch": torch,
+            "writes": ["/tmp/x"],
+        }
+    served, whole = (record["images"][name]["size_mb"] for name in ("fedtune-serve", "fedtune"))
+    page = " ".join((ROOT / "docs" / "service.md").read_text(encoding="utf-8").split())
+    assert f"An image for serving has {served / 1000:.2f} GB" in page
+    assert f"nodes {whole / 1000:.1f} GB" in page and f"base was {record['base_mb'] / 1000:.2f} GB" in page
 
 
 @pytest.mark.slow
