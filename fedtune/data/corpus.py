@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedtune.data.sources.spellings import folded
 from fedtune.privacy.ledger.identity import Identity, marks_of
 
 __all__ = ["Corpus", "Shard", "TokenizedCorpus", "fingerprint_of", "offsets_of", "take_tokens"]
@@ -91,8 +92,13 @@ def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
 
 
 def _identity(marks: ByteArray, units: StrArray | None, source: str) -> Identity:
-    """Records by their `marks` [n, k, 32] and persons by their names [n], as a ledger takes them; private."""
-    return Identity(marks.reshape(-1, 32), None if units is None else np.unique(units).tolist(), source)
+    """Records by their `marks` [n, k, 32] and persons by their names [n], as a ledger takes them; private.
+
+    Which spelling stands for a person follows from the file, so each is known by what all have in common, too.
+    """
+    names = None if units is None else np.unique(units).tolist()
+    persons = None if names is None else [*names, *map(folded, names)]
+    return Identity(marks.reshape(-1, 32), persons, source)
 
 
 @dataclass(frozen=True, eq=False)

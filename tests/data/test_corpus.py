@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune.data.corpus import Corpus, fingerprint_of
+from fedtune.privacy.ledger.identity import keyed
 from tests.data.conftest import make_corpus, make_tokens
 
 
@@ -40,6 +41,22 @@ def test_another_choice_of_columns_is_not_new_data() -> None:
         {"name": "renamed"},
     ):
         assert replace(corpus, **change).fingerprint() == corpus.fingerprint()
+
+
+def test_a_person_whose_spelling_changes_from_file_to_file_is_known_again() -> None:
+    """Or one more row with another spelling, which then stands for the person, would be a fresh budget."""
+    one = make_corpus(people=1)
+
+    def keys(name: str) -> set[int]:
+        found = keyed(replace(one, units=np.full(one.num_records, name)).identity, b"x" * 32).persons
+        assert found is not None
+        return set(found.tolist())
+
+    plain = keys("p7")
+    assert len(plain) == 1  # as books of before have it
+    for spelling in ("P7", "p\u200b7", "p\u0667"):
+        assert keys(spelling) & plain, spelling
+    assert not keys("p8") & plain
 
 
 def test_fingerprint_counts_repeated_records() -> None:
