@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from pathlib import Path
 
@@ -17,9 +18,14 @@ def check_database(folder: Path) -> None:
     """Checks the database in a server folder, before Flower opens it; none is fine, for Flower makes one.
 
     Raises:
-        ResourceError: it is damaged, or cannot be read; with the way out.
+        ResourceError: it is damaged, or cannot be read or written; with the way out.
     """
     path = folder / NAME
+    if not os.access(folder, os.W_OK):  # also where its file system is read-only, whoever asks
+        raise ResourceError(
+            f"The server folder {folder} cannot be written, and {NAME}, the trail and what is on its way are "
+            "kept there. Give this user permission, or mount its file system for writing."
+        )
     if not path.exists():
         return
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from pathlib import Path
 
@@ -72,3 +73,10 @@ def test_a_server_does_not_start_with_it_and_a_new_one_knows_the_sites(
     again = superlink_app(real.folder, "127.0.0.1", real.port).state.linkstate_factory.state()
     people, trail = Operators(real.folder, read_token(real.folder)), Trail(real.folder)
     assert Admission(again, real.folder, print, people, trail).update() == len(SITES)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system that is read-only; Flower would fail with an error of SQLite's."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path) == tmp_path and mode & os.W_OK))
+    with pytest.raises(ResourceError, match=r"cannot be written.*superlink\.sqlite.*permission"):
+        check_database(tmp_path)
