@@ -94,7 +94,7 @@ def _codes(units: StrArray | None, num_records: int) -> tuple[Int64Array, int]:
 def _identity(marks: ByteArray, units: StrArray | None, source: str) -> Identity:
     """Records by their `marks` [n, k, 32] and persons by their names [n], as a ledger takes them; private.
 
-    Which spelling stands for a person follows from the file, so each is known by what all have in common, too.
+    Which spelling stands for a person follows from the file, so each is known by what all share, too.
     """
     names = None if units is None else np.unique(units).tolist()
     persons = None if names is None else [*names, *map(folded, names)]
