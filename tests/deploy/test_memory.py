@@ -17,8 +17,10 @@ if sys.argv[1] == "gives":
     give_memory_back(WORKER_BLOCK)
 np.ones(2 * 10**7, np.int8)  # raises the C library's own threshold to this size
 held = psutil.Process().memory_info().rss
-blocks = [np.ones(WORKER_BLOCK + 10**6, np.int8) for _ in range(30)]
-stays = [np.ones(1000, np.int8) for _ in range(200)]  # above them in the heap
+blocks, stays = [], []
+for _ in range(30):
+    blocks.append(np.ones(WORKER_BLOCK + 10**6, np.int8))
+    stays.append(np.ones(10**5, np.int8))  # above it in the heap, whose end alone goes back
 blocks.clear()
 print(json.dumps((psutil.Process().memory_info().rss - held) / 10**6))
 """

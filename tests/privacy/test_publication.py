@@ -225,7 +225,7 @@ PUBLIC: dict[str, str] = {
     ),
     "export": (
         "schema fedtune run labels inputs made max_length base pad_id pairs separator site formats check "
-        "quality"
+        "quality window"
     ),
     "compression": "schema fedtune run made base settings texts processor privacy original steps formats",
     "private_evaluation": "model format data privacy",

@@ -297,7 +297,7 @@ def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Record
         for where, record in placed(text):
             if not isinstance(record, dict):
                 raise DataError(f'{where} is not a JSON object. Each is one, such as {{"text": ...}}.')
-            if record and all(isinstance(value, (list, dict)) for value in record.values()):
+            if empty and record and all(isinstance(value, (list, dict)) for value in record.values()):
                 raise DataError(
                     f"{where} is one object with whole columns or tables in it. Write one object a record, "
                     "each on a line or in an array; in pandas: to_json(FILE, orient='records', lines=True)."
