@@ -35,6 +35,7 @@ def test_the_compose_file_starts_what_the_script_makes() -> None:
         # The image asks /healthz of this port: who does not listen there is never healthy.
         assert words[-2:] == ["--monitor", str(PORT)] or found[name]["healthcheck"] == {"disable": True}
     assert found["setup"]["healthcheck"] == {"disable": True}
+    assert all(one["stop_grace_period"] == "150s" for one in found.values())  # after 10, Docker kills
     build = found["server"]["build"]
     assert isinstance(build, dict) and (EXAMPLE / build["context"] / build["dockerfile"]).is_file()
 

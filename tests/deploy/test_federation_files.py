@@ -144,6 +144,7 @@ def test_compose_gives_a_container_no_more_than_it_needs(side: str) -> None:
     assert service["user"].split(":")[0] == USER
     assert service["security_opt"] == ["no-new-privileges:true"] and service["tmpfs"]
     assert service["mem_limit"] and service["pids_limit"] and service["ulimits"]["nofile"]
+    assert int(service["stop_grace_period"].removesuffix("s")) >= 60  # Docker's own are 10
     assert service["logging"]["options"]["max-size"]
     places = {
         one.split(":")[-2 if one.endswith(":ro") else -1]: one.endswith(":ro") for one in service["volumes"]
