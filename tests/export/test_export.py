@@ -261,8 +261,8 @@ def test_a_model_that_says_something_else_is_not_exported(
 ) -> None:
     from fedtune.models import standalone
 
-    def wrong(adapter: Path, merged: Any = standalone.merged) -> Any:
-        model = merged(adapter)
+    def wrong(adapter: Path, window: Any, merged: Any = standalone.merged) -> Any:
+        model = merged(adapter, window)
         model.classifier.bias += torch.tensor([0.5, 0.0])
         return model
 
