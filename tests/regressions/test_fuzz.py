@@ -532,6 +532,15 @@ def test_a_unit_that_nobody_knows_protects_nobody(record: dict[str, Any], tmp_pa
         records.read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["name", "labels"])
+def test_a_record_says_what_was_trained_on(record: dict[str, Any], tmp_path: Path, name: str) -> None:
+    """Found by the search: the data card ended in a KeyError."""
+    del record["data"][name]
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    with pytest.raises(RecordError, match=name):
+        records.read(tmp_path)
+
+
 def test_amounts_and_counts_that_a_record_lacks_are_unknown(record: dict[str, Any], tmp_path: Path) -> None:
     del record["cost"]["money"]["compute"]
     for row in record["metrics"]["per_site"].values():
