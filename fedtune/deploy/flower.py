@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from fedtune.deploy.database import NAME, check_database
@@ -111,6 +113,8 @@ __all__ = [
     "task_taken",
     "whole_message",
 ]
+
+_log = logging.getLogger("fedtune.node")
 
 _BUSY_MILLISECONDS = "60000"
 
@@ -227,6 +231,30 @@ def node_state(on_joined: Callable[[], None]) -> tuple[Any, Any]:
     return State(store), store
 
 
+class NodeHeartbeat(HeartbeatSender):
+    """Flower's, which a server that fails for a moment does not end.
+
+    At an HTTP 500 (a database that is locked, a server that ends) Flower's thread dies of it, and a node that
+    works would count as gone. Other errors end it as they end Flower's, in one line: the server does not
+    know this node any more, which its loop finds out too, or takes it no more, which has told it to leave.
+    """
+
+    def __init__(self, heartbeat_fn: Callable[[], bool]) -> None:
+        def beat() -> bool:
+            try:
+                return heartbeat_fn()
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code >= 500:
+                    return False  # asked again, after a while
+                _log.warning("the server took no sign of life: HTTP status %d", error.response.status_code)
+            except RuntimeError as error:
+                _log.warning("the server took no sign of life: %s", error)
+            self._stop_event.set()
+            return True
+
+        super().__init__(beat)
+
+
 def node_connection(
     server: str, authority: Path, key: Any, heartbeat_seconds: int
 ) -> AbstractContextManager[tuple[Any, ...]]:
@@ -242,6 +270,7 @@ def node_connection(
     """
     for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
         setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", heartbeat_seconds)  # noqa: B010 (Flower re-exports it)
+    setattr(fleet_http_connection, "HeartbeatSender", NodeHeartbeat)  # noqa: B010
     return _init_connection(
         server_address=server,
         insecure=False,

@@ -4,7 +4,7 @@
 - A message that is being answered is finished and its answer sent: what was charged for it is not lost. After
   `limits.stop_seconds` the worker is stopped, the server is told so, and what was reserved stays charged.
 - A message that came and was not begun is given back: nothing of it was touched, and nothing is charged.
-- A second signal leaves at once, whatever goes on.
+- A second signal leaves at once, whatever goes on; when all is done, any signal does.
 
 Then the answer has `SENDING_SECONDS` to arrive, so that a node is gone `limits.stop_seconds` and a minute
 after the signal at the latest.
@@ -12,6 +12,7 @@ after the signal at the latest.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Leaving:
     def __init__(self, seconds: float, say: Callable[[str], None]) -> None:
         self._seconds, self._say = seconds, say
         self._at: float | None = None
+        self._listening = False
         self.answering = False
 
     def listen(self) -> None:
@@ -42,6 +44,16 @@ class Leaving:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_alarm)
+        self._listening = True
+
+    def all_is_done(self) -> None:
+        """From now on a signal ends the process where it is: only Python's own end is left.
+
+        It waits for threads then, and would show an exception that a signal raised in it.
+        """
+        if self._listening:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, _end)
 
     @property
     def asked(self) -> bool:
@@ -82,3 +94,7 @@ class Leaving:
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    os._exit(0)

@@ -53,6 +53,7 @@ def run_node(
     check_books(site)
     say(f"site {site.site}: ledger {site.ledger}, audit log {site.audit_log}")
     activity, worker = NodeActivity(), WorkerProcess(site, log_json=log_json)
+    leaving = Leaving(site.limits.stop_seconds, say)
     watching: AbstractContextManager[str | None] = nullcontext()
     if monitor is not None:
         watching = node_metrics.monitor(monitor, site, activity, lambda: worker.pid is not None)
@@ -62,9 +63,10 @@ def run_node(
                 say(f"http://{at}/ has /metrics and /healthz")
             _wait_for_admission(site, key, say, activity)
             worker.start()
-            _answer_messages(site, key, worker, activity, say)
+            _answer_messages(site, key, worker, activity, leaving, say)
     finally:
         worker.close()
+        leaving.all_is_done()
 
 
 def _wait_for_admission(
@@ -86,7 +88,12 @@ def _wait_for_admission(
 
 
 def _answer_messages(
-    site: SiteSettings, key: Any, worker: WorkerProcess, activity: NodeActivity, say: Callable[[str], None]
+    site: SiteSettings,
+    key: Any,
+    worker: WorkerProcess,
+    activity: NodeActivity,
+    leaving: Leaving,
+    say: Callable[[str], None],
 ) -> None:
     # Late: Flower takes seconds, and most of what keeps a site out is known before.
     from fedtune.deploy import flower
@@ -100,7 +107,6 @@ def _answer_messages(
         activity.joined = True
 
     flower_log, apps, books = FlowerLog(), AppAllowList(), books_of(site)
-    leaving = Leaving(site.limits.stop_seconds, say)
     leaving.listen()
     state, store = flower.node_state(on_joined)
     answer = MessageHandler(state, store, site, worker, apps, leaving, activity)

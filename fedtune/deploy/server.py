@@ -48,6 +48,7 @@ from fedtune.deploy.served_certificate import ServedCertificate, check_pair, kee
 from fedtune.deploy.trail import Trail
 from fedtune.deploy.view import ServerView
 from fedtune.errors import ResourceError
+from fedtune.monitoring.logs import without_cut_off_requests
 
 __all__ = [
     "AFTER_HEADER",
@@ -194,6 +195,7 @@ def behind_the_door(gate: Gate, folder: Path, listener: socket.socket, app: Any 
         timeout_graceful_shutdown=3,
     )
     config.load()
+    without_cut_off_requests()
     return DoorServer(config, listener, gate.connections)
 
 

@@ -6,6 +6,7 @@ would obey. Log rotation is of whoever keeps the stream: journald, the container
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 
 from fedtune.privacy.publication import one_line
 
-__all__ = ["JsonLines", "TextLines", "log_to_stderr"]
+__all__ = ["JsonLines", "TextLines", "log_to_stderr", "without_cut_off_requests"]
 
 
 class JsonLines(logging.Formatter):
@@ -71,6 +72,19 @@ def log_to_stderr(part: str | None, *, as_json: bool) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     for name in ("serve",) if part is None else ("server", "node"):
         logging.getLogger(f"fedtune.{name}").setLevel(logging.INFO)
+
+
+def _was_not_cut_off(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+
+
+def without_cut_off_requests() -> None:
+    """Keeps out of uvicorn's log the traceback of each request that is cut off when a server ends.
+
+    Who ended it knows, and uvicorn says in one line how many there were. To be called when uvicorn's
+    configuration was made.
+    """
+    logging.getLogger("uvicorn.error").addFilter(_was_not_cut_off)
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedtune.errors import ConfigError, ResourceError
-from fedtune.monitoring.logs import log_to_stderr
+from fedtune.monitoring.logs import log_to_stderr, without_cut_off_requests
 from fedtune.serving.bundle import Bundle
 from fedtune.serving.classifier import Classifier
 
@@ -152,6 +152,7 @@ def _server(config: Any, listener: socket.socket) -> Any:
                 await asyncio.sleep(0.05)
             await super().shutdown(sockets)
 
+    without_cut_off_requests()
     return Server(config)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import logging
 import socket
 import threading
 import time
@@ -17,9 +18,10 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
-from fedtune.deploy import certificates, door, join
+from fedtune.deploy import certificates, door, join, server
 from fedtune.deploy.certificates import check_server
 from fedtune.deploy.door import Bodies, BodyTimeout, Connections
+from fedtune.deploy.provision import provision
 from fedtune.errors import ResourceError
 from tests.support.crowd import MIB, crowd, half_a_body
 from tests.support.real_superlink import Real
@@ -124,6 +126,41 @@ def test_bodies_wait_for_room_and_one_sender_has_half_of_it() -> None:
         assert bodies._held == 0 and not bodies._by_sender
 
     asyncio.run(main())
+
+
+def test_a_server_that_ends_shows_no_traceback_of_what_it_cuts_off(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C while sites asked for messages showed uvicorn's tracebacks, some hundred lines."""
+    (tmp_path / "federation.yaml").write_text("name: a\nserver: 127.0.0.1:9443\nsites: [b]\n")
+    provision(tmp_path / "federation.yaml", tmp_path / "out")
+    folder, asked = tmp_path / "out" / "server", threading.Event()
+
+    class Waiting:
+        connections = Connections(most=8)
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            if scope["type"] == "http":
+                asked.set()
+                await asyncio.sleep(600)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    serving = server.behind_the_door(Waiting(), folder, listener)  # type: ignore[arg-type]
+    serving.config.timeout_graceful_shutdown = 0
+    log = logging.getLogger("uvicorn.error")  # which uvicorn keeps from the root's handlers
+    log.addHandler(caplog.handler)
+    context = certificates.tls_context(folder / "ca.crt")
+    there = http.client.HTTPSConnection("127.0.0.1", listener.getsockname()[1], timeout=60, context=context)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    there.request("GET", "/")
+    assert asked.wait(60)
+    serving.should_exit = True
+    there.getresponse().read()
+    thread.join(60)
+    there.close()
+    log.removeHandler(caplog.handler)
+    assert "Cancel 1 running task" in caplog.text and "Traceback" not in caplog.text, caplog.text
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import sys
 import threading
@@ -220,6 +221,80 @@ def test_the_server_is_told_soon_that_a_node_is_dead(tmp_path: Path, monkeypatch
     Server(monkeypatch, []).talk(tmp_path, lambda: False)
     for module in (heartbeat, fleet_http_connection):
         assert module.HEARTBEAT_DEFAULT_INTERVAL == HEARTBEAT_MIN_INTERVAL
+
+
+def failed(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://localhost:1")
+    return httpx.HTTPStatusError(str(status), request=request, response=httpx.Response(status))
+
+
+def sign_of_life(
+    answers: list[Exception | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
+    """What the thread that says that a node is alive died of, when the server gave these answers."""
+    from flwr.supernode import fleet_http_connection
+
+    Server(monkeypatch, []).talk(tmp_path, lambda: False)
+    died = list[Any]()
+    monkeypatch.setattr(threading, "excepthook", died.append)
+
+    def beat() -> bool:
+        if answer := answers.pop(0):
+            raise answer
+        if not answers:
+            sender._stop_event.set()
+        return True
+
+    sender = fleet_http_connection.HeartbeatSender(beat)
+    monkeypatch.setattr(sender._retry_invoker, "wait_function", lambda seconds: None)
+    monkeypatch.setattr(sender._stop_event, "wait", lambda seconds=None: None)
+    sender.start()
+    sender._thread.join(60)
+    return died
+
+
+def test_a_server_that_fails_for_a_moment_does_not_end_the_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At an HTTP 500 Flower's thread ended with a traceback, and the node counted as gone."""
+    answers = [None, failed(500), failed(500), failed(503), None, None]
+    assert sign_of_life(answers, tmp_path, monkeypatch) == [] and answers == []
+
+
+@pytest.mark.parametrize("error", [failed(401), RuntimeError("The SuperLink does not recognize this node.")])
+def test_a_server_that_takes_a_node_no_more_ends_the_sign_of_life_in_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[Exception | None] = [None, error, None]
+    assert sign_of_life(answers, tmp_path, monkeypatch) == [] and answers == [None]
+    assert len(caplog.messages) == 1 and "no sign of life" in caplog.text
+
+
+def test_a_signal_while_python_ends_shows_no_traceback(tmp_path: Path) -> None:
+    """A second Ctrl-C at a node that had left, but waited for a thread."""
+    code = """
+import sys, threading, time
+from fedtune.deploy.leaving import Leaving
+
+going = Leaving(60.0, print)
+going.listen()
+print("ready", flush=True)
+while not going.asked:
+    time.sleep(0.01)
+going.all_is_done()
+threading.Thread(target=time.sleep, args=(100.0,)).start()  # Python waits for it
+threading._register_atexit(lambda: print("waits", flush=True))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_nothing_is_waited_for_when_there_is_nothing_to_send(

@@ -235,6 +235,37 @@ def test_who_stays_connected_is_told_to_come_no_more_before_the_end(
     asyncio.run(main())
 
 
+def test_requests_that_are_cut_off_at_the_end_leave_no_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    """A second Ctrl-C, or an answer that takes longer than the service waits."""
+    import asyncio
+
+    from fedtune.serving import serve as module
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.set()
+        await asyncio.sleep(600)
+
+    async def main() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(app, log_config=None, lifespan="off", timeout_graceful_shutdown=0)
+        server = module._server(config, listener)
+        serving = asyncio.create_task(server.serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await asyncio.wait_for(asked.wait(), 60)
+        server.should_exit = True
+        await asyncio.wait_for(serving, 60)
+        await asyncio.wait_for(reader.read(), 60)  # cut off
+        writer.close()
+
+    asked = asyncio.Event()
+    asyncio.run(main())
+    assert "Cancel 1 running task" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.slow
 def test_a_signal_as_soon_as_the_address_is_told_is_not_forgotten(
     exported: Path, monkeypatch: pytest.MonkeyPatch
