@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedtune.errors import CalibrationError, ConfigError
+from fedtune.errors import BudgetExhausted, CalibrationError, ConfigError
 from fedtune.privacy.accounting.calibration import noise_multiplier_for
 from fedtune.privacy.mechanisms.confusion import ConfusionPlan, Votes
 from fedtune.privacy.mechanisms.counts import CLEAR, DELTA
@@ -121,6 +121,7 @@ def evaluate_private(
         budget = ledger.budget(dataset=corpus.name)
         delta = DELTA if budget is None else budget.delta
     unit = "record" if corpus.units is None else "person"
+    _check_unit(ledger, corpus, unit, node)
     plan = _plan(epsilon, delta, unit, len(bundle.labels), len(sites))
     if site is not None:
         _check_size(site.data.declared_size, plan, epsilon)
@@ -183,6 +184,29 @@ def _check_sites(words: Sequence[str], sites: Sequence[str]) -> None:
         raise ConfigError(
             "To be told about sites, name the column and the sites: data.site=COLUMN --sites north,south. "
             "Their names are not taken from the private texts, and have to be public; each is named once."
+        )
+
+
+def _check_unit(ledger: PrivacyLedger, corpus: Corpus, unit: str, node: Path | None) -> None:
+    """Refuses a unit that is finer than a budget of these texts asks for, and says this command's way out."""
+    from fedtune.privacy.ledger.releases import is_coarser
+
+    names = ledger.account(dataset=corpus.name, fingerprint=corpus.identity).names
+    for budget in ledger.budgets().of(names):
+        if budget.unit is None or not is_coarser(budget.unit, unit):
+            continue
+        if budget.unit == "person":
+            column = "data.unit=COLUMN" if node is None else f"data.unit in {node}"
+            why = f"nothing says whose each text is. Name the column that does: {column}."
+        else:
+            why = (
+                f"an evaluation protects one {unit}. Leave --epsilon: fedtune evaluate without it tells the "
+                "owner everything, and costs nothing while it stays there."
+            )
+        raise BudgetExhausted(
+            f"The owner's budget asks for every {budget.unit} of '{corpus.name}' to be protected, and {why} "
+            "Nothing was charged.",
+            public=True,
         )
 
 

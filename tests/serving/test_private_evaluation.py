@@ -92,6 +92,24 @@ def test_a_delta_that_so_few_persons_do_not_bear_is_said(units: float, said: boo
     assert ("Caution: delta 0.009 is not below one over the about 200 persons" in printed(told)) == said
 
 
+@pytest.mark.parametrize(
+    ("unit", "way_out"),
+    [("person", r"data\.unit=COLUMN"), ("client", "tells the owner everything")],
+)
+def test_a_budget_of_persons_is_told_how_this_command_keeps_it(
+    exported: Path, visits: Path, unit: str, way_out: str
+) -> None:
+    """It named privacy.unit, a setting of runs that evaluate refuses."""
+    ledger = simulation_ledger(state_dir() / "ledgers")
+    ledger.set_budget(PrivacyBudget(8.0, 1e-6, unit), dataset="visits")
+    with pytest.raises(BudgetExhausted, match=way_out) as caught:
+        evaluate_private(exported, visits, ["data.name=visits"], "hf", epsilon=1.0)
+    assert "privacy.unit" not in str(caught.value) and releases() == 0
+    if unit == "person":
+        evaluate_private(exported, visits, ["data.name=visits", "data.unit=patient"], "hf", epsilon=1.0)
+        assert releases() == 1
+
+
 @pytest.mark.slow
 def test_calibration_threshold_and_sites_come_from_the_same_release(
     exported: Path, visits: Path, tmp_path: Path
