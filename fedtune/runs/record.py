@@ -17,6 +17,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,8 +209,8 @@ def validate(record: Any, name: str = "record") -> None:
     found = record.get("schema")
     if found != SCHEMA or isinstance(found, bool):
         raise RecordError(
-            f"{name} has schema {found!r}, and this fedtune reads schema {SCHEMA}. Use the fedtune that "
-            "wrote it (run.versions.fedtune in the file), or run it again."
+            f"{name} has schema {reprlib.repr(found)}, and this fedtune reads schema {SCHEMA}. Use the "
+            "fedtune that wrote it (run.versions.fedtune in the file), or run it again."
         )
     sections = schema_of("record")["$defs"]["record"]
     missing = []

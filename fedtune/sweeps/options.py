@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -224,7 +225,8 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read, so the sweep cannot be resumed: {error}.") from error
     if (found := values.get("schema")) != SCHEMA:
-        raise CheckpointError(f"{path} has schema {found!r}, and this fedtune reads schema {SCHEMA}.")
+        said = f"{path} has schema {reprlib.repr(found)}, and this fedtune reads schema {SCHEMA}."
+        raise CheckpointError(said)
     if not {"overrides", "jobs"} <= set(values):
         raise CheckpointError(f"{path} is damaged: it lacks its overrides or its jobs.")
     return dict(values)

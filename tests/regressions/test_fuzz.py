@@ -474,6 +474,7 @@ def _readers(folder: Path, name: str) -> list[Callable[[], Any]]:
     INNER,
     st.booleans(),
 )
+@example(name="record.json", at=1, worth={"9" * 3000: 1}, gone=False)  # its schema
 def test_any_inner_field_is_read_or_refused(
     finished: tuple[Path, str],
     tmp_path_factory: pytest.TempPathFactory,
