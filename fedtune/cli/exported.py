@@ -211,7 +211,7 @@ fedtune price FOLDER pricing.serving_hour=0.2 --loss 0.01""",
 def price(
     folders: Annotated[
         list[str],
-        argument("FOLDER...", "Folders that 'fedtune compress' made; pricing=NAME: by that book."),
+        argument("FOLDER...", "Made by 'fedtune compress', or a run's; pricing=NAME: by that book."),
     ],
     loss: Annotated[
         float | None,

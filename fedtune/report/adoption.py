@@ -81,14 +81,14 @@ class Adoption:
 def adoption(
     folders: Sequence[Path], prices: Sequence[str], *, allowed_loss: float = ALLOWED_LOSS
 ) -> Adoption:
-    """Prices every variant in `folders`.
+    """Prices every variant in `folders`, or below those that are no compressed model: of a run, of several.
 
     Args:
         prices: `pricing=NAME` and single prices; empty: the book `serving`.
         allowed_loss: accuracy that a variant may lose and still serve a task.
 
     Raises:
-        RecordError: a folder was not made by `fedtune compress`.
+        RecordError: a folder was not made by `fedtune compress`, and holds none that was.
         ConfigError: the prices mean nothing.
     """
     if not 0 <= allowed_loss <= 1:
@@ -97,8 +97,9 @@ def adoption(
     assert pricing is not None
     tasks = tasks_of(pricing)
     variants, notes = [], []
-    for folder in folders:
-        made, called = _read(folder), _called(folder, folders)
+    compressed = list(dict.fromkeys(one for folder in folders for one in _compressed(folder)))
+    for folder in compressed:
+        made, called = _read(folder), _called(folder, compressed)
         notes.append(f"{called}: measured with {made['settings']['threads']} thread(s), {made['processor']}.")
         variants += [
             _variant(f"{called}/{name}", one, made["original"], pricing, tasks, allowed_loss)
@@ -107,6 +108,13 @@ def adoption(
     if not tasks:
         notes.append(f"The price book {pricing.name!r} has no tasks: set pricing.tasks to count with some.")
     return Adoption(variants, tasks, pricing, notes)
+
+
+def _compressed(folder: Path) -> list[Path]:
+    """The folder itself, or the compressed models below it."""
+    if (folder / _RECORD).exists():
+        return [folder]
+    return sorted(path.parent for path in folder.rglob(_RECORD)) or [folder]
 
 
 def _called(folder: Path, folders: Sequence[Path]) -> str:
@@ -169,7 +177,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(
             f"{folder} has no {_RECORD} that can be read ({error}). Name folders that 'fedtune compress' "
-            "made."
+            "made, or runs that it compressed."
         ) from error
 
 

@@ -47,6 +47,14 @@ def test_words_and_files(tmp_path: Path) -> None:
     assert second.read_bytes().startswith(b"\x89PNG") and second.stat().st_size > 10_000
 
 
+def test_a_run_stands_for_what_was_compressed_below_it(tmp_path: Path) -> None:
+    """As docs/service.md prices it, and as `fedtune compress --advise` finds it."""
+    made = [write(tmp_path / "run" / name) for name in ("pruned", "student")]
+    names = [one.name for one in adoption([tmp_path / "run"], PRICES).variants]
+    assert names == [one.name for one in adoption(made, PRICES).variants] and "student/1 distill" in names
+    assert names == [one.name for one in adoption([tmp_path / "run", *made], PRICES).variants]
+
+
 def test_what_cannot_be_priced(tmp_path: Path, golden: Golden) -> None:
     with pytest.raises(RecordError) as raised:
         adoption([tmp_path], PRICES)
