@@ -38,6 +38,7 @@ from fedtune.errors import DataError
 __all__ = ["PreparedData", "clear_cache", "prepare", "prepare_deployed"]
 
 _log = logging.getLogger("fedtune.node")
+_PACKAGE = Path(__file__).parents[1]
 
 CACHE_SIZE = 8  # more than the seeds of most sweeps: fewer than they have would be none
 
@@ -125,6 +126,8 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
     if (total := config.data.declared_size) is not None:
         each = max(1, round(total / len(shards)))
         shards = [dataclasses.replace(shard, declared_size=each) for shard in shards]
+    # Threads share what is caught: what a library says meanwhile (codecarbon's start) is no note of the data.
+    ours = [str(one.message) for one in caught if Path(one.filename).is_relative_to(_PACKAGE)]
     told = reading_of(train, tokens, tokenizer, config.data).notes(config)
     prepared = PreparedData(
         train=tokens,
@@ -134,9 +137,7 @@ def _prepare(config: Config, tokenizer: Any, tokenizer_id: str) -> PreparedData:
         shards=shards,
         label_names=train.label_names,
         public=config.data.public,
-        notes=tuple(
-            dict.fromkeys([*train.notes, *test.notes, *told, *(str(warning.message) for warning in caught)])
-        ),
+        notes=tuple(dict.fromkeys([*train.notes, *test.notes, *told, *ours])),
     )
     return _holding_out(prepared, config)
 

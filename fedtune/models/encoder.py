@@ -165,6 +165,12 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
                 f"run. Name an encoder of these families: {', '.join(FAMILIES)}."
             ) from error
         cause = f" ({text[:300]})" if text and not any(word in text for word in _UNSAFE) else ""
+        if Path(location).is_dir() and not _is_described(location):
+            soundness.check_type(Path(location))
+            raise ModelError(
+                f"config.json of the model {config.name!r} describes none that transformers knows.{cause} "
+                "Copy it again from where the model is from."
+            ) from error
         if loader.__name__ == "AutoTokenizer" and Path(location).is_dir():
             raise ModelError(
                 f"The tokenizer of the model {config.name!r} cannot be read: tokenizer.json or what is "
@@ -174,6 +180,18 @@ def _from_pretrained(loader: Any, bert: Any, config: ModelConfig, **options: Any
             f"The model {config.name!r} could not be loaded. model.name takes a hub name such as "
             f"google-bert/bert-base-uncased, or a folder with config.json and weights.{cause}"
         ) from error
+
+
+def _is_described(location: str) -> bool:
+    """Does transformers take the config.json of a folder?"""
+    from transformers import AutoConfig, BertConfig, PreTrainedConfig
+
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(location)
+        (AutoConfig if "model_type" in values else BertConfig).from_pretrained(location)
+    except Exception:  # it raises what it likes
+        return False
+    return True
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Any, str]:
@@ -349,6 +367,7 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
         if isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's is a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
     stack.requires_grad_(False)
+    soundness.check_output(stack, config.name)
     quantize(stack, config.quantization)
     if config.quantization != "none":
         # Norms and biases as they were read are views of the file, all of which stays in memory with them.

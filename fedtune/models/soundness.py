@@ -30,9 +30,11 @@ __all__ = [
     "check_finite",
     "check_folder",
     "check_kind",
+    "check_output",
     "check_report",
     "check_size",
     "check_tokenizer",
+    "check_type",
     "check_vocabulary",
     "check_weights",
     "computation_of",
@@ -104,6 +106,24 @@ def check_folder(folder: Path, name: str) -> None:
         raise ModelError(f"{config} is no configuration of a model, which is a JSON object. Copy it again.")
 
 
+def check_type(folder: Path) -> None:
+    """Checks that a folder's configuration, read by `check_folder` before, names a family that fedtune runs.
+
+    Raises:
+        ModelError: it names another one.
+    """
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "bert")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise _other_family(kind)
+
+
+def _other_family(kind: Any) -> ModelError:
+    return ModelError(
+        f"The model is of type {kind!r}, and fedtune adapts encoders of these families: "
+        f"{', '.join(FAMILIES)}."
+    )
+
+
 def check_weights(folder: Path, name: str, *, pickle: bool = False) -> None:
     """Checks the files of a folder's weights without loading them.
 
@@ -159,13 +179,13 @@ def check_kind(config: Any, name: str) -> None:
     """Checks that a configuration of transformers' is one of an encoder that fedtune runs as it is.
 
     Raises:
-        ModelError: it is of another family, a decoder, or compressed already.
+        ModelError: it is of another family, a decoder, compressed already, or says what no encoder has.
     """
+    import transformers
+    from transformers.activations import ACT2FN
+
     if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"The model is of type {config.model_type!r}, and fedtune adapts encoders of these families: "
-            f"{', '.join(FAMILIES)}."
-        )
+        raise _other_family(config.model_type)
     for key in ("is_decoder", "add_cross_attention"):
         if getattr(config, key, False):
             raise ModelError(
@@ -177,6 +197,18 @@ def check_kind(config: Any, name: str) -> None:
         raise ModelError(
             f"The model {name!r} is stored compressed (quantization_config in its config.json). Name the "
             "model that it was made from: fedtune compresses by itself, as model.quantization says."
+        )
+    for key in ("hidden_act", "activation", "hidden_activation"):
+        if (used := getattr(config, key, "gelu")) not in ACT2FN:
+            raise ModelError(
+                f"config.json of the model {name!r} says {key}={used!r}, which transformers "
+                f"{transformers.__version__} has no function for. Copy it again from where the model is from."
+            )
+    padding, tokens = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if padding is not None and isinstance(tokens, int) and not 0 <= padding < tokens:
+        raise ModelError(
+            f"config.json of the model {name!r} says pad_token_id={padding}, and its tokens are those "
+            f"from 0 to {tokens - 1}. Copy it again from where the model is from."
         )
     projects = FAMILIES[config.model_type].projects
     if not projects and getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
@@ -289,6 +321,38 @@ def check_finite(model: nn.Module, name: str) -> None:
         )
 
 
+def check_output(stack: Any, name: str) -> None:
+    """Checks that an encoder makes finite numbers of two texts, and not the same ones of both.
+
+    Weights may be finite, and what is computed with them not: they are too large, or a setting in config.json
+    (layer_norm_eps) is no number that one divides by.
+
+    Args:
+        stack: the `EncoderStack`, before it is compressed.
+        name: of the model.
+
+    Raises:
+        ModelError: it does not.
+    """
+    rows = int(stack.config.vocab_size)
+    ids = torch.arange(6).view(2, 3) % rows
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        one, other = stack.run(stack.embed(ids, mask), mask, 0, len(stack.layer))
+    if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
+        raise ModelError(
+            f"The model {name!r} makes NaN or infinity of a text, though each of its weights is a number: "
+            "they are too large, or config.json has another layer_norm_eps than they were trained with. Copy "
+            "config.json and the weights from where the model is from."
+        )
+    if bool((one - other).abs().max() <= 1e-6 * one.abs().max()):
+        raise ModelError(
+            f"The model {name!r} makes the same of every text: its weights are almost zero, or config.json "
+            "has another layer_norm_eps than they were trained with. Copy config.json and the weights from "
+            "where the model is from."
+        )
+
+
 def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
     """Checks that a tokenizer has words, and the encoder an embedding for each of its tokens.
 
@@ -377,7 +441,7 @@ def _shards(folder: Path, files: Mapping[str, Path], name: str) -> list[Path]:
     index = files[_SAFE[1]]
     try:
         named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [file for file in named if file not in files]
+        missing = [file for file in named if str(Path(file)) not in files]  # a TypeError where it is no text
     except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
         raise ModelError(
             f"{index} is no list of the weights' files, so model.name={name} cannot be loaded. Copy it again."
@@ -387,7 +451,7 @@ def _shards(folder: Path, files: Mapping[str, Path], name: str) -> list[Path]:
             f"The folder {folder} (model.name) lacks {len(missing)} of the {len(named)} files of its "
             f"weights: {_named(missing)}. Copy the whole folder."
         )
-    return [files[file] for file in named]
+    return [files[str(Path(file))] for file in named]
 
 
 def _refuse_integers(entries: Mapping[str, Any], name: str) -> None:
@@ -399,6 +463,17 @@ def _refuse_integers(entries: Mapping[str, Any], name: str) -> None:
             f"The model {name!r} is stored compressed: {len(whole)} of its weights are whole numbers "
             f"({_named(whole)}). Name the model that it was made from: fedtune compresses by itself, as "
             "model.quantization says."
+        )
+
+
+def _refuse_no_numbers(entries: Mapping[str, Any], name: str) -> None:
+    """Refuses weights that are truth values or complex: as real numbers they would be others."""
+    kinds = {key: str(entry.get("dtype", "F")) for key, entry in entries.items()}
+    wrong = [key for key, kind in kinds.items() if kind.startswith(("BOOL", "C")) and _BODY.search(key)]
+    if wrong:
+        raise ModelError(
+            f"The model {name!r} holds {', '.join(sorted({kinds[key] for key in wrong}))} in {len(wrong)} of "
+            f"its weights, which are real numbers in an encoder: {_named(wrong)}. Take another copy of it."
         )
 
 
@@ -415,6 +490,7 @@ def _check_safetensors(path: Path, name: str) -> None:
         asked = 8 + length + max(ends, default=0)
         if asked == size:
             _refuse_integers(entries, name)
+            _refuse_no_numbers(entries, name)
             return
         what = f"has {size} bytes, and its header speaks of {asked}: it is not whole"
     except (ValueError, RecursionError, LookupError, AttributeError, TypeError):

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +93,20 @@ def test_notes_are_kept_and_said_once(config: Config, home: Path, tokenizer: Wor
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare(config, tokenizer, "words")
+
+
+def test_what_a_library_says_meanwhile_is_no_note_of_the_data(
+    config: Config, home: Path, tokenizer: WordTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = module.make_shards
+
+    def beside(*given: Any) -> Any:  # as codecarbon, which starts in a thread of its own
+        warnings.warn_explicit("parameters are deprecated", FutureWarning, "/lib/codecarbon/output.py", 1)
+        warnings.warn_explicit("dealt out at random", UserWarning, module.__file__, 1)
+        return cut(*given)
+
+    monkeypatch.setattr(module, "make_shards", beside)
+    assert prepare(config, tokenizer, "words").notes == ("dealt out at random",)
 
 
 def test_threads_share_one_preparation(config: Config, home: Path, tokenizer: WordTokenizer) -> None:

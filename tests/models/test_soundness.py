@@ -212,8 +212,9 @@ def test_a_shard_that_is_missing_is_named(folder: Path) -> None:
     names = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(weights)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "lacks 1 of the 2 files of its weights: model-00002-of-00002.safetensors" in refusal(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
-    assert "no list of the weights' files" in refusal(folder)
+    for content in ("[]", '{"weight_map": {"embeddings": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        assert "no list of the weights' files" in refusal(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
@@ -266,3 +267,56 @@ def test_a_quantized_encoder_does_not_hold_its_file(folder: Path, quantization: 
     stack = load_encoder(ModelConfig(name=str(folder), quantization=quantization), torch.device("cpu"))
     assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
     assert len(list(stack.parameters())) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"layer_norm_eps": float("nan")}, "makes NaN or infinity of a text"),
+        ({"layer_norm_eps": 1e30}, "makes the same of every text"),
+    ],
+)
+def test_what_an_encoder_computes_is_looked_at_before_it_is_trusted(
+    folder: Path, changed: dict[str, Any], words: str
+) -> None:
+    change_config(folder, **changed)
+    assert words in refusal(folder) and "layer_norm_eps" in refusal(folder)
+
+
+def test_weights_that_are_finite_and_too_large(folder: Path) -> None:
+    change_weights(folder, lambda weights: {name: held * 1e30 for name, held in weights.items()})
+    assert "makes NaN or infinity of a text, though each of its weights is a number" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"pad_token_id": -1}, "pad_token_id=-1, and its tokens are those from 0 to"),
+        ({"hidden_act": "nosuch"}, "hidden_act='nosuch', which transformers"),
+        ({"hidden_act": None}, "config.json of the model"),
+        ({"layer_norm_eps": "1e-12"}, "config.json of the model"),
+        ({"id2label": ["a"]}, "config.json of the model"),
+        ({"model_type": "my_bert"}, "is of type 'my_bert', and fedtune adapts"),
+        ({"model_type": ["bert"]}, "is of type ['bert'], and fedtune adapts"),
+    ],
+)
+def test_a_configuration_that_no_encoder_has_is_named_and_not_the_tokenizer(
+    folder: Path, changed: dict[str, Any], words: str
+) -> None:
+    change_config(folder, **changed)
+    assert words in refusal(folder)
+    if words == "config.json of the model":  # the tokenizer asks for it first
+        text = refused_tokenizer(folder)
+        assert words in text and "The tokenizer" not in text
+
+
+def refused_tokenizer(folder: Path) -> str:
+    with pytest.raises(ModelError) as raised:
+        load_tokenizer(ModelConfig(name=str(folder), quantization="none"))
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.complex64])
+def test_weights_that_are_no_real_numbers(folder: Path, kind: torch.dtype) -> None:
+    change_weights(folder, lambda weights: {name: held.to(kind) for name, held in weights.items()})
+    assert "weights, which are real numbers in an encoder" in refusal(folder)
