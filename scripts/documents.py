@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import io
 import json
+import math
 import posixpath
 import re
 import tempfile
@@ -23,12 +24,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["GENERATED", "fill", "links", "messages", "on_files", "on_page_markdown", "run_summary"]
+__all__ = [
+    "GENERATED",
+    "fill",
+    "links",
+    "messages",
+    "on_files",
+    "on_page_content",
+    "on_page_markdown",
+    "run_summary",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_JOB = ROOT / "simulations" / "private_accuracy" / "default_job" / "record.json"
 _MARK = re.compile(r"<!-- generated: ([\w. ]+) -->\n\*.*?\*\n", re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((\.\./[^)#\s]+)(#[^)]*)?\)")
+_CODE = re.compile(r"(?<!<pre>)<code>(.*?)</code>")  # inline
+_OPTION, _IN_ONE = re.compile(r"(?<![\w-])--[a-z][\w-]*"), r'<span class="option">\g<0></span>'
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_JOINT, _MAY_BREAK = re.compile(r"(?<=\w)[._/=](?=\w)(?![^<]*>)"), r"\g<0><wbr>"
+_PICTURE = re.compile(r'<img [^>]*\bsrc="([^"]+)"[^>]*>')
 _WIDTH = 88
 _REFERENCE_BOOST = 0.2  # in the search, beside 1
 
@@ -55,6 +70,20 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         # A reference holds every word: a page that explains one comes before it.
         page.meta["search"] = {"boost": _REFERENCE_BOOST}
     return links(fill(markdown), page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Makes a page fit for phones.
+
+    Options of commands stay on one line, names in tables may break after a point, a bar or a slash, and a
+    picture can be opened by itself.
+    """
+    html = _CODE.sub(lambda found: f"<code>{_OPTION.sub(_IN_ONE, found[1])}</code>", html)
+    html = _TABLE.sub(
+        lambda table: _CODE.sub(lambda found: f"<code>{_JOINT.sub(_MAY_BREAK, found[1])}</code>", table[0]),
+        html,
+    )
+    return _PICTURE.sub(r'<a href="\1">\g<0></a>', html)
 
 
 def fill(markdown: str) -> str:
@@ -137,7 +166,9 @@ def _attackers() -> str:
         curve = trade_off({Term(rate, noise): steps}, epsilon, delta)
         found = 1000 * curve.found(WRONG[0])
         rows.append(
-            f"| {epsilon:g} | {found:.0f} | {100 * curve.advantage():.0f} percent | {grade(curve, delta)} |"
+            # Bounds, so rounded up.
+            f"| {epsilon:g} | {math.ceil(found)} | {math.ceil(100 * curve.advantage())} percent "
+            f"| {grade(curve, delta)} |"
         )
     rows.append(f"\n*A run of {steps} steps that each draw one unit in {round(1 / rate)}.*")
     return "\n".join(rows)

@@ -21,7 +21,7 @@ from tests.support.pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = re.findall(
-    r"^\| (.+?\?.*?) \| (.+?) \| \[.+?\]\((.+?)\.md\) \|$",
+    r"^## (.+\?)\n[^#]+?^Search for: \*(.+?)\*\. Page: \[.+?\]\(([\w-]+)\.md(?:#[\w-]+)?\)\.$",
     (ROOT / "docs" / "questions.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
@@ -90,6 +90,44 @@ def test_it_is_read_on_a_phone_and_in_the_dark(address: str, tmp_path: Path) -> 
                 assert contrast(tab, "article p") >= 4.5, (page, scheme)
 
 
+@needs_chromium
+def test_a_phone_shows_all_columns_of_a_table_of_three(address: str, tmp_path: Path) -> None:
+    """Names that could not break pushed the last column, with the explanation, off the screen."""
+    with browser_tab(tmp_path / "profile") as tab:
+        tab.look(390, "light")
+        for page in ("", "promises/", "how-it-works/", "reference/files/", "reference/commands/"):
+            tab.call("Page.navigate", url="about:blank")
+            tab.call("Page.navigate", url=f"{address}/{page}")
+            tab.wait_for("location.href !== 'about:blank' && document.readyState === 'complete'")
+            wide = tab.value(
+                "[...document.querySelectorAll('article table')].filter(table => "
+                "table.rows[0].cells.length <= 3 && table.getBoundingClientRect().right > innerWidth)"
+                ".map(table => table.innerText.slice(0, 80))"
+            )
+            assert wide == [], page
+
+
+def test_an_option_stays_on_one_line_and_a_picture_can_be_opened(site: Path) -> None:
+    start = (site / "start" / "index.html").read_text(encoding="utf-8")
+    assert '<span class="option">--json</span>' in start and "<code>--json" not in start
+    epsilon = (site / "epsilon" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r'<a href="([^"]+frontier\.png)"><img [^>]*src="\1"', epsilon)
+
+
+def test_a_bound_on_what_an_attacker_finds_is_rounded_up() -> None:
+    """2.3 of 1,000 stood there as 2 "at most"; and 4.3 as 4, which is `strong`, beside `moderate`."""
+    from scripts.documents import GENERATED
+
+    rows = re.findall(
+        r"^\| ([\d.]+) \| (\d+) \| (\d+) percent \| (\w+) \|$",
+        GENERATED["what an attacker finds"](),
+        re.MULTILINE,
+    )
+    assert [row[0] for row in rows] == ["0.5", "1", "2", "4", "8", "16"]
+    for _, found, _, word in rows:
+        assert (int(found) <= 4) == (word == "strong") and (int(found) > 100) == (word == "weak")
+
+
 def searched(words: str, index: Any) -> list[str]:
     """Pages in the order in which the theme's own search shows them.
 
@@ -129,4 +167,47 @@ def test_the_search_finds_the_page_of_each_question(site: Path) -> None:
         pages = [found for found in searched(words, index) if found != "questions"]
         if page not in pages[:FIRST]:
             missed.append(f"{question} ({words}): {pages[:6]}, not {page}")
+    assert not missed, "\n".join(missed)
+
+
+# What somebody sees who types into the search: the pages, and the parts of each that are listed below it.
+SEARCHED = """(async () => {
+  const input = document.querySelector('.md-search__input');
+  const shown = () => document.querySelector('.md-search-result').innerHTML;
+  const settled = async () => {
+    for (let before = '', same = 0, i = 0; same < 5 && i < 200; i++) {
+      await new Promise(resolve => setTimeout(resolve, 50));
+      same = shown() === before ? same + 1 : 0;
+      before = shown();
+    }
+  };
+  for (const words of ['', WORDS]) {
+    input.focus();
+    input.value = words;
+    input.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true }));
+    await settled();
+  }
+  return [...document.querySelectorAll('.md-search-result__item')].slice(0, 6).map(item =>
+    [...item.querySelectorAll('a')].map(link =>
+      [new URL(link.href).pathname, (link.querySelector('h1, h2') || link).innerText]));
+})()"""
+
+
+@needs_chromium
+def test_somebody_who_types_a_question_finds_its_answer(address: str, tmp_path: Path) -> None:
+    missed = []
+    with browser_tab(tmp_path / "profile") as tab:
+        tab.look(1400, "light")
+        tab.call("Page.navigate", url=f"{address}/")
+        tab.wait_for("document.querySelector('[data-md-component=search-query]') !== null")
+        tab.wait_for("document.readyState === 'complete'")
+        for question, words, page in QUESTIONS:
+            found = tab.value(SEARCHED.replace("WORDS", json.dumps(words)))
+            pages = [item[0][0].strip("/") for item in found if item[0][0] != "/questions/"]
+            if page not in pages[:FIRST]:
+                missed.append(f"{words}: {pages}, not {page}")
+            found = tab.value(SEARCHED.replace("WORDS", json.dumps(question)))
+            answers = [link[1] for item in found[:FIRST] for link in item]
+            if question not in answers:
+                missed.append(f"{question}: {answers}")
     assert not missed, "\n".join(missed)
