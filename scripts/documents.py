@@ -44,6 +44,7 @@ _OPTION, _IN_ONE = re.compile(r"(?<![\w-])--[a-z][\w-]*"), r'<span class="option
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _JOINT, _MAY_BREAK = re.compile(r"(?<=\w)[._/=](?=\w)(?![^<]*>)"), r"\g<0><wbr>"
 _PICTURE = re.compile(r'<img [^>]*\bsrc="([^"]+)"[^>]*>')
+_STRENGTH = "../simulations/private_accuracy/default_job/strength.svg"
 _WIDTH = 88
 _REFERENCE_BOOST = 0.2  # in the search, beside 1
 
@@ -147,7 +148,7 @@ def _statement() -> str:
     from fedtune.privacy.statement.facts import statement_markdown
 
     record = json.loads(DEFAULT_JOB.read_text(encoding="utf-8"))
-    return statement_markdown(record, None).partition("\n\n")[2].rstrip()
+    return statement_markdown(record, _STRENGTH).partition("\n\n")[2].rstrip()
 
 
 def _attackers() -> str:

@@ -35,6 +35,13 @@ def test_the_output_that_it_shows_is_what_the_default_job_said() -> None:
     assert len(places) > 8 and places == sorted(places)
 
 
+def test_the_picture_of_what_it_promised_is_of_its_record() -> None:
+    from fedtune.privacy.statement.facts import statement_picture
+
+    kept = DEFAULT_JOB.with_name("strength.svg").read_text(encoding="utf-8")
+    assert kept == statement_picture(json.loads(DEFAULT_JOB.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize(
     "script",
     sorted({name for page in PAGES for name in re.findall(r"scripts/(\w+)\b(?!\.)", page.read_text())}),
