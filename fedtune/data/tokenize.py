@@ -45,7 +45,7 @@ def tokenize(
     limit = int(getattr(tokenizer, "model_max_length", max_length) or max_length)
     if not special < max_length <= limit:
         raise DataError(
-            f"data.max_length is {max_length}; the tokenizer of {tokenizer_id!r} takes from {special + 1} "
+            f"data.max_length is {max_length}; the model's tokenizer takes from {special + 1} "
             f"to {limit} tokens, {special} of them special. Set data.max_length in that range."
         )
     lengths, input_ids = _tokens(corpus, tokenizer, tokenizer_id, max_length, windows)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fedtune.config.quiet import quiet_libraries
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
-from fedtune.models import soundness
+from fedtune.models import soundness, weight_files
 from fedtune.models.families import FAMILIES, attention_bias, family_of
 from fedtune.models.quantization import quantize
 
@@ -215,6 +215,8 @@ def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
         soundness.check_folder(folder, name)
         soundness.check_vocabulary(folder, name)
     tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, config)
+    if folder.is_dir():
+        soundness.check_special_tokens(folder, tokenizer, name)
     soundness.check_tokenizer(tokenizer, int(load_encoder_config(config).vocab_size), name)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
@@ -307,7 +309,7 @@ def _pretrained(config: ModelConfig, **options: Any) -> tuple[nn.Module, tuple[s
     described = load_encoder_config(config)
     soundness.check_kind(described, config.name)
     if (folder := Path(model_location(config.name))).is_dir():
-        soundness.check_weights(folder, config.name, pickle=config.pickle)
+        weight_files.check_weights(folder, config.name, pickle=config.pickle)
         soundness.check_size(described, folder, config.name)
     # Sizes that do not fit come as part of the report rather than as an error without names.
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -366,6 +368,8 @@ def load_encoder(config: ModelConfig, device: torch.device, *, pairs: bool = Fal
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT's is a number
             module.attention_dropout = 0.0  # type: ignore[assignment]
+        if getattr(module, "chunk_size_feed_forward", 0):  # saves memory, and takes whole chunks alone
+            module.chunk_size_feed_forward = 0  # type: ignore[assignment]
     stack.requires_grad_(False)
     soundness.check_output(stack, config.name)
     quantize(stack, config.quantization)

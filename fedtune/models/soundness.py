@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from fedtune.errors import ModelError
 from fedtune.models.families import FAMILIES
+from fedtune.models.weight_files import BODY, refuse_pointer, some_of
 
 __all__ = [
     "check_finite",
@@ -33,18 +34,15 @@ __all__ = [
     "check_output",
     "check_report",
     "check_size",
+    "check_special_tokens",
     "check_tokenizer",
     "check_type",
     "check_vocabulary",
-    "check_weights",
     "computation_of",
     "digest_of",
     "prefix_of",
 ]
 
-_POINTER = b"version https://git-lfs"
-_SAFE = ("model.safetensors", "model.safetensors.index.json")
-_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model",
                "spiece.model", "spm.model")  # fmt: skip
 _BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -67,10 +65,6 @@ _COMPUTED: dict[str, Any] = {
     "position_buckets": None, "pos_att_type": None, "share_att_key": None, "norm_rel_ebd": None,
     "conv_act": None,
 }  # fmt: skip
-# What belongs to the encoder itself, whatever is in front of it; heads of other tasks do not.
-_BODY = re.compile(r"(^|\.)(embeddings|encoder|transformer|layers?)\.\w")
-_SHOWN = 3  # names of weights in a message
-_LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -95,7 +89,7 @@ def check_folder(folder: Path, name: str) -> None:
             f"The folder {folder} (model.name) has no config.json, so it is no model. It should hold "
             "config.json, model.safetensors and tokenizer.json, as transformers' save_pretrained writes them."
         )
-    _refuse_pointer(config, name)
+    refuse_pointer(config, name)
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -124,35 +118,6 @@ def _other_family(kind: Any) -> ModelError:
     )
 
 
-def check_weights(folder: Path, name: str, *, pickle: bool = False) -> None:
-    """Checks the files of a folder's weights without loading them.
-
-    Raises:
-        ModelError: one is missing, empty, cut off, a pointer to another file, or a pickle that nobody asked
-            for.
-    """
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
-    for file in (*_SAFE, *_PICKLED):
-        if file in files:
-            _refuse_pointer(files[file], name)
-    if any(file in files for file in _SAFE):
-        for shard in _shards(folder, files, name):
-            _refuse_pointer(shard, name)
-            _check_safetensors(shard, name)
-        return
-    if not any(file in files for file in _PICKLED):
-        raise ModelError(
-            f"The folder {folder} (model.name) has no weights: model.safetensors is missing in it. Copy the "
-            "whole folder."
-        )
-    if not pickle:
-        raise ModelError(
-            f"The folder {folder} (model.name) has its weights in a pickle (pytorch_model.bin), which may "
-            "carry code. Take a copy that has model.safetensors. If you know who made this one, "
-            "model.pickle=true reads it, weights alone."
-        )
-
-
 def check_vocabulary(folder: Path, name: str) -> None:
     """Checks that a folder has files of a tokenizer.
 
@@ -167,7 +132,7 @@ def check_vocabulary(folder: Path, name: str) -> None:
             "it from where the model is from, or write it there: tokenizer.save_pretrained(FOLDER)."
         )
     for path in (*there, *(folder / file for file in _BESIDE if (folder / file).is_file())):
-        _refuse_pointer(path, name)
+        refuse_pointer(path, name)
         if path.stat().st_size == 0:
             raise ModelError(
                 f"{path} is empty (0 bytes), so the tokenizer of model.name={name} is not whole. Copy it "
@@ -273,7 +238,7 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
         ModelError: with the names, their number and their shapes.
     """
     missing = [key for key in report["missing_keys"] if not _of_pooler(key)]
-    unexpected = [key for key in report["unexpected_keys"] if _BODY.search(key) and not _of_pooler(key)]
+    unexpected = [key for key in report["unexpected_keys"] if BODY.search(key) and not _of_pooler(key)]
     mismatched = {
         key: (there, asked) for key, there, asked in report["mismatched_keys"] if not _of_pooler(key)
     }
@@ -286,17 +251,17 @@ def check_report(report: Mapping[str, Any], name: str) -> None:
             "from the same model."
         )
     if missing:
-        others = f" The file has {_named(unexpected)} instead." if unexpected else ""
+        others = f" The file has {some_of(unexpected)} instead." if unexpected else ""
         raise ModelError(
             f"The model {name!r} lacks {len(missing)} weights of its encoder, which would be random: "
-            f"{_named(missing)}.{others} Name the folder that the encoder was saved in, with all of its "
+            f"{some_of(missing)}.{others} Name the folder that the encoder was saved in, with all of its "
             "weights under the names that transformers gives them (save_pretrained)."
         )
     if unexpected:
         raise ModelError(
             f"The weights of the model {name!r} are not those of its config.json: the file also has "
             f"{len(unexpected)} weights of an encoder that config.json does not speak of, "
-            f"{_named(unexpected)}. They would be left out. Copy config.json and the weights from the same "
+            f"{some_of(unexpected)}. They would be left out. Copy config.json and the weights from the same "
             "model."
         )
 
@@ -310,7 +275,7 @@ def check_finite(model: nn.Module, name: str) -> None:
     wrong = [key for key, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
     if wrong:
         raise ModelError(
-            f"The model {name!r} holds NaN or infinity in {len(wrong)} of its weights: {_named(wrong)}. It "
+            f"The model {name!r} holds NaN or infinity in {len(wrong)} of its weights: {some_of(wrong)}. It "
             "was saved after a training that failed, or damaged. Take another copy of it."
         )
     table: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
@@ -365,6 +330,13 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
         ModelError: it has none, or more tokens than that.
     """
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    try:
+        tokenizer("a \U0001f47e")  # has what is in no vocabulary
+    except Exception as error:  # the library raises what it likes
+        raise ModelError(
+            f"The tokenizer of the model {name!r} fails at a word that it does not know "
+            f"({str(error).rstrip('.')}). Copy its files from where the model is from."
+        ) from error
     if not set(vocabulary) - set(tokenizer.all_special_tokens):
         raise ModelError(
             f"The tokenizer of the model {name!r} knows no words, only {len(vocabulary)} special tokens: its "
@@ -378,9 +350,31 @@ def check_tokenizer(tokenizer: Any, rows: int, name: str) -> None:
         )
         raise ModelError(
             f"The tokenizer of the model {name!r} has {largest + 1} tokens, and the encoder has embeddings "
-            f"for {rows}: {_named(beyond)} would have none. If tokens were added, save the encoder after "
+            f"for {rows}: {some_of(beyond)} would have none. If tokens were added, save the encoder after "
             f"resize_token_embeddings({largest + 1}); else take the tokenizer that the encoder was saved "
             "with."
+        )
+
+
+def check_special_tokens(folder: Path, tokenizer: Any, name: str) -> None:
+    """Checks that a list of words by lines, which nothing else numbers, has the tokens around each text.
+
+    transformers adds those that it does not find at the end: after a line that is missing each word would
+    have the number, and so the embedding, of another one.
+
+    Raises:
+        ModelError: some are missing.
+    """
+    path = folder / "vocab.txt"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    lines = set(path.read_text(encoding="utf-8").splitlines())
+    around = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.cls_token, tokenizer.sep_token)
+    if missing := [token for token in around if token is not None and token not in lines]:
+        raise ModelError(
+            f"{path} has no line {' and no line '.join(missing)}, which the tokenizer of model.name={name} "
+            "needs: lines are missing or changed in it, and each word would have the number of another. Copy "
+            "it again, with tokenizer.json, from where the model is from."
         )
 
 
@@ -415,85 +409,5 @@ def _modern(key: str) -> str:
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", key))
 
 
-def _named(keys: Collection[str]) -> str:
-    shown = sorted(keys)[:_SHOWN]
-    return ", ".join(shown) + (f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
-
-
 def _more(count: int, what: str) -> str:
     return f", and {count} more {what}{'s' if count > 1 else ''} do not" if count else ""
-
-
-def _refuse_pointer(path: Path, name: str) -> None:
-    with path.open("rb") as file:
-        if not file.read(len(_POINTER)).startswith(_POINTER):
-            return
-    raise ModelError(
-        f"{path} is a Git LFS pointer of {path.stat().st_size} bytes in place of the file itself, so "
-        f"model.name={name} cannot be loaded. Fetch the files: run `git lfs pull` in that folder."
-    )
-
-
-def _shards(folder: Path, files: Mapping[str, Path], name: str) -> list[Path]:
-    """The files that hold the weights."""
-    if _SAFE[0] in files:
-        return [files[_SAFE[0]]]
-    index = files[_SAFE[1]]
-    try:
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [file for file in named if str(Path(file)) not in files]  # a TypeError where it is no text
-    except (ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
-        raise ModelError(
-            f"{index} is no list of the weights' files, so model.name={name} cannot be loaded. Copy it again."
-        ) from error
-    if missing:
-        raise ModelError(
-            f"The folder {folder} (model.name) lacks {len(missing)} of the {len(named)} files of its "
-            f"weights: {_named(missing)}. Copy the whole folder."
-        )
-    return [files[str(Path(file))] for file in named]
-
-
-def _refuse_integers(entries: Mapping[str, Any], name: str) -> None:
-    """Refuses weights that are whole numbers, for their scale is unknown; places and segments are."""
-    named = (key for key, entry in entries.items() if str(entry.get("dtype", "F")).startswith(("I", "U")))
-    whole = [key for key in named if _BODY.search(key) and not key.endswith("_ids")]
-    if whole:
-        raise ModelError(
-            f"The model {name!r} is stored compressed: {len(whole)} of its weights are whole numbers "
-            f"({_named(whole)}). Name the model that it was made from: fedtune compresses by itself, as "
-            "model.quantization says."
-        )
-
-
-def _refuse_no_numbers(entries: Mapping[str, Any], name: str) -> None:
-    """Refuses weights that are truth values or complex: as real numbers they would be others."""
-    kinds = {key: str(entry.get("dtype", "F")) for key, entry in entries.items()}
-    wrong = [key for key, kind in kinds.items() if kind.startswith(("BOOL", "C")) and _BODY.search(key)]
-    if wrong:
-        raise ModelError(
-            f"The model {name!r} holds {', '.join(sorted({kinds[key] for key in wrong}))} in {len(wrong)} of "
-            f"its weights, which are real numbers in an encoder: {_named(wrong)}. Take another copy of it."
-        )
-
-
-def _check_safetensors(path: Path, name: str) -> None:
-    """Checks that a file is as long as its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if size >= 8 and length <= min(size - 8, _LARGEST_HEADER) else b""
-    what = f"is cut off, or no safetensors file: it has {size} bytes"
-    try:
-        entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-        asked = 8 + length + max(ends, default=0)
-        if asked == size:
-            _refuse_integers(entries, name)
-            _refuse_no_numbers(entries, name)
-            return
-        what = f"has {size} bytes, and its header speaks of {asked}: it is not whole"
-    except (ValueError, RecursionError, LookupError, AttributeError, TypeError):
-        if size == 0:
-            what = "is empty (0 bytes)"
-    raise ModelError(f"{path} {what}, so model.name={name} cannot be loaded. Copy or download it again.")

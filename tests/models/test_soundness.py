@@ -320,3 +320,25 @@ def refused_tokenizer(folder: Path) -> str:
 def test_weights_that_are_no_real_numbers(folder: Path, kind: torch.dtype) -> None:
     change_weights(folder, lambda weights: {name: held.to(kind) for name, held in weights.items()})
     assert "weights, which are real numbers in an encoder" in refusal(folder)
+
+
+@pytest.mark.parametrize("token", ["[SEP]", "[PAD]", "[UNK]"])
+def test_a_list_of_words_without_a_special_token_numbers_no_words(folder: Path, token: str) -> None:
+    (folder / "tokenizer.json").unlink()
+    path = folder / "vocab.txt"
+    path.write_text(path.read_text().replace(f"{token}\n", ""))
+    assert f"vocab.txt has no line {token}, which the tokenizer" in refusal(folder)
+
+
+def test_a_tokenizer_that_fails_at_unknown_words_is_no_bug_of_ours(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["vocab"] = {"[PAD]": 0, "good": 1}
+    values["added_tokens"] = []
+    path.write_text(json.dumps(values))
+    assert "fails at a word that it does not know" in refusal(folder)
+
+
+def test_a_forward_in_chunks_is_one_without(folder: Path, tiny_bert: Path) -> None:
+    change_config(folder, chunk_size_feed_forward=7)
+    assert opened(folder).digest == opened(tiny_bert).digest
