@@ -14,7 +14,7 @@
     |   `-- AuditError           an audit shows more leakage than is promised: the promise is not kept
     |-- FederationError          a run cannot go on (for instance: no node sent a usable update)
     |   |-- UpdateRejected       one node's update was unusable; it costs that update, not the round
-    |   `-- AggregationAborted   a sum could not be made or may not be used; the round is charged, discarded
+    |   `-- AggregationAborted   a sum could not be made or used; the round is charged, discarded
     |-- CheckpointError          a run folder or checkpoint cannot be resumed
     |-- RecordError              a record.json is missing, unfinished or of another schema
     `-- ResourceError            no disk space, no memory, no permission, no network, no such device

@@ -250,27 +250,28 @@ def _json() -> str:
 
 def _fields(part: Any, known: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
     """The fields below `part` of a JSON schema with what they are; what it refers to is by its name."""
-    if "$ref" in part:
-        name = part["$ref"].rpartition("/")[2]
-        below = known[name]
-        yield path, name if "properties" in below else _kind(below)
-        return
     below = part.get("properties", {})
     if path and not below:
-        yield path, _kind(part)
+        yield path, _kind(part, known)
     for name, field in below.items():
         yield from _fields(field, known, f"{path}.{name}" if path else name)
-    if isinstance(items := part.get("items"), dict):
+    if isinstance(items := part.get("items"), dict) and ("properties" in items or not path):
         yield from _fields(items, known, f"{path}[]")
     if isinstance(others := part.get("additionalProperties"), dict):
         yield from _fields(others, known, f"{path}.NAME" if path else "NAME")
 
 
-def _kind(part: Mapping[str, Any]) -> str:
-    if "enum" in part:
-        return " or ".join(str(value) for value in part["enum"])
+def _kind(part: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+    if "$ref" in part:
+        name = part["$ref"].rpartition("/")[2]
+        return name if "properties" in known[name] else _kind(known[name], known)
+    if values := part.get("enum", [part["const"]] if "const" in part else []):
+        return " or ".join(str(value) for value in values)
     kinds = part.get("type", "anything")
-    return kinds if isinstance(kinds, str) else " or ".join(kinds)
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    items = part.get("items")
+    of = f"array of {_kind(items, known)}" if isinstance(items, dict) else "array"
+    return " or ".join(of if kind == "array" else kind for kind in kinds)
 
 
 def _settings() -> str:

@@ -252,7 +252,8 @@ in three steps, in which no site is locked out: `--rotate announce`, `--rotate s
 """
 
 _NODE_YAML = """\
-# Site {site} of federation {name}. This file is yours: what it does not permit, the server cannot have.
+# Site {site} of federation {name}. This file is yours:
+# what it does not permit, the server cannot have.
 federation: {name}
 site: {site}
 server: {address}
