@@ -17,6 +17,7 @@ for two would have half the protection.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from fedtune.errors import DataError
 
 __all__ = ["Columns", "Table", "build_corpus", "derive_labels", "missing_column"]
 
+_LETTER = re.compile(r"[^\W\d_]")
 SHOWN_ROWS, SHOWN_COLUMNS, SHOWN_LETTERS = 5, 20, 40
 # A label set taken from the data has no more labels than this, or on average this many records of each: a
 # column of persons has more and fewer.
@@ -68,6 +70,13 @@ class Columns:
         """
         named = (data.text, data.label, data.text_pair, data.unit, data.site)
         text, label, pair, unit, site = (column_name(name) if name else None for name in named)
+        if site == text or pair == text:
+            setting = "site" if site == text else "text_pair"
+            raise DataError(
+                f"{group}.{setting} and {group}.text both name column {text!r}"
+                + (": each text would be published as the name of a site." if site == text else ".")
+                + f" Name another column in {group}.{setting}."
+            )
         for setting, column in (("text", text), ("unit", unit)):
             if column == label:
                 raise DataError(
@@ -276,6 +285,16 @@ def _cautions(table: Table, column: str, texts: Sequence[str], labels: Sequence[
             f"a missing value ({_rows(lost)}), and count as texts. Remove these records if they have none."
         )
     known = {folded(label) for label in labels}
+    if len(known) < len(labels):
+        found.append(
+            f"{len(labels) - len(known)} of the {len(labels)} labels declared for {table.where} differ "
+            "from another in capitals, blanks or Unicode form alone. Each is a class of its own."
+        )
+    if (bare := sum(bool(text) and not _LETTER.search(text) for text in texts)) > len(texts) / 2:
+        found.append(
+            f"{bare} of {len(texts)} texts in column {column!r} of {table.where} have no letter in them. "
+            f"If the texts stand in another column, name it in {table.group}.text."
+        )
     joined = [label for label in labels if len(parts := JOINED.split(label)) > 1
               and {folded(part) for part in parts} <= known]  # fmt: skip
     if joined:
@@ -354,6 +373,11 @@ def _labels(
     if len(index) != len(names):
         raise DataError(
             f"The label set of {table.where} names a label twice. Give each label once in data.labels."
+        )
+    if halves := [label for label in names if _is_half(label)]:
+        raise DataError(
+            f"The label set of {table.where} has {len(halves)} labels with half a character: a surrogate "
+            "such as \\ud83d without its other half, of an emoji that was cut in two. Write them anew."
         )
     if len(names) < 2:
         raise DataError(

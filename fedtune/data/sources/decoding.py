@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from fedtune.errors import DataError
 
-__all__ = ["bare_name", "is_workbook", "open_bytes", "open_text", "read_text", "text_of"]
+__all__ = ["bare_name", "is_workbook", "kind_of", "open_bytes", "open_text", "read_text", "text_of"]
 
 _ZIP = b"PK\x03\x04"
 _WORKBOOK = b"xl/workbook"
@@ -41,6 +41,7 @@ _KINDS = (  # place, bytes there, what it is, the way out
     (30, b"mimetypeapplication/vnd.oasis", "a spreadsheet or document of OpenDocument (.ods)", _SAVE),
     (30, b"[Content_Types].xml", "a document of Office (.docx)", _SAVE),
     (0, _ZIP, "a ZIP archive of several files", "Unpack it, and name its folder."),
+    (0, b"PK\x05\x06", "a ZIP archive with nothing in it", "Make it again."),
     (257, b"ustar", "a tar archive", "Unpack it (tar -xf), and name its folder."),
     (0, b"\xd0\xcf\x11\xe0", "a workbook or document of old Office (.xls)", _SAVE),
     (0, b"PAR1", "a Parquet file", "Let its name end in .parquet."),
@@ -163,6 +164,24 @@ def _of_workbook(file: io.BufferedReader[Any]) -> bool:
             return True
         before = chunk[-len(_WORKBOOK) :]
     return False
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file is by its content, and what to do with it; None of one that may be text."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_LOOKED_AT)
+    except OSError:
+        return None
+    for mark, (how, _) in _UNPACKED.items():
+        office = any(place == 30 and head.startswith(inner, place) for place, inner, _, _ in _KINDS)
+        if head.startswith(mark) and not office:
+            ending = next((one for one in _ENDINGS if path.name.endswith(one)), path.suffix)
+            return f"compressed by {how}. Let its name say what is in it, such as train.csv{ending}."
+    for place, mark, what, way in _KINDS:
+        if head.startswith(mark, place):
+            return f"{what}. {way}"
+    return None
 
 
 @contextmanager

@@ -109,6 +109,11 @@ def _checked(
                 f"header {len(header)}. Put quotes around texts that hold "
                 f"{_DELIMITERS.get(delimiter, repr(delimiter))} or line ends."
             )
+        if [column_name(field) for field in row.fields] == header:
+            raise DataError(
+                f"Row {number} of {path} (line {row.first + skipped}) is the header again, as of two "
+                "files that were put together. Take that line out: its words would be a record."
+            )
         if at is not None and row.last > row.first:
             long.append((row.first, row.last))
         elif at is not None:

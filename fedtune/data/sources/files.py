@@ -25,7 +25,7 @@ from typing import Any, TextIO
 
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.columns import Columns, Table
-from fedtune.data.sources.decoding import bare_name, is_workbook, open_bytes, open_text, read_text
+from fedtune.data.sources.decoding import bare_name, is_workbook, kind_of, open_bytes, open_text, read_text
 from fedtune.data.sources.delimited import open_delimited
 from fedtune.data.sources.spellings import column_name
 from fedtune.errors import DataError, ResourceError
@@ -100,8 +100,10 @@ def find_split(config: DataConfig, setting: str) -> Path:
 def readable(path: Path, setting: str) -> Path:
     """`path`, if its ending is one that is read; `setting` named it. Raises `DataError` if not."""
     if _ending(path) not in READERS:
+        named = kind_of(path)
         raise DataError(
-            f"{setting} is {path}, whose ending is not known. fedtune reads {', '.join(READERS)}."
+            f"{setting} is {path}, whose ending is not known. fedtune reads {', '.join(READERS)}, also "
+            f"compressed.{f' By its content it is {named}' if named else ''}"
         )
     return path
 
@@ -135,6 +137,8 @@ def beside(path: Path) -> tuple[str, ...] | None:
                 ) from error
             if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
                 raise DataError(f"The label set {file} is not a JSON list of label names.")
+        if not labels:
+            raise DataError(f"The label set {file} is empty. Write the labels into it, or remove it.")
         return tuple(labels)
     return None
 
@@ -267,6 +271,7 @@ def _sheet(path: Path, openpyxl: Any, content: bytes) -> Iterator[tuple[Any, ...
 def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Records]:
     """JSONL, one object a line; or a JSON array of objects, which is read whole."""
     header, known, repeated = list[str](), set[str](), set[str]()
+    known_columns = set(used)
 
     def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [column_name(name) for name, _ in items]
@@ -279,7 +284,9 @@ def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Record
         try:
             return json.loads(content, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where} is not JSON: {str(error).rstrip('.')}. {expected}") from error
+            long = "set_int_max_str_digits" in str(error)  # advice for whoever writes the program
+            reason = "it has a number of more than 4,300 digits" if long else str(error).rstrip(".")
+            raise DataError(f"{where} is not JSON: {reason}. {expected}") from error
 
     def placed(text: TextIO) -> Iterator[tuple[str, Any]]:
         written = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
@@ -297,7 +304,8 @@ def _json(path: Path, used: Sequence[str], label: str | None) -> Iterator[Record
         for where, record in placed(text):
             if not isinstance(record, dict):
                 raise DataError(f'{where} is not a JSON object. Each is one, such as {{"text": ...}}.')
-            if empty and record and all(isinstance(value, (list, dict)) for value in record.values()):
+            tables = [value for value in record.values() if isinstance(value, (list, dict))]
+            if empty and tables and (len(tables) == len(record) or not known_columns & record.keys()):
                 raise DataError(
                     f"{where} is one object with whole columns or tables in it. Write one object a record, "
                     "each on a line or in an array; in pandas: to_json(FILE, orient='records', lines=True)."

@@ -28,7 +28,11 @@ __all__ = [
 INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]{0,17}))\.0+")
 _NUMBER = re.compile(r"\+?(-?(?:0|[1-9][0-9]{0,17}))(?:\.0+)?")
-_NARROW = {0xFF01 + at: 0x21 + at for at in range(94)}  # letters of full width -> ASCII's
+# Letters of full width, and the sign of a typeset minus -> ASCII's.
+_NARROW = {0xFF01 + at: 0x21 + at for at in range(94)} | {0x2212: "-"}
+_UNSEEN = re.compile(
+    "[\\x00-\\x08\\x0e-\\x1f\\x7f\ufe00-\ufe0f]"
+)  # control characters, how an emoji is drawn
 # Several labels in one text, as of a list or an array that a program wrote into a CSV.
 SEVERAL = re.compile(
     r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\(\s*(?:['\"].*['\"]\s*,?|[\d.\s+-]+,[\d.,\s+-]*)\s*\)"
@@ -83,7 +87,8 @@ def as_label(value: Any) -> str:
 
 def folded(label: str) -> str:
     """What a label is without what nobody sees: capitals (Turkish ones too), blanks, letters without width,
-    full width, digits of another script; of a whole number, its value."""
+    full width, control characters, digits of another script; of a whole number, its value."""
+    label = _UNSEEN.sub("", label)
     if label.isascii():
         plain = " ".join(label.casefold().split())
     else:

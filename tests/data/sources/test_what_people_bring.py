@@ -317,3 +317,78 @@ def test_one_column_cannot_be_label_and_person(tmp_path: Path) -> None:
 )
 def test_json_that_python_cannot_hold(tmp_path: Path, line: str) -> None:
     assert "JSON" in refused(written(tmp_path, "train.jsonl", line))
+
+
+def test_a_header_that_comes_again_is_no_record(tmp_path: Path) -> None:
+    twice = table(rows=ROWS[:15]) + table(rows=ROWS[15:])
+    text = refused(written(tmp_path, "train.csv", twice), site="site")
+    assert "Row 16 of" in text and "(line 17) is the header again" in text
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u2764", "\u2764\ufe0f"), ("sad", "s\x00ad"), ("-1", "\u22121")], ids=ascii
+)
+def test_what_nobody_sees_in_a_label_makes_no_class(tmp_path: Path, one: str, other: str) -> None:
+    corpus = whole(written(tmp_path, "train.jsonl", labelled(one, other, "x")))
+    assert len(corpus.label_names) == 2 and any("differs from one of" in note for note in corpus.notes)
+
+
+def test_a_label_file_with_nothing_in_it_is_named(tmp_path: Path) -> None:
+    written(tmp_path, "labels.txt", "\n")
+    assert "labels.txt is empty" in refused(written(tmp_path, "train.csv", table()))
+
+
+def test_half_a_character_among_declared_labels(tmp_path: Path) -> None:
+    written(tmp_path, "categories.json", '["no", "yes", "\\ud83d"]')
+    assert "has 1 labels with half a character" in refused(written(tmp_path, "train.csv", table()))
+
+
+def test_declared_labels_that_look_alike_are_said(tmp_path: Path) -> None:
+    written(tmp_path, "labels.txt", "no\nyes\nYes\n")
+    notes = whole(written(tmp_path, "train.csv", table())).notes
+    assert any("1 of the 3 labels declared" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("site", "name of a site"), ("text_pair", "both name column")]
+)
+def test_a_text_is_no_site_and_no_second_text(tmp_path: Path, setting: str, words: str) -> None:
+    assert words in refused(written(tmp_path, "train.csv", table()), **{setting: "text"})
+
+
+def test_texts_without_letters_are_said(tmp_path: Path) -> None:
+    rows = [(str(i), label, site) for i, (_, label, site) in enumerate(ROWS)]
+    notes = whole(written(tmp_path, "train.csv", table(rows=rows))).notes
+    assert any("30 of 30 texts in column 'text'" in note and "no letter" in note for note in notes)
+
+
+def test_records_below_a_name_are_named(tmp_path: Path) -> None:
+    records = json.dumps({"data": [{"text": "a", "label": "b"}], "version": "1.1"})
+    assert "one object with whole columns or tables" in refused(written(tmp_path, "train.json", records))
+
+
+def test_a_number_too_long_to_read_is_named(tmp_path: Path) -> None:
+    text = refused(written(tmp_path, "train.jsonl", '{"text": "a", "label": ' + "9" * 5000 + "}"))
+    assert "a number of more than 4,300 digits" in text and "sys." not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("train.csv.zst", b"\x28\xb5\x2f\xfd123", "compressed by Zstandard"),
+        ("train.tar.gz", gzip.compress(b"x"), "compressed by gzip. Let its name say"),
+        ("train.zip", b"PK\x03\x04" + bytes(40), "compressed by ZIP. Let its name say what is in it"),
+        ("train.txt", b"text,label\n", "also compressed."),
+    ],
+)
+def test_an_ending_that_is_not_known_is_named_by_its_content(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    written(tmp_path, name, content)
+    assert words in refused(tmp_path / name)
+
+
+def test_an_archive_with_nothing_in_it(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    zipfile.ZipFile(buffer, "w").close()
+    assert "with nothing in it" in refused(written(tmp_path, "train.csv.zip", buffer.getvalue()))
