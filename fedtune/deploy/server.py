@@ -178,6 +178,8 @@ def run_server(
             if at is not None:
                 say(f"http://{at}/ has its page, /metrics and /healthz")
             serving.run()
+    except KeyboardInterrupt:
+        pass  # uvicorn has ended as it should, and raises the signal that asked for it again
     finally:
         ending.set()
         trail.note("server ended", "server")

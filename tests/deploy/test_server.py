@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ from flwr.supercore.constant import FLEET_HTTP_SIGNATURE_HEADER
 from fedtune.deploy import certificates, server
 from fedtune.deploy.flower import superlink_app
 from fedtune.deploy.operators import Operators
+from fedtune.deploy.provision import provision
 from fedtune.deploy.server import FOR_NODES, FOR_OPERATORS, Gate
 from fedtune.errors import ConfigError
 from tests.support.golden import Golden
+from tests.support.ports import free_port
 
 TOKEN = "t" * 43
 KEY = ec.generate_private_key(ec.SECP384R1())
@@ -199,3 +204,25 @@ def test_the_server_is_not_started_with_a_token_that_is_none(tmp_path: Path) -> 
         (folder / "operator.token").write_text(content)
         with pytest.raises(ConfigError, match="operator.token"):
             server.run_server(folder, pytest.fail)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_has_done_what_it_was_asked(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """It ended with 130, which a service manager takes for a failure."""
+    (tmp_path / "federation.yaml").write_text(f"name: a\nserver: 127.0.0.1:{free_port()}\nsites: [b]\n")
+    provision(tmp_path / "federation.yaml", tmp_path / "out")
+    with subprocess.Popen(
+        [sys.executable, "-m", "fedtune", "server", str(tmp_path / "out" / "server"), "--monitor", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        while "has its page" not in (line := process.stderr.readline()):
+            assert line, "it ended"
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "the server has ended" in said and "Interrupted" not in said
