@@ -10,11 +10,15 @@ update of Flower is checked in these two.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,7 @@ from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
     SQLITE_PRAGMAS,
+    TASK_TOKEN_HEADER,
     TaskType,
 )
 from flwr.supercore.control import ControlHttpClient
@@ -76,8 +81,10 @@ from flwr.supernode.start_client_internal import (
 )
 
 __all__ = [
+    "PULL_MESSAGES",
     "ControlHttpClient",
     "Fab",
+    "FrequentCalls",
     "HeartbeatSender",
     "HttpGrid",
     "ObjectPullError",
@@ -117,6 +124,15 @@ __all__ = [
 _log = logging.getLogger("fedtune.node")
 
 _BUSY_MILLISECONDS = "60000"
+_CONNECTIONS = 16  # to the database, that are kept
+_THREADS = 4  # that answer frequent calls: more only wait for one another, and for the database's one writer
+PULL_MESSAGES = "/v1/fleet/pull-messages"
+_LOOK, _LOOK_SECONDS = "_cleanup_expired_task_tokens", 1.0
+_INTERFACES = {  # where Flower defines the middleware of an interface, and how its paths begin
+    "flwr.superlink.routers.control.": "/v1/control/",
+    "flwr.superlink.routers.fleet.": "/v1/fleet/",
+    "flwr.supercore.routers.runtime.": "/v1/runtime/",
+}
 
 
 # --- the server: a SuperLink ------------------------------------------------------------------------------
@@ -140,6 +156,9 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
     # Flower waits 5 s for its database, which twenty nodes that ask at once on two cores outlast. Of two
     # settings of one name the later one holds.
     setattr(sql_mixin, "SQLITE_PRAGMAS", (*SQLITE_PRAGMAS, ("busy_timeout", _BUSY_MILLISECONDS)))  # noqa: B010
+    # Of its connections to the database it keeps five, and opens and closes all above them for each request.
+    pooled = partial(vars(sql_mixin)["create_engine"], pool_size=_CONNECTIONS, pool_use_lifo=True)
+    setattr(sql_mixin, "create_engine", pooled)  # noqa: B010
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=None,
@@ -164,7 +183,126 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
         isolation="process",
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    app = create_app(config, SuperLinkLifespan)
+    app.user_middleware = [_of_its_paths(middleware) for middleware in app.user_middleware]
+    state: Any = app.state.linkstate_factory.state()
+    # It looks for tasks that have ended without a word whenever it is asked for anything.
+    setattr(state, _LOOK, at_most_each(_LOOK_SECONDS, getattr(state, _LOOK)))
+    return app
+
+
+class _OfItsPaths:
+    """A middleware of Flower's in front of the paths that it is for; other requests pass it by.
+
+    It would let them through as they are, but each costs a request a group of tasks and two streams.
+    """
+
+    def __init__(self, app: Any, middleware: Any, paths: str) -> None:
+        self._app, self._paths = app, paths
+        self._through = middleware.cls(app, *middleware.args, **middleware.kwargs)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """ASGI."""
+        its_own = scope["type"] == "http" and scope["path"].startswith(self._paths)
+        await (self._through if its_own else self._app)(scope, receive, send)
+
+
+class FrequentCalls:
+    """Answers what nodes and a run's program call again and again, a dozen times for each message.
+
+    Flower's application takes a call through nine layers and four threads. Here Flower's own functions check
+    who calls (a node's signature and that the node is the key's; a run's token), answer, and translate what
+    was raised, all in one thread.
+
+    Args:
+        app: what `superlink_app` returned.
+    """
+
+    def __init__(self, app: Any) -> None:
+        from flwr.supercore.dependencies.task import authenticate_task
+        from flwr.supercore.error import http_error_translator
+        from flwr.supercore.protobuf import translation
+        from flwr.superlink.routers.fleet import node_auth, router
+        from starlette.requests import Request
+        from starlette.responses import Response
+
+        def of_node(answer: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+            def answered(request: Any, asked: Any, state: Any) -> Any:
+                node_auth.authenticate_node(request)
+                return answer(asked, state)
+
+            return answered
+
+        def of_run(answer: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+            def answered(request: Any, asked: Any, state: Any) -> Any:
+                token = request.headers.get(TASK_TOKEN_HEADER)
+                return answer(asked, state, authenticate_task(request, token, state))
+
+            return answered
+
+        self._app, self._translated, self._of_protobuf = app, http_error_translator, translation
+        self._request, self._response = Request, Response
+        self._threads = ThreadPoolExecutor(_THREADS, "frequent-calls")
+        run = app.state.runtime_handlers
+        self._answers = {
+            "/v1/fleet/confirm-message-received": of_node(router.fleet_confirm_message_received),
+            PULL_MESSAGES: of_node(router.fleet_pull_messages),
+            "/v1/fleet/pull-object": of_node(router.fleet_pull_object),
+            "/v1/fleet/push-messages": of_node(router.fleet_push_messages),
+            "/v1/fleet/push-object": of_node(router.fleet_push_object),
+            "/v1/fleet/send-node-heartbeat": of_node(router.fleet_send_node_heartbeat),
+            "/v1/runtime/confirm-message-received": of_run(run.confirm_message_received),
+            "/v1/runtime/pull-object": of_run(run.pull_object),
+            "/v1/runtime/push-object": of_run(run.push_object),
+        }
+
+    def take(self, scope: Any) -> bool:
+        """Whether a request (ASGI) is one of them."""
+        return scope["method"] == "POST" and scope["path"] in self._answers
+
+    async def answer(self, scope: Any, receive: Any, send: Any, body: bytes) -> bool:
+        """Answers one whose body was read; whether it told a node that there is no message."""
+        request = self._request({**scope, "app": self._app})
+        nothing = False
+
+        def answered() -> Any:
+            nonlocal nothing
+            layer = self._of_protobuf.ProtobufTranslationMiddleware
+            layer._check_request_media_type(request)
+            kind = self._of_protobuf.PROTOBUF_REQUEST_TYPES["POST", scope["path"]]
+            request.state.protobuf_request = asked = layer._parse_request(body, kind)
+            state = self._app.state.linkstate_factory.state()
+            result = self._answers[scope["path"]](request, asked, state)
+            nothing = scope["path"] == PULL_MESSAGES and not result.messages_list
+            media = self._of_protobuf.PROTOBUF_MEDIA_TYPE
+            return self._response(result.SerializeToString(), media_type=media)
+
+        async def in_a_thread(_: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, answered)
+
+        response = await self._translated(request, in_a_thread)
+        await response(scope, receive, send)
+        return nothing
+
+
+def _of_its_paths(middleware: Any) -> Any:
+    for module, paths in _INTERFACES.items():
+        if middleware.cls.__module__.startswith(module):
+            return type(middleware)(_OfItsPaths, middleware, paths)
+    return middleware
+
+
+def at_most_each(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+    """`call`, made once in so many seconds however often it is asked for; the first time at once."""
+    due = 0.0
+
+    def called() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + seconds
+            call()
+
+    return called
 
 
 def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:

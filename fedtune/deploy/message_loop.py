@@ -31,6 +31,7 @@ from fedtune.deploy import flower
 from fedtune.deploy.consent import Consent
 from fedtune.deploy.join import HEARTBEAT_SECONDS
 from fedtune.deploy.leaving import Leaving
+from fedtune.deploy.news import HOLD_SECONDS
 from fedtune.deploy.node_metrics import NodeActivity
 from fedtune.deploy.thin_app import AppAllowList
 from fedtune.deploy.worker import refusal_in
@@ -64,8 +65,9 @@ UPLOAD_SECONDS = 60
 class PollInterval:
     """Seconds to wait before asking again: a share of the time since the last message, within bounds.
 
-    A server that takes long to say that there is nothing has more to do than it can, and is asked less often:
-    fifty nodes that each asked again after 0.1 s took most of its time.
+    A server that holds a question until there may be a message (`fedtune.deploy.news`) is asked again at
+    once. One that takes longer than that to say that there is nothing has more to do than it can, and is
+    asked less often: fifty nodes that each asked again after 0.1 s took most of its time.
     """
 
     SHARE, SHORTEST, LONGEST, TIMES = 0.05, 0.1, 3.0, 4.0
@@ -80,6 +82,8 @@ class PollInterval:
 
     def seconds(self, took: float = 0.0) -> float:
         """The wait before the next question, after one that took so many seconds."""
+        if took >= HOLD_SECONDS:
+            return min(self.LONGEST, max(self.SHORTEST, self.TIMES * (took - HOLD_SECONDS)))
         share = self.SHARE * (self._clock() - self._last_message)
         return min(self.LONGEST, max(self.SHORTEST, share, self.TIMES * took))
 

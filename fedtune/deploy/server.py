@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -39,6 +39,7 @@ from fedtune.deploy.door import (
 )
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.memory import SERVER_BLOCK, give_memory_back
+from fedtune.deploy.news import News
 from fedtune.deploy.operators import Operator, Operators, Right
 from fedtune.deploy.progress import MAX_REPORT, Progress
 from fedtune.deploy.progress import PATH as PROGRESS_PATH
@@ -49,6 +50,9 @@ from fedtune.deploy.trail import Trail
 from fedtune.deploy.view import ServerView
 from fedtune.errors import ResourceError
 from fedtune.monitoring.logs import without_cut_off_requests
+
+if TYPE_CHECKING:
+    from fedtune.deploy.flower import FrequentCalls
 
 __all__ = [
     "AFTER_HEADER",
@@ -88,6 +92,8 @@ REVOKE_HEADER = "x-fedtune-revoke"
 FOLLOW_PATH = "/v1/fedtune/follow"
 AFTER_HEADER = "x-fedtune-after"  # the last round that is known
 _OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH, FOLLOW_PATH)
+_ASK = "/v1/fleet/pull-messages"
+_TO_NODES = ("/v1/runtime/push-messages", "/v1/runtime/push-object")
 _START, _TAKE = "/v1/control/start-run", "/v1/runtime/acquire-task"
 # What right each call needs. What a run's ServerApp asks has the run's own token beside, which Flower checks.
 FOR_OPERATORS: dict[str, Right] = {
@@ -155,7 +161,8 @@ def run_server(
     ending = threading.Event()
     runs = Runs(state, folder, trail, federation.max_runs)
     budgets, progress = PublishedBudgets(folder / "published.json"), Progress(folder / "progress", runs.by)
-    gate = Gate(app, people, admission, budgets, runs, trail, progress)
+    calls = flower.FrequentCalls(app)
+    gate = Gate(app, people, admission, budgets, runs, trail, progress, calls)
     counted = server_metrics.Counted(gate, _SIDES)
     serving = behind_the_door(gate, folder, listener, counted)
     watching: AbstractContextManager[str | None] = nullcontext()
@@ -228,6 +235,7 @@ class Gate:
         runs: whose turn it is to start one.
         trail: where refusals and what operators do are noted.
         progress: where reports of runs are kept.
+        calls: answers frequent calls; None: Flower's application does.
 
     Attributes:
         connections: those that the server has; on one of them a credential is checked once, and Flower
@@ -243,9 +251,11 @@ class Gate:
         runs: Runs | None = None,
         trail: Trail | None = None,
         progress: Progress | None = None,
+        calls: FrequentCalls | None = None,
     ) -> None:
         self._app, self._people, self._admission, self._budgets = app, people, admission, budgets
         self._runs, self._trail, self._progress = runs, trail, progress
+        self._calls, self._news = calls, News()
         self.connections, self._bodies = Connections(most_connections()), Bodies()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -277,7 +287,8 @@ class Gate:
         if length > most:
             said = {"error": f"A request may have {most} bytes, and this one has {length}."}
             return await _respond(send, 413, said, close=True)
-        if self._runs is not None and (waits := await asyncio.to_thread(self._waits, request, who)):
+        of_a_queue = self._runs is not None and request.path in (_START, _TAKE)
+        if of_a_queue and (waits := await asyncio.to_thread(self._waits, request, who)):
             return await _respond(send, 429, waits, close=True)
         try:
             async with self._bodies.read(receive, length, credential) as body:
@@ -285,13 +296,34 @@ class Gate:
                     noted = await asyncio.to_thread(self._progress.note, bytes(body), who)
                     return await _respond(send, *noted)
                 passed = Passed(send)
-                await self._app(scope, _once(body, receive), passed)
+                if self._calls is not None and self._calls.take(scope):
+                    await self._answer(scope, receive, passed, bytes(body), credential)
+                else:
+                    await self._app(scope, _once(body, receive), passed)
+                if request.path in _TO_NODES:
+                    self._news.came()
         except BodyTimeout:
             error = "The body of the request did not arrive in time."
             return await _respond(send, 408, {"error": error}, close=True)
-        if self._runs is not None and passed.status == 200:
+        if of_a_queue and passed.status == 200:
             await asyncio.to_thread(self._note, request, who, passed)
         return None
+
+    async def _answer(self, scope: Any, receive: Any, send: Any, body: bytes, credential: bytes) -> None:
+        """Answers a frequent call; a node's question for messages when there may be one."""
+        assert self._calls is not None
+        if scope["path"] != _ASK:
+            await self._calls.answer(scope, receive, send, body)
+            return
+        gone = asyncio.ensure_future(receive())  # the body was read: all that may come is the end
+        try:
+            known = await self._news.wait(credential, gone)
+            if gone.done():
+                return  # Flower would give the message away, to nobody
+        finally:
+            gone.cancel()
+        if await self._calls.answer(scope, receive, send, body):
+            self._news.note(credential, known)
 
     async def _note_refusal(self, request: Request, who: str, status: int, reason: str) -> None:
         if self._trail is not None:

@@ -75,7 +75,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "httpx": ("data", "models", "deploy"),  # what the hub and flwr speak HTTP with
     "uvicorn": ("deploy", "serving"),  # what flwr's SuperLink is served by
     "fastapi": ("serving",),
-    "starlette": ("serving",),  # of which FastAPI is made
+    "starlette": ("serving", "deploy"),  # of which FastAPI is made, and Flower's server
     "prometheus_client": ("monitoring", "deploy", "serving"),
     "ray": ("engines",),
     "scipy": ("privacy", "audit", "report"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
@@ -193,9 +193,10 @@ def beats(real: Real, site: str) -> int:
     """HTTP status of a signed request of a node, over a connection of its own."""
     context = certificates.tls_context(real.folder / "ca.crt")
     connection = http.client.HTTPSConnection("127.0.0.1", real.port, timeout=20, context=context)
-    body = PullMessagesRequest(node=Node(node_id=real.node_id(site))).SerializeToString()
+    node = Node(node_id=real.node_id(site))
+    body = SendNodeHeartbeatRequest(node=node, heartbeat_interval=30).SerializeToString()
     headers = {**real.signed(site), "content-type": PROTOBUF_MEDIA_TYPE}
-    connection.request("POST", "/v1/fleet/pull-messages", body, headers)
+    connection.request("POST", "/v1/fleet/send-node-heartbeat", body, headers)
     status = connection.getresponse().status
     connection.close()
     return status

@@ -18,6 +18,7 @@ import pytest
 from fedtune.deploy import flower, leaving, message_loop, submit
 from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.message_loop import UPLOAD_SECONDS, PollInterval, pauses, run_message_loop
+from fedtune.deploy.news import HOLD_SECONDS
 
 
 class Clock:
@@ -55,6 +56,12 @@ def test_a_server_that_is_slow_to_say_that_there_is_nothing_is_asked_less_often(
     assert pace.seconds(0.012) == PollInterval.SHORTEST  # as one that has nothing else to do
     assert pace.seconds(0.5) == pytest.approx(2.0)
     assert pace.seconds(60.0) == PollInterval.LONGEST
+
+
+def test_a_server_that_holds_a_question_is_asked_again_at_once() -> None:
+    pace = PollInterval(Clock())  # after a long silence
+    assert pace.seconds(HOLD_SECONDS) == pace.seconds(HOLD_SECONDS + 0.02) == PollInterval.SHORTEST
+    assert pace.seconds(HOLD_SECONDS + 0.5) == pytest.approx(2.0)
 
 
 def test_the_questions_of_an_idle_minute_are_few() -> None:

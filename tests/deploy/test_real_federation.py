@@ -252,7 +252,10 @@ def test_a_detached_run_is_followed_and_stopped_with_a_result(federation: Federa
     assert f"fedtune follow {folder}" in federation.log("detach")
     federation.start("follow", "follow", folder)
     federation.until("follow", "round 1/5")
+    worker = federation.worker_of("clinic-2")  # so that the run does not end before it is stopped
+    os.kill(worker, signal.SIGSTOP)
     assert federation.run("stop", "stop", federation.server, folder) == 0
+    os.kill(worker, signal.SIGCONT)
     assert federation.processes["follow"].wait(300) == 0, federation.log("follow")[-3000:]
     done = record(folder)
     assert 1 <= done["federation"]["rounds"] < 5

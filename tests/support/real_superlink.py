@@ -20,7 +20,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 
 from fedtune.deploy import certificates, server
 from fedtune.deploy.admission import Admission, enrol
-from fedtune.deploy.flower import superlink_app
+from fedtune.deploy.flower import FrequentCalls, superlink_app
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.operators import Operators
 from fedtune.deploy.progress import Progress
@@ -58,8 +58,9 @@ class Real:
         self.board = PublishedBudgets(self.folder / "published.json")
         self.progress = Progress(self.folder / "progress", self.runs.by)
         self.gate = server.Gate(
-            self.app, self.people, self.admission, self.board, self.runs, self.trail, self.progress
-        )
+            self.app, self.people, self.admission, self.board, self.runs, self.trail, self.progress,
+            FrequentCalls(self.app),
+        )  # fmt: skip
         self.uvicorn = server.behind_the_door(self.gate, self.folder, listener)
         self.config = self.uvicorn.config
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
