@@ -204,6 +204,15 @@ def _refuse_hidden(folder: Path) -> None:
                     f"{page} begins with a byte order mark, which hides its first line. Save it as UTF-8 "
                     "without one (BOM)."
                 )
+            if page.suffix == ".yaml" and page.is_file():
+                with hydra_errors():
+                    held = yaml.compose(page.read_text(encoding="utf-8"))
+                if held is not None and not isinstance(held, yaml.MappingNode):
+                    what = "list" if isinstance(held, yaml.SequenceNode) else "text"
+                    raise ConfigError(
+                        f"{page} holds a {what}, which would be ignored. A page has a line 'NAME: VALUE' for "
+                        "each setting."
+                    )
             if page.suffix == ".yml":
                 raise ConfigError(f"{page} is not read, since pages end in .yaml: name it {page.stem}.yaml.")
             if page.suffix == ".yaml" and shipped.is_file() and shipped.read_bytes() != page.read_bytes():

@@ -155,6 +155,8 @@ def _parse(parser: OverridesParser, text: str) -> Override:
     except (HydraException, ValueError, RecursionError) as error:  # of an int that is too long
         if listed is not None:
             return _of_texts(parser, key, listed)  # [l'été,hiver]: the quote belongs to the word
+        if setting is not None and setting.kind in (int, float, bool):
+            check_value(key.lstrip("+"), raw)  # says what is allowed
         if setting is None or setting.kind is not str:
             shown = text if len(text) <= 200 else f"{text[:200]}..."
             raise ConfigError(
@@ -194,10 +196,11 @@ def _refuse_odd_forms(override: Override, text: str) -> None:
             f"{text!r}: the run folder is chosen by hydra.run.dir=FOLDER (sweeps: hydra.sweep.dir)."
         )
     if override.is_delete():
-        raise ConfigError(
-            f"{text!r} would remove a setting, but a configuration is always complete. "
-            f"Give it another value, for instance '{key.lstrip('~')}=null'."
-        )
+        if key in GROUPS:
+            way = f"Choose another option of the group: {', '.join(group_options(key))}."
+        else:
+            way = f"Give it another value, for instance '{key}=null'."
+        raise ConfigError(f"{text!r} would remove a setting, but a configuration is always complete. {way}")
     if override.package is not None:
         raise ConfigError(f"{text!r} names a package with '@', which fedtune does not use. Leave it out.")
     if key in GROUPS or key in settings():

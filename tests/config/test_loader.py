@@ -99,7 +99,7 @@ def test_a_page_of_the_users_own(tmp_path: Path, golden: Golden) -> None:
         ("source: files\nmax_length: long\n", "data.max_length", "=long"),
         ("source: files\nmax_length: .nan\n", "data.max_length", "is not allowed"),
         ("source: [files\n", None, "cannot be composed"),
-        ("- source\n", None, "cannot be composed"),
+        ("- source\n", None, "holds a list"),
         ("source: ${nothing.here}\n", None, "nothing"),
     ],
 )

@@ -254,6 +254,8 @@ def test_an_own_page_with_the_name_of_a_shipped_one_is_refused(tmp_path: Path) -
         (b"\xef\xbb\xbf# @package _global_\ntrain:\n  learning_rate: 0.5\n", "byte order mark"),
         (b"# @package _global_ \xe9\n", "not UTF-8 text \\(byte 20\\)"),
         (b"", "A page of experiment/ is empty"),
+        (b"- train\n", "holds a list, which would be ignored"),
+        (b"train\n", "holds a text, which would be ignored"),
     ],
 )
 def test_what_no_page_can_mean_is_named(tmp_path: Path, content: bytes, words: str) -> None:
@@ -267,3 +269,16 @@ def test_a_page_that_ends_in_yml_is_named_where_it_is_asked_for(tmp_path: Path) 
     own = page(tmp_path, "experiment/mine.yml", "# @package _global_\n")
     with pytest.raises(ConfigError, match=r"name it mine\.yaml"):
         load(["experiment=mine"], own)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("train.learning_rate=\u22120.1", "must be a finite number"),
+        ("seed=\u00b2", "must be a whole number"),
+        ("~train", "another option of the group: auto, default"),
+    ],
+)
+def test_advice_on_what_cannot_be_read_works_as_typed(given: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load([given])
