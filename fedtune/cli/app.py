@@ -152,8 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _prepare_streams() -> None:
     """What is said to a stream that the shell closed (`>&-`) goes nowhere; no file gets its number.
 
-    A letter that a console cannot show, since it is not UTF-8 or the letter is half of one, is escaped.
+    A letter that a console cannot show, since it is not UTF-8 or the letter is half of one, is escaped. A
+    closed input (`<&-`) holds nothing.
     """
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(os.open(os.devnull, os.O_RDONLY))
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))

@@ -348,6 +348,13 @@ def test_closed_streams(words: str, closed: str, status: int) -> None:
     assert done.stdout == done.stderr == ""
 
 
+def test_a_closed_input_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after `<&-`
+    cli._prepare_streams()
+    with sys.stdin as opened:
+        assert opened.read() == ""
+
+
 # --- statement, predict, budget ------------------------------------------------------------------
 
 
