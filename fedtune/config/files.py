@@ -112,6 +112,10 @@ def being_written(path: Path) -> Iterator[IO[str]]:
     """
     beside = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null or a pipe
+            with path.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.unlink(missing_ok=True)  # of a process that died, and may have had another mode
         handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

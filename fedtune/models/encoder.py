@@ -215,11 +215,11 @@ def _tokenizer(name: str, revision: str | None) -> tuple[Any, str]:
         soundness.check_folder(folder, name)
         soundness.check_vocabulary(folder, name)
     tokenizer = _from_pretrained(AutoTokenizer, BertTokenizer, config)
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # as it was read: what is asked of it changes it
+    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     if folder.is_dir():
         soundness.check_special_tokens(folder, tokenizer, name)
     soundness.check_tokenizer(tokenizer, int(load_encoder_config(config).vocab_size), name)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:16]
 
 

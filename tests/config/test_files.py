@@ -80,6 +80,16 @@ def test_what_is_written_for_a_person_is_for_nobody_else_and_there_whole_or_not_
         pass
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As /dev/null, which a file took the place of where this ran as root."""
+    os.mkfifo(path := tmp_path / "pipe")
+    reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    with being_written(path) as file:
+        file.write("a")
+    assert os.read(reader, 10) == b"a" and path.is_fifo() and list(tmp_path.iterdir()) == [path]
+    os.close(reader)
+
+
 def test_threads_that_write_one_file_at_once_do_not_meet(tmp_path: Path) -> None:
     path, failures = tmp_path / "file", []
 
