@@ -77,6 +77,9 @@ def replace_whole(path: Path, content: bytes, *, mode: int = 0o666) -> None:
     Raises:
         OSError: it cannot be written; what was there before is unchanged.
     """
+    if _only_takes(path):
+        path.write_bytes(content)
+        return
     beside = _written_beside(path, content, mode)
     try:
         beside.replace(path)
@@ -112,7 +115,7 @@ def being_written(path: Path) -> Iterator[IO[str]]:
     """
     beside = path.parent / f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null or a pipe
+        if _only_takes(path):
             with path.open("w", encoding="utf-8", newline="") as file:
                 yield file
             return
@@ -201,6 +204,11 @@ def lock_file(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _only_takes(path: Path) -> bool:
+    """Is it a device or a pipe (/dev/null), which is written to, and no file's place?"""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _written_beside(path: Path, content: bytes, mode: int) -> Path:

@@ -26,6 +26,7 @@ import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from fedtune.deploy.database import NAME, check_database
+from fedtune.deploy.news import QUESTION
 from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
 
 # isort: split
@@ -81,7 +82,6 @@ from flwr.supernode.start_client_internal import (
 )
 
 __all__ = [
-    "PULL_MESSAGES",
     "ControlHttpClient",
     "Fab",
     "FrequentCalls",
@@ -126,7 +126,6 @@ _log = logging.getLogger("fedtune.node")
 _BUSY_MILLISECONDS = "60000"
 _CONNECTIONS = 16  # to the database, that are kept
 _THREADS = 4  # that answer frequent calls: more only wait for one another, and for the database's one writer
-PULL_MESSAGES = "/v1/fleet/pull-messages"
 _LOOK, _LOOK_SECONDS = "_cleanup_expired_task_tokens", 1.0
 _INTERFACES = {  # where Flower defines the middleware of an interface, and how its paths begin
     "flwr.superlink.routers.control.": "/v1/control/",
@@ -246,7 +245,7 @@ class FrequentCalls:
         run = app.state.runtime_handlers
         self._answers = {
             "/v1/fleet/confirm-message-received": of_node(router.fleet_confirm_message_received),
-            PULL_MESSAGES: of_node(router.fleet_pull_messages),
+            QUESTION: of_node(router.fleet_pull_messages),
             "/v1/fleet/pull-object": of_node(router.fleet_pull_object),
             "/v1/fleet/push-messages": of_node(router.fleet_push_messages),
             "/v1/fleet/push-object": of_node(router.fleet_push_object),
@@ -273,7 +272,7 @@ class FrequentCalls:
             request.state.protobuf_request = asked = layer._parse_request(body, kind)
             state = self._app.state.linkstate_factory.state()
             result = self._answers[scope["path"]](request, asked, state)
-            nothing = scope["path"] == PULL_MESSAGES and not result.messages_list
+            nothing = scope["path"] == QUESTION and not result.messages_list
             media = self._of_protobuf.PROTOBUF_MEDIA_TYPE
             return self._response(result.SerializeToString(), media_type=media)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-__all__ = ["HOLD_SECONDS", "News"]
+__all__ = ["HOLD_SECONDS", "QUESTION", "News"]
+
+QUESTION = "/v1/fleet/pull-messages"  # as Flower's nodes ask it
 
 HOLD_SECONDS = 3.0  # a node that is told to leave waits 5 s for the answer to its question
 _QUIET, _LATEST = 0.1, 1.0  # a message's objects follow it, and a node would ask for what is not there yet

@@ -39,7 +39,7 @@ from fedtune.deploy.door import (
 )
 from fedtune.deploy.join import PublishedBudgets
 from fedtune.deploy.memory import SERVER_BLOCK, give_memory_back
-from fedtune.deploy.news import News
+from fedtune.deploy.news import QUESTION, News
 from fedtune.deploy.operators import Operator, Operators, Right
 from fedtune.deploy.progress import MAX_REPORT, Progress
 from fedtune.deploy.progress import PATH as PROGRESS_PATH
@@ -92,7 +92,6 @@ REVOKE_HEADER = "x-fedtune-revoke"
 FOLLOW_PATH = "/v1/fedtune/follow"
 AFTER_HEADER = "x-fedtune-after"  # the last round that is known
 _OWN = (PUBLISHED_PATH, RUNS_PATH, STOP_PATH, ENROL_PATH, FOLLOW_PATH)
-_ASK = "/v1/fleet/pull-messages"
 _TO_NODES = ("/v1/runtime/push-messages", "/v1/runtime/push-object")
 _START, _TAKE = "/v1/control/start-run", "/v1/runtime/acquire-task"
 # What right each call needs. What a run's ServerApp asks has the run's own token beside, which Flower checks.
@@ -312,7 +311,7 @@ class Gate:
     async def _answer(self, scope: Any, receive: Any, send: Any, body: bytes, credential: bytes) -> None:
         """Answers a frequent call; a node's question for messages when there may be one."""
         assert self._calls is not None
-        if scope["path"] != _ASK:
+        if scope["path"] != QUESTION:
             await self._calls.answer(scope, receive, send, body)
             return
         gone = asyncio.ensure_future(receive())  # the body was read: all that may come is the end

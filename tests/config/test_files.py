@@ -86,7 +86,8 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     reader = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     with being_written(path) as file:
         file.write("a")
-    assert os.read(reader, 10) == b"a" and path.is_fifo() and list(tmp_path.iterdir()) == [path]
+    replace_whole(path, b"b")
+    assert os.read(reader, 10) == b"ab" and path.is_fifo() and list(tmp_path.iterdir()) == [path]
     os.close(reader)
 
 

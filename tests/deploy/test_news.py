@@ -176,12 +176,12 @@ def test_a_node_that_goes_while_its_question_is_held_takes_no_message_with_it(
 
     monkeypatch.setattr(calls, "answer", noted)
     node = real.node_id("clinic-3")
-    body = bodies(node)[flower.PULL_MESSAGES].SerializeToString()
+    body = bodies(node)[news.QUESTION].SerializeToString()
     headers = {**real.signed("clinic-3"), "content-type": PROTOBUF_MEDIA_TYPE}
-    assert post(real, flower.PULL_MESSAGES, body, headers)[0] == 200  # nothing: the next one is held
+    assert post(real, news.QUESTION, body, headers)[0] == 200  # nothing: the next one is held
     context = certificates.tls_context(real.folder / "ca.crt")
     connection = http.client.HTTPSConnection("127.0.0.1", real.port, timeout=20, context=context)
-    connection.request("POST", flower.PULL_MESSAGES, body, {**headers, **real.signed("clinic-3")})
+    connection.request("POST", news.QUESTION, body, {**headers, **real.signed("clinic-3")})
     time.sleep(0.5)
     assert connection.sock is not None
     connection.sock.close()
@@ -189,7 +189,7 @@ def test_a_node_that_goes_while_its_question_is_held_takes_no_message_with_it(
     time.sleep(0.5)
     real.gate._news.came()
     time.sleep(3.0)
-    assert answered == [flower.PULL_MESSAGES]
+    assert answered == [news.QUESTION]
 
 
 def test_the_layers_of_flowers_application_stand_before_their_own_paths_alone(tmp_path: Path) -> None:
