@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +187,10 @@ def test_nothing_is_tried_twice() -> None:
 
 
 @pytest.mark.slow
-def test_bad_trials_are_given_up_recorded_and_counted() -> None:
+def test_bad_trials_are_given_up_recorded_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Drawn anew each time, one search in seven met its trials from worst to best, and none was ended early.
+    monkeypatch.setattr("fedtune.sweeps.search._REPEATS", 0)
+    monkeypatch.setattr("fedtune.sweeps.search.random.SystemRandom", lambda: random.Random(1))
     trainer = Trainer()
     rates = "train.learning_rate=0.01,0.011,0.012,0.013,0.5,0.6,0.7,0.8"
     trainer.sweep(*SEARCH, rates, "sweep.trials=8", "federation.num_rounds=6", "privacy.epsilon=4")
