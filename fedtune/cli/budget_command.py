@@ -34,6 +34,9 @@ fedtune budget verify                           was a ledger edited?""",
     ),
 )
 Node = Annotated[str | None, option("A node with its own ledger, or a simulated one; left out: all.")]
+LedgerOf = Annotated[
+    str | None, option("A node with its own ledger; 'simulation': that of all simulations; left out: all.")
+]
 Dataset = Annotated[str | None, option("This data set only.")]
 
 
@@ -69,7 +72,7 @@ def show(node: Node = None, dataset: Dataset = None, json: Json = False) -> int:
 def set_budget(
     epsilon: Annotated[float, option("The largest epsilon of all releases together, ever.")],
     delta: Annotated[float, option("The delta that epsilon belongs to.")],
-    node: Node = None,
+    node: LedgerOf = None,
     dataset: Dataset = None,
     unit: Annotated[Unit | None, option("The finest unit that may be protected.")] = None,
     json: Json = False,

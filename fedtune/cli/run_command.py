@@ -157,11 +157,19 @@ def run(
     if json:
         print_json("run -m", _sweep_json(made))
     if made.failures:
-        numbers = ", ".join(str(number) for number in made.failures)
-        raise FedtuneError(
-            f"{len(made.failures)} of the sweep's runs failed (number {numbers}); the others finished."
-        )
+        raise FedtuneError(_failed(made))
     return status_of(sorted({site for sites in made.partial.values() for site in sites}))
+
+
+def _failed(made: SweepResult) -> str:
+    """Which runs of a sweep failed: by number, as their lines have it (from 1), and by folder (from 0)."""
+    from fedtune.privacy.statement.words import few
+
+    count = len(made.failures)
+    numbers = few([str(number + 1) for number in made.failures], most=20)
+    folders = few([str(made.path / str(number)) for number in made.failures])
+    rest = "the others finished" if made.runs else "none finished"
+    return f"{count} of the sweep's runs failed (run {numbers}; {folders}); {rest}."
 
 
 def dry_run(overrides: list[str], folders: list[Path], json: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -29,10 +30,26 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class _Notes(logging.Handler):
+    """Prints what is logged as fedtune's own notes and errors look, to whatever is the error stream then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints one record."""
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            kind = "note" if record.levelno < logging.ERROR else "error"
+            print(f"{kind}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+            if record.exc_info:
+                print(logging.Formatter().formatException(record.exc_info), file=sys.stderr)
+
+
 def silence() -> None:
-    """As `quiet_libraries`, and no warning of any library either: for a process that is fedtune's own."""
+    """As `quiet_libraries`, and no warning of any library either: for a process that is fedtune's own.
+
+    What is logged has one form: a library (opacus) that sets one up by itself, with dates, comes too late.
+    """
     quiet_libraries()
     warnings.simplefilter("ignore")
+    logging.basicConfig(handlers=[_Notes()], level=logging.WARNING)
 
 
 @contextlib.contextmanager

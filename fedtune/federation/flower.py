@@ -11,6 +11,7 @@ of Flower moves them, this file is what changes.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import re
@@ -43,6 +44,7 @@ __all__ = [
     "SERVER_NODE_ID",
     "Run",
     "act_as",
+    "blamed",
     "config_record",
     "copied",
     "copied_records",
@@ -63,12 +65,31 @@ SERVER_NODE_ID = 1
 _EMPTY = ConfigRecord()
 _SCALARS = frozenset({bool, int, float, str, bytes})
 _CLIENT_RAISED = 2  # ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+_NAMED = re.compile(r'node ("(?:[^"\\]|\\.){1,400}"): ')
 _WRAPPED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'")  # how its simulation (vce_api) reports a lost worker
 
 
-def error_answer(question: Message, reason: str) -> Message:
-    """An answer that carries an error instead of content; `reason` must be fit to be published."""
-    return Message(Error(_CLIENT_RAISED, reason), reply_to=question)
+def error_answer(question: Message, reason: str, node: str | None = None) -> Message:
+    """An answer that carries an error instead of content; `reason` must be fit to be published.
+
+    `node`: whose answer it is, where the server cannot know yet (`blamed`).
+    """
+    named = reason if node is None else f"node {json.dumps(node, ensure_ascii=False)}: {reason}"
+    return Message(Error(_CLIENT_RAISED, named), reply_to=question)
+
+
+def blamed(reason: str) -> tuple[str | None, str]:
+    """The node that an `error_answer` names, if it does, and the reason by itself.
+
+    A node says of itself who it is: for people to read, and nothing may follow from it.
+    """
+    named = _NAMED.match(reason)
+    if named is None:
+        return None, reason
+    try:
+        return str(json.loads(named[1])), reason[named.end() :]
+    except ValueError:
+        return None, reason
 
 
 def wrapped_exception(reason: str) -> str | None:

@@ -226,7 +226,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
         "advice": advice.text,
         "caveats": list(advice.caveats),
         "family": [point.id for point in advice.family],
-        "promise": promise_line(advice.chosen, tuning),
+        "promise": promise_line(advice.chosen, tuning) if advice.chosen else promises_line(points),
         "tuning": None if tuning is None else _tuning_json(tuning),
         **_sites(advice.family),
         "series": figure.series_setting(points, names),
@@ -282,6 +282,18 @@ def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> 
     # A run that a search ended early is in no point, and has used the data all the same.
     rivals = [run for point in points for run in point.runs] + [run for run in collection.runs if run.pruned]
     return tuning_of(rivals, chosen, collection.sweeps)
+
+
+def promises_line(points: Sequence[Point]) -> str:
+    """Of what epsilon the runs are, where none of them is chosen."""
+    spent = [point.epsilon for point in points if point.delta is not None]
+    if not spent or len(points) == 1:
+        return promise_line(points[0], None)
+    least, most = format_number(min(spent)), format_number(max(spent))
+    between = f"Epsilon {least}" if least == most else f"Epsilon {least} to {most}"
+    without = len(points) - len(spent)
+    more = f"; {without} of {len(points)} configurations have no guarantee" if without else ""
+    return f"{between}, by configuration: the table has each with its delta{more}."
 
 
 def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:

@@ -153,19 +153,20 @@ class Display:
     def on_client(self, node: str, status: str) -> None:
         """`asked`, `answered`, `refused: ...` or `dropped: ...`.
 
-        Who refuses outside of a round, which a line of the round would tell, is told for good at once.
+        Who refuses or fails outside of a round, which a line of the round would tell, is told for good at
+        once.
         """
         with self._lock:
             outside = self._status.get(node) != "asked"
             self._status[node] = status
-            if not outside or self._brief or not status.startswith("refused"):
+            if not outside or self._brief or not status.startswith(("refused", "dropped")):
                 return
             self._refusals += 1
             if self._refusals <= _SHOWN_NODES:
                 self._open()
                 self.console.print(Text(f"{node} {status}", style="yellow"), soft_wrap=True)
             elif self._refusals == _SHOWN_NODES + 1:
-                self.console.print(Text("more nodes refuse; the record names each", style="yellow"))
+                self.console.print(Text("more nodes refuse or fail; the record names each", style="yellow"))
 
     def on_wait(self, reason: str) -> None:
         """Why the run waits, in the live part or as a line at most once a minute; empty: it goes on."""

@@ -197,7 +197,11 @@ def test_failed_run_of_a_sweep(runs: list[Config], capsys: pytest.CaptureFixture
     assert call("run", "-m", "seed=1,666,2") == 1
     assert [config.seed for config in runs] == [1, 666, 2], "the others still run"
     errors = capsys.readouterr().err
-    assert "BudgetExhausted" in errors and "seed=666" in errors and "1 of the sweep's runs failed" in errors
+    assert "BudgetExhausted" in errors and "seed=666" in errors
+    assert "1 of the sweep's runs failed (run 2; " in errors and "/1)" in errors
+    assert call("run", "-m", "seed=666", "privacy.epsilon=1,2") == 1
+    assert "2 of the sweep's runs failed (run 1, 2; " in (said := capsys.readouterr().err)
+    assert "none finished" in said
 
 
 def test_show_config(runs: list[Config], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -423,7 +427,11 @@ def test_budget_of_an_empty_home(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_budget_set_and_show(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("budget", "set", "--node", "a", "--dataset", "d", "--epsilon", "3", "--delta", "1e-5") == 0
+    given = ("--dataset", "d", "--epsilon", "3", "--delta", "1e-5")
+    assert call("budget", "set", "--node", "a", *given) == 1
+    refused = one_paragraph(capsys)
+    assert "Node 'a' has no ledger of its own" in refused and "'--node simulation' sets it there" in refused
+    assert call("budget", "set", "--node", "simulation", *given) == 0
     capsys.readouterr()
     assert call("budget", "show", "--json") == 0
     (entry,) = json.loads(capsys.readouterr().out)
@@ -443,7 +451,13 @@ def test_a_budget_below_what_is_spent_is_warned_of(capsys: pytest.CaptureFixture
     )
     assert call("budget", "set", "--epsilon", "0.01", "--delta", "1e-5") == 0
     said = capsys.readouterr().out
-    assert "Warning: 'visits' has spent epsilon " in said and "which is more" in said
+    assert "Warning: 'visits' has spent epsilon " in said and "more than its budget of 0.01" in said
+    # The number beside it is that of the budget which holds, and not of the one that was just set.
+    assert call("budget", "set", "--dataset", "visits", "--epsilon", "0.02", "--delta", "1e-5") == 0
+    assert call("budget", "set", "--epsilon", "500", "--delta", "1e-5") == 0
+    assert "more than its budget of 0.02" in capsys.readouterr().out.splitlines()[-1]
+    assert call("budget", "set", "--dataset", "visits", "--epsilon", "500", "--delta", "1e-5") == 0
+    capsys.readouterr()
     assert call("budget", "set", "--epsilon", "500", "--delta", "1e-5") == 0
     assert "Warning" not in capsys.readouterr().out
 

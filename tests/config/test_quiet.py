@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from fedtune.config.quiet import LOGGERS, hushed, quiet_libraries
+from fedtune.config.quiet import LOGGERS, hushed, quiet_libraries, silence
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +38,19 @@ def test_a_call_is_hushed_and_no_later_one(caplog: pytest.LogCaptureFixture) -> 
         raise ZeroDivisionError
     logger.info("c")
     assert [one.getMessage() for one in caplog.records] == ["c"]
+
+
+def test_what_is_logged_has_one_form_whatever_a_library_sets_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with warnings.catch_warnings():
+        silence()
+    logging.basicConfig(format="%(asctime)s:%(levelname)s:%(message)s")  # as opacus does when it is imported
+    logging.getLogger("fedtune.any").warning("noise is\nheavy")
+    try:
+        raise ValueError("a bug")
+    except ValueError:
+        logging.getLogger("fedtune.any").exception("it failed")
+    said = capsys.readouterr().err.splitlines()
+    assert said[:3] == ["note: noise is heavy", "error: it failed", "Traceback (most recent call last):"]

@@ -216,6 +216,8 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
         assert any("Money is left out" in note for note in data["notes"])
     if case == "no privacy":
         assert data["groups"][0]["tuning"] is None and "epsilon is infinite" in made.text
+    if case == "no accuracy":  # nothing can be chosen, and what was promised stays promised
+        assert data["groups"][0]["promise"].startswith("Epsilon 7.") and "infinite" not in made.text
     if case == "private selection":
         assert data["groups"][0]["tuning"]["best_of"] > data["groups"][0]["tuning"]["alone"]
     if case == "search":

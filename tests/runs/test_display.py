@@ -397,13 +397,15 @@ def test_who_refuses_is_told_at_once_and_for_good(make: Any) -> None:
     view = Display("title", console=console)
     view.working("asking the nodes")
     view.on_client("clinic-2", "refused: 6 rounds are more than the permitted 5")
+    view.on_client("clinic-3", "dropped: its budget does not allow it")
     assert "clinic-2 refused: 6 rounds are more than the permitted 5" in text_of(console)
+    assert "clinic-3 dropped: its budget does not allow it" in text_of(console)
     for number in range(20):
         view.on_client(f"other-{number}", "refused: no")
     view.close()
     told = text_of(console)
-    assert told.count("refused: no") == display._SHOWN_NODES - 1
-    assert told.count("more nodes refuse") == 1
+    assert told.count("refused: no") == display._SHOWN_NODES - 2
+    assert told.count("more nodes refuse or fail") == 1
 
 
 def test_a_refusal_within_a_round_stands_in_the_line_of_the_round_alone() -> None:

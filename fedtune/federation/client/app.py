@@ -38,7 +38,7 @@ from fedtune.errors import FederationError, UpdateRejected
 from fedtune.federation.client import together
 from fedtune.federation.client.node_context import (
     delay_answer,
-    node_label,
+    node_name,
     public_reason,
 )
 from fedtune.federation.client.questions import ANSWERS
@@ -71,23 +71,24 @@ register_distributed(app)
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Answers who this node is: name, declared size, software and the budget's delta, all public."""
-    return _say(message, context, node_label(context))
+    return _say(message, context)
 
 
 @app.query("propose")
 def propose(message: Message, context: Context) -> Message:
     """Answers whether this whole run may be done here. Charges nothing, trains nothing."""
-    return _say(message, context, "?")
+    return _say(message, context)
 
 
-def _say(message: Message, context: Context, label: str) -> Message:
+def _say(message: Message, context: Context) -> Message:
     """The answer to a question before the run, which may have been found together with those of others."""
     try:
         answer = together.answered(message) or ANSWERS[message.metadata.message_type](
             message.content, context
         )
     except Exception as error:
-        return error_answer(message, public_reason(error, label, context))
+        node = node_name(context)
+        return error_answer(message, public_reason(error, node, context), node)
     return Message(answer, reply_to=message)
 
 

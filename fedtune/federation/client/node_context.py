@@ -40,6 +40,7 @@ __all__ = [
     "node_config",
     "node_label",
     "node_ledger",
+    "node_name",
     "own_shard",
     "owner_delta",
     "public_reason",
@@ -82,6 +83,12 @@ def own_shard(config: Config, context: Context) -> Shard | None:
         FederationError: Flower gave the node no place.
         DataError, ModelError, ResourceError: the data cannot be prepared.
     """
+    shard = _unsized_shard(config, context)
+    return shard if shard is None or config.engine.name == "deployment" else sized(config, context, shard)
+
+
+def _unsized_shard(config: Config, context: Context) -> Shard | None:
+    """As `own_shard`, with the size that its owner declared or none."""
     from fedtune.federation.resources import run_resources
 
     if config.engine.name == "deployment":
@@ -93,7 +100,7 @@ def own_shard(config: Config, context: Context) -> Shard | None:
             "'partition-id=N num-partitions=M', N from 0 to M-1."
         )
     shards = run_resources(config).prepared.shards
-    return sized(config, context, shards[position]) if position < len(shards) else None
+    return shards[position] if position < len(shards) else None
 
 
 _at_hand = threading.local()
@@ -152,6 +159,15 @@ def node_label(context: Context) -> str:
     """What to call a node whose data cannot be read: its site, or its place in a simulation."""
     site = site_settings(context)
     return site.site if site is not None else f"partition {context.node_config.get('partition-id')}"
+
+
+def node_name(context: Context) -> str:
+    """This node's name, as far as it is known; the size, which it may be refused to tell, is not needed."""
+    try:
+        shard = _unsized_shard(node_config(context), context)
+    except Exception:  # whatever is wrong with the data has an error of its own
+        shard = None
+    return shard.node if shard else node_label(context)
 
 
 def public_reason(error: Exception, node: str, context: Context | None = None, round: int = 0) -> str:

@@ -25,8 +25,8 @@ from fedtune.errors import BudgetExhausted, FederationError, LedgerError, ModelE
 from fedtune.federation.client.going_on import SILENT_SECONDS, going_on
 from fedtune.federation.client.node_context import (
     node_config,
-    node_label,
     node_ledger,
+    node_name,
     own_shard,
     owner_delta,
     public_reason,
@@ -374,7 +374,7 @@ def declare_size(config: Config, context: Context) -> None:
 def failure_fields(context: Context, release: Release | None, round: int, error: Exception) -> dict[str, Any]:
     """What an answer says of `error`: `refused` and `refusal` if it is the node's decision, else `error`; and
     `node`."""
-    node = release.shard.node if release else _name(context)
+    node = release.shard.node if release else node_name(context)
     reason = public_reason(error, node, context, round)
     if isinstance(error, PrivacyError):
         return {"node": node, "refused": reason, "refusal": type(error).__name__}
@@ -417,12 +417,3 @@ def charged_releases(node: str, run: str, context: Context, purpose: str = "trai
         return len(node_ledger(context).rounds(run=run, node=node, purpose=purpose))
     except Exception:
         return 0
-
-
-def _name(context: Context) -> str:
-    """This node's name, as far as it is known."""
-    try:
-        shard = own_shard(node_config(context), context)
-    except Exception:
-        shard = None
-    return shard.node if shard else node_label(context)

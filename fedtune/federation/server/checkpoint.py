@@ -42,7 +42,7 @@ from fedtune.federation.server.cohort import Roster
 from fedtune.federation.server.correlated import CorrelatedRounds
 from fedtune.federation.server.evaluation import EvaluationOutcome, NodesEvaluation
 from fedtune.federation.server.optimizers import ServerOptimizer, server_optimizer
-from fedtune.federation.server.rounds import RoundOutcome
+from fedtune.federation.server.rounds import RoundOutcome, name_of
 from fedtune.privacy.plan import PrivacyPlan
 from fedtune.privacy.publication import merge, publish
 
@@ -292,7 +292,7 @@ class RunState:
 
     def _left_out(self) -> dict[str, str]:
         """Who should have taken part and has no part in the adapter, with the first reason."""
-        known = {*self.trained, *(f"node id {node.node_id}" for node in self.nodes if node.node_id)}
+        known = {*self.trained, *(name_of(node.node_id) for node in self.nodes if node.node_id)}
         reasons = {lost.node: lost.reason for lost in reversed(self.dropped) if lost.node not in known}
         return dict(sorted(reasons.items()))
 

@@ -28,7 +28,7 @@ from fedtune.errors import FederationError
 from fedtune.federation.events import Dropped, NodeInfo, Observer
 from fedtune.federation.messages import NodeHello, Proposal
 from fedtune.federation.server.agreement import PROPOSE, read_consent
-from fedtune.federation.server.rounds import exchange, make_messages, reason_of, time_to_live
+from fedtune.federation.server.rounds import exchange, make_messages, name_of, reason_of, time_to_live
 from fedtune.federation.server.tracking_grid import TrackingGrid
 
 __all__ = ["Roster", "connected", "discover_nodes", "draw_cohort", "pause"]
@@ -121,8 +121,8 @@ def discover_nodes(
     least: int = 0,
     deadline: bool = False,
     observer: Observer | None = None,
-) -> tuple[list[NodeInfo], list[tuple[int, str]], list[str]]:
-    """Asks every connected node who it is: (nodes by name, (id, reason) of those that failed, notices).
+) -> tuple[list[NodeInfo], dict[int, Dropped], list[str]]:
+    """Asks every connected node who it is: (nodes by name, by id those that failed, notices).
 
     `least` as in `connected`; `deadline` as in `RoundAsk`.
 
@@ -130,32 +130,36 @@ def discover_nodes(
         FederationError: no node can take part, or two have one name.
     """
     ids = connected(grid, expected, timeout, stop, least=least, observer=observer)
-    unknown = [NodeInfo(name=f"node id {node_id}", node_id=node_id, declared_size=0) for node_id in ids]
+    unknown = [NodeInfo(name=name_of(node_id), node_id=node_id, declared_size=0) for node_id in ids]
     nodes: list[NodeInfo] = []
-    failed: list[tuple[int, str]] = []
+    failed: dict[int, Dropped] = {}
     idle = shards = 0
     waiting = set(ids)
     ttl = time_to_live(timeout) if deadline else None
     messages = make_messages(RecordDict(), _HELLO, unknown, 0, ttl=ttl)
     for node_id, answer in exchange(grid, messages, timeout, stop, deadline=deadline):
         waiting.discard(node_id)
+        if answer.has_error():
+            failed[node_id] = Dropped(name_of(node_id, answer), 0, reason_of(answer))
+            continue
         try:
-            if answer.has_error():
-                raise FederationError(reason_of(answer))
             hello = NodeHello.from_records(answer.content)
         except FederationError as error:
-            failed.append((node_id, str(error)))
+            failed[node_id] = Dropped(name_of(node_id), 0, str(error))
             continue
         shards = max(shards, hello.shards)
         if hello.idle:
             idle += 1
         else:
             nodes.append(NodeInfo(hello.node, node_id, hello.declared_size, hello.delta or None))
-    failed.sort()  # not as they came: how long a node took depends on its data
+    failed = dict(sorted(failed.items()))  # not as they came: how long a node took depends on its data
     late = f"did not answer in {timeout:g} s (federation.round_timeout)"
-    failed += [(node_id, late) for node_id in sorted(waiting)]
+    failed |= {node_id: Dropped(name_of(node_id), 0, late) for node_id in sorted(waiting)}
+    for lost in failed.values():
+        if observer is not None:
+            observer.on_client(lost.node, f"dropped: {lost.reason}")
     if not nodes:
-        reasons = " ".join(dict.fromkeys(reason for _, reason in failed)) or "No node is connected."
+        reasons = " ".join(dict.fromkeys(lost.reason for lost in failed.values())) or "No node is connected."
         raise FederationError(f"None of {len(ids)} nodes can take part in this run. {reasons}")
     nodes.sort(key=lambda node: node.name)
     names = Counter(node.name for node in nodes)
@@ -169,9 +173,9 @@ def discover_nodes(
         notices.append(
             f"{idle} of {len(ids)} connected nodes have no shard in this federation and stay idle."
         )
-    if len(nodes) < shards:
+    if len(nodes) + len(failed) < shards:  # of those that failed the reasons are told
         notices.append(
-            f"The federation has {shards} shards, and only {len(nodes)} of them have a node that takes part; "
+            f"The federation has {shards} shards, and only {len(nodes) + len(failed)} of them have a node; "
             "the data of the others is not trained on. With `flwr run`, start as many nodes as there are "
             f"shards: --federation-config 'num-supernodes={shards}'."
         )
@@ -241,7 +245,7 @@ class Roster:
         known = {node.node_id for node in self.nodes.values()}
         new = sorted(here - known - self._failed - busy)
         if new and self._dynamic:
-            infos = [NodeInfo(f"node id {node_id}", node_id, 0) for node_id in new]
+            infos = [NodeInfo(name_of(node_id), node_id, 0) for node_id in new]
             ttl = time_to_live(self._timeout)
             self._grid.push_messages(make_messages(RecordDict(), _HELLO, infos, round, ttl=ttl))
         return [node for node in self.nodes.values() if node.node_id in here and node.node_id not in busy]
@@ -304,7 +308,8 @@ class Roster:
                     "is shared out over the nodes of the beginning. It can take part in the next run."
                 )
         except FederationError as error:
-            self._drop(node_id, f"node id {node_id}", round, str(error))
+            name = name_of(node_id, answer if answer.has_error() else None)
+            self._drop(node_id, name, round, str(error))
             return
         info = NodeInfo(hello.node, node_id, hello.declared_size)
         if self._proposal is None or hello.node in self._agreed:

@@ -281,7 +281,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
         setting.grid, timeout, setting.stop, expected,
         least=least, deadline=dynamic, observer=setting.observer,
     )  # fmt: skip
-    unknown = [Dropped(f"node id {node_id}", 0, reason) for node_id, reason in failed]
+    unknown = list(failed.values())
     refused: list[Dropped] = []
     ids = {node.name: node.node_id for node in nodes}
     if config.resume is None:
@@ -322,7 +322,7 @@ def _begin(setting: _Setting, server_side: ServerSide, expected: int | None) -> 
     for notice in state.notices:
         _log.warning("%s", notice)
     # Whoever is late may still answer, and join; whoever refuses or fails is asked again when it comes back.
-    out = {node_id for node_id, _ in failed} | {ids[lost.node] for lost in refused}
+    out = set(failed) | {ids[lost.node] for lost in refused}
     roster = Roster(
         setting.grid,
         nodes,

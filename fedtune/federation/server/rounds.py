@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 
 from fedtune.errors import AggregationAborted, PrivacyError, SeparationError, UpdateRejected
 from fedtune.federation.events import NodeInfo, Observer
-from fedtune.federation.flower import copied_records, serialized_size, wrapped_exception
+from fedtune.federation.flower import blamed, copied_records, serialized_size, wrapped_exception
 from fedtune.federation.messages import RoundReply, RoundRequest, check_update
 from fedtune.privacy.mechanisms.matrix import CorrelatedNoise
 from fedtune.privacy.mechanisms.noise import Entropy
@@ -42,6 +42,7 @@ __all__ = [
     "RoundProtocol",
     "exchange",
     "make_messages",
+    "name_of",
     "reason_of",
     "time_to_live",
 ]
@@ -191,9 +192,15 @@ def exchange(
             time.sleep(min(_LONGEST_POLL, max(_POLL_SECONDS, _POLL_SHARE * (time.monotonic() - last_answer))))
 
 
+def name_of(node_id: int, answer: Message | None = None) -> str:
+    """What to call a node that has not said who it is: as its error says, or else by Flower's number."""
+    named = None if answer is None else blamed(one_line(str(answer.error.reason or "")))[0]
+    return named or f"node id {node_id}"
+
+
 def reason_of(answer: Message) -> str:
     """Why a message carries an error instead of content, in one line."""
-    reason = one_line(str(answer.error.reason or f"error code {answer.error.code}"))
+    _, reason = blamed(one_line(str(answer.error.reason or f"error code {answer.error.code}")))
     if exception := wrapped_exception(reason):
         return f"its worker failed with {exception}; the log of the engine says more"
     return reason[:500]

@@ -5,8 +5,7 @@ files lie is an argument, printing is the command line's; nothing here changes a
 
 Simulations share one ledger (`fedtune.privacy.ledger.simulation`). A node's name (`--node`) selects the
 ledger that a real node keeps in the same folder, or else what a simulated node of that name released; a
-budget belongs to data and not to a simulated node, so one that is set with its name holds for the data on
-all of them.
+budget belongs to data and not to a simulated node, so none is set by the name of one.
 """
 
 from __future__ import annotations
@@ -114,9 +113,10 @@ def set_budget(
     for name in dict.fromkeys(str(entry["dataset"]) for entry in over):
         spent = [entry["epsilon"] for entry in over if entry["dataset"] == name]
         most = "infinite" if None in spent else f"{max(spent):.4g}"
+        (holds, at), *_ = [(e["budget_epsilon"], e["delta"]) for e in over if e["dataset"] == name]
         text += (
-            f"\nWarning: {name!r} has spent epsilon {most} at delta {delta:g} already, which is more: no run "
-            "may use it any more. What was released cannot be taken back."
+            f"\nWarning: {name!r} has spent epsilon {most} at delta {at:g} already, more than its budget of "
+            f"{holds:g}: no run may use it any more. What was released cannot be taken back."
         )
     spent_already = sorted({str(entry["dataset"]) for entry in over})
     return Report(text, {"node": path.stem, "dataset": dataset, **budget.to_json(), "over": spent_already})
@@ -202,12 +202,12 @@ def set_budgets(
 
     Args:
         folder: where ledgers lie.
-        node: a node's own ledger, or the simulations' if it has none; None: theirs and every node's.
+        node: whose own ledger, or `simulation` for that of all simulations; None: theirs and every node's.
         dataset: of this data set; None: of all without one of their own.
 
     Raises:
         PrivacyError: the budget means nothing; no file was touched.
-        LedgerError: `node` or `dataset` is no name.
+        LedgerError: `node` has no ledger of its own, or `dataset` is no name.
     """
     PrivacyBudget(epsilon, delta, unit)  # refuse before the first file is touched
     if node is not None and (node in ("", ".", "..") or "/" in node or "\\" in node):
@@ -218,9 +218,16 @@ def set_budgets(
             "leave --dataset out to set the budget of every data set without its own."
         )
     own = [ledger.path for ledger in ledgers_in(folder) if ledger.path.stem != NAME]
-    paths = [path for path in own if path.stem == node] if node is not None else own
-    if node is None or not paths:
-        paths = [folder / f"{NAME}.sqlite", *paths]
+    shared = folder / f"{NAME}.sqlite"
+    paths = [shared, *own] if node is None else [p for p in (shared, *own) if p.stem == node]
+    if not paths:
+        known = f" Nodes with one: {', '.join(path.stem for path in own)}." if own else ""
+        raise LedgerError(
+            f"Node {node!r} has no ledger of its own in {folder}, and no budget was set. Simulated nodes "
+            "share one, in which a budget belongs to data, whichever node holds it: '--node "
+            f"{NAME}' sets it there, --dataset for one data set alone.{known} A site's own is set in its "
+            "node.yaml."
+        )
     reports = [set_budget(p, epsilon=epsilon, delta=delta, dataset=dataset, unit=unit) for p in paths]
     return Report("\n".join(report.text for report in reports), [report.json for report in reports])
 

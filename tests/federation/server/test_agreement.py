@@ -93,6 +93,21 @@ def test_a_run_that_fits_exactly_runs_to_its_end_within_the_budget(config: Confi
         assert 3.0 < spent <= 4.0
 
 
+def test_one_who_cannot_pay_for_telling_its_size_is_left_out_by_its_name(
+    config: Config, tmp_path: Path
+) -> None:
+    poor = shards(config)[1].node
+    spend(config, 1, 3)
+    allow(config, 6.0)
+    config.output = str(tmp_path)
+    config.data.declared_size = None  # so that each says how much it has, before it can say who it is
+    watcher = Watcher()
+    result = simulate(config, tmp_path, watcher)
+    assert list(result.left_out) == [poor] and "BudgetExhausted" in result.left_out[poor]
+    assert any(name == poor and status.startswith("dropped: ") for name, status in watcher.clients)
+    assert not any("num-supernodes" in notice for notice in result.notices), "starting more would not help"
+
+
 @pytest.mark.slow
 def test_one_who_cannot_pay_is_left_out_with_its_reason_and_the_others_go_on(
     config: Config, tmp_path: Path

@@ -171,9 +171,11 @@ def test_an_empty_name_sets_no_budget(capsys: pytest.CaptureFixture[str], golden
 
 
 def test_a_budget_can_be_set_before_the_first_release(capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "set", epsilon=3.0, delta=1e-6, node="new", dataset="visits")
+    with pytest.raises(LedgerError, match="Node 'new' has no ledger of its own.*'--node simulation' sets it"):
+        main("set", epsilon=3.0, delta=1e-6, node="new", dataset="visits")
+    assert not list(folder().glob("*")), "nobody's budget was set in the place of that one's"
+    run(capsys, "set", epsilon=3.0, delta=1e-6, node="simulation", dataset="visits")
     (entry,) = run(capsys, "show")[1]
-    # No node of that name has a ledger of its own: the budget belongs to the data of every simulation.
     assert (entry["node"], entry["dataset"], entry["epsilon"], entry["releases"]) == (None, "visits", 0.0, 0)
 
 
