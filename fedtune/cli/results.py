@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["commands", "folders_and_prices"]
 
 commands = typer.Typer(rich_markup_mode="rich")
+# Endings of files that --input would take for something else than CSV.
+_NO_CSV = frozenset(
+    {".tsv", ".json", ".jsonl", ".parquet", ".xlsx", ".gz", ".bz2", ".xz", ".zip", ".md", ".html"}
+)
 _PANEL = "Read results"
 
 RunFolder = Annotated[Path, argument("RUN_DIR", "Run folder, or its record.json.")]
@@ -104,6 +109,16 @@ def predict(
         raise ConfigError("Give texts, or a file of texts by --input, not both.")
     if file is not None and output is not None and file.expanduser().resolve() == output.resolve():
         raise ConfigError(f"--output names {file}, which --input reads, and would replace it. Name another.")
+    for option_name, value in (("--column", column), ("--pair-column", pair_column)):
+        if file is None and value is not None:
+            raise ConfigError(
+                f"{option_name} names a column of a file. Give the file by --input, or leave it out."
+            )
+    if output is not None and output.suffix.lower() in _NO_CSV:
+        meant = output.with_name(output.name.split(".")[0] + ".csv")
+        raise ConfigError(
+            f"--output is {output}, and answers are written as CSV. Give --output {shlex.quote(str(meant))}."
+        )
     own = ExportedModel(run_dir) if (run_dir / EXPORT_NAME).is_file() else None
     if own is not None and (site is not None or (pair_column is not None and own.columns[1] is None)):
         what = "no sites" if site is not None else "no pairs"
@@ -127,7 +142,10 @@ def predict(
         found = iter(model.predict(asked))
     if output is not None:
         count = write_answers(output, columns, found)
-        print(f"{count:,} answers in {output}", file=sys.stderr)
+        if json:
+            print_json("predict --output", {"output": str(output), "answers": count})
+        else:
+            print(f"{count:,} answers in {output}", file=sys.stderr)
     elif json:
         print_json("predict", [asdict(prediction) for prediction in found])
     else:

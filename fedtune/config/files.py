@@ -14,8 +14,10 @@ process, however that ends, so there is no stale lock to remove.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import shlex
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +33,7 @@ __all__ = [
     "cache_dir",
     "create_whole",
     "lock_file",
+    "meant_path",
     "replace_whole",
     "save",
     "state_dir",
@@ -132,6 +135,24 @@ def being_written(path: Path) -> Iterator[IO[str]]:
     finally:
         with suppress(OSError):  # also where there is no such folder, since a file has its name
             beside.unlink()
+
+
+def meant_path(path: Path) -> str:
+    """A sentence with the neighbour that `path`, which is not there, most likely meant; empty: none is near.
+
+    For the person at the keyboard alone: it names what lies there.
+    """
+    place = path.expanduser()
+    with suppress(OSError, ValueError):
+        there = sorted(entry.name for entry in os.scandir(place.parent))
+        near = difflib.get_close_matches(
+            place.name.lower(), [name.lower() for name in there], n=3, cutoff=0.6
+        )
+        for name in (one for word in near for one in there if one.lower() == word):
+            stem, other = (Path(one).stem.lower() for one in (place, name))  # v.csv is not what y.csv meant
+            if difflib.SequenceMatcher(None, stem, other).ratio() >= 0.6:
+                return f" Did you mean {shlex.quote(str(path.parent / name))}?"
+    return ""
 
 
 def create_whole(path: Path, content: bytes, *, mode: int = 0o600) -> None:

@@ -10,6 +10,7 @@ Errors of Hydra, OmegaConf and YAML come out as `ConfigError`, one paragraph.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,7 +34,7 @@ from fedtune.config.convert import (
     to_json,
     unknown_setting,
 )
-from fedtune.config.files import replace_whole
+from fedtune.config.files import meant_path, replace_whole
 from fedtune.config.overrides import check_overrides
 from fedtune.config.pages import GROUPS, conf_dir
 from fedtune.config.schema import Config
@@ -163,7 +164,7 @@ def read_config(folder: Path) -> Config:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is no run folder that can be resumed: {CONFIG_FILE} is missing in it. Give the folder "
-            "that 'fedtune run' printed."
+            f"that 'fedtune run' printed.{'' if folder.exists() else meant_path(folder)}"
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(
@@ -186,7 +187,7 @@ def search_path(extra_dirs: Sequence[Path]) -> str:
     places = []
     for folder in extra_dirs:
         if not folder.is_dir():
-            raise ConfigError(f"There is no folder {folder} (given by --config-dir).")
+            raise ConfigError(f"There is no folder {folder} (given by --config-dir).{meant_path(folder)}")
         _refuse_hidden(folder)
         places.append("'file://" + str(folder.absolute()).replace("'", "\\'") + "'")
     return f"hydra.searchpath=[{','.join(places)}]"
@@ -223,6 +224,10 @@ def _refuse_hidden(folder: Path) -> None:
                 )
 
 
+# Hydra's own settings that mean something here; the launchers have more.
+_HYDRAS = ("hydra.run.dir", "hydra.sweep.dir", "hydra/launcher", "hydra.launcher.n_jobs")
+
+
 @contextmanager
 def hydra_errors() -> Iterator[None]:
     """Turns errors of Hydra, OmegaConf and YAML into `ConfigError`, one paragraph."""
@@ -233,6 +238,9 @@ def hydra_errors() -> Iterator[None]:
         message = _one_line(error)
         if key is not None and "not in" in message and str(key) not in settings():
             raise unknown_setting(str(key), [*settings(), *GROUPS]) from error
+        if (own := re.search(r"Could not override '(hydra[\w./]*)'", message)) is not None:
+            listing = f"Of Hydra's own there are: {', '.join(_HYDRAS)}."
+            raise unknown_setting(own[1], _HYDRAS, listing=listing) from error
         raise ConfigError(f"The configuration cannot be composed: {message}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtune.config.files import meant_path
 from fedtune.config.schema import Config
 from fedtune.data.corpus import ByteArray, Corpus, TokenizedCorpus
 from fedtune.data.sources.columns import Columns, build_corpus
@@ -95,7 +96,9 @@ def read_public(
 def _file(config: Config) -> Path:
     path = Path(str(config.public.path)).expanduser()
     if not path.exists():
-        raise DataError(f"public.path is {path}, and there is no such file. Name one that exists.")
+        raise DataError(
+            f"public.path is {path}, and there is no such file. Name one that exists.{meant_path(path)}"
+        )
     if not path.is_file():
         raise DataError(f"public.path is {path}, which is no file. Name the file with the public texts.")
     return readable(path, "public.path")

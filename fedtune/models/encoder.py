@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedtune.config.files import meant_path
 from fedtune.config.quiet import quiet_libraries
 from fedtune.config.schema import ModelConfig
 from fedtune.errors import ModelError, ResourceError
@@ -124,6 +125,7 @@ def model_location(name: str) -> str:
     if name.startswith((".", "/", "~")):
         raise ModelError(
             f"model.name={name!r}: there is no such folder. It should hold config.json and weights."
+            + meant_path(Path(name))
         )
     return name
 

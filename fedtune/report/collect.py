@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedtune.config.files import meant_path
 from fedtune.config.schema import PricingConfig
 from fedtune.config.shapes import read_as
 from fedtune.cost.meter import Cost
@@ -353,7 +354,10 @@ def _files(folders: Sequence[Path]) -> Iterator[Path]:
         elif folder.is_dir():
             yield from _walk(folder)
         else:
-            raise RecordError(f"There is no folder {folder}. Name one that 'fedtune run' has written to.")
+            raise RecordError(
+                f"There is no folder {folder}. Name one that 'fedtune run' has written to."
+                + meant_path(folder)
+            )
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -11,6 +11,7 @@ adapter; the texts that are asked about are not protected by anything and go now
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,13 +359,16 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
             is met in reading on.
         ResourceError: it may not be read.
     """
+    from fedtune.config.convert import nearest
+    from fedtune.config.files import meant_path
     from fedtune.data.sources.files import open_records, readable
     from fedtune.data.sources.spellings import column_name
 
     file = path.expanduser()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "a pipe or device" if file.exists() else "no file"
-        raise DataError(f"--input is {path}, which is {what}. Name a file of texts.")
+        meant = "" if file.exists() else meant_path(path)
+        raise DataError(f"--input is {path}, which is {what}. Name a file of texts.{meant}")
     readable(file, "--input")
     asked = {"--column": column_name(column)}
     if pair is not None:
@@ -373,9 +377,15 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
     def refuse_missing(header: Sequence[str]) -> None:
         for option, name in asked.items():
             if name not in header:
+                meant = nearest(name, header)
                 raise DataError(
                     f"{file} has no column {name!r}; its columns are: "
-                    f"{', '.join(map(repr, header))[:300]}. Name the one that holds the texts by {option}."
+                    f"{', '.join(map(repr, header))[:300]}. "
+                    + (
+                        f"Did you mean {option} {shlex.quote(meant)}?"
+                        if meant
+                        else f"Name the one that holds the texts by {option}."
+                    )
                 )
 
     with open_records(file, asked) as found:

@@ -24,7 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fedtune.config.files import replace_whole
+from fedtune.config.files import meant_path, replace_whole
 from fedtune.config.shapes import problem_in, schema_of
 from fedtune.errors import RecordError, ResourceError
 from fedtune.federation.run_folder import LOCAL_NAME, read_local, update_local
@@ -177,7 +177,7 @@ def read(path: Path | str) -> dict[str, Any]:
         record = json.loads(text)
     except FileNotFoundError:
         raise RecordError(
-            f"There is no {path}. Name the folder of a finished run (it holds record.json)."
+            f"There is no {path}. Name the folder of a finished run (it holds record.json).{meant_path(path)}"
         ) from None
     except json.JSONDecodeError as error:
         raise RecordError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.config.convert import nearest
-from fedtune.config.files import save
+from fedtune.config.files import meant_path, save
 from fedtune.config.shapes import read_as
 from fedtune.errors import CheckpointError, ConfigError
 from fedtune.privacy.accounting.selection import TrialCount
@@ -221,6 +221,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder} is not the folder of a sweep: it has no {SWEEP_NAME}. Name the folder that "
             "'fedtune run -m' printed; a single run is resumed by resume=RUN_DIR."
+            + ("" if folder.exists() else meant_path(folder))
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read, so the sweep cannot be resumed: {error}.") from error

@@ -141,6 +141,19 @@ def test_what_a_run_says(run_dir: Path, answer: Any) -> None:
     assert answer("statement", "statement", str(run_dir))["private"] is True
     (one,) = answer("predict", "predict", str(run_dir), "good film")
     assert one["label"] in ("negative", "positive")
+    Path("x.csv").write_text("text\ngood film\n\nbad\n")
+    told = answer(
+        "predict --output",
+        "predict",
+        str(run_dir),
+        "--input",
+        "x.csv",
+        "--column",
+        "text",
+        "--output",
+        "y.csv",
+    )
+    assert told == {"output": "y.csv", "answers": len(Path("y.csv").read_text().splitlines()) - 1}
     assert answer("audit", "audit", str(run_dir), "--canaries", "40")["violated"] is False
 
 

@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from fedtune.config.files import being_written, cache_dir, create_whole, lock_file, replace_whole, state_dir
+from fedtune.config.files import (
+    being_written,
+    cache_dir,
+    create_whole,
+    lock_file,
+    meant_path,
+    replace_whole,
+    state_dir,
+)
 from fedtune.errors import ResourceError
 from tests.support.golden import Golden
 
@@ -42,6 +50,19 @@ def test_a_file_is_replaced_whole_with_its_mode_and_nothing_is_left_beside_it(tm
     replace_whole(path, b"two", mode=0o600)
     assert path.read_bytes() == b"two" and path.stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_path_most_likely_meant_is_said_as_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first run", "second", "y.csv", "visits.csv"):
+        (tmp_path / name).mkdir()
+    assert meant_path(Path("frist run")) == " Did you mean 'first run'?"
+    assert meant_path(Path("Secnd")) == " Did you mean second?"
+    assert meant_path(tmp_path / "visit.csv") == f" Did you mean {tmp_path / 'visits.csv'}?"
+    for far in ("v.csv", "third", "nowhere/second", "..", "", "a\0b"):
+        assert meant_path(Path(far)) == ""
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

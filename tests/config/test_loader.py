@@ -168,3 +168,9 @@ def test_loading_leaves_hydra_as_it_was() -> None:
     with pytest.raises(ConfigError):
         load(["federation.nodes=1", "federation.cohort_size=2"])
     assert GlobalHydra.instance().hydra is before
+
+
+def test_a_setting_of_hydras_that_there_is_not_is_no_advice_to_add_it() -> None:
+    with pytest.raises(ConfigError, match=r"'hydra\.run\.dirr'\. Did you mean hydra\.run\.dir\?") as caught:
+        load(["hydra.run.dirr=x"])
+    assert "+hydra" not in str(caught.value)

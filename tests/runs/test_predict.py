@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -347,6 +348,40 @@ def test_a_column_that_a_file_lacks_is_named_with_those_it_has(
         main(["predict", str(run_dir), "--input", str(tmp_path / "new.csv")])
     assert left.value.code == 1
     assert "has no column 'text'; its columns are: 'note', 'who'" in capsys.readouterr().err
+
+
+def test_what_was_misspelt_is_answered_with_what_works_as_typed(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "visits.csv").write_text("Nr,Die Notiz\n1,a good film\n2,bad\n")
+
+    def typed(*words: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            main(["predict", *words])
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out + said.err
+
+    def proposed(*words: str) -> list[str]:
+        status, said = typed(*words)
+        assert status in (1, 2) and "Did you mean " in said, said
+        return shlex.split(said.split("Did you mean ")[1].strip().removesuffix("?"))
+
+    monkeypatch.chdir(run_dir.parent)
+    (folder,) = proposed(run_dir.name.upper() + "s", "x")
+    assert folder == run_dir.name and typed(folder, "x")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    (file,) = proposed(str(run_dir), "--input", "visit.csv", "--column", "Die Notiz")
+    assert file == "visits.csv"
+    named = proposed(str(run_dir), "--input", file, "--column", "die notitz")
+    assert named == ["--column", "Die Notiz"]
+    assert typed(str(run_dir), "--input", file, *named, "--output", "y.csv")[0] == 0
+    assert (tmp_path / "y.csv").read_text().splitlines()[0] == "Die Notiz,label,probability"
+    # Answers are CSV, whatever the name of their file would make of them; and no option is ignored.
+    status, said = typed(str(run_dir), "--input", file, *named, "--output", "x/answers.json.gz")
+    assert status == 2 and "Give --output x/answers.csv." in said and not (tmp_path / "x").exists()
+    status, said = typed(str(run_dir), "a film", "--column", "text")
+    assert status == 2 and "--column names a column of a file" in said
 
 
 def test_a_run_answers_without_the_libraries_that_train(run_dir: Path) -> None:

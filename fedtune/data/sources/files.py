@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from fedtune.config.files import meant_path
 from fedtune.config.schema import DataConfig
 from fedtune.data.sources.columns import Columns, Table
 from fedtune.data.sources.decoding import bare_name, is_workbook, kind_of, open_bytes, open_text, read_text
@@ -53,7 +54,10 @@ def _root(config: DataConfig) -> Path:
         )
     path = Path(config.path).expanduser()
     if not path.exists():
-        raise DataError(f"data.path is {path}, and there is no such file or folder. Name one that exists.")
+        raise DataError(
+            f"data.path is {path}, and there is no such file or folder. Name one that exists."
+            + meant_path(path)
+        )
     if not (path.is_file() or path.is_dir()):
         raise DataError(f"data.path is {path}, a pipe or device, which can be read once only. Name a file.")
     return path

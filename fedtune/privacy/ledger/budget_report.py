@@ -11,6 +11,7 @@ budget belongs to data and not to a simulated node, so none is set by the name o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,12 @@ def show(paths: list[Path], dataset: str | None = None, node: str | None = None)
     had no noise. `budget_epsilon` is null where the owner has set none, `node` where there are several.
     """
     entries = [entry for path in paths for entry in _entries(PrivacyLedger(path), node)]
+    known = {str(entry["dataset"]) for entry in entries}
     if dataset is not None:
         entries = [entry for entry in entries if entry["dataset"] == dataset]
     if not entries:
         what = f" of '{dataset}'" if dataset else ""
-        return Report(f"No ledger knows of a release{what} yet, and no budget is set.", [])
+        return Report(f"No ledger knows of a release{what} yet, and no budget is set.{_others(known)}", [])
     header = ("node", "data set", "fingerprint", "unit", "epsilon", "budget", "delta", "releases")
     lines = [
         (
@@ -100,16 +102,18 @@ def set_budget(
     budget = PrivacyBudget(epsilon, delta, unit)
     ledger = PrivacyLedger(path)
     ledger.set_budget(budget, dataset=dataset)
+    entries = _entries(ledger, None)
     over = [
-        entry
-        for entry in _entries(ledger, None)
-        if (dataset is None or entry["dataset"] == dataset) and _is_over(entry)
+        entry for entry in entries if (dataset is None or entry["dataset"] == dataset) and _is_over(entry)
     ]
     ledger.close()
     where = "Every simulation" if path.stem == NAME else f"Node '{path.stem}'"
     whose = f"'{dataset}'" if dataset else "every data set without a budget of its own"
     asked = f", protecting every {unit}" if unit else ""
     text = f"{where}: {whose} may spend epsilon {epsilon:g} at delta {delta:g}{asked}, in all, ever."
+    known = {str(entry["dataset"]) for entry in entries if entry["releases"]}
+    if dataset is not None and known and dataset not in known:
+        text += f"\nNo release of {dataset!r} is known yet.{_others(known)}"
     for name in dict.fromkeys(str(entry["dataset"]) for entry in over):
         spent = [entry["epsilon"] for entry in over if entry["dataset"] == name]
         most = "infinite" if None in spent else f"{max(spent):.4g}"
@@ -150,7 +154,9 @@ def history(paths: list[Path], dataset: str | None = None, node: str | None = No
                 }
             )
     if not entries:
-        return Report("No ledger knows of a release yet.", [])
+        known = {release.dataset for path in paths for release in PrivacyLedger(path).releases(node=node)}
+        what = f" of '{dataset}'" if dataset else ""
+        return Report(f"No ledger knows of a release{what} yet.{_others(known)}", [])
     header = ("time", "node", "run", "round", "data set", "unit", "for", "steps", "rate", "noise", "finished")
     lines = [
         (
@@ -294,6 +300,12 @@ def _entries(ledger: PrivacyLedger, node: str | None) -> list[dict[str, Any]]:
                 }
             )
     return entries
+
+
+def _others(known: Iterable[str]) -> str:
+    """The data sets that are known, in a sentence; empty if there are none."""
+    named = sorted(known)
+    return f" Known data sets: {', '.join(named)}." if named else ""
 
 
 def _nodes(names: list[str]) -> str:

@@ -228,3 +228,14 @@ def test_data_with_several_names_keeps_all_their_budgets() -> None:
     assert budgets.of({"b"}) == [loose]
     assert budgets.of({"a", "b"}) == [strict, loose]
     assert Budgets(None, {}).of({"a"}) == []
+
+
+def test_data_that_no_ledger_knows_is_answered_with_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    release("a")
+    for action in ("show", "history"):
+        assert main(action, dataset="vists") == 0
+        assert "'vists' yet" in (said := capsys.readouterr().out) and "Known data sets: visits." in said
+    main("set", epsilon=3.0, delta=1e-6, dataset="vists")
+    assert "No release of 'vists' is known yet. Known data sets: visits." in capsys.readouterr().out
+    main("set", epsilon=3.0, delta=1e-6, dataset="visits")
+    assert "No release of" not in capsys.readouterr().out.splitlines()[-1]
