@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,11 +69,11 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, sign_message, verify_signature
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
-from flwr.supernode import fleet_http_connection
+from flwr.supernode import fleet_http_connection, node_auth_http_interceptor
 from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from flwr.supernode.start_client_internal import (
     _init_connection,
@@ -127,6 +128,7 @@ _BUSY_MILLISECONDS = "60000"
 _CONNECTIONS = 16  # to the database, that are kept
 _THREADS = 4  # that answer frequent calls: more only wait for one another, and for the database's one writer
 _LOOK, _LOOK_SECONDS = "_cleanup_expired_task_tokens", 1.0
+_RUN_SECONDS = 0.5  # for so long a run that was stopped may still be served
 _INTERFACES = {  # where Flower defines the middleware of an interface, and how its paths begin
     "flwr.superlink.routers.control.": "/v1/control/",
     "flwr.superlink.routers.fleet.": "/v1/fleet/",
@@ -184,10 +186,43 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
     )
     app = create_app(config, SuperLinkLifespan)
     app.user_middleware = [_of_its_paths(middleware) for middleware in app.user_middleware]
-    state: Any = app.state.linkstate_factory.state()
+    _spare_the_database(app.state.linkstate_factory.state())
+    return app
+
+
+def _spare_the_database(state: Any) -> None:
+    """Leaves out of Flower's LinkState what a frequent call would read or write there without need."""
     # It looks for tasks that have ended without a word whenever it is asked for anything.
     setattr(state, _LOOK, at_most_each(_LOOK_SECONDS, getattr(state, _LOOK)))
-    return app
+    # It adds up each call's bytes and each task's seconds, a write a call; nothing here reads these sums.
+    state.store_traffic = state.add_clientapp_runtime = lambda *_, **__: None
+    nodes = _NodesByKey(state.get_node_id_by_public_key, state.delete_node)
+    state.get_node_id_by_public_key, state.delete_node = nodes.number, nodes.delete
+
+
+class _NodesByKey:
+    """The numbers of nodes by public key, asked of Flower's LinkState once: only a deletion changes one."""
+
+    def __init__(self, ask: Callable[[bytes], int | None], delete: Callable[..., None]) -> None:
+        self._ask, self._delete = ask, delete
+        self._known: dict[bytes, int] = {}
+
+    def number(self, key: bytes) -> int | None:
+        """As `LinkState.get_node_id_by_public_key`."""
+        known = self._known  # if a node is deleted meanwhile, the answer is kept where nobody looks
+        if key not in known:
+            number = self._ask(key)
+            if number is None:
+                return None
+            known[key] = number
+        return known[key]
+
+    def delete(self, *named: Any) -> None:
+        """As `LinkState.delete_node`."""
+        try:
+            self._delete(*named)
+        finally:
+            self._known = {}
 
 
 class _OfItsPaths:
@@ -206,6 +241,25 @@ class _OfItsPaths:
         await (self._through if its_own else self._app)(scope, receive, send)
 
 
+class _RunsThatGoOn:
+    """Flower's `check_abort`, asked for a run at most twice a second while it has nothing against it."""
+
+    def __init__(self, check_abort: Callable[[int, list[str], Any], str | None]) -> None:
+        self._check_abort = check_abort
+        self._until: dict[int, float] = {}
+
+    def __call__(self, run_id: int, states: list[str], state: Any) -> str | None:
+        """Why a node's call is refused, or None; nodes are refused in the same `states` of a run always."""
+        if time.monotonic() < self._until.get(run_id, 0.0):
+            return None
+        reason = self._check_abort(run_id, states, state)
+        if reason is None:
+            now = time.monotonic()
+            going_on = {run: until for run, until in self._until.items() if until > now}
+            self._until = {**going_on, run_id: now + _RUN_SECONDS}
+        return reason
+
+
 class FrequentCalls:
     """Answers what nodes and a run's program call again and again, a dozen times for each message.
 
@@ -218,12 +272,19 @@ class FrequentCalls:
     """
 
     def __init__(self, app: Any) -> None:
+        from flwr.server.superlink.utils import check_abort
         from flwr.supercore.dependencies.task import authenticate_task
         from flwr.supercore.error import http_error_translator
         from flwr.supercore.protobuf import translation
         from flwr.superlink.routers.fleet import node_auth, router
+        from flwr.superlink.servicer.fleet import fleet_handlers
         from starlette.requests import Request
         from starlette.responses import Response
+
+        # A node signs once a second (`node_connection`), and a run that goes on is not asked for each call.
+        setattr(node_auth, "bytes_to_public_key", bytes)  # noqa: B010
+        setattr(node_auth, "verify_signature", _is_signed)  # noqa: B010
+        setattr(fleet_handlers, "check_abort", _RunsThatGoOn(check_abort))  # noqa: B010
 
         def of_node(answer: Callable[[Any, Any], Any]) -> Callable[..., Any]:
             def answered(request: Any, asked: Any, state: Any) -> Any:
@@ -318,9 +379,14 @@ def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:
         signed_at = datetime.datetime.fromisoformat(stamp.decode("ascii"))
         age = (datetime.datetime.now(datetime.UTC) - signed_at).total_seconds()
         in_time = -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE
-        return in_time and verify_signature(bytes_to_public_key(named), stamp, signature)
+        return in_time and _is_signed(named, stamp, signature)
     except (KeyError, ValueError, TypeError, UnsupportedAlgorithm):
         return False
+
+
+@functools.lru_cache(maxsize=128)  # each may hold 64 kB of headers
+def _is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
+    return verify_signature(bytes_to_public_key(key), message, signature)
 
 
 def run_started(response: bytes) -> int | None:
@@ -408,12 +474,22 @@ def node_connection(
     for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
         setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", heartbeat_seconds)  # noqa: B010 (Flower re-exports it)
     setattr(fleet_http_connection, "HeartbeatSender", NodeHeartbeat)  # noqa: B010
+    # A dozen calls a message need not be signed each: the server takes a signature for five minutes.
+    setattr(node_auth_http_interceptor, "now", _this_second)  # noqa: B010
+    setattr(node_auth_http_interceptor, "sign_message", _sign_once)  # noqa: B010
     return _init_connection(
         server_address=server,
         insecure=False,
         root_certificates=authority.read_bytes(),
         authentication_keys=(key, key.public_key()),
     )
+
+
+def _this_second() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+
+
+_sign_once = functools.lru_cache(maxsize=128)(sign_message)
 
 
 def object_ids(tree: Any) -> list[str]:

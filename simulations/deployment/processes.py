@@ -310,6 +310,8 @@ def quiet_folder(keep: Path | None = None) -> Any:
 
     folder = keep or Path(tempfile.mkdtemp(prefix="fedtune-study-"))
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):  # what an earlier one measured would be read as this one's
+        raise SystemExit(f"{folder} is not empty: name another folder, or remove it.")
     try:
         yield folder
     finally:
