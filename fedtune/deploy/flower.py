@@ -15,7 +15,6 @@ import base64
 import datetime
 import functools
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -28,6 +27,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from fedtune.deploy.database import NAME, check_database
 from fedtune.deploy.news import QUESTION
+from fedtune.deploy.spared import RunsThatGoOn, spare_database
 from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
 
 # isort: split
@@ -127,8 +127,6 @@ _log = logging.getLogger("fedtune.node")
 _BUSY_MILLISECONDS = "60000"
 _CONNECTIONS = 16  # to the database, that are kept
 _THREADS = 4  # that answer frequent calls: more only wait for one another, and for the database's one writer
-_LOOK, _LOOK_SECONDS = "_cleanup_expired_task_tokens", 1.0
-_RUN_SECONDS = 0.5  # for so long a run that was stopped may still be served
 _INTERFACES = {  # where Flower defines the middleware of an interface, and how its paths begin
     "flwr.superlink.routers.control.": "/v1/control/",
     "flwr.superlink.routers.fleet.": "/v1/fleet/",
@@ -186,43 +184,8 @@ def superlink_app(folder: Path, host: str, port: int) -> Any:
     )
     app = create_app(config, SuperLinkLifespan)
     app.user_middleware = [_of_its_paths(middleware) for middleware in app.user_middleware]
-    _spare_the_database(app.state.linkstate_factory.state())
+    spare_database(app.state.linkstate_factory.state())
     return app
-
-
-def _spare_the_database(state: Any) -> None:
-    """Leaves out of Flower's LinkState what a frequent call would read or write there without need."""
-    # It looks for tasks that have ended without a word whenever it is asked for anything.
-    setattr(state, _LOOK, at_most_each(_LOOK_SECONDS, getattr(state, _LOOK)))
-    # It adds up each call's bytes and each task's seconds, a write a call; nothing here reads these sums.
-    state.store_traffic = state.add_clientapp_runtime = lambda *_, **__: None
-    nodes = _NodesByKey(state.get_node_id_by_public_key, state.delete_node)
-    state.get_node_id_by_public_key, state.delete_node = nodes.number, nodes.delete
-
-
-class _NodesByKey:
-    """The numbers of nodes by public key, asked of Flower's LinkState once: only a deletion changes one."""
-
-    def __init__(self, ask: Callable[[bytes], int | None], delete: Callable[..., None]) -> None:
-        self._ask, self._delete = ask, delete
-        self._known: dict[bytes, int] = {}
-
-    def number(self, key: bytes) -> int | None:
-        """As `LinkState.get_node_id_by_public_key`."""
-        known = self._known  # if a node is deleted meanwhile, the answer is kept where nobody looks
-        if key not in known:
-            number = self._ask(key)
-            if number is None:
-                return None
-            known[key] = number
-        return known[key]
-
-    def delete(self, *named: Any) -> None:
-        """As `LinkState.delete_node`."""
-        try:
-            self._delete(*named)
-        finally:
-            self._known = {}
 
 
 class _OfItsPaths:
@@ -239,25 +202,6 @@ class _OfItsPaths:
         """ASGI."""
         its_own = scope["type"] == "http" and scope["path"].startswith(self._paths)
         await (self._through if its_own else self._app)(scope, receive, send)
-
-
-class _RunsThatGoOn:
-    """Flower's `check_abort`, asked for a run at most twice a second while it has nothing against it."""
-
-    def __init__(self, check_abort: Callable[[int, list[str], Any], str | None]) -> None:
-        self._check_abort = check_abort
-        self._until: dict[int, float] = {}
-
-    def __call__(self, run_id: int, states: list[str], state: Any) -> str | None:
-        """Why a node's call is refused, or None; nodes are refused in the same `states` of a run always."""
-        if time.monotonic() < self._until.get(run_id, 0.0):
-            return None
-        reason = self._check_abort(run_id, states, state)
-        if reason is None:
-            now = time.monotonic()
-            going_on = {run: until for run, until in self._until.items() if until > now}
-            self._until = {**going_on, run_id: now + _RUN_SECONDS}
-        return reason
 
 
 class FrequentCalls:
@@ -284,7 +228,7 @@ class FrequentCalls:
         # A node signs once a second (`node_connection`), and a run that goes on is not asked for each call.
         setattr(node_auth, "bytes_to_public_key", bytes)  # noqa: B010
         setattr(node_auth, "verify_signature", _is_signed)  # noqa: B010
-        setattr(fleet_handlers, "check_abort", _RunsThatGoOn(check_abort))  # noqa: B010
+        setattr(fleet_handlers, "check_abort", RunsThatGoOn(check_abort))  # noqa: B010
 
         def of_node(answer: Callable[[Any, Any], Any]) -> Callable[..., Any]:
             def answered(request: Any, asked: Any, state: Any) -> Any:
@@ -350,19 +294,6 @@ def _of_its_paths(middleware: Any) -> Any:
         if middleware.cls.__module__.startswith(module):
             return type(middleware)(_OfItsPaths, middleware, paths)
     return middleware
-
-
-def at_most_each(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
-    """`call`, made once in so many seconds however often it is asked for; the first time at once."""
-    due = 0.0
-
-    def called() -> None:
-        nonlocal due
-        if time.monotonic() >= due:
-            due = time.monotonic() + seconds
-            call()
-
-    return called
 
 
 def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
 from flwr.supercore.protobuf.translation import PROTOBUF_MEDIA_TYPE, PROTOBUF_REQUEST_TYPES
 
-from fedtune.deploy import certificates, flower, news
+from fedtune.deploy import certificates, flower, news, spared
 from fedtune.deploy.news import News
 from fedtune.deploy.provision import read_token
 from fedtune.deploy.server import TOKEN_HEADER
@@ -87,8 +87,8 @@ def test_a_node_that_is_gone_is_not_waited_for() -> None:
 
 def test_a_call_is_made_at_most_once_in_so_many_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, made = [100.0], list[float]()
-    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
-    call = flower.at_most_each(1.0, lambda: made.append(now[0]))
+    monkeypatch.setattr(spared.time, "monotonic", lambda: now[0])
+    call = spared.at_most_each(1.0, lambda: made.append(now[0]))
     for now[0] in (100.0, 100.5, 100.9, 101.0, 101.5, 103.0):
         call()
     assert made == [100.0, 101.0, 103.0]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from flwr.supernode import node_auth_http_interceptor
 
-from fedtune.deploy import certificates, flower
+from fedtune.deploy import certificates, flower, spared
 from tests.support.real_superlink import Real
 
 
@@ -42,14 +42,14 @@ def test_a_number_that_was_asked_for_before_a_deletion_is_not_kept_after_it() ->
         return None
 
     deleted: list[bytes] = []
-    nodes = flower._NodesByKey(ask, lambda *named: None)
+    nodes = spared.NodesByKey(ask, lambda *named: None)
     assert nodes.number(b"key") == 7
     assert nodes.number(b"key") is None
 
 
 def test_a_number_is_asked_for_once() -> None:
     asked: list[bytes] = []
-    nodes = flower._NodesByKey(lambda key: asked.append(key) or 7, lambda *named: None)  # type: ignore[func-returns-value]
+    nodes = spared.NodesByKey(lambda key: asked.append(key) or 7, lambda *named: None)  # type: ignore[func-returns-value]
     assert [nodes.number(b"key"), nodes.number(b"key")] == [7, 7] and asked == [b"key"]
 
 
@@ -62,8 +62,8 @@ def test_a_run_that_goes_on_is_asked_twice_a_second_and_one_that_ended_always(
         asked.append(run)
         return "Run is finished." if run in ended else None
 
-    monkeypatch.setattr(flower, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
-    going_on = flower._RunsThatGoOn(check)
+    monkeypatch.setattr(spared, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    going_on = spared.RunsThatGoOn(check)
     for now[0] in (100.0, 100.1, 100.4):
         assert going_on(1, [], None) is None and going_on(2, [], None) is None
     assert asked == [1, 2]
