@@ -37,7 +37,9 @@ from fedtune.data.sources.spellings import (
     column_name,
     folded,
     is_missing,
+    look_alikes,
     one_spelling,
+    written_twice,
 )
 from fedtune.errors import DataError
 
@@ -194,6 +196,13 @@ def derive_labels(table: Table, column: str) -> tuple[str, ...]:
             "all labels in labels.txt beside the data, one a line."
         )
     names = set(one_spelling(set(keys) - {""}).values())
+    if twice := set(written_twice(names)):
+        rows = [i for i, value in enumerate(values) if not is_missing(value) and as_label(value) in twice]
+        raise DataError(
+            f"{len(twice)} labels in column {column!r} of {table.where} are one number or truth value in two "
+            f"writings, as 0.5 and 0.50, or True and 1 ({_rows(rows)}). Write each in one way; or, if they "
+            "are classes of their own, declare all labels in data.labels."
+        )
     if len(names) > MOST_LABELS and len(keys) < RECORDS_A_LABEL * len(names):
         raise DataError(
             f"Column {column!r} of {table.where} (data.label) has {len(names)} different values in "
@@ -289,6 +298,12 @@ def _cautions(table: Table, column: str, texts: Sequence[str], labels: Sequence[
         found.append(
             f"{len(labels) - len(known)} of the {len(labels)} labels declared for {table.where} differ "
             "from another in capitals, blanks or Unicode form alone. Each is a class of its own."
+        )
+    if alike := look_alikes(labels):
+        found.append(
+            f"{len(alike)} of the {len(labels)} labels of {table.where} look like another, with letters of "
+            "another alphabet (a Cyrillic or Greek letter for a Latin one). Each is a class of its own: if "
+            "it is not meant so, write them anew."
         )
     if (bare := sum(bool(text) and not _LETTER.search(text) for text in texts)) > len(texts) / 2:
         found.append(
@@ -462,5 +477,12 @@ def _names(
             f"{respelt} of {len(keep)} records of {table.where} have a name in column {column!r} "
             f"({table.group}.{setting}) that differs from another in capitals, blanks, Unicode form or the "
             f"writing of a number alone; such {what} were taken for one."
+        )
+    if alike := look_alikes(spelt.values()):
+        what = "persons, each protected by itself" if setting == "unit" else "sites"
+        notes.append(
+            f"{len(alike)} names in column {column!r} of {table.where} ({table.group}.{setting}) look like "
+            "another, with letters of another alphabet (a Cyrillic or Greek letter for a Latin one). They "
+            f"count as different {what}: if they are not, write them anew."
         )
     return np.array(found)

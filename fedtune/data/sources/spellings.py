@@ -22,7 +22,9 @@ __all__ = [
     "column_name",
     "folded",
     "is_missing",
+    "look_alikes",
     "one_spelling",
+    "written_twice",
 ]
 
 INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")  # that int() takes and gives back
@@ -33,6 +35,13 @@ _NARROW = {0xFF01 + at: 0x21 + at for at in range(94)} | {0x2212: "-"}
 _UNSEEN = re.compile(
     "[\\x00-\\x08\\x0e-\\x1f\\x7f\ufe00-\ufe0f]"
 )  # control characters, how an emoji is drawn
+# Cyrillic and Greek letters -> the Latin ones that most fonts draw the same.
+_LATIN = str.maketrans(
+    "аеорсухіјѕһԛԝӏ" + "АВЕКМНОРСТХУІЈЅԚԜӀ" + "ΑΒΕΖΗΙΚΜΝΟΡΤΥΧ" + "ονρ",
+    "aeopcyxijshqwl" + "ABEKMHOPCTXYIJSQWI" + "ABEZHIKMNOPTYX" + "ovp",
+)
+_DECIMAL = re.compile(r"[+-]?(?:(?:0|[1-9]\d{0,14})(?:\.\d{0,15})?|\.\d{1,15})(?:e[+-]?\d{1,2})?")
+_TRUTH = {"true": "1", "false": "0"}
 # Several labels in one text, as of a list or an array that a program wrote into a CSV.
 SEVERAL = re.compile(
     r"\[\s*(?:['\"].*['\"]|[\d.,\s+-]*)\s*\]|\(\s*(?:['\"].*['\"]\s*,?|[\d.\s+-]+,[\d.,\s+-]*)\s*\)"
@@ -98,6 +107,29 @@ def folded(label: str) -> str:
         plain = plain.replace("i\u0307", "i").replace("\u0131", "i")
     whole = _NUMBER.fullmatch(plain)
     return whole[1] if whole else plain
+
+
+def look_alikes(names: Iterable[str]) -> list[str]:
+    """Those of `names` that look like another but for an alphabet, as with a Cyrillic а for an a; sorted."""
+    drawn: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        drawn.setdefault(folded(name.translate(_LATIN)), []).append(name)
+    return sorted(name for same in drawn.values() if len({folded(one) for one in same}) > 1 for name in same)
+
+
+def written_twice(names: Iterable[str]) -> list[str]:
+    """Those of `names` that are one number or truth value in two writings, sorted: such as 0.5 and 0.50; or
+    True and 1, where there is nothing else than such.
+    """
+    forms = {name: folded(name) for name in set(names)}
+    if any(form in _TRUTH for form in forms.values()) and all(
+        form in {*_TRUTH, *_TRUTH.values()} for form in forms.values()
+    ):
+        forms = {name: _TRUTH.get(form, form) for name, form in forms.items()}
+    values: dict[str | float, list[str]] = {}
+    for name, form in forms.items():
+        values.setdefault(float(form) if _DECIMAL.fullmatch(form) else form, []).append(name)
+    return sorted(name for same in values.values() if len({*map(folded, same)}) > 1 for name in same)
 
 
 def one_spelling(names: Iterable[str]) -> dict[str, str]:

@@ -333,6 +333,53 @@ def test_what_nobody_sees_in_a_label_makes_no_class(tmp_path: Path, one: str, ot
     assert len(corpus.label_names) == 2 and any("differs from one of" in note for note in corpus.notes)
 
 
+@pytest.mark.parametrize("setting", ["unit", "site"])
+@pytest.mark.parametrize(
+    ("one", "other"), [("\u2764", "\u2764\ufe0f"), ("sad", "s\x00ad"), ("-1", "\u22121")], ids=ascii
+)
+def test_what_nobody_sees_in_a_name_makes_no_person_or_site(
+    tmp_path: Path, one: str, other: str, setting: str
+) -> None:
+    lines = [{"text": f"number {i}", "label": i % 2, "who": (one, other, "x")[i % 3]} for i in range(30)]
+    corpus = whole(written(tmp_path, "train.jsonl", "\n".join(map(json.dumps, lines))), **{setting: "who"})
+    found = corpus.units if setting == "unit" else corpus.sites
+    assert found is not None and len(set(found)) == 2
+    assert any("were taken for one" in note for note in corpus.notes)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("0.5", "0.50", "1"), (".5", "0.5", "1"), ("True", "1", "0"), ("false", "0", "TRUE"), (True, 1)],
+)
+def test_one_number_in_two_writings_is_no_two_classes(tmp_path: Path, labels: tuple[Any, ...]) -> None:
+    text = refused(written(tmp_path, "train.jsonl", labelled(*labels)))
+    assert "one number or truth value in two writings" in text and "declare all labels in data.labels" in text
+    declared = sorted({str(label) for label in labels})
+    assert len(whole(tmp_path, labels=declared).label_names) == len(declared), "the way out works"
+
+
+@pytest.mark.parametrize("labels", [("1.1", "1.2", "1"), ("true", "1st", "1"), ("1", "0"), (True, 0)])
+def test_numbers_and_truth_values_in_one_writing_are_classes(tmp_path: Path, labels: tuple[Any, ...]) -> None:
+    assert len(whole(written(tmp_path, "train.jsonl", labelled(*labels))).label_names) == len(labels)
+
+
+def test_letters_of_another_alphabet_that_look_the_same_are_said(tmp_path: Path) -> None:
+    lines = [
+        {
+            "text": f"number {i}",
+            "label": ("cop", "\u0441\u043e\u0440", "b")[i % 3],
+            "who": ("A1", "\u0391" + "1")[i % 2],
+        }
+        for i in range(30)
+    ]
+    corpus = whole(written(tmp_path, "train.jsonl", "\n".join(map(json.dumps, lines))), unit="who")
+    assert len(corpus.label_names) == 3
+    assert any("2 of the 3 labels of" in note and "look like another" in note for note in corpus.notes)
+    assert any("2 names in column 'who'" in note and "protected by itself" in note for note in corpus.notes)
+    plain = whole(written(tmp_path, "train.jsonl", labelled("\u0434\u0430", "\u043d\u0435\u0442")))
+    assert not any("look like another" in note for note in plain.notes)
+
+
 def test_a_label_file_with_nothing_in_it_is_named(tmp_path: Path) -> None:
     written(tmp_path, "labels.txt", "\n")
     assert "labels.txt is empty" in refused(written(tmp_path, "train.csv", table()))
