@@ -18,6 +18,7 @@ import pytest
 from fedtune.errors import RecordError
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
+from fedtune.report.difference import difference
 from fedtune.report.frontier import Point, points_of, price_book, varied_settings
 from fedtune.report.tuning import tuning_of
 from tests.support.studies import import_script
@@ -34,13 +35,12 @@ def points(study: str) -> list[Point]:
 
 
 def falls(alike: list[Point]) -> list[tuple[float, float, float]]:
-    """(epsilon, larger epsilon, standard errors by which accuracy falls from the one to the other)."""
+    """(epsilon, larger epsilon, standard errors by which accuracy falls from one to the other, by seed)."""
     found = []
     for low, high in itertools.combinations(sorted(alike, key=lambda point: point.epsilon), 2):
-        assert low.accuracy is not None and high.accuracy is not None
-        assert low.accuracy.error is not None and high.accuracy.error is not None, "more than one seed"
-        error = math.hypot(low.accuracy.error, high.accuracy.error)
-        found.append((low.epsilon, high.epsilon, (low.accuracy.mean - high.accuracy.mean) / error))
+        fall = difference(low, high)
+        assert fall.seeds == 3 and fall.error is not None
+        found.append((low.epsilon, high.epsilon, fall.mean / fall.error))
     return found
 
 

@@ -251,7 +251,7 @@ class EncoderStack(nn.Module):
         parts = dict(self.family.body_of(encoder).named_children())
         self.layer: nn.ModuleList = parts.pop(self.family.layers)  # type: ignore[assignment]
         parts = {name: part for name, part in parts.items() if part is not self.embeddings}
-        self.rest = nn.ModuleDict(parts)
+        self.rest = nn.ModuleDict({**parts, **self.family.beside_body(encoder)})
         self.width: int = config.hidden_size
         self.pad_token_id: int = config.pad_token_id or 0
         self.max_positions: int = max_positions(config)
@@ -262,8 +262,8 @@ class EncoderStack(nn.Module):
         """Token ids [b, s] and mask [b, s] (True at real tokens) -> embeddings [b, s, d]."""
         ids = torch.where(mask, ids, self.pad_token_id)
         hidden = self._embedded(ids, mask)
-        mapping = "embedding_hidden_mapping_in"  # ALBERT's, of narrow embeddings to the layers' width
-        return self.rest[mapping](hidden) if mapping in self.rest else hidden
+        projects = self.family.projects
+        return self.rest[projects](hidden) if projects in self.rest else hidden
 
     def _embedded(self, ids: Tensor, mask: Tensor) -> Tensor:
         # DeBERTa's sets padding to zero, for a convolution would see it.

@@ -116,7 +116,8 @@ class Family:
         blocks: the layers that are run one after the other at a place of that list.
         bias: what is added to attention's scores, where that is more than padding.
         from_padding: positions are counted from the padding's id.
-        projects: its embeddings may have another width than its layers.
+        projects: the layer that brings narrow embeddings to the layers' width, by its name in its body or
+            beside it; empty: there is none, or the embeddings have it in them.
         sdpa: it has transformers' kernel of that name.
         one_by_one: an example's gradient must be taken by itself.
     """
@@ -127,7 +128,7 @@ class Family:
     blocks: Callable[[Any, int], list[nn.Module]] = _blocks
     bias: Callable[[Any, Tensor, torch.dtype], Tensor] | None = None
     from_padding: bool = False
-    projects: bool = False
+    projects: str = ""
     sdpa: bool = True
     one_by_one: bool = False
 
@@ -138,9 +139,15 @@ class Family:
     def name_in_transformers(self, name: str) -> str:
         """The name that transformers' model has for a parameter below an `EncoderStack` called `encoder`."""
         prefix = f"encoder.{self.body}." if self.body else "encoder."
+        name = name.replace(f"encoder.rest.{_BESIDE}.", f"encoder.{_BESIDE}.")
         return name.replace("encoder.layer.", f"{prefix}{self.layers}.").replace("encoder.rest.", prefix)
 
+    def beside_body(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The module that `projects` names, by its name, if `model` has it beside its body."""
+        return {name: part for name, part in model.named_children() if name == self.projects}
 
+
+_BESIDE = "embeddings_project"  # a small ELECTRA's, which is no part of its body
 _ROBERTA = Family(from_padding=True)
 FAMILIES: dict[str, Family] = {
     "bert": Family(),
@@ -148,11 +155,13 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(body="transformer"),
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
-    "electra": Family(),
+    "electra": Family(projects=_BESIDE),
     "mpnet": Family(bias=_by_distance, from_padding=True, sdpa=False),
-    "albert": Family(layers="albert_layer_groups", blocks=_shared_blocks, projects=True),
+    "albert": Family(
+        layers="albert_layer_groups", blocks=_shared_blocks, projects="embedding_hidden_mapping_in"
+    ),
     "modernbert": Family(body="", layers="layers", run=_run_modernbert),
-    "deberta-v2": Family(run=_run_deberta, projects=True, sdpa=False, one_by_one=True),
+    "deberta-v2": Family(run=_run_deberta, sdpa=False, one_by_one=True),
 }
 
 

@@ -175,12 +175,6 @@ def check_kind(config: Any, name: str) -> None:
             f"config.json of the model {name!r} says pad_token_id={padding}, and its tokens are those "
             f"from 0 to {tokens - 1}. Copy it again from where the model is from."
         )
-    projects = FAMILIES[config.model_type].projects
-    if not projects and getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
-        raise ModelError(
-            f"The model's embeddings have width {config.embedding_size} and its layers "
-            f"{config.hidden_size}; models with such a projection (small ELECTRA) are not supported."
-        )
 
 
 def check_size(config: Any, folder: Path, name: str) -> None:

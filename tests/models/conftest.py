@@ -66,6 +66,7 @@ def families(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> dict[
         "camembert": CamembertModel(CamembertConfig(**sizes, **offset)),
         "xlm-roberta": XLMRobertaModel(XLMRobertaConfig(**sizes, **offset)),
         "electra": ElectraModel(ElectraConfig(**sizes, embedding_size=32)),
+        "small electra": ElectraModel(ElectraConfig(**sizes, embedding_size=16)),
         "mpnet": MPNetModel(MPNetConfig(**sizes, pad_token_id=1)),
         "albert": AlbertModel(
             AlbertConfig(**sizes | {"num_hidden_layers": 3}, embedding_size=16, num_hidden_groups=1)

@@ -23,7 +23,16 @@ from fedtune.models.quantization import QUANTIZATIONS, dequantize
 from fedtune.models.standalone import merged
 from fedtune.training.example_gradients import example_gradients, per_example_gradients
 
-NEW = ("mpnet", "albert", "albert in two groups", "modernbert", "deberta-v3", "deberta-v2", "multilingual")
+NEW = (
+    "mpnet",
+    "albert",
+    "albert in two groups",
+    "modernbert",
+    "deberta-v3",
+    "deberta-v2",
+    "multilingual",
+    "small electra",
+)
 ALL = ("bert", "roberta", "distilbert", "xlm-roberta", "camembert", "electra", *NEW)
 # Each adapter and each quantization once a family; what else there is, in the slow suite.
 PAIRS = [("lora", "none"), ("ffa_lora", "nf4"), ("bitfit", "int8"), ("head", "none")]
