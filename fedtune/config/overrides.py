@@ -80,9 +80,15 @@ def check_overrides(
         keys.add(key)
         sweeping = bool(override.is_sweep_override())
         if sweeping and not multirun:
+            known = settings().get(key)
+            one = (
+                f"for a list of them put it in brackets: '{key}=[{text.partition('=')[2]}]'"
+                if known is not None and known.kind is list
+                else f"for one value that has commas in it, quote it: '{key}=\"...\"'"
+            )
             raise ConfigError(
                 f"{text} gives several values. To run once for each of them use 'fedtune run -m {text}'; "
-                f"for one value that has commas in it, quote it: '{key}=\"...\"'."
+                f"{one}."
             )
         for value in _values(override):
             _check_one(key, value, extra_dirs)

@@ -153,6 +153,13 @@ def test_values_with_commas_need_multirun_or_quotes() -> None:
     check_overrides(["seed=1,2"], multirun=True)
 
 
+def test_labels_without_brackets_are_answered_with_what_works_as_typed() -> None:
+    with pytest.raises(ConfigError, match="gives several values") as caught:
+        load(["data.labels=no,yes"])
+    meant = str(caught.value).split("put it in brackets: '")[1].removesuffix("'.")
+    assert load([meant]).data.labels == ["no", "yes"]
+
+
 def test_each_value_of_a_sweep_is_checked() -> None:
     for sweep in ("privacy.epsilon=1,0", "model=minilm,nimilm", "seed=choice(1,2,x)", "seed=range(-1,3)"):
         with pytest.raises(ConfigError, match=r"not allowed|There is no"):
