@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,25 @@ def test_what_is_saved_is_merged_for_transformers_alone(
     ids, mask = batch()
     plain = merged(tmp_path)
     ids[~mask] = plain.config.encoder.pad_token_id
+    with torch.no_grad():
+        want = model.base(input_ids=ids, attention_mask=mask)
+        got = plain(input_ids=ids, attention_mask=mask.long()).logits
+    assert torch.allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_encoder_of_a_file_in_half_precision_is_merged_in_float32(
+    families: dict[str, Path], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Its config.json says so of the file; what int8 stands for is rounded once, not twice."""
+    AutoModel.from_pretrained(families["bert"]).to(dtype).save_pretrained(tmp_path / "half")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(families["bert"] / file, tmp_path / "half")
+    model = at_random(tmp_path / "half", "lora", "int8")
+    model.save(tmp_path / "adapter")
+    plain = merged(tmp_path / "adapter")
+    assert {value.dtype for value in plain.parameters()} == {torch.float32}
+    ids, mask = batch()
     with torch.no_grad():
         want = model.base(input_ids=ids, attention_mask=mask)
         got = plain(input_ids=ids, attention_mask=mask.long()).logits
