@@ -54,7 +54,8 @@ class Reading:
             if data.windows > 1:
                 seen, more = f" in each of {data.windows} windows", f"data.max_windows={2 * data.windows}"
             elif 2 * data.longest <= self.limit:
-                seen, more = "", f"data.max_length={2 * data.longest}"
+                seen = ""
+                more = f"data.max_length={2 * data.longest}, or data.long_text=window for much longer texts"
             else:
                 seen, more = "", "data.long_text=window"
             found.append(
