@@ -18,7 +18,7 @@ import pytest
 from fedtune.errors import RecordError
 from fedtune.report.advice import advise, family
 from fedtune.report.collect import collect
-from fedtune.report.difference import difference
+from fedtune.report.difference import by_seed, difference, paired
 from fedtune.report.frontier import Point, points_of, price_book, varied_settings
 from fedtune.report.tuning import tuning_of
 from tests.support.studies import import_script
@@ -71,15 +71,40 @@ def test_the_frontier_covers_what_was_asked() -> None:
 
 
 @pytest.mark.slow
-def test_what_the_frontiers_private_runs_cost_together_is_of_their_records() -> None:
-    runs = [run for point in points("privacy_frontier") for run in point.runs]
+@pytest.mark.parametrize(("study", "count"), [("privacy_frontier", 15), ("quantization_frontier", 27)])
+def test_what_the_frontiers_private_runs_cost_together_is_of_their_records(study: str, count: int) -> None:
+    runs = [run for point in points(study) for run in point.runs]
     chosen = next(run for run in runs if math.isfinite(run.epsilon))
     found = tuning_of(runs, chosen, {})
-    assert found is not None and found.runs == 15
-    pages = (STUDIES / "privacy_frontier" / "README.md", STUDIES.parent / "docs" / "epsilon.md")
-    for page in pages:
+    assert found is not None and found.runs == count
+    others = {"privacy_frontier": [STUDIES.parent / "docs" / "epsilon.md"]}
+    for page in [STUDIES / study / "README.md", *others.get(study, [])]:
         text = " ".join(page.read_text(encoding="utf-8").split())
         assert f"cost epsilon {found.epsilon_composed:.1f}" in text, page
+
+
+def test_what_quantization_costs_is_said_seed_by_seed() -> None:
+    of = {
+        (point.settings["model.quantization"], point.settings["privacy.epsilon"]): by_seed(point)
+        for point in points("quantization_frontier")
+    }
+
+    def cost(quantization: str, *epsilons: float | None) -> str:
+        """Points that it loses beside float32, of a seed the mean over `epsilons`."""
+        each = [
+            {seed: statistics.fmean(of[name, epsilon][seed] for epsilon in epsilons) for seed in range(3)}
+            for name in ("none", quantization)
+        ]
+        return paired(*each).points().removesuffix(" points")
+
+    text = " ".join((STUDIES / "quantization_frontier" / "README.md").read_text(encoding="utf-8").split())
+    every = (1.0, 2.0, 8.0, None)
+    assert f"show, {cost('int8', *every)} points beside" in text
+    assert f"in a seventh, costs {cost('nf4', *every)}:" in text
+    assert f"({cost('nf4', 1.0)} and {cost('nf4', 2.0)}), at 8" in text
+    assert f"({cost('nf4', 8.0)} and {cost('nf4', None)})" in text
+    measured = (STUDIES.parent / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert f"nf4 {cost('nf4', *every)} points, seed by seed" in measured
 
 
 @pytest.mark.parametrize("study", FRONTIERS)

@@ -71,11 +71,16 @@ COSTS: dict[str, tuple[str, str]] = {  # name: (what it is, unit)
 
 @dataclass(frozen=True)
 class Stat:
-    """Mean and standard error of one number over seeds; no error for a single seed."""
+    """Mean and standard error of one number over runs, and the number of each; no error for a single one."""
 
     mean: float
     error: float | None
-    count: int
+    values: tuple[float, ...]
+
+    @property
+    def count(self) -> int:
+        """Of how many runs."""
+        return len(self.values)
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Stat | None:
@@ -84,7 +89,7 @@ class Stat:
         if not known or len(known) < len(values):
             return None
         error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-        return cls(statistics.fmean(known), error, len(known))
+        return cls(statistics.fmean(known), error, tuple(known))
 
 
 @dataclass

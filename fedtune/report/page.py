@@ -28,7 +28,7 @@ from fedtune.report.adoption import serving_numbers
 from fedtune.report.advice import Advice, advise
 from fedtune.report.collect import Collection, Run
 from fedtune.report.constraints import CUTS, count_adoption, default_constraints
-from fedtune.report.difference import site_difference
+from fedtune.report.difference import difference, site_difference
 from fedtune.report.frontier import (
     COSTS,
     Comparison,
@@ -39,6 +39,7 @@ from fedtune.report.frontier import (
     table_rows,
     write_table,
 )
+from fedtune.report.panels import equal_costs, noisy_costs
 from fedtune.report.tuning import Tuning, describe_search, tuning_cards, tuning_of, tuning_text
 from fedtune.report.words import describe_settings, format_number, repeat_command, short_names
 
@@ -191,9 +192,11 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
         key=lambda group: -sum(len(point.runs) for point in points if point.group == group),
     )
     settings, named = points[0].settings, named_settings(names, points)
+    about = [_group(group, comparison) for group in groups]
+    chosen = {one["name"]: point for one in about for point in points if point.id == one["chosen"]}
     base = {name: value for name, value in settings.items() if name not in names}
     return {
-        "groups": [_group(group, comparison) for group in groups],
+        "groups": about,
         "base": base,
         "varied": list(names),
         "short": {name: short.removesuffix(".name") for name, short in short_names(names).items()},
@@ -206,7 +209,11 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
             for name, (label, unit) in COSTS.items()
             if any(point.costs[name] is not None for point in points)
         ],
-        "points": [_point(point, groups.index(point.group), names, named) for point in points],
+        "points": [
+            _point(point, groups.index(point.group), names, named)
+            | {"beside": _beside(point, chosen.get(point.group))}
+            for point in points
+        ],
         "currency": book.currency,
         "book": book.name,
         "cuts": list(CUTS),
@@ -219,7 +226,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
     advice = advise(points, named_settings(names, points), comparison.book.currency)
     wanted = default_constraints(points, advice.chosen)
     tuning = _tuning(advice, points, comparison.collection)
-    equal = _equal_costs(points)
+    equal = equal_costs(points)
     return {
         "name": group,
         "chosen": advice.chosen.id if advice.chosen else None,
@@ -231,7 +238,7 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
         **_sites(advice.family),
         "series": figure.series_setting(points, names),
         "equal": equal,
-        "noise": _noisy_costs(points, equal),
+        "noise": noisy_costs(points, equal),
         "adoption": None if wanted is None or len(points) == 1 else {
             "accuracy": wanted.accuracy,
             "epsilon": None if wanted.epsilon is None else _finite(wanted.epsilon),
@@ -239,38 +246,6 @@ def _group(group: str, comparison: Comparison) -> dict[str, Any]:
             **dataclasses.asdict(count_adoption(points, wanted)),
         },
     }  # fmt: skip
-
-
-def _equal_costs(points: Sequence[Point]) -> list[str]:
-    """Costs that differ by a percent at most between several configurations: no choice among these changes
-    them, and on an axis of their own they would look as if one did.
-    """
-    amounts = {name: [cost.mean for point in points if (cost := point.costs[name])] for name in COSTS}
-    return [name for name, seen in amounts.items() if len(seen) > 1 and max(seen) <= 1.01 * min(seen)]
-
-
-def _noisy_costs(points: Sequence[Point], equal: Sequence[str]) -> list[str]:
-    """Costs that differ between configurations no more than between runs of one, by an F test at 5 percent.
-
-    Times and energy depend on what else the machine did; a panel of them would show that and no trade-off. A
-    cost of which no configuration has two runs is not judged.
-    """
-    from scipy.special import fdtrc
-
-    found = []
-    for name in COSTS:
-        stats = [cost for point in points if (cost := point.costs[name])]
-        runs = sum(one.count for one in stats)
-        between, within = len(stats) - 1, runs - len(stats)
-        if name in equal or between < 1 or within < 1:
-            continue
-        whole = sum(one.count * one.mean for one in stats) / runs
-        # The error of a mean of n runs, squared, is their variance over n.
-        inner = sum((one.error or 0.0) ** 2 * one.count * (one.count - 1) for one in stats) / within
-        outer = sum(one.count * (one.mean - whole) ** 2 for one in stats) / between
-        if inner > 0.0 and fdtrc(between, within, outer / inner) > 0.05:
-            found.append(name)
-    return found
 
 
 def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> Tuning | None:
@@ -394,6 +369,14 @@ def _point(point: Point, group: int, names: Sequence[str], named: Sequence[str])
         "cmd": repeat_command(point.settings, point.seeds),
         "runs": [_run(run) for run in point.runs],
     }  # fmt: skip
+
+
+def _beside(point: Point, chosen: Point | None) -> list[float | int | None] | None:
+    """By how much it is more accurate than the recommended one, with the error, and over how many seeds."""
+    if chosen is None or point is chosen or point.accuracy is None:
+        return None
+    found = difference(point, chosen)
+    return [_digits(found.mean), None if found.error is None else _digits(found.error), found.seeds]
 
 
 def _run(run: Run) -> dict[str, Any]:

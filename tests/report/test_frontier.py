@@ -265,7 +265,7 @@ def test_runs_without_accuracy_are_kept_and_never_best(tmp_path: Path) -> None:
 
 def test_a_mean_with_an_unknown_part_is_unknown() -> None:
     assert Stat.of([1.0, None]) is None and Stat.of([]) is None
-    assert Stat.of([2.0]) == Stat(2.0, None, 1)
+    assert Stat.of([2.0]) == Stat(2.0, None, (2.0,))
 
 
 # --- prices --------------------------------------------------------------------------------------

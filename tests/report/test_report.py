@@ -263,6 +263,43 @@ def test_a_cost_that_differs_no_more_than_runs_of_one_configuration_has_no_panel
     assert "train_seconds" in group["noise"] and "flops" not in group["noise"] + group["equal"]
 
 
+@pytest.mark.parametrize("dearer", [False, True])
+def test_a_cost_that_drifts_over_a_sweep_has_no_panel_unless_a_choice_changes_it(
+    tmp_path: Path, dearer: bool
+) -> None:
+    """Runs of one configuration are neighbours, so that a drift looks like a difference between them."""
+    scatter = [3, -2, 1, -3, 2, 0, -1, 3, -2]
+    for number, off in enumerate(scatter):
+        record = make_record(epsilon=(2.0, 4.0, 8.0)[number // 3], seed=number % 3)
+        record["run"]["started"] = f"2026-12-01T10:{number:02}:00+00:00"
+        more = 100 if dearer and number // 3 == 1 else 0
+        record["cost"]["peak_memory_bytes"] = (1000 + 10 * number + off + more) * 1_000_000
+        write(tmp_path / str(number), record)
+    (group,) = numbers(write_report([tmp_path]).page)["groups"]
+    assert ("peak_memory_bytes" not in group["noise"] + group["equal"]) is dearer
+
+
+def test_each_point_is_compared_with_the_recommended_one_seed_by_seed(tmp_path: Path) -> None:
+    accuracies = {8.0: {0: 0.80, 1: 0.70, 2: 0.75}, 2.0: {0: 0.70, 1: 0.602, 2: 0.648}, 0.5: {7: 0.5}}
+    for epsilon, by_seed in accuracies.items():
+        for seed, accuracy in by_seed.items():
+            write(tmp_path / f"{epsilon}-{seed}", make_record(epsilon=epsilon, seed=seed, accuracy=accuracy))
+    data = numbers(write_report([tmp_path]).page)
+    small, middle, large = sorted(data["points"], key=lambda point: point["eps"])
+    assert data["groups"][0]["chosen"] == large["id"] and large["beside"] is None
+    assert middle["beside"] == pytest.approx([-0.1, 0.001155, 3], rel=1e-3)  # each alone: ± 0.03
+    assert small["beside"] == pytest.approx([-0.25, 0.02887, 0], rel=1e-3)
+    if BROWSER:
+        point_at = (
+            f'document.querySelector(`.mark[data-id="{middle["id"]}"]`).dispatchEvent(new Event("focus"));'
+        )
+        seen = in_browser(
+            tmp_path / "report.html", f"{point_at} return document.getElementById('tip').innerText"
+        )
+        assert "10.0 ± 0.1 points below the recommended one (over 3 common seeds)" in seen["value"]
+        assert seen["errors"] == []
+
+
 def test_both_a_light_and_a_dark_page_have_every_colour_and_charts_have_no_other() -> None:
     parts = resources.files("fedtune.report") / "templates"
     style = (parts / "report.css").read_text()

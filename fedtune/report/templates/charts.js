@@ -58,9 +58,15 @@ function epsilonAxis(points, width) {
   };
 }
 
-// Ticks of a logarithmic axis with all of their labels: by itself it leaves some out.
-const logTicks = (ticks, text, label) => Plot.axisX(ticks, { text, label, labelArrow: "none" });
+// An axis with all labels of its ticks: by itself a logarithmic one leaves some out.
+const allTicks = (ticks, text, label) => Plot.axisX(ticks, { text, label, labelArrow: "none" });
 const roundTicks = (domain) => d3.scaleLog(domain).ticks().filter((tick) => /^[125]e/.test(tick.toExponential()));
+
+// Ticks of a linear axis as texts with one number of decimals: 0.90, 0.95, 1.00.
+function evenTexts(ticks, digits = 3) {
+  const texts = ticks.map((tick) => short(tick, digits)), decimals = d3.max(texts, (text) => (text.split(".")[1] ?? "").length);
+  return texts.some((text) => /[e,]/.test(text)) ? texts : ticks.map((tick) => tick.toFixed(decimals));
+}
 
 // Colour by epsilon: one hue, a step for each epsilon or for each part of many.
 function ramp(points) {
@@ -96,7 +102,7 @@ function showTip(anchor, point) {
   const tip = $("tip"), costs = ["money", "train_seconds"].filter((key) => point.cost[key]);
   const label = (key) => data.costs.find((cost) => cost.key === key).label;
   const seeds = point.acc[2] > 1 ? ` (${point.acc[2]} seeds)` : "";
-  const lines = [`accuracy ${accuracyText(point.acc)}${seeds}`, guaranteeText(point), ...costs.map((key) => `${label(key)}: ${costText(key, point.cost[key][0])}`)];
+  const lines = [`accuracy ${accuracyText(point.acc)}${seeds}`, ...(point.beside ? [besideText(point)] : []), guaranteeText(point), ...costs.map((key) => `${label(key)}: ${costText(key, point.cost[key][0])}`)];
   tip.replaceChildren(element("b", {}, point.label), ...lines.map((line) => element("div", {}, line)));
   tip.hidden = false;
   const box = anchor.getBoundingClientRect(), above = box.top - tip.offsetHeight - 10;
@@ -162,7 +168,7 @@ const drawFrontier = () => draw($("frontier"), innerWidth < 520 ? 340 : 430, (wi
     color: { domain, range: COLORS }, symbol: { domain, range: SHAPES },
     legend: name && { symbol: { domain, range: SHAPES }, color: { domain, range: COLORS }, fill: "color", stroke: "color" },
     marks: [
-      logTicks(ticks, text, "epsilon (smaller is more private)"),
+      allTicks(ticks, text, "epsilon (smaller is more private)"),
       Plot.ruleX(between, { stroke: SOFT, strokeOpacity: 0.6, strokeDasharray: "2 5" }),
       Plot.line(front.filter((point) => !infinite(point)), step),
       Plot.line(front.some(infinite) ? [...front.filter((point) => !infinite(point)).slice(-1), ...front.filter(infinite)] : [], { ...step, strokeDasharray: "3 4" }),
@@ -189,9 +195,9 @@ function drawCosts() {
   const noise = group().noise.map((key) => data.costs.find((cost) => cost.key === key).label);
   $("costs-equal").textContent = [
     same.length ? `The same for all, within a percent: ${same.join(", ")}.` : "",
-    noise.length ? `No more apart between configurations than between runs of one: ${noise.join(", ")}.` : "",
+    noise.length ? `No more apart between configurations than between runs of one and by their order: ${noise.join(", ")}.` : "",
   ].join(" ").trim();
-  if (!differ.length) $("costs").replaceChildren(element("p", { class: "muted" }, "No cost differs between these configurations."));
+  if (!differ.length) $("costs").replaceChildren(element("p", { class: "muted" }, "The choice among these configurations changes no cost."));
   else $("costs").replaceChildren(...differ.map(({ key, label }) => element("div", {},
     element("h3", {}, label[0].toUpperCase() + label.slice(1)), element("figure", { class: "chart", "data-cost": key }))));
   $("costs-legend").replaceChildren(...(differ.length ? [legendOf(legend)] : []));
@@ -203,7 +209,8 @@ const drawCost = (host, key, label, color) => draw(host, 236, (width) => {
   if (!points.length) return "Nothing passes the filters.";
   const [least, most] = d3.extent(points, (point) => point.cost[key][0]), [size, unit] = unitOf(key, most);
   const wide = least > 0 && most / least > 12, domain = wide ? [0.85 * least / size, 1.15 * most / size] : padded([least / size, most / size]);
-  const ticks = wide ? roundTicks(domain).filter((_, i, all) => i % Math.ceil(all.length / 5) === 0) : Math.max(2, width / 100);
+  const ticks = wide ? roundTicks(domain).filter((_, i, all) => i % Math.ceil(all.length / 5) === 0) : d3.ticks(...domain, Math.max(2, width / 100));
+  const texts = new Map(d3.zip(ticks, wide ? ticks.map((tick) => short(tick)) : evenTexts(ticks)));
   const best = points.filter((point) => point.best.includes(key)), many = points.length > 150;
   const others = points.filter((point) => !point.best.includes(key)), quiet = points.length > MOST_MARKS;
   const at = { x: (point) => point.cost[key][0] / size, y: accuracy }, symbol = (point) => (infinite(point) ? "square" : "circle");
@@ -212,7 +219,7 @@ const drawCost = (host, key, label, color) => draw(host, 236, (width) => {
     x: { type: wide ? "log" : "linear", domain },
     y: { ...accuracyAxis(points.map((point) => point.acc)), ticks: 4 }, symbol: { type: "identity" },
     marks: [
-      wide ? logTicks(ticks, (v) => short(v), unit || label) : Plot.axisX({ ticks, tickFormat: (v) => short(v), label: unit || label, labelArrow: "none" }),
+      allTicks(ticks, (v) => texts.get(v), unit || label),
       ...(quiet ? crowd(others, at, color, 5) : [Plot.dot(others, { ...at, symbol, fill: color, stroke: GREY, strokeWidth: 0.6, r: many ? 2.6 : 4, opacity: many ? 0.5 : 1 })]),
       Plot.dot(best, { ...at, symbol, fill: color, stroke: INK, strokeWidth: 1.6, r: 5.5 }),
       targets(quiet ? best : [...others, ...best], at),
@@ -239,7 +246,8 @@ function parallelAxes() {
     const all = finite.length <= 7 ? finite : wide ? roundTicks(scale.domain()) : scale.ticks(5);
     const ticks = all.filter((tick, i) => i === 0 || Math.abs(place(tick) - place(all[i - 1])) > 0.04);
     const digits = [3, 4, 5, 6].find((n) => new Set(ticks.map((tick) => short(tick, n))).size === ticks.length);
-    found.push({ key, title, value, place, ticks: over ? [...ticks, Infinity] : ticks, text: (v) => (v === Infinity ? "none" : short(v, digits)) });
+    const texts = new Map(d3.zip(ticks, all === finite || wide ? ticks.map((tick) => short(tick, digits)) : evenTexts(ticks, digits)));
+    found.push({ key, title, value, place, ticks: over ? [...ticks, Infinity] : ticks, text: (v) => (v === Infinity ? "none" : texts.get(v)) });
   };
   const settings = data.varied.filter((name) => ![...NOT_SERIES, "privacy.max_grad_norm"].includes(name));
   for (const name of settings) add(name, data.short[name], (point) => (typeof point.set[name] === "number" ? point.set[name] : settingText(point.set[name])));

@@ -65,6 +65,12 @@ function costText(key, value) {
   const [size, unit] = unitOf(key, Math.abs(value));
   return `${short(value / size)} ${unit}`.trim();
 }
+// Seed by seed, for two runs of one seed share their luck: bars of single configurations say less.
+function besideText({ beside }) {
+  const [mean, error, seeds] = beside, points = (share) => (100 * share).toFixed(1);
+  const over = seeds ? `over ${seeds} common seed${seeds === 1 ? "" : "s"}` : "no seed is common to both";
+  return `${points(Math.abs(mean))}${error === null ? "" : ` ± ${points(error)}`} points ${mean < 0 ? "below" : "above"} the recommended one (${over})`;
+}
 const settingText = (value) => (Array.isArray(value) ? value.join("+") : String(value ?? "default"));
 
 // --- the table ---
@@ -152,6 +158,7 @@ function detail(point) {
   const value = (v) => (Array.isArray(v) ? `[${v}]` : String(v));
   return [
     fact("Repeat it", copy), element("pre", {}, point.cmd),
+    point.beside ? fact("Accuracy", besideText(point), ".") : null,
     fact("Guarantee", guaranteeText(point), point.unit ? `, unit ${point.unit}.` : "."),
     sites ? fact("Sites", sites, ".") : null, own ? fact("Sites with their own part", own, ".") : null, fact("Runs", runs), element("b", {}, "Full configuration"),
     element("ul", { class: "settings" }, ...settings.map(([name, v]) => element("li", { class: data.varied.includes(name) && "varied" }, `${name}=${value(v)}`))),
