@@ -159,6 +159,8 @@ class SweepProgress:
             text += "; finished before"
         if self.best is not None:
             text += f"; best so far {format_percent(self.best[0])} ({self.best[1]})"
+            if self.left == 0:
+                text += self._distance()
         return f"{text}; left: {self.rest()}" if self.left > 0 and not before else text
 
     def _wall(self, seconds: float) -> float:
@@ -192,6 +194,17 @@ class SweepProgress:
         accuracies = self._rated[self._leader].values()
         over = f", mean of {len(accuracies)} seeds" if len(accuracies) > 1 else ""
         self.best = (statistics.fmean(accuracies), f"{self._named[self._leader]}{over}")
+
+    def _distance(self) -> str:
+        """By how much the best configuration is ahead of the one that comes nearest, seed by seed."""
+        if self._leader is None or len(self._rated) < 2:
+            return ""
+        mine = self._rated[self._leader]
+        ahead = {key: paired(mine, rated) for key, rated in self._rated.items() if key != self._leader}
+        nearest = min(ahead, key=lambda key: ahead[key].mean)
+        found = ahead[nearest]
+        over = f" over {found.seeds} common seeds" if found.seeds > 1 else ""
+        return f", {found.points()} above {self._named[nearest]}{over}"
 
 
 def _newer(path: Path, than: float) -> bool:

@@ -246,7 +246,7 @@ function parallelAxes() {
     const all = finite.length <= 7 ? finite : wide ? roundTicks(scale.domain()) : scale.ticks(5);
     const ticks = all.filter((tick, i) => i === 0 || Math.abs(place(tick) - place(all[i - 1])) > 0.04);
     const digits = [3, 4, 5, 6].find((n) => new Set(ticks.map((tick) => short(tick, n))).size === ticks.length);
-    const texts = new Map(d3.zip(ticks, all === finite || wide ? ticks.map((tick) => short(tick, digits)) : evenTexts(ticks, digits)));
+    const texts = new Map(d3.zip(ticks, key === "acc" || (all !== finite && !wide) ? evenTexts(ticks, digits) : ticks.map((tick) => short(tick, digits))));
     found.push({ key, title, value, place, ticks: over ? [...ticks, Infinity] : ticks, text: (v) => (v === Infinity ? "none" : texts.get(v)) });
   };
   const settings = data.varied.filter((name) => ![...NOT_SERIES, "privacy.max_grad_norm"].includes(name));
