@@ -90,6 +90,8 @@ def check(config: Config) -> dict[str, Any]:
     with resources.using_model() as model:
         digest, notes = model.digest, [*said, *data.notes, *(texts.notes if texts else ()), *model.notes]
     plan = plan_of(config, data)
+    if plan is not None and plan.is_private():
+        notes += _refusals(config, data, plan)
     train, test = load_corpus(config.data, config.seed, testing=tests_openly(config))
     return {
         "data": {
@@ -119,6 +121,44 @@ def check(config: Config) -> dict[str, Any]:
         "privacy": None if plan is None else _spent(plan),
         "cautions": list(dict.fromkeys([*(() if plan is None else plan.cautions()), *notes])),
     }
+
+
+def _refusals(config: Config, data: PreparedData, plan: PrivacyPlan) -> list[str]:
+    """What the ledger of simulations says against the whole run, a note for each node that it would refuse.
+
+    Charges and writes nothing; where there is no ledger, nothing was spent and no budget is set.
+
+    Raises:
+        BudgetExhausted: the budgets leave fewer nodes than a round needs.
+        LedgerError: the ledger cannot be used.
+    """
+    from fedtune.config.files import state_dir
+    from fedtune.errors import BudgetExhausted
+    from fedtune.federation.client.release import releases_of
+    from fedtune.federation.sizes import size_to_declare
+    from fedtune.privacy.ledger.simulation import simulation_ledger
+
+    ledger = simulation_ledger(state_dir() / "ledgers")
+    if not ledger.path.exists():
+        return []
+    refused = list[BudgetExhausted]()
+    for shard in data.shards:
+        plans = releases_of(plan.for_shard(size_to_declare(config, shard)))
+        try:
+            ledger.check_run(
+                dataset=shard.dataset,
+                fingerprint=shard.identity,
+                node=shard.node,
+                run="run",
+                plans=plans,
+                public=config.data.public,
+            )
+        except BudgetExhausted as error:
+            refused.append(error)
+    if refused and len(data.shards) - len(refused) < config.federation.min_updates:
+        raise refused[0]
+    more = [f"{len(refused) - _MOST_SHOWN} more nodes refuse, too."] if len(refused) > _MOST_SHOWN else []
+    return [str(error) for error in refused[:_MOST_SHOWN]] + more
 
 
 def _facts(corpus: Corpus, tokens: TokenizedCorpus, config: Config) -> dict[str, Any]:

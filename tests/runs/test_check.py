@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,10 @@ from fedtune.cli.app import main
 from fedtune.config.convert import from_dict, to_dict
 from fedtune.config.schema import Config
 from fedtune.data import reading
-from fedtune.errors import ConfigError
+from fedtune.errors import BudgetExhausted, ConfigError
 from fedtune.federation.resources import run_resources
+from fedtune.privacy.ledger.budget_report import set_budgets
+from fedtune.privacy.ledger.ledger import PrivacyLedger
 from fedtune.runs.check import check, in_text, plan_of
 from tests.support import tiny_federation as tiny
 
@@ -33,6 +36,39 @@ def test_what_was_understood_and_what_would_be_spent(config: Config, fedtune_hom
     text = in_text(found)
     assert "site-0 30, site-1 30" in text and "epsilon" in text and "Nothing was trained" in text
     assert not list((fedtune_home / "state").iterdir())  # no ledger, so no charge
+
+
+def test_a_budget_that_does_not_allow_the_run_refuses_it_before_it_is_typed(
+    config: Config, fedtune_home: Path
+) -> None:
+    folder = fedtune_home / "state" / "ledgers"
+    folder.mkdir(parents=True)
+    set_budgets(folder, epsilon=1e-3, delta=1e-5)
+    with pytest.raises(BudgetExhausted, match="over its budget"):
+        check(config)
+    set_budgets(folder, epsilon=100.0, delta=1e-5)
+    assert check(config)["privacy"]["epsilon"] == pytest.approx(config.privacy.epsilon, rel=0.05)
+
+
+def test_a_node_whose_budget_does_not_allow_the_run_is_named(
+    config: Config, fedtune_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = fedtune_home / "state" / "ledgers"
+    folder.mkdir(parents=True)
+    set_budgets(folder, epsilon=100.0, delta=1e-5)
+
+    def check_run(ledger: PrivacyLedger, *, node: str, plans: list[Any], **_: object) -> None:
+        assert plans[0].num_rounds == config.federation.num_rounds
+        if node in refusing:
+            raise BudgetExhausted(f"node {node!r} refuses")
+
+    names = [shard.node for shard in run_resources(config).prepared.shards]
+    refusing = set(names[:1])
+    monkeypatch.setattr(PrivacyLedger, "check_run", check_run)
+    assert f"node {names[0]!r} refuses" in check(config)["cautions"]
+    config.federation.min_updates = 4
+    with pytest.raises(BudgetExhausted, match=names[0]):
+        check(config)
 
 
 def test_the_plan_is_the_runs_own(config: Config) -> None:
