@@ -6,14 +6,15 @@ PNG, by matplotlib, without a display.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLORS", "MARKERS", "STYLE", "picture"]
+__all__ = ["COLORS", "MARKERS", "STYLE", "alike", "picture"]
 
 # Okabe and Ito 2008: told apart by all common kinds of colour vision; a marker says the same again.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
@@ -34,14 +35,22 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def picture(draw: Callable[[Figure, list[Axes]], None], size: tuple[float, float], columns: int = 1) -> bytes:
-    """A PNG of `columns` panels side by side, of `size` in inches together; `draw` fills them."""
+@contextmanager
+def alike() -> Iterator[None]:
+    """Within it, or within a function that it decorates, matplotlib draws in this look."""
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.rcsetup import cycler
 
     with matplotlib.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLORS)}):
+        yield
+
+
+def picture(draw: Callable[[Figure, list[Axes]], None], size: tuple[float, float], columns: int = 1) -> bytes:
+    """A PNG of `columns` panels side by side, of `size` in inches together; `draw` fills them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with alike():
         figure = Figure(figsize=size, dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure, list(figure.subplots(1, columns, squeeze=False)[0]))

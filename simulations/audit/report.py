@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedtune.runs.figures import alike
+
 Record = dict[str, Any]
 COLORS = {"sampled": "#0072B2", "every step": "#009E73", "distributed": "#CC79A7"}
 MARKERS = {"sampled": "o", "every step": "^", "distributed": "s"}
@@ -57,6 +59,7 @@ def _lowest(records: Sequence[Record]) -> float:
     return min(float(one["audit"]["epsilon_lower"]) for one in records)
 
 
+@alike()
 def figure(records: Sequence[Record], path: Path) -> None:
     """Left: measured against claimed, right mechanisms. Right: bugs, at one claim."""
     import matplotlib

@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE.parents[1]) not in sys.path:  # a checkout that is not installed
     sys.path.insert(0, str(HERE.parents[1]))
 
+from fedtune.runs.figures import alike  # noqa: E402
 from simulations.cells import known, script  # noqa: E402
 
 CELLS: dict[str, list[str]] = {
@@ -211,6 +212,7 @@ def table(records: Path) -> str:
     return "\n".join(lines)
 
 
+@alike()
 def draw(records: Path, path: Path) -> None:
     """Accuracy against cost: points lost beside the run's model, over what a text costs beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedtune.runs.figures import alike
+
 SITES = ("editorials", "movies", "products", "tweets")
 PRIVACY = {"none": "without privacy", "epsilon8": "epsilon 8 per record"}
 COLORS = {"alone": "#b5651d", "federation": "#1f5fa8", "pooled": "#4a4a4a"}
@@ -153,6 +155,7 @@ def learnt(table: Table) -> str:
     return "\n\n".join(f"{number}. {text}" for number, text in enumerate(said, start=1))
 
 
+@alike()
 def figure(table: Table, path: Path, majority: float | None) -> None:
     """One panel a privacy setting: accuracy at each site, alone, federated and pooled, every seed shown."""
     import matplotlib

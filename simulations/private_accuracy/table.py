@@ -9,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from fedtune.runs.figures import alike
+
 HERE = Path(__file__).resolve().parent
 CORPORA = ("banking77", "clinc150", "sms_spam", "sms_spam_50", "opinions")
 ADAPTERS = ("head", "ffa_lora", "lora", "bitfit")
@@ -87,6 +89,7 @@ def table(values: Values, earlier: dict[Key, list[str]]) -> str:
     return "\n".join(lines)
 
 
+@alike()
 def draw(values: Values, path: Path) -> None:
     """Accuracy against epsilon, a panel a corpus, of the best adapter there is for it."""
     import matplotlib
@@ -148,7 +151,7 @@ def draw(values: Values, path: Path) -> None:
             limit = 100 * statistics.fmean(values[corpus, adapter, "none", None])
             panel.axhline(limit, color=_COLORS["none"], linestyle="--", linewidth=1, label=_NAMES["none"])
         what, _, how = WHAT[corpus].partition(", ")
-        panel.set_title(f"{what}, {adapter}\n{how}", fontsize=10)
+        panel.set_title(f"{what}, {adapter}\n{how}", fontsize=9)
         panel.set_xscale("log")
         panel.set_xticks(EPSILONS, [str(e) for e in EPSILONS])
         panel.minorticks_off()

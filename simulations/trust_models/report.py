@@ -15,6 +15,7 @@ from typing import Any
 
 from arrangements import ARRANGEMENTS, EPSILONS
 
+from fedtune.runs.figures import alike
 from simulations.first_federation import report as _first
 
 COLORS = {"local": "#1f5fa8", "distributed": "#b5651d", "pooled": "#4a4a4a", "central": "#2e8b57"}
@@ -208,6 +209,7 @@ def learnt(table: Any, records: Iterable[dict[str, Any]] = ()) -> str:
     return "\n\n".join(f"{number}. {text}" for number, text in enumerate(said, start=1))
 
 
+@alike()
 def figure(table: Any, path: Path) -> None:
     """Left: the three that protect a record. Right: central. Dots are seeds, bars standard errors."""
     import matplotlib
