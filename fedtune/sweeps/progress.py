@@ -56,6 +56,7 @@ class SweepProgress:
     _seen: set[str] = field(default_factory=set)
     _rated: dict[str, dict[int, float]] = field(default_factory=dict)  # accuracy by configuration and seed
     _named: dict[str, str] = field(default_factory=dict)
+    _hidden: set[str] = field(default_factory=set)  # configurations of which a run has no accuracy
     _leader: str | None = None
 
     def refresh(self) -> None:
@@ -177,13 +178,26 @@ class SweepProgress:
         if absent := left_out(made):
             self.partial[position] = tuple(absent)
         accuracy = made["metrics"]["accuracy"]
-        if accuracy is None or made["run"].get("status") == "pruned":
+        if made["run"].get("status") == "pruned":
             return
         key = str(position) if self.one_run else configuration_key(made["config"])
+        if accuracy is None:
+            self._drop(key)
+        if key in self._hidden:
+            return
         self._named.setdefault(key, _SEED.sub("", self.name(position)).strip(",") or "defaults")
         mine = self._rated.setdefault(key, {})
         mine[int(made["run"]["seed"])] = float(accuracy)
         self._lead(key)
+
+    def _drop(self, key: str) -> None:
+        """Rates `key` no more: what is low is hidden, so that the mean of the others is too high."""
+        self._hidden.add(key)
+        self._rated.pop(key, None)
+        if self._leader == key:
+            self._leader = self.best = None
+            for other in self._rated:
+                self._lead(other)
 
     def _lead(self, key: str) -> None:
         """Compares the configuration `key`, of which a run has just finished, with the best one so far."""

@@ -57,6 +57,8 @@ class Runs:
             left_out=self.left_out.get(len(self.made) - 1),
         )
         made["run"]["id"] += folder.name
+        if self.accuracies and self.accuracies[len(self.made) - 1] == 0.0:  # hidden by the noise
+            made["metrics"]["accuracy"] = None
         return write(folder, made)
 
     def sweep(self, *words: str) -> list[Any]:
@@ -112,6 +114,17 @@ def test_settings_are_compared_over_the_seeds_that_both_have() -> None:
         "77.0 percent (privacy.epsilon=8, mean of 2 seeds), 2.0 ± 0.0 points above privacy.epsilon=1 over 2 "
         "common seeds",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [False, True])
+def test_the_mean_of_what_the_noise_left_is_not_the_best(last: bool) -> None:
+    """It hides what is low: the report rates such a configuration not at all."""
+    runs = Runs()
+    runs.accuracies = [0.90, 0.0, 0.72, 0.82] if last else [0.0, 0.90, 0.72, 0.82]
+    runs.sweep("privacy.epsilon=1,8", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert "best so far" not in runs.said[2]
+    assert runs.said[-1].endswith("best so far 77.0 percent (privacy.epsilon=8, mean of 2 seeds)")
 
 
 @pytest.mark.slow
