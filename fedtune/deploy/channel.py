@@ -15,14 +15,17 @@ from typing import Any
 
 from fedtune.errors import FederationError
 
-__all__ = ["MAX_FRAME", "peer", "receive", "send"]
+__all__ = ["MAX_FRAME", "MAX_MESSAGE", "peer", "receive", "send"]
 
-MAX_FRAME = 2**28  # bytes, of a message from the server too; an adapter has some millions
+MAX_MESSAGE = 2**28  # bytes, of one from the server; an adapter has some millions
+MAX_FRAME = MAX_MESSAGE + 2**26  # beside the message, what its node remembers of the run
 _LENGTH = struct.Struct("!Q")
 
 
 def send(connection: socket.socket, header: dict[str, Any], parts: Sequence[bytes] = ()) -> None:
-    """Sends one frame."""
+    """Sends one frame. Raises FederationError, and sends nothing, where it is larger than any may be."""
+    if (size := sum(map(len, parts))) > MAX_FRAME:
+        raise FederationError(f"A frame of {size:,} bytes is not sent: at most {MAX_FRAME:,} are taken.")
     data = json.dumps({**header, "lengths": [len(part) for part in parts]}).encode()
     connection.sendall(_LENGTH.pack(len(data)) + data)
     for part in parts:

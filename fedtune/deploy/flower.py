@@ -14,12 +14,15 @@ import asyncio
 import base64
 import datetime
 import functools
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,6 +31,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from fedtune.deploy.database import NAME, check_database
 from fedtune.deploy.news import QUESTION
 from fedtune.deploy.spared import RunsThatGoOn, spare_database
+from fedtune.errors import FederationError
 from fedtune.federation.flower import quiet  # before Flower: its import switches off what reports home
 
 # isort: split
@@ -52,6 +56,7 @@ from flwr.supercore import heartbeat, sql_mixin
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
+    HEAD_BODY_DIVIDER,
     SQLITE_PRAGMAS,
     TASK_TOKEN_HEADER,
     TaskType,
@@ -59,7 +64,10 @@ from flwr.supercore.constant import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_head_values_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
@@ -70,7 +78,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, sign_message, verify_signature
-from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.retry import RetryInvoker, exponential, http_retry
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode import fleet_http_connection, node_auth_http_interceptor
@@ -370,7 +378,7 @@ class NodeHeartbeat(HeartbeatSender):
 
     At an HTTP 500 (a database that is locked, a server that ends) Flower's thread dies of it, and a node that
     works would count as gone. Other errors end it as they end Flower's, in one line: the server does not
-    know this node any more, which its loop finds out too, or takes it no more, which has told it to leave.
+    know this node any more, or takes its signature no more, which its loop finds out too.
     """
 
     def __init__(self, heartbeat_fn: Callable[[], bool]) -> None:
@@ -394,7 +402,8 @@ def node_connection(
 ) -> AbstractContextManager[tuple[Any, ...]]:
     """A connection to the SuperLink at `server`: the node's id, and seven functions (see `guard` in node.py).
 
-    It ends with SystemExit if the server refuses the key.
+    It ends with SystemExit if the server refuses the key from the first, and like any connection if it does
+    so later: whoever asks it again is told why.
 
     Args:
         server: HOST:PORT.
@@ -405,6 +414,8 @@ def node_connection(
     for where in (fleet_http_connection, heartbeat):  # what the server is told, and what is kept
         setattr(where, "HEARTBEAT_DEFAULT_INTERVAL", heartbeat_seconds)  # noqa: B010 (Flower re-exports it)
     setattr(fleet_http_connection, "HeartbeatSender", NodeHeartbeat)  # noqa: B010
+    for where in (fleet_http_connection, http_retry):
+        setattr(where, "os", SimpleNamespace(getpid=os.getpid, kill=_taken_no_more))  # noqa: B010
     # A dozen calls a message need not be signed each: the server takes a signature for five minutes.
     setattr(node_auth_http_interceptor, "now", _this_second)  # noqa: B010
     setattr(node_auth_http_interceptor, "sign_message", _sign_once)  # noqa: B010
@@ -414,6 +425,12 @@ def node_connection(
         root_certificates=authority.read_bytes(),
         authentication_keys=(key, key.public_key()),
     )
+
+
+def _taken_no_more(*_: Any) -> None:
+    """In the place of the signal that Flower sends its own process at HTTP status 401: to this node it was
+    its administrator's, and a site whose clock had jumped left for good, as if all were well."""
+    raise RuntimeError("the server takes this node's signature no more (HTTP status 401)")
 
 
 def _this_second() -> datetime.datetime:
@@ -433,14 +450,38 @@ def push_objects(store: Any, ids: Sequence[str], push: Callable[[str, bytes], No
     push_object_contents_from_iterable(((name, store.get(name)) for name in ids), push)
 
 
-def whole_message(message_id: str, store: Any) -> Any:
+def whole_message(message_id: str, store: Any, most: int) -> Any:
     """The object `message_id` made of the contents in `store`; None if some are missing.
 
     What the server sent is not to be believed: it may raise anything, or be no message.
+
+    Raises:
+        FederationError: it would have more than `most` bytes.
     """
     wanted = object_ids(store.get_object_tree(message_id))
     contents = {name: data for name in wanted if (data := store.get(name))}
-    return None if len(contents) < len(wanted) else inflate_object_from_contents(message_id, contents)
+    if len(contents) < len(wanted):
+        return None
+    if (size := _inflated_size(message_id, contents, {})) > most:
+        raise FederationError(
+            f"Message {message_id[:12]} would have {size:,} bytes, and a message may have {most:,} here; "
+            f"{sum(map(len, contents.values())):,} came. It was given up, and nothing was charged for it."
+        )
+    return inflate_object_from_contents(message_id, contents)
+
+
+def _inflated_size(name: str, contents: Mapping[str, bytes], known: dict[str, int]) -> int:
+    """Bytes of an object with all that is in it, as often as it is: on its way, each part comes once, and a
+    megabyte that is named a million times is a megabyte."""
+    if name not in known:
+        kind, children, _ = get_object_head_values_from_object_content(contents[name])
+        parts: Iterable[str] = children
+        if kind in ("Array", "ArrayRecord", "RecordDict"):
+            named = json.loads(contents[name].partition(HEAD_BODY_DIVIDER)[2])
+            parts = [children[at] for at in named["arraychunk_ids"]] if kind == "Array" else named.values()
+        known[name] = 0  # of an object in itself, which cannot be
+        known[name] = len(contents[name]) + sum(_inflated_size(part, contents, known) for part in parts)
+    return known[name]
 
 
 def error_in_place_of(message: Message, reason: str) -> Message:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import httpx
 from flwr.app import Message
 
-from fedtune.deploy import flower
+from fedtune.deploy import channel, flower
 from fedtune.deploy.consent import Consent
 from fedtune.deploy.join import HEARTBEAT_SECONDS
 from fedtune.deploy.leaving import Leaving
@@ -321,7 +321,7 @@ class MessageHandler:
     def _whole(self, message: Any) -> Any:
         """The message with its content. One that is wrong may raise anything."""
         message_id = message.metadata.message_id
-        whole = flower.whole_message(message_id, self._store)
+        whole = flower.whole_message(message_id, self._store, channel.MAX_MESSAGE)
         if whole is None:
             raise FederationError(f"Message {message_id[:12]} arrived in part only.")
         if type(whole) is not type(message):

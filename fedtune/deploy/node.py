@@ -165,7 +165,7 @@ def _other_authorities(site: SiteSettings, before: bytes) -> bool:
 def guard(connection: Any, apps: AppAllowList, books: Books, activity: NodeActivity) -> Any:
     """Puts the node's own checks before the functions of Flower's connection, and counts bytes.
 
-    The app of a run is checked before Flower reads it, and a message that grows beyond `channel.MAX_FRAME`
+    The app of a run is checked before Flower reads it, and a message that grows beyond `channel.MAX_MESSAGE`
     bytes is given up while it arrives.
 
     Args:
@@ -194,8 +194,8 @@ def guard(connection: Any, apps: AppAllowList, books: Books, activity: NodeActiv
         data: bytes = pull_object(run_id, object_id)
         size[0] += len(data)
         activity.transferred(received=len(data))
-        if size[0] > channel.MAX_FRAME:
-            reason = f"a message of run {run_id} has more than {channel.MAX_FRAME} bytes; it was given up"
+        if size[0] > channel.MAX_MESSAGE:
+            reason = f"a message of run {run_id} has more than {channel.MAX_MESSAGE} bytes; it was given up"
             books.append("refused", reason=reason)
             raise FederationError(reason)
         return data

@@ -2,6 +2,7 @@
 """`fedtune submit`, gone wrong: what a site must survive from a server, or from whoever may submit there.
 
     strange_submit.py oversized MEGABYTES submit DIR ...   each question to a node has so much more in it
+    strange_submit.py folded MEGABYTES submit DIR ...      the same, of one megabyte that is named so often
     strange_submit.py foreign MARK submit DIR ...          the run's app is another, which makes a file MARK
 
 Everything else is the product's. A server could do the same: it hands on what a submitter says.
@@ -41,8 +42,8 @@ submitter = ""
 """
 
 
-def oversized(megabytes: int) -> None:
-    """Puts numbers that nobody asked for into each question of a round."""
+def oversized(megabytes: int, *, folded: bool = False) -> None:
+    """Puts numbers that nobody asked for into each question of a round; `folded`: all of them the same."""
     from flwr.app import Array, ArrayRecord
 
     from fedtune.federation.messages import RoundRequest
@@ -53,7 +54,10 @@ def oversized(megabytes: int) -> None:
     def padded(self: Any) -> Any:
         record = to_records(self)
         record["more"] = ArrayRecord(
-            {str(number): Array(np.zeros(2**20, np.uint8) + number % 251) for number in range(megabytes)}
+            {
+                str(number): Array(np.full(2**18, 0 if folded else number, np.float32))
+                for number in range(megabytes)
+            }
         )
         return record
 
@@ -81,8 +85,8 @@ def main() -> int:
     from fedtune.cli.app import main as fedtune
 
     kind, argument, *rest = sys.argv[1:]
-    if kind == "oversized":
-        oversized(int(argument))
+    if kind in ("oversized", "folded"):
+        oversized(int(argument), folded=kind == "folded")
     else:
         foreign(Path(argument))
     return int(fedtune(rest) or 0)

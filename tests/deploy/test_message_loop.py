@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -275,6 +276,25 @@ def test_a_server_that_takes_a_node_no_more_ends_the_sign_of_life_in_one_line(
     answers: list[Exception | None] = [None, error, None]
     assert sign_of_life(answers, tmp_path, monkeypatch) == [] and answers == [None]
     assert len(caplog.messages) == 1 and "no sign of life" in caplog.text
+
+
+def test_a_server_that_takes_the_signature_no_more_ends_the_connection_and_not_the_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower sends its own process a SIGINT: a node whose clock had jumped left, with status 0."""
+    from flwr.supercore.retry import make_simple_http_retry_invoker
+    from flwr.supernode import fleet_http_connection
+
+    Server(monkeypatch, []).talk(tmp_path, lambda: False)
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the node was ended"))
+
+    def ask() -> None:
+        raise failed(401)
+
+    with pytest.raises(RuntimeError, match="signature no more"):
+        make_simple_http_retry_invoker().invoke(ask)
+    with pytest.raises(RuntimeError, match="signature no more"):  # as its heartbeat does
+        fleet_http_connection.os.kill(fleet_http_connection.os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_while_python_ends_shows_no_traceback(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
+import socket
 import struct
 import sys
 import zipfile
@@ -11,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
 from fedtune.config.build import build
-from fedtune.deploy import channel
+from fedtune.deploy import channel, flower
 from fedtune.deploy import thin_app as thin
 from fedtune.deploy.leaving import Leaving
 from fedtune.deploy.message_loop import MessageHandler
@@ -178,7 +181,13 @@ class Ears:
 class Delivery:
     """A message of a run with an app, delivered by Flower's own code to a node in this process."""
 
-    def __init__(self, root: Path, app: bytes, override: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        app: bytes,
+        override: dict[str, Any] | None = None,
+        content: RecordDict | None = None,
+    ) -> None:
         from flwr.supercore.object_store import ObjectStoreFactory
         from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
@@ -200,7 +209,7 @@ class Delivery:
             self.activity,
         )
         with task_identity(5):
-            message = Message(RecordDict(), 7, "query.hello")
+            message = Message(content or RecordDict(), 7, "query.hello")
         message.metadata.__dict__["_message_id"] = message.object_id
         self.message = message
         self.contents = {name: one.deflate() for name, one in get_all_nested_objects(message).items()}
@@ -304,7 +313,7 @@ def _spoil(delivery: Delivery, message: Message) -> str:
 def test_a_message_that_is_too_large_is_given_up_while_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden
 ) -> None:
-    monkeypatch.setattr(channel, "MAX_FRAME", 10)
+    monkeypatch.setattr(channel, "MAX_MESSAGE", 10)
     delivery = Delivery(tmp_path, thin_app()[0])
     _, receive, _, _, _, pull, _, _ = delivery.guarded()
     receive()
@@ -313,6 +322,43 @@ def test_a_message_that_is_too_large_is_given_up_while_it_comes(
     assert "10" in str(raised.value)
     golden(raised)
     assert "more than 10 bytes" in delivery.log.entries()[0]["reason"]
+
+
+@pytest.mark.parametrize("folded", ["an array", "a record"])
+def test_a_message_that_is_small_on_its_way_and_large_here_is_refused_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folded: str
+) -> None:
+    """On its way each part comes once: one that is named 300 times took 2.6 GB, and the worker."""
+    monkeypatch.setattr(channel, "MAX_MESSAGE", 100_000)
+    monkeypatch.setattr("flwr.app.message.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 4_000)
+    array, one = Array(np.zeros(200_000, np.uint8)), Array(np.zeros(4_000, np.uint8))
+    names = {"one": array} if folded == "an array" else {str(number): one for number in range(50)}
+    delivery = Delivery(tmp_path, thin_app()[0], content=RecordDict({"more": ArrayRecord(names)}))
+    assert sum(map(len, delivery.contents.values())) < 20_000
+    inflated: list[str] = []
+    monkeypatch.setattr(flower, "inflate_object_from_contents", lambda name, *_: inflated.append(name))
+    reply = delivery.deliver()
+    found = re.search(r"would have 2\d\d,\d{3} bytes.*nothing was charged", str(reply.error.reason))
+    assert found and delivery.worker.heard == inflated == []
+    assert "would have" in delivery.log.entries()[0]["reason"]
+
+
+def test_a_large_message_that_is_allowed_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "MAX_MESSAGE", 210_000)
+    content = RecordDict({"more": ArrayRecord({"one": Array(np.zeros(200_000, np.uint8))})})
+    delivery = Delivery(tmp_path, thin_app()[0], content=content)
+    assert not delivery.deliver().has_error() and len(delivery.worker.heard) == 1
+
+
+def test_a_frame_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever receives it would end, and take a release that is charged with it."""
+    monkeypatch.setattr(channel, "MAX_FRAME", 10)
+    here, there = socket.socketpair()
+    with here, there:
+        with pytest.raises(FederationError, match="11 bytes is not sent: at most 10"):
+            channel.send(here, {}, [b"12345", b"678901"])
+        channel.send(here, {}, [b"1234567890"])
+        assert channel.receive(there) == ({}, [b"1234567890"])
 
 
 def test_a_full_disk_does_not_keep_the_server_waiting(
