@@ -10,13 +10,15 @@ started the run, so a worker on another refuses private data (`fedtune.engines.m
 Differences from engine `local`: workers load the model each (about 300 MB a worker, and 10 to 15 s to
 start), so it pays from about a hundred nodes or several machines on. The seconds of training are what
 the nodes report, coarsely, and FLOPs are unknown. A client that hangs is given up inside its worker, which
-then goes on with a new thread and a new model.
+then goes on with a new thread and a new model. A worker that dies is replaced
+(`fedtune.engines.ray_workers`).
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -32,8 +34,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.engines.local import ClientThread
 from fedtune.engines.machine import refusal_elsewhere, stays_here
+from fedtune.engines.ray_workers import WorkerPool
 from fedtune.errors import ConfigError, FederationError, FedtuneError, ResourceError
-from fedtune.federation.flower import error_answer, quiet
+from fedtune.federation.client.release import ASKED_AGAIN
+from fedtune.federation.flower import error_answer, quiet, simulation_workers
 
 if TYPE_CHECKING:
     from fedtune.config.schema import Config
@@ -43,6 +47,7 @@ __all__ = ["ConfiguredClientApp", "run"]
 
 # What worker processes need to be told, beyond what they inherit: where ledgers are, and not to phone home.
 _PASSED_ON = ("FEDTUNE_HOME", "HF_HUB_OFFLINE", "HF_HOME", "OMP_NUM_THREADS")
+_START_SECONDS = 300.0  # a worker imports torch, on a machine that has other work
 _thread: ClientThread | None = None  # this process's, if it is one of Ray's
 
 
@@ -54,6 +59,7 @@ class ConfiguredClientApp(ClientApp):
         environment: what a worker is told beyond what it inherits.
         timeout: seconds for a message.
         machine: the one where the ledgers lie; None: any may answer.
+        again: whether a worker died that was asked the same.
     """
 
     def __init__(
@@ -62,12 +68,20 @@ class ConfiguredClientApp(ClientApp):
         environment: dict[str, str],
         timeout: float,
         machine: str | None = None,
+        again: bool = False,
     ) -> None:
         super().__init__()
         self._run_config = run_config
         self._environment = environment
         self._timeout = timeout
         self._machine = machine
+        self._again = again
+
+    def once_more(self) -> ConfiguredClientApp:
+        """The same, for a message that a worker died of."""
+        return ConfiguredClientApp(
+            self._run_config, self._environment, self._timeout, self._machine, again=True
+        )
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Hands message and Context to `fedtune.federation.client.app.app`, which a worker imports itself."""
@@ -83,7 +97,7 @@ class ConfiguredClientApp(ClientApp):
             node_id=context.node_id,
             node_config=context.node_config,
             state=copy.deepcopy(context.state),
-            run_config=dict(self._run_config),
+            run_config=self._run_config | ({ASKED_AGAIN: True} if self._again else {}),
         )
         global _thread
         _thread = _thread or ClientThread()
@@ -152,10 +166,15 @@ def run(config: Config, run_dir: Path, observer: Observer | None = None) -> Fede
         "client_resources": {"num_cpus": min(config.engine.cpus_per_node, float(cores)), "num_gpus": 0.0},
         "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
     }
-    quiet()
+    quiet(logging.CRITICAL)  # it would print the traceback of whatever a worker raises
+    pool = functools.partial(
+        WorkerPool,
+        again=ConfiguredClientApp.once_more,
+        patience=config.federation.round_timeout + _START_SECONDS,
+    )
     failure: Exception | None = None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), simulation_workers(pool):
             warnings.simplefilter("ignore")
             run_simulation(server_app, client_app, num_nodes, backend_config=backend)
     except KeyboardInterrupt:

@@ -11,11 +11,12 @@ of Flower moves them, this file is what changes.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +58,7 @@ __all__ = [
     "serialize_context",
     "serialized_size",
     "set_message_id",
+    "simulation_workers",
     "task_identity",
     "wrapped_exception",
 ]
@@ -193,6 +195,24 @@ def act_as(task_id: int, run_id: int, node_id: int) -> None:
 def quiet(level: int = logging.ERROR) -> None:
     """Silences what Flower prints on its own; the run's own display and errors say what matters."""
     logging.getLogger("flwr").setLevel(level)
+
+
+@contextmanager
+def simulation_workers(pool: Callable[..., Any]) -> Iterator[None]:
+    """Has Flower's simulation on Ray keep its workers in a `pool` of another kind than its own.
+
+    `pool` takes what `BasicActorPool` does, and `room`: how many workers the cluster has room for.
+    """
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+    from flwr.simulation.ray_transport.ray_actor import pool_size_from_resources
+
+    name = "BasicActorPool"
+    own = getattr(raybackend, name)
+    setattr(raybackend, name, functools.partial(pool, room=pool_size_from_resources))
+    try:
+        yield
+    finally:
+        setattr(raybackend, name, own)
 
 
 def empty_run(run_id: int) -> Any:

@@ -51,8 +51,9 @@ def imported(source: str, module: str, modules: set[str]) -> Iterator[str]:
     visitor.visit(ast.parse(source))
     for name in visitor.names:
         for candidate in (name, name.rpartition(".")[0]):
-            # A script of a study imports its neighbours by their bare names.
-            found = next((full for full in (candidate, f"{package}.{candidate}") if full in modules), None)
+            # A script of a study imports its neighbours by their bare names; in fedtune `ray` is the library.
+            bare = () if package.split(".")[0] == "fedtune" else (f"{package}.{candidate}",)
+            found = next((full for full in (candidate, *bare) if full in modules), None)
             if found is not None:
                 if found != module:
                     yield found

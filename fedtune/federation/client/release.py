@@ -7,7 +7,8 @@ node's own configuration and the ledger against its second witness, and reserves
 The second witness, `ReleaseCounter`: `Context.state` holds the last (attempt, round) answered and how many
 releases that makes. The ledger may know more (a crash, a node that hung); if it knows less, it has lost or
 been robbed of something and the node refuses. A message for an (attempt, round) that was answered before is
-refused too: one charge, one release (PITFALLS 21).
+refused too: one charge, one release (PITFALLS 21). So is one that a worker of a simulation died of
+(`ASKED_AGAIN`), where the ledger shows a charge for its round: what the counter noted died with the worker.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from fedtune.privacy.plan import PrivacyPlan, ReleasePlan
 
 __all__ = [
+    "ASKED_AGAIN",
     "Asked",
     "Permitted",
     "Release",
@@ -64,6 +66,8 @@ __all__ = [
     "releases_of",
     "reserve_release",
 ]
+
+ASKED_AGAIN = "again"  # in a run config: a worker that was asked the same died, nobody knows how far it came
 
 
 class ReleaseCounter:
@@ -314,6 +318,11 @@ def ask_for_release(request: RoundRequest, context: Context, *, evaluation: bool
     )
     earlier = own.ledger.rounds(run=request.run, node=shard.node, purpose=charged.purpose)
     counter.check(request, shard.node, len(earlier))
+    if context.run_config.get(ASKED_AGAIN) and request.round in earlier:
+        raise FederationError(
+            f"The worker of node {shard.node!r} died in round {request.round}, for which the ledger shows a "
+            "charge. The charge stays, and nothing is drawn for it again; the next round asks this node anew."
+        )
     whole = tuple(releases_of(own.plan, site))
     if going_on.others(own.ledger.path, request.run) and not own.ledger.rounds(
         run=request.run, node=shard.node
