@@ -2,6 +2,11 @@
 r"""Fifty sites at one server: what a round costs there, and does its memory grow with the rounds.
 
     python simulations/deployment/fifty.py --nodes 50 --minutes 8
+    python simulations/deployment/fifty.py --nodes 50 --minutes 30 --day    until a day's rounds are done
+
+With `--day` the rounds follow each other at once, as many as a day has at one in ten minutes (144): the
+server sees a day's messages, but not a day's heartbeats, questions and logs. Where the minutes end before,
+the growth a round that was measured is continued to that number, which the record says.
 
 The server is the product, a process of its own, and so is the submitting side (the real loop over rounds,
 its checkpoint, its reports). The sites are the product's but for what trains: connection over TLS with a key
@@ -21,7 +26,7 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import linear_regression, median
 from typing import Any
 
 import psutil
@@ -29,6 +34,8 @@ import yaml
 from processes import Federation, Setup, quiet_folder, write
 
 from scripts.simulator.toys import SCENARIOS, SIZE, ToyServer, site_values, toys
+
+A_DAY = 144  # rounds, one in ten minutes
 
 
 class ToyWorker:
@@ -140,7 +147,7 @@ def server_memory(federation: Federation) -> float:
     return round(psutil.Process(process.pid).memory_info().rss / 1e6, 1)
 
 
-def study(root: Path, nodes: int, minutes: float) -> dict[str, Any]:
+def study(root: Path, nodes: int, minutes: float, most: int = 2000) -> dict[str, Any]:
     """The record."""
     row = [{"text": "a", "label": "a"}]
     sites = {f"site-{number + 1:02d}": row for number in range(nodes)}
@@ -162,16 +169,20 @@ def study(root: Path, nodes: int, minutes: float) -> dict[str, Any]:
         federation.start("submit", "submitter", federation.server, root / "run", 2000, script="fifty.py")
         federation.until("submit", "round 1 ")
         by_round, end = [server_memory(federation)], time.monotonic() + 60 * minutes
+        points = [(1, by_round[0])]
         submit = federation.processes["submit"].process
         assert submit is not None
-        while time.monotonic() < end and submit.poll() is None:
+        while time.monotonic() < end and submit.poll() is None and points[-1][0] < most:
             time.sleep(5)
             by_round.append(server_memory(federation))
+            points.append((federation.log("submit").count("\nround "), by_round[-1]))
         lines = [line.split() for line in federation.log("submit").splitlines() if line.startswith("round ")]
     finally:
         federation.close()
     times = [float(line[2]) for line in lines]
     seconds = [after - before for before, after in pairwise(times)]
+    later = points[len(points) // 3 :]  # after what the first rounds load
+    growth, start = linear_regression(*zip(*later, strict=True))
     return {
         "nodes": nodes,
         "rounds": len(lines),
@@ -183,6 +194,10 @@ def study(root: Path, nodes: int, minutes: float) -> dict[str, Any]:
         "megabytes_of_the_server": {
             "before_any_joined": alone, "all_joined": joined, "after_round_1": by_round[0],
             "largest": max(by_round), "at_the_end": by_round[-1], "every_5_seconds": by_round,
+        },
+        "growth_of_the_server": {
+            "megabytes_a_round": round(growth, 4), "fitted_from_round": later[0][0], "to_round": later[-1][0],
+            f"megabytes_after_{A_DAY}_rounds_by_the_fit": round(start + growth * A_DAY, 1),
         },
         "server_percent_of_a_core_while_all_are_idle": idle,
         "said": federation.log("submit")[-300:] if not lines else "",
@@ -208,18 +223,20 @@ def main() -> None:
     )
     parser.add_argument("--nodes", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--day", action="store_true", help=f"end after {A_DAY} rounds; a record of its own")
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args()
     load = [round(x, 2) for x in os.getloadavg()]
     with quiet_folder(arguments.folder) as root:
-        found = study(root, arguments.nodes, arguments.minutes)
+        most = A_DAY if arguments.day else 2000
+        found = study(root, arguments.nodes, arguments.minutes, most)
     write(
-        f"many_{arguments.nodes}",
+        f"{'day' if arguments.day else 'many'}_{arguments.nodes}",
         {
             "question": "many sites at one server: what does a round cost, and does the server's memory grow",
             "command": (
                 f"python simulations/deployment/fifty.py --nodes {arguments.nodes} "
-                f"--minutes {arguments.minutes:g}"
+                f"--minutes {arguments.minutes:g}{' --day' if arguments.day else ''}"
             ),
             "target": "5 s over the slowest training; the server at most 300 MB after a day of rounds",
             "load_average_before": load,
