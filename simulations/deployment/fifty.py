@@ -144,6 +144,8 @@ def server_memory(federation: Federation) -> float:
     """Megabytes that the server's process has resident."""
     process = federation.processes["server"].process
     assert process is not None
+    if process.poll() is not None:  # one that was killed would look like one that needs no memory
+        raise SystemExit(f"the server ended with status {process.returncode}: nothing was measured")
     return round(psutil.Process(process.pid).memory_info().rss / 1e6, 1)
 
 

@@ -176,6 +176,25 @@ def many() -> list[str]:
     ]
 
 
+def day() -> list[str]:
+    """What a day of rounds does to the server's memory."""
+    one = load("day_50")
+    if one is None:
+        return []
+    megabytes, growth = one["megabytes_of_the_server"], one["growth_of_the_server"]
+    (by_the_fit,) = (value for name, value in growth.items() if name.endswith("by_the_fit"))
+    return [
+        "## A day of rounds",
+        "",
+        f"{one['nodes']} sites, {one['rounds']} rounds that followed each other at once ({one['updates']} updates, a round "
+        f"{one['round_seconds']['median']:.1f} s): the server had {megabytes['after_round_1']:.0f} MB after the first, "
+        f"{megabytes['largest']:.0f} at most. From round {growth['fitted_from_round']} to {growth['to_round']} it grew by "
+        f"{1000 * growth['megabytes_a_round']:.0f} kB a round (linear fit); a day of 144 rounds, one in ten minutes, ends "
+        f"by that at **{by_the_fit:.0f} MB** (target: 300). Load average {one['load_average_before'][0]} before.",
+        "",
+    ]
+
+
 TRIALS = {
     "certificate": "The certificate expires in a run",
     "skew": "Clocks are an hour wrong",
@@ -221,7 +240,7 @@ def main() -> None:
     page = HERE / "README.md"
     head, _, rest = page.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
-    body = "\n".join([*rounds(), *idle(), *chaos(), *far(), *many(), *weather()])
+    body = "\n".join([*rounds(), *idle(), *chaos(), *far(), *many(), *day(), *weather()])
     page.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail}")
 
 
