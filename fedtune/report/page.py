@@ -260,15 +260,24 @@ def _tuning(advice: Advice, points: Sequence[Point], collection: Collection) -> 
 
 
 def promises_line(points: Sequence[Point]) -> str:
-    """Of what epsilon the runs are, where none of them is chosen."""
-    spent = [point.epsilon for point in points if point.delta is not None]
-    if not spent or len(points) == 1:
+    """Of what epsilon, delta, unit and adjacency the runs are, where none of them is chosen."""
+    private = [point for point in points if point.delta is not None]
+    if not private or len(points) == 1:
         return promise_line(points[0], None)
-    least, most = format_number(min(spent)), format_number(max(spent))
-    between = f"Epsilon {least}" if least == most else f"Epsilon {least} to {most}"
-    without = len(points) - len(spent)
+    epsilons = _range([format_number(point.epsilon) for point in sorted(private, key=lambda p: p.epsilon)])
+    deltas = _range([f"{delta:.2g}" for delta in sorted(point.delta or 0.0 for point in private)])
+    rules = sorted({f"{run.adjacency}, trust {run.trust}" for point in private for run in point.runs})
+    without = len(points) - len(private)
     more = f"; {without} of {len(points)} configurations have no guarantee" if without else ""
-    return f"{between}, by configuration: the table has each with its delta{more}."
+    return (
+        f"Epsilon {epsilons} at delta {deltas}, unit {private[0].runs[0].unit}, {' or '.join(rules)}, "
+        f"by configuration: the table has each{more}."
+    )
+
+
+def _range(texts: Sequence[str]) -> str:
+    """The first and the last, or one where they are the same."""
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
 def promise_line(chosen: Point | None, tuning: Tuning | None) -> str:

@@ -217,7 +217,9 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
     if case == "no privacy":
         assert data["groups"][0]["tuning"] is None and "epsilon is infinite" in made.text
     if case == "no accuracy":  # nothing can be chosen, and what was promised stays promised
-        assert data["groups"][0]["promise"].startswith("Epsilon 7.") and "infinite" not in made.text
+        promise = data["groups"][0]["promise"]
+        assert promise.startswith("Epsilon 7.") and "infinite" not in made.text
+        assert " at delta 5.6e-05, unit record, " in promise and ", trust " in promise
     if case == "private selection":
         assert data["groups"][0]["tuning"]["best_of"] > data["groups"][0]["tuning"]["alone"]
     if case == "search":
@@ -230,6 +232,21 @@ def test_odd_collections_make_a_sensible_page(tmp_path: Path, case: str) -> None
 
 
 @pytest.mark.slow
+def test_where_none_is_chosen_epsilon_has_its_delta_unit_and_adjacency(tmp_path: Path) -> None:
+    """An accuracy that the noise hid is not there; the promises are."""
+    for position, epsilon in enumerate((1.0, 4.0, None)):
+        made = make_record(epsilon=epsilon)
+        made["metrics"]["accuracy"] = None
+        for one in made["metrics"]["by_round"]:
+            one["accuracy"] = None
+        write(tmp_path / str(position), made)
+    promise = numbers(write_report([tmp_path]).page)["groups"][0]["promise"]
+    assert re.match(
+        r"Epsilon 0\.\d+ to 3\.\d+ at delta 5.6e-05, unit record, add or remove one record, ", promise
+    )
+    assert "trust local, by configuration" in promise and "1 of 3 configurations have no guarantee" in promise
+
+
 def test_a_cost_that_is_equal_for_all_is_no_trade_off(tmp_path: Path) -> None:
     first, second = make_record(), make_record(epsilon=2.0)
     for record, more in ((first, 0), (second, 9)):
