@@ -20,10 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["commands", "folders_and_prices"]
 
 commands = typer.Typer(rich_markup_mode="rich")
-# Endings of files that --input would take for something else than CSV.
-_NO_CSV = frozenset(
-    {".tsv", ".json", ".jsonl", ".parquet", ".xlsx", ".gz", ".bz2", ".xz", ".zip", ".md", ".html"}
-)
 _PANEL = "Read results"
 
 RunFolder = Annotated[Path, argument("RUN_DIR", "Run folder, or its record.json.")]
@@ -114,7 +110,7 @@ def predict(
             raise ConfigError(
                 f"{option_name} names a column of a file. Give the file by --input, or leave it out."
             )
-    if output is not None and output.suffix.lower() in _NO_CSV:
+    if output is not None and _is_no_csv(output):
         meant = output.with_name(output.name.split(".")[0] + ".csv")
         raise ConfigError(
             f"--output is {output}, and answers are written as CSV. Give --output {shlex.quote(str(meant))}."
@@ -150,6 +146,14 @@ def predict(
         print_json("predict", [asdict(prediction) for prediction in found])
     else:
         show(list(found))
+
+
+def _is_no_csv(path: Path) -> bool:
+    """Would its ending be taken for something else than CSV, by `--input` for one?"""
+    from fedtune.data.sources.decoding import ENDINGS
+    from fedtune.data.sources.files import READERS
+
+    return path.suffix.lower() in {*READERS, *ENDINGS, ".md", ".html"} - {".csv"}
 
 
 def _lines_of(stream: TextIO) -> list[str]:

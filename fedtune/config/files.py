@@ -138,12 +138,14 @@ def being_written(path: Path) -> Iterator[IO[str]]:
 
 
 def meant_path(path: Path) -> str:
-    """A sentence with the neighbour that `path`, which is not there, most likely meant; empty: none is near.
+    """A sentence with the neighbour that `path` most likely meant; empty: it is there, or none is near.
 
     For the person at the keyboard alone: it names what lies there.
     """
     place = path.expanduser()
     with suppress(OSError, ValueError):
+        if place.exists():
+            return ""
         there = sorted(entry.name for entry in os.scandir(place.parent))
         near = difflib.get_close_matches(
             place.name.lower(), [name.lower() for name in there], n=3, cutoff=0.6

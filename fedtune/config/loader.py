@@ -164,7 +164,7 @@ def read_config(folder: Path) -> Config:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder} is no run folder that can be resumed: {CONFIG_FILE} is missing in it. Give the folder "
-            f"that 'fedtune run' printed.{'' if folder.exists() else meant_path(folder)}"
+            f"that 'fedtune run' printed.{meant_path(folder)}"
         ) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise CheckpointError(

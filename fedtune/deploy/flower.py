@@ -13,14 +13,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import datetime
-import functools
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,7 +322,7 @@ def signed_by_node(headers: Mapping[bytes, bytes]) -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=128)  # each may hold 64 kB of headers
+@lru_cache(maxsize=128)  # each may hold 64 kB of headers
 def _is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
     return verify_signature(bytes_to_public_key(key), message, signature)
 
@@ -437,7 +436,7 @@ def _this_second() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC).replace(microsecond=0)
 
 
-_sign_once = functools.lru_cache(maxsize=128)(sign_message)
+_sign_once = lru_cache(maxsize=128)(sign_message)
 
 
 def object_ids(tree: Any) -> list[str]:

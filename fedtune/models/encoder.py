@@ -341,9 +341,8 @@ def load_encoder_config(config: ModelConfig) -> Any:
 
     found = _from_pretrained(AutoConfig, BertConfig, config)
     found._name_or_path = ""
-    found.dtype = (
-        torch.float32
-    )  # as its weights are read; of a file in bfloat16 an export would be rounded again
+    # As its weights are read; of a file in bfloat16 an export would be rounded again.
+    found.dtype = torch.float32
     return found
 
 

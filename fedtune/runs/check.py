@@ -142,19 +142,20 @@ def _refusals(config: Config, data: PreparedData, plan: PrivacyPlan) -> list[str
     if not ledger.path.exists():
         return []
     refused = list[BudgetExhausted]()
-    for shard in data.shards:
-        plans = releases_of(plan.for_shard(size_to_declare(config, shard)))
-        try:
-            ledger.check_run(
-                dataset=shard.dataset,
-                fingerprint=shard.identity,
-                node=shard.node,
-                run="run",
-                plans=plans,
-                public=config.data.public,
-            )
-        except BudgetExhausted as error:
-            refused.append(error)
+    with ledger.at_once():
+        for shard in data.shards:
+            plans = releases_of(plan.for_shard(size_to_declare(config, shard)))
+            try:
+                ledger.check_run(
+                    dataset=shard.dataset,
+                    fingerprint=shard.identity,
+                    node=shard.node,
+                    run="run",
+                    plans=plans,
+                    public=config.data.public,
+                )
+            except BudgetExhausted as error:
+                refused.append(error)
     if refused and len(data.shards) - len(refused) < config.federation.min_updates:
         raise refused[0]
     more = [f"{len(refused) - _MOST_SHOWN} more nodes refuse, too."] if len(refused) > _MOST_SHOWN else []

@@ -367,8 +367,7 @@ def read_texts(path: Path, column: str, pair: str | None = None) -> Iterator[Ask
     file = path.expanduser()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "a pipe or device" if file.exists() else "no file"
-        meant = "" if file.exists() else meant_path(path)
-        raise DataError(f"--input is {path}, which is {what}. Name a file of texts.{meant}")
+        raise DataError(f"--input is {path}, which is {what}. Name a file of texts.{meant_path(path)}")
     readable(file, "--input")
     asked = {"--column": column_name(column)}
     if pair is not None:

@@ -220,8 +220,7 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not the folder of a sweep: it has no {SWEEP_NAME}. Name the folder that "
-            "'fedtune run -m' printed; a single run is resumed by resume=RUN_DIR."
-            + ("" if folder.exists() else meant_path(folder))
+            f"'fedtune run -m' printed; a single run is resumed by resume=RUN_DIR.{meant_path(folder)}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read, so the sweep cannot be resumed: {error}.") from error

@@ -23,11 +23,20 @@ from typing import IO, Any
 
 from fedtune.errors import DataError
 
-__all__ = ["bare_name", "is_workbook", "kind_of", "open_bytes", "open_text", "read_text", "text_of"]
+__all__ = [
+    "ENDINGS",
+    "bare_name",
+    "is_workbook",
+    "kind_of",
+    "open_bytes",
+    "open_text",
+    "read_text",
+    "text_of",
+]
 
 _ZIP = b"PK\x03\x04"
 _WORKBOOK = b"xl/workbook"
-_ENDINGS = (".gz", ".bz2", ".xz", ".zip")  # of a compressed file, after that of what is in it
+ENDINGS = (".gz", ".bz2", ".xz", ".zip")  # of a compressed file, after that of what is in it
 _SAVE = "Open it where it was made, and save it as CSV UTF-8."
 _UNPACK = "Unpack it first."
 _WRITE = "Write its table as CSV or Parquet."
@@ -74,7 +83,7 @@ _CHUNK = 1 << 16  # bytes that are read at once
 
 def bare_name(path: Path) -> Path:
     """The name of a file without the ending of its compression."""
-    return path.with_suffix("") if path.suffix.lower() in _ENDINGS else path
+    return path.with_suffix("") if path.suffix.lower() in ENDINGS else path
 
 
 @contextmanager
@@ -176,7 +185,7 @@ def kind_of(path: Path) -> str | None:
     for mark, (how, _) in _UNPACKED.items():
         office = any(place == 30 and head.startswith(inner, place) for place, inner, _, _ in _KINDS)
         if head.startswith(mark) and not office:
-            ending = next((one for one in _ENDINGS if path.name.endswith(one)), path.suffix)
+            ending = next((one for one in ENDINGS if path.name.endswith(one)), path.suffix)
             return f"compressed by {how}. Let its name say what is in it, such as train.csv{ending}."
     for place, mark, what, way in _KINDS:
         if head.startswith(mark, place):
