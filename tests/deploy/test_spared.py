@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,11 @@ def test_a_node_signs_once_a_second_and_what_it_signs_is_taken(tmp_path: Path) -
     assert flower._sign_once.cache_info().misses - before <= 2, "a second may end meanwhile"
     first = made[0]
     assert flower.signed_by_node(first) and flower.signed_by_node(first)
-    foreign = _headers(signs(other, other.public_key()))  # signed a moment later
+    later = flower._this_second() + datetime.timedelta(seconds=1)
+    with pytest.MonkeyPatch.context() as patch:  # another test may have left Flower's clock as a node has it
+        patch.setattr(node_auth_http_interceptor, "now", lambda: later)
+        foreign = _headers(signs(other, other.public_key()))
+    assert flower.signed_by_node(foreign)
     for name in (b"flwr-public-key", b"flwr-timestamp", b"flwr-signature"):
         assert not flower.signed_by_node({**first, name: foreign[name]}), name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -252,11 +253,12 @@ def test_a_worker_that_is_killed_costs_a_round_at_most_what_it_was_charged_for(
 
 
 def workers() -> list[psutil.Process]:
-    """Ray's processes that hold a worker of Flower's simulation."""
+    """Ray's processes below this one that hold a worker of Flower's simulation: not those of other tests."""
     found = []
-    for child in psutil.process_iter(["cmdline"]):
-        if (child.info["cmdline"] or [""])[0].startswith("ray::ClientAppActor"):
-            found.append(child)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if (child.cmdline() or [""])[0].startswith("ray::ClientAppActor"):
+                found.append(child)
     return found
 
 
